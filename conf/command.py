@@ -1,0 +1,150 @@
+"""The way into every command: check what was typed, then run, then tell errors as sentences.
+
+Hydra reports the first problem it meets, and a sweep's bad point when its turn comes. Here every
+override and every point is checked before `hydra.main` starts and before torch is imported.
+"""
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from conf.schema import SCHEMAS, ConfigError, did_you_mean, register, to_config
+from data.config import DataError
+from model.config import ModelError
+from parallel.config import ParallelError
+from training.config import CheckpointError, TrainingError
+
+CONF = Path(__file__).parent.resolve()
+SENTENCES = (ConfigError, DataError, ModelError, ParallelError, CheckpointError, TrainingError)
+# Other configs than ours, or nothing that composes one: Hydra's own business
+HYDRA_ONLY = ("hydra_help", "version", "shell_completion", "info", "experimental_rerun")
+ELSEWHERE = ("config_path", "config_name", "config_dir")
+
+
+def run(main: Callable[[], Any], config_name: str) -> None:
+    """Run a `hydra.main` function as a command: exit code 2 for a wrong command line, 1 for an error."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    register()
+    problems = list(command_line_problems(sys.argv[1:], config_name))
+    if problems:
+        _say(problems)
+        sys.exit(2)
+    try:
+        main()
+    except SENTENCES as error:
+        _say(str(error).splitlines())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _say([f"{os.strerror(error.errno)}{where}; nothing that was complete before is lost"])
+        sys.exit(1)
+
+
+def _say(sentences: list[str]) -> None:
+    for sentence in sentences:
+        print(f"error: {sentence}", file=sys.stderr)
+
+
+def command_line_problems(argv: list[str], config_name: str) -> Iterator[str]:
+    """Everything that is wrong with a command line, one sentence each."""
+    args = get_args_parser().parse_args(argv)
+    if any(getattr(args, flag, None) for flag in HYDRA_ONLY + ELSEWHERE):
+        return
+    try:
+        overrides = OverridesParser.create().parse_overrides(args.overrides)
+    except HydraException as error:
+        yield f"the command line cannot be read: {_first_line(error)}"
+        return
+    wrong = [problem for override in overrides for problem in override_problems(override, config_name)]
+    if wrong:
+        yield from wrong
+        return
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield from _point_problems(overrides, args, config_name)
+
+
+def _point_problems(overrides: list[Override], args: Any, config_name: str) -> Iterator[str]:
+    """Compose every point of the command line and check it as the command itself would."""
+    points = [list(p) for batch in BasicSweeper.split_arguments(overrides, None) for p in batch]
+    swept = next((o for o in overrides if o.is_sweep_override()), None)
+    for point in points:
+        try:
+            cfg = compose(config_name, overrides=point, return_hydra_config=True)
+            if swept and not args.multirun and str(cfg.hydra.mode) != "RunMode.MULTIRUN":
+                yield f"{swept.key_or_group} has several values; add -m to run one after another"
+                return
+            with read_write(cfg), open_dict(cfg):
+                del cfg["hydra"]
+            if not (args.help or args.cfg):
+                to_config(cfg)
+        except (HydraException, OmegaConfBaseException) as error:
+            yield f"{_first_line(error)} (at {' '.join(point)})"
+        except ConfigError as error:
+            where = f" (at {' '.join(point)})" if swept else ""
+            yield from (f"{line}{where}" for line in str(error).splitlines())
+
+
+def override_problems(override: Override, config_name: str) -> Iterator[str]:
+    """What is wrong with one override: its group option, its key, or the type of its value."""
+    key = override.key_or_group
+    if key.split(".")[0] == "hydra" or key.startswith("hydra/"):
+        return
+    options = sorted(path.stem for path in (CONF / key).glob("*.yaml")) if "." not in key else []
+    values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
+    if options:
+        for value in map(str, values):
+            if value == "None" and key != "experiment":
+                yield f"{key}=null: this group needs an option; choose from {', '.join(options)}"
+            elif value not in (*options, "None") and not override.is_delete():
+                yield f"{key}={value}: there is no such option; {did_you_mean(value, options)}"
+        return
+    schema = SCHEMAS[config_name]
+    yield from (_unknown(schema, key, config_name) or ())
+    if not override.is_delete() and not _unknown(schema, key, config_name):
+        for value in values:
+            yield from _type_problem(schema, key, value)
+
+
+def _unknown(schema: type, key: str, config_name: str) -> list[str]:
+    """A sentence if a dotted key leads nowhere in a schema."""
+    prefix = ""
+    for part in key.split("."):
+        known = list(getattr(schema, "__dataclass_fields__", {}))
+        if part not in known:
+            groups = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name[0] != "_") if not prefix else []
+            choices = known + [group for group in groups if group not in known and config_name == "train"]
+            return [f"{prefix}{part} is not a setting; {did_you_mean(part, choices)}"]
+        prefix += f"{part}."
+        schema = schema.__dataclass_fields__[part].type  # type: ignore[attr-defined]
+    return []
+
+
+def _type_problem(schema: type, key: str, value: Any) -> Iterator[str]:
+    nested: Any = value
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    try:
+        OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(nested))
+    except OmegaConfBaseException as error:
+        yield f"{key} ({value}): {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    """The innermost message of a chain, without Hydra's continuation lines."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split("\n    full_key")[0].split())

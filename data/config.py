@@ -1,0 +1,126 @@
+"""What to train on: where text comes from, how it becomes tokens, how tokens become batches.
+
+One `data` group serves `prepare_data.py` (the first half of the fields) and `train.py` (the second).
+Free of torch, so that a wrong value is refused before torch is imported.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from omegaconf import MISSING
+
+
+class DataError(Exception):
+    """Text, tokens or a tokenizer that cannot be used, told as a sentence for the user."""
+
+
+class Source(Enum):
+    builtin = "builtin"  # the Python standard library's sources and documentation
+    local = "local"  # files on this machine
+    huggingface = "huggingface"  # datasets.load_dataset
+    random = "random"  # random tokens, made when asked for; nothing to prepare
+
+
+class Packing(Enum):
+    internlm = "internlm"  # documents isolated; cut and restarted every seq_len (InternLM's default)
+    internlm_one = "internlm_one"  # one sample every seq_len tokens, documents see each other
+
+
+class OnBadRecord(Enum):
+    error = "error"
+    skip = "skip"
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    name: str = MISSING
+    path: str = MISSING  # the folder prepare_data.py writes and train.py reads
+
+    # where the text comes from
+    source: Source = MISSING
+    input: str | None = None  # local: a file, a folder, or a glob of .txt .json .jsonl (.gz .zst)
+    dataset: str | None = None  # huggingface: name of a dataset on the hub, or a folder
+    dataset_config: str | None = None
+    dataset_split: str = "train"
+    text_key: str = "text"  # dotted key of a record's text
+    source_key: str | None = None  # dotted key of a record's source (null: one source per sub-folder)
+    raw_json: bool = False  # encode the whole line of a .jsonl, JSON syntax included, as InternLM did
+    valid_fraction: float = 0.01
+    valid_seed: int = 42
+    max_documents: int | None = None
+    on_bad_record: OnBadRecord = OnBadRecord.error
+    vocab_size: int = 32768  # of a tokenizer trained for this corpus; the range of random tokens
+
+    # how batches are made
+    seq_len: int = MISSING  # longest attention span, in tokens
+    pack_len: int | None = None  # tokens of a pack, a multiple of seq_len (null: seq_len)
+    packing: Packing = Packing.internlm
+    micro_batch_size: int = MISSING  # sequences of seq_len tokens in one forward pass
+    seed: int = 1024  # order of documents and packs
+    workers: int = 2  # loader processes; the order of batches does not depend on it
+
+    @property
+    def pack_tokens(self) -> int:
+        return self.pack_len or self.seq_len
+
+    @property
+    def packs_per_micro_batch(self) -> int:
+        return self.micro_batch_size * self.seq_len // self.pack_tokens
+
+    def source_problems(self) -> Iterator[str]:
+        """What is missing to prepare this corpus; training reads what was prepared."""
+        if self.source is Source.local and self.input is None:
+            yield "data.input is not set; name a file, a folder or a glob, such as data.input='texts/*.jsonl.gz'"
+        if self.source is Source.huggingface and self.dataset is None:
+            yield "data.dataset is not set; name a dataset, such as data.dataset=ola13/small-the_pile"
+
+    def problems(self) -> Iterator[str]:
+        if not 0 <= self.valid_fraction < 1:
+            yield f"data.valid_fraction ({self.valid_fraction}) must be in [0, 1)"
+        if self.max_documents is not None and self.max_documents < 1:
+            yield f"data.max_documents ({self.max_documents}) must be at least 1, or null for all"
+        if self.vocab_size < 1:
+            yield f"data.vocab_size ({self.vocab_size}) must be at least 1"
+        if self.workers < 0:
+            yield f"data.workers ({self.workers}) must be 0 or more"
+        if not 0 <= self.seed < 2**32:
+            yield f"data.seed ({self.seed}) must be in [0, 2**32)"
+        if self.seq_len < 2 or self.micro_batch_size < 1:
+            if self.seq_len < 2:
+                yield f"data.seq_len ({self.seq_len}) must be at least 2"
+            if self.micro_batch_size < 1:
+                yield f"data.micro_batch_size ({self.micro_batch_size}) must be at least 1"
+            return
+        if self.pack_len is not None and (self.pack_len < 1 or self.pack_len % self.seq_len):
+            yield f"data.pack_len ({self.pack_len}) must be a multiple of data.seq_len ({self.seq_len})"
+        elif self.micro_batch_size * self.seq_len % self.pack_tokens:
+            yield (
+                f"data.micro_batch_size ({self.micro_batch_size}) x data.seq_len ({self.seq_len}) "
+                f"must be a multiple of data.pack_len ({self.pack_len})"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class TokenizerConfig:
+    model: str | None = None  # a SentencePiece .model, a tokenizer.json, a folder, or a Hugging Face name
+    vocab_size: int = MISSING  # of the tokenizer that is trained when no model is given
+    add_bos: bool = False
+    add_eos: bool = True
+    train_bytes: int = 64_000_000  # of text the tokenizer is trained on, drawn evenly from the corpus
+
+    def problems(self) -> Iterator[str]:
+        # 256 bytes, unknown, bos, eos and room for merges
+        if self.model is None and self.vocab_size < 300:
+            yield f"tokenizer.vocab_size ({self.vocab_size}) must be at least 300: 256 bytes, controls and pieces"
+        if self.train_bytes < 1:
+            yield f"tokenizer.train_bytes ({self.train_bytes}) must be at least 1"
+
+
+@dataclass(kw_only=True, slots=True)
+class RampConfig:
+    """Batch-size ramp-up: `start_tokens`, then `increment_tokens` more every `every_steps` steps."""
+
+    start_tokens: int | None = None  # null: no ramp
+    increment_tokens: int = 0
+    every_steps: int = 0

@@ -1,0 +1,171 @@
+"""How a model is trained, measured and kept: optimizer, schedule, precision, checkpoints, logs.
+
+Free of torch, so that a wrong value is refused before torch is imported.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class CheckpointError(Exception):
+    """A checkpoint or run folder that cannot be used, told as a sentence for the user."""
+
+
+class TrainingError(Exception):
+    """A run that must not go on, told as a sentence for the user."""
+
+
+class Decay(Enum):
+    matrices = "matrices"  # weight decay on matrices only: no norms, no biases
+    all = "all"  # on every parameter, as InternLM does
+
+
+class Shape(Enum):
+    cosine = "cosine"
+    wsd = "wsd"
+    constant = "constant"
+
+
+class Dtype(Enum):
+    bf16 = "bf16"
+    fp32 = "fp32"
+    fp16 = "fp16"
+
+
+class Reduction(Enum):
+    global_token = "global_token"  # mean over all target tokens of a step
+    row_mean = "row_mean"  # mean over micro-batches of their means, as InternLM does
+
+
+class Resume(Enum):
+    auto = "auto"  # from the newest good checkpoint of the run folder, else from the start
+    never = "never"  # refuse a run folder that holds checkpoints
+    must = "must"  # refuse a run folder that holds none
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
+
+    lr: float = 1e-4
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.95
+    beta2_c: float = 0.0  # beta2 = max(beta2, 1 - i**-c) at update i; 0: constant
+    eps: float = 1e-8
+    decay: Decay = Decay.matrices
+    max_grad_norm: float = 1.0  # one norm over all parameters; 0: no clipping
+    max_bad_steps: int = 10  # steps in a row without a finite gradient before the run is stopped
+
+    def problems(self) -> Iterator[str]:
+        if not self.lr > 0:
+            yield f"optimizer.lr ({self.lr}) must be positive"
+        for key in ("weight_decay", "beta2_c", "max_grad_norm"):
+            if getattr(self, key) < 0:
+                yield f"optimizer.{key} ({getattr(self, key)}) must be 0 or more"
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                yield f"optimizer.{key} ({getattr(self, key)}) must be in [0, 1)"
+        if not self.eps > 0:
+            yield f"optimizer.eps ({self.eps}) must be positive"
+        if self.max_bad_steps < 1:
+            yield f"optimizer.max_bad_steps ({self.max_bad_steps}) must be at least 1"
+
+
+@dataclass(kw_only=True, slots=True)
+class SchedulerConfig:
+    """Learning rate as a factor on optimizer.lr, so that sweeping the rate keeps the shape."""
+
+    shape: Shape = Shape.cosine
+    warmup_ratio: float = 0.01  # of the run's steps
+    init_steps: int = 0  # steps at learning rate 0 before the warm-up
+    min_lr_ratio: float = 0.1  # the last rate over the highest
+    decay_ratio: float = 0.2  # wsd: the share of the steps, at the end, in which the rate falls
+
+    def problems(self) -> Iterator[str]:
+        for key in ("warmup_ratio", "min_lr_ratio", "decay_ratio"):
+            if not 0 <= getattr(self, key) <= 1:
+                yield f"scheduler.{key} ({getattr(self, key)}) must be in [0, 1]"
+        if self.shape is Shape.wsd and self.warmup_ratio + self.decay_ratio > 1:
+            yield (
+                f"scheduler.warmup_ratio ({self.warmup_ratio}) + scheduler.decay_ratio "
+                f"({self.decay_ratio}) must be at most 1"
+            )
+        if self.init_steps < 0:
+            yield f"scheduler.init_steps ({self.init_steps}) must be 0 or more"
+
+
+@dataclass(kw_only=True, slots=True)
+class PrecisionConfig:
+    """The dtype of weights and activations in a step; the optimizer's master weights are always fp32.
+
+    The rest is the dynamic loss scaler of fp16 (defaults: InternLM's 7B tutorial).
+    """
+
+    compute: Dtype = Dtype.bf16
+    initial_scale: float = 2.0**16
+    growth_interval: int = 1000  # finite steps before the scale grows
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    min_scale: float = 1.0
+    max_scale: float = 2.0**24
+    hysteresis: int = 2  # overflows before the scale falls
+
+    def problems(self) -> Iterator[str]:
+        if not 0 < self.min_scale <= self.initial_scale <= self.max_scale:
+            yield (
+                f"precision.initial_scale ({self.initial_scale}) must be between precision.min_scale "
+                f"({self.min_scale}, above 0) and precision.max_scale ({self.max_scale})"
+            )
+        if not self.growth_factor > 1:
+            yield f"precision.growth_factor ({self.growth_factor}) must be above 1"
+        if not 0 < self.backoff_factor < 1:
+            yield f"precision.backoff_factor ({self.backoff_factor}) must be in (0, 1)"
+        for key in ("growth_interval", "hysteresis"):
+            if getattr(self, key) < 1:
+                yield f"precision.{key} ({getattr(self, key)}) must be at least 1"
+
+
+@dataclass(kw_only=True, slots=True)
+class LossConfig:
+    reduction: Reduction = Reduction.global_token
+    label_smoothing: float = 0.0
+    chunk_tokens: int = 4096  # tokens whose logits exist at one time
+
+    def problems(self) -> Iterator[str]:
+        if not 0 <= self.label_smoothing < 1:
+            yield f"loss.label_smoothing ({self.label_smoothing}) must be in [0, 1)"
+        if self.chunk_tokens < 1:
+            yield f"loss.chunk_tokens ({self.chunk_tokens}) must be at least 1"
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    every: int = 1000  # steps; 0: only at the end
+    keep: int = 3  # newest checkpoints to keep; 0: all
+    resume: Resume = Resume.auto
+    stop_file: str | None = None  # holds N: save and stop at step N; -N: save at step N and go on
+    accept_changes: list[str] = field(default_factory=list)  # keys that may differ from the stored config
+
+    def problems(self) -> Iterator[str]:
+        for key in ("every", "keep"):
+            if getattr(self, key) < 0:
+                yield f"checkpoint.{key} ({getattr(self, key)}) must be 0 or more"
+
+
+@dataclass(kw_only=True, slots=True)
+class LoggerConfig:
+    """metrics.jsonl, the console and loss.png are always written."""
+
+    every: int = 1  # steps between console lines and records
+    tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: str = "pretraining"
+    peak_tflops: float | None = None  # of one device, for MFU (null: from its name, if known)
+
+    def problems(self) -> Iterator[str]:
+        if self.every < 1:
+            yield f"logger.every ({self.every}) must be at least 1"
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            yield f"logger.peak_tflops ({self.peak_tflops}) must be positive, or null"
