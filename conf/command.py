@@ -107,9 +107,9 @@ def override_problems(override: Override, config_name: str) -> Iterator[str]:
     values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
     if options:
         for value in map(str, values):
-            if value == "None" and key != "experiment":
+            if value == "None":
                 yield f"{key}=null: this group needs an option; choose from {', '.join(options)}"
-            elif value not in (*options, "None") and not override.is_delete():
+            elif value not in options and not override.is_delete():
                 yield f"{key}={value}: there is no such option; {did_you_mean(value, options)}"
         return
     schema = SCHEMAS[config_name]

@@ -88,7 +88,7 @@ class Engine:
         finite = math.isfinite(grad_norm)
         if finite:
             # The clip and the loss scale are one division, done inside the update.
-            clip = max(1.0, grad_norm / self.max_grad_norm) if self.max_grad_norm > 0 else 1.0
+            clip = max(1.0, (grad_norm + 1e-6) / self.max_grad_norm) if self.max_grad_norm > 0 else 1.0
             grad_scale = torch.tensor(clip * self.scaler.scale, device=self.mesh.device, dtype=torch.float32)
             self.optimizer.step(lr=lr, beta2=beta2, grad_scale=grad_scale)
         self.scaler.update(finite=finite)
@@ -171,8 +171,8 @@ class Engine:
         for param in self.model.parameters():
             if param.grad is None:  # a step without a single target
                 param.grad = torch.zeros_like(param)
-        grads = [param.grad for param in self.model.parameters()]
-        return float(nn.utils.get_total_norm(grads)) / self.scaler.scale
+        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in self.model.parameters()]
+        return float(torch.linalg.vector_norm(torch.stack(norms))) / self.scaler.scale
 
     def _drop_gradients(self) -> None:
         for param in self.model.parameters():

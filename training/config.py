@@ -3,6 +3,7 @@
 Free of torch, so that a wrong value is refused before torch is imported.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -59,8 +60,8 @@ class OptimizerConfig:
     max_bad_steps: int = 10  # steps in a row without a finite gradient before the run is stopped
 
     def problems(self) -> Iterator[str]:
-        if not self.lr > 0:
-            yield f"optimizer.lr ({self.lr}) must be positive"
+        if not 0 < self.lr < math.inf:
+            yield f"optimizer.lr ({self.lr}) must be positive and finite"
         for key in ("weight_decay", "beta2_c", "max_grad_norm"):
             if getattr(self, key) < 0:
                 yield f"optimizer.{key} ({getattr(self, key)}) must be 0 or more"

@@ -1,0 +1,129 @@
+"""The decoder: embedding, blocks, norm, head."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import Segments, SelfAttention, resolve_backend, segments_of
+from model.config import Attention, Init, ModelConfig
+from model.kv_cache import KVCache
+from model.layers import RMSNorm, SwiGLU, rotary_angles
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = SelfAttention(config)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = SwiGLU(config.d_model, config.d_ff)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cos_sin: tuple[Tensor, Tensor],
+        segments: Segments | None,
+        backend: Attention,
+        cache: KVCache | None,
+        layer: int,
+    ) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos_sin, segments, backend, cache, layer)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
+
+class Transformer(nn.Module):
+    """A pre-norm decoder as InternLM and Llama have it. Built on the current default device."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seq_len: int | None = None,
+        cache: KVCache | None = None,
+        head: Callable[[Tensor, Tensor], Any] | None = None,
+    ) -> Any:
+        """Give logits_BTV, or what `head(h_BTD, weight_VD)` makes of the last hidden states.
+
+        `cu_seqlens` (int32) and `max_seq_len` say where the segments of a pack begin, counted over
+        the flattened batch; without them each row is one segment. With a `cache`, the tokens
+        continue the cached ones at `positions_BT`.
+        """
+        rows, row_len = tokens_BT.shape
+        device = tokens_BT.device
+        if positions_BT is None:
+            positions_BT = torch.arange(row_len, device=device).expand(rows, row_len)
+        if cu_seqlens is None or max_seq_len is None:
+            cu_seqlens = torch.arange(0, (rows + 1) * row_len, row_len, device=device, dtype=torch.int32)
+            max_seq_len = row_len
+        x_BTD = self._embed(tokens_BT)
+        backend, segments = Attention.sdpa, None
+        if cache is None:
+            equal = (len(cu_seqlens) - 1) * max_seq_len == rows * row_len
+            backend = resolve_backend(self.config.attention, device, x_BTD.dtype, equal=equal)
+            segments = segments_of(cu_seqlens, max_seq_len, rows, row_len, backend)
+        else:
+            cache.read(positions_BT)
+        cos_sin = rotary_angles(positions_BT, self.config.head_dim, self.config.rope_theta)
+        for layer, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, cos_sin, segments, backend, cache, layer)
+        weight_VD = self.embed.weight if self.head is None else self.head.weight
+        return (head or F.linear)(self.norm(x_BTD), weight_VD)
+
+    def _embed(self, tokens_BT: Tensor) -> Tensor:
+        x_BTD, scale = self.embed(tokens_BT), self.config.embed_grad_scale
+        return x_BTD if scale == 1 else x_BTD * scale + x_BTD.detach() * (1 - scale)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw every parameter in fp32 from a generator of its own, seeded by `seed` and its name.
+
+        So the weights depend neither on the device, the dtype, the layout nor the order of drawing.
+        """
+        for name, param in self.named_parameters():
+            std = init_std(name, self.config)
+            if std is None:
+                param.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+                continue
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            param.copy_(torch.empty(param.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
+
+
+def init_std(name: str, config: ModelConfig) -> float | None:
+    """Give the standard deviation a parameter is drawn with; None for norms (1) and biases (0).
+
+    With d = sqrt(2 (layer + 1)), the first layer being 0:
+
+    | parameter   | internlm  | internlm_v1 | llama    |
+    |-------------|-----------|-------------|----------|
+    | embed, head | 0.0052    | 0.0052      | 0.02     |
+    | wq, wk, wv  | 0.006     | 0.006       | 0.02     |
+    | wo          | 0.006 / d | 0.006 / d   | 0.02 / d |
+    | w_gate      | 0.006     | 0.006       | 0.02     |
+    | w_up        | 0.006     | 0.006 / d   | 0.02     |
+    | w_down      | 0.006 / d | 0.0015      | 0.02 / d |
+    """
+    *path, module, kind = name.split(".")
+    if kind == "bias" or module.endswith("norm"):
+        return None
+    base = 0.02 if config.init is Init.llama else 0.006
+    if module in ("embed", "head"):
+        return 0.02 if config.init is Init.llama else 0.0052
+    scaled = {"wo", "w_up"} if config.init is Init.internlm_v1 else {"wo", "w_down"}
+    if module == "w_down" and config.init is Init.internlm_v1:
+        return 0.0015
+    return base / (2 * (int(path[1]) + 1)) ** 0.5 if module in scaled else base

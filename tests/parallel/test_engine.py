@@ -1,0 +1,223 @@
+"""The engine's step against autograd and torch.optim on the whole batch at once."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.config import Init, ModelConfig
+from model.loss import linear_cross_entropy
+from model.transformer import Transformer
+from parallel.apply import parallelize, recomputed_blocks
+from parallel.config import ActivationCheckpointing, ParallelConfig
+from parallel.engine import Engine
+from parallel.mesh import Mesh
+from training.config import Dtype, OptimizerConfig, PrecisionConfig, Reduction
+from training.optimizer import AdamW
+from training.scaler import LossScaler
+from training.token_weights import token_weights
+
+CONFIG = ModelConfig(
+    name="test", vocab_size=64, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=64,
+    attention_bias=True, max_seq_len=64, init=Init.llama,
+)  # fmt: skip
+CPU = Mesh(device=torch.device("cpu"))
+
+
+@dataclass
+class Packed:
+    tokens_BT: Tensor
+    labels_BT: Tensor
+    positions_BT: Tensor
+    source_BT: Tensor
+    cu_seqlens: Tensor
+    max_seq_len: int
+
+
+def micro_batch(lengths: list[int], seed: int, *, ignored: int = 1, source: int = 0) -> Packed:
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(lengths)
+    tokens_BT = torch.randint(0, 64, (1, total), generator=generator)
+    labels_BT = torch.randint(0, 64, (1, total), generator=generator)
+    labels_BT[:, :ignored] = -100
+    positions_BT = torch.cat([torch.arange(n) for n in lengths])[None]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    return Packed(tokens_BT, labels_BT, positions_BT, torch.full((1, total), source), cu_seqlens, max(lengths))
+
+
+def build(
+    *,
+    parallel: ParallelConfig | None = None,
+    optimizer: OptimizerConfig | None = None,
+    compute: Dtype = Dtype.fp32,
+    reduction: Reduction = Reduction.global_token,
+    chunk_tokens: int = 16,
+) -> Engine:
+    optimizer = optimizer or OptimizerConfig(lr=1e-2)
+    with torch.device("meta"):
+        model = Transformer(CONFIG)
+    dtype = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}[compute]
+    parallelize(model, CPU, parallel or ParallelConfig(), dtype)
+    model.init_weights(seed=3)
+    return Engine(
+        model,
+        AdamW(model, optimizer),
+        CPU,
+        linear_loss=partial(linear_cross_entropy, chunk_tokens=chunk_tokens),
+        token_weights=partial(token_weights, reduction=reduction),
+        scaler=LossScaler(PrecisionConfig(compute=compute)),
+        max_grad_norm=optimizer.max_grad_norm,
+        n_sources=2,
+        bytes_per_token=torch.arange(64),
+    )
+
+
+def reference_losses(steps: list[list[Packed]], reduction: Reduction, max_norm: float) -> tuple[list, list, dict]:
+    """Plain autograd: logits, F.cross_entropy, clip_grad_norm_, torch.optim.AdamW."""
+    model = Transformer(CONFIG)
+    model.init_weights(seed=3)
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.01},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
+    losses, norms = [], []
+    for batches in steps:
+        per_batch = []
+        for b in batches:
+            logits = model(b.tokens_BT, positions_BT=b.positions_BT, cu_seqlens=b.cu_seqlens, max_seq_len=b.max_seq_len)
+            per_batch.append(F.cross_entropy(logits.flatten(0, 1), b.labels_BT.flatten(), reduction="none"))
+        counts = [int((b.labels_BT != -100).sum()) for b in batches]
+        if reduction is Reduction.global_token:
+            loss = torch.cat(per_batch).sum() / sum(counts)
+        else:
+            loss = torch.stack([nll.sum() / n for nll, n in zip(per_batch, counts, strict=True)]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses, norms, model.state_dict()
+
+
+@pytest.mark.parametrize("reduction", list(Reduction))
+def test_accumulated_packed_clipped_steps_equal_plain_autograd(reduction: Reduction) -> None:
+    steps = [[micro_batch([9, 7], 10 * s, ignored=5), micro_batch([16], 10 * s + 1), micro_batch([4, 4, 8], 10 * s + 2)] for s in range(6)]
+    engine = build(reduction=reduction, optimizer=OptimizerConfig(lr=1e-2, max_grad_norm=0.3))
+    results = [engine.train_step(batches, lr=1e-2, beta2=0.95) for batches in steps]
+    losses, norms, weights = reference_losses(steps, reduction, 0.3)
+    assert max(norms) > 0.3, "the clip must be at work"
+    assert [float(r.loss) for r in results] == pytest.approx(losses, rel=1e-5)
+    assert [r.grad_norm for r in results] == pytest.approx(norms, rel=1e-4)
+    for name, param in engine.model.named_parameters():
+        torch.testing.assert_close(param.detach(), weights[name], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("mode", list(ActivationCheckpointing))
+def test_activation_checkpointing_changes_nothing_but_memory(mode: ActivationCheckpointing) -> None:
+    plain, checkpointed = build(), build(parallel=ParallelConfig(activation_checkpointing=mode))
+    batches = [micro_batch([9, 7], 0), micro_batch([16], 1)]
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    for block in checkpointed.model.get_submodule("blocks").children():
+        block.get_submodule("mlp").register_forward_hook(count)
+    for _ in range(3):
+        one = plain.train_step(batches, lr=1e-2, beta2=0.95)
+        other = checkpointed.train_step(batches, lr=1e-2, beta2=0.95)
+        assert float(one.loss) == float(other.loss)
+    for a, b in zip(plain.model.parameters(), checkpointed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    recomputed = recomputed_blocks(3, ParallelConfig(activation_checkpointing=mode))
+    assert recomputed == {"none": 0, "full": 3, "fraction": 2}[mode.value]
+    assert calls == 3 * 2 * (3 + recomputed)
+
+
+def test_totals_are_kept_by_source_with_bytes() -> None:
+    engine = build()
+    batches = [micro_batch([8], 0, source=0, ignored=3), micro_batch([8], 1, source=1)]
+    totals = engine.evaluate(batches)
+    for source, batch in enumerate(batches):
+        labels = batch.labels_BT.flatten()
+        logits = engine.model(batch.tokens_BT).flatten(0, 1)
+        nll = F.cross_entropy(logits, labels, reduction="sum")
+        kept = labels[labels != -100]
+        correct = (logits.argmax(-1) == labels).sum()
+        expected = [float(nll), float(correct), len(kept), float(kept.sum())]
+        assert totals[source].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_the_layer_is_named() -> None:
+    engine = build()
+    batches = [micro_batch([8], 0)]
+    block = engine.model.get_submodule("blocks.1.mlp.w_up")
+    handle = block.register_forward_hook(lambda _m, _i, out: out * float("inf"))
+    before = {name: t.clone() for name, t in engine.optimizer.tensors().items()}  # type: ignore[attr-defined]
+    result = engine.train_step(batches, lr=1e-2, beta2=0.95)
+    assert not result.finite
+    for name, tensor in engine.optimizer.tensors().items():  # type: ignore[attr-defined]
+        assert torch.equal(tensor, before[name]), name
+    assert engine.first_bad_layer(batches) == "blocks.1.mlp.w_up (forward)"
+    handle.remove()
+    assert engine.train_step(batches, lr=1e-2, beta2=0.95).finite
+
+
+def test_a_bad_weight_is_named_first() -> None:
+    engine = build()
+    with torch.no_grad():
+        engine.model.get_parameter("blocks.2.attention.wq.weight")[0, 0] = float("nan")
+    assert engine.first_bad_layer([micro_batch([8], 0)]) == "blocks.2.attention.wq.weight (weight)"
+
+
+def test_a_step_without_targets_is_no_nan() -> None:
+    engine = build(optimizer=OptimizerConfig(weight_decay=0.0))
+    before = [p.detach().clone() for p in engine.model.parameters()]
+    result = engine.train_step([micro_batch([8], 0, ignored=8)], lr=1e-2, beta2=0.95)
+    assert (float(result.loss), result.grad_norm, result.finite, result.n_targets) == (0.0, 0.0, True, 0)
+    assert all(torch.equal(a, b) for a, b in zip(before, engine.model.parameters(), strict=True))
+
+
+def test_fp16_backs_off_until_its_gradients_are_finite() -> None:
+    engine = build(compute=Dtype.fp16)
+    engine.scaler.scale = 2.0**24
+    batches = [micro_batch([16], 0)]
+    finite = [engine.train_step(batches, lr=1e-3, beta2=0.95).finite for _ in range(30)]
+    assert not finite[0] and finite[-1]
+    assert engine.scaler.scale < 2.0**24
+
+
+@pytest.mark.parametrize("compute", [Dtype.bf16, Dtype.fp16])
+def test_low_precision_learns_as_fp32_does(compute: Dtype) -> None:
+    batches = [micro_batch([16, 16], 0), micro_batch([32], 1)]
+    losses = {}
+    for dtype in (Dtype.fp32, compute):
+        engine = build(compute=dtype)
+        losses[dtype] = [float(engine.train_step(batches, lr=3e-3, beta2=0.95).loss) for _ in range(15)]
+    assert losses[Dtype.fp32][-1] < losses[Dtype.fp32][0] - 1.0
+    assert losses[compute] == pytest.approx(losses[Dtype.fp32], rel=2e-2)
+
+
+@pytest.mark.gpu
+def test_bf16_on_cuda_learns_as_fp32_on_the_cpu_does() -> None:
+    batches = [micro_batch([16, 16], 0), micro_batch([32], 1)]
+    cpu = build()
+    expected = [float(cpu.train_step(batches, lr=3e-3, beta2=0.95).loss) for _ in range(15)]
+    with torch.device("meta"):
+        model = Transformer(CONFIG)
+    mesh = Mesh(device=torch.device("cuda", 0))
+    parallelize(model, mesh, ParallelConfig(), torch.bfloat16)
+    model.init_weights(seed=3)
+    engine = Engine(
+        model, AdamW(model, OptimizerConfig(lr=1e-2)), mesh,
+        linear_loss=partial(linear_cross_entropy, chunk_tokens=16),
+        token_weights=partial(token_weights, reduction=Reduction.global_token),
+        scaler=LossScaler(PrecisionConfig()), max_grad_norm=1.0, n_sources=2, bytes_per_token=None,
+    )  # fmt: skip
+    losses = [float(engine.train_step(batches, lr=3e-3, beta2=0.95).loss) for _ in range(15)]
+    assert losses == pytest.approx(expected, rel=2e-2)

@@ -1,0 +1,148 @@
+"""Every option composes; every wrong command line is told in sentences, all of them at once."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from conf.command import CONF, command_line_problems
+from conf.schema import ConfigError, TrainConfig, parse_ranges, register, to_config
+
+ROOT = Path(__file__).parent.parent
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name[0] != "_")
+OPTIONS = [(group, option.stem) for group in GROUPS for option in sorted((CONF / group).glob("*.yaml"))]
+
+register()
+
+
+def composed(*overrides: str, config_name: str = "train") -> TrainConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return to_config(compose(config_name, overrides=list(overrides)))
+
+
+def told(*argv: str, config_name: str = "train") -> list[str]:
+    return list(command_line_problems(list(argv), config_name))
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_of_every_group_composes(group: str, option: str) -> None:
+    extra = ["data.seq_len=256"] if group == "data" else []
+    assert composed(f"{group}={option}", *extra).name
+
+
+def test_the_groups_are_those_the_readme_names() -> None:
+    named = "model data parallel optimizer scheduler precision checkpoint logger launcher experiment"
+    assert sorted(named.split()) == GROUPS
+
+
+def test_model_and_data_name_the_run() -> None:
+    assert composed("model=7b", "data=pile_small").name == "7b_pile_small"
+
+
+def test_the_tutorial_experiment_has_the_tutorials_hyper_parameters() -> None:
+    config = composed("experiment=7b_pile_small")
+    model, data, optimizer, scheduler = config.model, config.data, config.optimizer, config.scheduler
+    assert (model.n_layers, model.d_model, model.n_heads, model.d_ff) == (32, 4096, 32, 11008)
+    assert (model.vocab_size, data.seq_len, data.pack_tokens, config.steps) == (103168, 2048, 4096, 50000)
+    assert (optimizer.lr, optimizer.lr * scheduler.min_lr_ratio) == (1e-4, pytest.approx(1e-5))
+    assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay, optimizer.max_grad_norm) == (0.9, 0.95, 0.01, 1.0)
+    assert (scheduler.shape.value, scheduler.warmup_ratio) == ("cosine", 0.01)
+    assert config.grad_accum_steps(dp_size=8) == 4
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentences"),
+    [
+        (["model=7bb"], ["model=7bb: there is no such option; did you mean '7b'?"]),
+        (["modle=7b"], ["modle is not a setting; did you mean 'model'?"]),
+        (
+            ["optimizer.lrr=1", "+model.n_layer=3", "steps=abc"],
+            [
+                "optimizer.lrr is not a setting; did you mean 'lr'?",
+                "model.n_layer is not a setting; did you mean 'n_layers'?",
+                "steps (abc): Value 'abc' of type 'str' could not be converted to Integer",
+            ],
+        ),
+        (["optimizer=null"], ["optimizer=null: this group needs an option; choose from adamw"]),
+        (["optimizer.lr=1e-4,1e-3"], ["optimizer.lr has several values; add -m to run one after another"]),
+        (["model.init=gpt"], ["model.init (gpt): Invalid value 'gpt', expected one of [internlm, internlm_v1, llama]"]),
+        (["optimizer.lr=nan"], ["optimizer.lr (nan) must be positive and finite"]),
+        (
+            ["model.n_heads=7", "data.seq_len=1024", "data.micro_batch_size=1"],
+            [
+                "model.d_model (256) must be divisible by model.n_heads (7)",
+                "model.n_heads (7) must be divisible by model.n_kv_heads (4)",
+                "data.seq_len (1024) must be at most model.max_seq_len (512); shorten the one or raise the other",
+            ],
+        ),
+        (
+            ["-m", "steps=10,0"],
+            ["steps (0) must be at least 1 (at steps=0)"],
+        ),
+        (
+            ["launcher=slurm", "optimizer.lr=1e-3,-1"],
+            ["optimizer.lr (-1.0) must be positive and finite (at launcher=slurm optimizer.lr=-1)"],
+        ),
+        (["skip_batches=3-1"], ['skip_batches (3-1) must look like "17,100-120"']),
+        (["name=../x"], ["name (../x) must be letters, digits and ._=,+- (and / between folders), because it names runs/<name>"]),
+        (["init_content=[weights]", "init_from=x"], ["init_content (weights) must be among model, optimizer, scheduler, sampler, all"]),
+        (
+            ["model.attention=flash_attn", "precision=fp32"],
+            ["model.attention (flash_attn) needs precision.compute bf16 or fp16, not fp32; model.attention=sdpa computes in fp32"],
+        ),
+        (
+            ["ramp.start_tokens=100"],
+            [
+                "ramp.every_steps (0) and ramp.increment_tokens (0) must be at least 1 when ramp.start_tokens is set",
+                "ramp.start_tokens (100) must be a positive multiple of a micro-batch (2048 tokens)",
+                "ramp.increment_tokens (0) must be a positive multiple of a micro-batch (2048 tokens)",
+            ],
+        ),
+        (["data.pack_len=300"], ["data.pack_len (300) must be a multiple of data.seq_len (256)"]),
+    ],
+)
+def test_a_wrong_command_line_is_told_in_full(argv: list[str], sentences: list[str]) -> None:
+    assert told(*argv) == sentences
+
+
+def test_preparing_asks_for_the_text_and_training_does_not() -> None:
+    assert told("data=local", config_name="prepare_data") == [
+        "data.input is not set; name a file, a folder or a glob, such as data.input='texts/*.jsonl.gz'"
+    ]
+    assert told("data=local", "data.seq_len=256") == []
+
+
+def test_generate_and_export_want_exactly_one_source() -> None:
+    assert told(config_name="export")[0].startswith("run and from_hf: set one of them")
+    assert [line.split(":")[0] for line in told(config_name="generate")] == ["run and hf", "prompt and prompts"]
+
+
+def test_a_section_error_names_every_key_and_value() -> None:
+    with pytest.raises(ConfigError, match=r"global_batch_tokens \(1000\) must be a positive multiple"):
+        composed("global_batch_tokens=1000")
+
+
+def test_the_ramp_grows_by_its_increment_and_stops_at_the_full_batch() -> None:
+    config = composed("ramp.start_tokens=4096", "ramp.increment_tokens=4096", "ramp.every_steps=10")
+    sizes = [config.packs_of_step(step) * config.data.pack_tokens for step in (0, 9, 10, 29, 30, 500)]
+    assert sizes == [4096, 4096, 8192, 12288, 16384, 16384]
+
+
+def test_skip_batches_are_ranges_with_both_ends() -> None:
+    assert parse_ranges("1-3, 9") == [range(1, 4), range(9, 10)]
+    assert parse_ranges("") == []
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--cfg", "job"], ["steps=-1"], ["modle=7b"], ["model=8b"]])
+def test_the_command_answers_at_once_without_torch(argv: list[str]) -> None:
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "train.py", *argv], cwd=ROOT, capture_output=True, text=True
+    )
+    seconds = time.perf_counter() - start
+    assert done.returncode == (0 if argv[0].startswith("--") else 2)
+    assert " torch\n" not in done.stderr, f"torch was imported to say no, after {seconds:.1f} s"
+    assert "Traceback" not in done.stderr

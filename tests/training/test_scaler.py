@@ -1,0 +1,65 @@
+"""The loss scaler against InternLM's settings and torch's own scaler."""
+
+import pytest
+import torch
+
+from training.config import Dtype, PrecisionConfig
+from training.scaler import LossScaler
+
+
+def scales(scaler: LossScaler, steps: list[bool]) -> list[float]:
+    result = []
+    for finite in steps:
+        scaler.update(finite=finite)
+        result.append(scaler.scale)
+    return result
+
+
+def fp16(**settings: float) -> LossScaler:
+    return LossScaler(PrecisionConfig(compute=Dtype.fp16, **settings))  # type: ignore[arg-type]
+
+
+def test_two_overflows_are_forgiven_and_each_further_one_halves() -> None:
+    assert scales(fp16(), [False] * 4) == [65536, 65536, 32768, 16384]
+
+
+def test_a_thousand_finite_steps_double_and_forgive_again() -> None:
+    scaler = fp16()
+    assert scales(scaler, [False, False] + [True] * 999)[-1] == 65536
+    assert scales(scaler, [True]) == [131072]
+    assert scales(scaler, [False] * 3) == [131072, 131072, 65536]
+
+
+def test_an_overflow_starts_the_count_again() -> None:
+    assert scales(fp16(growth_interval=3), [True, True, False, True, True, True]) == [65536.0] * 5 + [131072.0]
+
+
+def test_the_scale_stays_in_its_bounds() -> None:
+    assert scales(fp16(initial_scale=2, hysteresis=1, min_scale=1), [False] * 5)[-1] == 1
+    assert scales(fp16(initial_scale=2.0**23, growth_interval=1), [True] * 5)[-1] == 2.0**24
+
+
+def test_without_hysteresis_it_is_torchs_scaler() -> None:
+    ours = fp16(growth_interval=2, initial_scale=1024)
+    ours.overflows = ours.config.hysteresis  # all forgiveness used
+    theirs, tracker = torch.tensor([1024.0]), torch.zeros(1, dtype=torch.int32)
+    for finite in [True, True, False, False, True, False, True]:
+        torch._amp_update_scale_(theirs, tracker, torch.tensor([float(not finite)]), 2.0, 0.5, 2)
+        ours.update(finite=finite)
+        if finite:
+            ours.overflows = ours.config.hysteresis
+        assert ours.scale == float(theirs)
+
+
+@pytest.mark.parametrize("dtype", [Dtype.bf16, Dtype.fp32])
+def test_other_dtypes_are_not_scaled(dtype: Dtype) -> None:
+    assert scales(LossScaler(PrecisionConfig(compute=dtype)), [False] * 5 + [True] * 2000)[-1] == 1.0
+
+
+def test_its_state_survives_a_restart() -> None:
+    first = fp16(growth_interval=3)
+    scales(first, [False, False, False, True, True])
+    second = fp16(growth_interval=3)
+    second.load_state_dict(first.state_dict())
+    steps = [True, False, True, True, True]
+    assert scales(first, steps) == scales(second, steps)

@@ -1,0 +1,72 @@
+"""Schedules against the published values and closed forms."""
+
+import math
+
+import pytest
+import torch
+
+from training.config import OptimizerConfig, SchedulerConfig, Shape
+from training.schedule import learning_rate, second_beta
+
+
+def rate(update: int, steps: int = 50000, lr: float = 1e-4, **config: object) -> float:
+    return learning_rate(update, steps=steps, lr=lr, config=SchedulerConfig(**config))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("update", "expected"),
+    [(0, 2e-7), (1, 4e-7), (249, 5e-5), (499, 1e-4), (500, 1e-4), (501, 9.999999990937e-5), (25250, 5.5e-5), (50000, 1e-5)],
+)
+def test_the_cosine_has_internlms_values(update: int, expected: float) -> None:
+    assert rate(update) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_cosine_equals_torchs_after_the_warm_up() -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1e-4)
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=90, eta_min=1e-5)
+    for update in range(10, 100):
+        assert rate(update, steps=100, warmup_ratio=0.1) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        reference.step()
+
+
+def test_the_rate_stays_at_its_lowest_past_the_end() -> None:
+    assert rate(60000) == pytest.approx(1e-5)
+
+
+def test_no_warm_up_starts_at_the_peak_after_the_initial_steps() -> None:
+    assert [rate(u, steps=100, warmup_ratio=0.0, init_steps=3) for u in range(4)] == [0, 0, 0, 1e-4]
+
+
+def test_the_warm_up_comes_after_the_initial_steps() -> None:
+    rates = [rate(u, steps=100, warmup_ratio=0.04, init_steps=2) for u in range(7)]
+    assert rates[:6] == pytest.approx([0, 0, 2.5e-5, 5e-5, 7.5e-5, 1e-4])
+    assert rates[6] == pytest.approx(1e-4)
+
+
+def test_wsd_is_flat_and_then_falls_in_a_straight_line() -> None:
+    rates = [rate(u, steps=100, shape=Shape.wsd, warmup_ratio=0.1, decay_ratio=0.2) for u in range(101)]
+    assert rates[10:81] == pytest.approx([1e-4] * 71)
+    assert rates[90] == pytest.approx((1e-4 + 1e-5) / 2)
+    assert rates[100] == pytest.approx(1e-5)
+
+
+def test_constant_holds_after_the_warm_up() -> None:
+    assert {rate(u, steps=100, shape=Shape.constant) for u in (1, 50, 100, 1000)} == {1e-4}
+
+
+def test_a_sweep_over_the_rate_scales_the_whole_schedule() -> None:
+    for update in (0, 30, 60, 99):
+        assert rate(update, steps=100, lr=3e-4) == pytest.approx(3 * rate(update, steps=100, lr=1e-4))
+
+
+def test_beta2_has_internlms_values() -> None:
+    config = OptimizerConfig(beta2=0.95, beta2_c=0.8)
+    values = [second_beta(i, config) for i in (0, 42, 43, 1000)]
+    assert values == pytest.approx([0.95, 0.95, 0.95066, 0.99602], abs=5e-6)
+    assert second_beta(43, config) == 1 - math.pow(43, -0.8)
+
+
+def test_beta2_is_constant_by_default() -> None:
+    assert {second_beta(i, OptimizerConfig()) for i in (0, 10, 10**6)} == {0.95}
