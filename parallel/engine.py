@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -107,19 +108,20 @@ class Engine:
         """Run a step's passes again, without an update, and name the first module whose numbers are not finite."""
         bad: list[str] = []
 
-        def watch(name: str, kind: str) -> Callable[..., None]:
-            def hook(_module: nn.Module, _inputs: object, output: object) -> None:
-                tensors = output if isinstance(output, tuple) else (output,)
-                for tensor in tensors:
-                    if isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():
-                        bad.append(f"{name} ({kind})")
-                        return
+        def note(name: str, kind: str, tensor: Tensor) -> None:
+            if not torch.isfinite(tensor).all():
+                bad.append(f"{name} ({kind})")
+
+        def watch(name: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+                note(name, "forward", output)
+                if output.requires_grad:
+                    output.register_hook(partial(note, name, "backward"))
 
             return hook
 
         leaves = [(name, m) for name, m in self.model.named_modules() if name and not list(m.children())]
-        hooks = [module.register_forward_hook(watch(name, "forward")) for name, module in leaves]
-        hooks += [module.register_full_backward_hook(watch(name, "backward")) for name, module in leaves]
+        hooks = [module.register_forward_hook(watch(name)) for name, module in leaves]
         try:
             for name, param in self.model.named_parameters():
                 if not torch.isfinite(param).all():
