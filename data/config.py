@@ -45,6 +45,7 @@ class DataConfig:
     dataset_split: str = "train"
     text_key: str = "text"  # dotted key of a record's text
     source_key: str | None = None  # dotted key of a record's source (null: one source per sub-folder)
+    text_lines: bool = False  # .txt: every non-blank line is a document, as InternLM reads it
     raw_json: bool = False  # encode the whole line of a .jsonl, JSON syntax included, as InternLM did
     valid_fraction: float = 0.01
     valid_seed: int = 42

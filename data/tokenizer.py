@@ -1,0 +1,216 @@
+"""Text to token ids and back, by SentencePiece or by Hugging Face tokenizers."""
+
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import sentencepiece
+import xxhash
+
+from data.config import DataError
+
+SPACE = "\u2581"  # how SentencePiece writes a space
+PIECE_CHARS = 1 << 20
+END_OF_TEXT = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>")
+BEGIN_OF_TEXT = ("<s>", "<|begin_of_text|>", "<bos>")
+
+
+class Tokenizer(Protocol):
+    """What both kinds offer. `encode` adds neither bos nor eos; an id the vocabulary lacks is None."""
+
+    path: Path
+    fingerprint: str  # of the model file
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: list[int]) -> str: ...
+    def token_bytes(self) -> np.ndarray:
+        """Give the UTF-8 bytes each id stands for, int32 (V,); 0 for control tokens."""
+        ...
+
+
+class SentencePieceTokenizer:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.fingerprint = xxhash.xxh3_128_hexdigest(path.read_bytes())
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"{path} is not a SentencePiece model: {error}") from None
+        self.vocab_size = self.model.vocab_size()
+        self.bos_id = self.model.bos_id() if self.model.bos_id() >= 0 else None
+        self.eos_id = self.model.eos_id() if self.model.eos_id() >= 0 else None
+
+    def encode(self, text: str) -> list[int]:
+        return self.model.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode(ids)
+
+    def token_bytes(self) -> np.ndarray:
+        model = self.model
+        lengths = np.zeros(self.vocab_size, dtype=np.int32)
+        for token in range(self.vocab_size):
+            if model.is_byte(token):
+                lengths[token] = 1
+            elif not (model.is_control(token) or model.is_unknown(token) or model.is_unused(token)):
+                lengths[token] = len(model.id_to_piece(token).replace(SPACE, " ").encode())
+        return lengths
+
+
+class HuggingFaceTokenizer:
+    def __init__(self, path: Path) -> None:
+        import tokenizers
+
+        self.path = path
+        self.fingerprint = xxhash.xxh3_128_hexdigest(path.read_bytes())
+        try:
+            self.model = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise DataError(f"{path} is not a tokenizer.json: {error}") from None
+        self.vocab_size = self.model.get_vocab_size()
+        settings = path.with_name("tokenizer_config.json")
+        named = json.loads(settings.read_text()) if settings.exists() else {}
+        self.bos_id = self._special(named.get("bos_token"), BEGIN_OF_TEXT)
+        self.eos_id = self._special(named.get("eos_token"), END_OF_TEXT)
+
+    def _special(self, named: Any, usual: tuple[str, ...]) -> int | None:
+        if isinstance(named, dict):
+            named = named.get("content")
+        ids = (self.model.token_to_id(token) for token in ((named,) if named else usual))
+        return next((token for token in ids if token is not None), None)
+
+    def encode(self, text: str) -> list[int]:
+        return self.model.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode(ids, skip_special_tokens=True)
+
+    def token_bytes(self) -> np.ndarray:
+        special = {i for i, token in self.model.get_added_tokens_decoder().items() if token.special}
+        byte_level = "ByteLevel" in str(json.loads(self.path.read_text()).get("decoder"))
+        lengths = np.zeros(self.vocab_size, dtype=np.int32)
+        for piece, token in self.model.get_vocab().items():
+            if token in special or token >= self.vocab_size:
+                continue
+            if byte_level:
+                lengths[token] = len(piece)  # one character stands for one byte
+            elif len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+                lengths[token] = 1
+            else:
+                lengths[token] = len(piece.replace(SPACE, " ").encode())
+        return lengths
+
+
+def load_tokenizer(name: str | Path) -> Tokenizer:
+    """Open a SentencePiece `.model`, a `tokenizer.json`, a folder that holds one, or a Hugging Face name."""
+    path = Path(name)
+    if path.is_dir():
+        for file in ("tokenizer.model", "tokenizer.json"):
+            if (path / file).exists():
+                return load_tokenizer(path / file)
+        raise DataError(f"{path} holds no tokenizer: neither tokenizer.model nor tokenizer.json is there")
+    if path.is_file():
+        return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+    if path.suffix in (".model", ".json") or len(path.parts) > 2:
+        raise DataError(f"tokenizer.model ({name}) does not exist")
+    return _from_hub(str(name))
+
+
+def _from_hub(name: str) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"tokenizer.model ({name}) is neither a file nor a tokenizer on the hub: {reason}") from None
+    folder = Path(tempfile.mkdtemp(prefix="tokenizer-"))
+    tokenizer.save_pretrained(folder)
+    return load_tokenizer(folder)
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Copy a tokenizer's files, so that `load_tokenizer(folder)` gives it back."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "tokenizer.json" if tokenizer.path.suffix == ".json" else "tokenizer.model"
+    shutil.copyfile(tokenizer.path, folder / name)
+    settings = tokenizer.path.with_name("tokenizer_config.json")
+    if name == "tokenizer.json" and settings.exists():
+        shutil.copyfile(settings, folder / settings.name)
+
+
+def train_tokenizer(texts: Iterator[str], path: Path, *, vocab_size: int, threads: int) -> Tokenizer:
+    """Train a SentencePiece BPE tokenizer that gives back every text it is given, and write it to `path`.
+
+    Identity normaliser, byte fallback, no dummy prefix, no whitespace removed, digits apart. Lines
+    are its sentences, so no piece holds a newline: a newline is its byte.
+    """
+    lines = (line for text in texts for line in text.split("\n") if line)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            num_threads=threads,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            byte_fallback=True,
+            split_digits=True,
+            character_coverage=0.9995,
+            max_sentence_length=1 << 16,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise DataError(f"no tokenizer of {vocab_size} pieces can be trained on this text: {error}") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(model.getvalue())
+    return SentencePieceTokenizer(path)
+
+
+def encode_document(tokenizer: Tokenizer, text: str, *, add_bos: bool, add_eos: bool) -> np.ndarray:
+    """Give a document's ids, uint32, in memory of a few times its text whatever its length.
+
+    A long text is cut before a space or after a newline, where no piece of a byte-pair vocabulary
+    reaches across, so the ids are those of the whole.
+    """
+    parts = [np.array(tokenizer.encode(part), dtype=np.uint32) for part in cut(text, PIECE_CHARS)]
+    if add_bos and tokenizer.bos_id is not None:
+        parts.insert(0, np.array([tokenizer.bos_id], dtype=np.uint32))
+    if add_eos and tokenizer.eos_id is not None:
+        parts.append(np.array([tokenizer.eos_id], dtype=np.uint32))
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint32)
+
+
+def cut(text: str, limit: int) -> Iterator[str]:
+    """Yield a text in pieces of about `limit` characters, cut after a newline or before a space."""
+    start = 0
+    while len(text) - start > limit:
+        end = text.rfind("\n", start + limit // 2, start + limit) + 1
+        while end and text[end] in " \n" and end > start + limit // 2:
+            end = text.rfind("\n", start + limit // 2, end - 1) + 1  # indentation stays with its line
+        if not end:
+            end = start + limit
+            while end > start + limit // 2 and not (text[end] == " " and text[end - 1] != " "):
+                end -= 1
+            if end == start + limit // 2:
+                end = start + limit
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]

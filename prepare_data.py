@@ -1,0 +1,86 @@
+"""Turn text into a corpus of tokens: python prepare_data.py data=pile_small; see README.md."""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from omegaconf import DictConfig
+
+from conf.command import run
+from conf.schema import PrepareConfig, to_config
+
+if TYPE_CHECKING:
+    from data.read import BadRecords
+
+SAMPLE_CHARS = 400
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="prepare_data")
+def main(cfg: DictConfig) -> None:
+    config: PrepareConfig = to_config(cfg)
+    from data.corpus import read_about
+    from data.prepare import existing, sample_texts
+
+    path = Path(config.data.path)
+    if existing(config.data, config.tokenizer):
+        print(f"{path} was prepared before with the same settings; it is used as it is")
+    else:
+        write(config)
+    print_table(read_about(path))
+    for source, text in sample_texts(config.data, 3):
+        shown = text if len(text) <= SAMPLE_CHARS else text[:SAMPLE_CHARS] + " ..."
+        print(f"\n--- a document of {source}, decoded again\n{shown.rstrip()}")
+    print(f"\nnext: python train.py data={config.data.name}")
+
+
+def write(config: PrepareConfig) -> None:
+    """Prepare the corpus, with a progress bar."""
+    import os
+
+    from tqdm import tqdm
+
+    from data.prepare import Counts, prepare
+
+    workers = config.workers or len(os.sched_getaffinity(0))
+    trains = config.tokenizer.model is None
+    if trains:
+        print(f"training a tokenizer of {config.tokenizer.vocab_size} pieces", flush=True)
+    start = 0.0
+    with tqdm(unit=" documents", mininterval=0.5, file=sys.stderr) as bar:
+
+        def on_progress(counts: Counts) -> None:
+            nonlocal start
+            start = start or time.perf_counter()
+            seconds = max(time.perf_counter() - start, 1e-9)
+            bar.set_postfix_str(
+                f"{counts.tokens / 1e6:.2f}M tokens, {counts.text_bytes / 1e6 / seconds:.2f} MB/s", refresh=False
+            )
+            bar.update(counts.documents - bar.n)
+
+        _, bad = prepare(config.data, config.tokenizer, workers=workers, on_progress=on_progress)
+    report(bad)
+
+
+def report(bad: "BadRecords") -> None:
+    if bad.empty:
+        print(f"{bad.empty} records without text were left out")
+    if bad.count:
+        print(f"{bad.count} bad records were left out, among them:")
+        for place in bad.places:
+            print(f"  {place}")
+
+
+def print_table(about: dict[str, Any]) -> None:
+    """Print documents, tokens and bytes a token, by split and source."""
+    print(f"\n{'split':6} {'source':24} {'documents':>12} {'tokens':>14} {'bytes/token':>12}")
+    for split, sources in about["splits"].items():
+        total = {key: sum(s[key] for s in sources.values()) for key in ("documents", "tokens", "text_bytes")}
+        for name, counts in [*sources.items(), ("(all)", total)]:
+            ratio = counts["text_bytes"] / max(1, counts["tokens"])
+            print(f"{split:6} {name:24} {counts['documents']:12,} {counts['tokens']:14,} {ratio:12.2f}")
+
+
+if __name__ == "__main__":
+    run(main, "prepare_data")

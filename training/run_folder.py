@@ -1,0 +1,110 @@
+"""The folder of a run: one process at a time, one configuration, and a file that can ask it to stop."""
+
+import fcntl
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from training.config import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+# What may change when a run is resumed: nothing that decides what is learnt
+FREE_KEYS = (
+    "name", "logger", "checkpoint", "parallel", "valid_every", "valid_tokens", "init_from", "init_content",
+    "data.workers", "data.name", "data.path", "data.source", "data.input", "data.dataset", "data.dataset_config",
+    "data.dataset_split", "data.text_key", "data.source_key", "data.text_lines", "data.raw_json",
+    "data.valid_fraction", "data.valid_seed", "data.max_documents", "data.on_bad_record", "model.name",
+)  # fmt: skip
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold a run folder for this process; raises `CheckpointError` if another one has it."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / ".lock"
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise CheckpointError(f"{run_dir} is in use by {owner}; wait for it, or pass another name=") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield (dotted key, old value, new value) wherever two configurations differ."""
+    for key in sorted({*old, *new}):
+        before, now, dotted = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(before, dict) and isinstance(now, dict):
+            yield from changed_keys(before, now, f"{dotted}.")
+        elif before != now:
+            yield dotted, before, now
+
+
+def refuse_changes(old: dict[str, Any], new: dict[str, Any], accepted: list[str], run_dir: Path) -> None:
+    """Refuse to go on with a run under another configuration than it began with."""
+
+    def free(key: str) -> bool:
+        return any(key == allowed or key.startswith(f"{allowed}.") for allowed in (*FREE_KEYS, *accepted))
+
+    changed = [(key, before, now) for key, before, now in changed_keys(old, new) if not free(key)]
+    if changed:
+        told = ", ".join(f"{key} ({before}, now {now})" for key, before, now in changed)
+        keys = ",".join(key for key, _, _ in changed)
+        raise CheckpointError(
+            f"{run_dir} was begun with another configuration: {told}; pass another name= for a new run, or "
+            f"checkpoint.accept_changes=[{keys}] to go on all the same"
+        )
+
+
+class StopFile:
+    """A file holding N: save at step N and stop; -N: save at step N and go on (InternLM's `stop_file_path`)."""
+
+    def __init__(self, path: str | None) -> None:
+        self.path = Path(path) if path else None
+        self.told = ""
+
+    def read(self, step: int) -> tuple[bool, bool]:
+        """Say whether to save at `step`, and whether to stop there."""
+        if self.path is None or not self.path.exists():
+            return False, False
+        text = self.path.read_text().strip()
+        try:
+            asked = int(text)
+        except ValueError:
+            if text != self.told:
+                logger.warning("%s holds %r, which is no step; it is not followed", self.path, text)
+                self.told = text
+            return False, False
+        return abs(asked) == step, 0 < asked <= step
+
+
+def truncate_metrics(path: Path, step: int, *, validated: bool) -> None:
+    """Drop the records after `step`, and a half-written last one, of a run that goes on from there.
+
+    The validation of `step` itself is dropped too unless it was done before the checkpoint.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        again = record["step"] == step and "valid/loss" in record and not validated
+        if record["step"] <= step and not again:
+            kept.append(line + "\n")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)

@@ -1,0 +1,92 @@
+"""Where records go: metrics.jsonl always, TensorBoard and Weights & Biases when asked."""
+
+import json
+import logging
+import math
+import netrc
+import os
+from pathlib import Path
+from typing import Any
+
+from training.config import LoggerConfig
+from training.plot import plot_loss
+
+logger = logging.getLogger(__name__)
+
+
+class Sinks:
+    """All the places a run's records go, opened and closed together.
+
+    A failing display never stops a run that has a metrics.jsonl: it is told once and left.
+    """
+
+    def __init__(self, run_dir: Path, config: LoggerConfig, *, run_config: dict[str, Any], step: int) -> None:
+        self.run_dir, self.config, self.run_config, self.step = run_dir, config, run_config, step
+
+    def __enter__(self) -> "Sinks":
+        self.metrics = (self.run_dir / "metrics.jsonl").open("a", buffering=1)
+        self.tensorboard = self._tensorboard() if self.config.tensorboard else None
+        self.wandb = self._wandb() if self.config.wandb else None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.metrics.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write a record with its `step`; a number that is not finite is written as null."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.metrics.write(json.dumps(clean) + "\n")
+        shown = {k: v for k, v in clean.items() if k != "step" and v is not None}
+        if self.tensorboard is not None:
+            try:
+                for key, value in shown.items():
+                    self.tensorboard.add_scalar(key, value, record["step"])
+            except OSError as error:
+                logger.warning("TensorBoard is left: %s", error)
+                self.tensorboard = None
+        if self.wandb is not None:
+            self.wandb.log(shown, step=record["step"])
+
+    def plot(self) -> None:
+        """Draw loss.png from everything in metrics.jsonl."""
+        plot_loss(self.run_dir / "metrics.jsonl", self.run_dir / "loss.png")
+        if self.tensorboard is not None:
+            self.tensorboard.flush()
+
+    def _tensorboard(self) -> Any:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        # Events past the checkpoint, of a run that was cut off, are hidden.
+        return SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.step + 1 if self.step else None)
+
+    def _wandb(self) -> Any:
+        import wandb
+
+        id_file = self.run_dir / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(wandb.util.generate_id())
+        if not _has_wandb_key():
+            os.environ.setdefault("WANDB_MODE", "offline")
+        mode = os.environ.get("WANDB_MODE")
+        logger.info("wandb: %s", "offline, no key was found" if mode == "offline" else mode or "online")
+        return wandb.init(
+            project=self.config.wandb_project,
+            name=self.run_config["name"],
+            id=id_file.read_text().strip(),
+            resume="allow",
+            dir=str(self.run_dir),
+            config=self.run_config,
+        )
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False
