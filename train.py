@@ -1,8 +1,14 @@
-"""Train a model: python train.py model=7b data=pile_small; see README.md for every group.
+"""Train a model: python train.py model=7b data=pile_small; README.md lists every group.
 
 Nothing here imports torch before the configuration is known to be right.
 """
 
+import logging
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,19 +20,240 @@ from conf.command import run
 from conf.schema import TrainConfig, parse_ranges, to_config
 
 if TYPE_CHECKING:
+    from data.corpus import Corpus
+    from parallel.engine import Engine
     from parallel.mesh import Mesh
+    from training.progress import Progress
+    from training.report import Report
+    from training.stop import StopRequest
+
+logger = logging.getLogger(__name__)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
-    config = to_config(cfg)
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
-    plain: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    config: TrainConfig = to_config(cfg)
+    run_config: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
 
     from parallel.mesh import distributed
+    from training.logs import log_to
+    from training.run_folder import locked
+    from training.stop import StopRequest
 
-    with distributed(config.parallel) as mesh:
-        return train(config, plain, mesh, run_dir)
+    with distributed(config.parallel) as mesh, locked(run_dir), log_to(run_dir), StopRequest() as stop:
+        valid_loss = train(config, run_config, mesh, run_dir, stop)
+    if stop:
+        sys.exit(stop.exit_code)
+    return valid_loss
+
+
+def train(
+    config: TrainConfig, run_config: dict[str, Any], mesh: "Mesh", run_dir: Path, stop: "StopRequest"
+) -> float | None:
+    """Run the steps that are left of a run and give its validation loss."""
+    import torch
+
+    from data.corpus import open_corpus
+    from model.transformer import Transformer
+    from parallel.apply import parallelize
+    from training.checkpoint import Checkpoints
+    from training.optimizer import AdamW
+    from training.progress import Progress
+    from training.report import Report
+    from training.resume import Kept, resume_or_start
+    from training.run_folder import truncate_metrics
+    from training.scaler import LossScaler
+    from training.sinks import Sinks
+
+    # Data: checked first, because it is wrong most often and opened in no time.
+    corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
+
+    # Model: whole on the meta device, given its dtype and place, then filled in.
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+    parallelize(model, mesh, config.parallel, dtypes[config.precision.compute.value])
+    model.init_weights(config.seed)
+
+    optimizer, scaler, progress = AdamW(model, config.optimizer), LossScaler(config.precision), Progress()
+    kept = Kept(optimizer, scaler, progress)
+    checkpoints = Checkpoints(run_dir, keep=config.checkpoint.keep)
+    resume_or_start(
+        kept,
+        checkpoints,
+        config.checkpoint,
+        run_config=run_config,
+        fingerprint=corpus.fingerprint,
+        read_hf=read_hf_weights,
+    )
+    engine = build_engine(config, mesh, model, optimizer, scaler, corpus)
+    keep_inputs(config, run_config, run_dir, corpus)
+    describe(config, mesh, corpus, progress, run_dir)
+    validated = progress.validated_step == progress.step
+    truncate_metrics(run_dir / "metrics.jsonl", progress.step, validated=validated)
+
+    def save() -> None:
+        about = {"fingerprint": corpus.fingerprint, "sources": corpus.sources}
+        about |= {"add_bos": corpus.add_bos, "add_eos": corpus.add_eos}
+        state = {"config": run_config, "data": about, **kept.state()}
+        logger.info("saved %s", checkpoints.save(progress.step, kept.tensors(), state))
+
+    with Sinks(run_dir, config.logger, run_config=run_config, step=progress.step) as sinks:
+        report = Report(sinks, clock(config, mesh), sources=corpus.sources, steps=config.steps)
+        loop(config, engine, corpus, progress, report, stop, save)
+    return progress.valid_loss
+
+
+def read_hf_weights(folder: Path) -> dict[str, Any]:
+    """Read the weights of a Hugging Face folder, by our names."""
+    from model.hf import read_hf
+
+    return read_hf(folder)[1]
+
+
+def loop(
+    config: TrainConfig,
+    engine: "Engine",
+    corpus: "Corpus",
+    progress: "Progress",
+    report: "Report",
+    stop: "StopRequest",
+    save: Callable[[], None],
+) -> None:
+    """Take batches and steps until the run is over or asked to stop; what is due comes after each step."""
+    from data.loader import train_batches
+    from training.progress import check_bad_steps
+    from training.run_folder import StopFile
+    from training.schedule import learning_rate, second_beta
+
+    left_out = parse_ranges(config.skip_batches)
+    stop_file = StopFile(config.checkpoint.stop_file)
+    batches_of_steps = train_batches(
+        corpus,
+        config.data,
+        packs_of_step=config.packs_of_step,
+        first_step=progress.step,
+        first_sample=progress.samples,
+        pin_memory=engine.mesh.device.type == "cuda",
+    )
+    validate_if_due(config, engine, corpus, progress, report, stop)  # if a stop cut it short
+    while progress.step < config.steps and not stop:
+        report.throughput.begin()
+        batches = next(batches_of_steps)
+        report.throughput.data_ready()
+        skip = any(progress.step in part for part in left_out)
+        progress.take(samples=config.packs_of_step(progress.step), tokens=sum(b.tokens_BT.numel() for b in batches))
+        if skip:
+            progress.skipped_steps += 1
+            logger.info("step %d/%d  left out, as skip_batches asks", progress.step, config.steps)
+        else:
+            lr = learning_rate(progress.updates, steps=config.steps, lr=config.optimizer.lr, config=config.scheduler)
+            beta2, scale = second_beta(progress.updates, config.optimizer), engine.scaler.scale
+            result = engine.train_step(batches, lr=lr, beta2=beta2)
+            progress.count(finite=result.finite)
+            report.throughput.end(result.n_tokens)
+            if not result.finite:
+                check_bad_steps(progress, config.optimizer.max_bad_steps, partial(engine.first_bad_layer, batches))
+            if progress.step % config.logger.every == 0 or progress.step == config.steps:
+                report.step(progress, result, lr=lr, beta2=beta2, loss_scale=scale)
+        validate_if_due(config, engine, corpus, progress, report, stop)
+        save_here, stop_here = stop_file.read(progress.step)
+        every = config.checkpoint.every
+        if save_here or stop or progress.step == config.steps or (every and progress.step % every == 0):
+            save()
+        if stop_here:
+            logger.info("stopped at step %d, as %s asks", progress.step, config.checkpoint.stop_file)
+            break
+    report.sinks.plot()
+
+
+def validate_if_due(
+    config: TrainConfig,
+    engine: "Engine",
+    corpus: "Corpus",
+    progress: "Progress",
+    report: "Report",
+    stop: "StopRequest",
+) -> None:
+    """Score the validation split at the end and every `valid_every` steps; a stop cuts it short, to be done again."""
+    from data.loader import valid_batches
+
+    step, every = progress.step, config.valid_every
+    due = step == config.steps or bool(step and every and step % every == 0)
+    if due and progress.validated_step != step and corpus.valid.n_packs:
+        batches = valid_batches(corpus, config.data, max_tokens=config.valid_tokens)
+        totals_S4 = engine.evaluate(takewhile(lambda _: not stop, batches))
+        if not stop:
+            report.validation(progress, totals_S4)
+
+
+def build_engine(config: TrainConfig, mesh: "Mesh", model: Any, optimizer: Any, scaler: Any, corpus: "Corpus") -> "Engine":
+    """Join the model's loss, the way tokens are averaged, and the update into an engine."""
+    import torch
+
+    from model.loss import linear_cross_entropy
+    from parallel.engine import Engine
+    from training.token_weights import token_weights
+
+    loss, lengths = config.loss, corpus.bytes_per_token
+    return Engine(
+        model,
+        optimizer,
+        mesh,
+        linear_loss=partial(
+            linear_cross_entropy, chunk_tokens=loss.chunk_tokens, label_smoothing=loss.label_smoothing
+        ),
+        token_weights=partial(token_weights, reduction=loss.reduction),
+        scaler=scaler,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        n_sources=len(corpus.sources),
+        bytes_per_token=None if lengths is None else torch.from_numpy(lengths),
+    )
+
+
+def clock(config: TrainConfig, mesh: "Mesh") -> Any:
+    """Give the run's throughput meter: FLOPs of a token by both counts, and the device's peak."""
+    from training.metrics import Throughput, peak_tflops
+
+    recompute = config.parallel.activation_checkpointing.value != "none"
+    return Throughput(
+        world_size=mesh.world_size,
+        internlm_flops=config.model.internlm_flops_per_token(config.data.seq_len, recompute=recompute),
+        causal_flops=config.model.flops_per_token(config.data.seq_len),
+        peak=config.logger.peak_tflops or peak_tflops(mesh.device),
+    )
+
+
+def keep_inputs(config: TrainConfig, run_config: dict[str, Any], run_dir: Path, corpus: "Corpus") -> None:
+    """Put the configuration and the tokenizer into the run folder, for whoever reads its checkpoints."""
+    from data.tokenizer import save_tokenizer
+
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(run_config))
+    if corpus.tokenizer is not None:
+        save_tokenizer(corpus.tokenizer, run_dir / "tokenizer")
+
+
+def describe(config: TrainConfig, mesh: "Mesh", corpus: "Corpus", progress: "Progress", run_dir: Path) -> None:
+    """Say what is about to be trained, on what, and from where."""
+    import torch
+
+    model, data = config.model, config.data
+    device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    train_tokens = corpus.train.n_packs * data.pack_tokens
+    wanted = config.steps * config.global_batch_tokens
+    for line in (
+        f"run        {run_dir}",
+        f"model      {model.name}: {model.n_params:,} parameters, {model.n_layers} layers x {model.d_model}, vocabulary {model.vocab_size:,}",
+        f"           {model.flops_per_token(data.seq_len) / 1e9:.4g} GFLOP a token (causal), "
+        f"{model.internlm_flops_per_token(data.seq_len) / 1e9:.4g} by InternLM's formula",
+        f"data       {data.name}: {train_tokens:,} training tokens in packs of {data.pack_tokens}, sources {', '.join(corpus.sources)}",
+        f"batch      {config.global_batch_tokens:,} tokens = {config.grad_accum_steps(mesh.dp_size)} micro-batches of "
+        f"{config.micro_batch_tokens:,}; {config.steps:,} steps, {wanted / train_tokens:.2f} epochs",
+        f"device     {device}, {config.precision.compute.value}, attention {model.attention.value}",
+        f"start      step {progress.step}",
+    ):
+        logger.info("%s", line)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ class StepResult:
     loss: Tensor  # scalar on the device, as the step minimised it
     grad_norm: float  # over all parameters, before clipping
     finite: bool  # False: nothing was changed
+    n_tokens: int  # padding and masked ones included
     n_targets: int
     totals_S4: Tensor  # float64 on the device, a row a source: sum of nll, correct, targets, bytes
 
@@ -93,8 +94,9 @@ class Engine:
             grad_scale = torch.tensor(clip * self.scaler.scale, device=self.mesh.device, dtype=torch.float32)
             self.optimizer.step(lr=lr, beta2=beta2, grad_scale=grad_scale)
         self.scaler.update(finite=finite)
+        n_tokens = sum(batch.tokens_BT.numel() for batch in batches)
         self._drop_gradients()
-        return StepResult(loss, grad_norm, finite, sum(counts), totals_S4)
+        return StepResult(loss, grad_norm, finite, n_tokens, sum(counts), totals_S4)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:

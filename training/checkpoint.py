@@ -6,6 +6,9 @@ import os
 import pickle
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,7 +73,8 @@ class Checkpoint:
                     f"and this run's is {tuple(tensor.shape)} {tensor.dtype}"
                 )
         if tensors:
-            dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(self.path), no_dist=True)
+            with _one_process():
+                dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(self.path), no_dist=True)
 
 
 class Checkpoints:
@@ -155,7 +159,8 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str,
     folder.mkdir(parents=True)
     # One thread: a writer of several can lose an error of one of them.
     writer = dcp.FileSystemWriter(folder, thread_count=1, single_file_per_rank=True)
-    dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
+    with _one_process():
+        dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
     written = _read_metadata(folder)
     if set(written) != set(tensors):
         raise RuntimeError(f"{_some(set(tensors) - set(written))} were not written")
@@ -167,6 +172,14 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str,
     for path in folder.iterdir():
         _fsync(path)
     _fsync(folder)
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """DCP warns that it saves in a single process even when told to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _open(path: Path) -> Checkpoint:

@@ -17,6 +17,7 @@ def log_to(run_dir: Path) -> Iterator[None]:
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.INFO)
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     for handler in (terminal, file):
         root.addHandler(handler)
     try:

@@ -1,6 +1,12 @@
 """How far a run has come: the integers that a checkpoint keeps and a resumed run starts from."""
 
+import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+
+from training.config import TrainingError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -29,3 +35,19 @@ class Progress:
 
     def state_dict(self) -> dict[str, int | float | None]:
         return asdict(self)
+
+
+def check_bad_steps(progress: Progress, limit: int, first_bad_layer: Callable[[], str]) -> None:
+    """Tell of a step whose gradient was not finite; raises `TrainingError` after `limit` in a row."""
+    logger.warning(
+        "step %d: the gradient is not finite; nothing was changed (%d in a row, the run ends at %d)",
+        progress.step,
+        progress.bad_in_a_row,
+        limit,
+    )
+    if progress.bad_in_a_row >= limit:
+        raise TrainingError(
+            f"{limit} steps in a row had no finite gradient (optimizer.max_bad_steps), the last of them step "
+            f"{progress.step}; the first bad layer is {first_bad_layer()}; go on from the last checkpoint with a "
+            "lower optimizer.lr, or leave the batches out by skip_batches"
+        )

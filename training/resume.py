@@ -1,0 +1,117 @@
+"""Where a run starts: its own newest checkpoint, another run's weights, or nothing."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.checkpoint import Checkpoint, Checkpoints, open_checkpoint
+from training.config import CheckpointConfig, CheckpointError, Resume
+from training.optimizer import AdamW
+from training.progress import Progress
+from training.run_folder import refuse_changes
+from training.scaler import LossScaler
+
+logger = logging.getLogger(__name__)
+
+
+class Kept:
+    """Everything of a run that a checkpoint keeps."""
+
+    def __init__(self, optimizer: AdamW, scaler: LossScaler, progress: Progress) -> None:
+        self.optimizer, self.scaler, self.progress = optimizer, scaler, progress
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**self.optimizer.tensors(), "rng.cpu": torch.get_rng_state()}
+
+    def state(self) -> dict[str, Any]:
+        return {"progress": self.progress.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take over all of a checkpoint; it must hold exactly what this run keeps."""
+        tensors = self.tensors()
+        checkpoint.load_into(tensors)
+        torch.set_rng_state(tensors["rng.cpu"])
+        self.optimizer.refresh()
+        self.scaler.load_state_dict(checkpoint.state["scaler"])
+        for key, value in checkpoint.state["progress"].items():
+            setattr(self.progress, key, value)
+
+    @torch.no_grad()
+    def take(self, tensors: dict[str, Tensor], prefix: str, origin: Path) -> None:
+        """Copy the tensors that begin with `prefix` from another run; none may be missing or of another shape."""
+        for name, tensor in self.tensors().items():
+            if not name.startswith(prefix):
+                continue
+            found = tensors.get(name.removeprefix(prefix))
+            if found is None or found.shape != tensor.shape:
+                shape = "missing" if found is None else tuple(found.shape)
+                raise CheckpointError(f"init_from ({origin}): {name} is {shape} there and {tuple(tensor.shape)} here")
+            tensor.copy_(found)
+        self.optimizer.refresh()
+
+
+def resume_or_start(
+    kept: Kept,
+    checkpoints: Checkpoints,
+    config: CheckpointConfig,
+    *,
+    run_config: dict[str, Any],
+    fingerprint: str,
+    read_hf: Callable[[Path], dict[str, Tensor]],
+) -> None:
+    """Bring a run to where it starts, and say where that is.
+
+    A checkpoint of this run comes first, then `init_from`, then freshly drawn weights. A run that was
+    begun with another configuration or other data is refused.
+    """
+    run_dir = checkpoints.folder.parent
+    checkpoint = checkpoints.newest()
+    if checkpoint is None:
+        if config.resume is Resume.must:
+            raise CheckpointError(f"checkpoint.resume (must): there is no checkpoint in {run_dir}")
+        if run_config["init_from"] is not None:
+            _initialise(kept, run_config, read_hf)
+        return
+    if config.resume is Resume.never:
+        raise CheckpointError(
+            f"checkpoint.resume (never): {run_dir} holds {checkpoint.path.name} already; pass another name= to start anew"
+        )
+    refuse_changes(checkpoint.state["config"], run_config, config.accept_changes, run_dir)
+    if checkpoint.state["data"]["fingerprint"] != fingerprint and "data.fingerprint" not in config.accept_changes:
+        raise CheckpointError(
+            f"the data or the tokenizer changed since {run_dir} was begun; pass another name= for a new run, or "
+            "checkpoint.accept_changes=[data.fingerprint] to go on with the new data"
+        )
+    kept.restore(checkpoint)
+    logger.info("resumed from %s", checkpoint.path)
+
+
+def _initialise(kept: Kept, run_config: dict[str, Any], read_hf: Callable[[Path], dict[str, Tensor]]) -> None:
+    """Take what `init_content` names from `init_from`: weights, moments, the schedule's place, the data's place."""
+    path, content = Path(run_config["init_from"]), set(run_config["init_content"])
+    if "all" in content:
+        content = {"model", "optimizer", "scheduler", "sampler"}
+    if not path.is_dir():
+        raise CheckpointError(f"init_from ({path}) is no folder; name a run, a checkpoint, or a Hugging Face folder")
+    if (path / "config.json").exists():
+        if content != {"model"}:
+            raise CheckpointError(f"init_content ({', '.join(sorted(content))}): a Hugging Face folder holds a model only")
+        kept.take(read_hf(path), "model.", path)
+        logger.info("weights from %s", path)
+        return
+    other = open_checkpoint(path)
+    before = other.state["progress"]
+    for word in ("model", "optimizer"):
+        if word in content:
+            kept.take(other.read(f"{word}."), f"{word}.", path)
+    if "scheduler" in content:
+        kept.progress.updates = before["updates"]
+        kept.scaler.load_state_dict(other.state["scaler"])
+    if "sampler" in content:
+        for key in ("step", "samples", "tokens"):
+            setattr(kept.progress, key, before[key])
+    logger.info("%s from %s", ", ".join(sorted(content)), other.path)
