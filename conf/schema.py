@@ -8,6 +8,7 @@ import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -240,6 +241,22 @@ def to_config(cfg: DictConfig) -> Any:
     if problems:
         raise ConfigError("\n".join(problems))
     return config
+
+
+def plain(value: Any) -> Any:
+    """Give a value as JSON has it: enums by their value, tuples as lists."""
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return value.value if isinstance(value, Enum) else value
+
+
+def stored_model(run_config: dict[str, Any]) -> ModelConfig:
+    """Give the model of a configuration that was stored as JSON with a checkpoint."""
+    stored = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), run_config["model"]))
+    assert isinstance(stored, ModelConfig)
+    return stored
 
 
 def did_you_mean(word: str, choices: list[str]) -> str:

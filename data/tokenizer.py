@@ -124,6 +124,16 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     return _from_hub(str(name))
 
 
+def adds_bos(folder: Path) -> bool:
+    """Say whether a Hugging Face folder's tokenizer begins every text with its bos token."""
+    settings, fast = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    named = json.loads(settings.read_text()).get("add_bos_token") if settings.exists() else None
+    if named is not None:
+        return bool(named)
+    processor = json.loads(fast.read_text()).get("post_processor") if fast.exists() else None
+    return bool(processor) and "SpecialToken" in str((processor.get("single") or [None])[0])
+
+
 def _from_hub(name: str) -> Tokenizer:
     from transformers import AutoTokenizer
 

@@ -60,9 +60,15 @@ class Checkpoint:
 
     def read(self, prefix: str) -> dict[str, Tensor]:
         """Read the tensors whose names begin with `prefix`, on the CPU, without the prefix."""
-        found = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in self.tensors.items() if n.startswith(prefix)}
+        names = [name for name in self.tensors if name.startswith(prefix)]
+        return {name.removeprefix(prefix): tensor for name, tensor in self.read_names(names).items()}
+
+    def read_names(self, names: list[str]) -> dict[str, Tensor]:
+        """Read the named tensors, on the CPU."""
+        saved = {name: self.tensors[name] for name in names}
+        found = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in saved.items()}
         self._load(found)
-        return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+        return found
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
