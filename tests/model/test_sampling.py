@@ -1,0 +1,126 @@
+"""Decoding: with and without a cache, alone and together, against transformers."""
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from model.config import Init, ModelConfig
+from model.hf import llama_config, to_llama_name
+from model.kv_cache import KVCache
+from model.sampling import Sampling, generate, next_logits
+from model.transformer import Transformer
+
+PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    config = ModelConfig(
+        name="t", vocab_size=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48,
+        max_seq_len=48, attention_bias=True, init=Init.llama,
+    )  # fmt: skip
+    model = Transformer(config)
+    model.init_weights(0)
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.ndim == 2:
+                param.mul_(8.0)  # far from uniform, so that a wrong state shows
+    return model
+
+
+def run(model: Transformer, sampling: Sampling, prompts: list[list[int]] = PROMPTS, **changes: object) -> list[list[int]]:
+    settings: dict = {"max_new_tokens": 12, "stop_ids": set(), "seeds": list(range(len(prompts)))}
+    return generate(model, prompts, sampling, **{**settings, **changes})
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.2, 0.9, 20, 0.9)])
+def test_cached_decoding_equals_uncached_token_for_token(model: Transformer, sampling: Sampling) -> None:
+    cached, whole = run(model, sampling), run(model, sampling, use_cache=False)
+    assert cached == whole
+    assert [len(new) for new in cached] == [12, 12, 12]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.1, 1.0, 0, 0.95)])
+def test_a_text_does_not_depend_on_its_neighbours(model: Transformer, sampling: Sampling) -> None:
+    together = run(model, sampling)
+    assert together == [run(model, sampling, [prompt], seeds=[row])[0] for row, prompt in enumerate(PROMPTS)]
+
+
+def test_cached_logits_equal_the_full_forward(model: Transformer) -> None:
+    tokens_BT = torch.randint(0, 64, (2, 20), generator=torch.Generator().manual_seed(0))
+    cache = KVCache(model.config, 2, 20, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        parts = [model(tokens_BT[:, a:b], positions_BT=torch.arange(a, b).expand(2, -1), cache=cache) for a, b in [(0, 7), (7, 8), (8, 20)]]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens_BT), rtol=1e-4, atol=1e-4)
+
+
+def test_greedy_decoding_equals_transformers(model: Transformer) -> None:
+    about = llama_config(model.config, bos_id=None, eos_id=None, pad_id=0, dtype="float32")
+    theirs = LlamaForCausalLM(LlamaConfig(**about))
+    theirs.load_state_dict({to_llama_name(n): p.detach() for n, p in model.named_parameters()})
+    for prompt, new in zip(PROMPTS, run(model, GREEDY), strict=True):
+        ids = torch.tensor([prompt])
+        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+        assert out[0, len(prompt) :].tolist() == new
+
+
+@pytest.mark.parametrize(
+    ("sampling", "processors"),
+    [
+        (Sampling(repetition_penalty=1.7), [RepetitionPenaltyLogitsProcessor(1.7)]),
+        (Sampling(temperature=0.6), [TemperatureLogitsWarper(0.6)]),
+        (Sampling(top_k=5), [TopKLogitsWarper(5)]),
+        (Sampling(top_p=0.7), [TopPLogitsWarper(0.7)]),
+        (
+            Sampling(1.3, 0.7, 20, 0.8),
+            [RepetitionPenaltyLogitsProcessor(1.3), TemperatureLogitsWarper(0.7), TopKLogitsWarper(20), TopPLogitsWarper(0.8)],
+        ),
+    ],
+)
+def test_the_choice_of_tokens_equals_transformers_processors(sampling: Sampling, processors: list) -> None:
+    logits = torch.randn(64, generator=torch.Generator().manual_seed(1)) * 3
+    seen = torch.tensor([3, 5, 5, 8])
+    expected = logits[None].clone()
+    for processor in processors:
+        expected = processor(seen[None], expected)
+    torch.testing.assert_close(next_logits(logits, seen.unique(), sampling), expected[0])
+
+
+def test_draws_follow_the_distribution(model: Transformer) -> None:
+    drawn = run(model, Sampling(temperature=2.0), [[5, 9, 3]] * 2000, max_new_tokens=1, seeds=list(range(2000)))
+    counts = torch.tensor([new[0] for new in drawn]).bincount(minlength=64) / 2000
+    with torch.no_grad():
+        expected = (model(torch.tensor([[5, 9, 3]]))[0, -1] / 2).softmax(-1)
+    assert (counts - expected).abs().sum() / 2 < 0.1
+
+
+def test_a_stop_token_ends_its_text_alone_and_is_left_out(model: Transformer) -> None:
+    free = run(model, GREEDY)
+    stop = free[0][4]
+    stopped = run(model, GREEDY, stop_ids={stop})
+    assert stopped[0] == free[0][: free[0].index(stop)]
+    assert all(new == old[: len(new)] for new, old in zip(stopped, free, strict=True))
+
+
+def test_a_listener_can_end_a_text(model: Transformer) -> None:
+    heard: list[tuple[int, int]] = []
+
+    def on_token(row: int, token: int) -> bool:
+        heard.append((row, token))
+        return row == 1 and len([r for r, _ in heard if r == 1]) == 3
+
+    lengths = [len(new) for new in run(model, GREEDY, on_token=on_token)]
+    assert lengths == [12, 3, 12] and len(heard) == 27
+
+
+def test_a_text_ends_where_the_model_does(model: Transformer) -> None:
+    new = run(model, GREEDY, [[1] * 40], max_new_tokens=100)[0]
+    assert len(new) == 8
