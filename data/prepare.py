@@ -8,6 +8,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -125,17 +126,19 @@ def _write(
             raise DataError(f"tokenizer.{wanted} (true): {tokenizer.path.name} has no such token; pass tokenizer.{wanted}=false")
     writers: dict[tuple[str, str], ShardWriter] = {}
     counts = Counts()
-    for document, ids, text_bytes in encoded(documents(data, bad), tokenizer.path, config, workers):
-        assert document.split is not None
-        place = (document.split, document.source)
-        if place not in writers:
-            stem = folder / document.split / document.source
-            writers[place] = ShardWriter(stem, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.fingerprint)
-        writers[place].add(ids, text_bytes)
-        counts.documents += 1
-        counts.tokens += len(ids)
-        counts.text_bytes += text_bytes
-        on_progress(counts)
+    with ExitStack() as opened:
+        for document, ids, text_bytes in encoded(documents(data, bad), tokenizer.path, config, workers):
+            assert document.split is not None
+            place = (document.split, document.source)
+            if place not in writers:
+                stem = folder / document.split / document.source
+                writers[place] = ShardWriter(stem, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.fingerprint)
+                opened.callback(writers[place].close_files)
+            writers[place].add(ids, text_bytes)
+            counts.documents += 1
+            counts.tokens += len(ids)
+            counts.text_bytes += text_bytes
+            on_progress(counts)
     if not any(split == "train" for split, _ in writers):
         raise DataError(f"there is no training document in data.source ({data.source.value}); nothing was written")
     headers = {place: writer.close() for place, writer in writers.items()}

@@ -2,6 +2,7 @@
 
 import glob
 import gzip
+import io
 import json
 import re
 import zlib
@@ -71,7 +72,7 @@ def _open(path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if path.suffix == ".zst":
-        return zstandard.open(path, "rb")  # type: ignore[return-value]
+        return io.BufferedReader(zstandard.open(path, "rb"))  # type: ignore[arg-type]
     return path.open("rb")
 
 

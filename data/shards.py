@@ -60,10 +60,14 @@ class ShardWriter:
         self.idx.write(raw)
         self.idx_hash.update(raw)
 
-    def close(self) -> Header:
-        """Write the header and give it."""
+    def close_files(self) -> None:
+        """Let go of the files, whether or not the shard is complete."""
         self.bin.close()
         self.idx.close()
+
+    def close(self) -> Header:
+        """Write the header and give it."""
+        self.close_files()
         header = Header(
             format_version=FORMAT_VERSION,
             dtype=self.dtype,
