@@ -1,9 +1,26 @@
 """What every test may use."""
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import train
+from conf.command import CONF
+from conf.schema import register, to_config
+from data.mixed_text import mixed_lines
+from parallel.mesh import distributed
+from training.run_folder import locked
+from training.stop import StopRequest
+
+ROOT = Path(__file__).parent.parent
 
 # Two threads, as on the smallest machine the tests must pass on: results depend on the count.
 torch.set_num_threads(2)
@@ -16,3 +33,51 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def trained(folder: Path, *overrides: str, stop: StopRequest | None = None) -> float | None:
+    """Compose `train.py`'s configuration and run it in this process, in `folder`."""
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", overrides=[f"name={folder.name}", *overrides])
+    config = to_config(cfg)
+    with distributed(config.parallel) as mesh, locked(folder):
+        torch.set_num_threads(2)
+        stored: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+        return train.train(config, stored, mesh, folder, stop or StopRequest())
+
+
+@pytest.fixture(scope="session")
+def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small corpus of two sources, prepared by the command itself."""
+    root = tmp_path_factory.mktemp("corpus")
+    lines = mixed_lines()
+    for source, part in (("code", lines[600:]), ("prose", lines[:600])):
+        (root / "texts" / source).mkdir(parents=True)
+        records = [json.dumps({"text": "".join(part[i : i + 8])}) + "\n" for i in range(0, len(part), 8)]
+        (root / "texts" / source / "a.jsonl").write_text("".join(records))
+    command = [sys.executable, "prepare_data.py", "data=local", f"data.input={root / 'texts'}", "workers=1"]
+    settings = [f"data.path={root / 'tokens'}", "tokenizer.vocab_size=1000", "data.valid_fraction=0.1"]
+    done = subprocess.run([*command, *settings], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "bytes/token" in done.stdout and "decoded again" in done.stdout
+    return root / "tokens"
+
+
+@pytest.fixture(scope="session")
+def small(corpus_dir: Path) -> list[str]:
+    """Overrides of a run that takes a second."""
+    return [
+        "data=local", f"data.path={corpus_dir}", "data.seq_len=32", "data.micro_batch_size=2", "data.workers=0",
+        "global_batch_tokens=128", "precision=fp32", "parallel.device=cpu", "logger=none", "steps=10", "optimizer.lr=1e-3",
+        "model.d_model=32", "model.n_layers=2", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=64",
+        "model.vocab_size=1024", "model.max_seq_len=64",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def run_dir(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> Path:
+    """A run that is over, with its checkpoint and tokenizer."""
+    folder = tmp_path_factory.mktemp("runs") / "done"
+    trained(folder, *small)
+    return folder

@@ -5,6 +5,7 @@ import logging
 import math
 import netrc
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ class Sinks:
         self.run_dir, self.config, self.run_config, self.step = run_dir, config, run_config, step
 
     def __enter__(self) -> "Sinks":
-        self.metrics = (self.run_dir / "metrics.jsonl").open("a", buffering=1)
         self.tensorboard = self._tensorboard() if self.config.tensorboard else None
         self.wandb = self._wandb() if self.config.wandb else None
+        self.metrics = (self.run_dir / "metrics.jsonl").open("a", buffering=1)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -68,7 +69,7 @@ class Sinks:
 
         id_file = self.run_dir / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(secrets.token_hex(4))
         if not _has_wandb_key():
             os.environ.setdefault("WANDB_MODE", "offline")
         mode = os.environ.get("WANDB_MODE")

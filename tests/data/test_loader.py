@@ -101,5 +101,5 @@ def test_a_capped_validation_is_spread_over_the_split(documents: Corpus) -> None
 
 def test_an_id_that_the_header_does_not_tell_of_is_refused(documents: Corpus) -> None:
     documents.vocab_size = 36
-    with pytest.raises(DataError, match="the tokens of a hold id 36, outside model.vocab_size"):
+    with pytest.raises(DataError, match="the tokens of a, b hold id 44, outside model.vocab_size"):
         list(valid_batches(documents, CONFIG, max_tokens=None))

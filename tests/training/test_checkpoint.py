@@ -1,0 +1,189 @@
+"""A checkpoint is whole or not there, and a damaged one is named."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from training.checkpoint import Checkpoints, open_checkpoint
+from training.config import CheckpointError
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def tensors(fill: float = 0.0) -> dict[str, Tensor]:
+    return {
+        "model.a": torch.arange(12, dtype=torch.float32).view(3, 4) + fill,
+        "model.b": torch.full((5,), fill, dtype=torch.bfloat16),
+        "optimizer.a.step": torch.tensor(7.0 + fill),
+        "rng.cpu": torch.arange(16, dtype=torch.uint8),
+    }
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Checkpoints:
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for step in (10, 20, 30):
+        checkpoints.save(step, tensors(step), {"progress": {"step": step}, "config": {"lr": 0.1}})
+    return checkpoints
+
+
+def test_what_is_saved_comes_back_bit_for_bit(run: Checkpoints) -> None:
+    newest = run.newest()
+    assert newest is not None and (newest.step, newest.state["progress"]) == (30, {"step": 30})
+    target = {name: torch.zeros_like(tensor) for name, tensor in tensors().items()}
+    newest.load_into(target)
+    for name, tensor in tensors(30).items():
+        assert torch.equal(target[name], tensor) and target[name].dtype == tensor.dtype
+    assert list(newest.read("model.")) == ["a", "b"]
+
+
+def test_the_last_k_are_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in range(5):
+        checkpoints.save(step, tensors(), {})
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    path.write_bytes(raw)
+
+
+FILES = ("__0_0.distcp", ".metadata", "state.json", "manifest.json")
+DAMAGES = {
+    "flip": flip,
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: os.truncate(path, 0),
+    "remove": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
+    run: Checkpoints, file: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    DAMAGES[damage](run.folder / "step-00000030" / file)
+    assert open_checkpoint(run.folder.parent).step == 20
+    assert (run.folder / "step-00000030").exists(), "a reader changes nothing"
+    newest = run.newest()
+    assert newest is not None and newest.step == 20
+    assert "step-00000030" in caplog.text and "set aside as step-00000030.corrupt" in caplog.text
+    assert (run.folder / "step-00000030.corrupt").is_dir()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(run: Checkpoints) -> None:
+    for path in run.folder.iterdir():
+        flip(path / "__0_0.distcp")
+    with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged"):
+        run.newest()
+
+
+def test_the_newest_is_the_highest_step_whatever_the_clock_says(run: Checkpoints) -> None:
+    os.utime(run.folder / "step-00000010", (4e9, 4e9))
+    newest = run.newest()
+    assert newest is not None and newest.step == 30
+
+
+def test_other_names_shapes_or_dtypes_are_refused(run: Checkpoints) -> None:
+    newest = run.newest()
+    assert newest is not None
+    changed = tensors()
+    changed["model.c"] = changed.pop("model.b")
+    with pytest.raises(CheckpointError, match=r"missing model.c, not used model.b"):
+        newest.load_into(changed)
+    with pytest.raises(CheckpointError, match=r"model.a is \(3, 4\) torch.float32, and this run's is \(4, 3\)"):
+        newest.load_into({**tensors(), "model.a": torch.zeros(4, 3)})
+    with pytest.raises(CheckpointError, match=r"torch.bfloat16, and this run's is \(5,\) torch.float32"):
+        newest.load_into({**tensors(), "model.b": torch.zeros(5)})
+
+
+class Payload:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (os.environ["PAYLOAD"],)
+
+
+def test_a_pickle_that_would_run_code_does_not(run: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAYLOAD", str(tmp_path / "ran"))
+    step = run.folder / "step-00000030"
+    (step / ".metadata").write_bytes(pickle.dumps(Payload()))
+    manifest = json.loads((step / "manifest.json").read_text())
+    del manifest["files"][".metadata"]  # as someone would who forges a checkpoint
+    (step / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"asks for posix.mkdir, which no checkpoint needs"):
+        open_checkpoint(step)
+    assert not (tmp_path / "ran").exists()
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+import torch
+import training.checkpoint as module
+from training.checkpoint import Checkpoints
+
+phase, folder = sys.argv[1], Path(sys.argv[2])
+def die(*_a, **_k): os._exit(9)
+if phase == "write": module.dcp.save = die
+if phase == "manifest": module._describe = die
+if phase == "fsync": module._fsync = die
+if phase == "rename": module.os.rename = die
+if phase == "purge": module.shutil.rmtree = lambda path, **k: die() if ".trash" in str(path) else None
+Checkpoints(folder, keep=1).save(40, {"model.a": torch.ones(3)}, {})
+"""
+
+
+@pytest.mark.parametrize("phase", ["write", "manifest", "fsync", "rename", "purge"])
+def test_a_kill_at_any_moment_leaves_a_good_checkpoint(run: Checkpoints, phase: str) -> None:
+    shutil.rmtree(run.folder / "step-00000010")
+    shutil.rmtree(run.folder / "step-00000020")
+    done = subprocess.run([sys.executable, "-c", KILLED, phase, str(run.folder.parent)], cwd=ROOT)
+    assert done.returncode == 9
+    again = Checkpoints(run.folder.parent, keep=1)
+    newest = again.newest()
+    assert newest is not None and newest.step == (40 if phase == "purge" else 30)
+    assert not list(run.folder.glob(".*")), "leftovers are swept"
+
+
+def test_a_full_disk_is_a_sentence_and_costs_nothing(run: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("training.checkpoint._fsync", full)
+    with pytest.raises(CheckpointError, match=r"step 40 was not written .* No space left on device; it needs about 78 bytes"):
+        run.save(40, tensors(), {})
+    assert sorted(p.name for p in run.folder.iterdir()) == [f"step-000000{n}" for n in (10, 20, 30)]
+    monkeypatch.undo()
+    assert run.save(40, tensors(), {}).name == "step-00000040"
+
+
+def test_a_file_size_limit_inside_the_writer_is_an_error_too(tmp_path: Path) -> None:
+    code = (
+        "import resource, signal, torch; from pathlib import Path; from training.checkpoint import Checkpoints\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); c = Checkpoints(Path('{}'), keep=1)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)); c.save(1, {{'model.a': torch.zeros(1 << 20)}}, {{}})"
+    ).format(tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "was not written to" in done.stderr
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_state_that_is_no_number_is_refused(run: Checkpoints) -> None:
+    with pytest.raises(ValueError, match="Out of range float"):
+        run.save(40, tensors(), {"loss": float("nan")})
+    assert not (run.folder / "step-00000040").exists()
+
+
+def test_no_checkpoint_is_told(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no checkpoint in"):
+        open_checkpoint(tmp_path)
+    assert Checkpoints(tmp_path, keep=1).newest() is None
