@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -70,6 +71,7 @@ def train(
     corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
 
     # Model: whole on the meta device, given its dtype and place, then filled in.
+    torch.manual_seed(config.seed)
     with torch.device("meta"):
         model = Transformer(config.model)
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -129,7 +131,7 @@ def loop(
 
     left_out = parse_ranges(config.skip_batches)
     stop_file = StopFile(config.checkpoint.stop_file)
-    batches_of_steps = train_batches(
+    steps = train_batches(
         corpus,
         config.data,
         packs_of_step=config.packs_of_step,
@@ -137,34 +139,35 @@ def loop(
         first_sample=progress.samples,
         pin_memory=engine.mesh.device.type == "cuda",
     )
-    validate_if_due(config, engine, corpus, progress, report, stop)  # if a stop cut it short
-    while progress.step < config.steps and not stop:
-        report.throughput.begin()
-        batches = next(batches_of_steps)
-        report.throughput.data_ready()
-        skip = any(progress.step in part for part in left_out)
-        progress.take(samples=config.packs_of_step(progress.step), tokens=sum(b.tokens_BT.numel() for b in batches))
-        if skip:
-            progress.skipped_steps += 1
-            logger.info("step %d/%d  left out, as skip_batches asks", progress.step, config.steps)
-        else:
-            lr = learning_rate(progress.updates, steps=config.steps, lr=config.optimizer.lr, config=config.scheduler)
-            beta2, scale = second_beta(progress.updates, config.optimizer), engine.scaler.scale
-            result = engine.train_step(batches, lr=lr, beta2=beta2)
-            progress.count(finite=result.finite)
-            report.throughput.end(result.n_tokens)
-            if not result.finite:
-                check_bad_steps(progress, config.optimizer.max_bad_steps, partial(engine.first_bad_layer, batches))
-            if progress.step % config.logger.every == 0 or progress.step == config.steps:
-                report.step(progress, result, lr=lr, beta2=beta2, loss_scale=scale)
-        validate_if_due(config, engine, corpus, progress, report, stop)
-        save_here, stop_here = stop_file.read(progress.step)
-        every = config.checkpoint.every
-        if save_here or stop or progress.step == config.steps or (every and progress.step % every == 0):
-            save()
-        if stop_here:
-            logger.info("stopped at step %d, as %s asks", progress.step, config.checkpoint.stop_file)
-            break
+    with closing(steps) as batches_of_steps:  # its workers end with the loop, however it ends
+        validate_if_due(config, engine, corpus, progress, report, stop)  # if a stop cut it short
+        while progress.step < config.steps and not stop:
+            report.throughput.begin()
+            batches = next(batches_of_steps)
+            report.throughput.data_ready()
+            skip = any(progress.step in part for part in left_out)
+            progress.take(samples=config.packs_of_step(progress.step), tokens=sum(b.tokens_BT.numel() for b in batches))
+            if skip:
+                progress.skipped_steps += 1
+                logger.info("step %d/%d  left out, as skip_batches asks", progress.step, config.steps)
+            else:
+                lr = learning_rate(progress.updates, steps=config.steps, lr=config.optimizer.lr, config=config.scheduler)
+                beta2, scale = second_beta(progress.updates, config.optimizer), engine.scaler.scale
+                result = engine.train_step(batches, lr=lr, beta2=beta2)
+                progress.count(finite=result.finite)
+                report.throughput.end(result.n_tokens)
+                if not result.finite:
+                    check_bad_steps(progress, config.optimizer.max_bad_steps, partial(engine.first_bad_layer, batches))
+                if progress.step % config.logger.every == 0 or progress.step == config.steps:
+                    report.step(progress, result, lr=lr, beta2=beta2, loss_scale=scale)
+            validate_if_due(config, engine, corpus, progress, report, stop)
+            save_here, stop_here = stop_file.read(progress.step)
+            every = config.checkpoint.every
+            if save_here or stop or progress.step == config.steps or (every and progress.step % every == 0):
+                save()
+            if stop_here:
+                logger.info("stopped at step %d, as %s asks", progress.step, config.checkpoint.stop_file)
+                break
     report.sinks.plot()
 
 

@@ -43,7 +43,7 @@ class TrainConfig:
     steps: int = MISSING
     global_batch_tokens: int = MISSING  # tokens of a step over all devices
     ramp: RampConfig = MISSING
-    skip_batches: str = ""  # batches to load and not train on, such as "17,100-120"; the first is 0
+    skip_batches: list[str] = field(default_factory=list)  # to load and not train on: [17,100-120]; the first is 0
     valid_every: int = 0  # steps between validations; 0: only at the end
     valid_tokens: int | None = None  # of a validation (null: the whole split)
     init_from: str | None = None  # a run folder, a checkpoint, or a Hugging Face Llama/InternLM folder
@@ -115,7 +115,7 @@ class TrainConfig:
         try:
             parse_ranges(self.skip_batches)
         except ValueError:
-            yield f'skip_batches ({self.skip_batches}) must look like "17,100-120"'
+            yield f"skip_batches ({','.join(self.skip_batches)}) must look like [17,100-120]"
 
     def _pair_problems(self) -> Iterator[str]:
         if self.data.seq_len > self.model.max_seq_len:
@@ -217,10 +217,10 @@ def register() -> None:
         ConfigStore.instance().store(f"{name}_schema", node=schema)
 
 
-def parse_ranges(text: str) -> list[range]:
-    """Read "17,100-120" as ranges, ends included; raises ValueError."""
+def parse_ranges(parts: list[str]) -> list[range]:
+    """Read ["17", "100-120"] as ranges, ends included; raises ValueError."""
     ranges = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    for part in parts:
         first, _, last = part.partition("-")
         ranges.append(range(int(first), int(last or first) + 1))
         if not ranges[-1]:

@@ -1,7 +1,7 @@
 """Steps of micro-batches, read ahead by worker processes, in an order that no worker can change."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
 import torch
@@ -21,10 +21,10 @@ class _Samples(Dataset[Pack]):
         return self.packs.sample(index)
 
 
-def _ignore_interrupts(_worker: int) -> None:
-    # Ctrl-C goes to the whole group; the main process decides when the workers end.
+def _ignore_signals(_worker: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM reach every process; the main one decides when the workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def train_batches(
@@ -35,7 +35,7 @@ def train_batches(
     first_step: int,
     first_sample: int,
     pin_memory: bool,
-) -> Iterator[list[Batch]]:
+) -> Generator[list[Batch], None, None]:
     """Yield, step by step without end, the micro-batches of the step.
 
     Step `first_step` starts at sample `first_sample` of the corpus' shuffled sequence and takes
@@ -55,8 +55,9 @@ def train_batches(
         batch_sampler=micro_batches(),  # type: ignore[arg-type]
         num_workers=config.workers,
         collate_fn=collate,
-        worker_init_fn=_ignore_interrupts if config.workers else None,
+        worker_init_fn=_ignore_signals if config.workers else None,
         pin_memory=pin_memory,
+        generator=torch.Generator(),  # its draws are of no use here, and must not move the run's own generator
     )
     batches = iter(loader)
     step = first_step

@@ -44,7 +44,7 @@ def trained(folder: Path, *overrides: str, stop: StopRequest | None = None) -> f
     with distributed(config.parallel) as mesh, locked(folder):
         torch.set_num_threads(2)
         stored: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-        return train.train(config, stored, mesh, folder, stop or StopRequest())
+        return train.train(config, stored, mesh, folder, StopRequest() if stop is None else stop)
 
 
 @pytest.fixture(scope="session")

@@ -86,7 +86,7 @@ def test_the_tutorial_experiment_has_the_tutorials_hyper_parameters() -> None:
             ["launcher=slurm", "optimizer.lr=1e-3,-1"],
             ["optimizer.lr (-1.0) must be positive and finite (at launcher=slurm optimizer.lr=-1)"],
         ),
-        (["skip_batches=3-1"], ['skip_batches (3-1) must look like "17,100-120"']),
+        (["skip_batches=[2,3-1]"], ["skip_batches (2,3-1) must look like [17,100-120]"]),
         (["name=../x"], ["name (../x) must be letters, digits and ._=,+- (and / between folders), because it names runs/<name>"]),
         (["init_content=[weights]", "init_from=x"], ["init_content (weights) must be among model, optimizer, scheduler, sampler, all"]),
         (
@@ -132,8 +132,8 @@ def test_the_ramp_grows_by_its_increment_and_stops_at_the_full_batch() -> None:
 
 
 def test_skip_batches_are_ranges_with_both_ends() -> None:
-    assert parse_ranges("1-3, 9") == [range(1, 4), range(9, 10)]
-    assert parse_ranges("") == []
+    assert parse_ranges(["1-3", "9"]) == [range(1, 4), range(9, 10)]
+    assert parse_ranges([]) == []
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--cfg", "job"], ["steps=-1"], ["modle=7b"], ["model=8b"]])
