@@ -102,7 +102,7 @@ def write(
     def on_token(row: int, token: int) -> bool:
         new_ids[row].append(token)
         text = decode_after(tokenizer, prompts[row], new_ids[row])
-        printer.show(text)
+        printer.show(until(text, config.stop))
         return any(stop in text for stop in config.stop)
 
     sampling = Sampling(config.repetition_penalty, config.temperature, config.top_k, config.top_p)
@@ -113,6 +113,7 @@ def write(
         max_new_tokens=config.max_new_tokens,
         stop_ids={tokenizer.eos_id} if tokenizer.eos_id is not None else set(),
         seeds=[config.seed + 1_000_003 * number + sample for number, _, sample in jobs],
+        vocab_size=tokenizer.vocab_size,
         use_cache=config.cache,
         on_token=on_token,
     )

@@ -47,6 +47,7 @@ def generate(
     max_new_tokens: int,
     stop_ids: set[int],
     seeds: list[int],
+    vocab_size: int | None = None,
     use_cache: bool = True,
     on_token: Callable[[int, int], bool] | None = None,
 ) -> list[list[int]]:
@@ -54,7 +55,8 @@ def generate(
 
     Each text is drawn from a generator of its own `seeds` entry, so it does not depend on its
     neighbours. `on_token(row, token)` hears of every token, and ends that text by returning True.
-    A text ends too where it has filled the model's `max_seq_len`.
+    A text ends too where it has filled the model's `max_seq_len`. With `vocab_size`, the rows of a padded
+    vocabulary that stand for no token are never chosen.
     """
     device = next(model.parameters()).device
     texts = [list(prompt) for prompt in prompts]
@@ -70,7 +72,7 @@ def generate(
         logits_BV = _last_logits(model, texts, fresh, cache, device)
         fresh = [[text[-1]] for text in texts]
         for row in sorted(open_rows):
-            logits_V = next_logits(logits_BV[row], torch.tensor(texts[row]).unique(), sampling)
+            logits_V = next_logits(logits_BV[row, :vocab_size], torch.tensor(texts[row]).unique(), sampling)
             if sampling.temperature == 0:
                 token = int(logits_V.argmax())
             else:

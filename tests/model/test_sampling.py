@@ -124,3 +124,8 @@ def test_a_listener_can_end_a_text(model: Transformer) -> None:
 def test_a_text_ends_where_the_model_does(model: Transformer) -> None:
     new = run(model, GREEDY, [[1] * 40], max_new_tokens=100)[0]
     assert len(new) == 8
+
+
+def test_rows_of_a_padded_vocabulary_are_never_chosen(model: Transformer) -> None:
+    free, bounded = (run(model, Sampling(temperature=5.0), vocab_size=size) for size in (None, 7))
+    assert max(max(new) for new in free) >= 7 > max(max(new) for new in bounded)

@@ -1,0 +1,194 @@
+"""What is exported loads elsewhere as it was here, and what is not right is not exported."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import export
+from conf.schema import ExportConfig, stored_model
+from model.config import ModelConfig, ModelError
+from model.hf import llama_config, read_hf, read_hf_config
+from model.transformer import Transformer
+from tests.conftest import ROOT, trained
+from training.checkpoint import open_checkpoint
+from training.config import Dtype
+
+
+@pytest.fixture(scope="module")
+def exported(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("export") / "hf"
+    done = subprocess.run([sys.executable, "export.py", f"run={run_dir}", f"out={out}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "no missing or unexpected keys, logits equal to" in done.stdout
+    texts = int(done.stdout.split("decoding equal on ")[1].split(" texts")[0].replace(",", ""))
+    assert texts >= 1000
+    return out
+
+
+def test_the_folder_holds_no_code_and_both_names_of_theta(exported: Path) -> None:
+    names = {path.name for path in exported.iterdir()}
+    assert names == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "tokenizer.model", "README.md", "export.json",
+    }  # fmt: skip
+    about = json.loads((exported / "config.json").read_text())
+    assert about["architectures"] == ["LlamaForCausalLM"] and "auto_map" not in about and about["attention_bias"] is True
+    assert about["rope_theta"] == about["rope_parameters"]["rope_theta"] == 10000.0
+
+
+def test_a_second_export_is_the_first_and_another_is_not_overwritten(exported: Path, run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    export.export(run_dir, ExportConfig(run=str(run_dir), out=str(exported)))
+    assert "is the export of" in capsys.readouterr().out
+    with pytest.raises(ModelError, match=r"exists and is no export of .* in fp32"):
+        export.export(run_dir, ExportConfig(run=str(run_dir), out=str(exported), dtype=Dtype.fp32))
+
+
+def test_a_model_goes_out_and_in_without_a_changed_bit(run_dir: Path, tmp_path: Path) -> None:
+    export.export(run_dir, ExportConfig(run=str(run_dir), out=str(tmp_path / "hf"), dtype=Dtype.fp32))
+    export.bring_in(tmp_path / "hf", str(tmp_path / "back"))
+    before, after = open_checkpoint(run_dir), open_checkpoint(tmp_path / "back")
+    weights, again = before.read("model."), after.read("model.")
+    assert weights.keys() == again.keys() and all(torch.equal(weights[name], again[name]) for name in weights)
+    shape, returned = stored_model(before.state["config"]), stored_model(after.state["config"])
+    assert (shape.n_params, shape.rope_theta, shape.max_seq_len) == (returned.n_params, returned.rope_theta, returned.max_seq_len)
+    export.export(tmp_path / "back", ExportConfig(run=str(tmp_path / "back"), out=str(tmp_path / "hf2"), dtype=Dtype.fp32))
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "hf2"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_training_starts_from_a_hugging_face_folder(run_dir: Path, tmp_path: Path, small: list[str], exported: Path) -> None:
+    trained(tmp_path / "r", *small, "steps=1", "optimizer.lr=1e-12", f"init_from={exported}")
+    weights = open_checkpoint(tmp_path / "r").read("model.")
+    for name, tensor in open_checkpoint(run_dir).read("model.").items():
+        torch.testing.assert_close(weights[name], tensor.bfloat16().float(), rtol=0, atol=1e-7)
+
+
+def damage(folder: Path, what: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    match what:
+        case "weight":
+            weights["model.layers.0.mlp.up_proj.weight"], weights["model.layers.0.mlp.gate_proj.weight"] = (
+                weights["model.layers.0.mlp.gate_proj.weight"].clone(), weights["model.layers.0.mlp.up_proj.weight"].clone(),
+            )  # fmt: skip
+        case "missing":
+            del weights["model.layers.1.self_attn.o_proj.bias"]
+        case "bias":
+            about = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps({**about, "attention_bias": False}))
+        case "tokenizer":
+            text = (folder / "tokenizer.json").read_text()
+            (folder / "tokenizer.json").write_text(text.replace('"normalizer":', '"x":', 1) if '"normalizer":' in text else text)
+            fast = json.loads((folder / "tokenizer.json").read_text())
+            fast.pop("x", None)
+            (folder / "tokenizer.json").write_text(json.dumps({**fast, "normalizer": None}))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [("missing", "wrong keys.*missing_keys"), ("bias", "wrong keys.*unexpected_keys"), ("weight", "logits differ by"), ("tokenizer", "tokenizer differs on")],
+)
+def test_a_wrong_export_is_not_kept(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, sentence: str) -> None:
+    reference = read_hf
+
+    def read_before_damage(folder: Path) -> tuple[ModelConfig, dict]:
+        result = reference(folder)
+        damage(folder, what)
+        return result
+
+    monkeypatch.setattr("model.hf.read_hf", read_before_damage)
+    with pytest.raises(ModelError, match=sentence):
+        export.export(run_dir, ExportConfig(run=str(run_dir), out=str(tmp_path / "hf")))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_value_outside_fp16_is_named(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from training.checkpoint import Checkpoint
+
+    original = Checkpoint.read_names
+
+    def with_large(self: Checkpoint, names: list[str]) -> dict:
+        found = original(self, names)
+        found["model.norm.weight"][0] = 70000.0
+        return found
+
+    monkeypatch.setattr(Checkpoint, "read_names", with_large)
+    with pytest.raises(ModelError, match=r"model.norm.weight holds values outside dtype \(fp16\)"):
+        export.export(run_dir, ExportConfig(run=str(run_dir), out=str(tmp_path / "hf"), dtype=Dtype.fp16))
+
+
+SHAPE = ModelConfig(
+    name="x", vocab_size=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=32, rope_theta=1e6
+)
+
+
+def test_internlm2s_fused_weights_come_apart_as_they_were(tmp_path: Path) -> None:
+    model = Transformer(SHAPE)
+    model.init_weights(0)
+    theirs = {}
+    for name, tensor in model.state_dict().items():
+        block = name.split(".")[1] if name.startswith("blocks") else ""
+        stem = f"model.layers.{block}"
+        names = {
+            "embed.weight": "model.tok_embeddings.weight", "norm.weight": "model.norm.weight", "head.weight": "output.weight",
+            f"blocks.{block}.attention_norm.weight": f"{stem}.attention_norm.weight",
+            f"blocks.{block}.mlp_norm.weight": f"{stem}.ffn_norm.weight",
+            f"blocks.{block}.attention.wo.weight": f"{stem}.attention.wo.weight",
+            f"blocks.{block}.mlp.w_gate.weight": f"{stem}.feed_forward.w1.weight",
+            f"blocks.{block}.mlp.w_up.weight": f"{stem}.feed_forward.w3.weight",
+            f"blocks.{block}.mlp.w_down.weight": f"{stem}.feed_forward.w2.weight",
+        }  # fmt: skip
+        if name in names:
+            theirs[names[name]] = tensor.clone()
+    for i in range(2):
+        q, k, v = (model.get_parameter(f"blocks.{i}.attention.{w}.weight").detach() for w in ("wq", "wk", "wv"))
+        heads = []
+        for group in range(2):  # per key head: its two query heads, its key, its value
+            heads += [q[16 * group : 16 * group + 16], k[8 * group : 8 * group + 8], v[8 * group : 8 * group + 8]]
+        theirs[f"model.layers.{i}.attention.wqkv.weight"] = torch.cat(heads)
+    save_file(theirs, tmp_path / "model.safetensors")
+    about = llama_config(SHAPE, bos_id=1, eos_id=2, pad_id=None, dtype="float32")
+    about = {**about, "architectures": ["InternLM2ForCausalLM"], "bias": False, "attention_bias": None}
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in about.items() if v is not None}))
+    config, weights = read_hf(tmp_path)
+    assert (config.n_kv_heads, config.attention_bias, config.rope_theta) == (2, False, 1e6)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, r"architectures \(GPT2LMHeadModel\) is not one that can be read"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}, r"rope_scaling \(dynamic\)"),
+        ({"mlp_bias": True}, r"mlp_bias \(True\)"),
+        ({"hidden_act": "gelu"}, r"hidden_act \(gelu\)"),
+        ({"head_dim": 16}, r"head_dim \(16\) is not what this model computes, which is 8"),
+        ({"sliding_window": 4096}, r"sliding_window \(4096\)"),
+    ],
+)
+def test_what_would_give_other_logits_is_refused(change: dict, sentence: str) -> None:
+    about = {**llama_config(SHAPE, bos_id=1, eos_id=2, pad_id=None, dtype="float32"), **change}
+    with pytest.raises(ModelError, match=sentence):
+        read_hf_config(about, Path("x"))
+
+
+def test_internlm1_is_a_llama_with_biases() -> None:
+    about = llama_config(SHAPE, bos_id=1, eos_id=2, pad_id=None, dtype="float32")
+    del about["attention_bias"]
+    about |= {"architectures": ["InternLMForCausalLM"], "bias": True}
+    assert read_hf_config(about, Path("x")).attention_bias
+
+
+@pytest.mark.skipif("TRANSFORMERS_4_PYTHON" not in os.environ, reason="TRANSFORMERS_4_PYTHON names no interpreter with transformers 4")
+def test_transformers_4_loads_the_same_model(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "executable", os.environ["TRANSFORMERS_4_PYTHON"])
+    export.export(run_dir, ExportConfig(run=str(run_dir), out=str(tmp_path / "hf")))
+    assert "verified with transformers 4." in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "hf")
