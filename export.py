@@ -56,13 +56,18 @@ def export(run_path: Path, config: ExportConfig) -> None:
     checkpoint = open_checkpoint(run_path)
     run_dir = checkpoint.path.parent.parent
     out = Path(config.out) if config.out else run_dir / "hf"
-    origin = {"checkpoint": json.loads((checkpoint.path / "manifest.json").read_text()), "dtype": config.dtype.value}
+    origin = {
+        "checkpoint": json.loads((checkpoint.path / "manifest.json").read_text()),
+        "dtype": config.dtype.value,
+    }
     if out.exists():
         made = out / "export.json"
         if made.exists() and json.loads(made.read_text()) == origin:
             print(f"{out} is the export of {checkpoint.path} already")
             return
-        raise ModelError(f"{out} exists and is no export of {checkpoint.path} in {config.dtype.value}; remove it, or pass another out=")
+        raise ModelError(
+            f"{out} exists and is no export of {checkpoint.path} in {config.dtype.value}; remove it, or pass another out="
+        )
     tokenizer = load_tokenizer(run_dir / "tokenizer") if (run_dir / "tokenizer").exists() else None
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -77,7 +82,9 @@ def export(run_path: Path, config: ExportConfig) -> None:
     print(f"exported step {checkpoint.step} of {run_dir} to {out} ({config.dtype.value})")
 
 
-def write(folder: Path, out: Path, checkpoint: "Checkpoint", tokenizer: "Tokenizer | None", config: ExportConfig) -> None:
+def write(
+    folder: Path, out: Path, checkpoint: "Checkpoint", tokenizer: "Tokenizer | None", config: ExportConfig
+) -> None:
     """Write weights, configuration, tokenizer and card into a folder."""
     from data.hf_tokenizer import write_hf_tokenizer
     from model.hf import llama_config
@@ -88,7 +95,10 @@ def write(folder: Path, out: Path, checkpoint: "Checkpoint", tokenizer: "Tokeniz
     about = llama_config(model, bos_id=bos, eos_id=eos, pad_id=eos, dtype=str(dtype).removeprefix("torch."))
     (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
     ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
-    generation = {"_from_model_config": False, **{key: token for key, token in ids.items() if token is not None}}
+    generation = {
+        "_from_model_config": False,
+        **{key: token for key, token in ids.items() if token is not None},
+    }
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     if tokenizer is not None:
         add_bos = checkpoint.state["data"]["add_bos"]
@@ -123,7 +133,9 @@ def write_weights(folder: Path, checkpoint: "Checkpoint", config: ExportConfig) 
         tensors = {}
         for name, tensor in checkpoint.read_names(shard).items():
             if not torch.isfinite(tensor.to(dtype)).all():
-                raise ModelError(f"{checkpoint.path}: {name} holds values outside dtype ({config.dtype.value}); export with dtype=bf16")
+                raise ModelError(
+                    f"{checkpoint.path}: {name} holds values outside dtype ({config.dtype.value}); export with dtype=bf16"
+                )
             tensors[to_llama_name(name.removeprefix("model."))] = tensor.to(dtype)
         save_file(tensors, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file)
@@ -145,7 +157,9 @@ def verify(folder: Path, config: ModelConfig, tokenizer: "Tokenizer | None") -> 
 
     model = Transformer(config)
     model.load_state_dict(read_hf(folder)[1])
-    tokens_BT = torch.randint(config.vocab_size, (2, min(64, config.max_seq_len)), generator=torch.Generator().manual_seed(0))
+    tokens_BT = torch.randint(
+        config.vocab_size, (2, min(64, config.max_seq_len)), generator=torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
         logits_BTV = model(tokens_BT)
     texts = [] if tokenizer is None else [(line, tokenizer.encode(line)) for line in mixed_lines()]
@@ -156,7 +170,9 @@ def verify(folder: Path, config: ModelConfig, tokenizer: "Tokenizer | None") -> 
         command = [sys.executable, "-P", str(VERIFY.resolve()), str(folder.resolve()), str(expected)]
         done = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
     if done.returncode:
-        raise ModelError(f"transformers cannot load what was written, so nothing was exported: {done.stderr.strip().splitlines()[-1]}")
+        raise ModelError(
+            f"transformers cannot load what was written, so nothing was exported: {done.stderr.strip().splitlines()[-1]}"
+        )
     judge(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -166,9 +182,13 @@ def judge(found: dict[str, Any]) -> None:
     if wrong_keys:
         raise ModelError(f"the export has wrong keys, so it was not kept: {wrong_keys}")
     if not found["logits_difference"] <= LOGITS_TOLERANCE:
-        raise ModelError(f"the export's logits differ by {found['logits_difference']:.2e} from ours, so it was not kept")
+        raise ModelError(
+            f"the export's logits differ by {found['logits_difference']:.2e} from ours, so it was not kept"
+        )
     if found.get("wrong_count"):
-        raise ModelError(f"the export's tokenizer differs on {found['wrong_count']} texts, so it was not kept: {found['wrong_texts'][0]}")
+        raise ModelError(
+            f"the export's tokenizer differs on {found['wrong_count']} texts, so it was not kept: {found['wrong_texts'][0]}"
+        )
     print(
         f"verified with transformers {found['transformers']} ({found['class']}): no missing or unexpected keys, logits equal "
         f"to {found['logits_difference']:.1e}, token ids and decoding equal on {found.get('texts', 0):,} texts"
@@ -178,7 +198,6 @@ def judge(found: dict[str, Any]) -> None:
 def bring_in(folder: Path, out: str | None) -> None:
     """Turn a Hugging Face folder into a run folder with one checkpoint, from which to train, generate or export."""
     from conf.schema import plain
-    from data.config import DataError
     from data.tokenizer import adds_bos, load_tokenizer, save_tokenizer
     from model.hf import read_hf
     from training.checkpoint import Checkpoints
@@ -195,7 +214,12 @@ def bring_in(folder: Path, out: str | None) -> None:
             save_tokenizer(load_tokenizer(folder), run_dir / "tokenizer")
         state = {
             "config": {"name": run_dir.name, "model": plain(asdict(config))},
-            "data": {"fingerprint": "", "sources": [], "add_bos": has_tokenizer and adds_bos(folder), "add_eos": False},
+            "data": {
+                "fingerprint": "",
+                "sources": [],
+                "add_bos": has_tokenizer and adds_bos(folder),
+                "add_eos": False,
+            },
             "progress": Progress().state_dict(),
             "scaler": {},
         }

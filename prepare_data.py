@@ -53,10 +53,10 @@ def write(config: PrepareConfig) -> None:
         def on_progress(counts: Counts) -> None:
             nonlocal start
             start = start or time.perf_counter()
-            seconds = max(time.perf_counter() - start, 1e-9)
-            bar.set_postfix_str(
-                f"{counts.tokens / 1e6:.2f}M tokens, {counts.text_bytes / 1e6 / seconds:.2f} MB/s", refresh=False
-            )
+            seconds = time.perf_counter() - start
+            if seconds > 0.1:
+                speed = counts.text_bytes / 1e6 / seconds
+                bar.set_postfix_str(f"{counts.tokens / 1e6:.2f}M tokens, {speed:.2f} MB/s", refresh=False)
             bar.update(counts.documents - bar.n)
 
         _, bad = prepare(config.data, config.tokenizer, workers=workers, on_progress=on_progress)

@@ -151,7 +151,9 @@ def loop(
                 progress.skipped_steps += 1
                 logger.info("step %d/%d  left out, as skip_batches asks", progress.step, config.steps)
             else:
-                lr = learning_rate(progress.updates, steps=config.steps, lr=config.optimizer.lr, config=config.scheduler)
+                lr = learning_rate(
+                    progress.updates, steps=config.steps, lr=config.optimizer.lr, config=config.scheduler
+                )
                 beta2, scale = second_beta(progress.updates, config.optimizer), engine.scaler.scale
                 result = engine.train_step(batches, lr=lr, beta2=beta2)
                 progress.count(finite=result.finite)
@@ -191,7 +193,9 @@ def validate_if_due(
             report.validation(progress, totals_S4)
 
 
-def build_engine(config: TrainConfig, mesh: "Mesh", model: Any, optimizer: Any, scaler: Any, corpus: "Corpus") -> "Engine":
+def build_engine(
+    config: TrainConfig, mesh: "Mesh", model: Any, optimizer: Any, scaler: Any, corpus: "Corpus"
+) -> "Engine":
     """Join the model's loss, the way tokens are averaged, and the update into an engine."""
     import torch
 
@@ -204,9 +208,7 @@ def build_engine(config: TrainConfig, mesh: "Mesh", model: Any, optimizer: Any, 
         model,
         optimizer,
         mesh,
-        linear_loss=partial(
-            linear_cross_entropy, chunk_tokens=loss.chunk_tokens, label_smoothing=loss.label_smoothing
-        ),
+        linear_loss=partial(linear_cross_entropy, chunk_tokens=loss.chunk_tokens, label_smoothing=loss.label_smoothing),
         token_weights=partial(token_weights, reduction=loss.reduction),
         scaler=scaler,
         max_grad_norm=config.optimizer.max_grad_norm,
@@ -242,7 +244,11 @@ def describe(config: TrainConfig, mesh: "Mesh", corpus: "Corpus", progress: "Pro
     import torch
 
     model, data = config.model, config.data
-    device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name(mesh.device)
+        if mesh.device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     train_tokens = corpus.train.n_packs * data.pack_tokens
     wanted = config.steps * config.global_batch_tokens
     for line in (

@@ -43,7 +43,7 @@ class TrainConfig:
     steps: int = MISSING
     global_batch_tokens: int = MISSING  # tokens of a step over all devices
     ramp: RampConfig = MISSING
-    skip_batches: list[str] = field(default_factory=list)  # to load and not train on: [17,100-120]; the first is 0
+    skip_batches: list[str] = field(default_factory=list)  # batches to load only: [17,100-120]
     valid_every: int = 0  # steps between validations; 0: only at the end
     valid_tokens: int | None = None  # of a validation (null: the whole split)
     init_from: str | None = None  # a run folder, a checkpoint, or a Hugging Face Llama/InternLM folder
@@ -125,8 +125,7 @@ class TrainConfig:
             )
         if self.data.source is Source.random and self.data.vocab_size > self.model.vocab_size:
             yield (
-                f"data.vocab_size ({self.data.vocab_size}) must be at most "
-                f"model.vocab_size ({self.model.vocab_size})"
+                f"data.vocab_size ({self.data.vocab_size}) must be at most model.vocab_size ({self.model.vocab_size})"
             )
         if self.init_from is None and self.init_content != ["model"]:
             yield f"init_content ({self.init_content}) needs init_from, the checkpoint to take it from"
@@ -208,7 +207,12 @@ class GenerateConfig:
             yield f"device ({self.device}) must be auto, cpu or cuda"
 
 
-SCHEMAS = {"train": TrainConfig, "prepare_data": PrepareConfig, "export": ExportConfig, "generate": GenerateConfig}
+SCHEMAS = {
+    "train": TrainConfig,
+    "prepare_data": PrepareConfig,
+    "export": ExportConfig,
+    "generate": GenerateConfig,
+}
 
 
 def register() -> None:
@@ -234,7 +238,7 @@ def to_config(cfg: DictConfig) -> Any:
     problems += [f"{key} is not set" for key in sorted(OmegaConf.missing_keys(cfg))]
     if not problems:
         try:
-            config = OmegaConf.to_object(cfg)
+            config: Any = OmegaConf.to_object(cfg)
         except OmegaConfBaseException as error:
             raise ConfigError(str(error).splitlines()[0]) from None
         problems = list(config.problems())

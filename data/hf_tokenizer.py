@@ -56,11 +56,16 @@ def fast_from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any:
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, decoders, models, normalizers
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(tokenizer.path.read_bytes())
-    kinds = proto.SentencePiece  # type: ignore[attr-defined]
+    kinds = proto.SentencePiece
     rules, trainer = proto.normalizer_spec, proto.trainer_spec
-    if trainer.model_type != trainer.BPE or rules.add_dummy_prefix or rules.remove_extra_whitespaces or rules.precompiled_charsmap:
+    if (
+        trainer.model_type != trainer.BPE
+        or rules.add_dummy_prefix
+        or rules.remove_extra_whitespaces
+        or rules.precompiled_charsmap
+    ):
         raise DataError(
             f"{tokenizer.path} is not a BPE model with the identity normaliser, no dummy prefix and no whitespace "
             "removal: only such a model has an equal tokenizer.json"

@@ -91,7 +91,11 @@ def held_out(document: Document, data: DataConfig) -> bool:
 
 
 def prepare(
-    data: DataConfig, tokenizer_config: TokenizerConfig, *, workers: int, on_progress: Callable[[Counts], None]
+    data: DataConfig,
+    tokenizer_config: TokenizerConfig,
+    *,
+    workers: int,
+    on_progress: Callable[[Counts], None],
 ) -> tuple[dict[str, Any], BadRecords]:
     """Write the corpus to `data.path` and give its description and what could not be read.
 
@@ -116,14 +120,20 @@ def prepare(
 
 
 def _write(
-    data: DataConfig, config: TokenizerConfig, folder: Path, workers: int, on_progress: Callable[[Counts], None]
+    data: DataConfig,
+    config: TokenizerConfig,
+    folder: Path,
+    workers: int,
+    on_progress: Callable[[Counts], None],
 ) -> tuple[dict[str, Any], BadRecords]:
     bad = BadRecords(data.on_bad_record)
     folder.mkdir()
     tokenizer = _tokenizer(data, config, folder / "tokenizer", workers)
     for wanted, token in (("add_bos", tokenizer.bos_id), ("add_eos", tokenizer.eos_id)):
         if getattr(config, wanted) and token is None:
-            raise DataError(f"tokenizer.{wanted} (true): {tokenizer.path.name} has no such token; pass tokenizer.{wanted}=false")
+            raise DataError(
+                f"tokenizer.{wanted} (true): {tokenizer.path.name} has no such token; pass tokenizer.{wanted}=false"
+            )
     writers: dict[tuple[str, str], ShardWriter] = {}
     counts = Counts()
     with ExitStack() as opened:
@@ -198,9 +208,7 @@ def _start_worker(path: Path) -> None:
 
 def _encode(texts: list[str], add_bos: bool, add_eos: bool) -> list[tuple[np.ndarray, int]]:
     tokenizer = _worker["tokenizer"]
-    return [
-        (encode_document(tokenizer, text, add_bos=add_bos, add_eos=add_eos), len(text.encode())) for text in texts
-    ]
+    return [(encode_document(tokenizer, text, add_bos=add_bos, add_eos=add_eos), len(text.encode())) for text in texts]
 
 
 def encoded(

@@ -192,11 +192,12 @@ def from_record(record: Any, source: str, place: str, config: DataConfig, bad: B
 def huggingface_documents(config: DataConfig, bad: BadRecords) -> Iterator[Document]:
     """Yield a dataset's documents, split as `train_test_split(valid_fraction, seed=valid_seed)` splits them."""
     import datasets
+    from datasets.exceptions import DatasetsError
 
-    name = config.dataset
+    name = str(config.dataset)
     try:
-        dataset: Any = datasets.load_dataset(name, config.dataset_config, split=config.dataset_split)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        dataset: Any = datasets.load_dataset(name, config.dataset_config, split=config.dataset_split)  # type: ignore[call-overload]
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"data.dataset ({name}) cannot be loaded: {reason}") from None
     parts = {"train": dataset}

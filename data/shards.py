@@ -112,11 +112,15 @@ def _read_header(path: Path) -> Header:
         fields: Any = json.loads(path.read_text())
         header = Header(**fields)
     except FileNotFoundError:
-        raise DataError(f"{path} is missing, so the shard beside it is not complete; prepare the corpus again") from None
+        raise DataError(
+            f"{path} is missing, so the shard beside it is not complete; prepare the corpus again"
+        ) from None
     except (ValueError, TypeError) as error:
         raise DataError(f"{path} is not a shard's header: {error}") from None
     if header.format_version != FORMAT_VERSION:
-        raise DataError(f"{path}: format_version {header.format_version} is not {FORMAT_VERSION}; prepare the corpus again")
+        raise DataError(
+            f"{path}: format_version {header.format_version} is not {FORMAT_VERSION}; prepare the corpus again"
+        )
     counts = (header.documents, header.tokens, header.vocab_size, header.max_token)
     if header.dtype not in DTYPES or not all(isinstance(n, int) and n >= 0 for n in counts):
         raise DataError(f"{path}: dtype ({header.dtype}) or counts {counts} are not a shard's")

@@ -113,8 +113,8 @@ def _sdpa(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, segments: Segments) ->
     if segments.mask_B1TT is not None:
         return masked_attend(q_BTHK, k_BTGK, v_BTGK, segments.mask_B1TT)
     # All segments are equally long: each is a row of its own.
-    rows = (x.reshape(-1, segments.max_seq_len, *x.shape[2:]).transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
-    out = F.scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=q_BTHK.shape[2] != k_BTGK.shape[2])
+    q, k, v = (x.reshape(-1, segments.max_seq_len, *x.shape[2:]).transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q_BTHK.shape[2] != k_BTGK.shape[2])
     return out.transpose(1, 2).reshape(q_BTHK.shape)
 
 

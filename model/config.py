@@ -97,8 +97,7 @@ class ModelConfig:
             yield f"model.d_model ({self.d_model}) must be divisible by model.n_heads ({self.n_heads})"
         elif self.head_dim % 2:
             yield (
-                f"model.d_model / model.n_heads ({self.head_dim}) must be even, "
-                "because rotary embeddings turn pairs"
+                f"model.d_model / model.n_heads ({self.head_dim}) must be even, because rotary embeddings turn pairs"
             )
         if self.n_heads % self.n_kv_heads:
             yield f"model.n_heads ({self.n_heads}) must be divisible by model.n_kv_heads ({self.n_kv_heads})"

@@ -107,7 +107,9 @@ def read_hf_config(about: dict[str, Any], folder: Path) -> ModelConfig:
     """Turn a config.json into our shape of a model, if it is one that we have."""
     architecture = (about.get("architectures") or ["none"])[0]
     if architecture not in ARCHITECTURES:
-        raise ModelError(f"{folder}: architectures ({architecture}) is not one that can be read: {', '.join(ARCHITECTURES)}")
+        raise ModelError(
+            f"{folder}: architectures ({architecture}) is not one that can be read: {', '.join(ARCHITECTURES)}"
+        )
     rope = about.get("rope_parameters") or {}
     scaling = about.get("rope_scaling") or {}
     kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
@@ -187,10 +189,14 @@ def _check_names(weights: dict[str, Tensor], config: ModelConfig, folder: Path) 
         wanted = {name: param.shape for name, param in Transformer(config).named_parameters()}
     missing, unused = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     if missing or unused:
-        raise ModelError(f"{folder}: tensors missing: {missing[:3] or 'none'}, tensors without a place: {unused[:3] or 'none'}")
+        raise ModelError(
+            f"{folder}: tensors missing: {missing[:3] or 'none'}, tensors without a place: {unused[:3] or 'none'}"
+        )
     for name, shape in wanted.items():
         if weights[name].shape != shape:
-            raise ModelError(f"{folder}: {name} is {tuple(weights[name].shape)} and its config.json makes it {tuple(shape)}")
+            raise ModelError(
+                f"{folder}: {name} is {tuple(weights[name].shape)} and its config.json makes it {tuple(shape)}"
+            )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -88,7 +88,11 @@ def generate(
 
 
 def _last_logits(
-    model: Transformer, texts: list[list[int]], fresh: list[list[int]], cache: KVCache | None, device: torch.device
+    model: Transformer,
+    texts: list[list[int]],
+    fresh: list[list[int]],
+    cache: KVCache | None,
+    device: torch.device,
 ) -> Tensor:
     """Give the logits after each text, on the CPU: from its new tokens and the cache, or from all of it."""
     read = texts if cache is None else fresh

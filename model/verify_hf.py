@@ -7,6 +7,7 @@ where the JSON holds token ids, the logits' file, and texts with their ids. Prin
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main(folder: str, expected_path: str) -> None:
@@ -15,10 +16,11 @@ def main(folder: str, expected_path: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
 
     expected = json.loads(Path(expected_path).read_text())
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=False, output_loading_info=True, torch_dtype=torch.float32
     )
-    found = {
+    model, info = loaded
+    found: dict[str, Any] = {
         "transformers": __version__,
         "class": type(model).__name__,
         "keys": {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")},

@@ -48,7 +48,12 @@ def test_the_tutorial_experiment_has_the_tutorials_hyper_parameters() -> None:
     assert (model.n_layers, model.d_model, model.n_heads, model.d_ff) == (32, 4096, 32, 11008)
     assert (model.vocab_size, data.seq_len, data.pack_tokens, config.steps) == (103168, 2048, 4096, 50000)
     assert (optimizer.lr, optimizer.lr * scheduler.min_lr_ratio) == (1e-4, pytest.approx(1e-5))
-    assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay, optimizer.max_grad_norm) == (0.9, 0.95, 0.01, 1.0)
+    assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay, optimizer.max_grad_norm) == (
+        0.9,
+        0.95,
+        0.01,
+        1.0,
+    )
     assert (scheduler.shape.value, scheduler.warmup_ratio) == ("cosine", 0.01)
     assert config.grad_accum_steps(dp_size=8) == 4
 
@@ -68,7 +73,10 @@ def test_the_tutorial_experiment_has_the_tutorials_hyper_parameters() -> None:
         ),
         (["optimizer=null"], ["optimizer=null: this group needs an option; choose from adamw"]),
         (["optimizer.lr=1e-4,1e-3"], ["optimizer.lr has several values; add -m to run one after another"]),
-        (["model.init=gpt"], ["model.init (gpt): Invalid value 'gpt', expected one of [internlm, internlm_v1, llama]"]),
+        (
+            ["model.init=gpt"],
+            ["model.init (gpt): Invalid value 'gpt', expected one of [internlm, internlm_v1, llama]"],
+        ),
         (["optimizer.lr=nan"], ["optimizer.lr (nan) must be positive and finite"]),
         (
             ["model.n_heads=7", "data.seq_len=1024", "data.micro_batch_size=1"],
@@ -87,11 +95,19 @@ def test_the_tutorial_experiment_has_the_tutorials_hyper_parameters() -> None:
             ["optimizer.lr (-1.0) must be positive and finite (at launcher=slurm optimizer.lr=-1)"],
         ),
         (["skip_batches=[2,3-1]"], ["skip_batches (2,3-1) must look like [17,100-120]"]),
-        (["name=../x"], ["name (../x) must be letters, digits and ._=,+- (and / between folders), because it names runs/<name>"]),
-        (["init_content=[weights]", "init_from=x"], ["init_content (weights) must be among model, optimizer, scheduler, sampler, all"]),
+        (
+            ["name=../x"],
+            ["name (../x) must be letters, digits and ._=,+- (and / between folders), because it names runs/<name>"],
+        ),
+        (
+            ["init_content=[weights]", "init_from=x"],
+            ["init_content (weights) must be among model, optimizer, scheduler, sampler, all"],
+        ),
         (
             ["model.attention=flash_attn", "precision=fp32"],
-            ["model.attention (flash_attn) needs precision.compute bf16 or fp16, not fp32; model.attention=sdpa computes in fp32"],
+            [
+                "model.attention (flash_attn) needs precision.compute bf16 or fp16, not fp32; model.attention=sdpa computes in fp32"
+            ],
         ),
         (
             ["ramp.start_tokens=100"],
@@ -117,7 +133,10 @@ def test_preparing_asks_for_the_text_and_training_does_not() -> None:
 
 def test_generate_and_export_want_exactly_one_source() -> None:
     assert told(config_name="export")[0].startswith("run and from_hf: set one of them")
-    assert [line.split(":")[0] for line in told(config_name="generate")] == ["run and hf", "prompt and prompts"]
+    assert [line.split(":")[0] for line in told(config_name="generate")] == [
+        "run and hf",
+        "prompt and prompts",
+    ]
 
 
 def test_a_section_error_names_every_key_and_value() -> None:

@@ -24,7 +24,12 @@ from training.config import Dtype
 @pytest.fixture(scope="module")
 def exported(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("export") / "hf"
-    done = subprocess.run([sys.executable, "export.py", f"run={run_dir}", f"out={out}"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "export.py", f"run={run_dir}", f"out={out}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "no missing or unexpected keys, logits equal to" in done.stdout
     texts = int(done.stdout.split("decoding equal on ")[1].split(" texts")[0].replace(",", ""))
@@ -39,11 +44,15 @@ def test_the_folder_holds_no_code_and_both_names_of_theta(exported: Path) -> Non
         "tokenizer.model", "README.md", "export.json",
     }  # fmt: skip
     about = json.loads((exported / "config.json").read_text())
-    assert about["architectures"] == ["LlamaForCausalLM"] and "auto_map" not in about and about["attention_bias"] is True
+    assert (
+        about["architectures"] == ["LlamaForCausalLM"] and "auto_map" not in about and about["attention_bias"] is True
+    )
     assert about["rope_theta"] == about["rope_parameters"]["rope_theta"] == 10000.0
 
 
-def test_a_second_export_is_the_first_and_another_is_not_overwritten(exported: Path, run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_second_export_is_the_first_and_another_is_not_overwritten(
+    exported: Path, run_dir: Path, capsys: pytest.CaptureFixture
+) -> None:
     export.export(run_dir, ExportConfig(run=str(run_dir), out=str(exported)))
     assert "is the export of" in capsys.readouterr().out
     with pytest.raises(ModelError, match=r"exists and is no export of .* in fp32"):
@@ -57,13 +66,22 @@ def test_a_model_goes_out_and_in_without_a_changed_bit(run_dir: Path, tmp_path: 
     weights, again = before.read("model."), after.read("model.")
     assert weights.keys() == again.keys() and all(torch.equal(weights[name], again[name]) for name in weights)
     shape, returned = stored_model(before.state["config"]), stored_model(after.state["config"])
-    assert (shape.n_params, shape.rope_theta, shape.max_seq_len) == (returned.n_params, returned.rope_theta, returned.max_seq_len)
-    export.export(tmp_path / "back", ExportConfig(run=str(tmp_path / "back"), out=str(tmp_path / "hf2"), dtype=Dtype.fp32))
+    assert (shape.n_params, shape.rope_theta, shape.max_seq_len) == (
+        returned.n_params,
+        returned.rope_theta,
+        returned.max_seq_len,
+    )
+    export.export(
+        tmp_path / "back",
+        ExportConfig(run=str(tmp_path / "back"), out=str(tmp_path / "hf2"), dtype=Dtype.fp32),
+    )
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "hf2"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_training_starts_from_a_hugging_face_folder(run_dir: Path, tmp_path: Path, small: list[str], exported: Path) -> None:
+def test_training_starts_from_a_hugging_face_folder(
+    run_dir: Path, tmp_path: Path, small: list[str], exported: Path
+) -> None:
     trained(tmp_path / "r", *small, "steps=1", "optimizer.lr=1e-12", f"init_from={exported}")
     weights = open_checkpoint(tmp_path / "r").read("model.")
     for name, tensor in open_checkpoint(run_dir).read("model.").items():
@@ -84,7 +102,9 @@ def damage(folder: Path, what: str) -> None:
             (folder / "config.json").write_text(json.dumps({**about, "attention_bias": False}))
         case "tokenizer":
             text = (folder / "tokenizer.json").read_text()
-            (folder / "tokenizer.json").write_text(text.replace('"normalizer":', '"x":', 1) if '"normalizer":' in text else text)
+            (folder / "tokenizer.json").write_text(
+                text.replace('"normalizer":', '"x":', 1) if '"normalizer":' in text else text
+            )
             fast = json.loads((folder / "tokenizer.json").read_text())
             fast.pop("x", None)
             (folder / "tokenizer.json").write_text(json.dumps({**fast, "normalizer": None}))
@@ -93,9 +113,16 @@ def damage(folder: Path, what: str) -> None:
 
 @pytest.mark.parametrize(
     ("what", "sentence"),
-    [("missing", "wrong keys.*missing_keys"), ("bias", "wrong keys.*unexpected_keys"), ("weight", "logits differ by"), ("tokenizer", "tokenizer differs on")],
+    [
+        ("missing", "wrong keys.*missing_keys"),
+        ("bias", "wrong keys.*unexpected_keys"),
+        ("weight", "logits differ by"),
+        ("tokenizer", "tokenizer differs on"),
+    ],
 )
-def test_a_wrong_export_is_not_kept(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, sentence: str) -> None:
+def test_a_wrong_export_is_not_kept(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, sentence: str
+) -> None:
     reference = read_hf
 
     def read_before_damage(folder: Path) -> tuple[ModelConfig, dict]:
@@ -125,7 +152,15 @@ def test_a_value_outside_fp16_is_named(run_dir: Path, tmp_path: Path, monkeypatc
 
 
 SHAPE = ModelConfig(
-    name="x", vocab_size=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=32, rope_theta=1e6
+    name="x",
+    vocab_size=64,
+    d_model=32,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    d_ff=48,
+    max_seq_len=32,
+    rope_theta=1e6,
 )
 
 
@@ -151,7 +186,11 @@ def test_internlm2s_fused_weights_come_apart_as_they_were(tmp_path: Path) -> Non
         q, k, v = (model.get_parameter(f"blocks.{i}.attention.{w}.weight").detach() for w in ("wq", "wk", "wv"))
         heads = []
         for group in range(2):  # per key head: its two query heads, its key, its value
-            heads += [q[16 * group : 16 * group + 16], k[8 * group : 8 * group + 8], v[8 * group : 8 * group + 8]]
+            heads += [
+                q[16 * group : 16 * group + 16],
+                k[8 * group : 8 * group + 8],
+                v[8 * group : 8 * group + 8],
+            ]
         theirs[f"model.layers.{i}.attention.wqkv.weight"] = torch.cat(heads)
     save_file(theirs, tmp_path / "model.safetensors")
     about = llama_config(SHAPE, bos_id=1, eos_id=2, pad_id=None, dtype="float32")
@@ -165,8 +204,14 @@ def test_internlm2s_fused_weights_come_apart_as_they_were(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, r"architectures \(GPT2LMHeadModel\) is not one that can be read"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}, r"rope_scaling \(dynamic\)"),
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            r"architectures \(GPT2LMHeadModel\) is not one that can be read",
+        ),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None},
+            r"rope_scaling \(dynamic\)",
+        ),
         ({"mlp_bias": True}, r"mlp_bias \(True\)"),
         ({"hidden_act": "gelu"}, r"hidden_act \(gelu\)"),
         ({"head_dim": 16}, r"head_dim \(16\) is not what this model computes, which is 8"),
@@ -186,8 +231,13 @@ def test_internlm1_is_a_llama_with_biases() -> None:
     assert read_hf_config(about, Path("x")).attention_bias
 
 
-@pytest.mark.skipif("TRANSFORMERS_4_PYTHON" not in os.environ, reason="TRANSFORMERS_4_PYTHON names no interpreter with transformers 4")
-def test_transformers_4_loads_the_same_model(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.skipif(
+    "TRANSFORMERS_4_PYTHON" not in os.environ,
+    reason="TRANSFORMERS_4_PYTHON names no interpreter with transformers 4",
+)
+def test_transformers_4_loads_the_same_model(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(sys, "executable", os.environ["TRANSFORMERS_4_PYTHON"])
     export.export(run_dir, ExportConfig(run=str(run_dir), out=str(tmp_path / "hf")))
     assert "verified with transformers 4." in capsys.readouterr().out

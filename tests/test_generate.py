@@ -29,7 +29,14 @@ def settings(run_dir: Path, **changes: object) -> GenerateConfig:
 
 
 def test_the_command_streams_the_prompt_and_its_continuation(run_dir: Path) -> None:
-    argv = [sys.executable, "generate.py", f"run={run_dir}", f'prompt="{PROMPT}"', "max_new_tokens=24", "device=cpu"]
+    argv = [
+        sys.executable,
+        "generate.py",
+        f"run={run_dir}",
+        f'prompt="{PROMPT}"',
+        "max_new_tokens=24",
+        "device=cpu",
+    ]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == PROMPT + texts(settings(run_dir), [PROMPT])[0] + "\n"
@@ -47,12 +54,21 @@ def test_a_prompts_file_gives_each_prompt_its_samples_whatever_the_batch(run_dir
     (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n\n")
     outputs = []
     for batch_size in (1, 4):
-        argv = [f"run={run_dir}", f"prompts={tmp_path / 'prompts.txt'}", "samples=2", f"batch_size={batch_size}", "max_new_tokens=8", "device=cpu"]
+        argv = [
+            f"run={run_dir}",
+            f"prompts={tmp_path / 'prompts.txt'}",
+            "samples=2",
+            f"batch_size={batch_size}",
+            "max_new_tokens=8",
+            "device=cpu",
+        ]
         done = subprocess.run([sys.executable, "generate.py", *argv], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         outputs.append(done.stdout)
     assert outputs[0] == outputs[1] and outputs[0].count("--- prompt") == 6
-    assert all(f"--- prompt {i + 1}, sample {j + 1}\n{p}" in outputs[0] for i, p in enumerate(prompts) for j in range(2))
+    assert all(
+        f"--- prompt {i + 1}, sample {j + 1}\n{p}" in outputs[0] for i, p in enumerate(prompts) for j in range(2)
+    )
 
 
 def test_the_cache_changes_nothing_and_the_seed_does(run_dir: Path) -> None:
@@ -93,7 +109,9 @@ def test_streaming_never_shows_half_a_character(run_dir: Path) -> None:
         ({"run": None, "hf": "/nowhere"}, "x", "/nowhere/config.json is missing"),
     ],
 )
-def test_what_cannot_be_written_is_told(run_dir: Path, changes: dict, prompt: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_written_is_told(
+    run_dir: Path, changes: dict, prompt: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ModelError, match=sentence):
         texts(settings(run_dir, **changes), [prompt])

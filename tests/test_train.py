@@ -44,18 +44,24 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, small: list[str]) ->
 
 
 def test_a_run_learns_and_leaves_what_it_should(tmp_path: Path, small: list[str]) -> None:
-    valid_loss = trained(tmp_path / "r", *small, "steps=150", "valid_every=50", "optimizer.lr=1e-2", "logger=tensorboard")
+    valid_loss = trained(
+        tmp_path / "r", *small, "steps=150", "valid_every=50", "optimizer.lr=1e-2", "logger=tensorboard"
+    )
     records = metrics(tmp_path / "r")
     valid = [record["valid/loss"] for record in records if "valid/loss" in record]
     assert len(valid) == 3 and valid[-1] == valid_loss and valid[0] > valid[-1]
     assert records[0]["train/loss"] == pytest.approx(6.93, abs=0.05) and records[-1]["valid/loss"] < 5.5
-    assert {"train/loss/code", "train/accuracy/prose", "train/perplexity", "train/bits_per_byte/code"} <= {k for r in records for k in r}
+    assert {"train/loss/code", "train/accuracy/prose", "train/perplexity", "train/bits_per_byte/code"} <= {
+        k for r in records for k in r
+    }
     names = {path.name for path in (tmp_path / "r").iterdir()}
     assert {"metrics.jsonl", "loss.png", "config.yaml", "tokenizer", "checkpoints", "tensorboard"} <= names
 
 
 @pytest.mark.parametrize("stop_at", [2, 4, 7])
-def test_a_run_stopped_by_a_file_goes_on_bit_for_bit(tmp_path: Path, small: list[str], uninterrupted: Path, stop_at: int) -> None:
+def test_a_run_stopped_by_a_file_goes_on_bit_for_bit(
+    tmp_path: Path, small: list[str], uninterrupted: Path, stop_at: int
+) -> None:
     (tmp_path / "stop").write_text(str(stop_at))
     trained(tmp_path / "r", *small, *LONG, f"checkpoint.stop_file={tmp_path / 'stop'}")
     assert open_checkpoint(tmp_path / "r").step == stop_at
@@ -63,12 +69,14 @@ def test_a_run_stopped_by_a_file_goes_on_bit_for_bit(tmp_path: Path, small: list
     assert_same_run(tmp_path / "r", uninterrupted)
 
 
-def test_a_stop_during_validation_validates_after_the_resume(tmp_path: Path, small: list[str], uninterrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_during_validation_validates_after_the_resume(
+    tmp_path: Path, small: list[str], uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import data.loader
 
     stop, batches = StopRequest(), data.loader.valid_batches
 
-    def interrupted(*args: object, **kwargs: object):  # noqa: ANN202
+    def interrupted(*args: object, **kwargs: object):
         for batch in batches(*args, **kwargs):  # type: ignore[arg-type]
             yield batch
             stop.signum = signal.SIGTERM
@@ -81,7 +89,9 @@ def test_a_stop_during_validation_validates_after_the_resume(tmp_path: Path, sma
     assert_same_run(tmp_path / "r", uninterrupted)
 
 
-def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(tmp_path: Path, small: list[str], uninterrupted: Path) -> None:
+def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(
+    tmp_path: Path, small: list[str], uninterrupted: Path
+) -> None:
     shutil.copytree(uninterrupted, tmp_path / "r")
     for step in (12, 9):
         os.truncate(tmp_path / "r" / "checkpoints" / f"step-{step:08d}" / "__0_0.distcp", 1000)
@@ -90,10 +100,14 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(tmp_path: 
     assert (tmp_path / "r" / "checkpoints" / "step-00000009.corrupt").exists()
 
 
-def command(folder: Path, *overrides: str, seconds: float | None = None, signum: int = signal.SIGTERM) -> subprocess.CompletedProcess:
+def command(
+    folder: Path, *overrides: str, seconds: float | None = None, signum: int = signal.SIGTERM
+) -> subprocess.CompletedProcess:
     """Run train.py as a user does; with `seconds`, signal it that long after its first step."""
     argv = [sys.executable, "train.py", *overrides, f"hydra.run.dir={folder}", "parallel.threads=2"]
-    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     if seconds is not None:
         while process.poll() is None and not (folder / "metrics.jsonl").exists():
             time.sleep(0.02)
@@ -104,8 +118,17 @@ def command(folder: Path, *overrides: str, seconds: float | None = None, signum:
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_a_signalled_run_with_workers_goes_on_bit_for_bit(tmp_path: Path, small: list[str], signum: int, code: int) -> None:
-    settings = [*small, "steps=120", "checkpoint.every=20", "valid_every=50", "data.workers=2", "name=signalled"]
+def test_a_signalled_run_with_workers_goes_on_bit_for_bit(
+    tmp_path: Path, small: list[str], signum: int, code: int
+) -> None:
+    settings = [
+        *small,
+        "steps=120",
+        "checkpoint.every=20",
+        "valid_every=50",
+        "data.workers=2",
+        "name=signalled",
+    ]
     done = command(tmp_path / "r", *settings, seconds=0.3, signum=signum)
     assert done.returncode == code, done.stderr
     reached = len(metrics(tmp_path / "r")) if code == -9 else open_checkpoint(tmp_path / "r").step
@@ -118,7 +141,9 @@ def test_a_signalled_run_with_workers_goes_on_bit_for_bit(tmp_path: Path, small:
     assert_same_run(tmp_path / "r", tmp_path / "whole")
 
 
-def test_a_changed_configuration_is_refused_and_can_be_accepted(run_dir: Path, tmp_path: Path, small: list[str]) -> None:
+def test_a_changed_configuration_is_refused_and_can_be_accepted(
+    run_dir: Path, tmp_path: Path, small: list[str]
+) -> None:
     folder = tmp_path / "r"
     shutil.copytree(run_dir, folder)
     changed = [*small, "steps=14", "optimizer.weight_decay=0.5"]
@@ -148,7 +173,12 @@ def test_resume_can_be_forbidden_or_demanded(run_dir: Path, tmp_path: Path, smal
 def test_skipped_batches_are_read_counted_and_not_trained_on(tmp_path: Path, small: list[str]) -> None:
     trained(tmp_path / "r", *small, "skip_batches=[0,3-5]")
     progress = open_checkpoint(tmp_path / "r").state["progress"]
-    assert (progress["step"], progress["updates"], progress["skipped_steps"], progress["samples"]) == (10, 6, 4, 40)
+    assert (progress["step"], progress["updates"], progress["skipped_steps"], progress["samples"]) == (
+        10,
+        6,
+        4,
+        40,
+    )
     steps = [record["step"] for record in metrics(tmp_path / "r") if "train/loss" in record]
     assert steps == [2, 3, 7, 8, 9, 10]
     rates = [record["optim/lr"] for record in metrics(tmp_path / "r") if "train/loss" in record]
@@ -184,7 +214,10 @@ def test_init_from_takes_what_it_is_told_to(run_dir: Path, tmp_path: Path, small
     for name, tensor in source.read("model.").items():
         torch.testing.assert_close(weights.read("model.")[name], tensor, rtol=0, atol=1e-8)
     assert (weights.state["progress"]["step"], weights.read("optimizer.")["norm.weight.step"]) == (1, 1)
-    assert (everything.state["progress"]["step"], everything.read("optimizer.")["norm.weight.step"]) == (11, 11)
+    assert (everything.state["progress"]["step"], everything.read("optimizer.")["norm.weight.step"]) == (
+        11,
+        11,
+    )
     with pytest.raises(CheckpointError, match="is no folder"):
         trained(tmp_path / "none", *small, f"init_from={tmp_path / 'nothing'}")
     with pytest.raises(CheckpointError, match=r"model.embed.weight is \(1024, 32\) there and \(1024, 64\) here"):
@@ -192,7 +225,10 @@ def test_init_from_takes_what_it_is_told_to(run_dir: Path, tmp_path: Path, small
 
 
 def test_a_run_without_finite_gradients_ends_and_names_the_layer(tmp_path: Path, small: list[str]) -> None:
-    with pytest.raises(TrainingError, match=r"3 steps in a row .* the first bad layer is \S+ \((weight|forward|backward|gradient)\)"):
+    with pytest.raises(
+        TrainingError,
+        match=r"3 steps in a row .* the first bad layer is \S+ \((weight|forward|backward|gradient)\)",
+    ):
         trained(tmp_path / "r", *small, "optimizer.lr=1e30", "optimizer.max_bad_steps=3", "steps=30")
     records = metrics(tmp_path / "r")
     assert records[-1]["train/bad_steps"] >= 2 and records[-1]["train/grad_norm"] is None
@@ -200,7 +236,14 @@ def test_a_run_without_finite_gradients_ends_and_names_the_layer(tmp_path: Path,
 
 def test_a_sweep_runs_each_point_in_its_own_folder(tmp_path: Path, small: list[str]) -> None:
     settings = [*small, "steps=2", "name=sweep", f"hydra.sweep.dir={tmp_path}", "parallel.threads=2"]
-    argv = [sys.executable, "train.py", "-m", *settings, "optimizer.lr=1e-3,1e-2", "hydra.sweep.subdir=${optimizer.lr}"]
+    argv = [
+        sys.executable,
+        "train.py",
+        "-m",
+        *settings,
+        "optimizer.lr=1e-3,1e-2",
+        "hydra.sweep.subdir=${optimizer.lr}",
+    ]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir() if (path / "loss.png").exists()} == {"0.001", "0.01"}
@@ -209,14 +252,28 @@ def test_a_sweep_runs_each_point_in_its_own_folder(tmp_path: Path, small: list[s
 @pytest.mark.parametrize(
     ("overrides", "environment", "sentence"),
     [
-        (["data.path=nowhere"], {}, "error: there is no prepared data in nowhere; run: python prepare_data.py data=local"),
+        (
+            ["data.path=nowhere"],
+            {},
+            "error: there is no prepared data in nowhere; run: python prepare_data.py data=local",
+        ),
         (["model.vocab_size=512"], {}, "has 1000 pieces, more than model.vocab_size (512)"),
         ([], {"WORLD_SIZE": "2"}, "error: WORLD_SIZE (2) processes were started for parallel=single"),
-        (["parallel.device=cuda"], {"CUDA_VISIBLE_DEVICES": ""}, "error: parallel.device (cuda): torch sees no CUDA device"),
-        (["model.attention=varlen", "parallel.device=cpu", "precision=bf16"], {}, "error: model.attention (varlen) needs a CUDA device"),
+        (
+            ["parallel.device=cuda"],
+            {"CUDA_VISIBLE_DEVICES": ""},
+            "error: parallel.device (cuda): torch sees no CUDA device",
+        ),
+        (
+            ["model.attention=varlen", "parallel.device=cpu", "precision=bf16"],
+            {},
+            "error: model.attention (varlen) needs a CUDA device",
+        ),
     ],
 )
-def test_what_cannot_run_is_one_sentence(tmp_path: Path, small: list[str], overrides: list[str], environment: dict, sentence: str) -> None:
+def test_what_cannot_run_is_one_sentence(
+    tmp_path: Path, small: list[str], overrides: list[str], environment: dict, sentence: str
+) -> None:
     argv = [sys.executable, "train.py", *small, "name=x", *overrides, f"hydra.run.dir={tmp_path}"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
     assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from training.config import CheckpointError
 
@@ -80,7 +82,7 @@ class Checkpoint:
                 )
         if tensors:
             with _one_process():
-                dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(self.path), no_dist=True)
+                load(dict(tensors), storage_reader=FileSystemReader(self.path), no_dist=True)
 
 
 class Checkpoints:
@@ -126,7 +128,9 @@ class Checkpoints:
                 os.rename(path, aside)
                 logger.warning("%s; set aside as %s", error, aside.name)
         if found:
-            raise CheckpointError(f"every checkpoint in {self.folder} is damaged; the run is not started over by itself")
+            raise CheckpointError(
+                f"every checkpoint in {self.folder} is damaged; the run is not started over by itself"
+            )
         return None
 
     def _purge(self) -> None:
@@ -144,7 +148,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _open(path)
     found = _steps(path / "checkpoints")
     if not found:
-        raise CheckpointError(f"there is no checkpoint in {path}; name a run folder such as runs/demo, or one of its checkpoints")
+        raise CheckpointError(
+            f"there is no checkpoint in {path}; name a run folder such as runs/demo, or one of its checkpoints"
+        )
     for candidate in found:
         try:
             return _open(candidate)
@@ -164,9 +170,9 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str,
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     # One thread: a writer of several can lose an error of one of them.
-    writer = dcp.FileSystemWriter(folder, thread_count=1, single_file_per_rank=True)
+    writer = FileSystemWriter(folder, thread_count=1, single_file_per_rank=True)
     with _one_process():
-        dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
+        save(dict(tensors), storage_writer=writer, no_dist=True)
     written = _read_metadata(folder)
     if set(written) != set(tensors):
         raise RuntimeError(f"{_some(set(tensors) - set(written))} were not written")
@@ -217,7 +223,9 @@ class _MetadataUnpickler(pickle.Unpickler):
         allowed = allowed or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
         allowed = allowed or (module.startswith("pathlib") and name in ("Path", "PosixPath"))
         if not allowed:
-            raise CheckpointError(f"its .metadata asks for {module}.{name}, which no checkpoint needs; it is not loaded")
+            raise CheckpointError(
+                f"its .metadata asks for {module}.{name}, which no checkpoint needs; it is not loaded"
+            )
         return super().find_class(module, name)
 
 

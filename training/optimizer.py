@@ -41,7 +41,7 @@ class AdamW:
             masters = [self.masters[name] for name in names]
             adamw(
                 masters,
-                [self.params[name].grad.float() for name in names],
+                [_gradient(self.params[name]) for name in names],
                 [self.exp_avg[name] for name in names],
                 [self.exp_avg_sq[name] for name in names],
                 [],
@@ -56,9 +56,9 @@ class AdamW:
                 eps=self.config.eps,
                 maximize=False,
             )
-            params = [self.params[name] for name in names]
+            params: list[Tensor] = [self.params[name] for name in names]
             if params[0].dtype != torch.float32:
-                torch._foreach_copy_(params, masters)
+                torch._foreach_copy_(params, masters)  # type: ignore[attr-defined]
             for param in params:
                 param.grad = None
 
@@ -95,3 +95,8 @@ class AdamW:
         for name, param in self.params.items():
             if param.dtype != torch.float32:
                 param.copy_(self.masters[name])
+
+
+def _gradient(param: Tensor) -> Tensor:
+    assert param.grad is not None, "an update needs every gradient"
+    return param.grad.float()

@@ -30,9 +30,18 @@ class Report:
     def step(self, progress: Progress, result: StepFigures, **optim: float) -> None:
         """Write the record of a step and its line; `optim` are the values the update was made with."""
         record: dict[str, Any] = {"step": progress.step, "tokens": progress.tokens}
-        record |= {"train/objective": float(result.loss), **loss_metrics(result.totals_S4.tolist(), self.sources, "train")}
-        record |= {"train/grad_norm": result.grad_norm, **{f"optim/{key}": value for key, value in optim.items()}}
-        record |= {"train/bad_steps": progress.bad_steps, **self.throughput.metrics(self.steps - progress.step)}
+        record |= {
+            "train/objective": float(result.loss),
+            **loss_metrics(result.totals_S4.tolist(), self.sources, "train"),
+        }
+        record |= {
+            "train/grad_norm": result.grad_norm,
+            **{f"optim/{key}": value for key, value in optim.items()},
+        }
+        record |= {
+            "train/bad_steps": progress.bad_steps,
+            **self.throughput.metrics(self.steps - progress.step),
+        }
         self.sinks.write(record)
         logger.info("%s", step_line(record, self.steps))
 

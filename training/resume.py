@@ -99,7 +99,9 @@ def _initialise(kept: Kept, run_config: dict[str, Any], read_hf: Callable[[Path]
         raise CheckpointError(f"init_from ({path}) is no folder; name a run, a checkpoint, or a Hugging Face folder")
     if (path / "config.json").exists():
         if content != {"model"}:
-            raise CheckpointError(f"init_content ({', '.join(sorted(content))}): a Hugging Face folder holds a model only")
+            raise CheckpointError(
+                f"init_content ({', '.join(sorted(content))}): a Hugging Face folder holds a model only"
+            )
         kept.take(read_hf(path), "model.", path)
         logger.info("weights from %s", path)
         return

@@ -16,11 +16,20 @@ from data.packing import PackedStream
 from data.shards import Shard, ShardWriter
 
 CONFIG = DataConfig(
-    name="r", path="none", source=Source.random, vocab_size=100, seq_len=8, pack_len=16, micro_batch_size=4, workers=0
+    name="r",
+    path="none",
+    source=Source.random,
+    vocab_size=100,
+    seq_len=8,
+    pack_len=16,
+    micro_batch_size=4,
+    workers=0,
 )
 
 
-def take(corpus: Corpus, n_steps: int, *, workers: int = 0, first_step: int = 0, first_sample: int = 0) -> list[list[Batch]]:
+def take(
+    corpus: Corpus, n_steps: int, *, workers: int = 0, first_step: int = 0, first_sample: int = 0
+) -> list[list[Batch]]:
     steps = train_batches(
         corpus,
         dataclasses.replace(CONFIG, workers=workers),
@@ -78,7 +87,9 @@ def documents(tmp_path: Path) -> Corpus:
         writer.close()
         shard = Shard(tmp_path / str(source))
         order = np.arange(1)
-        streams.append(PackedStream(shard, pack_len=16, seq_len=8, packing=Packing.internlm, order=order, source=source))
+        streams.append(
+            PackedStream(shard, pack_len=16, seq_len=8, packing=Packing.internlm, order=order, source=source)
+        )
     valid = PackSet(streams, seed=0, padded=True)
     return Corpus(("a", "b"), "f", None, False, False, None, 100, valid, valid)
 

@@ -21,7 +21,10 @@ from data.read import BadRecords, Document, local_documents, source_name
 from data.shards import Shard
 from data.tokenizer import Tokenizer
 
-RECORDS = [{"text": f"Document {i}: {'word ' * (i % 7)}\n", "meta": {"set": "Wikipedia (en)" if i % 3 else "C++"}} for i in range(60)]
+RECORDS = [
+    {"text": f"Document {i}: {'word ' * (i % 7)}\n", "meta": {"set": "Wikipedia (en)" if i % 3 else "C++"}}
+    for i in range(60)
+]
 
 
 def local(tmp_path: Path, pattern: str, **changes: object) -> DataConfig:
@@ -61,7 +64,10 @@ def test_sources_are_folders_or_a_key(tmp_path: Path) -> None:
         (tmp_path / "texts" / folder / "a.jsonl").write_bytes(lines(RECORDS[:3]))
     for pattern in ("texts", "texts/**/*.jsonl"):
         assert {d.source for d in read(local(tmp_path, pattern))} == {"en", "code"}
-    assert {d.source for d in read(local(tmp_path, "texts", source_key="meta.set"))} == {"wikipedia_en", "c++"}
+    assert {d.source for d in read(local(tmp_path, "texts", source_key="meta.set"))} == {
+        "wikipedia_en",
+        "c++",
+    }
     assert source_name("../x") == "x" and source_name("???") == "unnamed"
 
 
@@ -123,7 +129,9 @@ def test_a_corpus_holds_every_document_whole(config: DataConfig, tokenizer: Toke
     assert corpus.bytes_per_token is not None and len(corpus.bytes_per_token) == 1280
 
 
-def test_the_result_does_not_depend_on_the_workers(config: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_result_does_not_depend_on_the_workers(
+    config: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "BATCH_CHARS", 100)
     made(config, tokenizer, workers=1)
     other = dataclasses.replace(config, path=config.path + "2")
@@ -143,7 +151,9 @@ def test_the_same_corpus_is_used_again_and_another_is_not_overwritten(config: Da
         existing(config, dataclasses.replace(settings, add_bos=True))
 
 
-def test_a_failure_leaves_nothing_that_looks_like_a_corpus(config: DataConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_failure_leaves_nothing_that_looks_like_a_corpus(
+    config: DataConfig, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     (tmp_path / "texts" / "b.jsonl").write_bytes(b"{")
     with pytest.raises(DataError, match="b.jsonl:1"):
         made(config, tokenizer)
@@ -156,7 +166,9 @@ def test_a_failure_leaves_nothing_that_looks_like_a_corpus(config: DataConfig, t
     assert not list(Path(config.path).rglob("old.bin"))
 
 
-def test_a_full_disk_leaves_nothing(config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing(
+    config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -166,7 +178,9 @@ def test_a_full_disk_leaves_nothing(config: DataConfig, tokenizer: Tokenizer, tm
     assert [path.name for path in (tmp_path / "corpora").iterdir()] == [".mine.lock"]
 
 
-def test_a_tokenizer_without_the_asked_for_token_is_refused(config: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_without_the_asked_for_token_is_refused(
+    config: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("data.prepare.load_tokenizer", lambda path: _without_eos(tokenizer))
     with pytest.raises(DataError, match=r"tokenizer.add_eos \(true\): .* has no such token"):
         made(config, tokenizer)
@@ -200,7 +214,9 @@ def tampered(config: DataConfig, change: str) -> None:
         ("bin", 1200, "it was cut short or changed"),
     ],
 )
-def test_an_unfit_corpus_is_told_when_opened(config: DataConfig, tokenizer: Tokenizer, change: str, vocab_size: int, sentence: str) -> None:
+def test_an_unfit_corpus_is_told_when_opened(
+    config: DataConfig, tokenizer: Tokenizer, change: str, vocab_size: int, sentence: str
+) -> None:
     made(config, tokenizer)
     tampered(config, change)
     with pytest.raises(DataError, match=sentence):

@@ -20,7 +20,9 @@ def write(stem: Path, vocab_size: int = 1000) -> Path:
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(1000, "<u2"), (65536, "<u2"), (65537, "<u4"), (103168, "<u4")])
-def test_documents_come_back_in_the_smallest_type_that_holds_the_vocabulary(tmp_path: Path, vocab_size: int, dtype: str) -> None:
+def test_documents_come_back_in_the_smallest_type_that_holds_the_vocabulary(
+    tmp_path: Path, vocab_size: int, dtype: str
+) -> None:
     shard = Shard(write(tmp_path / "a", vocab_size), verify=True)
     assert shard.tokens.dtype == np.dtype(dtype)
     assert [shard.document(i).tolist() for i in range(3)] == [
@@ -42,13 +44,25 @@ def rewrite(path: Path, change: Callable[[dict], None]) -> None:
 
 
 DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
-    ("bin cut short", lambda d: (d / "a.bin").write_bytes((d / "a.bin").read_bytes()[:-1]), "a.bin has 15 bytes where"),
+    (
+        "bin cut short",
+        lambda d: (d / "a.bin").write_bytes((d / "a.bin").read_bytes()[:-1]),
+        "a.bin has 15 bytes where",
+    ),
     ("idx cut short", lambda d: (d / "a.idx").write_bytes(b"1234567"), "a.idx has 7 bytes where"),
     ("bin missing", lambda d: (d / "a.bin").unlink(), "a.bin is missing"),
-    ("header missing", lambda d: (d / "a.json").unlink(), "is missing, so the shard beside it is not complete"),
+    (
+        "header missing",
+        lambda d: (d / "a.json").unlink(),
+        "is missing, so the shard beside it is not complete",
+    ),
     ("header no JSON", lambda d: (d / "a.json").write_text("{"), "is not a shard's header"),
     ("header of something else", lambda d: (d / "a.json").write_text("{}"), "is not a shard's header"),
-    ("newer format", lambda d: rewrite(d / "a.json", lambda h: h.update(format_version=9)), "format_version 9 is not 1"),
+    (
+        "newer format",
+        lambda d: rewrite(d / "a.json", lambda h: h.update(format_version=9)),
+        "format_version 9 is not 1",
+    ),
     ("wrong dtype", lambda d: rewrite(d / "a.json", lambda h: h.update(dtype="int3")), r"dtype \(int3\)"),
     (
         "offsets that go back",

@@ -13,7 +13,15 @@ from data import tokenizer as module
 from data.config import DataError
 from data.hf_tokenizer import write_hf_tokenizer
 from data.mixed_text import mixed_lines
-from data.tokenizer import Tokenizer, adds_bos, cut, encode_document, load_tokenizer, save_tokenizer, train_tokenizer
+from data.tokenizer import (
+    Tokenizer,
+    adds_bos,
+    cut,
+    encode_document,
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+)
 
 # U+2581 is how SentencePiece writes a space, so it cannot stand for itself; surrogates are no characters.
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581\0"))
@@ -43,7 +51,9 @@ def test_a_vocabulary_larger_than_the_text_allows_is_refused(tmp_path: Path) -> 
         train_tokenizer(iter(["a b c"]), tmp_path / "t.model", vocab_size=5000, threads=1)
 
 
-def test_a_long_document_in_pieces_has_the_ids_of_the_whole(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_document_in_pieces_has_the_ids_of_the_whole(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = "".join(mixed_lines()) + "word " * 3000
     whole = [1, *tokenizer.encode(text), 2]
     monkeypatch.setattr(module, "PIECE_CHARS", 700)
@@ -72,13 +82,22 @@ def test_tokenizer_json_gives_the_same_ids_bytes_and_text(tokenizer: Tokenizer, 
         ids = tokenizer.encode(line)
         assert fast.encode(line) == ids and fast.decode(ids) == line
     assert np.array_equal(fast.token_bytes(), tokenizer.token_bytes())
-    assert (fast.bos_id, fast.eos_id, fast.vocab_size) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size)
+    assert (fast.bos_id, fast.eos_id, fast.vocab_size) == (
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.vocab_size,
+    )
     assert adds_bos(tmp_path) is add_bos
 
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
-    [("missing.model", "does not exist"), ("empty", "holds no tokenizer"), ("bad.model", "is not a SentencePiece model"), ("bad.json", "is not a tokenizer.json")],
+    [
+        ("missing.model", "does not exist"),
+        ("empty", "holds no tokenizer"),
+        ("bad.model", "is not a SentencePiece model"),
+        ("bad.json", "is not a tokenizer.json"),
+    ],
 )
 def test_what_is_no_tokenizer_is_told(tmp_path: Path, name: str, sentence: str) -> None:
     (tmp_path / "empty").mkdir()

@@ -41,7 +41,9 @@ def test_a_batch_without_targets_has_no_loss_and_no_nan() -> None:
     loss, nll, correct = linear_cross_entropy(h, weight, torch.full_like(labels, -100), loss_weights, chunk_tokens=8)
     loss.backward()
     assert h.grad is not None and weight.grad is not None
-    assert float(loss.detach()) == 0 and not h.grad.any() and not weight.grad.any() and not nll.any() and not correct.any()
+    assert (
+        float(loss.detach()) == 0 and not h.grad.any() and not weight.grad.any() and not nll.any() and not correct.any()
+    )
 
 
 def test_without_gradients_the_numbers_are_the_same() -> None:

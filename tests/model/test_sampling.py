@@ -1,5 +1,7 @@
 """Decoding: with and without a cache, alone and together, against transformers."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import (
@@ -36,7 +38,9 @@ def model() -> Transformer:
     return model
 
 
-def run(model: Transformer, sampling: Sampling, prompts: list[list[int]] = PROMPTS, **changes: object) -> list[list[int]]:
+def run(
+    model: Transformer, sampling: Sampling, prompts: list[list[int]] = PROMPTS, **changes: object
+) -> list[list[int]]:
     settings: dict = {"max_new_tokens": 12, "stop_ids": set(), "seeds": list(range(len(prompts)))}
     return generate(model, prompts, sampling, **{**settings, **changes})
 
@@ -58,13 +62,16 @@ def test_cached_logits_equal_the_full_forward(model: Transformer) -> None:
     tokens_BT = torch.randint(0, 64, (2, 20), generator=torch.Generator().manual_seed(0))
     cache = KVCache(model.config, 2, 20, torch.device("cpu"), torch.float32)
     with torch.no_grad():
-        parts = [model(tokens_BT[:, a:b], positions_BT=torch.arange(a, b).expand(2, -1), cache=cache) for a, b in [(0, 7), (7, 8), (8, 20)]]
+        parts = [
+            model(tokens_BT[:, a:b], positions_BT=torch.arange(a, b).expand(2, -1), cache=cache)
+            for a, b in [(0, 7), (7, 8), (8, 20)]
+        ]
         torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens_BT), rtol=1e-4, atol=1e-4)
 
 
 def test_greedy_decoding_equals_transformers(model: Transformer) -> None:
     about = llama_config(model.config, bos_id=None, eos_id=None, pad_id=0, dtype="float32")
-    theirs = LlamaForCausalLM(LlamaConfig(**about))
+    theirs: Any = LlamaForCausalLM(LlamaConfig(**about))
     theirs.load_state_dict({to_llama_name(n): p.detach() for n, p in model.named_parameters()})
     for prompt, new in zip(PROMPTS, run(model, GREEDY), strict=True):
         ids = torch.tensor([prompt])
@@ -81,7 +88,12 @@ def test_greedy_decoding_equals_transformers(model: Transformer) -> None:
         (Sampling(top_p=0.7), [TopPLogitsWarper(0.7)]),
         (
             Sampling(1.3, 0.7, 20, 0.8),
-            [RepetitionPenaltyLogitsProcessor(1.3), TemperatureLogitsWarper(0.7), TopKLogitsWarper(20), TopPLogitsWarper(0.8)],
+            [
+                RepetitionPenaltyLogitsProcessor(1.3),
+                TemperatureLogitsWarper(0.7),
+                TopKLogitsWarper(20),
+                TopPLogitsWarper(0.8),
+            ],
         ),
     ],
 )

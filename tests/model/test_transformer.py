@@ -23,7 +23,15 @@ MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
 
 def config(**changes: object) -> ModelConfig:
     base = ModelConfig(
-        name="test", vocab_size=96, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=64, init=Init.llama
+        name="test",
+        vocab_size=96,
+        d_model=32,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        d_ff=48,
+        max_seq_len=64,
+        init=Init.llama,
     )
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
@@ -50,7 +58,7 @@ def tokens(rows: int = 2, length: int = 17, seed: int = 1) -> Tensor:
 def test_logits_and_gradients_equal_transformers_llama(bias: bool, n_kv_heads: int, tied: bool) -> None:
     ours = drawn(config(attention_bias=bias, n_kv_heads=n_kv_heads, tie_embeddings=tied, rope_theta=5000.0))
     about = llama_config(ours.config, bos_id=1, eos_id=2, pad_id=None, dtype="float32")
-    theirs = LlamaForCausalLM(LlamaConfig(**about, attn_implementation="eager"))
+    theirs = LlamaForCausalLM(LlamaConfig(**{**about, "attn_implementation": "eager"}))
     names = {to_llama_name(name): param.detach() for name, param in ours.named_parameters()}
     missing, unexpected = theirs.load_state_dict(names, strict=False)
     assert not unexpected and missing in ([], ["lm_head.weight"] if tied else [])
@@ -136,7 +144,10 @@ def test_the_parameter_count_is_the_models(name: str) -> None:
         assert shape.flops_per_token(2048) == pytest.approx(43.0e9, rel=1e-3)
 
 
-EMBED, BASE = {"internlm": 0.0052, "internlm_v1": 0.0052, "llama": 0.02}, {"internlm": 0.006, "internlm_v1": 0.006, "llama": 0.02}
+EMBED, BASE = (
+    {"internlm": 0.0052, "internlm_v1": 0.0052, "llama": 0.02},
+    {"internlm": 0.006, "internlm_v1": 0.006, "llama": 0.02},
+)
 
 
 @pytest.mark.parametrize("scheme", list(Init))
@@ -145,7 +156,11 @@ def test_every_parameter_has_its_schemes_deviation(scheme: Init) -> None:
     model.init_weights(seed=0)
     base, s = BASE[scheme.value], scheme.value
     for layer in range(2):
-        down = {"internlm": base / math.sqrt(2 * (layer + 1)), "internlm_v1": 0.0015, "llama": base / math.sqrt(2 * (layer + 1))}
+        down = {
+            "internlm": base / math.sqrt(2 * (layer + 1)),
+            "internlm_v1": 0.0015,
+            "llama": base / math.sqrt(2 * (layer + 1)),
+        }
         up = base / math.sqrt(2 * (layer + 1)) if s == "internlm_v1" else base
         expected = {
             "attention.wq": base, "attention.wk": base, "attention.wv": base,

@@ -63,7 +63,13 @@ def test_speed_follows_internlms_formula(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_device_without_a_known_peak_has_no_mfu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peak_tflops(torch.device("cpu")) is None
-    names = {"NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H200": 989, "NVIDIA A800-SXM4-80GB": 312, "Riva 128": None}
+    names = {
+        "NVIDIA H100 80GB HBM3": 989,
+        "NVIDIA H100 PCIe": 756,
+        "NVIDIA H200": 989,
+        "NVIDIA A800-SXM4-80GB": 312,
+        "Riva 128": None,
+    }
     for name, peak in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert peak_tflops(torch.device("cuda", 0)) == peak
@@ -80,7 +86,11 @@ def record(step: int, **changes: object) -> dict:
 def test_the_step_line_has_one_width() -> None:
     lines = [
         step_line(record(step, **changes), 20000)
-        for step, changes in ((1, {}), (19999, {"perf/mfu": None, "train/grad_norm": 123.4, "perf/left_s": 3.0}), (7, {"perf/left_s": 9e5}))
+        for step, changes in (
+            (1, {}),
+            (19999, {"perf/mfu": None, "train/grad_norm": 123.4, "perf/left_s": 3.0}),
+            (7, {"perf/left_s": 9e5}),
+        )
     ]
     assert lines[0] == (
         "step     1/20000  loss  5.0000  grad      0.5  lr 1.00e-04     4,103 tok/s/gpu   182.20 TFLOP/s  "
@@ -126,6 +136,7 @@ def test_a_full_disk_for_tensorboard_does_not_stop_the_run(tmp_path: Path, caplo
 
     with Sinks(tmp_path, LoggerConfig(), run_config={"name": "x"}, step=0) as sinks:
         writer = sinks.tensorboard
+        assert writer is not None
         writer.add_scalar = full
         sinks.write(record(1))
         sinks.write(record(2))

@@ -18,7 +18,12 @@ def reference_for(model: nn.Module, config: OptimizerConfig) -> torch.optim.Adam
     rest = [p for p in model.parameters() if p.ndim < 2 and config.decay is not Decay.all]
     groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay, foreach=False
+        groups,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        foreach=False,
     )
 
 
@@ -75,7 +80,10 @@ def test_bf16_weights_follow_fp32_masters_that_keep_small_updates() -> None:
 
 def test_only_matrices_decay_unless_all_do() -> None:
     model = network()
-    decayed = {d: [n for n in dict(model.named_parameters()) if AdamW(model, OptimizerConfig(decay=d)).decayed(n)] for d in Decay}
+    decayed = {
+        d: [n for n in dict(model.named_parameters()) if AdamW(model, OptimizerConfig(decay=d)).decayed(n)]
+        for d in Decay
+    }
     assert decayed[Decay.matrices] == ["0.weight", "2.weight"]
     assert decayed[Decay.all] == [name for name, _ in model.named_parameters()]
 

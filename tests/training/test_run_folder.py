@@ -20,17 +20,29 @@ ROOT = Path(__file__).parent.parent.parent
 def test_a_folder_in_use_is_refused_with_its_owner(tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from training.run_folder import locked\nwith locked(Path(sys.argv[1])): pass"
     with locked(tmp_path / "run"):
-        other = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True)
+        other = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True
+        )
         assert f"is in use by process {os.getpid()} on" in other.stderr and other.returncode
     again = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], cwd=ROOT)
     assert again.returncode == 0
 
 
-OLD = {"steps": 10, "optimizer": {"lr": 0.1, "decay": "all"}, "logger": {"every": 1}, "data": {"seed": 1, "workers": 2}}
+OLD = {
+    "steps": 10,
+    "optimizer": {"lr": 0.1, "decay": "all"},
+    "logger": {"every": 1},
+    "data": {"seed": 1, "workers": 2},
+}
 
 
 def test_every_changed_key_is_told_with_the_way_out() -> None:
-    new = {"steps": 20, "optimizer": {"lr": 0.2, "decay": "all"}, "logger": {"every": 5}, "data": {"seed": 1, "workers": 0}}
+    new = {
+        "steps": 20,
+        "optimizer": {"lr": 0.2, "decay": "all"},
+        "logger": {"every": 5},
+        "data": {"seed": 1, "workers": 0},
+    }
     assert list(changed_keys(OLD, new)) == [
         ("data.workers", 2, 0), ("logger.every", 1, 5), ("optimizer.lr", 0.1, 0.2), ("steps", 10, 20),
     ]  # fmt: skip
@@ -47,7 +59,10 @@ def test_every_changed_key_is_told_with_the_way_out() -> None:
 
 @pytest.mark.parametrize(
     ("text", "answers"),
-    [("3", {2: (False, False), 3: (True, True), 4: (False, True)}), ("-3", {2: (False, False), 3: (True, False), 4: (False, False)})],
+    [
+        ("3", {2: (False, False), 3: (True, True), 4: (False, True)}),
+        ("-3", {2: (False, False), 3: (True, False), 4: (False, False)}),
+    ],
 )
 def test_a_stop_file_names_a_step_to_save_at(tmp_path: Path, text: str, answers: dict) -> None:
     (tmp_path / "stop").write_text(f"{text}\n")

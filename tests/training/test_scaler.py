@@ -44,7 +44,9 @@ def test_without_hysteresis_it_is_torchs_scaler() -> None:
     ours.overflows = ours.config.hysteresis  # all forgiveness used
     theirs, tracker = torch.tensor([1024.0]), torch.zeros(1, dtype=torch.int32)
     for finite in [True, True, False, False, True, False, True]:
-        torch._amp_update_scale_(theirs, tracker, torch.tensor([float(not finite)]), 2.0, 0.5, 2)
+        torch._amp_update_scale_(  # type: ignore[attr-defined]
+            theirs, tracker, torch.tensor([float(not finite)]), 2.0, 0.5, 2
+        )
         ours.update(finite=finite)
         if finite:
             ours.overflows = ours.config.hysteresis

@@ -15,7 +15,16 @@ def rate(update: int, steps: int = 50000, lr: float = 1e-4, **config: object) ->
 
 @pytest.mark.parametrize(
     ("update", "expected"),
-    [(0, 2e-7), (1, 4e-7), (249, 5e-5), (499, 1e-4), (500, 1e-4), (501, 9.999999990937e-5), (25250, 5.5e-5), (50000, 1e-5)],
+    [
+        (0, 2e-7),
+        (1, 4e-7),
+        (249, 5e-5),
+        (499, 1e-4),
+        (500, 1e-4),
+        (501, 9.999999990937e-5),
+        (25250, 5.5e-5),
+        (50000, 1e-5),
+    ],
 )
 def test_the_cosine_has_internlms_values(update: int, expected: float) -> None:
     assert rate(update) == pytest.approx(expected, rel=1e-12)
