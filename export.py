@@ -66,7 +66,8 @@ def export(run_path: Path, config: ExportConfig) -> None:
             print(f"{out} is the export of {checkpoint.path} already")
             return
         raise ModelError(
-            f"{out} exists and is no export of {checkpoint.path} in {config.dtype.value}; remove it, or pass another out="
+            f"{out} exists and is no export of {checkpoint.path} in {config.dtype.value}; "
+            "remove it, or pass another out="
         )
     tokenizer = load_tokenizer(run_dir / "tokenizer") if (run_dir / "tokenizer").exists() else None
     partial = out.with_name(f".{out.name}.partial")
@@ -134,7 +135,8 @@ def write_weights(folder: Path, checkpoint: "Checkpoint", config: ExportConfig) 
         for name, tensor in checkpoint.read_names(shard).items():
             if not torch.isfinite(tensor.to(dtype)).all():
                 raise ModelError(
-                    f"{checkpoint.path}: {name} holds values outside dtype ({config.dtype.value}); export with dtype=bf16"
+                    f"{checkpoint.path}: {name} holds values outside dtype ({config.dtype.value}); "
+                    "export with dtype=bf16"
                 )
             tensors[to_llama_name(name.removeprefix("model."))] = tensor.to(dtype)
         save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -171,7 +173,8 @@ def verify(folder: Path, config: ModelConfig, tokenizer: "Tokenizer | None") -> 
         done = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
     if done.returncode:
         raise ModelError(
-            f"transformers cannot load what was written, so nothing was exported: {done.stderr.strip().splitlines()[-1]}"
+            f"transformers cannot load what was written, so nothing was exported: "
+            f"{done.stderr.strip().splitlines()[-1]}"
         )
     judge(json.loads(done.stdout.splitlines()[-1]))
 
@@ -187,10 +190,12 @@ def judge(found: dict[str, Any]) -> None:
         )
     if found.get("wrong_count"):
         raise ModelError(
-            f"the export's tokenizer differs on {found['wrong_count']} texts, so it was not kept: {found['wrong_texts'][0]}"
+            f"the export's tokenizer differs on {found['wrong_count']} texts, so it was not kept: "
+            f"{found['wrong_texts'][0]}"
         )
     print(
-        f"verified with transformers {found['transformers']} ({found['class']}): no missing or unexpected keys, logits equal "
+        f"verified with transformers {found['transformers']} ({found['class']}): no missing or unexpected keys, "
+        "logits equal "
         f"to {found['logits_difference']:.1e}, token ids and decoding equal on {found.get('texts', 0):,} texts"
     )
 

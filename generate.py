@@ -94,7 +94,8 @@ def write(
             ids.append(tokenizer.eos_id or 0)  # an empty prompt: what comes after the end of a text
         if len(ids) >= model.config.max_seq_len:
             raise ModelError(
-                f"the prompt {text[:40]!r}... has {len(ids)} tokens, and the model reads at most {model.config.max_seq_len}"
+                f"the prompt {text[:40]!r}... has {len(ids)} tokens, "
+                f"and the model reads at most {model.config.max_seq_len}"
             )
     new_ids: list[list[int]] = [[] for _ in jobs]
     printer = Printer(stream, jobs[0][1], config.stop)

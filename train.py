@@ -253,10 +253,12 @@ def describe(config: TrainConfig, mesh: "Mesh", corpus: "Corpus", progress: "Pro
     wanted = config.steps * config.global_batch_tokens
     for line in (
         f"run        {run_dir}",
-        f"model      {model.name}: {model.n_params:,} parameters, {model.n_layers} layers x {model.d_model}, vocabulary {model.vocab_size:,}",
+        f"model      {model.name}: {model.n_params:,} parameters, {model.n_layers} layers x {model.d_model}, "
+        f"vocabulary {model.vocab_size:,}",
         f"           {model.flops_per_token(data.seq_len) / 1e9:.4g} GFLOP a token (causal), "
         f"{model.internlm_flops_per_token(data.seq_len) / 1e9:.4g} by InternLM's formula",
-        f"data       {data.name}: {train_tokens:,} training tokens in packs of {data.pack_tokens}, sources {', '.join(corpus.sources)}",
+        f"data       {data.name}: {train_tokens:,} training tokens in packs of {data.pack_tokens}, "
+        f"sources {', '.join(corpus.sources)}",
         f"batch      {config.global_batch_tokens:,} tokens = {config.grad_accum_steps(mesh.dp_size)} micro-batches of "
         f"{config.micro_batch_tokens:,}; {config.steps:,} steps, {wanted / train_tokens:.2f} epochs",
         f"device     {device}, {config.precision.compute.value}, attention {model.attention.value}",

@@ -75,7 +75,10 @@ class TrainConfig:
 
     def problems(self) -> Iterator[str]:
         if not NAME.fullmatch(self.name) or ".." in self.name:
-            yield f"name ({self.name}) must be letters, digits and ._=,+- (and / between folders), because it names runs/<name>"
+            yield (
+                f"name ({self.name}) must be letters, digits and ._=,+- (and / between folders), "
+                "because it names runs/<name>"
+            )
         if self.steps < 1:
             yield f"steps ({self.steps}) must be at least 1"
         for key in ("valid_every", "seed"):

@@ -8,9 +8,11 @@ from itertools import product
 from pathlib import Path
 
 SCRIPTS = (
-    "The quick brown fox", "今天天气晴朗，适合出门散步。", "日本語のテキスト", "안녕하세요 세계", "Привет, мир!", "مرحبا بالعالم",
+    "The quick brown fox", "今天天气晴朗，适合出门散步。", "日本語のテキスト", "안녕하세요 세계",
+    "Привет, мир!", "مرحبا بالعالم",
     "नमस्ते दुनिया", "Γειά σου Κόσμε", "naïve café über straße", "e\u0301 combined", "👩‍👩‍👧 family 😀", "𝕏 𝒜 ∑ ∫ √",
-    "1234567890 3.14159 -2e-7 0xDEADBEEF", "x=y;z+=1//2**3", "<div class='a'>&amp;</div>", "C:\\path\\to\\file", "\u00a0\u2003wide",
+    "1234567890 3.14159 -2e-7 0xDEADBEEF", "x=y;z+=1//2**3", "<div class='a'>&amp;</div>",
+    "C:\\path\\to\\file", "\u00a0\u2003wide",
 )  # fmt: skip
 FRAMES = (
     "{}",

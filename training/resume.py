@@ -78,7 +78,8 @@ def resume_or_start(
         return
     if config.resume is Resume.never:
         raise CheckpointError(
-            f"checkpoint.resume (never): {run_dir} holds {checkpoint.path.name} already; pass another name= to start anew"
+            f"checkpoint.resume (never): {run_dir} holds {checkpoint.path.name} already; "
+            "pass another name= to start anew"
         )
     refuse_changes(checkpoint.state["config"], run_config, config.accept_changes, run_dir)
     if checkpoint.state["data"]["fingerprint"] != fingerprint and "data.fingerprint" not in config.accept_changes:

@@ -164,7 +164,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_layer_is_named() -> N
     engine = build()
     batches = [micro_batch([8], 0)]
     block = engine.model.get_submodule("blocks.1.mlp.w_up")
-    handle = block.register_forward_hook(lambda _m, _i, out: out * float("inf"))
+    handle = block.register_forward_hook(lambda _m, _i, out: out.mul(float("inf")))
     before = {name: t.clone() for name, t in engine.optimizer.tensors().items()}  # type: ignore[attr-defined]
     result = engine.train_step(batches, lr=1e-2, beta2=0.95)
     assert not result.finite
