@@ -1,6 +1,7 @@
 """Attention: one function, `attend`, over interchangeable backends, and the layer around it."""
 
 import importlib.util
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,8 @@ from model.kv_cache import KVCache
 from model.layers import rotate
 
 INSTALL = {
-    Attention.flash_attn: ("flash_attn", "pip install -r requirements-gpu.txt (flash-attn)"),
+    # FlashAttention 4 alone makes a package `flash_attn` too, without this module.
+    Attention.flash_attn: ("flash_attn.flash_attn_interface", "pip install -r requirements-gpu.txt (flash-attn)"),
     Attention.flash_attn_4: ("flash_attn.cute", "pip install -r requirements-gpu.txt (flash-attn-4)"),
 }
 
@@ -137,6 +139,9 @@ def _varlen(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, segments: Segments) 
 def _flash(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, segments: Segments, backend: Attention) -> Tensor:
     if backend is Attention.flash_attn_4:
         from flash_attn.cute import flash_attn_func, flash_attn_varlen_func  # type: ignore[import-not-found]
+
+        # Its compiler warns of an argument that is not used here, once a shape.
+        warnings.filterwarnings("ignore", message="Argument aux_data")
     else:
         from flash_attn import flash_attn_func, flash_attn_varlen_func  # type: ignore[import-not-found]
     longest = segments.max_seq_len
