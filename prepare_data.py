@@ -14,7 +14,7 @@ from conf.schema import PrepareConfig, to_config
 if TYPE_CHECKING:
     from data.read import BadRecords
 
-SAMPLE_CHARS = 400
+SAMPLE_TOKENS = 120
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="prepare_data")
@@ -29,9 +29,8 @@ def main(cfg: DictConfig) -> None:
     else:
         write(config)
     print_table(read_about(path))
-    for source, text in sample_texts(config.data, 3):
-        shown = text if len(text) <= SAMPLE_CHARS else text[:SAMPLE_CHARS] + " ..."
-        print(f"\n--- a document of {source}, decoded again\n{shown.rstrip()}")
+    for source, text in sample_texts(config.data, 3, max_tokens=SAMPLE_TOKENS):
+        print(f"\n--- a document of {source}, decoded again\n{text.rstrip()}")
     print(f"\nnext: python train.py data={config.data.name}")
 
 

@@ -247,8 +247,8 @@ def _groups(found: Iterable[Document]) -> Iterator[list[Document]]:
         yield group
 
 
-def sample_texts(data: DataConfig, number: int) -> Iterator[tuple[str, str]]:
-    """Yield a few prepared documents, decoded again, with their source: what will be trained on."""
+def sample_texts(data: DataConfig, number: int, *, max_tokens: int) -> Iterator[tuple[str, str]]:
+    """Yield the beginnings of a few prepared documents, decoded again, with their source: what will be trained on."""
     folder = Path(data.path)
     tokenizer = load_tokenizer(folder / "tokenizer")
     shards = [Shard(path.with_suffix("")) for path in sorted((folder / "train").glob("*.json"))]
@@ -256,4 +256,4 @@ def sample_texts(data: DataConfig, number: int) -> Iterator[tuple[str, str]]:
     for i in range(number):
         shard = shards[i % len(shards)]
         ids = shard.document((i + 1) * shard.header.documents // (number + 1))
-        yield shard.stem.name, tokenizer.decode(ids.tolist())
+        yield shard.stem.name, tokenizer.decode(ids[:max_tokens].tolist()) + (" ..." if len(ids) > max_tokens else "")

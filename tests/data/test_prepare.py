@@ -264,3 +264,27 @@ def test_a_long_document_takes_memory_in_proportion(tokenizer: Tokenizer) -> Non
     assert len(ids) > 400_000
     assert peak < 4 * ids.nbytes + 20 * 2**20
     assert np.array_equal(ids[:1000], encode_document(tokenizer, text[:8000], add_bos=False, add_eos=False)[:1000])
+
+
+def test_a_hugging_face_dataset_is_split_as_the_tutorial_splits_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_bytes(lines(RECORDS))
+    config = local(tmp_path, "none", source=Source.huggingface, dataset=str(tmp_path / "set"), source_key="meta.set")
+    found = list(module.documents(config, BadRecords(OnBadRecord.error)))
+    split = datasets.Dataset.from_list(RECORDS).train_test_split(test_size=0.2, seed=42)
+    for part, rows in (("train", split["train"]), ("valid", split["test"])):
+        assert [document.text for document in found if document.split == part] == rows["text"][:]
+    assert {document.source for document in found} == {"wikipedia_en", "c++"}
+    assert len(list(module.documents(dataclasses.replace(config, max_documents=7), BadRecords(OnBadRecord.error)))) == 7
+
+
+def test_a_dataset_that_cannot_be_had_is_a_sentence(tmp_path: Path) -> None:
+    config = local(tmp_path, "none", source=Source.huggingface, dataset=str(tmp_path / "nothing"))
+    with pytest.raises(DataError, match=r"data.dataset \(.*nothing\) cannot be loaded"):
+        list(module.documents(config, BadRecords(OnBadRecord.error)))
