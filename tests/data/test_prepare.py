@@ -272,7 +272,7 @@ def test_a_hugging_face_dataset_is_split_as_the_tutorial_splits_it(
     import datasets
 
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_bytes(lines(RECORDS))
     config = local(tmp_path, "none", source=Source.huggingface, dataset=str(tmp_path / "set"), source_key="meta.set")
