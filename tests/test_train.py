@@ -109,7 +109,8 @@ def command(
         argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     if seconds is not None:
-        while process.poll() is None and not (folder / "metrics.jsonl").exists():
+        written = folder / "metrics.jsonl"
+        while process.poll() is None and not (written.exists() and written.stat().st_size):
             time.sleep(0.02)
         time.sleep(seconds)
         os.killpg(process.pid, signum)  # the loader's workers too, as Ctrl-C in a terminal
