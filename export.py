@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig
 
-from conf.command import run
+from conf.command import run, sentences
 from conf.schema import ExportConfig, stored_model, to_config
 from model.config import ModelConfig, ModelError
 
@@ -41,11 +41,12 @@ library_name: transformers
 @hydra.main(version_base="1.3", config_path="conf", config_name="export")
 def main(cfg: DictConfig) -> None:
     config: ExportConfig = to_config(cfg)
-    if config.from_hf is not None:
-        bring_in(Path(config.from_hf), config.out)
-    else:
-        assert config.run is not None
-        export(Path(config.run), config)
+    with sentences():
+        if config.from_hf is not None:
+            bring_in(Path(config.from_hf), config.out)
+        else:
+            assert config.run is not None
+            export(Path(config.run), config)
 
 
 def export(run_path: Path, config: ExportConfig) -> None:

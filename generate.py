@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TextIO
 import hydra
 from omegaconf import DictConfig
 
-from conf.command import run
+from conf.command import run, sentences
 from conf.schema import GenerateConfig, stored_model, to_config
 from model.config import ModelError
 
@@ -21,17 +21,18 @@ UNFINISHED = "\ufffd"  # what the bytes of half a character decode to
 @hydra.main(version_base="1.3", config_path="conf", config_name="generate")
 def main(cfg: DictConfig) -> None:
     config: GenerateConfig = to_config(cfg)
-    model, tokenizer, add_bos = load(config)
-    texts = read_prompts(config)
-    jobs = [(number, text, sample) for number, text in enumerate(texts) for sample in range(config.samples)]
-    if len(jobs) == 1:
-        write(model, tokenizer, add_bos, config, jobs, stream=sys.stdout)
-        print()
-        return
-    for at in range(0, len(jobs), config.batch_size):
-        part = jobs[at : at + config.batch_size]
-        for (number, text, sample), new in zip(part, write(model, tokenizer, add_bos, config, part), strict=True):
-            print(f"--- prompt {number + 1}, sample {sample + 1}\n{text}{new}\n", flush=True)
+    with sentences():
+        model, tokenizer, add_bos = load(config)
+        texts = read_prompts(config)
+        jobs = [(number, text, sample) for number, text in enumerate(texts) for sample in range(config.samples)]
+        if len(jobs) == 1:
+            write(model, tokenizer, add_bos, config, jobs, stream=sys.stdout)
+            print()
+            return
+        for at in range(0, len(jobs), config.batch_size):
+            part = jobs[at : at + config.batch_size]
+            for (number, text, sample), new in zip(part, write(model, tokenizer, add_bos, config, part), strict=True):
+                print(f"--- prompt {number + 1}, sample {sample + 1}\n{text}{new}\n", flush=True)
 
 
 def load(config: GenerateConfig) -> "tuple[Transformer, Tokenizer, bool]":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig
 
-from conf.command import run
+from conf.command import run, sentences
 from conf.schema import PrepareConfig, to_config
 
 if TYPE_CHECKING:
@@ -20,18 +20,19 @@ SAMPLE_TOKENS = 120
 @hydra.main(version_base="1.3", config_path="conf", config_name="prepare_data")
 def main(cfg: DictConfig) -> None:
     config: PrepareConfig = to_config(cfg)
-    from data.corpus import read_about
-    from data.prepare import existing, sample_texts
+    with sentences():
+        from data.corpus import read_about
+        from data.prepare import existing, sample_texts
 
-    path = Path(config.data.path)
-    if existing(config.data, config.tokenizer):
-        print(f"{path} was prepared before with the same settings; it is used as it is")
-    else:
-        write(config)
-    print_table(read_about(path))
-    for source, text in sample_texts(config.data, 3, max_tokens=SAMPLE_TOKENS):
-        print(f"\n--- a document of {source}, decoded again\n{text.rstrip()}")
-    print(f"\nnext: python train.py data={config.data.name}")
+        path = Path(config.data.path)
+        if existing(config.data, config.tokenizer):
+            print(f"{path} was prepared before with the same settings; it is used as it is")
+        else:
+            write(config)
+        print_table(read_about(path))
+        for source, text in sample_texts(config.data, 3, max_tokens=SAMPLE_TOKENS):
+            print(f"\n--- a document of {source}, decoded again\n{text.rstrip()}")
+        print(f"\nnext: python train.py data={config.data.name}")
 
 
 def write(config: PrepareConfig) -> None:

@@ -17,7 +17,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from conf.command import run
+from conf.command import run, sentences
 from conf.schema import TrainConfig, parse_ranges, to_config
 
 if TYPE_CHECKING:
@@ -42,7 +42,13 @@ def main(cfg: DictConfig) -> float | None:
     from training.run_folder import locked
     from training.stop import StopRequest
 
-    with distributed(config.parallel) as mesh, locked(run_dir), log_to(run_dir), StopRequest() as stop:
+    with (
+        sentences(),
+        distributed(config.parallel) as mesh,
+        locked(run_dir),
+        log_to(run_dir),
+        StopRequest() as stop,
+    ):
         valid_loss = train(config, run_config, mesh, run_dir, stop)
     if stop:
         sys.exit(stop.exit_code)

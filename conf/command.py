@@ -8,6 +8,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,24 @@ ELSEWHERE = ("config_path", "config_name", "config_dir")
 
 
 def run(main: Callable[[], Any], config_name: str) -> None:
-    """Run a `hydra.main` function as a command: exit code 2 for a wrong command line, 1 for an error."""
+    """Run a `hydra.main` function as a command; a wrong command line is told in full, with exit code 2."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     register()
     problems = list(command_line_problems(sys.argv[1:], config_name))
     if problems:
         _say(problems)
         sys.exit(2)
+    main()
+
+
+@contextmanager
+def sentences() -> Iterator[None]:
+    """Tell an error that the user can mend as a sentence, and exit with code 1; others keep their traceback.
+
+    For the body of a command's `main`: outside it, Hydra has already written lines of its own.
+    """
     try:
-        main()
+        yield
     except SENTENCES as error:
         _say(str(error).splitlines())
         sys.exit(1)
@@ -67,7 +77,8 @@ def command_line_problems(argv: list[str], config_name: str) -> Iterator[str]:
     try:
         overrides = OverridesParser.create().parse_overrides(args.overrides)
     except HydraException as error:
-        yield f"the command line cannot be read: {_first_line(error)}"
+        reason = _first_line(error).split(" See https")[0]
+        yield f"the command line cannot be read: {reason}; quote such a value twice, as in 'key=\"a (b), c\"'"
         return
     wrong = [problem for override in overrides for problem in override_problems(override, config_name)]
     if wrong:

@@ -124,6 +124,11 @@ def test_a_wrong_command_line_is_told_in_full(argv: list[str], sentences: list[s
     assert told(*argv) == sentences
 
 
+def test_a_value_that_hydra_cannot_read_is_told_with_the_way_out() -> None:
+    (sentence,) = told("run=x", "prompt=def main(", config_name="generate")
+    assert sentence.startswith("the command line cannot be read: ") and sentence.endswith("""as in 'key="a (b), c"'""")
+
+
 def test_preparing_asks_for_the_text_and_training_does_not() -> None:
     assert told("data=local", config_name="prepare_data") == [
         "data.input is not set; name a file, a folder or a glob, such as data.input='texts/*.jsonl.gz'"
