@@ -221,7 +221,7 @@ def bring_in(folder: Path, out: str | None) -> None:
         state = {
             "config": {"name": run_dir.name, "model": plain(asdict(config))},
             "data": {
-                "fingerprint": "",
+                "parts": [],
                 "sources": [],
                 "add_bos": has_tokenizer and adds_bos(folder),
                 "add_eos": False,

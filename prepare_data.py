@@ -21,22 +21,23 @@ SAMPLE_TOKENS = 120
 def main(cfg: DictConfig) -> None:
     config: PrepareConfig = to_config(cfg)
     with sentences():
-        from data.corpus import read_about
         from data.prepare import existing, sample_texts
+        from data.shards import read_about
 
         path = Path(config.data.path)
-        if existing(config.data, config.tokenizer):
+        if existing(config.data, config.tokenizer, add=config.add):
             print(f"{path} was prepared before with the same settings; it is used as it is")
-        else:
-            write(config)
+        elif not write(config):
+            print(f"part {config.shard} of {config.shards} is done; {path} is there when all are")
+            return
         print_table(read_about(path))
         for source, text in sample_texts(config.data, 3, max_tokens=SAMPLE_TOKENS):
             print(f"\n--- a document of {source}, decoded again\n{text.rstrip()}")
         print(f"\nnext: python train.py data={config.data.name}")
 
 
-def write(config: PrepareConfig) -> None:
-    """Prepare the corpus, with a progress bar."""
+def write(config: PrepareConfig) -> bool:
+    """Prepare the corpus, with a progress bar; say whether all of it is done."""
     import os
 
     from tqdm import tqdm
@@ -44,23 +45,33 @@ def write(config: PrepareConfig) -> None:
     from data.prepare import Counts, prepare
 
     workers = config.workers or len(os.sched_getaffinity(0))
-    trains = config.tokenizer.model is None
-    if trains:
+    if config.tokenizer.model is None and not config.add:
         print(f"training a tokenizer of {config.tokenizer.vocab_size} pieces", flush=True)
-    start = 0.0
+    start, before = 0.0, 0
     with tqdm(unit=" documents", mininterval=0.5, file=sys.stderr) as bar:
 
         def on_progress(counts: Counts) -> None:
-            nonlocal start
-            start = start or time.perf_counter()
+            nonlocal start, before
+            if not start:
+                start, before = time.perf_counter(), counts.text_bytes
             seconds = time.perf_counter() - start
             if seconds > 0.1:
-                speed = counts.text_bytes / 1e6 / seconds
+                speed = (counts.text_bytes - before) / 1e6 / seconds
                 bar.set_postfix_str(f"{counts.tokens / 1e6:.2f}M tokens, {speed:.2f} MB/s", refresh=False)
             bar.update(counts.documents - bar.n)
 
-        _, bad = prepare(config.data, config.tokenizer, workers=workers, on_progress=on_progress)
+        about, bad = prepare(
+            config.data,
+            config.tokenizer,
+            workers=workers,
+            on_progress=on_progress,
+            shards=config.shards,
+            shard=config.shard,
+            add=config.add,
+            save_every_s=config.save_every_s,
+        )
     report(bad)
+    return about is not None
 
 
 def report(bad: "BadRecords") -> None:
@@ -82,5 +93,14 @@ def print_table(about: dict[str, Any]) -> None:
             print(f"{split:6} {name:24} {counts['documents']:12,} {counts['tokens']:14,} {ratio:12.2f}")
 
 
+def spread(arguments: list[str]) -> list[str]:
+    """Make of `shards=64` a sweep over its parts, unless one of them is named."""
+    shards = [a.split("=", 1)[1] for a in arguments if a.startswith("shards=")]
+    if not shards or not shards[-1].isdigit() or int(shards[-1]) < 2 or any(a.startswith("shard=") for a in arguments):
+        return []
+    return ["-m", f"shard=range({shards[-1]})"]
+
+
 if __name__ == "__main__":
+    sys.argv += spread(sys.argv[1:])
     run(main, "prepare_data")

@@ -92,9 +92,10 @@ def train(
         checkpoints,
         config.checkpoint,
         run_config=run_config,
-        fingerprint=corpus.fingerprint,
+        parts=corpus.parts,
         read_hf=read_hf_weights,
     )
+    corpus.train.begin_at(progress.first_sample)
     engine = build_engine(config, mesh, model, optimizer, scaler, corpus)
     keep_inputs(config, run_config, run_dir, corpus)
     describe(config, mesh, corpus, progress, run_dir)
@@ -102,7 +103,7 @@ def train(
     truncate_metrics(run_dir / "metrics.jsonl", progress.step, validated=validated)
 
     def save() -> None:
-        about = {"fingerprint": corpus.fingerprint, "sources": corpus.sources}
+        about = {"parts": corpus.parts, "sources": corpus.sources}
         about |= {"add_bos": corpus.add_bos, "add_eos": corpus.add_eos}
         state = {"config": run_config, "data": about, **kept.state()}
         logger.info("saved %s", checkpoints.save(progress.step, kept.tensors(), state))
@@ -144,6 +145,8 @@ def loop(
         first_step=progress.step,
         first_sample=progress.samples,
         pin_memory=engine.mesh.device.type == "cuda",
+        dp_rank=engine.mesh.dp_rank,
+        dp_size=engine.mesh.dp_size,
     )
     with closing(steps) as batches_of_steps:  # its workers end with the loop, however it ends
         validate_if_due(config, engine, corpus, progress, report, stop)  # if a stop cut it short
@@ -167,7 +170,8 @@ def loop(
                 if not result.finite:
                     check_bad_steps(progress, config.optimizer.max_bad_steps, partial(engine.first_bad_layer, batches))
                 if progress.step % config.logger.every == 0 or progress.step == config.steps:
-                    report.step(progress, result, lr=lr, beta2=beta2, loss_scale=scale)
+                    epochs = corpus.train.epochs(progress.samples)
+                    report.step(progress, result, epochs, lr=lr, beta2=beta2, loss_scale=scale)
             validate_if_due(config, engine, corpus, progress, report, stop)
             save_here, stop_here = stop_file.read(progress.step)
             every = config.checkpoint.every
@@ -256,7 +260,10 @@ def describe(config: TrainConfig, mesh: "Mesh", corpus: "Corpus", progress: "Pro
         else f"CPU, {torch.get_num_threads()} threads"
     )
     train_tokens = corpus.train.n_packs * data.pack_tokens
-    wanted = config.steps * config.global_batch_tokens
+    last_sample = progress.samples + sum(config.packs_of_step(step) for step in range(progress.step, config.steps))
+    epochs = corpus.train.epochs(last_sample)
+    by_source = ", ".join(f"{corpus.sources[source]} {epochs[source]:.2f}" for source in sorted(epochs))
+    padding, cut = corpus.train.waste()
     for line in (
         f"run        {run_dir}",
         f"model      {model.name}: {model.n_params:,} parameters, {model.n_layers} layers x {model.d_model}, "
@@ -266,7 +273,8 @@ def describe(config: TrainConfig, mesh: "Mesh", corpus: "Corpus", progress: "Pro
         f"data       {data.name}: {train_tokens:,} training tokens in packs of {data.pack_tokens}, "
         f"sources {', '.join(corpus.sources)}",
         f"batch      {config.global_batch_tokens:,} tokens = {config.grad_accum_steps(mesh.dp_size)} micro-batches of "
-        f"{config.micro_batch_tokens:,}; {config.steps:,} steps, {wanted / train_tokens:.2f} epochs",
+        f"{config.micro_batch_tokens:,}; {config.steps:,} steps; epochs: {by_source}",
+        f"packing    {data.packing.value}: {padding:.2%} of the tokens are padding, {cut:.2%} of the documents are cut",
         f"device     {device}, {config.precision.compute.value}, attention {model.attention.value}",
         f"start      step {progress.step}",
     ):

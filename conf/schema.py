@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data.config import DataConfig, RampConfig, Source, TokenizerConfig
+from data.config import DataConfig, RampConfig, Source, TokenizerConfig, packs_of_step
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
 from training.config import (
@@ -68,10 +68,9 @@ class TrainConfig:
 
     def packs_of_step(self, step: int) -> int:
         """Packs in the batch of `step` (the first is 0), the ramp-up included."""
-        tokens = self.global_batch_tokens
-        if self.ramp.start_tokens is not None:
-            tokens = min(tokens, self.ramp.start_tokens + self.ramp.increment_tokens * (step // self.ramp.every_steps))
-        return tokens // self.data.pack_tokens
+        return packs_of_step(
+            step, global_batch_tokens=self.global_batch_tokens, ramp=self.ramp, pack_tokens=self.data.pack_tokens
+        )
 
     def problems(self) -> Iterator[str]:
         if not NAME.fullmatch(self.name) or ".." in self.name:
@@ -148,6 +147,10 @@ class PrepareConfig:
     data: DataConfig = MISSING
     tokenizer: TokenizerConfig = MISSING
     workers: int | None = None  # processes (null: all of this process's cores)
+    shards: int = 1  # parts the work is divided into, each a job of its own
+    shard: int = 0  # the part that this process does
+    add: bool = False  # add to a prepared corpus the files that came since
+    save_every_s: float = 20.0  # seconds between the places where a killed run goes on
 
     def problems(self) -> Iterator[str]:
         yield from self.data.source_problems()
@@ -155,6 +158,14 @@ class PrepareConfig:
         yield from self.tokenizer.problems()
         if self.data.source is Source.random:
             yield "data.source (random) has nothing to prepare; train.py makes its tokens"
+        if self.data.source is Source.tokens:
+            yield "data.source (tokens) has nothing to prepare; train.py reads data.input as it is"
+        if self.shards < 1 or not 0 <= self.shard < self.shards:
+            yield f"shard ({self.shard}) must be in [0, shards), and shards ({self.shards}) at least 1"
+        if self.shards > 1 and self.data.max_documents is not None:
+            yield f"data.max_documents ({self.data.max_documents}) counts in order, so it needs shards=1"
+        if self.save_every_s < 0:
+            yield f"save_every_s ({self.save_every_s}) must be 0 or more"
         if self.workers is not None and self.workers < 1:
             yield f"workers ({self.workers}) must be at least 1, or null for all cores"
 

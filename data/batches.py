@@ -6,18 +6,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.packing import Pack
+from data.packing import Rows
+
+IGNORED = -100
 
 
 @dataclass(slots=True)
 class Batch:
-    """One micro-batch of B packs of T tokens; CPU tensors, pinned when asked for."""
+    """One micro-batch of B packs of T tokens; CPU tensors of int32, pinned when asked for."""
 
-    tokens_BT: Tensor  # int64
-    labels_BT: Tensor  # int64, already shifted: the target of each token, -100 for none
-    positions_BT: Tensor  # int64, from 0 in each segment
-    source_BT: Tensor  # int64, index into the corpus' sources
-    cu_seqlens: Tensor  # int32 (n_segments + 1,), over the flattened batch, from 0 to B * T
+    tokens_BT: Tensor
+    labels_BT: Tensor  # already shifted: the target of each token, -100 for none
+    positions_BT: Tensor  # from 0 in each segment
+    source_BT: Tensor  # index into the corpus' sources
+    cu_seqlens: Tensor  # (n_segments + 1,), over the flattened batch, from 0 to B * T
     max_seq_len: int  # the longest segment
 
     def pin_memory(self) -> "Batch":
@@ -28,16 +30,48 @@ class Batch:
         return self
 
 
-def collate(packs: list[Pack]) -> Batch:
-    """Put packs into one micro-batch."""
-    lens = [length for pack in packs for length in pack.segment_lens]
-    tokens_BT = torch.from_numpy(np.stack([pack.tokens_T for pack in packs]))
-    source_B1 = torch.tensor([[pack.source] for pack in packs])
+def collate(rows: Rows, sources: np.ndarray, *, seq_len: int, isolated: bool) -> Batch:
+    """Make a micro-batch of rows; sources: int64 (B,).
+
+    A token's target is the next one of its document, also where the document is cut by the end of a
+    segment; none after its last. Tokens see each other within segments: `isolated`, these are documents, cut
+    and begun again every `seq_len` tokens; otherwise every `seq_len` tokens whatever is in them, and
+    the pack's last target is left out, as in InternLM's `pack_sample_into_one`. Padding sees only itself.
+    """
+    n_rows, pack_len = rows.tokens.shape[0], rows.tokens.shape[1] - 1
+    tokens, labels = rows.tokens[:, :-1], rows.tokens[:, 1:].copy()
+    row_starts = np.arange(n_rows) * pack_len
+    ends = rows.ends + np.repeat(row_starts, rows.n_ends)
+    if rows.learnt is not None:
+        labels[~rows.learnt[:, 1:]] = IGNORED
+    labels.reshape(-1)[ends - 1] = IGNORED
+    for row in np.flatnonzero(rows.used < pack_len).tolist():
+        labels[row, rows.used[row] :] = IGNORED
+    if isolated:
+        limits = np.union1d(ends, np.concatenate([row_starts + rows.used, row_starts + pack_len]))
+    else:
+        labels[:, -1] = IGNORED
+        limits = row_starts + pack_len
+    lengths = np.diff(limits, prepend=0)
+    if (lengths > seq_len).any():
+        lengths = _cut(lengths, seq_len)
+    starts = np.cumsum(lengths) - lengths
+    positions = np.repeat(starts.astype(np.int32), lengths)
+    np.subtract(np.arange(n_rows * pack_len, dtype=np.int32), positions, out=positions)
     return Batch(
-        tokens_BT=tokens_BT,
-        labels_BT=torch.from_numpy(np.stack([pack.labels_T for pack in packs])),
-        positions_BT=torch.from_numpy(np.stack([pack.positions_T for pack in packs])),
-        source_BT=source_B1.expand_as(tokens_BT).contiguous(),
-        cu_seqlens=torch.from_numpy(np.cumsum([0, *lens]).astype(np.int32)),
-        max_seq_len=max(lens),
+        tokens_BT=torch.from_numpy(tokens),
+        labels_BT=torch.from_numpy(labels),
+        positions_BT=torch.from_numpy(positions.reshape(n_rows, pack_len)),
+        source_BT=torch.from_numpy(sources.astype(np.int32))[:, None].expand(-1, pack_len),
+        cu_seqlens=torch.from_numpy(np.append(starts, n_rows * pack_len).astype(np.int32)),
+        max_seq_len=int(lengths.max()),
     )
+
+
+def _cut(lengths: np.ndarray, longest: int) -> np.ndarray:
+    """Cut lengths into pieces of `longest`, the rest of each last."""
+    pieces = -(-lengths // longest)
+    last = np.cumsum(pieces) - 1
+    found = np.full(int(pieces.sum()), longest)
+    found[last] = lengths - (pieces - 1) * longest
+    return found

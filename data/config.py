@@ -5,7 +5,7 @@ Free of torch, so that a wrong value is refused before torch is imported.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from omegaconf import MISSING
@@ -19,12 +19,21 @@ class Source(Enum):
     builtin = "builtin"  # the Python standard library's sources and documentation
     local = "local"  # files on this machine
     huggingface = "huggingface"  # datasets.load_dataset
+    tokens = "tokens"  # tokens that another program wrote; nothing to prepare
     random = "random"  # random tokens, made when asked for; nothing to prepare
 
 
 class Packing(Enum):
-    internlm = "internlm"  # documents isolated; cut and restarted every seq_len (InternLM's default)
-    internlm_one = "internlm_one"  # one sample every seq_len tokens, documents see each other
+    concat = "concat"  # documents end to end as they lie, cut every pack_len tokens, isolated
+    best_fit = "best_fit"  # documents placed whole where they fit best; only longer ones are cut; isolated
+    internlm = "internlm"  # InternLM's default: documents shuffled, end to end, isolated
+    internlm_one = "internlm_one"  # the same, in samples of seq_len tokens whose documents see each other
+
+
+class Style(Enum):
+    text = "text"  # a record is a text
+    alpaca = "alpaca"  # a record is an instruction, perhaps an input, and an output
+    chat = "chat"  # a record is a list of messages
 
 
 class OnBadRecord(Enum):
@@ -39,26 +48,35 @@ class DataConfig:
 
     # where the text comes from
     source: Source = MISSING
-    input: str | None = None  # local: a file, a folder, or a glob of .txt .json .jsonl (.gz .zst)
+    input: str | None = None  # local: a file, a folder, a glob, or an address that fsspec knows; tokens: a folder
+    valid_input: str | None = None  # local, tokens: held out whole, instead of valid_fraction
+    sources: dict[str, str] = field(default_factory=dict)  # local: name -> input, instead of input
     dataset: str | None = None  # huggingface: name of a dataset on the hub, or a folder
     dataset_config: str | None = None
     dataset_split: str = "train"
+    streaming: bool = False  # huggingface: read it as it arrives, without keeping it
+    style: Style = Style.text
     text_key: str = "text"  # dotted key of a record's text
+    messages_key: str = "messages"  # chat: dotted key of a record's messages
+    chat_template: str = "internlm"  # alpaca, chat: internlm, chatml, or a file with a Jinja template
     source_key: str | None = None  # dotted key of a record's source (null: one source per sub-folder)
     text_lines: bool = False  # .txt: every non-blank line is a document, as InternLM reads it
-    raw_json: bool = False  # encode the whole line of a .jsonl, JSON syntax included, as InternLM did
+    raw_json: bool = False  # encode the whole record, JSON syntax included, as InternLM did
     valid_fraction: float = 0.01
     valid_seed: int = 42
     max_documents: int | None = None
+    max_record_mb: int = 256  # longer lines of .jsonl are bad records: what is read at once must fit into memory
     on_bad_record: OnBadRecord = OnBadRecord.error
     vocab_size: int = 32768  # of a tokenizer trained for this corpus; the range of random tokens
 
     # how batches are made
     seq_len: int = MISSING  # longest attention span, in tokens
     pack_len: int | None = None  # tokens of a pack, a multiple of seq_len (null: seq_len)
-    packing: Packing = Packing.internlm
+    packing: Packing = Packing.concat
+    mix: dict[str, float] = field(default_factory=dict)  # source -> weight in training (empty: by size)
     micro_batch_size: int = MISSING  # sequences of seq_len tokens in one forward pass
     seed: int = 1024  # order of documents and packs
+    tokenizer: str | None = None  # tokens: what they were made with, for bits per byte and for reading them
     workers: int = 2  # loader processes; the order of batches does not depend on it
 
     @property
@@ -71,12 +89,27 @@ class DataConfig:
 
     def source_problems(self) -> Iterator[str]:
         """What is missing to prepare this corpus; training reads what was prepared."""
-        if self.source is Source.local and self.input is None:
+        if self.source is Source.local and self.input is None and not self.sources:
             yield "data.input is not set; name a file, a folder or a glob, such as data.input='texts/*.jsonl.gz'"
+        if self.input is not None and self.sources:
+            yield f"data.input ({self.input}) and data.sources: set one of them"
         if self.source is Source.huggingface and self.dataset is None:
             yield "data.dataset is not set; name a dataset, such as data.dataset=ola13/small-the_pile"
 
     def problems(self) -> Iterator[str]:
+        if self.source is Source.tokens and self.input is None:
+            yield "data.input is not set; name the folder of .bin files that data.source=tokens reads"
+        if self.valid_input is not None and self.source not in (Source.local, Source.tokens):
+            yield f"data.valid_input ({self.valid_input}) needs data.source local or tokens, not {self.source.value}"
+        for name, weight in self.mix.items():
+            if not (weight >= 0 and weight < float("inf")):
+                yield f"data.mix.{name} ({weight}) must be 0 or more"
+        if self.mix and not any(weight > 0 for weight in self.mix.values()):
+            yield f"data.mix ({self.mix}) must give some source a weight"
+        if self.max_record_mb < 1:
+            yield f"data.max_record_mb ({self.max_record_mb}) must be at least 1"
+        if self.raw_json and self.style is not Style.text:
+            yield f"data.raw_json (true) needs data.style text, not {self.style.value}"
         if not 0 <= self.valid_fraction < 1:
             yield f"data.valid_fraction ({self.valid_fraction}) must be in [0, 1)"
         if self.max_documents is not None and self.max_documents < 1:
@@ -125,3 +158,11 @@ class RampConfig:
     start_tokens: int | None = None  # null: no ramp
     increment_tokens: int = 0
     every_steps: int = 0
+
+
+def packs_of_step(step: int, *, global_batch_tokens: int, ramp: RampConfig, pack_tokens: int) -> int:
+    """Count the packs in the batch of `step` (the first is 0), the ramp-up included."""
+    tokens = global_batch_tokens
+    if ramp.start_tokens is not None:
+        tokens = min(tokens, ramp.start_tokens + ramp.increment_tokens * (step // ramp.every_steps))
+    return tokens // pack_tokens

@@ -1,73 +1,154 @@
 """A prepared corpus, opened for training: its sources, its packs, its order."""
 
-import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from data.config import DataConfig, DataError, Source
-from data.packing import Pack, PackedStream, RandomStream
-from data.shards import Shard
+from data.batches import Batch, collate
+from data.config import DataConfig, DataError, Packing, Source
+from data.foreign import token_files
+from data.order import Mixture, Pool
+from data.packing import Layout, Piece, RandomTokens, Tokens, layout_of
+from data.shards import Shard, read_about
 from data.tokenizer import Tokenizer, load_tokenizer
 
 RANDOM_PACKS = {"train": 4096, "valid": 8}
 
 
 class PackSet:
-    """The packs of one split over all sources, in corpus order or shuffled without end.
+    """The packs of one split, a layout for each source.
 
-    Sample i is a pure function of the seed and i: epoch e is the e-th shuffle of one
-    `numpy.random.RandomState(seed)`, as InternLM's `StaticBatchSampler` draws them.
+    Sample i of the endless sequence is a pure function of the seed and i: without a mixture all packs are
+    shuffled together, and with one each source's packs are, and the sources take turns.
     """
 
-    def __init__(self, streams: list[PackedStream | RandomStream], *, seed: int, padded: bool) -> None:
-        self.streams, self.seed = streams, seed
-        self.ends = np.cumsum([stream.n_packs(padded=padded) for stream in streams], dtype=np.int64)
-        self.n_packs = int(self.ends[-1]) if len(self.ends) else 0
-        self._restart()
+    def __init__(
+        self,
+        layouts: list[Layout],
+        sources: list[int],
+        config: DataConfig,
+        *,
+        vocab_size: int,
+        weights: list[float] | None = None,
+    ) -> None:
+        self.layouts, self.sources, self.config, self.vocab_size = layouts, np.array(sources), config, vocab_size
+        self.limits = np.cumsum([0, *(layout.n_packs for layout in layouts)])
+        self.n_packs = int(self.limits[-1])
+        self.mixture = None if weights is None else Mixture(weights)
+        self.first_sample = 0
+        self.pools: dict[int, Pool] = {}
 
-    def _restart(self) -> None:
-        self.epoch = -1
-        self.random = np.random.RandomState(self.seed)
-        self.order = np.zeros(0, dtype=np.int64)
+    def begin_at(self, sample: int) -> None:
+        """Begin the sequence anew at a sample: what came before was of a corpus without the files added since."""
+        self.first_sample, self.pools = sample, {}
 
-    def in_order(self, index: int) -> Pack:
-        """Give a pack by its place in the corpus."""
-        stream = int(np.searchsorted(self.ends, index, side="right"))
-        return self.streams[stream].pack(index - (int(self.ends[stream - 1]) if stream else 0))
+    def _pool(self, number: int) -> Pool:
+        """Give the packs of a layout, or with -1 of all, shuffled."""
+        if number not in self.pools:
+            n_packs = self.n_packs if number < 0 else self.layouts[number].n_packs
+            source = -1 if number < 0 else int(self.sources[number])
+            self.pools[number] = Pool(n_packs, self.config.seed, self.first_sample, source + 1)
+        return self.pools[number]
 
-    def sample(self, index: int) -> Pack:
-        """Give sample `index` of the endless shuffled sequence."""
-        epoch, place = divmod(index, self.n_packs)
-        if epoch < self.epoch:
-            self._restart()
-        while self.epoch < epoch:
-            self.order = np.arange(self.n_packs)
-            self.random.shuffle(self.order)
-            self.epoch += 1
-        return self.in_order(int(self.order[place]))
+    def locate(self, samples: np.ndarray) -> np.ndarray:
+        """Give the packs of some samples by their place in the corpus; int64 (N,) to int64 (N,)."""
+        samples = samples - self.first_sample
+        if self.mixture is None:
+            return self._pool(-1).packs(samples)
+        numbers, draws = self.mixture.draws(samples)
+        found = np.empty_like(samples)
+        for number in np.unique(numbers).tolist():
+            here = numbers == number
+            found[here] = self._pool(number).packs(draws[here]) + self.limits[number]
+        return found
+
+    def batch(self, packs: np.ndarray) -> Batch:
+        """Read packs by their place in the corpus; raises `DataError` on a token outside the vocabulary."""
+        numbers = np.searchsorted(self.limits, packs, side="right") - 1
+        within = packs - self.limits[numbers]
+        order = np.argsort(numbers, kind="stable")
+        found = [self.layouts[n].rows(within[order][numbers[order] == n]) for n in np.unique(numbers).tolist()]
+        rows = found[0] if len(found) == 1 else found[0].joined(found[1:], order)
+        if rows.tokens.view(np.uint32).max() >= self.vocab_size:  # a negative one is larger still
+            self._refuse(rows.tokens, packs)
+        isolated = self.config.packing is not Packing.internlm_one
+        return collate(rows, self.sources[numbers], seq_len=self.config.seq_len, isolated=isolated)
+
+    def pieces(self, pack: int) -> list[Piece]:
+        """Give the parts of documents in a pack."""
+        number = int(np.searchsorted(self.limits, pack, side="right")) - 1
+        return self.layouts[number].pieces(pack - int(self.limits[number]))
+
+    def source_of(self, pack: int) -> int:
+        return int(self.sources[int(np.searchsorted(self.limits, pack, side="right")) - 1])
+
+    def _refuse(self, tokens: np.ndarray, packs: np.ndarray) -> None:
+        row, at = np.argwhere((tokens >= self.vocab_size) | (tokens < 0))[0].tolist()
+        wrong, where = int(tokens[row, at]), ""
+        for piece in self.pieces(int(packs[row])):
+            if at < piece.length:
+                offset = piece.start + at
+                document = int(np.searchsorted(piece.file.all_offsets(), offset, side="right")) - 1
+                where = f"{piece.file.stem}.bin: token {offset}, in document {document}, "
+                break
+            at -= piece.length
+        raise DataError(
+            f"{where}is id {wrong}, outside model.vocab_size ({self.vocab_size}): the file is damaged, or was made "
+            "with another tokenizer"
+        )
+
+    def epochs(self, samples: int) -> dict[int, float]:
+        """Give how often each source has been seen after so many samples."""
+        drawn = samples - self.first_sample
+        if self.mixture is None:
+            return {int(source): drawn / max(1, self.n_packs) for source in self.sources}
+        counts = self.mixture.drawn(drawn)
+        return {
+            int(source): int(count) / max(1, layout.n_packs)
+            for source, count, layout in zip(self.sources, counts, self.layouts, strict=True)
+        }
+
+    def waste(self) -> tuple[float, float]:
+        """Give the share of tokens that is padding and the share of documents that is cut."""
+        if not self.n_packs:
+            return 0.0, 0.0
+        shares = np.array([layout.waste() for layout in self.layouts])
+        padding, cut = np.average(shares, axis=0, weights=[layout.n_packs for layout in self.layouts])
+        return float(padding), float(cut)
 
 
 @dataclass(slots=True)
 class Corpus:
     sources: tuple[str, ...]
-    fingerprint: str  # of the tokens, the tokenizer, and all that decides what a sample holds
+    parts: list[str]  # the hash of each file of tokens; with the tokenizer they are what a run was trained on
     tokenizer: Tokenizer | None  # None for random tokens
     add_bos: bool
     add_eos: bool
     bytes_per_token: np.ndarray | None  # int32 (V,)
-    vocab_size: int
     train: PackSet
     valid: PackSet
+
+    @property
+    def fingerprint(self) -> str:
+        return xxhash.xxh3_128_hexdigest("\n".join(self.parts).encode())
 
 
 def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
     """Open what prepare_data.py wrote for a model of `vocab_size`; raises `DataError` on anything amiss."""
-    if config.source is Source.random:
-        return _random_corpus(config, vocab_size)
+    match config.source:
+        case Source.random:
+            return _random_corpus(config, vocab_size)
+        case Source.tokens:
+            return _foreign_corpus(config, vocab_size)
+        case _:
+            return _prepared_corpus(config, vocab_size)
+
+
+def _prepared_corpus(config: DataConfig, vocab_size: int) -> Corpus:
     folder = Path(config.path)
     if not (folder / "corpus.json").exists():
         raise DataError(f"there is no prepared data in {folder}; run: python prepare_data.py data={config.name}")
@@ -75,70 +156,101 @@ def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
     tokenizer = load_tokenizer(folder / "tokenizer")
     if tokenizer.fingerprint != about["tokenizer"]["fingerprint"]:
         raise DataError(f"{tokenizer.path} is not the tokenizer that {folder} was made with; prepare the corpus again")
-    if tokenizer.vocab_size > vocab_size:
-        raise DataError(
-            f"the tokenizer of {folder} has {tokenizer.vocab_size} pieces, more than model.vocab_size ({vocab_size}); "
-            f"pass model.vocab_size={-(-tokenizer.vocab_size // 128) * 128}"
-        )
-    sources = tuple(sorted({name for split in about["splits"].values() for name in split}))
-    digest = xxhash.xxh3_128(json.dumps(about["tokenizer"], sort_keys=True).encode())
-    sets = {}
-    for split in ("train", "valid"):
-        streams: list[PackedStream | RandomStream] = []
-        for name in sorted(about["splits"].get(split, {})):
-            shard = Shard(folder / split / name)
-            _check_shard(shard, tokenizer, vocab_size)
-            digest.update(f"{split}/{name}/{shard.header.bin_hash}/{shard.header.idx_hash}".encode())
-            order = np.arange(shard.header.documents)
-            if split == "train":
-                np.random.RandomState(config.seed).shuffle(order)
-            streams.append(
-                PackedStream(
-                    shard,
-                    pack_len=config.pack_tokens,
-                    seq_len=config.seq_len,
-                    packing=config.packing,
-                    order=order,
-                    source=sources.index(name),
-                )
-            )
-        sets[split] = PackSet(streams, seed=config.seed, padded=split == "valid")
-    if not sets["train"].n_packs:
-        n_tokens = sum(stream.n_tokens for stream in sets["train"].streams)
-        raise DataError(
-            f"{folder} has {n_tokens} training tokens, and none of its sources fills one pack of "
-            f"{config.pack_tokens}; lower data.seq_len or add text"
-        )
-    return Corpus(
-        sources=sources,
-        fingerprint=digest.hexdigest(),
+    files: dict[str, dict[str, list[Shard]]] = {"train": {}, "valid": {}}
+    for split, sources in about["splits"].items():
+        for source, counts in sources.items():
+            files[split][source] = [_own_shard(folder / stem, tokenizer, vocab_size) for stem in counts["shards"]]
+    return _corpus(
+        config,
+        files,
         tokenizer=tokenizer,
+        vocab_size=vocab_size,
         add_bos=about["tokenizer"]["add_bos"],
         add_eos=about["tokenizer"]["add_eos"],
-        bytes_per_token=_padded(tokenizer.token_bytes(), vocab_size),
-        vocab_size=vocab_size,
-        train=sets["train"],
-        valid=sets["valid"],
     )
 
 
-def read_about(folder: Path) -> dict[str, Any]:
-    """Read what a prepared corpus says of itself."""
-    path = folder / "corpus.json"
-    try:
-        about = json.loads(path.read_text())
-        _ = about["splits"], about["tokenizer"]["fingerprint"], about["made_by"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} does not describe a corpus ({error}); prepare it again") from None
-    return about
+def _own_shard(stem: Path, tokenizer: Tokenizer, vocab_size: int) -> Shard:
+    if not Path(f"{stem}.json").exists():
+        raise DataError(f"{stem}.json is missing, so the shard beside it is not complete; prepare the corpus again")
+    shard = Shard(stem)
+    assert shard.header is not None
+    if shard.header.tokenizer != tokenizer.fingerprint:
+        raise DataError(f"{stem}.bin was written with another tokenizer than {tokenizer.path}")
+    if shard.header.max_token >= vocab_size:
+        raise DataError(f"{stem}.bin holds token {shard.header.max_token}, outside model.vocab_size ({vocab_size})")
+    return shard
 
 
-def _check_shard(shard: Shard, tokenizer: Tokenizer, vocab_size: int) -> None:
-    header = shard.header
-    if header.tokenizer != tokenizer.fingerprint:
-        raise DataError(f"{shard.stem}.bin was written with another tokenizer than {tokenizer.path}")
-    if header.max_token >= vocab_size:
-        raise DataError(f"{shard.stem}.bin holds token {header.max_token}, outside model.vocab_size ({vocab_size})")
+def _foreign_corpus(config: DataConfig, vocab_size: int) -> Corpus:
+    assert config.input is not None
+    train = token_files(Path(config.input), config.name)
+    valid = token_files(Path(config.valid_input), config.name) if config.valid_input else {}
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    files: Any = {"train": train, "valid": valid}
+    return _corpus(config, files, tokenizer=tokenizer, vocab_size=vocab_size, add_bos=False, add_eos=False)
+
+
+def _corpus(
+    config: DataConfig,
+    files: dict[str, Any],
+    *,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    add_bos: bool,
+    add_eos: bool,
+) -> Corpus:
+    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"the tokenizer of {config.path} has {tokenizer.vocab_size} pieces, more than model.vocab_size "
+            f"({vocab_size}); pass model.vocab_size={-(-tokenizer.vocab_size // 128) * 128}"
+        )
+    sources = tuple(sorted({name for split in files.values() for name in split}))
+    if unknown := sorted(set(config.mix) - set(files["train"])):
+        raise DataError(
+            f"data.mix.{unknown[0]}: there is no such source; choose from {', '.join(sorted(files['train']))}"
+        )
+    parts = ["tokenizer/" + (tokenizer.fingerprint if tokenizer else "unknown") + f"/{add_bos}/{add_eos}"]
+    for split in ("train", "valid"):
+        for name in sorted(files[split]):
+            parts += [f"{split}/{name}/{file.fingerprint()}" for file in files[split][name]]
+    make = partial(_packs, config, sources, vocab_size=vocab_size)
+    train, valid = make(files["train"], train=True), make(files["valid"], train=False)
+    if not train.n_packs:
+        n_tokens = sum(file.n_tokens for found in files["train"].values() for file in found)
+        raise DataError(
+            f"{config.input if config.source is Source.tokens else config.path} has {n_tokens} training tokens, and "
+            f"none of its sources fills one pack of {config.pack_tokens}; lower data.seq_len or add text"
+        )
+    return Corpus(
+        sources=sources,
+        parts=parts,
+        tokenizer=tokenizer,
+        add_bos=add_bos,
+        add_eos=add_eos,
+        bytes_per_token=None if tokenizer is None else _padded(tokenizer.token_bytes(), vocab_size),
+        train=train,
+        valid=valid,
+    )
+
+
+def _packs(
+    config: DataConfig, sources: tuple[str, ...], files: dict[str, list[Tokens]], *, vocab_size: int, train: bool
+) -> PackSet:
+    names = sorted(files)
+    if train and config.mix:
+        names = [name for name in names if config.mix.get(name, 0) > 0]
+    packing, pack_len = config.packing, config.pack_tokens
+    layouts = [layout_of(files[name], packing, pack_len, seed=config.seed, train=train) for name in names]
+    weights = None
+    if train and config.mix:
+        weights = [config.mix[name] for name in names]
+        for name, layout in zip(names, layouts, strict=True):
+            if not layout.n_packs:
+                raise DataError(
+                    f"data.mix.{name} ({config.mix[name]}): the source does not fill one pack of {pack_len}"
+                )
+    return PackSet(layouts, [sources.index(name) for name in names], config, vocab_size=vocab_size, weights=weights)
 
 
 def _padded(lengths: np.ndarray, size: int) -> np.ndarray:
@@ -147,23 +259,22 @@ def _padded(lengths: np.ndarray, size: int) -> np.ndarray:
 
 def _random_corpus(config: DataConfig, vocab_size: int) -> Corpus:
     def packs(split: str, offset: int) -> PackSet:
-        stream = RandomStream(
+        layout = RandomTokens(
             vocab_size=config.vocab_size,
             pack_len=config.pack_tokens,
             seq_len=config.seq_len,
             seed=config.seed + offset,
             n_packs=RANDOM_PACKS[split],
         )
-        return PackSet([stream], seed=config.seed, padded=split == "valid")
+        return PackSet([layout], [0], config, vocab_size=vocab_size)
 
     return Corpus(
         sources=("random",),
-        fingerprint=f"random-{config.vocab_size}-{config.seed}",
+        parts=[f"random-{config.vocab_size}-{config.seed}"],
         tokenizer=None,
         add_bos=False,
         add_eos=False,
         bytes_per_token=None,
-        vocab_size=vocab_size,
         train=packs("train", 0),
         valid=packs("valid", 1),
     )

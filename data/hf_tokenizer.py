@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import DataError
-from data.tokenizer import SPACE, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from data.tokenizer import SPACE, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, sentencepiece_proto
 
 
 def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, add_bos: bool, max_len: int) -> None:
@@ -53,11 +53,9 @@ def fast_from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any:
     Raises `DataError` for a model of another kind, or one that changes its text before it is cut.
     """
     import tokenizers
-    from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, decoders, models, normalizers
 
-    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    proto.ParseFromString(tokenizer.path.read_bytes())
+    proto = sentencepiece_proto(tokenizer.path)
     kinds = proto.SentencePiece
     rules, trainer = proto.normalizer_spec, proto.trainer_spec
     if (

@@ -1,5 +1,6 @@
 """Steps of micro-batches, read ahead by worker processes, in an order that no worker can change."""
 
+import ctypes
 import signal
 from collections.abc import Callable, Generator, Iterator
 
@@ -7,24 +8,39 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data.batches import Batch, collate
+from data.batches import Batch
 from data.config import DataConfig, DataError
 from data.corpus import Corpus, PackSet
-from data.packing import Pack
 
 
-class _Samples(Dataset[Pack]):
+class _MicroBatches(Dataset[Batch | DataError]):
+    """Micro-batches by their samples. An error is handed over, so that it is told where all others are."""
+
     def __init__(self, packs: PackSet) -> None:
         self.packs = packs
 
-    def __getitem__(self, index: int) -> Pack:
-        return self.packs.sample(index)
+    def __getitem__(self, samples: list[int]) -> Batch | DataError:
+        try:
+            return self.packs.batch(self.packs.locate(np.array(samples, dtype=np.int64)))
+        except DataError as error:
+            return error
 
 
-def _ignore_signals(_worker: int) -> None:
+def _start_worker(_worker: int) -> None:
+    keep_freed_memory()
     # Ctrl-C and a scheduler's SIGTERM reach every process; the main one decides when the workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def keep_freed_memory() -> None:
+    """Tell malloc to keep what batches free for the next ones: the system takes half of a batch's time to give it."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return  # a C library without it
+    mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD
+    mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, which can be no larger
 
 
 def train_batches(
@@ -35,36 +51,52 @@ def train_batches(
     first_step: int,
     first_sample: int,
     pin_memory: bool,
+    dp_rank: int = 0,
+    dp_size: int = 1,
 ) -> Generator[list[Batch], None, None]:
-    """Yield, step by step without end, the micro-batches of the step.
+    """Yield, step by step without end, the micro-batches of the step that are this rank's.
 
-    Step `first_step` starts at sample `first_sample` of the corpus' shuffled sequence and takes
-    `packs_of_step(step)` samples; nothing before it is read.
+    Step `first_step` starts at sample `first_sample` of the corpus' sequence and takes `packs_of_step(step)`
+    samples; nothing before it is read. Micro-batch j of data-parallel rank r is the step's number
+    j * dp_size + r, so that a step holds the same samples however many ranks there are.
     """
     per_batch = config.packs_per_micro_batch
+
+    def of_step(step: int, sample: int) -> list[list[int]]:
+        end = sample + packs_of_step(step)
+        return [list(range(at, min(at + per_batch, end))) for at in range(sample, end, per_batch)][dp_rank::dp_size]
 
     def micro_batches() -> Iterator[list[int]]:
         step, sample = first_step, first_sample
         while True:
-            end = sample + packs_of_step(step)
-            yield from (list(range(at, min(at + per_batch, end))) for at in range(sample, end, per_batch))
-            step, sample = step + 1, end
+            yield from of_step(step, sample)
+            step, sample = step + 1, sample + packs_of_step(step)
 
     loader = DataLoader(
-        _Samples(corpus.train),
-        batch_sampler=micro_batches(),  # type: ignore[arg-type]
+        _MicroBatches(corpus.train),
+        batch_size=None,
+        sampler=micro_batches(),  # type: ignore[arg-type]
         num_workers=config.workers,
-        collate_fn=collate,
-        worker_init_fn=_ignore_signals if config.workers else None,
+        collate_fn=_as_it_is,
+        worker_init_fn=_start_worker if config.workers else None,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # its draws are of no use here, and must not move the run's own generator
     )
     batches = iter(loader)
     step = first_step
     while True:
-        n_batches = -(-packs_of_step(step) // per_batch)
-        yield [_checked(next(batches), corpus) for _ in range(n_batches)]
+        yield [_told(next(batches)) for _ in of_step(step, 0)]
         step += 1
+
+
+def _as_it_is(batch: Batch | DataError) -> Batch | DataError:
+    return batch
+
+
+def _told(batch: Batch | DataError) -> Batch:
+    if isinstance(batch, DataError):
+        raise batch
+    return batch
 
 
 def valid_batches(corpus: Corpus, config: DataConfig, *, max_tokens: int | None) -> Iterator[Batch]:
@@ -77,17 +109,4 @@ def valid_batches(corpus: Corpus, config: DataConfig, *, max_tokens: int | None)
     chosen = np.linspace(0, n_packs, kept, endpoint=False).astype(np.int64)
     per_batch = config.packs_per_micro_batch
     for at in range(0, kept, per_batch):
-        packs = [corpus.valid.in_order(int(index)) for index in chosen[at : at + per_batch]]
-        yield _checked(collate(packs), corpus)
-
-
-def _checked(batch: Batch, corpus: Corpus) -> Batch:
-    """Refuse a token that the model has no row for: on a GPU it would be an assertion far from here."""
-    largest = int(torch.max(batch.tokens_BT))
-    if largest >= corpus.vocab_size:
-        names = {corpus.sources[int(i)] for i in batch.source_BT[:, 0]}
-        raise DataError(
-            f"the tokens of {', '.join(sorted(names))} hold id {largest}, outside model.vocab_size "
-            f"({corpus.vocab_size}), which their header does not tell: the shard is damaged; prepare it again"
-        )
-    return batch
+        yield corpus.valid.batch(chosen[at : at + per_batch])

@@ -1,93 +1,351 @@
-"""Documents laid end to end and cut into packs of equal length, as InternLM cuts them."""
+"""Documents cut into packs of equal length: what each pack holds, and where."""
 
+import os
+from bisect import bisect_left, insort
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from data.config import Packing
-from data.shards import Shard
+from data.shards import NOT_LEARNT
 
-IGNORED = -100
+COUNTED_DOCUMENTS = 1 << 20  # whose waste and cuts stand for those of a larger corpus
+
+
+class Tokens(Protocol):
+    """A file of tokens with its documents, as `data.shards.Shard` is one."""
+
+    stem: Path
+    n_tokens: int
+    n_documents: int
+    masked: bool
+
+    def read_into(self, out: np.ndarray, start: int) -> None: ...
+    def all_offsets(self) -> np.ndarray: ...
+    def ends_between(self, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class Piece(NamedTuple):
+    """A part of a document that lies in a pack."""
+
+    file: Tokens
+    start: int  # in the file, in tokens
+    length: int
+    ends: bool  # the document ends here
 
 
 @dataclass(slots=True)
-class Pack:
-    tokens_T: np.ndarray  # int64
-    labels_T: np.ndarray  # int64, the next token of the same document, or -100
-    positions_T: np.ndarray  # int64, from 0 in each segment
-    segment_lens: list[int]  # tokens that see each other; they add up to T
-    source: int
+class Rows:
+    """Packs as rows of L tokens, and one more for the target of the last.
 
-
-class PackedStream:
-    """The packs of one source, its documents in a shuffled order that is the same in every epoch.
-
-    InternLM's `PackedDataset` and `PackedDatasetWithoutCuSeqlen` (v0.2.1). Unlike theirs, token 0 is
-    a token like any other: it can be a target.
+    Attributes:
+        tokens: int32 (N, L + 1).
+        ends: where documents end in each row, counted from its beginning; in order, row after row.
+        n_ends: how many of `ends` are each row's.
+        used: tokens of each row before its padding.
+        learnt: bool (N, L + 1), or None where every token is to be learnt.
     """
 
-    def __init__(self, shard: Shard, *, pack_len: int, seq_len: int, packing: Packing, order: np.ndarray, source: int):
-        self.shard, self.pack_len, self.seq_len, self.packing = shard, pack_len, seq_len, packing
-        self.order, self.source = order, source
-        lengths = np.diff(shard.offsets)[order]
-        self.starts = np.concatenate([[0], np.cumsum(lengths)])  # of the documents in the stream
-        self.n_tokens = int(self.starts[-1])
+    tokens: np.ndarray
+    ends: np.ndarray
+    n_ends: np.ndarray
+    used: np.ndarray
+    learnt: np.ndarray | None = None
 
-    def n_packs(self, *, padded: bool) -> int:
-        """Count the packs: whole ones, or with `padded` also what is left over."""
-        return -(-self.n_tokens // self.pack_len) if padded else self.n_tokens // self.pack_len
+    @staticmethod
+    def empty(n_rows: int, pack_len: int) -> "Rows":
+        none = np.zeros(0, dtype=np.int64)
+        tokens = np.empty((n_rows, pack_len + 1), dtype=np.int32)  # all of it is written by whoever asked for it
+        return Rows(tokens, none, none, np.zeros(n_rows, dtype=np.int64))
 
-    def pack(self, index: int) -> Pack:
-        """Give a pack; the last one may be padded with ignored tokens that see only each other."""
-        start = index * self.pack_len
-        end = min(start + self.pack_len, self.n_tokens)
-        tokens = np.zeros(self.pack_len, dtype=np.int64)
-        labels = np.full(self.pack_len, IGNORED, dtype=np.int64)
-        lens: list[int] = []
-        place = start
-        slot = int(np.searchsorted(self.starts, start, side="right")) - 1
-        while place < end:
-            inside = place - int(self.starts[slot])
-            stop = min(end, int(self.starts[slot + 1]))
-            document = self.shard.document(int(self.order[slot]))
-            piece = document[inside : inside + stop - place]
-            at = place - start
-            tokens[at : at + len(piece)] = piece
-            following = document[inside + 1 : inside + 1 + stop - place]  # none after the last of a document
-            labels[at : at + len(following)] = following
-            if len(piece):
-                lens += _cut(len(piece), self.seq_len)
-            place, slot = stop, slot + 1
-        lens += _cut(self.pack_len - (end - start), self.seq_len)
-        if self.packing is Packing.internlm_one:
-            labels[end - start - 1] = IGNORED
-            lens = _cut(self.pack_len, self.seq_len)
-        positions = np.concatenate([np.arange(n, dtype=np.int64) for n in lens])
-        return Pack(tokens, labels, positions, lens, self.source)
+    def joined(self, others: "list[Rows]", order: np.ndarray) -> "Rows":
+        """Put rows below each other, and the i-th of them at place order[i]."""
+        parts = [self, *others]
+        place = np.argsort(order)
+        tokens, used = np.concatenate([p.tokens for p in parts]), np.concatenate([p.used for p in parts])
+        n_ends = np.concatenate([p.n_ends for p in parts])
+        ends = np.split(np.concatenate([p.ends for p in parts]), np.cumsum(n_ends)[:-1])
+        learnt = None
+        if any(p.learnt is not None for p in parts):
+            learnt = np.concatenate([np.ones(p.tokens.shape, bool) if p.learnt is None else p.learnt for p in parts])[
+                place
+            ]
+        return Rows(tokens[place], np.concatenate([ends[i] for i in place]), n_ends[place], used[place], learnt)
+
+    def read(self, row: int, at: int, file: Tokens, start: int, n_tokens: int) -> None:
+        """Read tokens of a file into a row; those not to be learnt lose their mark to `learnt`."""
+        into = self.tokens[row, at : at + n_tokens]
+        file.read_into(into, start)
+        if file.masked:
+            if self.learnt is None:
+                self.learnt = np.ones(self.tokens.shape, dtype=bool)
+            self.learnt[row, at : at + n_tokens] = into >= 0
+            into &= NOT_LEARNT - 1
 
 
-def _cut(length: int, longest: int) -> list[int]:
-    """Cut a length into pieces of `longest`, the rest last."""
-    rest = length % longest
-    return [longest] * (length // longest) + ([rest] if rest else [])
+class Layout(Protocol):
+    """The packs of a source, numbered."""
+
+    n_packs: int
+
+    def rows(self, packs: np.ndarray) -> Rows: ...
+
+    def pieces(self, pack: int) -> list[Piece]: ...
+
+    def waste(self) -> tuple[float, float]:
+        """Give the share of tokens that is padding and the share of documents that is cut."""
+        ...
 
 
-class RandomStream:
-    """Packs of uniformly random tokens, each a pure function of its index."""
+class Concat:
+    """Documents end to end as they lie in each file, cut every `pack_len` tokens; a file's last pack is padded.
+
+    Nothing is kept in memory for a document, so a corpus of any size is open at once.
+    """
+
+    def __init__(self, files: list[Tokens], pack_len: int) -> None:
+        self.files, self.pack_len = files, pack_len
+        self.limits = np.cumsum([0, *(-(-file.n_tokens // pack_len) for file in files)])
+        self.n_packs = int(self.limits[-1])
+
+    def rows(self, packs: np.ndarray) -> Rows:
+        rows = Rows.empty(len(packs), self.pack_len)
+        rows.tokens[:, -1] = 0
+        files = np.searchsorted(self.limits, packs, side="right") - 1
+        starts = (packs - self.limits[files]) * self.pack_len
+        ends, owners = [], []
+        for number in set(files.tolist()):
+            file, here = self.files[number], np.flatnonzero(files == number)
+            stops = np.minimum(starts[here] + self.pack_len, file.n_tokens)
+            rows.used[here] = stops - starts[here]
+            found, counts = file.ends_between(starts[here], stops)
+            ends.append(found - np.repeat(starts[here], counts))
+            owners.append(np.repeat(here, counts))
+            for row, start in zip(here.tolist(), starts[here].tolist(), strict=True):
+                rows.read(row, 0, file, start, min(self.pack_len + 1, file.n_tokens - start))
+        for row in np.flatnonzero(rows.used < self.pack_len).tolist():
+            rows.tokens[row, rows.used[row] :] = 0
+        owner = np.concatenate(owners)
+        rows.ends = np.concatenate(ends)[np.argsort(owner, kind="stable")]
+        rows.n_ends = np.bincount(owner, minlength=len(packs))
+        return rows
+
+    def pieces(self, pack: int) -> list[Piece]:
+        number = int(np.searchsorted(self.limits, pack, side="right")) - 1
+        file, start = self.files[number], (pack - int(self.limits[number])) * self.pack_len
+        stop = min(start + self.pack_len, file.n_tokens)
+        ends, _ = file.ends_between(np.array([start]), np.array([stop]))
+        limits = sorted({start, *ends.tolist(), stop})
+        return [Piece(file, a, b - a, b in ends) for a, b in pairwise(limits)]
+
+    def waste(self) -> tuple[float, float]:
+        offsets = _first_offsets(self.files)
+        starts, ends = offsets[0], offsets[1]
+        cut = (starts // self.pack_len < (ends - 1) // self.pack_len) & (ends > starts)
+        total = sum(file.n_tokens for file in self.files)
+        return 1 - total / max(1, self.n_packs * self.pack_len), float(cut.mean()) if len(cut) else 0.0
+
+
+class Pieces:
+    """A layout whose packs are lists of pieces, each read for itself."""
+
+    files: list[Tokens]
+    pack_len: int
+
+    def pieces(self, pack: int) -> list[Piece]:
+        raise NotImplementedError
+
+    def rows(self, packs: np.ndarray) -> Rows:
+        rows = Rows.empty(len(packs), self.pack_len)
+        ends: list[int] = []
+        counts: list[int] = []
+        for row, pack in enumerate(packs.tolist()):
+            at, before = 0, len(ends)
+            rows.tokens[row, -1] = 0
+            for file, start, length, end in self.pieces(pack):
+                rows.read(row, at, file, start, length + (not end))
+                at += length
+                if end:
+                    ends.append(at)
+            if at < self.pack_len:
+                rows.tokens[row, at:] = 0
+            rows.used[row] = at
+            counts.append(len(ends) - before)
+        rows.ends, rows.n_ends = np.array(ends, dtype=np.int64), np.array(counts, dtype=np.int64)
+        return rows
+
+
+class Shuffled(Pieces):
+    """Documents in a shuffled order that is the same in every epoch, end to end, cut every `pack_len` tokens.
+
+    InternLM's `PackedDataset` and `PackedDatasetWithoutCuSeqlen` (v0.2.1), which leave out what does not fill
+    a pack; with `padded` it is kept. 16 bytes of memory a document. Unlike theirs, token 0 is a token like
+    any other: it can be a target.
+    """
+
+    def __init__(self, files: list[Tokens], pack_len: int, *, seed: int | None, padded: bool) -> None:
+        self.files, self.pack_len = files, pack_len
+        offsets = [file.all_offsets() for file in files]
+        self.file = np.repeat(np.arange(len(files)), [len(o) - 1 for o in offsets])
+        self.start = np.concatenate([o[:-1] for o in offsets]) if offsets else np.zeros(0, dtype=np.int64)
+        self.length = np.concatenate([np.diff(o) for o in offsets]) if offsets else np.zeros(0, dtype=np.int64)
+        self.order = np.arange(len(self.start))
+        if seed is not None:
+            np.random.RandomState(seed).shuffle(self.order)
+        self.limits = np.concatenate([[0], np.cumsum(self.length[self.order])])
+        self.n_tokens = int(self.limits[-1])
+        self.n_packs = -(-self.n_tokens // pack_len) if padded else self.n_tokens // pack_len
+
+    def pieces(self, pack: int) -> list[Piece]:
+        at, stop = pack * self.pack_len, min((pack + 1) * self.pack_len, self.n_tokens)
+        slot = int(np.searchsorted(self.limits, at, side="right")) - 1
+        found = []
+        while at < stop:
+            document, inside = int(self.order[slot]), at - int(self.limits[slot])
+            length = min(stop, int(self.limits[slot + 1])) - at
+            if length:
+                end = inside + length == int(self.length[document])
+                found.append(Piece(self.files[self.file[document]], int(self.start[document]) + inside, length, end))
+            at, slot = at + length, slot + 1
+        return found
+
+    def waste(self) -> tuple[float, float]:
+        starts, ends = self.limits[:-1], self.limits[1:]
+        cut = (starts // self.pack_len < (ends - 1) // self.pack_len) & (ends > starts)
+        used = min(self.n_tokens, self.n_packs * self.pack_len)
+        return 1 - used / max(1, self.n_packs * self.pack_len), float(cut.mean()) if len(cut) else 0.0
+
+
+class BestFit(Pieces):
+    """Documents whole, each in the fullest pack that has room for it, the longest first; longer ones are cut.
+
+    Best-fit-decreasing packing of "Fewer Truncations Improve Language Modeling" (Ding et al. 2024), within
+    each file. The plan is made once and kept beside the tokens.
+    """
+
+    def __init__(self, files: list[Tokens], pack_len: int) -> None:
+        self.files, self.pack_len = files, pack_len
+        self.plans = [_plan(file, pack_len) for file in files]
+        self.limits = np.cumsum([0, *(len(firsts) - 1 for _, firsts in self.plans)])
+        self.n_packs = int(self.limits[-1])
+
+    def pieces(self, pack: int) -> list[Piece]:
+        number = int(np.searchsorted(self.limits, pack, side="right")) - 1
+        pieces, firsts = self.plans[number]
+        place = pack - int(self.limits[number])
+        here = pieces[int(firsts[place]) : int(firsts[place + 1])].tolist()
+        return [Piece(self.files[number], start, length, bool(end)) for start, length, end in here]
+
+    def waste(self) -> tuple[float, float]:
+        total = sum(file.n_tokens for file in self.files)
+        whole = sum(int(pieces[:, 2].sum()) for pieces, _ in self.plans)
+        cut = sum(int((pieces[:, 2] == 0).sum()) for pieces, _ in self.plans)
+        return 1 - total / max(1, self.n_packs * self.pack_len), min(1.0, cut / max(1, whole))
+
+
+def _plan(file: Tokens, pack_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Give a file's pieces, int64 (n_pieces, 3): start, length, end of a document; and each pack's first piece."""
+    paths = [Path(f"{file.stem}.fit-{pack_len}.{part}.npy") for part in ("pieces", "packs")]
+    if all(path.exists() for path in paths):
+        return np.load(paths[0], mmap_mode="r"), np.load(paths[1], mmap_mode="r")
+    plan = best_fit(file.all_offsets(), pack_len)
+    if os.access(file.stem.parent, os.W_OK):
+        for path, part in zip(paths, plan, strict=True):
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            with partial.open("wb") as out:
+                np.save(out, part)
+            partial.rename(path)
+    return plan
+
+
+def best_fit(offsets: np.ndarray, pack_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pack documents from `offsets`, int64 (n + 1,), into packs of `pack_len` tokens."""
+    lengths = np.diff(offsets)
+    whole, rests = np.divmod(lengths, pack_len)
+    # Parts of pack_len tokens are packs of their own; what is left of each document is fitted in.
+    long = np.repeat(np.arange(len(lengths)), whole)
+    within = np.arange(len(long)) - np.repeat(np.cumsum(whole) - whole, whole)
+    ends = (within + 1) * pack_len == lengths[long]
+    full = np.stack([offsets[long] + within * pack_len, np.full(len(long), pack_len), ends], axis=1)
+    small = np.flatnonzero(rests)
+    small = small[np.argsort(-rests[small], kind="stable")]
+    packs: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}  # packs with so many tokens left
+    rooms: list[int] = []  # the keys of by_room, in order
+    for document, length in zip(small.tolist(), rests[small].tolist(), strict=True):
+        at = bisect_left(rooms, length)
+        if at == len(rooms):
+            pack, room = len(packs), pack_len
+            packs.append([])
+        else:
+            room = rooms[at]
+            pack = by_room[room].pop()
+            if not by_room[room]:
+                del by_room[room], rooms[at]
+        packs[pack].append(document)
+        if room > length:
+            if room - length not in by_room:
+                by_room[room - length] = []
+                insort(rooms, room - length)
+            by_room[room - length].append(pack)
+    fitted = np.array([document for pack in packs for document in pack], dtype=np.int64)
+    rest = np.stack([offsets[fitted + 1] - rests[fitted], rests[fitted], np.ones(len(fitted), dtype=np.int64)], axis=1)
+    counts = np.concatenate(
+        [np.ones(len(full), dtype=np.int64), np.array([len(pack) for pack in packs], dtype=np.int64)]
+    )
+    return np.concatenate([full, rest]).astype(np.int64), np.concatenate([[0], np.cumsum(counts)])
+
+
+class RandomTokens:
+    """Packs of uniformly random tokens, each a pure function of its number."""
 
     def __init__(self, *, vocab_size: int, pack_len: int, seq_len: int, seed: int, n_packs: int) -> None:
-        self.vocab_size, self.pack_len, self.seq_len = vocab_size, pack_len, seq_len
-        self.seed, self.count, self.source = seed, n_packs, 0
-        self.n_tokens = n_packs * pack_len
+        self.vocab_size, self.pack_len, self.seq_len, self.seed, self.n_packs = (
+            vocab_size,
+            pack_len,
+            seq_len,
+            seed,
+            n_packs,
+        )
 
-    def n_packs(self, *, padded: bool) -> int:
-        return self.count
+    def rows(self, packs: np.ndarray) -> Rows:
+        rows = Rows.empty(len(packs), self.pack_len)
+        for row, pack in enumerate(packs.tolist()):
+            rows.tokens[row, -1] = 0
+            rows.tokens[row, :-1] = np.random.default_rng((self.seed, pack)).integers(0, self.vocab_size, self.pack_len)
+        ends = np.arange(self.seq_len, self.pack_len + 1, self.seq_len)
+        rows.ends, rows.n_ends = np.tile(ends, len(packs)), np.full(len(packs), len(ends))
+        rows.used[:] = self.pack_len
+        return rows
 
-    def pack(self, index: int) -> Pack:
-        tokens = np.random.default_rng((self.seed, index)).integers(0, self.vocab_size, self.pack_len)
-        lens = _cut(self.pack_len, self.seq_len)
-        ends = np.cumsum(lens) - 1
-        labels = np.roll(tokens, -1)
-        labels[ends] = IGNORED
-        positions = np.concatenate([np.arange(n, dtype=np.int64) for n in lens])
-        return Pack(tokens, labels, positions, lens, 0)
+    def pieces(self, pack: int) -> list[Piece]:
+        return []
+
+    def waste(self) -> tuple[float, float]:
+        return 0.0, 0.0
+
+
+def layout_of(files: list[Tokens], packing: Packing, pack_len: int, *, seed: int, train: bool) -> Layout:
+    """Lay out a source's files; validation keeps InternLM's packings in order and whole."""
+    match packing:
+        case Packing.concat:
+            return Concat(files, pack_len)
+        case Packing.best_fit:
+            return BestFit(files, pack_len)
+        case Packing.internlm | Packing.internlm_one:
+            return Shuffled(files, pack_len, seed=seed if train else None, padded=not train)
+
+
+def _first_offsets(files: list[Tokens]) -> tuple[np.ndarray, np.ndarray]:
+    """Give the beginnings and ends of the first documents of a source, each in its file."""
+    starts, ends, counted = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)], 0
+    for file in files:
+        if counted < COUNTED_DOCUMENTS:
+            offsets = file.all_offsets()
+            starts.append(offsets[:-1])
+            ends.append(offsets[1:])
+            counted += file.n_documents
+    return np.concatenate(starts), np.concatenate(ends)

@@ -5,6 +5,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,9 +14,9 @@ import sentencepiece
 import xxhash
 
 from data.config import DataError
+from data.words import LONGEST_TEXT, SPACE, WordEncoder
 
-SPACE = "\u2581"  # how SentencePiece writes a space
-PIECE_CHARS = 1 << 20
+PIECE_CHARS = LONGEST_TEXT >> 2
 END_OF_TEXT = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 BEGIN_OF_TEXT = ("<s>", "<|begin_of_text|>", "<bos>")
 
@@ -30,6 +31,10 @@ class Tokenizer(Protocol):
     eos_id: int | None
 
     def encode(self, text: str) -> list[int]: ...
+    def encode_many(self, texts: list[str]) -> list[np.ndarray]:
+        """Give the ids of texts of at most `PIECE_CHARS` characters, uint32."""
+        ...
+
     def decode(self, ids: list[int]) -> str: ...
     def token_bytes(self) -> np.ndarray:
         """Give the UTF-8 bytes each id stands for, int32 (V,); 0 for control tokens."""
@@ -44,12 +49,18 @@ class SentencePieceTokenizer:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
             raise DataError(f"{path} is not a SentencePiece model: {error}") from None
+        self.words = WordEncoder.of(self.model, sentencepiece_proto(path))
         self.vocab_size = self.model.vocab_size()
         self.bos_id = self.model.bos_id() if self.model.bos_id() >= 0 else None
         self.eos_id = self.model.eos_id() if self.model.eos_id() >= 0 else None
 
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text)
+
+    def encode_many(self, texts: list[str]) -> list[np.ndarray]:
+        if self.words is not None:
+            return self.words.encode(texts)
+        return [np.array(ids, dtype=np.uint32) for ids in self.model.encode(texts, num_threads=1)]
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids)
@@ -90,6 +101,10 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text, add_special_tokens=False).ids
 
+    def encode_many(self, texts: list[str]) -> list[np.ndarray]:
+        found = self.model.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(one.ids, dtype=np.uint32) for one in found]
+
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids, skip_special_tokens=True)
 
@@ -107,6 +122,15 @@ class HuggingFaceTokenizer:
             else:
                 lengths[token] = len(piece.replace(SPACE, " ").encode())
         return lengths
+
+
+def sentencepiece_proto(path: Path) -> Any:
+    """Read a SentencePiece model as the message it is: its pieces, and how it was trained."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    proto.ParseFromString(path.read_bytes())
+    return proto
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
@@ -193,18 +217,19 @@ def train_tokenizer(texts: Iterator[str], path: Path, *, vocab_size: int, thread
     return SentencePieceTokenizer(path)
 
 
-def encode_document(tokenizer: Tokenizer, text: str, *, add_bos: bool, add_eos: bool) -> np.ndarray:
-    """Give a document's ids, uint32, in memory of a few times its text whatever its length.
+def encode_documents(tokenizer: Tokenizer, texts: list[str], *, add_bos: bool, add_eos: bool) -> list[np.ndarray]:
+    """Give documents' ids, uint32, in memory of a few times their text however long one is.
 
     A long text is cut before a space or after a newline, where no piece of a byte-pair vocabulary
     reaches across, so the ids are those of the whole.
     """
-    parts = [np.array(tokenizer.encode(part), dtype=np.uint32) for part in cut(text, PIECE_CHARS)]
-    if add_bos and tokenizer.bos_id is not None:
-        parts.insert(0, np.array([tokenizer.bos_id], dtype=np.uint32))
-    if add_eos and tokenizer.eos_id is not None:
-        parts.append(np.array([tokenizer.eos_id], dtype=np.uint32))
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint32)
+    before = [[tokenizer.bos_id]] if add_bos and tokenizer.bos_id is not None else []
+    after = [[tokenizer.eos_id]] if add_eos and tokenizer.eos_id is not None else []
+    parts = [list(cut(text, PIECE_CHARS)) for text in texts]
+    ids = iter(tokenizer.encode_many([part for its in parts for part in its]))
+    empty = np.zeros(0, dtype=np.uint32)
+    framed = ([*before, *islice(ids, len(its)), *after] for its in parts)
+    return [np.concatenate([empty, *its], dtype=np.uint32, casting="unsafe") for its in framed]
 
 
 def cut(text: str, limit: int) -> Iterator[str]:

@@ -14,6 +14,7 @@ class Progress:
     step: int = 0  # batches taken from the data, trained on or not
     updates: int = 0  # of the weights; the schedule follows these
     samples: int = 0  # packs taken from the data
+    first_sample: int = 0  # where the data's order begins: not at 0 if files were added to it in the middle
     tokens: int = 0
     bad_steps: int = 0  # whose gradient was not finite
     bad_in_a_row: int = 0

@@ -1,7 +1,7 @@
 """What a run tells of its steps: records to the sinks, lines to the log."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -27,9 +27,13 @@ class Report:
     def __init__(self, sinks: Sinks, throughput: Throughput, *, sources: Sequence[str], steps: int) -> None:
         self.sinks, self.throughput, self.sources, self.steps = sinks, throughput, sources, steps
 
-    def step(self, progress: Progress, result: StepFigures, **optim: float) -> None:
-        """Write the record of a step and its line; `optim` are the values the update was made with."""
+    def step(self, progress: Progress, result: StepFigures, epochs: Mapping[int, float], **optim: float) -> None:
+        """Write the record of a step and its line.
+
+        `epochs` says how often each source has been seen, `optim` what the update was made with.
+        """
         record: dict[str, Any] = {"step": progress.step, "tokens": progress.tokens}
+        record |= {f"epochs/{self.sources[source]}": value for source, value in epochs.items()}
         record |= {
             "train/objective": float(result.loss),
             **loss_metrics(result.totals_S4.tolist(), self.sources, "train"),

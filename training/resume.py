@@ -60,7 +60,7 @@ def resume_or_start(
     config: CheckpointConfig,
     *,
     run_config: dict[str, Any],
-    fingerprint: str,
+    parts: list[str],
     read_hf: Callable[[Path], dict[str, Tensor]],
 ) -> None:
     """Bring a run to where it starts, and say where that is.
@@ -82,13 +82,30 @@ def resume_or_start(
             "pass another name= to start anew"
         )
     refuse_changes(checkpoint.state["config"], run_config, config.accept_changes, run_dir)
-    if checkpoint.state["data"]["fingerprint"] != fingerprint and "data.fingerprint" not in config.accept_changes:
+    changed = _check_data(checkpoint.state["data"]["parts"], parts, config, run_dir)
+    kept.restore(checkpoint)
+    if changed:
+        kept.progress.first_sample = kept.progress.samples
+        logger.info("the data changed: a new epoch over all of it begins at step %d", kept.progress.step)
+    logger.info("resumed from %s", checkpoint.path)
+
+
+def _check_data(before: list[str], now: list[str], config: CheckpointConfig, run_dir: Path) -> bool:
+    """Say whether a run goes on with other data than it was begun with; raises unless that was asked for."""
+    if before == now:
+        return False
+    added = len(set(now) - set(before))
+    if set(before) <= set(now) and "data.added" not in config.accept_changes:
+        raise CheckpointError(
+            f"{added} files of tokens were added to the data since {run_dir} was begun; pass "
+            "checkpoint.accept_changes=[data.added] to begin an epoch over all of it here, or another name= for a new run"
+        )
+    if not set(before) <= set(now) and "data.fingerprint" not in config.accept_changes:
         raise CheckpointError(
             f"the data or the tokenizer changed since {run_dir} was begun; pass another name= for a new run, or "
             "checkpoint.accept_changes=[data.fingerprint] to go on with the new data"
         )
-    kept.restore(checkpoint)
-    logger.info("resumed from %s", checkpoint.path)
+    return True
 
 
 def _initialise(kept: Kept, run_config: dict[str, Any], read_hf: Callable[[Path], dict[str, Tensor]]) -> None:

@@ -1,18 +1,21 @@
 """The order of batches is a function of the seed and the step alone."""
 
 import dataclasses
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data.batches import Batch
 from data.config import DataConfig, DataError, Packing, Source
 from data.corpus import Corpus, PackSet, open_corpus
 from data.loader import train_batches, valid_batches
-from data.packing import PackedStream
+from data.packing import layout_of
 from data.shards import Shard, ShardWriter
 
 CONFIG = DataConfig(
@@ -28,15 +31,24 @@ CONFIG = DataConfig(
 
 
 def take(
-    corpus: Corpus, n_steps: int, *, workers: int = 0, first_step: int = 0, first_sample: int = 0
+    corpus: Corpus,
+    n_steps: int,
+    *,
+    workers: int = 0,
+    first_step: int = 0,
+    first_sample: int = 0,
+    dp_rank: int = 0,
+    dp_size: int = 1,
 ) -> list[list[Batch]]:
     steps = train_batches(
         corpus,
         dataclasses.replace(CONFIG, workers=workers),
-        packs_of_step=lambda step: 4 if step < 3 else 8,  # a ramp-up
+        packs_of_step=lambda step: 8 if step < 3 else 16,  # a ramp-up
         first_step=first_step,
         first_sample=first_sample,
         pin_memory=False,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
     )
     return list(islice(steps, n_steps))
 
@@ -48,26 +60,37 @@ def rows(steps: list[list[Batch]]) -> torch.Tensor:
 @pytest.fixture
 def corpus() -> Corpus:
     corpus = open_corpus(CONFIG, vocab_size=100)
-    corpus.train.streams[0].count = 10  # type: ignore[union-attr]
-    corpus.train = PackSet(corpus.train.streams, seed=1024, padded=False)
+    layout = corpus.train.layouts[0]
+    layout.n_packs = 20
+    corpus.train = PackSet([layout], [0], CONFIG, vocab_size=100)
     return corpus
 
 
 def test_workers_do_not_change_the_order_and_epochs_hold_every_pack_once(corpus: Corpus) -> None:
     alone = take(corpus, 6)
-    assert [len(step) for step in alone] == [2, 2, 2, 4, 4, 4]
+    assert [len(step) for step in alone] == [4, 4, 4, 8, 8, 8]
     assert torch.equal(rows(alone), rows(take(corpus, 6, workers=2)))
     for epoch in range(3):
-        seen = {tuple(row) for row in rows(alone)[10 * epoch : 10 * epoch + 10].tolist()}
-        assert len(seen) == 10
+        seen = {tuple(row) for row in rows(alone)[20 * epoch : 20 * epoch + 20].tolist()}
+        assert len(seen) == 20
+    assert rows(alone)[:20].tolist() != rows(alone)[20:40].tolist(), "each epoch in another order"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_that_starts_later_continues_the_same_sequence(corpus: Corpus, workers: int) -> None:
     whole = rows(take(corpus, 7))
-    for step, sample in ((1, 4), (3, 12), (5, 28)):
+    for step, sample in ((1, 8), (3, 24), (5, 56)):
         later = rows(take(corpus, 7 - step, workers=workers, first_step=step, first_sample=sample))
         assert torch.equal(whole[sample:], later)
+
+
+@pytest.mark.parametrize("dp_size", [2, 4])
+def test_a_step_holds_the_same_samples_however_many_ranks_share_it(corpus: Corpus, dp_size: int) -> None:
+    alone = take(corpus, 6)
+    ranks = [take(corpus, 6, dp_rank=rank, dp_size=dp_size, workers=rank % 2) for rank in range(dp_size)]
+    for step in range(6):
+        together = [batch for micro in zip(*(rank[step] for rank in ranks), strict=True) for batch in micro]
+        assert torch.equal(rows([alone[step]]), rows([together]))
 
 
 def test_a_batch_joins_packs_with_their_segments(corpus: Corpus) -> None:
@@ -78,20 +101,28 @@ def test_a_batch_joins_packs_with_their_segments(corpus: Corpus) -> None:
     assert (batch.labels_BT[:, 7] == -100).all() and (batch.labels_BT[:, :7] == batch.tokens_BT[:, 1:8]).all()
 
 
+def shards(folder: Path, lengths: list[list[int]]) -> list[Shard]:
+    """Write documents of tokens that are 0 to their length, of source k from 40 k on."""
+    found = []
+    for source, its in enumerate(lengths):
+        writer = ShardWriter(folder / str(source), vocab_size=10_000, tokenizer="t")
+        for length in its:
+            writer.add(np.arange(length, dtype=np.uint32) + 40 * source, length)
+        writer.close()
+        found.append(Shard(folder / str(source)))
+    return found
+
+
+def pack_set(files: list[Shard], weights: list[float] | None = None, **changes: object) -> PackSet:
+    config = dataclasses.replace(CONFIG, **changes)  # type: ignore[arg-type]
+    layouts = [layout_of([file], config.packing, 16, seed=config.seed, train=True) for file in files]
+    return PackSet(layouts, list(range(len(files))), config, vocab_size=10_000, weights=weights)
+
+
 @pytest.fixture
 def documents(tmp_path: Path) -> Corpus:
-    streams = []
-    for source, length in enumerate((37, 5)):
-        writer = ShardWriter(tmp_path / str(source), vocab_size=100, tokenizer="t")
-        writer.add(np.arange(length, dtype=np.uint32) + 40 * source, length)
-        writer.close()
-        shard = Shard(tmp_path / str(source))
-        order = np.arange(1)
-        streams.append(
-            PackedStream(shard, pack_len=16, seq_len=8, packing=Packing.internlm, order=order, source=source)
-        )
-    valid = PackSet(streams, seed=0, padded=True)
-    return Corpus(("a", "b"), "f", None, False, False, None, 100, valid, valid)
+    valid = pack_set(shards(tmp_path, [[37], [5]]))
+    return Corpus(("a", "b"), ["f"], None, False, False, None, valid, valid)
 
 
 def test_validation_scores_every_token_once_by_source(documents: Corpus) -> None:
@@ -110,7 +141,56 @@ def test_a_capped_validation_is_spread_over_the_split(documents: Corpus) -> None
     assert [batch.tokens_BT[:, 0].tolist() for batch in batches] == [[0, 32]]
 
 
-def test_an_id_that_the_header_does_not_tell_of_is_refused(documents: Corpus) -> None:
-    documents.vocab_size = 36
-    with pytest.raises(DataError, match="the tokens of a, b hold id 44, outside model.vocab_size"):
-        list(valid_batches(documents, CONFIG, max_tokens=None))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_id_outside_the_vocabulary_is_told_with_its_place(documents: Corpus, workers: int) -> None:
+    documents.train.vocab_size = 44
+    with pytest.raises(DataError, match=r"1.bin: token 4, in document 0, is id 44, outside model.vocab_size \(44\)"):
+        take(documents, 1, workers=workers)
+
+
+def test_a_mixture_takes_sources_in_their_share_and_reports_their_epochs(tmp_path: Path) -> None:
+    packs = pack_set(shards(tmp_path, [[16] * 100, [16] * 10, [16] * 7]), [8, 1, 1])
+    sources = packs.batch(packs.locate(np.arange(1000))).source_BT[:, 0]
+    assert np.bincount(sources).tolist() == [800, 100, 100]
+    assert packs.epochs(1000) == {0: 8.0, 1: 10.0, 2: pytest.approx(100 / 7)}
+    found = packs.locate(np.arange(1000))
+    for source, n_packs in enumerate((100, 10, 7)):
+        its = found[sources.numpy() == source]
+        assert all(len(set(its[i : i + n_packs].tolist())) == n_packs for i in range(0, len(its) - n_packs, n_packs))
+    assert pack_set(packs_files(packs)).epochs(117 * 3) == {0: 3.0, 1: 3.0, 2: 3.0}
+
+
+def packs_files(packs: PackSet) -> list[Shard]:
+    return [layout.files[0] for layout in packs.layouts]  # type: ignore[attr-defined]
+
+
+@given(
+    n_packs=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    weighted=st.booleans(),
+    packing=st.sampled_from([Packing.concat, Packing.best_fit, Packing.internlm]),
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+)
+@settings(max_examples=60, deadline=None)
+def test_however_steps_divide_the_sequence_it_is_the_same_and_epochs_are_whole(
+    tmp_path_factory: pytest.TempPathFactory, n_packs: list[int], weighted: bool, packing: Packing, sizes: list[int]
+) -> None:
+    files = shards(tmp_path_factory.mktemp("s"), [[16] * n for n in n_packs])
+    packs = pack_set(files, [1.0 + i for i in range(len(files))] if weighted else None, packing=packing)
+    whole = packs.locate(np.arange(sum(sizes)))
+    at = 0
+    for size in sizes:
+        assert packs.locate(np.arange(at, at + size)).tolist() == whole[at : at + size].tolist()
+        at += size
+    if not weighted:
+        total = sum(n_packs)
+        for start in range(0, len(whole) - total + 1, total):
+            assert Counter(whole[start : start + total].tolist()) == Counter(range(total))
+
+
+def test_added_files_begin_an_epoch_over_everything(tmp_path: Path) -> None:
+    before = pack_set(shards(tmp_path / "a", [[16] * 10]))
+    after = pack_set(shards(tmp_path / "b", [[16] * 10, [16] * 4]))
+    after.begin_at(13)
+    assert sorted(after.locate(np.arange(13, 27)).tolist()) == list(range(14))
+    assert before.locate(np.arange(3)).tolist() != after.locate(np.arange(13, 16)).tolist()
+    assert after.epochs(27) == {0: 1.0, 1: 1.0}

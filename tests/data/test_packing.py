@@ -1,42 +1,55 @@
-"""Packs against InternLM's published content."""
+"""Packs against InternLM's published content, and against what every packing must keep."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from data.batches import IGNORED, Batch, collate
 from data.config import Packing
-from data.corpus import PackSet
-from data.packing import Pack, PackedStream, RandomStream
+from data.packing import BestFit, Layout, RandomTokens, Shuffled, best_fit, layout_of
 from data.shards import Shard, ShardWriter
 
 LENGTHS = (5, 3, 9, 2, 7)
 
 
-@pytest.fixture
-def shard(tmp_path: Path) -> Shard:
-    """Documents whose k-th has tokens 10 (k + 1) + j."""
-    writer = ShardWriter(tmp_path / "en", vocab_size=100, tokenizer="t")
-    for k, length in enumerate(LENGTHS):
+def write(stem: Path, lengths: list[int] | tuple[int, ...], *, masked: bool = False) -> Shard:
+    """Write documents whose k-th has tokens 10 (k + 1) + j."""
+    writer = ShardWriter(stem, vocab_size=100_000, tokenizer="t", masked=masked)
+    for k, length in enumerate(lengths):
         writer.add(np.arange(length, dtype=np.uint32) + 10 * (k + 1), length)
     writer.close()
-    return Shard(tmp_path / "en", verify=True)
+    return Shard(stem, verify=True)
 
 
-def stream(shard: Shard, packing: Packing, pack_len: int = 8, seq_len: int = 4) -> PackedStream:
-    order = np.array([2, 0, 4, 1, 3])
-    return PackedStream(shard, pack_len=pack_len, seq_len=seq_len, packing=packing, order=order, source=0)
+@pytest.fixture
+def shard(tmp_path: Path) -> Shard:
+    return write(tmp_path / "en", LENGTHS)
 
 
-def written(pack: Pack) -> tuple[str, str, str, str]:
-    cu = np.cumsum([0, *pack.segment_lens])
-    return tuple(" ".join(map(str, part)) for part in (pack.tokens_T, cu, pack.positions_T, pack.labels_T))  # type: ignore[return-value]
+def ordered(shard: Shard, pack_len: int = 8, *, padded: bool = False) -> Shuffled:
+    layout = Shuffled([shard], pack_len, seed=None, padded=padded)
+    layout.order = np.array([2, 0, 4, 1, 3])
+    layout.limits = np.concatenate([[0], np.cumsum(layout.length[layout.order])])
+    return layout
+
+
+def batch(layout: Layout, packs: list[int], *, seq_len: int, isolated: bool = True) -> Batch:
+    return collate(layout.rows(np.array(packs)), np.zeros(len(packs), np.int64), seq_len=seq_len, isolated=isolated)
+
+
+def written(one: Batch) -> tuple[str, ...]:
+    parts = (one.tokens_BT[0], one.cu_seqlens, one.positions_BT[0], one.labels_BT[0])
+    return tuple(" ".join(map(str, part.tolist())) for part in parts)
 
 
 def test_isolated_packs_have_internlms_content(shard: Shard) -> None:
-    packs = stream(shard, Packing.internlm)
-    assert packs.n_packs(padded=False) == 3
-    assert [written(packs.pack(i)) for i in range(3)] == [
+    layout = ordered(shard)
+    assert layout.n_packs == 3
+    assert [written(batch(layout, [i], seq_len=4)) for i in range(3)] == [
         ("30 31 32 33 34 35 36 37", "0 4 8", "0 1 2 3 0 1 2 3", "31 32 33 34 35 36 37 38"),
         ("38 10 11 12 13 14 50 51", "0 1 5 6 8", "0 0 1 2 3 0 0 1", "-100 11 12 13 14 -100 51 52"),
         ("52 53 54 55 56 20 21 22", "0 4 5 8", "0 1 2 3 0 0 1 2", "53 54 55 56 -100 21 22 -100"),
@@ -44,55 +57,130 @@ def test_isolated_packs_have_internlms_content(shard: Shard) -> None:
 
 
 def test_packs_in_one_have_internlms_content(shard: Shard) -> None:
-    packs = stream(shard, Packing.internlm_one)
-    assert [written(packs.pack(i)) for i in range(3)] == [
+    layout = ordered(shard)
+    assert [written(batch(layout, [i], seq_len=4, isolated=False)) for i in range(3)] == [
         ("30 31 32 33 34 35 36 37", "0 4 8", "0 1 2 3 0 1 2 3", "31 32 33 34 35 36 37 -100"),
         ("38 10 11 12 13 14 50 51", "0 4 8", "0 1 2 3 0 1 2 3", "-100 11 12 13 14 -100 51 -100"),
         ("52 53 54 55 56 20 21 22", "0 4 8", "0 1 2 3 0 1 2 3", "53 54 55 56 -100 21 22 -100"),
     ]
 
 
-@pytest.mark.parametrize("pack_len", [4, 8, 16, 32])
-def test_padded_packs_hold_every_token_and_every_target_once(shard: Shard, pack_len: int) -> None:
-    packs = stream(shard, Packing.internlm, pack_len=pack_len)
-    found = [packs.pack(i) for i in range(packs.n_packs(padded=True))]
-    documents = [shard.document(i).tolist() for i in (2, 0, 4, 1, 3)]
-    tokens = np.concatenate([pack.tokens_T for pack in found])
-    assert tokens[: sum(LENGTHS)].tolist() == sum(documents, [])
-    targets = [label for pack in found for label in pack.labels_T.tolist() if label != -100]
-    assert targets == sum((document[1:] for document in documents), [])
-    for pack in found:
-        assert sum(pack.segment_lens) == pack_len and max(pack.segment_lens) <= 4
+def test_internlms_documents_are_shuffled_as_numpy_shuffles_them(tmp_path: Path) -> None:
+    layout = Shuffled([write(tmp_path / "en", [3] * 10)], 4, seed=1024, padded=False)
+    assert layout.order.tolist() == [2, 3, 7, 0, 6, 8, 5, 4, 9, 1]
 
 
-def test_the_order_of_packs_is_internlms_and_continues_through_epochs() -> None:
-    packs = PackSet([RandomStream(vocab_size=9, pack_len=4, seq_len=4, seed=0, n_packs=10)], seed=1024, padded=False)
-    order: list[int] = []
-    packs.in_order = lambda index: order.append(index)  # type: ignore[assignment, return-value]
-    for index in range(20):
-        packs.sample(index)
-    assert order[:10] == [2, 3, 7, 0, 6, 8, 5, 4, 9, 1]
-    random = np.random.RandomState(1024)
-    epochs = [np.arange(10), np.arange(10)]
-    for epoch in epochs:
-        random.shuffle(epoch)
-    assert order == [*epochs[0], *epochs[1]]
-    order.clear()
-    packs.sample(3)
-    assert order == [0], "an earlier epoch can be asked for again"
+def test_a_batch_of_rows_is_the_rows_side_by_side(shard: Shard) -> None:
+    for packing in Packing:
+        layout = layout_of([shard], packing, 8, seed=1, train=False)
+        packs = list(range(layout.n_packs))
+        whole = batch(layout, packs, seq_len=4)
+        ones = [batch(layout, [pack], seq_len=4) for pack in packs]
+        for name in ("tokens_BT", "labels_BT", "positions_BT"):
+            assert getattr(whole, name).tolist() == [getattr(one, name)[0].tolist() for one in ones], packing
+        limits = [limit + 8 * i for i, one in enumerate(ones) for limit in one.cu_seqlens.tolist()]
+        assert sorted(set(limits)) == whole.cu_seqlens.tolist()
 
 
-def test_packs_of_several_sources_are_found_by_their_place(shard: Shard) -> None:
-    first, second = stream(shard, Packing.internlm), stream(shard, Packing.internlm, pack_len=4)
-    second.source = 1
-    both = PackSet([first, second], seed=0, padded=False)
-    assert both.n_packs == 3 + 6
-    assert [both.in_order(i).source for i in range(9)] == [0] * 3 + [1] * 6
-    assert both.in_order(4).tokens_T.tolist() == [34, 35, 36, 37]
+LENGTHS_OF_FILES = st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=12), min_size=1, max_size=3)
 
 
-def test_random_packs_are_a_function_of_their_index() -> None:
-    one, other = (RandomStream(vocab_size=50, pack_len=8, seq_len=4, seed=3, n_packs=9) for _ in range(2))
-    assert one.pack(5).tokens_T.tolist() == other.pack(5).tokens_T.tolist() != one.pack(6).tokens_T.tolist()
-    pack = one.pack(0)
-    assert pack.labels_T.tolist() == [*pack.tokens_T[1:4], -100, *pack.tokens_T[5:], -100]
+@given(lengths=LENGTHS_OF_FILES, pack_len=st.sampled_from([4, 8, 16]), packing=st.sampled_from(list(Packing)))
+@settings(max_examples=150, deadline=None)
+def test_every_token_is_in_one_pack_and_every_target_is_the_next_token(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[list[int]], pack_len: int, packing: Packing
+) -> None:
+    folder = tmp_path_factory.mktemp("p")
+    documents, files = [], []
+    for number, its in enumerate(lengths):
+        writer = ShardWriter(folder / str(number), vocab_size=100_000, tokenizer="t")
+        for length in its:
+            documents.append([len(documents) * 100 + j + 1 for j in range(length)])
+            writer.add(np.array(documents[-1], dtype=np.uint32), length)
+        writer.close()
+        files.append(Shard(folder / str(number)))
+    layout = layout_of(list(files), packing, pack_len, seed=3, train=False)
+    tokens, targets = Counter(), Counter()
+    for start in range(0, layout.n_packs, 3):
+        packs = list(range(start, min(start + 3, layout.n_packs)))
+        one = batch(layout, packs, seq_len=4)
+        for row, pack in enumerate(packs):
+            used = sum(piece.length for piece in layout.pieces(pack))
+            held = one.tokens_BT[row].tolist()
+            assert held[used:] == [0] * (pack_len - used)
+            assert held[:used] == [t for p in layout.pieces(pack) for t in p.file.read(p.start, p.length).tolist()]
+            tokens.update(held[:used])
+            for token, label in zip(held, one.labels_BT[row].tolist(), strict=True):
+                if label != IGNORED:
+                    assert label == token + 1, "a target is the next token of the same document"
+                    targets[label] += 1
+        assert max(np.diff(one.cu_seqlens)) <= 4 and one.max_seq_len == max(np.diff(one.cu_seqlens))
+    assert tokens == Counter(token for document in documents for token in document)
+    assert targets == Counter(token for document in documents for token in document[1:])
+    padding, cut = layout.waste()
+    total = layout.n_packs * pack_len
+    assert 0 <= cut <= 1 and (not total or padding == pytest.approx(1 - sum(tokens.values()) / total))
+
+
+@given(st.lists(st.integers(0, 50), max_size=60), st.integers(4, 24))
+@settings(max_examples=200, deadline=None)
+def test_best_fit_cuts_no_document_that_fits_and_wastes_no_more_than_first_fit(
+    lengths: list[int], pack_len: int
+) -> None:
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    pieces, firsts = best_fit(offsets, pack_len)
+    sizes = [int(pieces[a:b, 1].sum()) for a, b in zip(firsts[:-1], firsts[1:], strict=True)]
+    assert all(0 < size <= pack_len for size in sizes)
+    whole = {(int(start), int(length)) for start, length, _ in pieces}
+    for start, length in zip(offsets[:-1].tolist(), lengths, strict=True):
+        assert not 0 < length <= pack_len or (start, length) in whole
+    rests = sorted((length % pack_len for length in lengths if length % pack_len), reverse=True)
+    bins: list[int] = []
+    for length in rests:  # first-fit-decreasing: within 11/9 of the least, and best-fit-decreasing is too
+        fitting = next((i for i, room in enumerate(bins) if room >= length), None)
+        if fitting is None:
+            bins.append(pack_len - length)
+        else:
+            bins[fitting] -= length
+    assert len(sizes) - sum(length // pack_len for length in lengths) <= 11 / 9 * len(bins) + 1
+
+
+def test_best_fits_plan_is_kept_beside_the_tokens(shard: Shard) -> None:
+    first = BestFit([shard], 8)
+    assert sorted(path.name for path in shard.stem.parent.glob("*.npy")) == [
+        "en.fit-8.packs.npy",
+        "en.fit-8.pieces.npy",
+    ]
+    again = BestFit([shard], 8)
+    assert [first.pieces(i) for i in range(first.n_packs)] == [again.pieces(i) for i in range(again.n_packs)]
+    assert first.n_packs == 4, "9 is cut into 8 and 1; 7 with 1, 5 with 3, 2"
+    assert BestFit([shard], 16).n_packs == 2
+
+
+def test_best_fit_cuts_fewer_documents_than_concatenation(tmp_path: Path) -> None:
+    lengths = np.random.default_rng(0).integers(1, 60, 2000).tolist()
+    shard = write(tmp_path / "en", lengths)
+    shares = {packing: layout_of([shard], packing, 64, seed=0, train=True).waste() for packing in Packing}
+    assert shares[Packing.best_fit][1] == 0 and shares[Packing.best_fit][0] < 0.02
+    assert shares[Packing.concat][1] > 0.3 and shares[Packing.concat][0] < 0.01
+
+
+def test_tokens_that_are_not_to_be_learnt_are_no_targets(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path / "sft", vocab_size=100, tokenizer="t", masked=True)
+    ids = np.array([1, 2, 0, 4, 5, 6], dtype=np.uint32)
+    writer.add(np.where([1, 1, 0, 0, 1, 0], ids | np.uint32(1 << 31), ids), 6)
+    writer.close()
+    for packing in Packing:
+        one = batch(layout_of([Shard(tmp_path / "sft")], packing, 8, seed=0, train=False), [0], seq_len=8)
+        assert one.tokens_BT[0].tolist() == [1, 2, 0, 4, 5, 6, 0, 0]
+        assert one.labels_BT[0].tolist() == [-100, 0, 4, -100, 6, -100, -100, -100], (
+            "and token 0 is a token like any other"
+        )
+
+
+def test_random_packs_are_a_function_of_their_number() -> None:
+    one, other = (RandomTokens(vocab_size=50, pack_len=8, seq_len=4, seed=3, n_packs=9) for _ in range(2))
+    first, second = batch(one, [5], seq_len=4), batch(other, [6, 5], seq_len=4)
+    assert first.tokens_BT[0].tolist() == second.tokens_BT[1].tolist() != second.tokens_BT[0].tolist()
+    tokens = first.tokens_BT[0].tolist()
+    assert first.labels_BT[0].tolist() == [*tokens[1:4], IGNORED, *tokens[5:], IGNORED]
