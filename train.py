@@ -45,17 +45,23 @@ def main(cfg: DictConfig) -> float | None:
 def work(config: TrainConfig, run_config: dict[str, Any], run_dir: Path) -> float | None:
     """Be one rank of a run and give its validation loss; a stop that was asked for exits with a signal's code."""
     from parallel.mesh import distributed
+    from parallel.slurm import go_on_later
     from training.logs import log_to
     from training.run_folder import locked
+    from training.status import Status
     from training.stop import StopRequest
 
     with (
         distributed(config.parallel) as mesh,
         locked(run_dir, mesh.rank),
         log_to(run_dir, mesh.rank),
-        StopRequest() as stop,
+        Status(run_dir, run_config, rank=mesh.rank) as status,
+        StopRequest(mesh.maximum) as stop,
     ):
         valid_loss = train(config, run_config, mesh, run_dir, stop)
+        status.end(valid_loss, stopped=bool(stop))
+    if stop.for_a_requeue:
+        go_on_later(run_dir, rank=mesh.rank, max_requeues=config.launcher.max_requeues)
     if stop:
         sys.exit(stop.exit_code)
     return valid_loss
@@ -178,6 +184,7 @@ def loop(
                 if progress.step % config.logger.every == 0 or progress.step == config.steps:
                     epochs = corpus.train.epochs(progress.samples)
                     report.step(progress, result, epochs, lr=lr, beta2=beta2, loss_scale=scale)
+            stop.agree()
             validate_if_due(config, engine, corpus, progress, report, stop)
             save_here, stop_here = stop_file.read(progress.step)
             every = config.checkpoint.every

@@ -27,8 +27,13 @@ from model.config import ModelError
 from parallel.config import ParallelError, RankError
 from training.config import CheckpointError, TrainingError
 
+
+class SweepError(Exception):
+    """Points of a sweep that did not come to their end, told as a sentence for the user."""
+
+
 CONF = Path(__file__).parent.resolve()
-SENTENCES = (ConfigError, DataError, ModelError, ParallelError, CheckpointError, TrainingError)
+SENTENCES = (ConfigError, DataError, ModelError, ParallelError, CheckpointError, TrainingError, SweepError)
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 # Other configs than ours, or nothing that composes one: Hydra's own business
 HYDRA_ONLY = ("hydra_help", "version", "shell_completion", "info", "experimental_rerun")
@@ -43,7 +48,11 @@ def run(main: Callable[[], Any], config_name: str) -> None:
     if problems:
         _say(problems)
         sys.exit(2)
-    main()
+    try:
+        with sentences():
+            main()
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 @contextmanager
@@ -118,7 +127,8 @@ def _point_problems(overrides: list[Override], args: Any, config_name: str) -> I
         except (HydraException, OmegaConfBaseException) as error:
             yield f"{_first_line(error)} (at {' '.join(point)})"
         except ConfigError as error:
-            where = f" (at {' '.join(point)})" if swept else ""
+            varied = {o.get_key_element() for o in overrides if o.is_sweep_override()}
+            where = f" (at {' '.join(part for part in point if part.partition('=')[0] in varied)})" if swept else ""
             yield from (f"{line}{where}" for line in str(error).splitlines())
 
 
