@@ -61,8 +61,8 @@ class InternLMFile:
         if len(wrong):
             line = int(wrong[0])
             raise DataError(
-                f"{self.meta}: row {line} says that document {line} begins at byte {self.starts[line]} of {size} and has "
-                f"{counts[line]} tokens; offsets that go back are those of a file over 2 GiB in 32 bits"
+                f"{self.meta}: row {line} says that document {line} begins at byte {self.starts[line]} of {size} and "
+                f"has {counts[line]} tokens; offsets that go back are those of a file over 2 GiB in 32 bits"
             )
         self.starts = np.append(self.starts, size)
         self.offsets = np.concatenate([[0], np.cumsum(counts)])

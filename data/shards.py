@@ -259,9 +259,8 @@ class Shard:
             file.seek(at)
             starts = np.fromfile(file, dtype="<i8", count=self.n_sequences) // self.dtype.itemsize
             ends = np.fromfile(file, dtype="<i8", count=self.n_documents + 1)
-        if self.n_documents != self.n_sequences or ends[0] or (np.diff(ends) != 1).any():
-            if ends[0] or ends[-1] != self.n_sequences or (np.diff(ends) < 0).any():
-                raise DataError(f"{self.stem}.idx: its documents do not divide its {self.n_sequences} sequences")
+        if ends[0] or ends[-1] != self.n_sequences or (np.diff(ends) < 0).any():
+            raise DataError(f"{self.stem}.idx: its documents do not divide its {self.n_sequences} sequences")
         offsets = np.append(starts, self.n_tokens)[ends]
         backwards = np.flatnonzero(np.diff(offsets) < 0)
         if offsets[0] or len(backwards):
