@@ -231,7 +231,12 @@ def build_engine(
         model,
         optimizer,
         mesh,
-        linear_loss=partial(linear_cross_entropy, chunk_tokens=loss.chunk_tokens, label_smoothing=loss.label_smoothing),
+        linear_loss=partial(
+            linear_cross_entropy,
+            chunk_tokens=loss.chunk_tokens,
+            label_smoothing=loss.label_smoothing,
+            z_loss=loss.z_loss,
+        ),
         token_weights=partial(token_weights, reduction=loss.reduction),
         scaler=scaler,
         max_grad_norm=config.optimizer.max_grad_norm,
