@@ -59,10 +59,10 @@ def work(config: TrainConfig, run_config: dict[str, Any], run_dir: Path) -> floa
         StopRequest(mesh.maximum) as stop,
     ):
         valid_loss = train(config, run_config, mesh, run_dir, stop)
-        status.end(valid_loss, stopped=bool(stop))
+        status.end(valid_loss, stopped=bool(stop), given_up=stop.given_up)
     if stop.for_a_requeue:
         go_on_later(run_dir, rank=mesh.rank, max_requeues=config.launcher.max_requeues)
-    if stop:
+    if stop and not stop.given_up:
         sys.exit(stop.exit_code)
     return valid_loss
 
@@ -144,6 +144,7 @@ def loop(
 ) -> None:
     """Take batches and steps until the run is over or asked to stop; what is due comes after each step."""
     from data.loader import train_batches
+    from training.early_stop import is_hopeless
     from training.progress import check_bad_steps
     from training.run_folder import StopFile
     from training.schedule import learning_rate, second_beta
@@ -184,6 +185,8 @@ def loop(
                 if progress.step % config.logger.every == 0 or progress.step == config.steps:
                     epochs = corpus.train.epochs(progress.samples)
                     report.step(progress, result, epochs, lr=lr, beta2=beta2, loss_scale=scale)
+            if is_hopeless(config.early_stop, report.sinks.run_dir, progress.step):
+                stop.give_up()
             stop.agree()
             validate_if_due(config, engine, corpus, progress, report, stop)
             save_here, stop_here = stop_file.read(progress.step)

@@ -21,6 +21,7 @@ from parallel.config import LauncherConfig, ParallelConfig
 from training.config import (
     CheckpointConfig,
     Dtype,
+    EarlyStopConfig,
     LoggerConfig,
     LossConfig,
     OptimizerConfig,
@@ -56,6 +57,7 @@ class TrainConfig:
     precision: PrecisionConfig = MISSING
     loss: LossConfig = MISSING
     checkpoint: CheckpointConfig = MISSING
+    early_stop: EarlyStopConfig = MISSING
     logger: LoggerConfig = MISSING
     launcher: LauncherConfig = MISSING
 
@@ -87,7 +89,15 @@ class TrainConfig:
         if self.valid_tokens is not None and self.valid_tokens < 1:
             yield f"valid_tokens ({self.valid_tokens}) must be at least 1, or null for the whole split"
         sections = (self.model, self.data, self.parallel, self.optimizer, self.scheduler)
-        for section in (*sections, self.precision, self.loss, self.checkpoint, self.logger, self.launcher):
+        for section in (
+            *sections,
+            self.precision,
+            self.loss,
+            self.checkpoint,
+            self.early_stop,
+            self.logger,
+            self.launcher,
+        ):
             yield from section.problems()
         yield from self._batch_problems()
         yield from self._pair_problems()
@@ -152,11 +162,13 @@ class PrepareConfig:
     shard: int = 0  # the part that this process does
     add: bool = False  # add to a prepared corpus the files that came since
     save_every_s: float = 20.0  # seconds between the places where a killed run goes on
+    launcher: LauncherConfig = MISSING
 
     def problems(self) -> Iterator[str]:
         yield from self.data.source_problems()
         yield from self.data.problems()
         yield from self.tokenizer.problems()
+        yield from self.launcher.problems()
         if self.data.source is Source.random:
             yield "data.source (random) has nothing to prepare; train.py makes its tokens"
         if self.data.source is Source.tokens:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conf.command import SweepError, is_sentence
 from conf.schema import TrainConfig, to_config
+from parallel.config import Device, ParallelConfig
 from training.run_folder import changed_keys, is_free_key
 from training.status import crashed_the_same_way_twice, note_death, note_queued, read_status
 
@@ -23,8 +24,10 @@ ROOMS = ("conf", "model", "parallel", "data", "training", "hydra_plugins")
 logger = logging.getLogger(__name__)
 
 
-def run_points(points: Sequence[tuple[str, DictConfig, Path]], sweep_dir: Path) -> list[float | Exception | None]:
-    """Run points (what is told of it, configuration, folder) and give rank 0's value, or an error, for each."""
+def run_points(
+    command: str, points: Sequence[tuple[str, DictConfig, Path]], sweep_dir: Path
+) -> list[float | Exception | None]:
+    """Run a command at points (what is told, configuration, folder) and give rank 0's value, or an error, of each."""
     from parallel.jobs import Job, Outcome, Point, run_jobs
     from training.compare import compare
     from training.logs import screen
@@ -32,16 +35,18 @@ def run_points(points: Sequence[tuple[str, DictConfig, Path]], sweep_dir: Path) 
     wanted, outcomes = [], {}
     with screen():
         for label, cfg, run_dir in points:
-            config: TrainConfig = to_config(cfg)
+            config = to_config(cfg)
             run_config: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
             if is_finished(run_dir, run_config):
                 outcomes[run_dir] = Outcome("finished", read_status(run_dir)["valid_loss"])
                 logger.info("finished already: %s", run_dir)
                 continue
-            note_queued(run_dir, run_config)
+            parallel, args = ParallelConfig(device=Device.cpu, local_processes=1), (config,)
+            if isinstance(config, TrainConfig):
+                note_queued(run_dir, run_config)
+                parallel, args = config.parallel, (config, run_config, run_dir)
             again = partial(crashed_the_same_way_twice, run_dir)
-            work = ("train:work", (config, run_config, run_dir))
-            job = Job(*work, config.parallel, is_sentence, config.launcher, hopeless=again)
+            job = Job(f"{command}:work", args, parallel, is_sentence, config.launcher, hopeless=again)
             wanted.append(Point(label, run_dir, config.launcher, run_config, job))
 
         def report(point: Point, outcome: Outcome) -> None:
@@ -55,7 +60,7 @@ def run_points(points: Sequence[tuple[str, DictConfig, Path]], sweep_dir: Path) 
 
         if wanted:
             run_jobs(wanted, sweep_dir.resolve() / ".jobs", keep_code(sweep_dir / ".code"), report)
-        if len(points) > 1:
+        if len(points) > 1 and command == "train":
             compare(sweep_dir, tell=True)
     unfinished = [label or str(run_dir) for label, _, run_dir in points if outcomes[run_dir].state != "finished"]
     told = SweepError(f"{len(unfinished)} of {len(points)} points did not finish: {', '.join(unfinished)}")
@@ -64,9 +69,11 @@ def run_points(points: Sequence[tuple[str, DictConfig, Path]], sweep_dir: Path) 
 
 
 def is_finished(run_dir: Path, run_config: dict[str, Any]) -> bool:
-    """Say whether a run folder holds the end of this very run."""
+    """Say whether a run folder holds the end of this very run, or the place where the same rule gave it up."""
     status = read_status(run_dir)
-    if status.get("state") != "finished":
+    if status.get("state") not in ("finished", "given up"):
+        return False
+    if status["state"] == "given up" and status["config"]["early_stop"] != run_config["early_stop"]:
         return False
     changed = [key for key, _, _ in changed_keys(status["config"], run_config) if not is_free_key(key)]
     return not changed

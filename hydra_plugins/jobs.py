@@ -67,7 +67,8 @@ class JobLauncher(Launcher):
             label = " ".join(override for override in overrides if _parts(override)[0] in swept)
             composed.append((label, cfg, run_dir))
         returns = []
-        for overrides, point, outcome in zip(job_overrides, composed, run_points(composed, sweep_dir), strict=True):
+        outcomes = run_points(self.config.hydra.job.config_name, composed, sweep_dir)
+        for overrides, point, outcome in zip(job_overrides, composed, outcomes, strict=True):
             result = PointReturn(overrides=list(overrides), cfg=point[1])
             result.return_value = outcome
             result.status = JobStatus.FAILED if isinstance(outcome, Exception) else JobStatus.COMPLETED

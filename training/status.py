@@ -1,6 +1,7 @@
 """status.json: whether a run is running, finished, stopped or failed, for whoever runs or reads it again."""
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -41,10 +42,12 @@ class Status:
             self.record["state"] = "stopped"
         self._write()
 
-    def end(self, valid_loss: float | None, *, stopped: bool) -> None:
+    def end(self, valid_loss: float | None, *, stopped: bool, given_up: bool) -> None:
         """Note how the run ended; one that ended before its last step was stopped."""
         finished = not stopped and self._step() >= self.record["config"]["steps"]
-        self.record |= {"state": "finished" if finished else "stopped", "valid_loss": valid_loss}
+        state = "given up" if given_up else "finished" if finished else "stopped"
+        known = valid_loss is not None and math.isfinite(valid_loss)
+        self.record |= {"state": state, "valid_loss": valid_loss if known else None}
 
     def _step(self) -> int:
         """The last step that was written down."""

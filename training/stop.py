@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable
 from types import FrameType
 
+GIVEN_UP = 1000  # beyond every signal
 MESSAGE = b"\nstopping after this step and saving; once more to stop at once\n"
 
 
@@ -34,6 +35,14 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return (self.signum if self.maximum is None else self.agreed) is not None
+
+    def give_up(self) -> None:
+        """Ask for the end of a run that is not worth its steps."""
+        self.signum = GIVEN_UP
+
+    @property
+    def given_up(self) -> bool:
+        return bool(self) and self.signum == GIVEN_UP
 
     def agree(self) -> None:
         """Have all ranks know of a signal to any of them; all must call this at the same step."""
