@@ -35,7 +35,7 @@ class Kept:
         tensors = self.tensors()
         checkpoint.load_into(tensors)
         torch.set_rng_state(tensors["rng.cpu"])
-        self.optimizer.refresh()
+        self.optimizer.refresh(tensors)
         self.scaler.load_state_dict(checkpoint.state["scaler"])
         for key, value in checkpoint.state["progress"].items():
             setattr(self.progress, key, value)
@@ -43,7 +43,8 @@ class Kept:
     @torch.no_grad()
     def take(self, tensors: dict[str, Tensor], prefix: str, origin: Path) -> None:
         """Copy the tensors that begin with `prefix` from another run; none may be missing or of another shape."""
-        for name, tensor in self.tensors().items():
+        mine = self.tensors()
+        for name, tensor in mine.items():
             if not name.startswith(prefix):
                 continue
             found = tensors.get(name.removeprefix(prefix))
@@ -51,7 +52,7 @@ class Kept:
                 shape = "missing" if found is None else tuple(found.shape)
                 raise CheckpointError(f"init_from ({origin}): {name} is {shape} there and {tuple(tensor.shape)} here")
             tensor.copy_(found)
-        self.optimizer.refresh()
+        self.optimizer.refresh(mine)
 
 
 def resume_or_start(
