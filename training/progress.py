@@ -50,6 +50,6 @@ def check_bad_steps(progress: Progress, limit: int, first_bad_layer: Callable[[]
     if progress.bad_in_a_row >= limit:
         raise TrainingError(
             f"{progress.bad_in_a_row} steps in a row had no finite gradient (optimizer.max_bad_steps), the last of "
-            f"them step {progress.step}; the first bad layer is {first_bad_layer()}; go on from the last checkpoint with a "
-            "lower optimizer.lr, or leave the batches out by skip_batches"
+            f"them step {progress.step}; the first bad layer is {first_bad_layer()}; go on from the last checkpoint "
+            "with a lower optimizer.lr, or leave the batches out by skip_batches"
         )
