@@ -12,6 +12,12 @@ class Device(Enum):
     cuda = "cuda"
 
 
+class Compile(Enum):
+    auto = "auto"  # blocks on a CUDA device, none elsewhere
+    blocks = "blocks"  # the parts of each block around attention, by torch.compile
+    none = "none"
+
+
 class ActivationCheckpointing(Enum):
     none = "none"
     full = "full"  # keep only the input of each block, compute it again in the backward pass
@@ -31,6 +37,7 @@ class ParallelConfig:
     device: Device = Device.auto
     local_processes: int | None = None  # ranks that `python train.py` starts here (null: one a GPU)
     threads: int | None = None  # CPU threads (null: all of this process's cores)
+    compile: Compile = Compile.auto
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     activation_checkpointing_fraction: float = 0.5
 
