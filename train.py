@@ -113,7 +113,7 @@ def train(
         config.checkpoint,
         run_config=run_config,
         parts=corpus.parts,
-        read_hf=read_hf_weights,
+        read_hf=partial(read_hf_weights, vocab_size=config.model.vocab_size),
     )
     corpus.train.begin_at(progress.first_sample)
     optimizer.follow(rates_to_come(config, progress))
@@ -136,11 +136,11 @@ def train(
     return progress.valid_loss
 
 
-def read_hf_weights(folder: Path) -> dict[str, Any]:
-    """Read the weights of a Hugging Face folder, by our names."""
-    from model.hf import read_hf
+def read_hf_weights(folder: Path, *, vocab_size: int) -> dict[str, Any]:
+    """Read the weights of a Hugging Face folder, by our names, with a vocabulary that may be larger than its own."""
+    from model.hf import pad_vocabulary, read_hf
 
-    return read_hf(folder)[1]
+    return pad_vocabulary(read_hf(folder)[1], vocab_size)
 
 
 def loop(
