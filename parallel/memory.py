@@ -1,0 +1,136 @@
+"""Bytes that a step allocates, by what they are for, read off the operations as the allocator would see them."""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+BLOCK = 512  # the CUDA allocator rounds each request up to it
+COMMUNICATION = ("c10d", "_c10d_functional", "fsdp")
+
+
+@dataclass(slots=True, eq=False)
+class Piece:
+    """One allocation, from one operation to another."""
+
+    n_bytes: int
+    kind: str
+    begin: int
+    end: int | None = None  # None: still there
+
+
+class Memory(TorchDispatchMode):
+    """Follows every storage of a process from its first tensor to its last.
+
+    A piece is of the kind that `holding` was last given; within the backward pass it is a gradient of an
+    activation, and becomes a parameter's gradient if it outlives it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: list[Piece] = []
+        self.now = 0  # in operations
+        self.live = 0
+        self.peak = 0
+        self.peak_at = 0
+        self._kind = "other"
+        self._storages: dict[int, Piece] = {}  # by id of the storage
+
+    @contextmanager
+    def holding(self, kind: str) -> Iterator[None]:
+        """Say what the storages made from here on are for."""
+        before, self._kind = self._kind, kind
+        try:
+            yield
+        finally:
+            self._kind = before
+
+    def __enter__(self) -> "Memory":
+        resize = torch.UntypedStorage.resize_
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+            """FSDP frees and fills gathered parameters so, without an operation."""
+            piece, kind = self._storages.pop(id(storage), None), "parameters"
+            result = resize(storage, size)
+            if piece is not None:
+                self._close(piece)
+                self._open(storage, kind)
+            return result
+
+        self._patch = mock.patch.object(torch.UntypedStorage, "resize_", resize_)
+        self._patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._patch.stop()
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        result = func(*args, **(kwargs or {}))
+        self.now += 1
+        kind = "communication" if func.namespace in COMMUNICATION else self._label()
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor):
+                self.note(leaf, kind)
+        return result
+
+    def note(self, tensor: Tensor, kind: str) -> None:
+        """Follow a tensor's storage from now on, if it is not followed yet; a known one keeps its kind."""
+        storage = tensor.untyped_storage()
+        if id(storage) not in self._storages:
+            self._open(storage, kind)
+
+    def rename(self, tensors: Iterable[Tensor], kind: str) -> None:
+        """Say what tensors that are followed already are for."""
+        for tensor in tensors:
+            part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            self.note(part, kind)
+            self._storages[id(part.untyped_storage())].kind = kind
+
+    def end_backward(self) -> None:
+        """Call what the backward pass made and is still there gradients of parameters."""
+        for piece in self._storages.values():
+            if piece.kind == "activation gradients":
+                piece.kind = "gradients"
+
+    def at_peak(self) -> Counter[str]:
+        """Give the bytes at the moment of the most, by kind."""
+        found: Counter[str] = Counter()
+        for piece in self.pieces:
+            if piece.begin <= self.peak_at and (piece.end is None or piece.end > self.peak_at):
+                found[piece.kind] += piece.n_bytes
+        return found
+
+    def _label(self) -> str:
+        in_backward = torch._C._current_graph_task_id() != -1
+        return "activation gradients" if in_backward and self._kind != "logits" else self._kind
+
+    def _open(self, storage: torch.UntypedStorage, kind: str) -> None:
+        piece = Piece(-(-storage.nbytes() // BLOCK) * BLOCK, kind, self.now)
+        self.pieces.append(piece)
+        self._storages[id(storage)] = piece
+        weakref.finalize(storage, self._forget, id(storage), piece)
+        self.live += piece.n_bytes
+        if self.live > self.peak:
+            self.peak, self.peak_at = self.live, self.now
+
+    def _close(self, piece: Piece) -> None:
+        if piece.end is None:
+            piece.end = self.now
+            self.live -= piece.n_bytes
+
+    def _forget(self, key: int, piece: Piece) -> None:
+        self._close(piece)
+        if self._storages.get(key) is piece:
+            del self._storages[key]
