@@ -12,7 +12,7 @@ from conf.command import run, sentences
 from conf.schema import PrepareConfig, to_config
 
 if TYPE_CHECKING:
-    from data.read import BadRecords
+    from data.inputs import BadRecords
 
 SAMPLE_TOKENS = 120
 

@@ -17,8 +17,9 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from conf.command import run, sentences
+from conf.command import is_sentence, run, sentences
 from conf.schema import TrainConfig, parse_ranges, to_config
+from parallel.launch import launch
 
 if TYPE_CHECKING:
     from data.corpus import Corpus
@@ -37,16 +38,21 @@ def main(cfg: DictConfig) -> float | None:
     run_config: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
 
+    with sentences():
+        return launch(work, config, run_config, run_dir, config=config.parallel, says_enough=is_sentence)
+
+
+def work(config: TrainConfig, run_config: dict[str, Any], run_dir: Path) -> float | None:
+    """Be one rank of a run and give its validation loss; a stop that was asked for exits with a signal's code."""
     from parallel.mesh import distributed
     from training.logs import log_to
     from training.run_folder import locked
     from training.stop import StopRequest
 
     with (
-        sentences(),
         distributed(config.parallel) as mesh,
-        locked(run_dir),
-        log_to(run_dir),
+        locked(run_dir, mesh.rank),
+        log_to(run_dir, mesh.rank),
         StopRequest() as stop,
     ):
         valid_loss = train(config, run_config, mesh, run_dir, stop)
@@ -218,7 +224,12 @@ def build_engine(
         model,
         optimizer,
         mesh,
-        linear_loss=partial(linear_cross_entropy, chunk_tokens=loss.chunk_tokens, label_smoothing=loss.label_smoothing),
+        linear_loss=partial(
+            linear_cross_entropy,
+            chunk_tokens=loss.chunk_tokens,
+            label_smoothing=loss.label_smoothing,
+            z_loss=loss.z_loss,
+        ),
         token_weights=partial(token_weights, reduction=loss.reduction),
         scaler=scaler,
         max_grad_norm=config.optimizer.max_grad_norm,

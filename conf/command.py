@@ -24,11 +24,12 @@ from omegaconf.errors import OmegaConfBaseException
 from conf.schema import SCHEMAS, ConfigError, did_you_mean, register, to_config
 from data.config import DataError
 from model.config import ModelError
-from parallel.config import ParallelError
+from parallel.config import ParallelError, RankError
 from training.config import CheckpointError, TrainingError
 
 CONF = Path(__file__).parent.resolve()
 SENTENCES = (ConfigError, DataError, ModelError, ParallelError, CheckpointError, TrainingError)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 # Other configs than ours, or nothing that composes one: Hydra's own business
 HYDRA_ONLY = ("hydra_help", "version", "shell_completion", "info", "experimental_rerun")
 ELSEWHERE = ("config_path", "config_name", "config_dir")
@@ -53,15 +54,27 @@ def sentences() -> Iterator[None]:
     """
     try:
         yield
-    except SENTENCES as error:
-        _say(str(error).splitlines())
+    except RankError as error:
+        print(error, file=sys.stderr)
         sys.exit(1)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+    except (*SENTENCES, OSError) as error:
+        if not is_sentence(error):
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        _say([f"{os.strerror(error.errno)}{where}; nothing that was complete before is lost"])
+        _say(sentence(error).splitlines())
         sys.exit(1)
+
+
+def is_sentence(error: BaseException) -> bool:
+    """Say whether an error is one that the user can mend."""
+    return isinstance(error, SENTENCES) or (isinstance(error, OSError) and error.errno in DISK_ERRORS)
+
+
+def sentence(error: BaseException) -> str:
+    """Tell an error that the user can mend."""
+    if not isinstance(error, OSError):
+        return str(error)
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{os.strerror(error.errno or 0)}{where}; nothing that was complete before is lost"
 
 
 def _say(sentences: list[str]) -> None:

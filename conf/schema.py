@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data.config import DataConfig, RampConfig, Source, TokenizerConfig, packs_of_step
+from data.config import MOST_SHARDS, DataConfig, RampConfig, Source, TokenizerConfig, packs_of_step
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
 from training.config import (
@@ -160,8 +160,8 @@ class PrepareConfig:
             yield "data.source (random) has nothing to prepare; train.py makes its tokens"
         if self.data.source is Source.tokens:
             yield "data.source (tokens) has nothing to prepare; train.py reads data.input as it is"
-        if self.shards < 1 or not 0 <= self.shard < self.shards:
-            yield f"shard ({self.shard}) must be in [0, shards), and shards ({self.shards}) at least 1"
+        if not 1 <= self.shards <= MOST_SHARDS or not 0 <= self.shard < self.shards:
+            yield f"shard ({self.shard}) must be in [0, shards), and shards ({self.shards}) in [1, {MOST_SHARDS}]"
         if self.shards > 1 and self.data.max_documents is not None:
             yield f"data.max_documents ({self.data.max_documents}) counts in order, so it needs shards=1"
         if self.save_every_s < 0:

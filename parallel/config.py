@@ -21,9 +21,14 @@ class ParallelError(Exception):
     """A layout that this machine cannot run, told as a sentence for the user."""
 
 
+class RankError(Exception):
+    """How one of several ranks failed: whole lines for the user, its traceback among them."""
+
+
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:
     device: Device = Device.auto
+    local_processes: int | None = None  # ranks that `python train.py` starts here (null: one a GPU)
     threads: int | None = None  # CPU threads (null: all of this process's cores)
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     activation_checkpointing_fraction: float = 0.5
@@ -34,5 +39,7 @@ class ParallelConfig:
                 f"parallel.activation_checkpointing_fraction ({self.activation_checkpointing_fraction}) "
                 "must be in [0, 1]"
             )
+        if self.local_processes is not None and self.local_processes < 1:
+            yield f"parallel.local_processes ({self.local_processes}) must be at least 1, or null for one a GPU"
         if self.threads is not None and self.threads < 1:
             yield f"parallel.threads ({self.threads}) must be at least 1, or null for all cores"

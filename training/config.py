@@ -132,11 +132,14 @@ class PrecisionConfig:
 class LossConfig:
     reduction: Reduction = Reduction.global_token
     label_smoothing: float = 0.0
+    z_loss: float = 0.0  # factor on the squared log-sum-exp of the logits (PaLM has 1e-4)
     chunk_tokens: int = 4096  # tokens whose logits exist at one time
 
     def problems(self) -> Iterator[str]:
         if not 0 <= self.label_smoothing < 1:
             yield f"loss.label_smoothing ({self.label_smoothing}) must be in [0, 1)"
+        if not 0 <= self.z_loss < math.inf:
+            yield f"loss.z_loss ({self.z_loss}) must be 0 or more and finite"
         if self.chunk_tokens < 1:
             yield f"loss.chunk_tokens ({self.chunk_tokens}) must be at least 1"
 

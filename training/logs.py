@@ -8,11 +8,13 @@ from pathlib import Path
 
 
 @contextmanager
-def log_to(run_dir: Path) -> Iterator[None]:
-    """Show log lines on the terminal and append them to `train.log` while the context lasts."""
+def log_to(run_dir: Path, rank: int = 0) -> Iterator[None]:
+    """Append log lines to `train.log` while the context lasts, and show them; other ranks have files of their own."""
     terminal = logging.StreamHandler(sys.stdout)
     terminal.setFormatter(logging.Formatter("%(message)s"))
-    file = logging.FileHandler(run_dir / "train.log")
+    if rank:
+        terminal.setLevel(logging.WARNING)
+    file = logging.FileHandler(run_dir / (f"train.rank{rank}.log" if rank else "train.log"))
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger()
     level = root.level

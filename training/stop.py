@@ -41,4 +41,5 @@ class StopRequest:
         if signum == signal.SIGINT and self.signum is not None:
             raise KeyboardInterrupt
         self.signum = signum
-        os.write(2, MESSAGE)  # print is not safe inside a handler
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, MESSAGE)  # print is not safe inside a handler
