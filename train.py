@@ -102,13 +102,15 @@ def train(
         read_hf=read_hf_weights,
     )
     corpus.train.begin_at(progress.first_sample)
-    engine = build_engine(config, mesh, model, optimizer, scaler, corpus)
+    optimizer.follow(rates_to_come(config, progress))
+    engine = build_engine(config, mesh, model, optimizer, scaler, corpus, progress)
     keep_inputs(config, run_config, run_dir, corpus)
     describe(config, mesh, corpus, progress, run_dir)
     validated = progress.validated_step == progress.step
     truncate_metrics(run_dir / "metrics.jsonl", progress.step, validated=validated)
 
     def save() -> None:
+        progress.read(engine.counts())
         about = {"parts": corpus.parts, "sources": corpus.sources}
         about |= {"add_bos": corpus.add_bos, "add_eos": corpus.add_eos}
         state = {"config": run_config, "data": about, **kept.state()}
@@ -140,7 +142,6 @@ def loop(
     from data.loader import train_batches
     from training.progress import check_bad_steps
     from training.run_folder import StopFile
-    from training.schedule import learning_rate, second_beta
 
     left_out = parse_ranges(config.skip_batches)
     stop_file = StopFile(config.checkpoint.stop_file)
@@ -166,16 +167,17 @@ def loop(
                 progress.skipped_steps += 1
                 logger.info("step %d/%d  left out, as skip_batches asks", progress.step, config.steps)
             else:
-                lr = learning_rate(
-                    progress.updates, steps=config.steps, lr=config.optimizer.lr, config=config.scheduler
-                )
-                beta2, scale = second_beta(progress.updates, config.optimizer), engine.scaler.scale
-                result = engine.train_step(batches, lr=lr, beta2=beta2)
-                progress.count(finite=result.finite)
-                report.throughput.end(result.n_tokens)
-                if not result.finite:
-                    check_bad_steps(progress, config.optimizer.max_bad_steps, partial(engine.first_bad_layer, batches))
-                if progress.step % config.logger.every == 0 or progress.step == config.steps:
+                scale = engine.scaler.scale
+                result = engine.train_step(batches)
+                if progress.step % config.logger.every and progress.step < config.steps:
+                    report.throughput.end(result.n_tokens)
+                else:
+                    bad = progress.read(engine.counts())  # waits for the device: the host runs ahead in between
+                    report.throughput.end(result.n_tokens)
+                    if bad:
+                        limit = config.optimizer.max_bad_steps
+                        check_bad_steps(progress, limit, partial(engine.first_bad_layer, batches))
+                    lr, beta2 = result.rates_2.tolist()
                     epochs = corpus.train.epochs(progress.samples)
                     report.step(progress, result, epochs, lr=lr, beta2=beta2, loss_scale=scale)
             validate_if_due(config, engine, corpus, progress, report, stop)
@@ -209,8 +211,23 @@ def validate_if_due(
             report.validation(progress, totals_S4)
 
 
+def rates_to_come(config: TrainConfig, progress: "Progress") -> list[tuple[float, float]]:
+    """Give the learning rate and beta2 of each update that the steps left may make."""
+    from training.schedule import learning_rate, second_beta
+
+    updates = range(progress.updates, progress.updates + config.steps - progress.step + 1)
+    rate = partial(learning_rate, steps=config.steps, lr=config.optimizer.lr, config=config.scheduler)
+    return [(rate(update), second_beta(update, config.optimizer)) for update in updates]
+
+
 def build_engine(
-    config: TrainConfig, mesh: "Mesh", model: Any, optimizer: Any, scaler: Any, corpus: "Corpus"
+    config: TrainConfig,
+    mesh: "Mesh",
+    model: Any,
+    optimizer: Any,
+    scaler: Any,
+    corpus: "Corpus",
+    progress: "Progress",
 ) -> "Engine":
     """Join the model's loss, the way tokens are averaged, and the update into an engine."""
     import torch
@@ -235,6 +252,7 @@ def build_engine(
         max_grad_norm=config.optimizer.max_grad_norm,
         n_sources=len(corpus.sources),
         bytes_per_token=None if lengths is None else torch.from_numpy(lengths),
+        counts=(progress.updates, progress.bad_steps, progress.bad_in_a_row),
     )
 
 

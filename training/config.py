@@ -34,6 +34,13 @@ class Dtype(Enum):
     fp16 = "fp16"
 
 
+class OptimizerImpl(Enum):
+    auto = "auto"  # triton on a CUDA device, torch elsewhere
+    triton = "triton"  # one kernel of ours: a single pass, and no wait for the host
+    torch = "torch"  # torch's fused AdamW on fp32 copies
+    apex = "apex"  # NVIDIA apex's fused Adam on fp32 copies
+
+
 class Reduction(Enum):
     global_token = "global_token"  # mean over all target tokens of a step
     row_mean = "row_mean"  # mean over micro-batches of their means, as InternLM does
@@ -56,6 +63,8 @@ class OptimizerConfig:
     beta2_c: float = 0.0  # beta2 = max(beta2, 1 - i**-c) at update i; 0: constant
     eps: float = 1e-8
     decay: Decay = Decay.matrices
+    state_dtype: Dtype = Dtype.fp32  # of the moments: fp32 or bf16
+    impl: OptimizerImpl = OptimizerImpl.auto
     max_grad_norm: float = 1.0  # one norm over all parameters; 0: no clipping
     max_bad_steps: int = 10  # steps in a row without a finite gradient before the run is stopped
 
@@ -70,6 +79,8 @@ class OptimizerConfig:
                 yield f"optimizer.{key} ({getattr(self, key)}) must be in [0, 1)"
         if not self.eps > 0:
             yield f"optimizer.eps ({self.eps}) must be positive"
+        if self.state_dtype is Dtype.fp16:
+            yield "optimizer.state_dtype (fp16) must be fp32 or bf16, because second moments underflow in fp16"
         if self.max_bad_steps < 1:
             yield f"optimizer.max_bad_steps ({self.max_bad_steps}) must be at least 1"
 
