@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.config import MOST_SHARDS, DataConfig, RampConfig, Source, TokenizerConfig, packs_of_step
 from model.config import ModelConfig
-from parallel.config import ParallelConfig
+from parallel.config import DryRunConfig, ParallelConfig
 from training.config import (
     CheckpointConfig,
     Dtype,
@@ -57,6 +57,7 @@ class TrainConfig:
     loss: LossConfig = MISSING
     checkpoint: CheckpointConfig = MISSING
     logger: LoggerConfig = MISSING
+    dry_run: DryRunConfig = MISSING
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -86,7 +87,7 @@ class TrainConfig:
         if self.valid_tokens is not None and self.valid_tokens < 1:
             yield f"valid_tokens ({self.valid_tokens}) must be at least 1, or null for the whole split"
         sections = (self.model, self.data, self.parallel, self.optimizer, self.scheduler)
-        for section in (*sections, self.precision, self.loss, self.checkpoint, self.logger):
+        for section in (*sections, self.precision, self.loss, self.checkpoint, self.logger, self.dry_run):
             yield from section.problems()
         yield from self._batch_problems()
         yield from self._pair_problems()

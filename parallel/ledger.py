@@ -3,10 +3,9 @@
 Works on fake ranks and fake tensors, so that a step of a thousand GPUs can be read on none.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -29,6 +28,8 @@ KINDS = {
 }
 # Operations of these namespaces talk to other ranks.
 NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "c10d_functional")
+# Operations that touch no memory
+FREE = ("empty", "new_empty", "_unsafe_view", "detach", "alias", "lift_fresh", "_record_function")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,16 @@ class Collective:
     axis: str  # of the mesh; several are joined by +
     ranks: tuple[int, ...]
     n_bytes: int
-    phase: str
+
+
+@dataclass(slots=True)
+class Window:
+    """What is issued between two turns from forward to backward, or back."""
+
+    backward: bool
+    flops: int = 0
+    n_bytes: int = 0  # that other operations than products read and write
+    collectives: list[Collective] = field(default_factory=list)
 
 
 def axis_of(ranks: Sequence[int], axes: dict[str, int]) -> str:
@@ -55,46 +65,38 @@ def axis_of(ranks: Sequence[int], axes: dict[str, int]) -> str:
 
 
 class Ledger(TorchDispatchMode):
-    """Counts collectives and FLOPs by the phase of the step they are issued in.
-
-    A phase is what `during` was last given, with " backward" behind it inside the backward pass.
-    """
+    """Notes collectives and FLOPs of a rank in the order they are issued."""
 
     def __init__(self, axes: dict[str, int]) -> None:
         super().__init__()
         self.axes = axes
-        self.collectives: list[Collective] = []
-        self.flops: Counter[str] = Counter()
-        self.moved: Counter[str] = Counter()  # bytes that other operations than products read and write
-        self._phase = ""
+        self.windows = [Window(backward=False)]
         self._groups: dict[str, tuple[str, tuple[int, ...]]] = {}
 
     @property
-    def phase(self) -> str:
-        return f"{self._phase} backward" if torch._C._current_graph_task_id() != -1 else self._phase
-
-    @contextmanager
-    def during(self, phase: str) -> Iterator[None]:
-        before, self._phase = self._phase, phase
-        try:
-            yield
-        finally:
-            self._phase = before
+    def collectives(self) -> list[Collective]:
+        return [item for window in self.windows for item in window.collectives]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its parts come by here on their own
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        packet = func._overloadpacket
+        if in_backward() != self.windows[-1].backward:
+            self.windows.append(Window(in_backward()))
+        window, packet = self.windows[-1], func._overloadpacket
         if func.namespace in NAMESPACES:
-            self._count_collective(func, args, kwargs, result)
+            self._count_collective(window, func, args, kwargs, result)
         elif packet in flop_registry:
-            self.flops[self.phase] += flop_registry[packet](*args, **kwargs, out_val=result)
-        elif not func.is_view:
-            parts = [*tree_leaves(args), *tree_leaves(kwargs), *tree_leaves(result)]
-            self.moved[self.phase] += sum(_n_bytes(part) for part in parts)
+            window.flops += flop_registry[packet](*args, **kwargs, out_val=result)
+        elif not func.is_view and func.namespace != "prim" and not packet.__name__.startswith(FREE):
+            moved = (*tree_leaves(args), *(kwargs[key] for key in kwargs if key != "out"), *tree_leaves(result))
+            window.n_bytes += sum(map(n_bytes, moved))
         return result
+
+    def launched(self, arguments: Sequence[Any]) -> None:
+        """Note a kernel that is no operation of torch's."""
+        self.windows[-1].n_bytes += sum(map(n_bytes, arguments))
 
     def table(self) -> dict[tuple[str, str], tuple[int, int]]:
         """Give count and bytes by (axis, kind)."""
@@ -103,9 +105,9 @@ class Ledger(TorchDispatchMode):
             entry = sums[item.axis, item.kind]
             entry[0] += 1
             entry[1] += item.n_bytes
-        return {key: (count, n_bytes) for key, (count, n_bytes) in sorted(sums.items())}
+        return {key: (count, total) for key, (count, total) in sorted(sums.items())}
 
-    def _count_collective(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+    def _count_collective(self, window: Window, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         name = func._overloadpacket.__name__
         kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)), None)
         if kind is None:  # waits and barriers carry nothing
@@ -113,8 +115,8 @@ class Ledger(TorchDispatchMode):
         axis, ranks = self._group(args, kwargs)
         if len(ranks) > 1:
             parts = [*args, *kwargs.values(), result]
-            n_bytes = max(sum(_n_bytes(leaf) for leaf in tree_leaves(part)) for part in parts)
-            self.collectives.append(Collective(kind, axis, ranks, n_bytes, self.phase))
+            whole = max(sum(map(n_bytes, tree_leaves(part))) for part in parts)
+            window.collectives.append(Collective(kind, axis, ranks, whole))
 
     def _group(self, args: Any, kwargs: Any) -> tuple[str, tuple[int, ...]]:
         """Find an operation's process group among its arguments: by name, or boxed."""
@@ -134,5 +136,10 @@ class Ledger(TorchDispatchMode):
         raise AssertionError("a collective without a group")
 
 
-def _n_bytes(leaf: Any) -> int:
+def in_backward() -> bool:
+    """Say whether autograd is computing gradients just now."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def n_bytes(leaf: Any) -> int:
     return leaf.numel() * leaf.element_size() if isinstance(leaf, Tensor) else 0

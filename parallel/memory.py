@@ -1,7 +1,6 @@
 """Bytes that a step allocates, by what they are for, read off the operations as the allocator would see them."""
 
 import weakref
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +13,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from parallel.ledger import in_backward
+
 BLOCK = 512  # the CUDA allocator rounds each request up to it
 COMMUNICATION = ("c10d", "_c10d_functional", "fsdp")
+BACKWARD = "activation gradients"
 
 
 @dataclass(slots=True, eq=False)
@@ -31,8 +33,8 @@ class Piece:
 class Memory(TorchDispatchMode):
     """Follows every storage of a process from its first tensor to its last.
 
-    A piece is of the kind that `holding` was last given; within the backward pass it is a gradient of an
-    activation, and becomes a parameter's gradient if it outlives it.
+    A piece is of the kind that `holding` was last given. In the backward pass it is one of activations, and
+    called a gradient of parameters once it has outlived the pass.
     """
 
     def __init__(self) -> None:
@@ -42,7 +44,8 @@ class Memory(TorchDispatchMode):
         self.live = 0
         self.peak = 0
         self.peak_at = 0
-        self._kind = "other"
+        self._kind = "activations"
+        self._backward = False
         self._storages: dict[int, Piece] = {}  # by id of the storage
 
     @contextmanager
@@ -77,12 +80,18 @@ class Memory(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         self.now += 1
+        if self._backward and not in_backward():
+            self._end_backward()
+        self._backward = in_backward()
         kind = "communication" if func.namespace in COMMUNICATION else self._label()
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor):
                 self.note(leaf, kind)
+        if func is torch.ops.fsdp.split_with_sizes_copy.default:  # the parameters that were gathered
+            self.rename(kwargs["out"], "parameters")
         return result
 
     def note(self, tensor: Tensor, kind: str) -> None:
@@ -98,23 +107,21 @@ class Memory(TorchDispatchMode):
             self.note(part, kind)
             self._storages[id(part.untyped_storage())].kind = kind
 
-    def end_backward(self) -> None:
-        """Call what the backward pass made and is still there gradients of parameters."""
-        for piece in self._storages.values():
-            if piece.kind == "activation gradients":
-                piece.kind = "gradients"
-
-    def at_peak(self) -> Counter[str]:
+    def at_peak(self) -> dict[str, int]:
         """Give the bytes at the moment of the most, by kind."""
-        found: Counter[str] = Counter()
+        found = dict.fromkeys(("parameters", "gradients", "optimizer", "activations", "logits", "communication"), 0)
         for piece in self.pieces:
             if piece.begin <= self.peak_at and (piece.end is None or piece.end > self.peak_at):
-                found[piece.kind] += piece.n_bytes
+                found["activations" if piece.kind == BACKWARD else piece.kind] += piece.n_bytes
         return found
 
     def _label(self) -> str:
-        in_backward = torch._C._current_graph_task_id() != -1
-        return "activation gradients" if in_backward and self._kind != "logits" else self._kind
+        return BACKWARD if in_backward() and self._kind != "logits" else self._kind
+
+    def _end_backward(self) -> None:
+        for piece in self._storages.values():
+            if piece.kind == BACKWARD:
+                piece.kind = "gradients"
 
     def _open(self, storage: torch.UntypedStorage, kind: str) -> None:
         piece = Piece(-(-storage.nbytes() // BLOCK) * BLOCK, kind, self.now)
