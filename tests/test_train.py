@@ -260,7 +260,11 @@ def test_a_sweep_runs_each_point_in_its_own_folder(tmp_path: Path, small: list[s
             "error: there is no prepared data in nowhere; run: python prepare_data.py data=local",
         ),
         (["model.vocab_size=512"], {}, "has 1000 pieces, more than model.vocab_size (512)"),
-        ([], {"WORLD_SIZE": "2"}, "error: RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT must be set beside WORLD_SIZE"),
+        (
+            [],
+            {"WORLD_SIZE": "2"},
+            "error: RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT must be set beside WORLD_SIZE",
+        ),
         (
             ["parallel.device=cuda"],
             {"CUDA_VISIBLE_DEVICES": ""},
