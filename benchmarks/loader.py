@@ -139,8 +139,8 @@ def main() -> None:
         for step in range(200):
             found.batch(found.locate(np.arange(step * BATCH, (step + 1) * BATCH)))
         print(
-            f"\n{n_files} files, {n_files / 931:.2f} TB, opened in {opened:.2f} s; after {200 * BATCH:,} samples of all of "
-            f"them {resident_mb() - before:.0f} MiB more memory"
+            f"\n{n_files} files, {n_files / 931:.2f} TB, opened in {opened:.2f} s; after {200 * BATCH:,} samples of "
+            f"all of them {resident_mb() - before:.0f} MiB more memory"
         )
 
 

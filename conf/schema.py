@@ -5,6 +5,7 @@ The dataclasses beside the code are the truth; YAML groups only choose values. I
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,12 +16,15 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data.config import DataConfig, RampConfig, Source, TokenizerConfig, packs_of_step
+from data.config import MOST_SHARDS, DataConfig, RampConfig, Source, TokenizerConfig, packs_of_step
 from model.config import ModelConfig
-from parallel.config import ParallelConfig
+from parallel.axes import layout_problems
+from parallel.config import DryRunConfig, LauncherConfig, ParallelConfig, ParallelError, Where
+from parallel.launch import joined_environment, local_processes
 from training.config import (
     CheckpointConfig,
     Dtype,
+    EarlyStopConfig,
     LoggerConfig,
     LossConfig,
     OptimizerConfig,
@@ -56,7 +60,10 @@ class TrainConfig:
     precision: PrecisionConfig = MISSING
     loss: LossConfig = MISSING
     checkpoint: CheckpointConfig = MISSING
+    early_stop: EarlyStopConfig = MISSING
     logger: LoggerConfig = MISSING
+    launcher: LauncherConfig = MISSING
+    dry_run: DryRunConfig = MISSING
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -86,10 +93,53 @@ class TrainConfig:
         if self.valid_tokens is not None and self.valid_tokens < 1:
             yield f"valid_tokens ({self.valid_tokens}) must be at least 1, or null for the whole split"
         sections = (self.model, self.data, self.parallel, self.optimizer, self.scheduler)
-        for section in (*sections, self.precision, self.loss, self.checkpoint, self.logger):
+        for section in (
+            *sections,
+            self.precision,
+            self.loss,
+            self.checkpoint,
+            self.early_stop,
+            self.logger,
+            self.launcher,
+            self.dry_run,
+        ):
             yield from section.problems()
-        yield from self._batch_problems()
+        wrong_batch = list(self._batch_problems())
+        yield from wrong_batch
         yield from self._pair_problems()
+        if not wrong_batch and not any(
+            True for part in (self.model, self.data, self.parallel) for _ in part.problems()
+        ):
+            yield from self._layout_problems()
+
+    @property
+    def world_size(self) -> int:
+        """Processes of this run: those a dry run pretends, those that were started, or those that will be."""
+        if self.dry_run.enabled:
+            return self.dry_run.world_size
+        joined = joined_environment(os.environ)
+        if joined or self.launcher.where is Where.local:
+            return int(joined.get("WORLD_SIZE", "1")) if joined else local_processes(self.parallel)
+        return self.launcher.nodes * self.launcher.ranks_per_node
+
+    def _layout_problems(self) -> Iterator[str]:
+        try:
+            world_size = self.world_size
+        except (ParallelError, ValueError) as error:
+            yield str(error)
+            return
+        full, start = self.global_batch_tokens, self.ramp.start_tokens
+        steps = {full} if start is None else {full, *range(start, full, self.ramp.increment_tokens)}
+        yield from layout_problems(
+            self.parallel,
+            world_size,
+            model=self.model,
+            pack_len=self.data.pack_tokens,
+            # A dry run says itself what a batch should be.
+            micro_batches=[]
+            if self.dry_run.enabled
+            else [tokens // self.micro_batch_tokens for tokens in sorted(steps)],
+        )
 
     def _batch_problems(self) -> Iterator[str]:
         unit = self.micro_batch_tokens
@@ -151,17 +201,19 @@ class PrepareConfig:
     shard: int = 0  # the part that this process does
     add: bool = False  # add to a prepared corpus the files that came since
     save_every_s: float = 20.0  # seconds between the places where a killed run goes on
+    launcher: LauncherConfig = MISSING
 
     def problems(self) -> Iterator[str]:
         yield from self.data.source_problems()
         yield from self.data.problems()
         yield from self.tokenizer.problems()
+        yield from self.launcher.problems()
         if self.data.source is Source.random:
             yield "data.source (random) has nothing to prepare; train.py makes its tokens"
         if self.data.source is Source.tokens:
             yield "data.source (tokens) has nothing to prepare; train.py reads data.input as it is"
-        if self.shards < 1 or not 0 <= self.shard < self.shards:
-            yield f"shard ({self.shard}) must be in [0, shards), and shards ({self.shards}) at least 1"
+        if not 1 <= self.shards <= MOST_SHARDS or not 0 <= self.shard < self.shards:
+            yield f"shard ({self.shard}) must be in [0, shards), and shards ({self.shards}) in [1, {MOST_SHARDS}]"
         if self.shards > 1 and self.data.max_documents is not None:
             yield f"data.max_documents ({self.data.max_documents}) counts in order, so it needs shards=1"
         if self.save_every_s < 0:

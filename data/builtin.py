@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.read import Document
+from data.documents import Document
 
 LEFT_OUT = {
     "site-packages",

@@ -10,7 +10,7 @@ import jinja2
 import numpy as np
 
 from data.config import DataError
-from data.tokenizer import HuggingFaceTokenizer, Tokenizer, sentencepiece_proto
+from data.tokenizer import ANCHOR, HuggingFaceTokenizer, Tokenizer, sentencepiece_proto
 from data.words import SPACE
 
 Messages = list[dict[str, str]]
@@ -36,7 +36,6 @@ MARKERS = {"internlm": ("<eoh>", "<eoa>"), "chatml": ("<|im_start|>", "<|im_end|
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 ROLES = {role: role for role in ("system", "user", "assistant")} | {"human": "user", "gpt": "assistant"}
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
-ANCHOR = "\U000ffffd"  # merges with nothing: what follows it is encoded as within a text
 
 
 def read_template(name: str) -> str:

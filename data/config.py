@@ -10,6 +10,8 @@ from enum import Enum
 
 from omegaconf import MISSING
 
+MOST_SHARDS = 1000  # parts that one corpus may be prepared in
+
 
 class DataError(Exception):
     """Text, tokens or a tokenizer that cannot be used, told as a sentence for the user."""

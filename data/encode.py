@@ -1,6 +1,7 @@
 """Blocks of text to ids, by as many processes as there are cores, in the order of the blocks."""
 
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -13,7 +14,8 @@ import numpy as np
 
 from data.chat import ChatEncoder, read_template
 from data.config import DataConfig, Style, TokenizerConfig
-from data.read import BadRecords, Block, Document, digest_of, documents
+from data.documents import Block, Document, digest_of, documents
+from data.inputs import BadRecords
 from data.shards import NOT_LEARNT
 from data.tokenizer import Tokenizer, encode_documents, load_tokenizer
 
@@ -85,8 +87,14 @@ class BlockEncoder:
     def _ids(self, found: list[Document], block: Block, bad: BadRecords) -> Sequence[np.ndarray | None]:
         if self.chat is not None:
             return [self._conversation(document, bad) for document in found]
-        bos, eos = self.config.add_bos and block.begins, self.config.add_eos and block.ends
-        return encode_documents(self.tokenizer, [document.text for document in found], add_bos=bos, add_eos=eos)
+        return encode_documents(
+            self.tokenizer,
+            [document.text for document in found],
+            add_bos=self.config.add_bos,
+            add_eos=self.config.add_eos,
+            begins=block.begins,
+            ends=block.ends,
+        )
 
     def _conversation(self, document: Document, bad: BadRecords) -> np.ndarray | None:
         """Give a conversation's ids, those that are not to be learnt with the highest bit set.
@@ -112,6 +120,7 @@ _encoder: list[BlockEncoder] = []  # a worker's own
 
 def _start_worker(arguments: tuple[Any, ...]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a worker a core already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends them
     _encoder[:] = [BlockEncoder(*arguments)]
 
 

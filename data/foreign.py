@@ -61,8 +61,8 @@ class InternLMFile:
         if len(wrong):
             line = int(wrong[0])
             raise DataError(
-                f"{self.meta}: row {line} says that document {line} begins at byte {self.starts[line]} of {size} and has "
-                f"{counts[line]} tokens; offsets that go back are those of a file over 2 GiB in 32 bits"
+                f"{self.meta}: row {line} says that document {line} begins at byte {self.starts[line]} of {size} and "
+                f"has {counts[line]} tokens; offsets that go back are those of a file over 2 GiB in 32 bits"
             )
         self.starts = np.append(self.starts, size)
         self.offsets = np.concatenate([[0], np.cumsum(counts)])
@@ -91,9 +91,13 @@ class InternLMFile:
             )
         return np.where(ids < 0, -ids | NOT_LEARNT, ids).astype(np.uint32)
 
-    def read_into(self, out: np.ndarray, start: int) -> None:
-        """Read the tokens from `start` on; out: int32 (n,)."""
-        n_tokens = len(out)
+    def read_parts(self, out: np.ndarray, places: list[int], starts: list[int], counts: list[int]) -> None:
+        """Read `counts` tokens from `starts` on to `places` in `out`, int32 (n,)."""
+        for place, start, count in zip(places, starts, counts, strict=True):
+            out[place : place + count] = self.read(start, count)
+
+    def read(self, start: int, n_tokens: int) -> np.ndarray:
+        """Give `n_tokens` tokens from `start` on; int32, below 0 where they are not to be learnt."""
         first = int(np.searchsorted(self.offsets, start, side="right")) - 1
         parts, have = [], -(start - int(self.offsets[first]))
         while have < n_tokens:
@@ -101,8 +105,8 @@ class InternLMFile:
             have += len(parts[-1])
             first += 1
         skipped = start - int(self.offsets[first - len(parts)])
-        if parts:
-            out[:] = np.concatenate(parts)[skipped : skipped + n_tokens].view(np.int32)
+        ids = np.concatenate([np.zeros(0, dtype=np.uint32), *parts])
+        return ids[skipped : skipped + n_tokens].view(np.int32)
 
     def all_offsets(self) -> np.ndarray:
         return self.offsets

@@ -23,7 +23,11 @@ class Tokens(Protocol):
     n_documents: int
     masked: bool
 
-    def read_into(self, out: np.ndarray, start: int) -> None: ...
+    def read_parts(self, out: np.ndarray, places: list[int], starts: list[int], counts: list[int]) -> None:
+        """Read `counts` tokens from `starts` on to `places` in `out`, int32 (n,)."""
+        ...
+
+    def read(self, start: int, n_tokens: int) -> np.ndarray: ...
     def all_offsets(self) -> np.ndarray: ...
     def ends_between(self, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
@@ -56,10 +60,13 @@ class Rows:
     learnt: np.ndarray | None = None
 
     @staticmethod
-    def empty(n_rows: int, pack_len: int) -> "Rows":
-        none = np.zeros(0, dtype=np.int64)
-        tokens = np.empty((n_rows, pack_len + 1), dtype=np.int32)  # all of it is written by whoever asked for it
-        return Rows(tokens, none, none, np.zeros(n_rows, dtype=np.int64))
+    def empty(used: np.ndarray, ends: np.ndarray, n_ends: np.ndarray, pack_len: int) -> "Rows":
+        """Make rows whose `used` tokens are still to be read; padding is 0."""
+        tokens = np.empty((len(used), pack_len + 1), dtype=np.int32)
+        tokens[:, -1] = 0
+        for row in np.flatnonzero(used < pack_len).tolist():
+            tokens[row, used[row] :] = 0
+        return Rows(tokens, ends, n_ends, used)
 
     def joined(self, others: "list[Rows]", order: np.ndarray) -> "Rows":
         """Put rows below each other, and the i-th of them at place order[i]."""
@@ -75,15 +82,19 @@ class Rows:
             ]
         return Rows(tokens[place], np.concatenate([ends[i] for i in place]), n_ends[place], used[place], learnt)
 
-    def read(self, row: int, at: int, file: Tokens, start: int, n_tokens: int) -> None:
-        """Read tokens of a file into a row; those not to be learnt lose their mark to `learnt`."""
-        into = self.tokens[row, at : at + n_tokens]
-        file.read_into(into, start)
+    def read(self, file: Tokens, places: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> None:
+        """Read parts of a file to places in the rows laid end to end; what is not to be learnt goes to `learnt`."""
+        flat = self.tokens.reshape(-1)
+        parts = places.tolist(), starts.tolist(), counts.tolist()
+        file.read_parts(flat, *parts)
         if file.masked:
             if self.learnt is None:
                 self.learnt = np.ones(self.tokens.shape, dtype=bool)
-            self.learnt[row, at : at + n_tokens] = into >= 0
-            into &= NOT_LEARNT - 1
+            learnt = self.learnt.reshape(-1)
+            for place, _, count in zip(*parts, strict=True):
+                here = slice(place, place + count)
+                learnt[here] = flat[here] >= 0
+                flat[here] &= NOT_LEARNT - 1
 
 
 class Layout(Protocol):
@@ -108,29 +119,24 @@ class Concat:
 
     def __init__(self, files: list[Tokens], pack_len: int) -> None:
         self.files, self.pack_len = files, pack_len
+        self.sizes = np.array([file.n_tokens for file in files], dtype=np.int64)
         self.limits = np.cumsum([0, *(-(-file.n_tokens // pack_len) for file in files)])
         self.n_packs = int(self.limits[-1])
 
     def rows(self, packs: np.ndarray) -> Rows:
-        rows = Rows.empty(len(packs), self.pack_len)
-        rows.tokens[:, -1] = 0
-        files = np.searchsorted(self.limits, packs, side="right") - 1
-        starts = (packs - self.limits[files]) * self.pack_len
-        ends, owners = [], []
-        for number in set(files.tolist()):
-            file, here = self.files[number], np.flatnonzero(files == number)
-            stops = np.minimum(starts[here] + self.pack_len, file.n_tokens)
-            rows.used[here] = stops - starts[here]
-            found, counts = file.ends_between(starts[here], stops)
-            ends.append(found - np.repeat(starts[here], counts))
-            owners.append(np.repeat(here, counts))
-            for row, start in zip(here.tolist(), starts[here].tolist(), strict=True):
-                rows.read(row, 0, file, start, min(self.pack_len + 1, file.n_tokens - start))
-        for row in np.flatnonzero(rows.used < self.pack_len).tolist():
-            rows.tokens[row, rows.used[row] :] = 0
-        owner = np.concatenate(owners)
-        rows.ends = np.concatenate(ends)[np.argsort(owner, kind="stable")]
-        rows.n_ends = np.bincount(owner, minlength=len(packs))
+        numbers = np.searchsorted(self.limits, packs, side="right") - 1
+        starts = (packs - self.limits[numbers]) * self.pack_len
+        left = self.sizes[numbers] - starts
+        used = np.minimum(left, self.pack_len)
+        files = [(self.files[number], np.flatnonzero(numbers == number)) for number in set(numbers.tolist())]
+        found = [file.ends_between(starts[here], starts[here] + used[here]) for file, here in files]
+        owner = np.concatenate([np.repeat(here, n) for (_, here), (_, n) in zip(files, found, strict=True)])
+        order = np.argsort(owner, kind="stable")
+        ends = np.concatenate([ends for ends, _ in found])[order] - starts[owner[order]]
+        rows = Rows.empty(used, ends, np.bincount(owner, minlength=len(packs)), self.pack_len)
+        counts = np.minimum(left, self.pack_len + 1)
+        for file, here in files:
+            rows.read(file, here * (self.pack_len + 1), starts[here], counts[here])
         return rows
 
     def pieces(self, pack: int) -> list[Piece]:
@@ -149,33 +155,48 @@ class Concat:
         return 1 - total / max(1, self.n_packs * self.pack_len), float(cut.mean()) if len(cut) else 0.0
 
 
+class Table(NamedTuple):
+    """Parts of documents, pack after pack."""
+
+    n_pieces: np.ndarray  # of each pack
+    files: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    ends: np.ndarray  # bool: the document ends there
+
+
 class Pieces:
-    """A layout whose packs are lists of pieces, each read for itself."""
+    """A layout whose packs are made of parts of documents from anywhere."""
 
     files: list[Tokens]
     pack_len: int
 
-    def pieces(self, pack: int) -> list[Piece]:
+    def table(self, packs: np.ndarray) -> Table:
         raise NotImplementedError
 
+    def pieces(self, pack: int) -> list[Piece]:
+        found = zip(*(column.tolist() for column in self.table(np.array([pack]))[1:]), strict=True)
+        return [Piece(self.files[file], start, length, bool(end)) for file, start, length, end in found]
+
     def rows(self, packs: np.ndarray) -> Rows:
-        rows = Rows.empty(len(packs), self.pack_len)
-        ends: list[int] = []
-        counts: list[int] = []
-        for row, pack in enumerate(packs.tolist()):
-            at, before = 0, len(ends)
-            rows.tokens[row, -1] = 0
-            for file, start, length, end in self.pieces(pack):
-                rows.read(row, at, file, start, length + (not end))
-                at += length
-                if end:
-                    ends.append(at)
-            if at < self.pack_len:
-                rows.tokens[row, at:] = 0
-            rows.used[row] = at
-            counts.append(len(ends) - before)
-        rows.ends, rows.n_ends = np.array(ends, dtype=np.int64), np.array(counts, dtype=np.int64)
+        n_pieces, files, starts, lengths, ended = self.table(packs)
+        row = np.repeat(np.arange(len(packs)), n_pieces)
+        stops = np.cumsum(lengths)
+        used = np.bincount(row, lengths, minlength=len(packs)).astype(np.int64)
+        at = stops - lengths - (np.cumsum(used) - used)[row]
+        n_ends = np.bincount(row[ended], minlength=len(packs))
+        rows = Rows.empty(used, (at + lengths)[ended], n_ends, self.pack_len)
+        places = row * (self.pack_len + 1) + at
+        for number in set(files.tolist()):
+            here = files == number
+            rows.read(self.files[number], places[here], starts[here], (lengths + ~ended)[here])
         return rows
+
+
+def _expand(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Give first, first + 1, ... for each of several ranges, one after the other."""
+    before = np.cumsum(counts) - counts
+    return np.arange(int(counts.sum())) + np.repeat(firsts - before, counts)
 
 
 class Shuffled(Pieces):
@@ -199,18 +220,20 @@ class Shuffled(Pieces):
         self.n_tokens = int(self.limits[-1])
         self.n_packs = -(-self.n_tokens // pack_len) if padded else self.n_tokens // pack_len
 
-    def pieces(self, pack: int) -> list[Piece]:
-        at, stop = pack * self.pack_len, min((pack + 1) * self.pack_len, self.n_tokens)
-        slot = int(np.searchsorted(self.limits, at, side="right")) - 1
-        found = []
-        while at < stop:
-            document, inside = int(self.order[slot]), at - int(self.limits[slot])
-            length = min(stop, int(self.limits[slot + 1])) - at
-            if length:
-                end = inside + length == int(self.length[document])
-                found.append(Piece(self.files[self.file[document]], int(self.start[document]) + inside, length, end))
-            at, slot = at + length, slot + 1
-        return found
+    def table(self, packs: np.ndarray) -> Table:
+        begin = packs * self.pack_len
+        stop = np.minimum(begin + self.pack_len, self.n_tokens)
+        first = np.searchsorted(self.limits, begin, side="right") - 1
+        counts = np.searchsorted(self.limits, stop, side="left") - first
+        slots = _expand(first, counts)
+        low = np.maximum(self.limits[slots], np.repeat(begin, counts))
+        high = np.minimum(self.limits[slots + 1], np.repeat(stop, counts))
+        kept = high > low  # empty documents are in no pack
+        n_pieces = np.bincount(np.repeat(np.arange(len(packs)), counts)[kept], minlength=len(packs))
+        slots, low, high = slots[kept], low[kept], high[kept]
+        documents = self.order[slots]
+        starts = self.start[documents] + low - self.limits[slots]
+        return Table(n_pieces, self.file[documents], starts, high - low, high == self.limits[slots + 1])
 
     def waste(self) -> tuple[float, float]:
         starts, ends = self.limits[:-1], self.limits[1:]
@@ -232,12 +255,21 @@ class BestFit(Pieces):
         self.limits = np.cumsum([0, *(len(firsts) - 1 for _, firsts in self.plans)])
         self.n_packs = int(self.limits[-1])
 
-    def pieces(self, pack: int) -> list[Piece]:
-        number = int(np.searchsorted(self.limits, pack, side="right")) - 1
-        pieces, firsts = self.plans[number]
-        place = pack - int(self.limits[number])
-        here = pieces[int(firsts[place]) : int(firsts[place + 1])].tolist()
-        return [Piece(self.files[number], start, length, bool(end)) for start, length, end in here]
+    def table(self, packs: np.ndarray) -> Table:
+        numbers = np.searchsorted(self.limits, packs, side="right") - 1
+        places = packs - self.limits[numbers]
+        first, last = np.empty_like(packs), np.empty_like(packs)
+        for number in set(numbers.tolist()):
+            here = numbers == number
+            firsts = self.plans[number][1]
+            first[here], last[here] = firsts[places[here]], firsts[places[here] + 1]
+        n_pieces = last - first
+        files, lines = np.repeat(numbers, n_pieces), _expand(first, n_pieces)
+        found = np.empty((len(lines), 3), dtype=np.int64)
+        for number in set(numbers.tolist()):
+            here = files == number
+            found[here] = self.plans[number][0][lines[here]]
+        return Table(n_pieces, files, found[:, 0], found[:, 1], found[:, 2].astype(bool))
 
     def waste(self) -> tuple[float, float]:
         total = sum(file.n_tokens for file in self.files)
@@ -312,13 +344,11 @@ class RandomTokens:
         )
 
     def rows(self, packs: np.ndarray) -> Rows:
-        rows = Rows.empty(len(packs), self.pack_len)
-        for row, pack in enumerate(packs.tolist()):
-            rows.tokens[row, -1] = 0
-            rows.tokens[row, :-1] = np.random.default_rng((self.seed, pack)).integers(0, self.vocab_size, self.pack_len)
         ends = np.arange(self.seq_len, self.pack_len + 1, self.seq_len)
-        rows.ends, rows.n_ends = np.tile(ends, len(packs)), np.full(len(packs), len(ends))
-        rows.used[:] = self.pack_len
+        used, n_ends = np.full(len(packs), self.pack_len), np.full(len(packs), len(ends))
+        rows = Rows.empty(used, np.tile(ends, len(packs)), n_ends, self.pack_len)
+        for row, pack in enumerate(packs.tolist()):
+            rows.tokens[row, :-1] = np.random.default_rng((self.seed, pack)).integers(0, self.vocab_size, self.pack_len)
         return rows
 
     def pieces(self, pack: int) -> list[Piece]:

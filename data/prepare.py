@@ -9,76 +9,27 @@ import fcntl
 import json
 import os
 import shutil
-import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from data.config import DataConfig, DataError, OnBadRecord, Source, Style, TokenizerConfig
-from data.encode import Encoded, encoded
-from data.read import BadRecords, Block, Document, Item, blocks, digest_of, documents, items
-from data.shards import FORMAT_VERSION, Header, Shard, ShardWriter, Written, read_about
+from data.config import DataConfig, DataError, OnBadRecord, Source, TokenizerConfig
+from data.documents import Document, digest_of, documents
+from data.inputs import BadRecords, Item, items
+from data.journal import Counts, Journal, changed_input, write_whole
+from data.part import Part, group_of
+from data.read import blocks
+from data.shards import FORMAT_VERSION, Header, Shard, read_about
 from data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
 
 # What training reads of a DataConfig and preparing does not, and what only decides when to stop
 OTHER_KEYS = {"name", "path", "seq_len", "pack_len", "packing", "micro_batch_size", "seed", "workers"}
 OTHER_KEYS |= {"mix", "tokenizer", "on_bad_record"}
-PARTS_A_GENERATION = 1000  # numbers of parts that belong to one run of prepare_data.py
-
-
-@dataclass(slots=True)
-class Counts:
-    """What has been written so far, for the progress bar."""
-
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-
-
-@dataclass(slots=True)
-class Journal:
-    """Where a part stands.
-
-    Attributes:
-        item, block: what comes next of the text.
-        open: how far each file that still grows has been written, by stem; `closed` are the finished ones.
-        read: size and time of each input file that has been read, to know whether it has changed since.
-    """
-
-    item: int = 0
-    block: int = 0
-    counts: Counts = field(default_factory=Counts)
-    bad: dict[str, Any] = field(default_factory=dict)
-    open: dict[str, Written] = field(default_factory=dict)
-    closed: list[str] = field(default_factory=list)
-    read: dict[str, list[float]] = field(default_factory=dict)
-    complete: bool = False
-
-    @staticmethod
-    def load(path: Path) -> "Journal":
-        stored = json.loads(path.read_text())
-        stored["counts"] = Counts(**stored["counts"])
-        stored["open"] = {stem: Written(**written) for stem, written in stored["open"].items()}
-        return Journal(**stored)
-
-    def save(self, path: Path) -> None:
-        write_whole(path, json.dumps(asdict(self)))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, whenever the machine stops."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
 
 
 def made_by(data: DataConfig, tokenizer: TokenizerConfig) -> dict[str, Any]:
@@ -131,8 +82,8 @@ def _new_items(data: DataConfig, about: dict[str, Any]) -> list[Item]:
     for item in found:
         if item.path in about["input"] and about["input"][item.path] != item.size:
             raise DataError(
-                f"{item.path} has {item.size} bytes and had {about['input'][item.path]} when {data.path} was made of it; "
-                "pass another data.name, or remove the corpus"
+                f"{item.path} has {item.size} bytes and had {about['input'][item.path]} when {data.path} was made of "
+                "it; pass another data.name, or remove the corpus"
             )
     return [item for item in found if item.path not in about["input"]]
 
@@ -170,6 +121,10 @@ def prepare(
     with _locked(folder, f"part-{shard}", f"{folder} is being prepared by another process; wait for it"):
         bad = BadRecords(data.on_bad_record)
         with _locked(folder, "plan"):
+            if (partial / "corpus.json").exists():  # an earlier run was stopped while it moved what it had finished
+                _publish(partial, folder)
+                if existing(data, tokenizer_config, add=add):
+                    return read_about(folder), bad
             about = read_about(folder) if add and folder.exists() else None
             everything = items(data, bad)
             todo = everything if about is None else _new_items(data, about)
@@ -184,6 +139,18 @@ def prepare(
             part.close_files()
         with _locked(folder, "plan"):
             return _commit(data, tokenizer_config, folder, partial, shards, todo, about), part.bad
+
+
+def _at_work(partial: Path) -> int:
+    """Count the parts that are being written now, this process' own not among them."""
+    count = -1
+    for path in partial.parent.glob(f"{partial.name.removesuffix('.partial')}.part-*.lock"):
+        with path.open("r+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                count += 1
+    return count
 
 
 @contextmanager
@@ -215,12 +182,21 @@ def _begin(
     about: dict[str, Any] | None,
 ) -> None:
     """Lay the ground: go on with what an earlier run left, if it was this very work, or begin anew."""
-    plan = {"made_by": made_by(data, config) | {"shards": shards, "add": about is not None}}
+    plan = {
+        "made_by": made_by(data, config) | {"shards": shards, "add": about is not None},
+        "items": [item.path for item in todo],
+    }
     if (partial / "plan.json").exists():
         before = json.loads((partial / "plan.json").read_text())
-        differing = differences(before["made_by"], plan["made_by"]) or _changed_input(partial)
+        differing = differences(before["made_by"], plan["made_by"]) or changed_input(partial)
+        if not differing and before["items"] != plan["items"]:
+            differing = f"{len(before['items'])} inputs, now {len(todo)}, or others"
         if not differing:
             return
+        if n_others := _at_work(partial):
+            raise DataError(
+                f"{n_others} other processes prepare {data.path} with {differing}; wait for them, or end them first"
+            )
         print(f"what an earlier run left of {data.path} is removed, because it was made with {differing}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -231,187 +207,6 @@ def _begin(
                 f"tokenizer.{wanted} (true): {tokenizer.path.name} has no such token; pass tokenizer.{wanted}=false"
             )
     write_whole(partial / "plan.json", json.dumps(plan))
-
-
-def _changed_input(partial: Path) -> str:
-    for path in sorted(partial.glob("journal-*.json")):
-        for file, (size, modified) in Journal.load(path).read.items():
-            if _stamp(file) != [size, modified]:
-                return f"another {file}"
-    return ""
-
-
-def _stamp(path: str) -> list[float]:
-    """Give what tells whether a file has changed: its size and time."""
-    if "://" in path or not Path(path).exists():
-        return [0, 0]
-    return [Path(path).stat().st_size, Path(path).stat().st_mtime]
-
-
-class Part:
-    """One process' share of the work: its journal and its files."""
-
-    def __init__(
-        self, data: DataConfig, config: TokenizerConfig, folder: Path, shard: int, bad: BadRecords, *, generation: int
-    ) -> None:
-        self.data, self.config, self.folder, self.shard = data, config, folder, shard
-        self.number = generation * PARTS_A_GENERATION + shard
-        self.path = folder / f"journal-{shard:03d}.json"
-        self.journal = Journal.load(self.path) if self.path.exists() else Journal()
-        self.bad = BadRecords(bad.policy, **self.journal.bad) if self.path.exists() else bad
-        self.tokenizer = load_tokenizer(folder / "tokenizer")
-        self._cut_back()
-        self.writers = {self._group(stem): self._writer(stem, written) for stem, written in self.journal.open.items()}
-        self.done_since: list[ShardWriter] = []
-        self.unread = BadRecords(bad.policy)  # what could not be read since the last block that was
-        self.whole = True  # everything that was begun has been written
-
-    def _cut_back(self) -> None:
-        """Remove the files that the journal does not know: they are of after its last entry."""
-        for path in self.folder.glob(f"*/*-{self.number:05d}-*"):
-            stem = f"{path.parent.name}/{path.name.split('.')[0]}"
-            if (stem not in self.journal.open and stem not in self.journal.closed) or (
-                stem in self.journal.open and path.suffix in (".idx", ".json")
-            ):
-                path.unlink()
-
-    @staticmethod
-    def _group(stem: str) -> tuple[str, str]:
-        split, name = stem.split("/")
-        return split, name.rsplit("-", 2)[0]
-
-    def _writer(self, stem: str, written: Written | None = None) -> ShardWriter:
-        return ShardWriter(
-            self.folder / stem,
-            vocab_size=self.tokenizer.vocab_size,
-            tokenizer=self.tokenizer.fingerprint,
-            masked=self.data.style is not Style.text,
-            written=written,
-        )
-
-    def write(
-        self,
-        todo: list[Item],
-        held_out: frozenset[int],
-        shards: int,
-        workers: int,
-        on_progress: Callable[[Counts], None],
-        save_every_s: float,
-    ) -> None:
-        """Encode and write what is left of this part."""
-        if self.journal.complete:
-            return
-        places: deque[tuple[int, int, BadRecords]] = deque()  # of the blocks that are on their way
-        found = encoded(
-            self._blocks(todo, shards, places),
-            self.data,
-            self.config,
-            self.folder / "tokenizer",
-            held_out,
-            workers=workers,
-        )
-        saved = time.monotonic()
-        for block in found:
-            item, number, bad = places.popleft()
-            self.whole = False
-            self._add(block)
-            self.bad.merge(bad)
-            self.journal.item, self.journal.block = item, number + 1
-            self.whole = block.ends
-            on_progress(self.journal.counts)
-            if self.whole and time.monotonic() - saved >= save_every_s:
-                self._save()
-                saved = time.monotonic()
-            if self.data.max_documents is not None and self.journal.counts.documents >= self.data.max_documents:
-                break
-        self.whole = False
-        self.bad.merge(self.unread)
-        for group in list(self.writers):
-            self._finish(group)
-        self.journal.complete = True
-        self._save()
-
-    def _blocks(self, todo: list[Item], shards: int, places: deque[tuple[int, int, BadRecords]]) -> Iterator[Block]:
-        """Yield the blocks of this part from where the journal stands."""
-        for place, (item, (first, step)) in enumerate(zip(todo, shares(todo, shards, self.shard), strict=True)):
-            if first < 0 or place < self.journal.item:
-                continue
-            skip = self.journal.block if place == self.journal.item else 0
-            if "://" not in item.path and item.dataset is None:
-                self.journal.read[item.path] = _stamp(item.path)
-            whole = 0  # the number of the block that a document in parts began with: one part takes all of it
-            for number, block in enumerate(blocks(item, self.data, self.unread, skip=skip), skip):
-                whole = number if block.begins else whole
-                if whole % step == first:
-                    places.append((place, number, replace(self.unread)))
-                    self.unread.count, self.unread.empty, self.unread.places = 0, 0, []
-                    yield block
-
-    def _add(self, block: Encoded) -> None:
-        left = len(block.order)
-        if self.data.max_documents is not None:
-            left = self.data.max_documents - self.journal.counts.documents
-        for key, group in block.groups.items():
-            count = block.order[:left].count(key)
-            if not count:
-                continue
-            lengths = group.lengths[:count]
-            n_tokens, text_bytes = int(lengths.sum()), int(group.text_bytes[:count].sum())
-            writer = self.writers.get(key) or self._next(key)
-            writer.add_many(group.ids[:n_tokens], lengths, text_bytes, ends=block.ends)
-            self.journal.counts.documents += count - (not block.ends)
-            self.journal.counts.tokens += n_tokens
-            self.journal.counts.text_bytes += text_bytes
-            if writer.full:
-                self._finish(key)
-        self.bad.merge(block.bad)
-
-    def _next(self, key: tuple[str, str]) -> ShardWriter:
-        """Begin the next file of a split and source."""
-        split, source = key
-        before = sum(self._group(stem) == key for stem in self.journal.closed)
-        self.writers[key] = self._writer(f"{split}/{source}-{self.number:05d}-{before:05d}")
-        return self.writers[key]
-
-    def _finish(self, key: tuple[str, str]) -> None:
-        writer = self.writers.pop(key)
-        writer.close()
-        self.journal.closed.append(f"{key[0]}/{writer.stem.name}")
-        self.done_since.append(writer)
-
-    def _save(self) -> None:
-        for writer in self.writers.values():
-            writer.sync()
-        self.journal.open = {f"{w.stem.parent.name}/{w.stem.name}": w.written for w in self.writers.values()}
-        self.journal.bad = {"count": self.bad.count, "empty": self.bad.empty, "places": self.bad.places}
-        self.journal.save(self.path)
-        for writer in self.done_since:
-            writer.forget()
-        self.done_since = []
-
-    def save_if_whole(self) -> None:
-        """Keep what has been done, unless it was interrupted in the middle of a block."""
-        if self.whole:
-            self._save()
-
-    def close_files(self) -> None:
-        for writer in self.writers.values():
-            writer.close_files()
-
-
-def shares(todo: list[Item], shards: int, shard: int) -> list[tuple[int, int]]:
-    """Give for each item which of its blocks a part takes: (first, step), and (-1, 1) for none.
-
-    Each part has an equal share of all bytes or records, laid end to end. Parts that meet in an item each
-    read it and take their turn of its blocks, because what is compressed can only be read from its beginning.
-    """
-    sizes = [max(1, item.size or (len(item.dataset) if hasattr(item.dataset, "__len__") else 0)) for item in todo]
-    total, end, found = sum(sizes), 0, []
-    for size in sizes:
-        parts = range(end * shards // total, ((end + size) * shards - 1) // total + 1)
-        found.append((shard - parts.start, len(parts)) if shard in parts else (-1, 1))
-        end += size
-    return found
 
 
 def held_out_digests(data: DataConfig, everything: list[Item]) -> frozenset[int]:
@@ -450,19 +245,24 @@ def _commit(
     about = describe(
         data, config, partial, stems, {item.path: item.size for item in todo if item.dataset is None}, before
     )
-    for path in [*journals, partial / "plan.json", *partial.glob(".*.partial")]:
-        path.unlink()
-    if before is None:
-        write_whole(partial / "corpus.json", json.dumps(about, indent=2) + "\n")
-        partial.rename(folder)
-        return about
-    for stem in stems:
-        for path in partial.glob(f"{stem}.*"):
-            (folder / stem).parent.mkdir(exist_ok=True)
-            path.rename(folder / path.relative_to(partial))
-    write_whole(folder / "corpus.json", json.dumps(about, indent=2) + "\n")  # what was moved is part of it from here on
-    shutil.rmtree(partial)
+    write_whole(partial / "corpus.json", json.dumps(about, indent=2) + "\n")
+    _publish(partial, folder)
     return about
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    """Move what is finished to its place; if this is interrupted it can be done again."""
+    for path in [*partial.glob("journal-*.json"), *partial.glob(".*.partial"), partial / "plan.json"]:
+        path.unlink(missing_ok=True)
+    if not folder.exists():
+        partial.rename(folder)
+        return
+    for split in ("train", "valid"):
+        for path in partial.glob(f"{split}/*"):
+            (folder / split).mkdir(exist_ok=True)
+            path.rename(folder / split / path.name)
+    (partial / "corpus.json").rename(folder / "corpus.json")  # what was moved is part of it from here on
+    shutil.rmtree(partial)
 
 
 def describe(
@@ -476,7 +276,7 @@ def describe(
     """Say in JSON what a corpus holds and how it was made; `before` is what it held without these files."""
     splits: dict[str, dict[str, dict[str, Any]]] = before["splits"] if before else {"train": {}, "valid": {}}
     for stem in sorted(stems):
-        split, source = Part._group(stem)
+        split, source = group_of(stem)
         header = Header(**json.loads((folder / f"{stem}.json").read_text()))
         counts = splits[split].setdefault(source, {"documents": 0, "tokens": 0, "text_bytes": 0, "shards": []})
         for key in ("documents", "tokens", "text_bytes"):

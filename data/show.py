@@ -6,6 +6,7 @@ files were added to, and is in the state of its checkpoints.
 """
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def marked(tokenizer: Tokenizer | None, tokens: np.ndarray, learnt: np.ndarray) 
     """Decode tokens, with brackets around those that are not learnt."""
     limits = [0, *(np.flatnonzero(np.diff(learnt)) + 1).tolist(), len(tokens)]
     parts = []
-    for start, end in zip(limits[:-1], limits[1:], strict=True):
+    for start, end in pairwise(limits):
         ids = tokens[start:end].tolist()
         text = " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
         parts.append(text if start < end and learnt[start] else f"⟦{text}⟧")
@@ -84,7 +85,7 @@ def _run_config(run: Path) -> tuple[dict[str, Any], Any]:
 
 
 def main(arguments: list[str]) -> None:
-    given = dict(argument.partition("=")[::2] for argument in arguments)
+    given = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
     unknown = [key for key in given if key not in KEYS]
     if unknown or "run" not in given or not all(given[key].isdigit() for key in KEYS[1:] if key in given):
         raise DataError(

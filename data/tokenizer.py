@@ -4,7 +4,7 @@ import io
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from data.config import DataError
 from data.words import LONGEST_TEXT, SPACE, WordEncoder
 
 PIECE_CHARS = LONGEST_TEXT >> 2
+ANCHOR = "\U000ffffd"  # merges with nothing: what is beside it is encoded as within a text
 END_OF_TEXT = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 BEGIN_OF_TEXT = ("<s>", "<|begin_of_text|>", "<bos>")
 
@@ -33,6 +34,10 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
     def encode_many(self, texts: list[str]) -> list[np.ndarray]:
         """Give the ids of texts of at most `PIECE_CHARS` characters, uint32."""
+        ...
+
+    def last_cut(self, text: str) -> int:
+        """Give the last place where a text can be cut and its parts be encoded apart; 0 if there is none."""
         ...
 
     def decode(self, ids: list[int]) -> str: ...
@@ -62,6 +67,9 @@ class SentencePieceTokenizer:
             return self.words.encode(texts)
         return [np.array(ids, dtype=np.uint32) for ids in self.model.encode(texts, num_threads=1)]
 
+    def last_cut(self, text: str) -> int:
+        return line_start(text) if self.words is None else self.words.last_cut(text)
+
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids)
 
@@ -86,7 +94,7 @@ class HuggingFaceTokenizer:
             self.model = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
             raise DataError(f"{path} is not a tokenizer.json: {error}") from None
-        self.vocab_size = self.model.get_vocab_size()
+        self.vocab_size = max(self.model.get_vocab().values(), default=-1) + 1  # there may be ids that nothing has
         settings = path.with_name("tokenizer_config.json")
         named = json.loads(settings.read_text()) if settings.exists() else {}
         self.bos_id = self._special(named.get("bos_token"), BEGIN_OF_TEXT)
@@ -105,6 +113,9 @@ class HuggingFaceTokenizer:
         found = self.model.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(one.ids, dtype=np.uint32) for one in found]
 
+    def last_cut(self, text: str) -> int:
+        return line_start(text)
+
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids, skip_special_tokens=True)
 
@@ -113,7 +124,7 @@ class HuggingFaceTokenizer:
         byte_level = "ByteLevel" in str(json.loads(self.path.read_text()).get("decoder"))
         lengths = np.zeros(self.vocab_size, dtype=np.int32)
         for piece, token in self.model.get_vocab().items():
-            if token in special or token >= self.vocab_size:
+            if token in special:
                 continue
             if byte_level:
                 lengths[token] = len(piece)  # one character stands for one byte
@@ -217,35 +228,66 @@ def train_tokenizer(texts: Iterator[str], path: Path, *, vocab_size: int, thread
     return SentencePieceTokenizer(path)
 
 
-def encode_documents(tokenizer: Tokenizer, texts: list[str], *, add_bos: bool, add_eos: bool) -> list[np.ndarray]:
+def encode_documents(
+    tokenizer: Tokenizer,
+    texts: list[str],
+    *,
+    add_bos: bool,
+    add_eos: bool,
+    begins: bool = True,
+    ends: bool = True,
+) -> list[np.ndarray]:
     """Give documents' ids, uint32, in memory of a few times their text however long one is.
 
-    A long text is cut before a space or after a newline, where no piece of a byte-pair vocabulary
-    reaches across, so the ids are those of the whole.
+    A text of more than `PIECE_CHARS` is cut where the tokenizer allows it, so the ids are those of the whole;
+    without `begins` or `ends` each text is itself such a part.
     """
-    before = [[tokenizer.bos_id]] if add_bos and tokenizer.bos_id is not None else []
-    after = [[tokenizer.eos_id]] if add_eos and tokenizer.eos_id is not None else []
-    parts = [list(cut(text, PIECE_CHARS)) for text in texts]
-    ids = iter(tokenizer.encode_many([part for its in parts for part in its]))
+    before = [[tokenizer.bos_id]] if add_bos and begins and tokenizer.bos_id is not None else []
+    after = [[tokenizer.eos_id]] if add_eos and ends and tokenizer.eos_id is not None else []
+    parts = [list(cut(text, PIECE_CHARS, tokenizer.last_cut)) for text in texts]
+    if begins and ends and all(len(its) < 2 for its in parts):
+        found = tokenizer.encode_many([part for its in parts for part in its])
+    else:
+        inside = [(begins and not k, ends and k == len(its) - 1, part) for its in parts for k, part in enumerate(its)]
+        found = _encode_parts(tokenizer, inside)
+    ids = iter(found)
     empty = np.zeros(0, dtype=np.uint32)
     framed = ([*before, *islice(ids, len(its)), *after] for its in parts)
     return [np.concatenate([empty, *its], dtype=np.uint32, casting="unsafe") for its in framed]
 
 
-def cut(text: str, limit: int) -> Iterator[str]:
-    """Yield a text in pieces of about `limit` characters, cut after a newline or before a space."""
+def _encode_parts(tokenizer: Tokenizer, parts: list[tuple[bool, bool, str]]) -> list[np.ndarray]:
+    """Give the ids of parts of texts, each with whether it begins and whether it ends one.
+
+    Some tokenizers put a blank before a text or take blanks from its ends; within a text they must not.
+    """
+    first = len(tokenizer.encode(ANCHOR))  # perhaps with a blank before it
+    last = len(tokenizer.encode(ANCHOR + ANCHOR)) - first
+    if tokenizer.encode(f"{ANCHOR} a {ANCHOR}")[first:-last] == tokenizer.encode(" a "):
+        return tokenizer.encode_many([text for _, _, text in parts])
+    marked = [f"{'' if begins else ANCHOR}{text}{'' if ends else ANCHOR}" for begins, ends, text in parts]
+    found = zip(parts, tokenizer.encode_many(marked), strict=True)
+    return [ids[0 if begins else first : len(ids) if ends else len(ids) - last] for (begins, ends, _), ids in found]
+
+
+def cut(text: str, limit: int, last_cut: Callable[[str], int]) -> Iterator[str]:
+    """Yield a text in parts of at most `limit` characters, cut by force where `last_cut` finds no place."""
     start = 0
     while len(text) - start > limit:
-        end = text.rfind("\n", start + limit // 2, start + limit) + 1
-        while end and text[end] in " \n" and end > start + limit // 2:
-            end = text.rfind("\n", start + limit // 2, end - 1) + 1  # indentation stays with its line
-        if not end:
-            end = start + limit
-            while end > start + limit // 2 and not (text[end] == " " and text[end - 1] != " "):
-                end -= 1
-            if end == start + limit // 2:
-                end = start + limit
+        end = start + (last_cut(text[start : start + limit + 1]) or limit)
         yield text[start:end]
         start = end
     if start < len(text):
         yield text[start:]
+
+
+def line_start(text: str) -> int:
+    """Give the last place where a line begins that is not indented, or else a blank: tokenizers seldom join there."""
+    end = text.rfind("\n", 0, len(text) - 1) + 1
+    while end and text[end].isspace():
+        end = text.rfind("\n", 0, end - 1) + 1
+    if not end:
+        end = max(0, text.rfind(" ", 1))
+        while end and text[end - 1] == " ":
+            end = max(0, text.rfind(" ", 1, end))
+    return end

@@ -93,6 +93,8 @@ class WordEncoder:
         sums = np.zeros(len(chars) + 1, dtype=np.uint64)
         np.cumsum((chars + np.uint64(1)) * self.powers[: len(chars)], out=sums[1:])
         keys = (sums[ends] - sums[starts]) * self.powers[len(self.powers) - 1 - starts]
+        long = np.flatnonzero(ends - starts > LONGEST_WORD)
+        keys[long] = long + 1  # each for itself: of long words some may be made to share a hash
         words = self._find(keys)
         missing = np.flatnonzero(words < 0)
         if len(missing):
@@ -116,6 +118,14 @@ class WordEncoder:
         inside = limits[(limits > 0) & (limits < len(chars))]
         cut[inside - 1] = True
         return np.concatenate([[0], np.flatnonzero(cut) + 1])
+
+    def last_cut(self, text: str) -> int:
+        """Give the last place where a word begins, 0 if the text is one."""
+        for size in (1 << 12, len(text)):
+            chars = np.frombuffer(text[-size:].replace(SPACE, " ").encode("utf-32-le"), dtype=np.uint32)
+            if len(chars) and (start := int(self.cuts(chars, np.array([len(chars)]))[-1])):
+                return len(text) - len(chars) + start
+        return 0
 
     def _find(self, keys: np.ndarray) -> np.ndarray:
         """Give the numbers of words, -1 where one is not known."""

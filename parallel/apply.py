@@ -1,14 +1,17 @@
 """What is done to a model before it is trained, by module path, in the one right order."""
 
+import os
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from parallel.config import ActivationCheckpointing, ParallelConfig, ReduceDtype
+from parallel.config import ActivationCheckpointing, Compile, ParallelConfig, ParallelError, ReduceDtype
 from parallel.mesh import Mesh
 
 
@@ -23,27 +26,73 @@ def recomputed_blocks(n_blocks: int, config: ParallelConfig) -> int:
             return round(n_blocks * config.activation_checkpointing_fraction)
 
 
-def parallelize(model: nn.Module, mesh: Mesh, config: ParallelConfig, dtype: torch.dtype) -> None:
+def parallelize(
+    model: nn.Module,
+    mesh: Mesh,
+    config: ParallelConfig,
+    dtype: torch.dtype,
+    *,
+    fp8: str = "none",
+    grad_dtype: torch.dtype | None = None,
+) -> None:
     """Give a model built on the meta device its memory plan, its dtype and its place; weights are not set.
 
-    Only parameters change dtype: rotary tables stay fp32.
+    Only parameters change dtype: rotary tables stay fp32. `fp8` is `none` or the name of a scaling;
+    `grad_dtype` is what the gradients of micro-batches are added up in, if not `dtype`.
     """
     blocks = list(model.get_submodule("blocks").children())
-    for block in blocks[: recomputed_blocks(len(blocks), config)]:
-        # The model has no randomness, so there is no generator state to replay.
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     for module in model.modules():
         for name, param in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(param.to(dtype)))
-    if mesh.axes.dp * mesh.axes.cp > 1:
+    if fp8 != "none":
+        multiply_in_fp8(blocks, fp8, mesh.device)
+    for block in blocks[: recomputed_blocks(len(blocks), config)]:
+        # The model has no randomness, so there is no generator state to replay.
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    if config.compile is Compile.blocks or (config.compile is Compile.auto and mesh.device.type == "cuda"):
+        compile_blocks(blocks)
+    sharded = mesh.axes.dp * mesh.axes.cp > 1
+    if sharded:
         shard(model, mesh, config)
     model.to_empty(device=mesh.device)
+    if sharded:
+        return  # gradients are added up in reduce_dtype
+    if grad_dtype is not None and grad_dtype != dtype:
+        for param in model.parameters():
+            param.grad_dtype = grad_dtype  # type: ignore[attr-defined]
+
+
+def multiply_in_fp8(blocks: list[nn.Module], scaling: str, device: torch.device) -> None:
+    """Let the blocks' matrix products, forward and backward, be computed in 8 bits; weights keep their dtype."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+        raise ParallelError(
+            f"precision.fp8 ({scaling}) needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), "
+            f"not {where}; choose precision.fp8=none"
+        )
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # type: ignore[import-not-found]
+
+    for block in blocks:
+        convert_to_float8_training(block, config=Float8LinearConfig.from_recipe_name(scaling))
+
+
+def compile_blocks(blocks: list[nn.Module], backend: str = "inductor") -> None:
+    """Compile what stands around attention in each block: two graphs, compiled for the first and used by all."""
+    # Kept where the next run finds it, and a reboot does not remove it.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "torchinductor"))
+    dynamo: Any = torch._dynamo.config
+    # Each micro-batch shape of training and of validation is a graph of its own; none may fall back to eager code.
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
+    for block in blocks:
+        for part in ("project", "finish"):
+            setattr(block, part, torch.compile(getattr(block, part), fullgraph=True, dynamic=False, backend=backend))
 
 
 def shard(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> None:
-    """Divide parameters over dp_shard and sum gradients over it and dp_replicate: a group a block, the embedding, the rest.
+    """Divide parameters over dp_shard, and sum gradients over it and dp_replicate; each block is gathered by itself.
 
-    The mesh has both axes at any size, so that what accumulates over micro-batches is in `reduce_dtype`.
+    Both axes are given at any size, so that what accumulates over micro-batches is in `reduce_dtype`.
     """
     assert mesh.layout is not None
     dtypes = {ReduceDtype.bf16: torch.bfloat16, ReduceDtype.fp32: torch.float32}
@@ -51,11 +100,13 @@ def shard(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> None:
         fully_shard,
         mesh=mesh.layout["dp_replicate", "dp_shard"],
         mp_policy=MixedPrecisionPolicy(reduce_dtype=dtypes[config.reduce_dtype], cast_forward_inputs=False),
-        reshard_after_forward=config.zero_stage == 3,
     )
     embed, head = getattr(model, "embed", None), getattr(model, "head", None)
-    for module in [*model.get_submodule("blocks").children(), *([embed] if embed and head else [])]:
-        wrap(module)
+    for module in [
+        *model.get_submodule("blocks").children(),
+        *([embed] if embed is not None and head is not None else []),
+    ]:
+        wrap(module, reshard_after_forward=config.zero_stage == 3)
     wrap(model, reshard_after_forward=False)  # the head, which the backward pass needs at once
     for module in sharded_modules(model):
         # Losses are weighted by 1 / the step's targets, so gradients add up; nothing is averaged.
@@ -69,18 +120,14 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
 
 @torch.no_grad()
 def write_shard(param: Tensor, whole: Tensor) -> None:
-    """Set a parameter from the whole tensor it is a part of, without talking to anybody."""
-    if not isinstance(param, DTensor):
-        param.copy_(whole)
-        return
-    mesh = param.device_mesh
-    # The last axis (tp) was divided first; dp_shard divides what is left.
-    for axis in reversed(range(mesh.ndim)):
-        placement = param.placements[axis]
-        if placement.is_shard():
-            assert isinstance(placement, Shard) or hasattr(placement, "dim")
-            dim, size = placement.dim, mesh.size(axis)  # type: ignore[attr-defined]
-            per_rank = -(-whole.shape[dim] // size)
-            start = min(per_rank * mesh.get_local_rank(axis), whole.shape[dim])
-            whole = whole.narrow(dim, start, min(per_rank, whole.shape[dim] - start))
-    param.to_local().copy_(whole)
+    """Set a parameter from the whole tensor that it is a part of, without talking to anybody."""
+    if isinstance(param, DTensor):
+        mesh = param.device_mesh
+        for axis in reversed(range(mesh.ndim)):  # tp was divided first; dp_shard divides what is left
+            placement: Any = param.placements[axis]
+            if placement.is_shard():
+                length, size = whole.shape[placement.dim], -(-whole.shape[placement.dim] // mesh.size(axis))
+                start = min(size * mesh.get_local_rank(axis), length)
+                whole = whole.narrow(placement.dim, start, min(size, length - start))
+        param = param.to_local()
+    param.copy_(whole)

@@ -1,18 +1,19 @@
 """The processes and devices of a run: opened before anything else and closed after it, once for every sweep point."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from parallel.config import Axes, Device, ParallelConfig, ParallelError, joined_world_size, resolve_axes
+from parallel.axes import Axes, resolve_axes
+from parallel.config import Device, ParallelConfig, ParallelError
 
 T = TypeVar("T")
 
@@ -28,6 +29,7 @@ class Mesh:
     # samples' gradients to sum, so cp is a part of dp_shard here (of dp_replicate if nothing is sharded).
     layout: DeviceMesh | None = None
     tokens: DeviceMesh | None = None  # (pp, dp, cp, tp): who sees which tokens
+    host: dist.ProcessGroup | None = None  # all processes, without waiting for their devices
 
     @property
     def world_size(self) -> int:
@@ -42,9 +44,9 @@ class Mesh:
         return self.place("dp")
 
     @property
-    def first(self) -> bool:
-        """Whether this process is the one that writes and speaks."""
-        return self.rank == 0
+    def maximum(self) -> Callable[[int], int] | None:
+        """The largest of all ranks' values; None for a rank alone."""
+        return None if self.world_size == 1 else self.agree_max
 
     def place(self, axis: str) -> int:
         """This process's coordinate on `pp`, `dp`, `cp` or `tp`."""
@@ -58,44 +60,39 @@ class Mesh:
 
     def agree_max(self, value: int) -> int:
         """Give the largest of the values the processes pass; every process must ask."""
-        if self.world_size == 1:
-            return int(value)
-        tensor = torch.tensor([int(value)], device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        tensor = torch.tensor([value])
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host)
         return int(tensor)
+
+    def all_counts(self, counts: Sequence[int]) -> list[int]:
+        """Give the counts of every data-parallel rank's micro-batches in the order of the step, from this rank's."""
+        if self.world_size == 1:
+            return list(counts)
+        found = torch.zeros(len(counts), self.dp_size, dtype=torch.int64)
+        if self.place("cp") == self.place("tp") == self.place("pp") == 0:  # peers have the same micro-batches
+            found[:, self.dp_rank] = torch.tensor(counts)
+        dist.all_reduce(found, group=self.host)
+        return found.flatten().tolist()
+
+    def on_first(self, call: Callable[..., object], *args: Any) -> None:
+        """Call something on the first process alone."""
+        if self.rank == 0:
+            call(*args)
 
     def gather(self, value: T) -> list[T]:
         """Give what every process passes, by rank."""
         if self.world_size == 1:
             return [value]
         values: list[T] = [value] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.host)
         return values
-
-    def on_first(self, call: Callable[[], T]) -> T | None:
-        """Call something on the first process alone; if it raises there, every other process ends quietly."""
-        result, error = None, None
-        if self.first:
-            try:
-                result = call()
-            except Exception as caught:
-                error = caught
-        if self.agree_max(error is not None):
-            raise error or SystemExit(1)
-        return result
-
-    @contextmanager
-    def first_in(self, context: AbstractContextManager[object]) -> Iterator[None]:
-        """Hold a context on the first process alone; if it cannot be entered there, every other process ends quietly."""
-        with ExitStack() as stack:
-            self.on_first(lambda: stack.enter_context(context))
-            yield
 
 
 @contextmanager
 def distributed(config: ParallelConfig) -> Iterator[Mesh]:
     """Open the mesh a layout asks for and close it again; raises `ParallelError` if it cannot be."""
-    axes = resolve_axes(config, joined_world_size() or 1)
+    axes = resolve_axes(config, int(os.environ.get("WORLD_SIZE", "1")))
     device = _device(config)
     threads = torch.get_num_threads()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(axes.world_size)))
@@ -120,7 +117,8 @@ def open_mesh(axes: Axes, *, zero_stage: int, device: torch.device) -> Mesh:
     tokens = DeviceMesh(
         device.type, ranks.view(axes.pp, axes.dp, axes.cp, axes.tp), mesh_dim_names=("pp", "dp", "cp", "tp")
     )
-    return Mesh(device=device, axes=axes, rank=dist.get_rank(), layout=layout, tokens=tokens)
+    host = dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else dist.group.WORLD
+    return Mesh(device=device, axes=axes, rank=dist.get_rank(), layout=layout, tokens=tokens, host=host)
 
 
 def _device(config: ParallelConfig) -> torch.device:

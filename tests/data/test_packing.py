@@ -1,6 +1,7 @@
 """Packs against InternLM's published content, and against what every packing must keep."""
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +130,7 @@ def test_best_fit_cuts_no_document_that_fits_and_wastes_no_more_than_first_fit(
 ) -> None:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     pieces, firsts = best_fit(offsets, pack_len)
-    sizes = [int(pieces[a:b, 1].sum()) for a, b in zip(firsts[:-1], firsts[1:], strict=True)]
+    sizes = [int(pieces[a:b, 1].sum()) for a, b in pairwise(firsts)]
     assert all(0 < size <= pack_len for size in sizes)
     whole = {(int(start), int(length)) for start, length, _ in pieces}
     for start, length in zip(offsets[:-1].tolist(), lengths, strict=True):

@@ -29,8 +29,10 @@ from data import read as reading
 from data.builtin import builtin_documents
 from data.config import DataConfig, DataError, OnBadRecord, Packing, Source, TokenizerConfig
 from data.corpus import open_corpus
-from data.prepare import all_documents, existing, prepare, shares
-from data.read import BadRecords, Document, Item, digest_of, source_name, split_of
+from data.documents import Document, digest_of, split_of
+from data.inputs import BadRecords, Item, source_name
+from data.part import shares
+from data.prepare import all_documents, existing, prepare
 from data.shards import Shard, ShardWriter
 from data.tokenizer import Tokenizer
 

@@ -17,9 +17,11 @@ from data.tokenizer import (
     Tokenizer,
     adds_bos,
     cut,
-    encode_document,
+    encode_documents,
+    line_start,
     load_tokenizer,
     save_tokenizer,
+    sentencepiece_proto,
     train_tokenizer,
 )
 
@@ -51,21 +53,48 @@ def test_a_vocabulary_larger_than_the_text_allows_is_refused(tmp_path: Path) -> 
         train_tokenizer(iter(["a b c"]), tmp_path / "t.model", vocab_size=5000, threads=1)
 
 
-def test_a_long_document_in_pieces_has_the_ids_of_the_whole(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+def anchored(tokenizer: Tokenizer, path: Path, **rules: bool) -> Tokenizer:
+    """Write a SentencePiece model again with other rules about blanks."""
+    proto = sentencepiece_proto(tokenizer.path)
+    for name, value in rules.items():
+        setattr(proto.normalizer_spec, name, value)
+    path.write_bytes(proto.SerializeToString())
+    return load_tokenizer(path)
+
+
+@pytest.mark.parametrize("kind", ["words", "prefix", "trimmed", "huggingface"])
+def test_a_long_document_in_parts_has_the_ids_of_the_whole(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
+    match kind:
+        case "prefix":
+            tokenizer = anchored(tokenizer, tmp_path / "t.model", add_dummy_prefix=True)
+        case "trimmed":
+            tokenizer = anchored(tokenizer, tmp_path / "t.model", add_dummy_prefix=True, remove_extra_whitespaces=True)
+        case "huggingface":
+            write_hf_tokenizer(tokenizer, tmp_path, add_bos=False, max_len=64)
+            tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    assert kind != "words" or tokenizer.words is not None  # type: ignore[attr-defined]
     text = "".join(mixed_lines()) + "word " * 3000
-    whole = [1, *tokenizer.encode(text), 2]
+    whole = tokenizer.encode(text)
     monkeypatch.setattr(module, "PIECE_CHARS", 700)
-    assert len(list(cut(text, 700))) > 50
-    assert encode_document(tokenizer, text, add_bos=True, add_eos=True).tolist() == whole
+    assert len(list(cut(text, 700, tokenizer.last_cut))) > 50
+    framed = encode_documents(tokenizer, [text, "b"], add_bos=True, add_eos=True)
+    assert framed[0].tolist() == [1, *whole, 2] and framed[1].tolist() == [1, *tokenizer.encode("b"), 2]
+    parts = list(cut(text, 900, tokenizer.last_cut))
+    found = []
+    for part in parts:
+        ends = {"begins": part is parts[0], "ends": part is parts[-1]}
+        found += encode_documents(tokenizer, [part], add_bos=True, add_eos=True, **ends)[0].tolist()
+    assert found == [1, *whole, 2]
 
 
 @given(st.text(), st.integers(2, 40))
 @settings(deadline=None)
-def test_cutting_loses_nothing_and_keeps_its_limit(text: str, limit: int) -> None:
-    parts = list(cut(text, limit))
-    assert "".join(parts) == text and all(0 < len(part) <= limit for part in parts)
+def test_cutting_loses_nothing_and_keeps_its_limit(tokenizer: Tokenizer, text: str, limit: int) -> None:
+    for last_cut in (line_start, tokenizer.last_cut):
+        parts = list(cut(text, limit, last_cut))
+        assert "".join(parts) == text and all(0 < len(part) <= limit for part in parts)
 
 
 def test_a_tokenizer_is_found_again_in_the_folder_it_was_saved_to(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -116,4 +145,4 @@ def test_internlms_tokenizer_has_its_published_ids() -> None:
         "def f(x):\n    return x": [1, 882, 413, 2226, 1122, 388, 821, 991],
         '{"text": "Hello"}\n': [1, 5071, 1464, 921, 461, 9843, 16841],
     }.items():
-        assert encode_document(internlm, text, add_bos=True, add_eos=False).tolist() == ids
+        assert encode_documents(internlm, [text], add_bos=True, add_eos=False)[0].tolist() == ids

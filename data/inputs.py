@@ -1,0 +1,171 @@
+"""What there is to read: files, addresses of object stores, datasets, each with its source."""
+
+import glob
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from data.config import DataConfig, DataError, OnBadRecord, Source
+from data.unpack import PACKED, kind_of, open_raw
+
+SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
+PLACES_TOLD = 10
+
+
+@dataclass(slots=True)
+class BadRecords:
+    """What could not be read: the first stops everything, or all are counted and ten are told."""
+
+    policy: OnBadRecord
+    count: int = 0
+    empty: int = 0
+    places: list[str] = field(default_factory=list)
+
+    def add(self, place: str, reason: str) -> None:
+        if self.policy is OnBadRecord.error:
+            raise DataError(f"{place}: {reason}; mend it, or leave such records out by data.on_bad_record=skip")
+        self.count += 1
+        if len(self.places) < PLACES_TOLD:
+            self.places.append(f"{place}: {reason}")
+
+    def merge(self, other: "BadRecords") -> None:
+        self.count += other.count
+        self.empty += other.empty
+        self.places += other.places[: PLACES_TOLD - len(self.places)]
+
+
+@dataclass(slots=True)
+class Item:
+    """What is read from its beginning to its end: a file, or a dataset."""
+
+    path: str
+    source: str
+    split: str | None = None
+    size: int = 0
+    dataset: Any = None
+
+
+def source_name(name: str) -> str:
+    """Make a name that is safe as a file's: `Wikipedia (en)` becomes `wikipedia_en`."""
+    return re.sub(r"[^a-z0-9.+-]+", "_", name.lower()).strip("_.") or "unnamed"
+
+
+def items(config: DataConfig, bad: BadRecords) -> list[Item]:
+    """List what a corpus is made of, in order; what is held out whole comes first."""
+    match config.source:
+        case Source.builtin:
+            return [Item("the standard library", "code")]
+        case Source.huggingface:
+            return _dataset_items(config)
+        case _:
+            return _without_copies([*_local_items(config)], bad)
+
+
+def _local_items(config: DataConfig) -> Iterator[Item]:
+    name = source_name(config.name)
+    if config.valid_input is not None:
+        yield from (replace(item, split="valid") for item in local_files(config.valid_input, name, "data.valid_input"))
+    if config.input is not None:
+        found = local_files(config.input, name, "data.input")
+    else:
+        parts = config.sources.items()
+        found = [replace(i, source=source_name(k)) for k, v in parts for i in local_files(v, name, f"data.sources.{k}")]
+    yield from (replace(item, split="train") for item in found) if config.valid_input else found
+
+
+def local_files(pattern: str, name: str, key: str) -> list[Item]:
+    """List the readable files of a path, a folder, a glob or an fsspec address; a sub-folder names the source."""
+    if "://" in pattern:
+        root, paths = _remote_files(pattern)
+    else:
+        base = Path(pattern)
+        found = base.rglob("*") if base.is_dir() else map(Path, glob.glob(pattern, recursive=True))
+        paths = {str(path): path.stat().st_size for path in found if path.is_file()}
+        # of a glob, sources are the folders under what comes before its first wildcard
+        root = pattern if base.is_dir() else str(Path(*_before_wildcard(base.parts)))
+    files = []
+    for path in sorted(path for path in paths if kind_of(path) in SUFFIXES):
+        folders = Path(path.removeprefix(root).lstrip("/")).parts[:-1] if path.startswith(root) else ()
+        files.append(Item(path, source_name(folders[0]) if folders else name, size=paths[path]))
+    if not files:
+        raise DataError(
+            f"{key} ({pattern}) names no file that can be read: it takes {', '.join(SUFFIXES)}, "
+            f"each plain or {', '.join(PACKED)}"
+        )
+    return files
+
+
+def _before_wildcard(parts: tuple[str, ...]) -> Iterator[str]:
+    for part in parts[:-1]:
+        if glob.has_magic(part):
+            return
+        yield part
+
+
+def _remote_files(address: str) -> tuple[str, dict[str, int]]:
+    """List the files of an address such as s3://bucket/texts/*.jsonl.zst, with their sizes."""
+    import fsspec
+
+    try:
+        system, path = fsspec.core.url_to_fs(address)
+        if glob.has_magic(path):
+            found = system.glob(path, detail=True)
+            root = str(Path(*_before_wildcard(Path(path).parts)))
+        else:
+            found = system.find(path, detail=True) if system.isdir(path) else {path: system.info(path)}
+            root = path if system.isdir(path) else str(Path(path).parent)
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(f"data.input ({address}) cannot be listed: {error}") from None
+    start = address.split("://")[0] + "://"
+    sizes = {
+        start + name.lstrip("/"): int(info.get("size") or 0) for name, info in found.items() if info["type"] == "file"
+    }
+    return start + root.lstrip("/"), sizes
+
+
+def _without_copies(found: list[Item], bad: BadRecords) -> list[Item]:
+    """Leave out files that have the bytes of an earlier one; only files of one size are compared."""
+    kept: list[Item] = []
+    by_size: dict[int, list[Item]] = {}
+    for item in found:
+        same = [
+            other for other in by_size.get(item.size, []) if item.size and _digest(other.path) == _digest(item.path)
+        ]
+        if same:
+            bad.add(item.path, f"has the same bytes as {same[0].path}")
+        else:
+            kept.append(item)
+            by_size.setdefault(item.size, []).append(item)
+    return kept
+
+
+def _digest(path: str) -> bytes:
+    digest = xxhash.xxh3_128()
+    with open_raw(path) as file:
+        while raw := file.read(1 << 20):
+            digest.update(raw)
+    return digest.digest()
+
+
+def _dataset_items(config: DataConfig) -> list[Item]:
+    """Load a dataset, split by `train_test_split(valid_fraction, seed=valid_seed)`, or whole if it streams."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    name, source = str(config.dataset), source_name(config.name)
+    try:
+        dataset: Any = datasets.load_dataset(  # type: ignore[call-overload]
+            name, config.dataset_config, split=config.dataset_split, streaming=config.streaming
+        )
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"data.dataset ({name}) cannot be loaded: {reason}") from None
+    if config.streaming or not config.valid_fraction or len(dataset) < 2:
+        return [Item(name, source, split=None if config.streaming else "train", dataset=dataset)]
+    split = dataset.train_test_split(test_size=config.valid_fraction, seed=config.valid_seed)
+    parts = (("valid", split["test"]), ("train", split["train"]))
+    return [Item(f"{name}/{part}", source, part, dataset=rows) for part, rows in parts]
