@@ -27,6 +27,7 @@ class Block(nn.Module):
         self.attention = SelfAttention(config)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = SwiGLU(config.d_model, config.d_ff)
+        self.attend = attend  # replaced where the tokens of a row are divided
 
     def forward(
         self,
@@ -40,7 +41,7 @@ class Block(nn.Module):
         q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD, *cos_sin)
         if cache is None:
             assert segments is not None
-            out_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, segments=segments, backend=backend)
+            out_BTHK = self.attend(q_BTHK, k_BTGK, v_BTGK, segments=segments, backend=backend)
         else:
             k_BSGK, v_BSGK = cache.update(layer, k_BTGK, v_BTGK)
             out_BTHK = masked_attend(q_BTHK, k_BSGK, v_BSGK, cache.mask_B1TS)
@@ -72,6 +73,7 @@ class Transformer(nn.Module):
         positions_BT: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seq_len: int | None = None,
+        row_len: int | None = None,
         cache: KVCache | None = None,
         head: Callable[[Tensor, Tensor], Any] | None = None,
     ) -> Any:
@@ -79,9 +81,9 @@ class Transformer(nn.Module):
 
         `cu_seqlens` (int32) and `max_seq_len` say where the segments of a pack begin, counted over
         the flattened batch; without them each row is one segment. With a `cache`, the tokens
-        continue the cached ones at `positions_BT`.
+        continue the cached ones at `positions_BT`. `row_len` is a row's length where `tokens_BT` are slices of rows.
         """
-        rows, row_len = tokens_BT.shape
+        rows, row_len = tokens_BT.shape[0], row_len or tokens_BT.shape[1]
         device = tokens_BT.device
         if positions_BT is None:
             positions_BT = torch.arange(row_len, device=device).expand(rows, row_len)

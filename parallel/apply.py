@@ -1,6 +1,7 @@
 """What is done to a model before it is trained, by module path, in the one right order."""
 
 import os
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from parallel.config import ActivationCheckpointing, Compile, ParallelConfig, ParallelError, ReduceDtype
 from parallel.mesh import Mesh
+from parallel.plan import attend_to_whole_rows, divide, divided_dim
 
 
 def recomputed_blocks(n_blocks: int, config: ParallelConfig) -> int:
@@ -44,8 +46,13 @@ def parallelize(
     for module in model.modules():
         for name, param in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(param.to(dtype)))
-    if fp8 != "none":
+    if fp8 != "none":  # replaces modules, and so comes before anything is hooked to them
         multiply_in_fp8(blocks, fp8, mesh.device)
+    if mesh.layout is not None and mesh.axes.tp > 1:
+        divide(model, mesh.layout["tp"], sequence_parallel=config.sequence_parallel)
+    if mesh.tokens is not None and mesh.axes.cp > 1:
+        attend_to_whole_rows(model, mesh.tokens["cp"])
+    blocks = list(model.get_submodule("blocks").children())
     for block in blocks[: recomputed_blocks(len(blocks), config)]:
         # The model has no randomness, so there is no generator state to replay.
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
@@ -95,6 +102,8 @@ def shard(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> None:
     Both axes are given at any size, so that what accumulates over micro-batches is in `reduce_dtype`.
     """
     assert mesh.layout is not None
+    # A divided embedding's output is one; nothing is done to it in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     dtypes = {ReduceDtype.bf16: torch.bfloat16, ReduceDtype.fp32: torch.float32}
     wrap = partial(
         fully_shard,
@@ -123,11 +132,12 @@ def write_shard(param: Tensor, whole: Tensor) -> None:
     """Set a parameter from the whole tensor that it is a part of, without talking to anybody."""
     if isinstance(param, DTensor):
         mesh = param.device_mesh
+        where: Any = mesh.get_coordinate()
         for axis in reversed(range(mesh.ndim)):  # tp was divided first; dp_shard divides what is left
-            placement: Any = param.placements[axis]
-            if placement.is_shard():
-                length, size = whole.shape[placement.dim], -(-whole.shape[placement.dim] // mesh.size(axis))
-                start = min(size * mesh.get_local_rank(axis), length)
-                whole = whole.narrow(placement.dim, start, min(size, length - start))
+            dim = divided_dim(param.placements[axis])
+            if dim is not None:
+                length, size = whole.shape[dim], -(-whole.shape[dim] // mesh.size(axis))
+                start = min(size * where[axis], length)
+                whole = whole.narrow(dim, start, min(size, length - start))
         param = param.to_local()
     param.copy_(whole)

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from parallel.apply import sharded_modules
 from parallel.bad_layer import Watch
 from parallel.mesh import Mesh
+from parallel.plan import divided_dim, head_parts
 
 IGNORED = -100  # the label of a token without a target
 
@@ -38,8 +39,8 @@ class Scaler(Protocol):
     def update(self, *, finite: bool) -> None: ...
 
 
-# (h_ND, weight_VD, labels_N, loss_weights_N) -> weighted loss, nll_N, correct_N
-LinearLoss = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+# (h_ND, weight_VD, labels_N, loss_weights_N, shard=) -> weighted loss, nll_N, correct_N
+LinearLoss = Callable[..., tuple[Tensor, Tensor, Tensor]]
 TokenWeights = Callable[[list[int]], list[float]]
 
 
@@ -154,21 +155,34 @@ class Engine:
 
     def _forward(self, batch: MicroBatch, weight: float, totals_S4: Tensor) -> Tensor:
         """Give the weighted loss of a micro-batch and add its sums to `totals_S4`."""
-        device = self.mesh.device
-        labels_N = batch.labels_BT.to(device, non_blocking=True).flatten()
-        source_N = batch.source_BT.to(device, non_blocking=True).flatten()
+        device, row_len = self.mesh.device, batch.tokens_BT.shape[1]
+        labels_N = self._slice(batch.labels_BT).to(device, non_blocking=True).flatten()
+        source_N = self._slice(batch.source_BT).to(device, non_blocking=True).flatten()
         weights_N = torch.where(labels_N == IGNORED, 0.0, weight).float()
 
-        def head(h_BTD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return self.linear_loss(h_BTD.flatten(0, 1), weight_VD, labels_N, weights_N)
+        def head(h_BTD: Tensor, weight_VD: Tensor) -> Tensor:
+            h_BTD, weight_VD, shard = head_parts(h_BTD, weight_VD)
+            loss, nll_N, correct_N = self.linear_loss(h_BTD.flatten(0, 1), weight_VD, labels_N, weights_N, shard=shard)
+            self._add_totals(totals_S4, labels_N, source_N, nll_N, correct_N)
+            return loss
 
-        loss, nll_N, correct_N = self.model(
-            batch.tokens_BT.to(device, non_blocking=True),
-            positions_BT=batch.positions_BT.to(device, non_blocking=True),
+        return self.model(
+            self._slice(batch.tokens_BT).to(device, non_blocking=True),
+            positions_BT=self._slice(batch.positions_BT).to(device, non_blocking=True),
             cu_seqlens=batch.cu_seqlens.to(device, non_blocking=True),
             max_seq_len=batch.max_seq_len,
+            row_len=row_len,
             head=head,
         )
+
+    def _slice(self, x_BT: Tensor) -> Tensor:
+        """Give this rank's tokens of each row."""
+        size = x_BT.shape[1] // self.mesh.axes.cp
+        return x_BT.narrow(1, size * self.mesh.place("cp"), size)
+
+    def _add_totals(
+        self, totals_S4: Tensor, labels_N: Tensor, source_N: Tensor, nll_N: Tensor, correct_N: Tensor
+    ) -> None:
         target_N = labels_N != IGNORED
         if self.bytes_per_token is None:
             bytes_N = torch.zeros_like(nll_N)
@@ -176,7 +190,6 @@ class Engine:
             bytes_N = self.bytes_per_token[labels_N.clamp(min=0)] * target_N
         rows_N4 = torch.stack([nll_N.double(), correct_N.double(), target_N.double(), bytes_N.double()], dim=1)
         totals_S4.index_add_(0, source_N, rows_N4)
-        return loss
 
     def _weights(self, batches: Sequence[MicroBatch]) -> tuple[list[int], list[float]]:
         """Give the target counts of all micro-batches of a step, and a target token's weight in each of this rank's."""
@@ -214,6 +227,9 @@ class Engine:
         for param in self.params.values():
             if param.grad is None:  # a step without a single target
                 param.grad = torch.zeros_like(param)
+            elif isinstance(param, DTensor) and isinstance(param.grad, DTensor):
+                # Under sequence parallelism each rank has what its own tokens do to a norm. FSDP adds it up itself.
+                param.grad = param.grad.redistribute(placements=param.placements)
         norms = [torch.linalg.vector_norm(local(p.grad), dtype=torch.float32) for p in self.counted]
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self.mesh.device)
 
@@ -227,7 +243,7 @@ def is_first_copy(param: Tensor) -> bool:
     if not isinstance(param, DTensor):
         return True
     where: Any = param.device_mesh.get_coordinate()
-    return all(at == 0 or placement.is_shard() for at, placement in zip(where, param.placements, strict=True))
+    return all(at == 0 or divided_dim(placement) is not None for at, placement in zip(where, param.placements, strict=True))
 
 
 def local(tensor: Any) -> Tensor:

@@ -20,7 +20,7 @@ from parallel.apply import parallelize, write_shard
 from parallel.axes import resolve_axes
 from parallel.config import ParallelConfig
 from parallel.engine import Engine
-from parallel.mesh import Mesh, open_mesh
+from parallel.mesh import Mesh, leave, open_mesh
 from tests.parallel.packed import Packed, micro_batch
 from training.config import OptimizerConfig, PrecisionConfig, Reduction
 from training.optimizer import AdamW
@@ -146,7 +146,8 @@ def alone(case: Case) -> Outcome:
 def rank_main(rank: int, folder: Path, cases: dict[str, Case]) -> None:
     """Run every case that has a place for this rank; leave what came out, or the traceback, in `folder`."""
     torch.set_num_threads(1)
-    for name, case in cases.items():
+    # The large ones first: nobody waits for a rank that has other cases to do.
+    for name, case in sorted(cases.items(), key=lambda item: -item[1].world_size):
         if rank >= case.world_size:
             continue
         try:
@@ -160,7 +161,7 @@ def rank_main(rank: int, folder: Path, cases: dict[str, Case]) -> None:
 def _on_layout(rank: int, store: Path, case: Case) -> Outcome:
     dist.init_process_group(
         "gloo", store=dist.FileStore(str(store), case.world_size), rank=rank, world_size=case.world_size,
-        timeout=timedelta(seconds=30),
+        timeout=timedelta(seconds=60),
     )  # fmt: skip
     try:
         config = ParallelConfig(**case.layout)
@@ -169,7 +170,7 @@ def _on_layout(rank: int, store: Path, case: Case) -> Outcome:
         mesh = open_mesh(axes, zero_stage=config.zero_stage, device=torch.device("cpu"))
         return outcome(case, mesh, config)
     finally:
-        dist.destroy_process_group()
+        leave()
 
 
 def run(folder: Path, cases: dict[str, Case], n_ranks: int = 8) -> dict[str, Outcome | str]:
