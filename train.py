@@ -88,7 +88,7 @@ def train(
     # Data: checked first, because it is wrong most often and opened in no time.
     corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
 
-    model = build_model(config, mesh)
+    model, stages = build_model(config, mesh)
     optimizer, scaler, progress = AdamW(model, config.optimizer), LossScaler(config.precision), Progress()
     kept = Kept(optimizer, scaler, progress, mesh.rank)
     checkpoints = Checkpoints(run_dir, keep=config.checkpoint.keep, group=mesh.host)
@@ -106,6 +106,7 @@ def train(
         config,
         mesh,
         model,
+        stages,
         optimizer,
         scaler,
         progress,
@@ -138,10 +139,10 @@ def rehearse(config: TrainConfig) -> None:
     from training.scaler import LossScaler
 
     def build(mesh: "Mesh") -> "Engine":
-        model = build_model(config, mesh)
+        model, stages = build_model(config, mesh)
         optimizer, progress = AdamW(model, config.optimizer), Progress()
         optimizer.follow(rates_to_come(config, progress)[:1])
-        return build_engine(config, mesh, model, optimizer, LossScaler(config.precision), progress, n_sources=1)
+        return build_engine(config, mesh, model, stages, optimizer, LossScaler(config.precision), progress, n_sources=1)
 
     if config.model.attention is not Attention.reference:
         config.model.attention = Attention.sdpa  # keeps what every fused kernel keeps, and can be run without one
@@ -171,8 +172,8 @@ def rehearse(config: TrainConfig) -> None:
         print(line)
 
 
-def build_model(config: TrainConfig, mesh: "Mesh") -> Any:
-    """Make the model whole on the meta device, give it its dtype and place, and fill it in."""
+def build_model(config: TrainConfig, mesh: "Mesh") -> tuple[Any, list[Any]]:
+    """Make the model whole on the meta device, give it its dtype and place, and fill it in; gives its stages too."""
     import torch
 
     from model.transformer import Transformer
@@ -183,7 +184,7 @@ def build_model(config: TrainConfig, mesh: "Mesh") -> Any:
         model = Transformer(config.model)
     precision = config.precision
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-    parallelize(
+    stages = parallelize(
         model,
         mesh,
         config.parallel,
@@ -192,7 +193,7 @@ def build_model(config: TrainConfig, mesh: "Mesh") -> Any:
         grad_dtype=None if precision.grad_dtype is None else dtypes[precision.grad_dtype.value],
     )
     model.init_weights(config.seed, write_shard)
-    return model
+    return model, stages
 
 
 def read_hf_weights(folder: Path, *, vocab_size: int) -> dict[str, Any]:
@@ -305,6 +306,7 @@ def build_engine(
     config: TrainConfig,
     mesh: "Mesh",
     model: Any,
+    stages: list[Any],
     optimizer: Any,
     scaler: Any,
     progress: "Progress",
@@ -334,7 +336,8 @@ def build_engine(
         scaler=scaler,
         max_grad_norm=config.optimizer.max_grad_norm,
         n_sources=n_sources,
-        zero_stage=config.parallel.zero_stage,
+        config=config.parallel,
+        stages=stages,
         bytes_per_token=None if bytes_per_token is None else torch.from_numpy(bytes_per_token),
         counts=(progress.updates, progress.bad_steps, progress.bad_in_a_row),
     )

@@ -12,8 +12,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from parallel.axes import stage_layers
 from parallel.config import ActivationCheckpointing, Compile, ParallelConfig, ParallelError, ReduceDtype
 from parallel.mesh import Mesh
+from parallel.pipeline import stages_of
 from parallel.plan import attend_to_whole_rows, divide, divided_dim
 
 
@@ -36,12 +38,15 @@ def parallelize(
     *,
     fp8: str = "none",
     grad_dtype: torch.dtype | None = None,
-) -> None:
+) -> list[nn.Module]:
     """Give a model built on the meta device its memory plan, its dtype and its place; weights are not set.
+
+    The model keeps what is this rank's; what is given back runs it, piece by piece: itself, or its pipeline stages.
 
     Only parameters change dtype: rotary tables stay fp32. `fp8` is `none` or the name of a scaling;
     `grad_dtype` is what the gradients of micro-batches are added up in, if not `dtype`.
     """
+    stages = cut(model, mesh, config)
     blocks = list(model.get_submodule("blocks").children())
     for module in model.modules():
         for name, param in module.named_parameters(recurse=False):
@@ -59,14 +64,25 @@ def parallelize(
     if config.compile is Compile.blocks or (config.compile is Compile.auto and mesh.device.type == "cuda"):
         compile_blocks(blocks)
     sharded = mesh.axes.dp * mesh.axes.cp > 1
-    if sharded:
-        shard(model, mesh, config)
-    model.to_empty(device=mesh.device)
-    if sharded:
-        return  # gradients are added up in reduce_dtype
-    if grad_dtype is not None and grad_dtype != dtype:
+    for stage in stages:
+        if sharded:
+            shard(stage, mesh, config)
+        stage.to_empty(device=mesh.device)
+    # Where gradients are summed over ranks, they are added up in reduce_dtype.
+    if grad_dtype is not None and grad_dtype != dtype and not sharded:
         for param in model.parameters():
             param.grad_dtype = grad_dtype  # type: ignore[attr-defined]
+    return stages
+
+
+def cut(model: Any, mesh: Mesh, config: ParallelConfig) -> list[nn.Module]:
+    """Leave a model the layers of this pipeline rank, and give its stages, which share them."""
+    if mesh.axes.pp == 1:
+        return [model]
+    layers = stage_layers(config, mesh.axes, model.config.n_layers)
+    mine = [layers[number] for number in stages_of(mesh.place("pp"), mesh.axes.pp, config)]
+    model.keep([layer for stage in mine for layer in stage])
+    return [model.part(stage) for stage in mine]
 
 
 def multiply_in_fp8(blocks: list[nn.Module], scaling: str, device: torch.device) -> None:

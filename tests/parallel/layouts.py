@@ -83,7 +83,7 @@ def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
     optimizer = OptimizerConfig(lr=3e-3, max_grad_norm=0.3, eps=1e-5)
     with torch.device("meta"):
         model = Transformer(MODELS[case.model])
-    parallelize(model, mesh, config, torch.float32)
+    stages = parallelize(model, mesh, config, torch.float32)
     model.init_weights(3, write_shard)
     adamw = AdamW(model, optimizer)
     adamw.follow([(3e-3, 0.95)] * (N_STEPS + 1))
@@ -96,7 +96,8 @@ def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
         scaler=LossScaler(PrecisionConfig()),
         max_grad_norm=optimizer.max_grad_norm,
         n_sources=2,
-        zero_stage=config.zero_stage,
+        config=config,
+        stages=stages,
         bytes_per_token=torch.arange(64),
     )
 

@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from parallel.config import Schedule
 from tests.parallel.layouts import Case, Outcome, alone, run
 from training.config import Reduction
 
@@ -34,7 +35,25 @@ CONTEXT = {
     "cp_8_kv_repeated": Case(8, "biased", layout={"cp": 8, "zero_stage": 3}),
     "cp_tp_zero2_8": Case(8, "biased", layout={"dp_shard": 2, "cp": 2, "tp": 2, "zero_stage": 2}),
 }
-CASES = {**ZERO, **TENSOR, **CONTEXT}
+PIPELINE = {
+    "pp_2": Case(2, "biased", layout={"pp": 2}),
+    "pp_2_uneven": Case(2, layout={"pp": 2, "pipeline_layers": [1, 3]}),
+    "pp_4_zero1_8": Case(8, layout={"pp": 4, "dp_shard": 2, "zero_stage": 1}),
+    "interleaved_2": Case(
+        2, "biased", layout={"pp": 2, "virtual_stages": 2, "pipeline_schedule": Schedule["interleaved_1f1b"]}
+    ),
+    "zero_bubble_2": Case(2, "biased", layout={"pp": 2, "pipeline_schedule": Schedule["zero_bubble"]}),
+    "zbv_2": Case(2, layout={"pp": 2, "virtual_stages": 2, "pipeline_schedule": Schedule["zbv"]}),
+    "pp_tp_zero1_8": Case(8, "biased", layout={"pp": 2, "dp_shard": 2, "tp": 2, "zero_stage": 1}),
+    "zero_bubble_tp_cp_8": Case(
+        8, "biased", layout={"pp": 2, "cp": 2, "tp": 2, "zero_stage": 1, "pipeline_schedule": Schedule["zero_bubble"]}
+    ),
+    "interleaved_hybrid_8": Case(
+        8, layout={"pp": 2, "dp_replicate": 2, "dp_shard": 2, "zero_stage": 1, "virtual_stages": 2,
+                   "pipeline_schedule": Schedule["interleaved_1f1b"]},
+    ),
+}  # fmt: skip
+CASES = {**PIPELINE, **ZERO, **TENSOR, **CONTEXT}
 
 
 @pytest.fixture(scope="module")
