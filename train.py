@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conf.command import is_sentence, run, sentences
 from conf.schema import TrainConfig, parse_ranges, to_config
+from model.config import Attention
 from parallel.launch import launch
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def main(cfg: DictConfig) -> float | None:
     run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
 
     with sentences():
+        if config.dry_run.enabled:
+            return rehearse(config)
         return launch(work, config, run_config, run_dir, config=config.parallel, says_enough=is_sentence)
 
 
@@ -71,11 +74,8 @@ def train(
     config: TrainConfig, run_config: dict[str, Any], mesh: "Mesh", run_dir: Path, stop: "StopRequest"
 ) -> float | None:
     """Run the steps that are left of a run and give its validation loss."""
-    import torch
 
     from data.corpus import open_corpus
-    from model.transformer import Transformer
-    from parallel.apply import parallelize
     from training.checkpoint import Checkpoints
     from training.optimizer import AdamW
     from training.progress import Progress
@@ -88,14 +88,7 @@ def train(
     # Data: checked first, because it is wrong most often and opened in no time.
     corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
 
-    # Model: whole on the meta device, given its dtype and place, then filled in.
-    torch.manual_seed(config.seed)
-    with torch.device("meta"):
-        model = Transformer(config.model)
-    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-    parallelize(model, mesh, config.parallel, dtypes[config.precision.compute.value])
-    model.init_weights(config.seed)
-
+    model = build_model(config, mesh)
     optimizer, scaler, progress = AdamW(model, config.optimizer), LossScaler(config.precision), Progress()
     kept = Kept(optimizer, scaler, progress)
     checkpoints = Checkpoints(run_dir, keep=config.checkpoint.keep)
@@ -105,16 +98,27 @@ def train(
         config.checkpoint,
         run_config=run_config,
         parts=corpus.parts,
-        read_hf=read_hf_weights,
+        read_hf=partial(read_hf_weights, vocab_size=config.model.vocab_size),
     )
     corpus.train.begin_at(progress.first_sample)
-    engine = build_engine(config, mesh, model, optimizer, scaler, corpus)
+    optimizer.follow(rates_to_come(config, progress))
+    engine = build_engine(
+        config,
+        mesh,
+        model,
+        optimizer,
+        scaler,
+        progress,
+        n_sources=len(corpus.sources),
+        bytes_per_token=corpus.bytes_per_token,
+    )
     keep_inputs(config, run_config, run_dir, corpus)
     describe(config, mesh, corpus, progress, run_dir)
     validated = progress.validated_step == progress.step
     truncate_metrics(run_dir / "metrics.jsonl", progress.step, validated=validated)
 
     def save() -> None:
+        progress.read(engine.counts())
         about = {"parts": corpus.parts, "sources": corpus.sources}
         about |= {"add_bos": corpus.add_bos, "add_eos": corpus.add_eos}
         state = {"config": run_config, "data": about, **kept.state()}
@@ -126,11 +130,76 @@ def train(
     return progress.valid_loss
 
 
-def read_hf_weights(folder: Path) -> dict[str, Any]:
-    """Read the weights of a Hugging Face folder, by our names."""
-    from model.hf import read_hf
+def rehearse(config: TrainConfig) -> None:
+    """Print what a step would be on `dry_run.world_size` GPUs, from the code that would run it."""
+    from parallel.dry_run import DryRun, FakeBatch, report
+    from training.optimizer import AdamW
+    from training.progress import Progress
+    from training.scaler import LossScaler
 
-    return read_hf(folder)[1]
+    def build(mesh: "Mesh") -> "Engine":
+        model = build_model(config, mesh)
+        optimizer, progress = AdamW(model, config.optimizer), Progress()
+        optimizer.follow(rates_to_come(config, progress)[:1])
+        return build_engine(config, mesh, model, optimizer, LossScaler(config.precision), progress, n_sources=1)
+
+    if config.model.attention is not Attention.reference:
+        config.model.attention = Attention.sdpa  # keeps what every fused kernel keeps, and can be run without one
+    data = config.data
+    rows, row_len = config.micro_batch_tokens // data.pack_tokens, data.pack_tokens
+    run = DryRun(
+        build,
+        partial(FakeBatch.of, rows, row_len, data.seq_len),
+        config.parallel,
+        config.dry_run,
+        kernels=("model.loss_kernel", "training.adamw_kernel"),
+    )
+    n_micro_batches = -(-config.packs_of_step(config.steps) // (rows * run.axes.dp))
+    n_tokens = n_micro_batches * config.micro_batch_tokens * run.axes.dp
+    print(f"model      {config.model.name}: {config.model.n_params:,} parameters")
+    print(f"layout     {run.axes} = {config.dry_run.world_size} GPUs, zero_stage {config.parallel.zero_stage}")
+    print(
+        f"batch      {n_tokens:,} tokens a step = {run.axes.dp} data-parallel ranks x {n_micro_batches} micro-batches x "
+        f"{config.micro_batch_tokens:,}"
+    )
+    if n_tokens != config.global_batch_tokens:
+        print(
+            f"           global_batch_tokens ({config.global_batch_tokens:,}) does not fill them; training would ask for a "
+            f"multiple of {config.micro_batch_tokens * run.axes.dp:,}"
+        )
+    for line in report(run.read(n_micro_batches), config.dry_run, tokens_per_rank=n_tokens / config.dry_run.world_size):
+        print(line)
+
+
+def build_model(config: TrainConfig, mesh: "Mesh") -> Any:
+    """Make the model whole on the meta device, give it its dtype and place, and fill it in."""
+    import torch
+
+    from model.transformer import Transformer
+    from parallel.apply import parallelize
+
+    torch.manual_seed(config.seed)
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    precision = config.precision
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+    parallelize(
+        model,
+        mesh,
+        config.parallel,
+        dtypes[precision.compute.value],
+        fp8=precision.fp8.value,
+        grad_dtype=None if precision.grad_dtype is None else dtypes[precision.grad_dtype.value],
+    )
+    model.init_weights(config.seed)
+    return model
+
+
+def read_hf_weights(folder: Path, *, vocab_size: int) -> dict[str, Any]:
+    """Read the weights of a Hugging Face folder, by our names, with a vocabulary that may be larger than its own."""
+    from model.hf import pad_vocabulary, read_hf
+
+    return pad_vocabulary(read_hf(folder)[1], vocab_size)
 
 
 def loop(
@@ -147,7 +216,6 @@ def loop(
     from training.early_stop import is_hopeless
     from training.progress import check_bad_steps
     from training.run_folder import StopFile
-    from training.schedule import learning_rate, second_beta
 
     left_out = parse_ranges(config.skip_batches)
     stop_file = StopFile(config.checkpoint.stop_file)
@@ -173,16 +241,17 @@ def loop(
                 progress.skipped_steps += 1
                 logger.info("step %d/%d  left out, as skip_batches asks", progress.step, config.steps)
             else:
-                lr = learning_rate(
-                    progress.updates, steps=config.steps, lr=config.optimizer.lr, config=config.scheduler
-                )
-                beta2, scale = second_beta(progress.updates, config.optimizer), engine.scaler.scale
-                result = engine.train_step(batches, lr=lr, beta2=beta2)
-                progress.count(finite=result.finite)
-                report.throughput.end(result.n_tokens)
-                if not result.finite:
-                    check_bad_steps(progress, config.optimizer.max_bad_steps, partial(engine.first_bad_layer, batches))
-                if progress.step % config.logger.every == 0 or progress.step == config.steps:
+                scale = engine.scaler.scale
+                result = engine.train_step(batches)
+                if progress.step % config.logger.every and progress.step < config.steps:
+                    report.throughput.end(result.n_tokens)
+                else:
+                    bad = progress.read(engine.counts())  # waits for the device: the host runs ahead in between
+                    report.throughput.end(result.n_tokens)
+                    if bad:
+                        limit = config.optimizer.max_bad_steps
+                        check_bad_steps(progress, limit, partial(engine.first_bad_layer, batches))
+                    lr, beta2 = result.rates_2.tolist()
                     epochs = corpus.train.epochs(progress.samples)
                     report.step(progress, result, epochs, lr=lr, beta2=beta2, loss_scale=scale)
             if is_hopeless(config.early_stop, report.sinks.run_dir, progress.step):
@@ -219,8 +288,25 @@ def validate_if_due(
             report.validation(progress, totals_S4)
 
 
+def rates_to_come(config: TrainConfig, progress: "Progress") -> list[tuple[float, float]]:
+    """Give the learning rate and beta2 of each update that the steps left may make."""
+    from training.schedule import learning_rate, second_beta
+
+    updates = range(progress.updates, progress.updates + config.steps - progress.step + 1)
+    rate = partial(learning_rate, steps=config.steps, lr=config.optimizer.lr, config=config.scheduler)
+    return [(rate(update), second_beta(update, config.optimizer)) for update in updates]
+
+
 def build_engine(
-    config: TrainConfig, mesh: "Mesh", model: Any, optimizer: Any, scaler: Any, corpus: "Corpus"
+    config: TrainConfig,
+    mesh: "Mesh",
+    model: Any,
+    optimizer: Any,
+    scaler: Any,
+    progress: "Progress",
+    *,
+    n_sources: int,
+    bytes_per_token: Any = None,
 ) -> "Engine":
     """Join the model's loss, the way tokens are averaged, and the update into an engine."""
     import torch
@@ -229,7 +315,7 @@ def build_engine(
     from parallel.engine import Engine
     from training.token_weights import token_weights
 
-    loss, lengths = config.loss, corpus.bytes_per_token
+    loss = config.loss
     return Engine(
         model,
         optimizer,
@@ -243,8 +329,9 @@ def build_engine(
         token_weights=partial(token_weights, reduction=loss.reduction),
         scaler=scaler,
         max_grad_norm=config.optimizer.max_grad_norm,
-        n_sources=len(corpus.sources),
-        bytes_per_token=None if lengths is None else torch.from_numpy(lengths),
+        n_sources=n_sources,
+        bytes_per_token=None if bytes_per_token is None else torch.from_numpy(bytes_per_token),
+        counts=(progress.updates, progress.bad_steps, progress.bad_in_a_row),
     )
 
 

@@ -46,6 +46,7 @@ def run(main: Callable[[], Any], config_name: str) -> None:
     """Run a `hydra.main` function as a command; a wrong command line is told in full, with exit code 2."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     register()
+    sys.argv[1:] = [_as_option(argument) for argument in sys.argv[1:]]
     problems = list(command_line_problems(sys.argv[1:], config_name))
     if problems:
         _say(problems)
@@ -55,6 +56,13 @@ def run(main: Callable[[], Any], config_name: str) -> None:
             main()
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _as_option(argument: str) -> str:
+    """Quote a group's option that Hydra would take for a truth value, as in dry_run=true."""
+    key, _, value = argument.partition("=")
+    is_option = value in ("true", "false") and (CONF / key / f"{value}.yaml").exists()
+    return f"{key}='{value}'" if is_option else argument
 
 
 @contextmanager

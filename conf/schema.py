@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.config import MOST_SHARDS, DataConfig, RampConfig, Source, TokenizerConfig, packs_of_step
 from model.config import ModelConfig
-from parallel.config import LauncherConfig, ParallelConfig
+from parallel.config import DryRunConfig, LauncherConfig, ParallelConfig
 from training.config import (
     CheckpointConfig,
     Dtype,
@@ -60,6 +60,7 @@ class TrainConfig:
     early_stop: EarlyStopConfig = MISSING
     logger: LoggerConfig = MISSING
     launcher: LauncherConfig = MISSING
+    dry_run: DryRunConfig = MISSING
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -97,6 +98,7 @@ class TrainConfig:
             self.early_stop,
             self.logger,
             self.launcher,
+            self.dry_run,
         ):
             yield from section.problems()
         yield from self._batch_problems()

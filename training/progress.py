@@ -29,11 +29,11 @@ class Progress:
         self.samples += samples
         self.tokens += tokens
 
-    def count(self, *, finite: bool) -> None:
-        """Count a step that was trained on."""
-        self.updates += finite
-        self.bad_steps += not finite
-        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
+    def read(self, counts: tuple[int, int, int]) -> int:
+        """Take over the counts of the steps that were trained on; gives how many were bad since the last time."""
+        before = self.bad_steps
+        self.updates, self.bad_steps, self.bad_in_a_row = counts
+        return self.bad_steps - before
 
     def state_dict(self) -> dict[str, int | float | None]:
         """Give everything as JSON has it, which knows no loss of nan."""
@@ -42,16 +42,17 @@ class Progress:
 
 
 def check_bad_steps(progress: Progress, limit: int, first_bad_layer: Callable[[], str]) -> None:
-    """Tell of a step whose gradient was not finite; raises `TrainingError` after `limit` in a row."""
+    """Tell of steps whose gradient was not finite; raises `TrainingError` after `limit` in a row."""
     logger.warning(
-        "step %d: the gradient is not finite; nothing was changed (%d in a row, the run ends at %d)",
+        "step %d: the gradient is not finite; nothing was changed (%d such steps, %d in a row, the run ends at %d)",
         progress.step,
+        progress.bad_steps,
         progress.bad_in_a_row,
         limit,
     )
     if progress.bad_in_a_row >= limit:
         raise TrainingError(
-            f"{limit} steps in a row had no finite gradient (optimizer.max_bad_steps), the last of them step "
-            f"{progress.step}; the first bad layer is {first_bad_layer()}; go on from the last checkpoint with a "
-            "lower optimizer.lr, or leave the batches out by skip_batches"
+            f"{progress.bad_in_a_row} steps in a row had no finite gradient (optimizer.max_bad_steps), the last of "
+            f"them step {progress.step}; the first bad layer is {first_bad_layer()}; go on from the last checkpoint "
+            "with a lower optimizer.lr, or leave the batches out by skip_batches"
         )

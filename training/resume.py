@@ -43,7 +43,7 @@ class Kept:
         """
         tensors = self.optimizer.tensors()
         checkpoint.load_into(tensors)
-        self.optimizer.refresh()
+        self.optimizer.refresh(tensors)
         rng_name = self.rng_name if self.rng_name in checkpoint.tensors else FIRST_RNG
         torch.set_rng_state(checkpoint.read_names([rng_name])[rng_name])
         self.scaler.load_state_dict(checkpoint.state["scaler"])
@@ -54,7 +54,7 @@ class Kept:
         """Read the tensors that begin with `prefix` from another run's checkpoint."""
         tensors = self.optimizer.tensors()
         checkpoint.load({name: tensor for name, tensor in tensors.items() if name.startswith(prefix)})
-        self.optimizer.refresh()
+        self.optimizer.refresh(tensors)
 
     @torch.no_grad()
     def take_weights(self, weights: dict[str, Tensor], origin: Path) -> None:
@@ -68,7 +68,7 @@ class Kept:
                 shape = "missing" if found is None else tuple(found.shape)
                 raise CheckpointError(f"init_from ({origin}): {name} is {shape} there and {tuple(tensor.shape)} here")
             _copy_part(tensor, found)
-        self.optimizer.refresh()
+        self.optimizer.refresh(tensors)
 
 
 def _copy_part(tensor: Tensor, whole: Tensor) -> None:
