@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def command_line_problems(argv: list[str], config_name: str) -> Iterator[str]:
 
 def _point_problems(overrides: list[Override], args: Any, config_name: str) -> Iterator[str]:
     """Compose every point of the command line and check it as the command itself would."""
-    all_overrides = [*_params(overrides, config_name), *overrides]
+    all_overrides = [*_params(overrides, args, config_name), *overrides]
     varied = [o for o in all_overrides if o.is_sweep_override()]
     keys = {override.get_key_element() for override in varied}
     folders: dict[str, str] = {}  # and the point that has it
@@ -151,13 +152,15 @@ def _point_problems(overrides: list[Override], args: Any, config_name: str) -> I
             yield from (f"{line}{where}" for line in str(error).splitlines())
 
 
-def _params(overrides: list[Override], config_name: str) -> list[Override]:
+def _params(overrides: list[Override], args: Any, config_name: str) -> list[Override]:
     """Give what the configuration itself sweeps over, in hydra.sweeper.params."""
     fixed = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
     try:
         cfg = compose(config_name, overrides=fixed, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException):
         return []  # said of every point
+    if not args.multirun and str(cfg.hydra.mode) != "RunMode.MULTIRUN":
+        return []
     params = cfg.hydra.sweeper.get("params") or {}
     return OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
 
@@ -183,6 +186,8 @@ def _launcher_problems(launcher: LauncherConfig) -> Iterator[str]:
 def override_problems(override: Override, config_name: str) -> Iterator[str]:
     """What is wrong with one override: its group option, its key, or the type of its value."""
     key = override.key_or_group
+    if key == "hydra/sweeper" and override.value() == "optuna" and find_spec("optuna") is None:
+        yield "hydra/sweeper=optuna needs Optuna: python -m pip install -r requirements-search.txt"
     if key.split(".")[0] == "hydra" or key.startswith("hydra/"):
         return
     options = sorted(path.stem for path in (CONF / key).glob("*.yaml")) if "." not in key else []
