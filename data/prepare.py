@@ -222,7 +222,7 @@ def held_out_digests(data: DataConfig, everything: list[Item]) -> frozenset[int]
         for block in blocks(item, data, quiet)
         for document in documents(block, data, quiet)
     )
-    return frozenset(digest_of(document, data) for document in found if document.begins and document.ends)
+    return frozenset(digest_of(document, data) for document in found if document.begins)
 
 
 def _commit(
