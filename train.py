@@ -17,8 +17,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from conf.command import run, sentences
+from conf.command import is_sentence, run, sentences
 from conf.schema import TrainConfig, parse_ranges, to_config
+from model.config import Attention
+from parallel.launch import launch
 
 if TYPE_CHECKING:
     from data.corpus import Corpus
@@ -37,20 +39,33 @@ def main(cfg: DictConfig) -> float | None:
     run_config: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
 
+    with sentences():
+        if config.dry_run.enabled:
+            return rehearse(config)
+        return launch(work, config, run_config, run_dir, config=config.parallel, says_enough=is_sentence)
+
+
+def work(config: TrainConfig, run_config: dict[str, Any], run_dir: Path) -> float | None:
+    """Be one rank of a run and give its validation loss; a stop that was asked for exits with a signal's code."""
     from parallel.mesh import distributed
+    from parallel.slurm import go_on_later
     from training.logs import log_to
     from training.run_folder import locked
+    from training.status import Status
     from training.stop import StopRequest
 
     with (
-        sentences(),
         distributed(config.parallel) as mesh,
-        locked(run_dir),
-        log_to(run_dir),
-        StopRequest() as stop,
+        locked(run_dir, mesh.rank),
+        log_to(run_dir, mesh.rank),
+        Status(run_dir, run_config, rank=mesh.rank) as status,
+        StopRequest(mesh.maximum) as stop,
     ):
         valid_loss = train(config, run_config, mesh, run_dir, stop)
-    if stop:
+        status.end(valid_loss, stopped=bool(stop), given_up=stop.given_up)
+    if stop.for_a_requeue:
+        go_on_later(run_dir, rank=mesh.rank, max_requeues=config.launcher.max_requeues)
+    if stop and not stop.given_up:
         sys.exit(stop.exit_code)
     return valid_loss
 
@@ -59,11 +74,8 @@ def train(
     config: TrainConfig, run_config: dict[str, Any], mesh: "Mesh", run_dir: Path, stop: "StopRequest"
 ) -> float | None:
     """Run the steps that are left of a run and give its validation loss."""
-    import torch
 
     from data.corpus import open_corpus
-    from model.transformer import Transformer
-    from parallel.apply import parallelize
     from training.checkpoint import Checkpoints
     from training.optimizer import AdamW
     from training.progress import Progress
@@ -76,14 +88,7 @@ def train(
     # Data: checked first, because it is wrong most often and opened in no time.
     corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
 
-    # Model: whole on the meta device, given its dtype and place, then filled in.
-    torch.manual_seed(config.seed)
-    with torch.device("meta"):
-        model = Transformer(config.model)
-    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-    parallelize(model, mesh, config.parallel, dtypes[config.precision.compute.value])
-    model.init_weights(config.seed)
-
+    model = build_model(config, mesh)
     optimizer, scaler, progress = AdamW(model, config.optimizer), LossScaler(config.precision), Progress()
     kept = Kept(optimizer, scaler, progress)
     checkpoints = Checkpoints(run_dir, keep=config.checkpoint.keep)
@@ -96,13 +101,24 @@ def train(
         read_hf=partial(read_hf_weights, vocab_size=config.model.vocab_size),
     )
     corpus.train.begin_at(progress.first_sample)
-    engine = build_engine(config, mesh, model, optimizer, scaler, corpus)
+    optimizer.follow(rates_to_come(config, progress))
+    engine = build_engine(
+        config,
+        mesh,
+        model,
+        optimizer,
+        scaler,
+        progress,
+        n_sources=len(corpus.sources),
+        bytes_per_token=corpus.bytes_per_token,
+    )
     keep_inputs(config, run_config, run_dir, corpus)
     describe(config, mesh, corpus, progress, run_dir)
     validated = progress.validated_step == progress.step
     truncate_metrics(run_dir / "metrics.jsonl", progress.step, validated=validated)
 
     def save() -> None:
+        progress.read(engine.counts())
         about = {"parts": corpus.parts, "sources": corpus.sources}
         about |= {"add_bos": corpus.add_bos, "add_eos": corpus.add_eos}
         state = {"config": run_config, "data": about, **kept.state()}
@@ -112,6 +128,71 @@ def train(
         report = Report(sinks, clock(config, mesh), sources=corpus.sources, steps=config.steps)
         loop(config, engine, corpus, progress, report, stop, save)
     return progress.valid_loss
+
+
+def rehearse(config: TrainConfig) -> None:
+    """Print what a step would be on `dry_run.world_size` GPUs, from the code that would run it."""
+    from parallel.dry_run import DryRun, FakeBatch, report
+    from training.optimizer import AdamW
+    from training.progress import Progress
+    from training.scaler import LossScaler
+
+    def build(mesh: "Mesh") -> "Engine":
+        model = build_model(config, mesh)
+        optimizer, progress = AdamW(model, config.optimizer), Progress()
+        optimizer.follow(rates_to_come(config, progress)[:1])
+        return build_engine(config, mesh, model, optimizer, LossScaler(config.precision), progress, n_sources=1)
+
+    if config.model.attention is not Attention.reference:
+        config.model.attention = Attention.sdpa  # keeps what every fused kernel keeps, and can be run without one
+    data = config.data
+    rows, row_len = config.micro_batch_tokens // data.pack_tokens, data.pack_tokens
+    run = DryRun(
+        build,
+        partial(FakeBatch.of, rows, row_len, data.seq_len),
+        config.parallel,
+        config.dry_run,
+        kernels=("model.loss_kernel", "training.adamw_kernel"),
+    )
+    n_micro_batches = -(-config.packs_of_step(config.steps) // (rows * run.axes.dp))
+    n_tokens = n_micro_batches * config.micro_batch_tokens * run.axes.dp
+    print(f"model      {config.model.name}: {config.model.n_params:,} parameters")
+    print(f"layout     {run.axes} = {config.dry_run.world_size} GPUs, zero_stage {config.parallel.zero_stage}")
+    print(
+        f"batch      {n_tokens:,} tokens a step = {run.axes.dp} data-parallel ranks x {n_micro_batches} micro-batches x "
+        f"{config.micro_batch_tokens:,}"
+    )
+    if n_tokens != config.global_batch_tokens:
+        print(
+            f"           global_batch_tokens ({config.global_batch_tokens:,}) does not fill them; training would ask for a "
+            f"multiple of {config.micro_batch_tokens * run.axes.dp:,}"
+        )
+    for line in report(run.read(n_micro_batches), config.dry_run, tokens_per_rank=n_tokens / config.dry_run.world_size):
+        print(line)
+
+
+def build_model(config: TrainConfig, mesh: "Mesh") -> Any:
+    """Make the model whole on the meta device, give it its dtype and place, and fill it in."""
+    import torch
+
+    from model.transformer import Transformer
+    from parallel.apply import parallelize
+
+    torch.manual_seed(config.seed)
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    precision = config.precision
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+    parallelize(
+        model,
+        mesh,
+        config.parallel,
+        dtypes[precision.compute.value],
+        fp8=precision.fp8.value,
+        grad_dtype=None if precision.grad_dtype is None else dtypes[precision.grad_dtype.value],
+    )
+    model.init_weights(config.seed)
+    return model
 
 
 def read_hf_weights(folder: Path, *, vocab_size: int) -> dict[str, Any]:
@@ -132,9 +213,9 @@ def loop(
 ) -> None:
     """Take batches and steps until the run is over or asked to stop; what is due comes after each step."""
     from data.loader import train_batches
+    from training.early_stop import is_hopeless
     from training.progress import check_bad_steps
     from training.run_folder import StopFile
-    from training.schedule import learning_rate, second_beta
 
     left_out = parse_ranges(config.skip_batches)
     stop_file = StopFile(config.checkpoint.stop_file)
@@ -160,18 +241,22 @@ def loop(
                 progress.skipped_steps += 1
                 logger.info("step %d/%d  left out, as skip_batches asks", progress.step, config.steps)
             else:
-                lr = learning_rate(
-                    progress.updates, steps=config.steps, lr=config.optimizer.lr, config=config.scheduler
-                )
-                beta2, scale = second_beta(progress.updates, config.optimizer), engine.scaler.scale
-                result = engine.train_step(batches, lr=lr, beta2=beta2)
-                progress.count(finite=result.finite)
-                report.throughput.end(result.n_tokens)
-                if not result.finite:
-                    check_bad_steps(progress, config.optimizer.max_bad_steps, partial(engine.first_bad_layer, batches))
-                if progress.step % config.logger.every == 0 or progress.step == config.steps:
+                scale = engine.scaler.scale
+                result = engine.train_step(batches)
+                if progress.step % config.logger.every and progress.step < config.steps:
+                    report.throughput.end(result.n_tokens)
+                else:
+                    bad = progress.read(engine.counts())  # waits for the device: the host runs ahead in between
+                    report.throughput.end(result.n_tokens)
+                    if bad:
+                        limit = config.optimizer.max_bad_steps
+                        check_bad_steps(progress, limit, partial(engine.first_bad_layer, batches))
+                    lr, beta2 = result.rates_2.tolist()
                     epochs = corpus.train.epochs(progress.samples)
                     report.step(progress, result, epochs, lr=lr, beta2=beta2, loss_scale=scale)
+            if is_hopeless(config.early_stop, report.sinks.run_dir, progress.step):
+                stop.give_up()
+            stop.agree()
             validate_if_due(config, engine, corpus, progress, report, stop)
             save_here, stop_here = stop_file.read(progress.step)
             every = config.checkpoint.every
@@ -203,8 +288,25 @@ def validate_if_due(
             report.validation(progress, totals_S4)
 
 
+def rates_to_come(config: TrainConfig, progress: "Progress") -> list[tuple[float, float]]:
+    """Give the learning rate and beta2 of each update that the steps left may make."""
+    from training.schedule import learning_rate, second_beta
+
+    updates = range(progress.updates, progress.updates + config.steps - progress.step + 1)
+    rate = partial(learning_rate, steps=config.steps, lr=config.optimizer.lr, config=config.scheduler)
+    return [(rate(update), second_beta(update, config.optimizer)) for update in updates]
+
+
 def build_engine(
-    config: TrainConfig, mesh: "Mesh", model: Any, optimizer: Any, scaler: Any, corpus: "Corpus"
+    config: TrainConfig,
+    mesh: "Mesh",
+    model: Any,
+    optimizer: Any,
+    scaler: Any,
+    progress: "Progress",
+    *,
+    n_sources: int,
+    bytes_per_token: Any = None,
 ) -> "Engine":
     """Join the model's loss, the way tokens are averaged, and the update into an engine."""
     import torch
@@ -213,17 +315,23 @@ def build_engine(
     from parallel.engine import Engine
     from training.token_weights import token_weights
 
-    loss, lengths = config.loss, corpus.bytes_per_token
+    loss = config.loss
     return Engine(
         model,
         optimizer,
         mesh,
-        linear_loss=partial(linear_cross_entropy, chunk_tokens=loss.chunk_tokens, label_smoothing=loss.label_smoothing),
+        linear_loss=partial(
+            linear_cross_entropy,
+            chunk_tokens=loss.chunk_tokens,
+            label_smoothing=loss.label_smoothing,
+            z_loss=loss.z_loss,
+        ),
         token_weights=partial(token_weights, reduction=loss.reduction),
         scaler=scaler,
         max_grad_norm=config.optimizer.max_grad_norm,
-        n_sources=len(corpus.sources),
-        bytes_per_token=None if lengths is None else torch.from_numpy(lengths),
+        n_sources=n_sources,
+        bytes_per_token=None if bytes_per_token is None else torch.from_numpy(bytes_per_token),
+        counts=(progress.updates, progress.bad_steps, progress.bad_in_a_row),
     )
 
 

@@ -1,10 +1,24 @@
 """Cross entropy of a linear head, in chunks: the logits of a whole batch never exist."""
 
+import importlib.util
+from types import ModuleType
+from typing import NamedTuple, Protocol
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 IGNORED = -100
+
+
+class Shard(Protocol):
+    """Which part of the vocabulary this process' head has, and how to reduce over all parts, in place."""
+
+    first: int  # the vocabulary's number of row 0 here
+    n_vocab: int  # of all parts together
+
+    def max_(self, tensor: Tensor) -> object: ...
+    def sum_(self, tensor: Tensor) -> object: ...
 
 
 def linear_cross_entropy(
@@ -15,16 +29,38 @@ def linear_cross_entropy(
     *,
     chunk_tokens: int,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Give `sum(loss_weights * loss of each token)`, and of each token its nll and whether it was guessed.
 
-    The loss is fp32, as `F.cross_entropy`'s with `label_smoothing`; nll_N is not smoothed, and 0 where
-    the label is -100. Gradients are computed chunk by chunk in the forward pass, so at most
-    `chunk_tokens` x V logits exist (the idea of arXiv:2410.10989, sec. 3.2).
+    The loss is fp32, as `F.cross_entropy`'s with `label_smoothing`, plus `z_loss` times the square of the
+    logits' log-sum-exp (arXiv:2204.02311, sec. 5); nll_N has neither, and is 0 where the label is -100.
+    Gradients are computed chunk by chunk in the forward pass, so at most `chunk_tokens` x V logits
+    exist (the idea of arXiv:2410.10989, sec. 3.2). With a `shard`, the weight is that part's rows, and the
+    gradient of h is that part's share, to be summed over all parts.
     """
     return _LinearCrossEntropy.apply(
-        h_ND, weight_VD, labels_N, loss_weights_N, chunk_tokens, label_smoothing, torch.is_grad_enabled()
+        h_ND,
+        weight_VD,
+        labels_N,
+        loss_weights_N,
+        chunk_tokens,
+        label_smoothing,
+        z_loss,
+        shard,
+        torch.is_grad_enabled(),
     )  # type: ignore[return-value]
+
+
+class Statistics(NamedTuple):
+    """What is known of each row of logits after one pass; fp32, indices int64."""
+
+    row_max: Tensor
+    argmax: Tensor
+    sum_exp: Tensor  # of exp(logit - row_max)
+    target: Tensor  # the label's logit, 0 where the label is not among these
+    total: Tensor  # sum of the logits
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -37,39 +73,47 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss_weights_N: Tensor,
         chunk_tokens: int,
         smoothing: float,
+        z_loss: float,
+        shard: Shard | None,
         with_gradients: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        n_tokens, n_vocab = h_ND.shape[0], weight_VD.shape[0]
+        n_tokens, n_vocab = h_ND.shape[0], weight_VD.shape[0] if shard is None else shard.n_vocab
+        first = 0 if shard is None else shard.first
+        rows = _rows(h_ND)
         nll_N = torch.empty(n_tokens, dtype=torch.float32, device=h_ND.device)
         correct_N = torch.empty(n_tokens, dtype=torch.bool, device=h_ND.device)
         loss = torch.zeros((), dtype=torch.float32, device=h_ND.device)
         grad_h = torch.empty_like(h_ND) if with_gradients else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if with_gradients else None
+        grad_weight = None
         for start in range(0, n_tokens, chunk_tokens):
             part = slice(start, start + chunk_tokens)
             h, labels = h_ND[part], labels_N[part]
             kept = labels != IGNORED
-            target, token_weight = labels.clamp(min=0)[:, None], loss_weights_N[part] * kept
-            logits = (h @ weight_VD.T).float()
-            log_norm = logits.logsumexp(dim=-1)
-            nll = log_norm - logits.gather(1, target)[:, 0]
+            token_weight = torch.where(kept, loss_weights_N[part], 0.0)
+            logits = h @ weight_VD.T
+            logits = logits if rows is not _TorchRows else logits.float()
+            here = rows.statistics(logits, labels - first)
+            everywhere = here if shard is None else _reduced(here, shard)
+            log_norm = everywhere.row_max + everywhere.sum_exp.log()
+            nll = log_norm - everywhere.target
             nll_N[part] = nll * kept
-            correct_N[part] = (logits.argmax(dim=-1) == labels) & kept
-            smooth_nll = log_norm - logits.mean(dim=-1) if smoothing else nll
-            loss += torch.where(kept, token_weight * ((1 - smoothing) * nll + smoothing * smooth_nll), 0.0).sum()
-            if grad_h is None or grad_weight is None:
+            correct_N[part] = everywhere.argmax == labels
+            token_loss = (1 - smoothing) * nll + smoothing * (log_norm - everywhere.total / n_vocab)
+            loss += (token_weight * (token_loss + z_loss * log_norm.square())).sum()
+            if grad_h is None:
                 continue
-            # d loss / d logits = weight * (softmax - (1 - smoothing) * onehot - smoothing / V), in place
-            grad = logits.sub_(log_norm[:, None]).exp_()
-            if smoothing:
-                grad.sub_(smoothing / n_vocab)
-            grad.scatter_add_(1, target, torch.full_like(target, -(1 - smoothing), dtype=grad.dtype))
-            grad = grad.mul_(token_weight[:, None]).to(h.dtype)
+            # d loss / d logit = weight * (softmax * (1 + 2 z log_norm) - (1 - smoothing) * onehot - smoothing / V)
+            grad = rows.gradient(
+                logits,
+                labels - first,
+                here.row_max,
+                log_norm,
+                token_weight * (1 + 2 * z_loss * log_norm),
+                token_weight * (1 - smoothing),
+                token_weight * (smoothing / n_vocab) if smoothing else None,
+            ).to(h.dtype)
             torch.mm(grad, weight_VD, out=grad_h[part])
-            if h.is_cuda and h.dtype != torch.float32:
-                grad_weight += torch.mm(grad.T, h, out_dtype=torch.float32)
-            else:
-                grad_weight.addmm_(grad.T.float(), h.float())
+            grad_weight = _add_product(grad_weight, grad, h, alone=chunk_tokens >= n_tokens)
         if grad_h is not None and grad_weight is not None:
             ctx.save_for_backward(grad_h, grad_weight)  # type: ignore[attr-defined]
         ctx.weight_dtype = weight_VD.dtype  # type: ignore[attr-defined]
@@ -79,5 +123,70 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_h, grad_weight = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)  # type: ignore[attr-defined]
-        return grad_h * grad_loss.to(grad_h.dtype), grad_weight, None, None, None, None, None
+        scaled = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)  # type: ignore[attr-defined]
+        torch.mul(grad_weight, grad_loss, out=scaled)
+        return grad_h * grad_loss.to(grad_h.dtype), scaled, *[None] * 7
+
+
+def _add_product(total_VD: Tensor | None, grad_NV: Tensor, h_ND: Tensor, *, alone: bool) -> Tensor:
+    """Add a chunk's share to the weight's gradient: in fp32, unless one product is all of it."""
+    if alone:
+        return grad_NV.T @ h_ND
+    if not h_ND.is_cuda or h_ND.dtype == torch.float32:
+        grad_NV, h_ND = grad_NV.float(), h_ND.float()
+        return grad_NV.T @ h_ND if total_VD is None else total_VD.addmm_(grad_NV.T, h_ND)
+    if total_VD is None:
+        return torch.mm(grad_NV.T, h_ND, out_dtype=torch.float32)
+    # The product's own last stage adds to what is there: no pass of its own over V x D.
+    return torch.ops.aten.addmm.dtype_out(total_VD, grad_NV.T, h_ND, torch.float32, out=total_VD)
+
+
+def _reduced(here: Statistics, shard: Shard) -> Statistics:
+    """Make the statistics of a part of the vocabulary those of all of it."""
+    row_max = here.row_max.clone()
+    shard.max_(row_max)
+    sums = torch.stack([here.sum_exp * (here.row_max - row_max).exp(), here.target, here.total])
+    shard.sum_(sums)
+    # Of equal logits the first is the guess, as within a part; fp32 counts exactly to 2**24.
+    guess = torch.where(here.row_max == row_max, -(here.argmax + shard.first).float(), float("-inf"))
+    shard.max_(guess)
+    return Statistics(row_max, (-guess).long(), *sums)
+
+
+class _TorchRows:
+    """One pass over the logits and one for their gradient, in place, on any device."""
+
+    @staticmethod
+    def statistics(logits_NV: Tensor, labels_N: Tensor) -> Statistics:
+        """Leave exp(logit - row_max) in the logits' place."""
+        inside = (labels_N >= 0) & (labels_N < logits_NV.shape[1])
+        target = logits_NV.gather(1, torch.where(inside, labels_N, 0)[:, None])[:, 0]
+        row_max, argmax = logits_NV.max(dim=-1)
+        total = logits_NV.sum(dim=-1)
+        sum_exp = logits_NV.sub_(row_max[:, None]).exp_().sum(dim=-1)
+        return Statistics(row_max, argmax, sum_exp, torch.where(inside, target, 0.0), total)
+
+    @staticmethod
+    def gradient(
+        exp_NV: Tensor,
+        labels_N: Tensor,
+        row_max_N: Tensor,
+        log_norm_N: Tensor,
+        softmax_factor_N: Tensor,
+        target_factor_N: Tensor,
+        uniform_N: Tensor | None,
+    ) -> Tensor:
+        grad = exp_NV.mul_(((row_max_N - log_norm_N).exp() * softmax_factor_N)[:, None])
+        if uniform_N is not None:
+            grad.sub_(uniform_N[:, None])
+        inside = (labels_N >= 0) & (labels_N < grad.shape[1])
+        index, value = torch.where(inside, labels_N, 0), torch.where(inside, -target_factor_N, 0.0)
+        return grad.scatter_add_(1, index[:, None], value[:, None])
+
+
+def _rows(h_ND: Tensor) -> type[_TorchRows] | ModuleType:
+    if h_ND.is_cuda and importlib.util.find_spec("triton") is not None:
+        from model import loss_kernel
+
+        return loss_kernel
+    return _TorchRows

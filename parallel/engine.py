@@ -1,6 +1,5 @@
 """The step: forward, backward, one global norm, one clip, one update, or none if a number is not finite."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,11 +25,12 @@ class MicroBatch(Protocol):
 
 
 class Optimizer(Protocol):
-    def step(self, *, lr: float, beta2: float, grad_scale: Tensor) -> None: ...
+    def step(self, *, grad_scale: Tensor, finite: Tensor) -> Tensor: ...
 
 
 class Scaler(Protocol):
     scale: float
+    dynamic: bool
 
     def update(self, *, finite: bool) -> None: ...
 
@@ -42,16 +42,19 @@ TokenWeights = Callable[[list[int]], list[float]]
 
 @dataclass(slots=True)
 class StepResult:
-    loss: Tensor  # scalar on the device, as the step minimised it
-    grad_norm: float  # over all parameters, before clipping
-    finite: bool  # False: nothing was changed
+    """What a step gave. Tensors are on the device: reading one waits for the step."""
+
+    loss: Tensor  # scalar, as the step minimised it
+    grad_norm: Tensor  # scalar, over all parameters, before clipping
+    finite: Tensor  # scalar; False: nothing was changed
+    rates_2: Tensor  # the learning rate and beta2 of the update
     n_tokens: int  # padding and masked ones included
     n_targets: int
-    totals_S4: Tensor  # float64 on the device, a row a source: sum of nll, correct, targets, bytes
+    totals_S4: Tensor  # float64, a row a source: sum of nll, correct, targets, bytes
 
 
 class Engine:
-    """Runs steps of one model and one optimizer on a mesh."""
+    """Runs steps of one model and one optimizer on a mesh, without waiting for the device."""
 
     def __init__(
         self,
@@ -65,6 +68,7 @@ class Engine:
         max_grad_norm: float,
         n_sources: int,
         bytes_per_token: Tensor | None,
+        counts: Sequence[int] = (0, 0, 0),
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -75,8 +79,15 @@ class Engine:
         self.max_grad_norm = max_grad_norm
         self.n_sources = n_sources
         self.bytes_per_token = None if bytes_per_token is None else bytes_per_token.to(mesh.device)
+        # updates, steps without a finite gradient, how many of these were the last ones
+        self.counts_3 = torch.tensor(counts, dtype=torch.int64).to(mesh.device)
 
-    def train_step(self, batches: Sequence[MicroBatch], *, lr: float, beta2: float) -> StepResult:
+    def counts(self) -> tuple[int, int, int]:
+        """Wait for all steps; gives the updates, the steps without a finite gradient, and how many came last."""
+        updates, bad_steps, bad_in_a_row = self.counts_3.tolist()
+        return updates, bad_steps, bad_in_a_row
+
+    def train_step(self, batches: Sequence[MicroBatch]) -> StepResult:
         """Run the micro-batches of one step and update the weights, unless the gradient is not finite."""
         counts = [int((batch.labels_BT != IGNORED).sum()) for batch in batches]
         loss = torch.zeros((), device=self.mesh.device)
@@ -87,16 +98,16 @@ class Engine:
             loss += scaled_loss.detach()
         loss /= self.scaler.scale
         grad_norm = self._grad_norm()
-        finite = math.isfinite(grad_norm)
-        if finite:
-            # The clip and the loss scale are one division, done inside the update.
-            clip = max(1.0, (grad_norm + 1e-6) / self.max_grad_norm) if self.max_grad_norm > 0 else 1.0
-            grad_scale = torch.tensor(clip * self.scaler.scale, device=self.mesh.device, dtype=torch.float32)
-            self.optimizer.step(lr=lr, beta2=beta2, grad_scale=grad_scale)
-        self.scaler.update(finite=finite)
+        finite = torch.isfinite(grad_norm)
+        # The clip and the loss scale are one division, done inside the update.
+        clip = ((grad_norm + 1e-6) / self.max_grad_norm).clamp(min=1.0) if self.max_grad_norm > 0 else 1.0
+        rates_2 = self.optimizer.step(grad_scale=torch.ones_like(grad_norm) * clip * self.scaler.scale, finite=finite)
+        self._count(finite)
+        if self.scaler.dynamic:  # the next step's scale is a number of the host's
+            self.scaler.update(finite=bool(finite))
         n_tokens = sum(batch.tokens_BT.numel() for batch in batches)
         self._drop_gradients()
-        return StepResult(loss, grad_norm, finite, n_tokens, sum(counts), totals_S4)
+        return StepResult(loss, grad_norm, finite, rates_2, n_tokens, sum(counts), totals_S4)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
@@ -124,6 +135,7 @@ class Engine:
 
         leaves = [(name, m) for name, m in self.model.named_modules() if name and not list(m.children())]
         hooks = [module.register_forward_hook(watch(name)) for name, module in leaves]
+        torch.compiler.set_stance("force_eager")  # a compiled block does not call the hooks
         try:
             for name, param in self.model.named_parameters():
                 if not torch.isfinite(param).all():
@@ -137,6 +149,7 @@ class Engine:
             wrong = (n for n, grad in norms if grad is not None and not torch.isfinite(grad).all())
             return next((f"{n} (gradient)" for n in wrong), "the sum of finite gradients overflowed")
         finally:
+            torch.compiler.set_stance("default")
             for hook in hooks:
                 hook.remove()
             self._drop_gradients()
@@ -170,13 +183,18 @@ class Engine:
     def _no_totals(self) -> Tensor:
         return torch.zeros(self.n_sources, 4, dtype=torch.float64, device=self.mesh.device)
 
-    def _grad_norm(self) -> float:
+    def _count(self, finite: Tensor) -> None:
+        updates, bad_steps, bad_in_a_row = self.counts_3.unbind()
+        in_a_row = torch.where(finite, 0, bad_in_a_row + 1)
+        self.counts_3 = torch.stack([updates + finite, bad_steps + ~finite, in_a_row])
+
+    def _grad_norm(self) -> Tensor:
         """The 2-norm over all gradients, without the loss scale; each parameter is counted once."""
         for param in self.model.parameters():
             if param.grad is None:  # a step without a single target
                 param.grad = torch.zeros_like(param)
         norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in self.model.parameters()]
-        return float(torch.linalg.vector_norm(torch.stack(norms))) / self.scaler.scale
+        return torch.linalg.vector_norm(torch.stack(norms)) / self.scaler.scale
 
     def _drop_gradients(self) -> None:
         for param in self.model.parameters():

@@ -93,7 +93,7 @@ def test_the_tutorial_experiment_has_the_tutorials_hyper_parameters() -> None:
         ),
         (
             ["launcher=slurm", "optimizer.lr=1e-3,-1"],
-            ["optimizer.lr (-1.0) must be positive and finite (at launcher=slurm optimizer.lr=-1)"],
+            ["optimizer.lr (-1.0) must be positive and finite (at optimizer.lr=-1)"],
         ),
         (["skip_batches=[2,3-1]"], ["skip_batches (2,3-1) must look like [17,100-120]"]),
         (

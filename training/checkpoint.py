@@ -1,44 +1,40 @@
-"""Checkpoints that are whole or not there: written aside, verified, hashed, and renamed into place."""
+"""Checkpoints that are whole or not there: written aside, verified, hashed, and renamed into place.
+
+Every rank writes and hashes what it holds; rank 0 alone commits, removes, and decides which one is read.
+"""
 
 import json
 import logging
 import os
-import pickle
-import re
 import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from training.config import CheckpointError
+from training.metadata import MetadataReader, check_complete, read_metadata
+from training.ranks import Ranks, reason_of, some
+from training.run_folder import STEP, committed
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-STEP = re.compile(r"step-(\d{8})")
-# DCP's metadata is a pickle; these are the only names it may bring to life.
-PICKLED_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner")
-PICKLED_NAMES = {
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.distributed.checkpoint.filesystem", "StorageMeta"),
-    ("builtins", "getattr"),
-}
+# States of one rank each: resumed by another number of ranks, there are more or fewer of them.
+PER_RANK = "rng."
 
 
 @dataclass(slots=True)
@@ -48,142 +44,215 @@ class Checkpoint:
     path: Path
     step: int
     state: dict[str, Any]
-    tensors: dict[str, TensorStorageMetadata] = field(repr=False)
+    metadata: Metadata = field(repr=False)
+    ranks: Ranks = field(repr=False, default_factory=Ranks)
+
+    @property
+    def tensors(self) -> dict[str, TensorStorageMetadata]:
+        return self.metadata.state_dict_metadata  # type: ignore[return-value]
 
     def load_into(self, tensors: dict[str, Tensor]) -> None:
-        """Read every tensor in place; names, shapes and dtypes must be those that were saved."""
-        saved, wanted = set(self.tensors), set(tensors)
-        if saved != wanted:
-            raise CheckpointError(
-                f"{self.path} holds other tensors than this run needs: missing {_some(wanted - saved)}, "
-                f"not used {_some(saved - wanted)}"
-            )
-        self._load(tensors)
+        """Read every tensor in place, each rank its part, whatever the layout it was saved from.
+
+        Names, shapes and dtypes, over all ranks, must be those that were saved.
+        """
+        self.ranks.together(lambda: _shapes(tensors), self._check_names)
+        self.load(tensors)
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Read the named tensors in place, each rank its part; shapes and dtypes must be those that were saved."""
+
+        def read() -> None:
+            self._check_shapes(_shapes(tensors))
+            if tensors:
+                with _one_process():
+                    load(dict(tensors), storage_reader=MetadataReader(self.path, self.metadata), no_dist=True)
+
+        self.ranks.together(read, lambda _: None)
 
     def read(self, prefix: str) -> dict[str, Tensor]:
-        """Read the tensors whose names begin with `prefix`, on the CPU, without the prefix."""
+        """Read the tensors whose names begin with `prefix`, whole, on the CPU, without the prefix."""
         names = [name for name in self.tensors if name.startswith(prefix)]
         return {name.removeprefix(prefix): tensor for name, tensor in self.read_names(names).items()}
 
     def read_names(self, names: list[str]) -> dict[str, Tensor]:
-        """Read the named tensors, on the CPU."""
+        """Read the named tensors, whole, on the CPU."""
         saved = {name: self.tensors[name] for name in names}
         found = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in saved.items()}
-        self._load(found)
+        self.load(found)
         return found
 
-    def _load(self, tensors: dict[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
+    def _check_names(self, parts: list[dict[str, Any]]) -> None:
+        wanted = {name: shape for part in parts for name, shape in part.items()}
+        missing, unused = wanted.keys() - self.tensors.keys(), self.tensors.keys() - wanted.keys()
+        unused = {name for name in unused if not name.startswith(PER_RANK)}
+        if missing or unused:
+            raise CheckpointError(
+                f"{self.path} holds other tensors than this run needs: missing {some(missing)}, not used {some(unused)}"
+            )
+        self._check_shapes(wanted)
+
+    def _check_shapes(self, wanted: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
+        wrong = []
+        for name, (shape, dtype) in wanted.items():
             saved = self.tensors[name]
-            if saved.size != tensor.shape or saved.properties.dtype != tensor.dtype:
-                raise CheckpointError(
-                    f"{self.path}: {name} is {tuple(saved.size)} {saved.properties.dtype}, "
-                    f"and this run's is {tuple(tensor.shape)} {tensor.dtype}"
-                )
-        if tensors:
-            with _one_process():
-                load(dict(tensors), storage_reader=FileSystemReader(self.path), no_dist=True)
+            if (saved.size, saved.properties.dtype) != (shape, dtype):
+                there = f"{tuple(saved.size)} {saved.properties.dtype}"
+                wrong.append(f"{name} is {there}, and this run's is {tuple(shape)} {dtype}")
+        if wrong:
+            more = f"; {len(wrong) - 3} more differ" if len(wrong) > 3 else ""
+            raise CheckpointError(f"{self.path}: {'; '.join(wrong[:3])}{more}")
 
 
 class Checkpoints:
-    """The checkpoints of one run folder, which this process alone writes to."""
+    """The checkpoints of one run folder, which the ranks of one group alone write to."""
 
-    def __init__(self, run_dir: Path, *, keep: int) -> None:
+    def __init__(self, run_dir: Path, *, keep: int, group: dist.ProcessGroup | None = None) -> None:
         self.folder = run_dir / "checkpoints"
         self.keep = keep
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".*"):  # of a run that was killed while writing or removing
-            shutil.rmtree(leftover)
+        self.ranks = Ranks(group)
+        self.ranks.on_first(self._sweep)
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
-        """Write a checkpoint and commit it; on failure nothing has changed and `CheckpointError` says why."""
+        """Write a checkpoint and commit it, all ranks together; of a tensor each writes what it holds.
+
+        On failure, on whichever rank, nothing has changed and `CheckpointError` says why, everywhere.
+        """
         final = self.folder / f"step-{step:08d}"
-        if final.exists():
+        text = json.dumps({"step": step, **state}, indent=1, allow_nan=False, sort_keys=True)
+        if self.ranks.on_first(final.exists):
             return final
-        partial = self.folder / f".tmp-{final.name}-{os.getpid()}"
+        partial_dir = self.ranks.on_first(lambda: self.folder / f".tmp-{final.name}-{os.getpid()}")
         try:
-            _write(partial, step, tensors, state)
-            os.rename(partial, final)
-            _fsync(self.folder)
-        except (OSError, RuntimeError, CheckpointException) as error:
+            _write(partial_dir, step, tensors, text, self.ranks)
+            self.ranks.on_first(lambda: self._commit(partial_dir, final))
+        except CheckpointError as error:
+            if self.ranks.rank == 0:
+                shutil.rmtree(partial_dir, ignore_errors=True)
             n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-            shutil.rmtree(partial, ignore_errors=True)
             free = shutil.disk_usage(self.folder).free
             raise CheckpointError(
-                f"the checkpoint of step {step} was not written to {self.folder}: {_reason(error)}; it needs about "
+                f"the checkpoint of step {step} was not written to {self.folder}: {error}; it needs about "
                 f"{n_bytes:,} bytes and {free:,} are free; earlier checkpoints are untouched"
             ) from error
-        self._purge()
+        self.ranks.on_first(self._purge)
         return final
 
     def newest(self) -> Checkpoint | None:
-        """Give the newest good checkpoint; a damaged one is named, set aside as `.corrupt`, and the next tried."""
-        found = _steps(self.folder)
+        """Give the newest good checkpoint; a damaged one is named, set aside as `.corrupt`, and the next tried.
+
+        Rank 0 decides: what another rank would see of the disk may be old.
+        """
+        found = self.ranks.on_first(lambda: committed(self.folder))
         for path in found:
             try:
-                return _open(path)
+                return _open(path, self.ranks)
             except CheckpointError as error:
-                aside = path.with_name(f"{path.name}.corrupt")
-                shutil.rmtree(aside, ignore_errors=True)
-                os.rename(path, aside)
-                logger.warning("%s; set aside as %s", error, aside.name)
+                self.ranks.on_first(partial(_set_aside, path, str(error)))
         if found:
             raise CheckpointError(
                 f"every checkpoint in {self.folder} is damaged; the run is not started over by itself"
             )
         return None
 
+    def _sweep(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(".*"):  # of a run that was killed while writing or removing
+            shutil.rmtree(leftover)
+
+    def _commit(self, partial_dir: Path, final: Path) -> None:
+        os.rename(partial_dir, final)
+        _fsync(self.folder)
+
     def _purge(self) -> None:
         if not self.keep:
             return
-        for path in _steps(self.folder)[self.keep :]:
+        for path in committed(self.folder)[self.keep :]:
             trash = path.with_name(f".trash-{path.name}")  # a removal that is cut short leaves nothing that looks whole
-            os.rename(path, trash)
+            try:
+                os.rename(path, trash)
+            except OSError as error:
+                logger.warning("%s could not be removed: %s", path, error)
             shutil.rmtree(trash, ignore_errors=True)
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, ranks: Ranks | None = None) -> Checkpoint:
     """Open a checkpoint folder, or the newest good one of a run folder, changing nothing."""
-    if (path / "manifest.json").exists() or STEP.fullmatch(path.name):
-        return _open(path)
-    found = _steps(path / "checkpoints")
+    ranks = ranks or Ranks()
+
+    def candidates() -> list[Path]:
+        if (path / "manifest.json").exists() or STEP.fullmatch(path.name):
+            return [path]
+        return committed(path / "checkpoints")
+
+    found = ranks.on_first(candidates)
     if not found:
         raise CheckpointError(
             f"there is no checkpoint in {path}; name a run folder such as runs/demo, or one of its checkpoints"
         )
     for candidate in found:
         try:
-            return _open(candidate)
+            return _open(candidate, ranks)
         except CheckpointError as error:
+            if found == [path]:
+                raise
             logger.warning("%s; trying an older one", error)
     raise CheckpointError(f"every checkpoint in {path / 'checkpoints'} is damaged")
 
 
-def _steps(folder: Path) -> list[Path]:
-    """Committed checkpoints, newest step first; file times say nothing."""
-    if not folder.is_dir():
-        return []
-    return sorted((path for path in folder.iterdir() if STEP.fullmatch(path.name)), reverse=True)
+def _write(folder: Path, step: int, tensors: dict[str, Tensor], text: str, ranks: Ranks) -> None:
+    """Write all files of a checkpoint, so that they outlast a loss of power, and see that they are all there."""
 
+    def make_folder() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
 
-def _write(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    def own_files() -> tuple[dict[str, Any], list[str]]:
+        paths = sorted(folder.glob(f"__{ranks.rank}_*"))
+        return {path.name: _durable(path) for path in paths}, list(tensors)
+
+    def finish(parts: list[tuple[dict[str, Any], list[str]]]) -> None:
+        files = {name: about for part, _ in parts for name, about in part.items()}
+        unseen = {name for name in files if not (folder / name).exists()}
+        if unseen:
+            raise CheckpointError(f"rank 0 does not see {some(unseen)}: all nodes must share the run folder")
+        names = {name for _, part in parts for name in part}
+        check_complete(read_metadata(folder), names, {name: about["size"] for name, about in files.items()})
+        (folder / "state.json").write_text(text + "\n")
+        for name in (".metadata", "state.json"):
+            files[name] = _durable(folder / name)
+        manifest = {"format_version": FORMAT_VERSION, "step": step, "files": dict(sorted(files.items()))}
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        _fsync(folder / "manifest.json")
+        _fsync(folder)
+
+    ranks.on_first(make_folder)
     # One thread: a writer of several can lose an error of one of them.
     writer = FileSystemWriter(folder, thread_count=1, single_file_per_rank=True)
-    with _one_process():
-        save(dict(tensors), storage_writer=writer, no_dist=True)
-    written = _read_metadata(folder)
-    if set(written) != set(tensors):
-        raise RuntimeError(f"{_some(set(tensors) - set(written))} were not written")
-    text = json.dumps({"step": step, **state}, indent=1, allow_nan=False, sort_keys=True)
-    (folder / "state.json").write_text(text + "\n")
-    files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
-    manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    for path in folder.iterdir():
-        _fsync(path)
-    _fsync(folder)
+    alone = ranks.group is None
+    try:
+        with _one_process():
+            save(dict(tensors), storage_writer=writer, process_group=ranks.group, no_dist=alone)
+    except (OSError, RuntimeError, CheckpointException) as error:  # DCP raises one of a rank's on all
+        raise CheckpointError(reason_of(error)) from error
+    ranks.together(own_files, finish)
+
+
+def _durable(path: Path) -> dict[str, Any]:
+    """Describe a file that is from now on safe from a loss of power."""
+    _fsync(path)
+    return _describe(path)
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def _set_aside(path: Path, reason: str) -> None:
+    aside = path.with_name(f"{path.name}.corrupt")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+    logger.warning("%s; set aside as %s", reason, aside.name)
 
 
 @contextmanager
@@ -194,8 +263,24 @@ def _one_process() -> Iterator[None]:
         yield
 
 
-def _open(path: Path) -> Checkpoint:
-    """Verify a checkpoint against its manifest and open it."""
+def _open(path: Path, ranks: Ranks) -> Checkpoint:
+    """Verify a checkpoint against its manifest, each rank a share of the files, and open it."""
+    step, files = ranks.on_first(partial(_read_manifest, path))
+    largest_first = sorted(files, key=lambda name: (-files[name]["size"], name))
+    mine = largest_first[ranks.rank :: ranks.size]
+
+    def read(_: list[None]) -> tuple[dict[str, Any], Metadata]:
+        metadata = read_metadata(path)
+        named = {place.relative_path for place in (metadata.storage_data or {}).values()}
+        if named - set(files):
+            raise CheckpointError(f"{path}/.metadata names {some(named - set(files))}, which its manifest does not")
+        return json.loads((path / "state.json").read_text()), metadata
+
+    state, metadata = ranks.together(lambda: _verify(path, {name: files[name] for name in mine}), read)
+    return Checkpoint(path, step, state, metadata, ranks)
+
+
+def _read_manifest(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         files, step, version = manifest["files"], manifest["step"], manifest["format_version"]
@@ -205,6 +290,10 @@ def _open(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}/manifest.json is damaged") from None
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format_version {version}; this code reads {FORMAT_VERSION}")
+    return step, files
+
+
+def _verify(path: Path, files: dict[str, dict[str, Any]]) -> None:
     for name, expected in files.items():
         file = path / name
         if not file.exists():
@@ -213,38 +302,6 @@ def _open(path: Path) -> Checkpoint:
             raise CheckpointError(f"{file} has {file.stat().st_size} bytes of {expected['size']}: it was cut short")
         if _describe(file) != expected:
             raise CheckpointError(f"{file} is not what was written: its hash differs from the manifest's")
-    state = json.loads((path / "state.json").read_text())
-    return Checkpoint(path, step, state, _read_metadata(path))
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        allowed = module in PICKLED_MODULES or (module, name) in PICKLED_NAMES
-        allowed = allowed or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
-        allowed = allowed or (module.startswith("pathlib") and name in ("Path", "PosixPath"))
-        if not allowed:
-            raise CheckpointError(
-                f"its .metadata asks for {module}.{name}, which no checkpoint needs; it is not loaded"
-            )
-        return super().find_class(module, name)
-
-
-def _read_metadata(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """Read the tensors' names, shapes and dtypes, without running what a pickle could run."""
-    with (folder / ".metadata").open("rb") as file:
-        try:
-            metadata = _MetadataUnpickler(file).load()
-        except CheckpointError as error:
-            raise CheckpointError(f"{folder}: {error}") from None
-        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
-            raise CheckpointError(f"{folder}/.metadata is damaged: {error}") from None
-    if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{folder}/.metadata is no metadata")
-    entries = metadata.state_dict_metadata
-    for name, entry in entries.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            raise CheckpointError(f"{folder}: {name} is not a tensor, and is not loaded")
-    return entries  # type: ignore[return-value]
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -261,14 +318,3 @@ def _fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _some(names: set[str]) -> str:
-    shown = ", ".join(sorted(names)[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown or "none"

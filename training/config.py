@@ -3,6 +3,7 @@
 Free of torch, so that a wrong value is refused before torch is imported.
 """
 
+import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -34,6 +35,19 @@ class Dtype(Enum):
     fp16 = "fp16"
 
 
+class Fp8(Enum):
+    none = "none"
+    tensorwise = "tensorwise"  # one scale a matrix: the fastest
+    rowwise = "rowwise"  # one scale a row: more exact
+
+
+class OptimizerImpl(Enum):
+    auto = "auto"  # triton on a CUDA device, torch elsewhere
+    triton = "triton"  # one kernel of ours: a single pass, and no wait for the host
+    torch = "torch"  # torch's fused AdamW on fp32 copies
+    apex = "apex"  # NVIDIA apex's fused Adam on fp32 copies
+
+
 class Reduction(Enum):
     global_token = "global_token"  # mean over all target tokens of a step
     row_mean = "row_mean"  # mean over micro-batches of their means, as InternLM does
@@ -56,6 +70,8 @@ class OptimizerConfig:
     beta2_c: float = 0.0  # beta2 = max(beta2, 1 - i**-c) at update i; 0: constant
     eps: float = 1e-8
     decay: Decay = Decay.matrices
+    state_dtype: Dtype = Dtype.fp32  # of the moments: fp32 or bf16
+    impl: OptimizerImpl = OptimizerImpl.auto
     max_grad_norm: float = 1.0  # one norm over all parameters; 0: no clipping
     max_bad_steps: int = 10  # steps in a row without a finite gradient before the run is stopped
 
@@ -70,6 +86,8 @@ class OptimizerConfig:
                 yield f"optimizer.{key} ({getattr(self, key)}) must be in [0, 1)"
         if not self.eps > 0:
             yield f"optimizer.eps ({self.eps}) must be positive"
+        if self.state_dtype is Dtype.fp16:
+            yield "optimizer.state_dtype (fp16) must be fp32 or bf16, because second moments underflow in fp16"
         if self.max_bad_steps < 1:
             yield f"optimizer.max_bad_steps ({self.max_bad_steps}) must be at least 1"
 
@@ -105,6 +123,8 @@ class PrecisionConfig:
     """
 
     compute: Dtype = Dtype.bf16
+    fp8: Fp8 = Fp8.none  # products of the blocks' matrices in 8 bits, scaled by what is there (arXiv:2209.05433)
+    grad_dtype: Dtype | None = None  # in which micro-batches' gradients are added up (null: compute)
     initial_scale: float = 2.0**16
     growth_interval: int = 1000  # finite steps before the scale grows
     growth_factor: float = 2.0
@@ -114,6 +134,15 @@ class PrecisionConfig:
     hysteresis: int = 2  # overflows before the scale falls
 
     def problems(self) -> Iterator[str]:
+        if self.fp8 is not Fp8.none and self.compute is not Dtype.bf16:
+            yield f"precision.fp8 ({self.fp8.value}) needs precision.compute bf16, not {self.compute.value}"
+        if self.fp8 is not Fp8.none and importlib.util.find_spec("torchao") is None:
+            yield (
+                f"precision.fp8 ({self.fp8.value}) needs torchao: pip install -r requirements-gpu.txt, or choose "
+                "precision.fp8=none"
+            )
+        if self.grad_dtype not in (None, self.compute, Dtype.fp32):
+            yield f"precision.grad_dtype ({self.grad_dtype.value}) must be fp32, {self.compute.value} or null"
         if not 0 < self.min_scale <= self.initial_scale <= self.max_scale:
             yield (
                 f"precision.initial_scale ({self.initial_scale}) must be between precision.min_scale "
@@ -132,11 +161,14 @@ class PrecisionConfig:
 class LossConfig:
     reduction: Reduction = Reduction.global_token
     label_smoothing: float = 0.0
+    z_loss: float = 0.0  # factor on the squared log-sum-exp of the logits (PaLM has 1e-4)
     chunk_tokens: int = 4096  # tokens whose logits exist at one time
 
     def problems(self) -> Iterator[str]:
         if not 0 <= self.label_smoothing < 1:
             yield f"loss.label_smoothing ({self.label_smoothing}) must be in [0, 1)"
+        if not 0 <= self.z_loss < math.inf:
+            yield f"loss.z_loss ({self.z_loss}) must be 0 or more and finite"
         if self.chunk_tokens < 1:
             yield f"loss.chunk_tokens ({self.chunk_tokens}) must be at least 1"
 
@@ -170,3 +202,19 @@ class LoggerConfig:
             yield f"logger.every ({self.every}) must be at least 1"
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             yield f"logger.peak_tflops ({self.peak_tflops}) must be positive, or null"
+
+
+@dataclass(kw_only=True, slots=True)
+class EarlyStopConfig:
+    """Gives up a point of a sweep whose smoothed loss is above the best point's at the same tokens by a margin."""
+
+    margin: float | None = None  # nats a token (null: no point is given up)
+    after_step: int = 100
+    every: int = 10  # steps between comparisons
+
+    def problems(self) -> Iterator[str]:
+        if self.margin is not None and not self.margin > 0:
+            yield f"early_stop.margin ({self.margin}) must be positive, or null for no early stop"
+        for key in ("after_step", "every"):
+            if getattr(self, key) < 1:
+                yield f"early_stop.{key} ({getattr(self, key)}) must be at least 1"

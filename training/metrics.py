@@ -51,6 +51,8 @@ def loss_metrics(totals: Sequence[Sequence[float]], sources: Sequence[str], pref
 class Throughput:
     """Speed by the clock, from the start of a step's data to the end of its update.
 
+    The host runs ahead of the device between the steps whose figures are read: these are the mean of the
+    steps since the last ones.
     Tokens are a batch's, padding and masked ones included, and per device of the world, as
     InternLM's `tgs`; FLOP/s by its formula and, for MFU, by the exact causal count.
     """
@@ -58,35 +60,45 @@ class Throughput:
     def __init__(self, *, world_size: int, internlm_flops: float, causal_flops: float, peak: float | None) -> None:
         self.world_size, self.peak = world_size, peak
         self.internlm_flops, self.causal_flops = internlm_flops, causal_flops
-        self.recent: deque[tuple[int, float]] = deque(maxlen=50)
+        self.recent: deque[tuple[int, float, int]] = deque(maxlen=50)  # tokens, seconds, steps
         self.tokens, self.seconds = 0, 0.0
+        self.unread, self.waited = (0, 0.0, 0), 0.0
         self.begin()
 
     def begin(self) -> None:
         self.started = time.perf_counter()
-        self.waited = 0.0
 
     def data_ready(self) -> None:
         """Note that the step's batch is there: until now the step waited for data."""
-        self.waited = time.perf_counter() - self.started
+        self.waited += time.perf_counter() - self.started
 
     def end(self, tokens: int) -> None:
+        """Note that a step is done, or that it was given to the device if its figures are not read."""
         elapsed = time.perf_counter() - self.started
-        self.recent.append((tokens, elapsed))
+        so_far, seconds, steps = self.unread
+        self.unread = so_far + tokens, seconds + elapsed, steps + 1
         self.tokens += tokens
         self.seconds += elapsed
 
     def metrics(self, steps_left: int) -> dict[str, float | None]:
-        """Give this step's figures, and the time left at the mean of the last 50 steps."""
-        tokens, seconds = self.recent[-1]
+        """Give the figures since the last time, a step, and the time left at the mean of the last 50 times."""
+        self.recent.append(self.unread)
+        tokens, seconds, n_steps = self.unread
+        waited = self.waited / n_steps
+        self.unread, self.waited = (0, 0.0, 0), 0.0
         tgs = tokens / seconds / self.world_size
         mfu = tgs * self.causal_flops / (self.peak * 1e12) if self.peak else None
 
         def mean(last: int) -> float:
-            steps = list(self.recent)[-last:]
-            return sum(t for t, _ in steps) / sum(s for _, s in steps) / self.world_size
+            taken, found = 0, []
+            for interval in reversed(self.recent):
+                if taken >= last:
+                    break
+                found.append(interval)
+                taken += interval[2]
+            return sum(t for t, _, _ in found) / sum(s for _, s, _ in found) / self.world_size
 
-        step_seconds = sum(s for _, s in self.recent) / len(self.recent)
+        step_seconds = sum(s for _, s, _ in self.recent) / sum(n for _, _, n in self.recent)
         return {
             "perf/tgs": tgs,
             "perf/tgs_last_10": mean(10),
@@ -94,8 +106,8 @@ class Throughput:
             "perf/tgs_all": self.tokens / self.seconds / self.world_size,
             "perf/tflops": tgs * self.internlm_flops / 1e12,
             "perf/mfu": mfu,
-            "perf/step_s": seconds,
-            "perf/data_wait_s": self.waited,
+            "perf/step_s": seconds / n_steps,
+            "perf/data_wait_s": waited,
             "perf/memory_gib": memory_gib(),
             "perf/left_s": steps_left * step_seconds,
         }

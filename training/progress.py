@@ -1,6 +1,7 @@
 """How far a run has come: the integers that a checkpoint keeps and a resumed run starts from."""
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -28,27 +29,30 @@ class Progress:
         self.samples += samples
         self.tokens += tokens
 
-    def count(self, *, finite: bool) -> None:
-        """Count a step that was trained on."""
-        self.updates += finite
-        self.bad_steps += not finite
-        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
+    def read(self, counts: tuple[int, int, int]) -> int:
+        """Take over the counts of the steps that were trained on; gives how many were bad since the last time."""
+        before = self.bad_steps
+        self.updates, self.bad_steps, self.bad_in_a_row = counts
+        return self.bad_steps - before
 
     def state_dict(self) -> dict[str, int | float | None]:
-        return asdict(self)
+        """Give everything as JSON has it, which knows no loss of nan."""
+        known = self.valid_loss is not None and math.isfinite(self.valid_loss)
+        return {**asdict(self), "valid_loss": self.valid_loss if known else None}
 
 
 def check_bad_steps(progress: Progress, limit: int, first_bad_layer: Callable[[], str]) -> None:
-    """Tell of a step whose gradient was not finite; raises `TrainingError` after `limit` in a row."""
+    """Tell of steps whose gradient was not finite; raises `TrainingError` after `limit` in a row."""
     logger.warning(
-        "step %d: the gradient is not finite; nothing was changed (%d in a row, the run ends at %d)",
+        "step %d: the gradient is not finite; nothing was changed (%d such steps, %d in a row, the run ends at %d)",
         progress.step,
+        progress.bad_steps,
         progress.bad_in_a_row,
         limit,
     )
     if progress.bad_in_a_row >= limit:
         raise TrainingError(
-            f"{limit} steps in a row had no finite gradient (optimizer.max_bad_steps), the last of them step "
-            f"{progress.step}; the first bad layer is {first_bad_layer()}; go on from the last checkpoint with a "
-            "lower optimizer.lr, or leave the batches out by skip_batches"
+            f"{progress.bad_in_a_row} steps in a row had no finite gradient (optimizer.max_bad_steps), the last of "
+            f"them step {progress.step}; the first bad layer is {first_bad_layer()}; go on from the last checkpoint "
+            "with a lower optimizer.lr, or leave the batches out by skip_batches"
         )

@@ -17,7 +17,7 @@ class StepFigures(Protocol):
     """What is read of an engine's result."""
 
     loss: Tensor
-    grad_norm: float
+    grad_norm: Tensor
     totals_S4: Tensor
 
 
@@ -39,7 +39,7 @@ class Report:
             **loss_metrics(result.totals_S4.tolist(), self.sources, "train"),
         }
         record |= {
-            "train/grad_norm": result.grad_norm,
+            "train/grad_norm": float(result.grad_norm),
             **{f"optim/{key}": value for key, value in optim.items()},
         }
         record |= {

@@ -7,51 +7,78 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from training.checkpoint import Checkpoint, Checkpoints, open_checkpoint
+from training.checkpoint import PER_RANK, Checkpoint, Checkpoints, open_checkpoint
 from training.config import CheckpointConfig, CheckpointError, Resume
 from training.optimizer import AdamW
 from training.progress import Progress
-from training.run_folder import refuse_changes
+from training.ranks import Ranks
+from training.run_folder import refuse_changes, refuse_other_model
 from training.scaler import LossScaler
 
 logger = logging.getLogger(__name__)
 
+FIRST_RNG = f"{PER_RANK}cpu"
+
 
 class Kept:
-    """Everything of a run that a checkpoint keeps."""
+    """Everything of a run that a checkpoint keeps, as far as this rank holds it."""
 
-    def __init__(self, optimizer: AdamW, scaler: LossScaler, progress: Progress) -> None:
+    def __init__(self, optimizer: AdamW, scaler: LossScaler, progress: Progress, rank: int = 0) -> None:
         self.optimizer, self.scaler, self.progress = optimizer, scaler, progress
+        self.rng_name = f"{PER_RANK}cpu.{rank}" if rank else FIRST_RNG
 
     def tensors(self) -> dict[str, Tensor]:
-        return {**self.optimizer.tensors(), "rng.cpu": torch.get_rng_state()}
+        return {**self.optimizer.tensors(), self.rng_name: torch.get_rng_state()}
 
     def state(self) -> dict[str, Any]:
         return {"progress": self.progress.state_dict(), "scaler": self.scaler.state_dict()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take over all of a checkpoint; it must hold exactly what this run keeps."""
-        tensors = self.tensors()
+        """Take over all of a checkpoint; it must hold exactly what this run keeps.
+
+        A rank that was not there when it was saved takes the first one's random state.
+        """
+        tensors = self.optimizer.tensors()
         checkpoint.load_into(tensors)
-        torch.set_rng_state(tensors["rng.cpu"])
-        self.optimizer.refresh()
+        self.optimizer.refresh(tensors)
+        rng_name = self.rng_name if self.rng_name in checkpoint.tensors else FIRST_RNG
+        torch.set_rng_state(checkpoint.read_names([rng_name])[rng_name])
         self.scaler.load_state_dict(checkpoint.state["scaler"])
         for key, value in checkpoint.state["progress"].items():
             setattr(self.progress, key, value)
 
+    def take(self, checkpoint: Checkpoint, prefix: str) -> None:
+        """Read the tensors that begin with `prefix` from another run's checkpoint."""
+        tensors = self.optimizer.tensors()
+        checkpoint.load({name: tensor for name, tensor in tensors.items() if name.startswith(prefix)})
+        self.optimizer.refresh(tensors)
+
     @torch.no_grad()
-    def take(self, tensors: dict[str, Tensor], prefix: str, origin: Path) -> None:
-        """Copy the tensors that begin with `prefix` from another run; none may be missing or of another shape."""
-        for name, tensor in self.tensors().items():
-            if not name.startswith(prefix):
+    def take_weights(self, weights: dict[str, Tensor], origin: Path) -> None:
+        """Copy whole weights, by our names, each rank its part; none may be missing or of another shape."""
+        tensors = self.optimizer.tensors()
+        for name, tensor in tensors.items():
+            if not name.startswith("model."):
                 continue
-            found = tensors.get(name.removeprefix(prefix))
+            found = weights.get(name.removeprefix("model."))
             if found is None or found.shape != tensor.shape:
                 shape = "missing" if found is None else tuple(found.shape)
                 raise CheckpointError(f"init_from ({origin}): {name} is {shape} there and {tuple(tensor.shape)} here")
-            tensor.copy_(found)
-        self.optimizer.refresh()
+            _copy_part(tensor, found)
+        self.optimizer.refresh(tensors)
+
+
+def _copy_part(tensor: Tensor, whole: Tensor) -> None:
+    """Fill a tensor, or the part of it that this rank holds, from a whole one."""
+    if not isinstance(tensor, DTensor):
+        tensor.copy_(whole)
+        return
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    part = tuple(slice(begin, begin + length) for begin, length in zip(offset, shape, strict=True))
+    tensor.to_local().copy_(whole[part])
 
 
 def resume_or_start(
@@ -74,7 +101,7 @@ def resume_or_start(
         if config.resume is Resume.must:
             raise CheckpointError(f"checkpoint.resume (must): there is no checkpoint in {run_dir}")
         if run_config["init_from"] is not None:
-            _initialise(kept, run_config, read_hf)
+            _initialise(kept, run_config, read_hf, checkpoints.ranks)
         return
     if config.resume is Resume.never:
         raise CheckpointError(
@@ -97,8 +124,8 @@ def _check_data(before: list[str], now: list[str], config: CheckpointConfig, run
     added = len(set(now) - set(before))
     if set(before) <= set(now) and "data.added" not in config.accept_changes:
         raise CheckpointError(
-            f"{added} files of tokens were added to the data since {run_dir} was begun; pass "
-            "checkpoint.accept_changes=[data.added] to begin an epoch over all of it here, or another name= for a new run"
+            f"{added} files of tokens were added to the data since {run_dir} was begun; pass checkpoint.accept_changes="
+            "[data.added] to begin an epoch over all of it here, or another name= for a new run"
         )
     if not set(before) <= set(now) and "data.fingerprint" not in config.accept_changes:
         raise CheckpointError(
@@ -108,7 +135,9 @@ def _check_data(before: list[str], now: list[str], config: CheckpointConfig, run
     return True
 
 
-def _initialise(kept: Kept, run_config: dict[str, Any], read_hf: Callable[[Path], dict[str, Tensor]]) -> None:
+def _initialise(
+    kept: Kept, run_config: dict[str, Any], read_hf: Callable[[Path], dict[str, Tensor]], ranks: Ranks
+) -> None:
     """Take what `init_content` names from `init_from`: weights, moments, the schedule's place, the data's place."""
     path, content = Path(run_config["init_from"]), set(run_config["init_content"])
     if "all" in content:
@@ -120,14 +149,15 @@ def _initialise(kept: Kept, run_config: dict[str, Any], read_hf: Callable[[Path]
             raise CheckpointError(
                 f"init_content ({', '.join(sorted(content))}): a Hugging Face folder holds a model only"
             )
-        kept.take(read_hf(path), "model.", path)
+        kept.take_weights(read_hf(path), path)
         logger.info("weights from %s", path)
         return
-    other = open_checkpoint(path)
+    other = open_checkpoint(path, ranks)
+    refuse_other_model(other.state["config"], run_config, other.path)
     before = other.state["progress"]
     for word in ("model", "optimizer"):
         if word in content:
-            kept.take(other.read(f"{word}."), f"{word}.", path)
+            kept.take(other, f"{word}.")
     if "scheduler" in content:
         kept.progress.updates = before["updates"]
         kept.scaler.load_state_dict(other.state["scaler"])

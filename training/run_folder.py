@@ -4,8 +4,9 @@ import fcntl
 import json
 import logging
 import os
+import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,15 @@ from training.config import CheckpointError
 
 logger = logging.getLogger(__name__)
 
+STEP = re.compile(r"step-(\d{8})")
+# What makes a model another one: its tensors, and the number of heads in them
+SHAPE_KEYS = (
+    "vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "attention_bias", "tie_embeddings",
+)  # fmt: skip
 # What may change when a run is resumed: nothing that decides what is learnt
 FREE_KEYS = (
-    "name", "logger", "checkpoint", "parallel", "valid_every", "valid_tokens", "init_from", "init_content",
+    "name", "logger", "launcher", "early_stop", "checkpoint", "parallel", "valid_every", "valid_tokens",
+    "init_from", "init_content",
     "data.workers", "data.name", "data.path", "data.source", "data.input", "data.dataset", "data.dataset_config",
     "data.dataset_split", "data.text_key", "data.source_key", "data.text_lines", "data.raw_json",
     "data.valid_fraction", "data.valid_seed", "data.max_documents", "data.on_bad_record", "model.name",
@@ -24,9 +31,12 @@ FREE_KEYS = (
 
 
 @contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Hold a run folder for this process; raises `CheckpointError` if another one has it."""
+def locked(run_dir: Path, rank: int = 0) -> Iterator[None]:
+    """Hold a run folder for this run, by its rank 0; raises `CheckpointError` if another one has it."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    if rank:
+        yield
+        return
     path = run_dir / ".lock"
     with path.open("a+") as file:
         try:
@@ -51,13 +61,14 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
             yield dotted, before, now
 
 
+def is_free_key(key: str, accepted: Sequence[str] = ()) -> bool:
+    """Say whether a key may change when a run is resumed."""
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in (*FREE_KEYS, *accepted))
+
+
 def refuse_changes(old: dict[str, Any], new: dict[str, Any], accepted: list[str], run_dir: Path) -> None:
     """Refuse to go on with a run under another configuration than it began with."""
-
-    def free(key: str) -> bool:
-        return any(key == allowed or key.startswith(f"{allowed}.") for allowed in (*FREE_KEYS, *accepted))
-
-    changed = [(key, before, now) for key, before, now in changed_keys(old, new) if not free(key)]
+    changed = [(key, before, now) for key, before, now in changed_keys(old, new) if not is_free_key(key, accepted)]
     if changed:
         told = ", ".join(f"{key} ({before}, now {now})" for key, before, now in changed)
         keys = ",".join(key for key, _, _ in changed)
@@ -65,6 +76,48 @@ def refuse_changes(old: dict[str, Any], new: dict[str, Any], accepted: list[str]
             f"{run_dir} was begun with another configuration: {told}; pass another name= for a new run, or "
             f"checkpoint.accept_changes=[{keys}] to go on all the same"
         )
+
+
+def refuse_other_model(old: dict[str, Any], new: dict[str, Any], origin: Path) -> None:
+    """Refuse weights of a model that has other tensors."""
+    before, now = old["model"], new["model"]
+    changed = [key for key in SHAPE_KEYS if before[key] != now[key]]
+    if changed:
+        told = ", ".join(f"model.{key} ({before[key]}, now {now[key]})" for key in changed)
+        raise CheckpointError(f"{origin} is of another model: {told}")
+
+
+def refuse_early(run_dir: Path, run_config: dict[str, Any], accepted: list[str]) -> None:
+    """Refuse what stored configurations alone can tell, before any device is touched.
+
+    What cannot be read here is left to whoever verifies the checkpoint.
+    """
+    for folder in committed(run_dir / "checkpoints")[:1]:
+        stored = _stored_config(folder)
+        if stored is not None:
+            refuse_changes(stored, run_config, accepted, run_dir)
+            return
+    origin = Path(run_config["init_from"] or "")
+    if run_config["init_from"] is None or (origin / "config.json").exists():
+        return
+    for folder in ([origin] if (origin / "state.json").exists() else committed(origin / "checkpoints"))[:1]:
+        stored = _stored_config(folder)
+        if stored is not None:
+            refuse_other_model(stored, run_config, folder)
+
+
+def committed(folder: Path) -> list[Path]:
+    """Committed checkpoints, newest step first; file times say nothing."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if STEP.fullmatch(path.name)), reverse=True)
+
+
+def _stored_config(checkpoint: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((checkpoint / "state.json").read_text())["config"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 class StopFile:

@@ -1,5 +1,8 @@
 """The chunked loss against F.cross_entropy."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,15 +22,25 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, 
     return h, weight, labels, torch.rand(N, generator=generator)
 
 
+def plain_loss(
+    h: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor, smoothing: float, z_loss: float
+) -> Tensor:
+    """The loss as the books have it, from whole logits."""
+    logits = h @ weight.T
+    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+    losses = losses + z_loss * logits.logsumexp(-1).square() * (labels != -100)
+    return (loss_weights * losses).sum()
+
+
 @pytest.mark.parametrize("chunk_tokens", [1, 7, N, 1000])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_value_and_gradients_equal_cross_entropys(chunk_tokens: int, smoothing: float) -> None:
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.1, 1e-2)])
+def test_value_and_gradients_equal_cross_entropys(chunk_tokens: int, smoothing: float, z_loss: float) -> None:
     h, weight, labels, loss_weights = inputs()
     logits = h @ weight.T
-    expected = (loss_weights * F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)).sum() * 3
+    expected = plain_loss(h, weight, labels, loss_weights, smoothing, z_loss) * 3
     grads = torch.autograd.grad(expected, (h, weight))
     loss, nll, correct = linear_cross_entropy(
-        h, weight, labels, loss_weights, chunk_tokens=chunk_tokens, label_smoothing=smoothing
+        h, weight, labels, loss_weights, chunk_tokens=chunk_tokens, label_smoothing=smoothing, z_loss=z_loss
     )
     torch.testing.assert_close(loss * 3, expected)
     for mine, other in zip(torch.autograd.grad(loss * 3, (h, weight)), grads, strict=True):
@@ -44,6 +57,56 @@ def test_a_batch_without_targets_has_no_loss_and_no_nan() -> None:
     assert (
         float(loss.detach()) == 0 and not h.grad.any() and not weight.grad.any() and not nll.any() and not correct.any()
     )
+
+
+class Part:
+    """A part of the vocabulary, whose neighbours are threads: they meet at a barrier and read each other's tensors."""
+
+    def __init__(self, first: int, place: int, board: list[Tensor], meet: Barrier) -> None:
+        self.first, self.n_vocab, self.place, self.board, self.meet = first, V, place, board, meet
+
+    def _all(self, tensor: Tensor) -> Tensor:
+        self.board[self.place] = tensor.clone()
+        self.meet.wait(60)
+        everything = torch.stack(self.board)
+        self.meet.wait(60)
+        return everything
+
+    def max_(self, tensor: Tensor) -> None:
+        tensor.copy_(self._all(tensor).amax(0))
+
+    def sum_(self, tensor: Tensor) -> None:
+        tensor.copy_(self._all(tensor).sum(0))
+
+
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 1e-2)])
+def test_a_vocabulary_in_parts_gives_the_whole_vocabularys_loss_and_gradients(smoothing: float, z_loss: float) -> None:
+    h, weight, labels, loss_weights = inputs()
+    weight.data[30] = weight.data[2]  # a tie between two parts: the first of equals is the guess
+    labels[1], labels[2] = 2, 30
+    whole = linear_cross_entropy(
+        h, weight, labels, loss_weights, chunk_tokens=8, label_smoothing=smoothing, z_loss=z_loss
+    )
+    grads = torch.autograd.grad(whole[0], (h, weight))
+    bounds, board, meet = [(0, 10), (10, 11), (11, V)], [torch.empty(0)] * 3, Barrier(3)
+
+    def part(place: int) -> tuple[Tensor, ...]:
+        first, end = bounds[place]
+        mine, rows = h.detach().requires_grad_(), weight.detach()[first:end].requires_grad_()
+        found = linear_cross_entropy(
+            mine, rows, labels, loss_weights,
+            chunk_tokens=8, label_smoothing=smoothing, z_loss=z_loss, shard=Part(first, place, board, meet),
+        )  # fmt: skip
+        return (*(x.detach() for x in found), *torch.autograd.grad(found[0], (mine, rows)))
+
+    with ThreadPoolExecutor(3) as pool:
+        parts = list(pool.map(part, range(3)))
+    for loss, nll, correct, _, _ in parts:
+        torch.testing.assert_close(loss, whole[0].detach())
+        torch.testing.assert_close(nll, whole[1])
+        assert torch.equal(correct, whole[2])
+    torch.testing.assert_close(sum(p[3] for p in parts), grads[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat([p[4] for p in parts]), grads[1], rtol=1e-4, atol=1e-5)
 
 
 def test_without_gradients_the_numbers_are_the_same() -> None:
@@ -70,14 +133,39 @@ def test_bf16_is_close_to_fp32() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cuda_equals_the_cpu(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("chunk_tokens", [8, N])
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 1e-2)])
+def test_cuda_equals_the_cpu(dtype: torch.dtype, chunk_tokens: int, smoothing: float, z_loss: float) -> None:
     results = []
     for device, kind in (("cpu", torch.float32), ("cuda", dtype)):
         h, weight, labels, loss_weights = inputs(dtype)
         h, weight = (x.detach().to(device, kind).requires_grad_() for x in (h, weight))
-        loss, nll, _ = linear_cross_entropy(h, weight, labels.to(device), loss_weights.to(device), chunk_tokens=8)
+        loss, nll, _ = linear_cross_entropy(
+            h, weight, labels.to(device), loss_weights.to(device),
+            chunk_tokens=chunk_tokens, label_smoothing=smoothing, z_loss=z_loss,
+        )  # fmt: skip
         loss.backward()
         results.append((loss.detach(), nll, h.grad, weight.grad))
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     for cpu, cuda in zip(*results, strict=True):
         torch.testing.assert_close(cuda.float().cpu(), cpu, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+def test_the_kernels_equal_the_passes_in_torch() -> None:
+    from model import loss_kernel
+    from model.loss import _TorchRows
+
+    logits = torch.randn(64, 10_007, device="cuda") * 4
+    logits[:, 9000] = logits[:, 17] = logits[:, 5000] + 30  # equal maxima
+    labels = torch.randint(-10_007, 20_000, (64,), device="cuda")
+    factors = [torch.rand(64, device="cuda") for _ in range(3)]
+    ours, theirs = logits.clone(), logits.clone()
+    found, expected = loss_kernel.statistics(ours, labels), _TorchRows.statistics(theirs, labels)
+    assert torch.equal(found.argmax, torch.full_like(found.argmax, 17))
+    for name in ("row_max", "sum_exp", "target", "total"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-3)
+    log_norm = expected.row_max + expected.sum_exp.log()
+    a = loss_kernel.gradient(ours, labels, found.row_max, log_norm, *factors)
+    b = _TorchRows.gradient(theirs, labels, expected.row_max, log_norm, *factors)
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from model.config import Init, ModelConfig
 from model.loss import linear_cross_entropy
 from model.transformer import Transformer
-from parallel.apply import parallelize, recomputed_blocks
-from parallel.config import ActivationCheckpointing, ParallelConfig
+from parallel.apply import compile_blocks, parallelize, recomputed_blocks
+from parallel.config import ActivationCheckpointing, Compile, ParallelConfig, ParallelError
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 from training.config import Dtype, OptimizerConfig, PrecisionConfig, Reduction
@@ -24,6 +25,8 @@ CONFIG = ModelConfig(
     name="test", vocab_size=64, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=64,
     attention_bias=True, max_seq_len=64, init=Init.llama,
 )  # fmt: skip
+# Of dynamo's own look at the inputs of what it compiles
+DYNAMOS_OWN = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 CPU = Mesh(device=torch.device("cpu"))
 
 
@@ -55,16 +58,19 @@ def build(
     compute: Dtype = Dtype.fp32,
     reduction: Reduction = Reduction.global_token,
     chunk_tokens: int = 16,
+    grad_dtype: torch.dtype | None = None,
 ) -> Engine:
     optimizer = optimizer or OptimizerConfig(lr=1e-2)
     with torch.device("meta"):
         model = Transformer(CONFIG)
     dtype = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}[compute]
-    parallelize(model, CPU, parallel or ParallelConfig(), dtype)
+    parallelize(model, CPU, parallel or ParallelConfig(), dtype, grad_dtype=grad_dtype)
     model.init_weights(seed=3)
+    adamw = AdamW(model, optimizer)
+    adamw.follow([(optimizer.lr, 0.95)] * 100)
     return Engine(
         model,
-        AdamW(model, optimizer),
+        adamw,
         CPU,
         linear_loss=partial(linear_cross_entropy, chunk_tokens=chunk_tokens),
         token_weights=partial(token_weights, reduction=reduction),
@@ -114,11 +120,11 @@ def test_accumulated_packed_clipped_steps_equal_plain_autograd(reduction: Reduct
         for s in range(6)
     ]
     engine = build(reduction=reduction, optimizer=OptimizerConfig(lr=1e-2, max_grad_norm=0.3))
-    results = [engine.train_step(batches, lr=1e-2, beta2=0.95) for batches in steps]
+    results = [engine.train_step(batches) for batches in steps]
     losses, norms, weights = reference_losses(steps, reduction, 0.3)
     assert max(norms) > 0.3, "the clip must be at work"
     assert [float(r.loss) for r in results] == pytest.approx(losses, rel=1e-5)
-    assert [r.grad_norm for r in results] == pytest.approx(norms, rel=1e-4)
+    assert [float(r.grad_norm) for r in results] == pytest.approx(norms, rel=1e-4)
     for name, param in engine.model.named_parameters():
         torch.testing.assert_close(param.detach(), weights[name], rtol=1e-3, atol=2e-5)
 
@@ -136,14 +142,56 @@ def test_activation_checkpointing_changes_nothing_but_memory(mode: ActivationChe
     for block in checkpointed.model.get_submodule("blocks").children():
         block.get_submodule("mlp").register_forward_pre_hook(count)
     for _ in range(3):
-        one = plain.train_step(batches, lr=1e-2, beta2=0.95)
-        other = checkpointed.train_step(batches, lr=1e-2, beta2=0.95)
+        one = plain.train_step(batches)
+        other = checkpointed.train_step(batches)
         assert float(one.loss) == float(other.loss)
     for a, b in zip(plain.model.parameters(), checkpointed.model.parameters(), strict=True):
         assert torch.equal(a, b)
     recomputed = recomputed_blocks(3, ParallelConfig(activation_checkpointing=mode))
     assert recomputed == {"none": 0, "full": 3, "fraction": 2}[mode.value]
     assert calls == 6 * (3 + recomputed)
+
+
+@DYNAMOS_OWN
+def test_compiled_blocks_are_two_graphs_for_all_layers_and_packs_without_a_break() -> None:
+    plain, compiled = build(), build()
+    compile_blocks(list(compiled.model.get_submodule("blocks").children()), backend="aot_eager")
+    counters.clear()
+    graphs = []
+    for step in range(4):  # the number of documents and their lengths change, their sum does not
+        batches = [micro_batch([9, 7], step), micro_batch([16], step + 10), micro_batch([3, 4 + step, 9 - step], step)]
+        one, other = plain.train_step(batches), compiled.train_step(batches)
+        assert float(one.loss) == pytest.approx(float(other.loss), rel=1e-5)
+        assert float(one.grad_norm) == pytest.approx(float(other.grad_norm), rel=1e-4)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [2] * 4 and not counters["graph_break"]
+
+
+@DYNAMOS_OWN
+def test_a_layer_is_named_although_it_is_compiled() -> None:
+    engine = build(parallel=ParallelConfig(compile=Compile.none))
+    compile_blocks(list(engine.model.get_submodule("blocks").children()), backend="aot_eager")
+    engine.train_step([micro_batch([8], 0)])
+    with torch.no_grad():
+        engine.model.get_parameter("blocks.1.mlp.w_up.weight").fill_(3e38)
+    assert engine.first_bad_layer([micro_batch([8], 0)]) == "blocks.1.mlp.w_up (forward)"
+
+
+def test_gradients_add_up_in_fp32_if_asked_to() -> None:
+    batches = [micro_batch([16], seed) for seed in range(8)]
+    norms = {}
+    for name, compute, grad_dtype in (("exact", Dtype.fp32, None), ("kept", Dtype.bf16, torch.float32)):
+        engine = build(compute=compute, grad_dtype=grad_dtype)
+        norms[name] = [float(engine.train_step(batches).grad_norm)]
+        if grad_dtype is not None:
+            engine._forward(batches[0], 1.0, engine._no_totals()).backward()
+            assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in engine.model.parameters())
+    assert norms["kept"] == pytest.approx(norms["exact"], rel=1e-2)
+
+
+def test_8_bit_products_are_refused_where_no_device_has_them() -> None:
+    with pytest.raises(ParallelError, match=r"precision.fp8 \(tensorwise\) needs a GPU of compute capability 8.9"):
+        parallelize(Transformer(CONFIG), CPU, ParallelConfig(), torch.bfloat16, fp8="tensorwise")
 
 
 def test_totals_are_kept_by_source_with_bytes() -> None:
@@ -166,13 +214,15 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_layer_is_named() -> N
     block = engine.model.get_submodule("blocks.1.mlp.w_up")
     handle = block.register_forward_hook(lambda _m, _i, out: out.mul(float("inf")))
     before = {name: t.clone() for name, t in engine.optimizer.tensors().items()}  # type: ignore[attr-defined]
-    result = engine.train_step(batches, lr=1e-2, beta2=0.95)
+    result = engine.train_step(batches)
     assert not result.finite
     for name, tensor in engine.optimizer.tensors().items():  # type: ignore[attr-defined]
         assert torch.equal(tensor, before[name]), name
     assert engine.first_bad_layer(batches) == "blocks.1.mlp.w_up (forward)"
+    assert engine.counts() == (0, 1, 1)
     handle.remove()
-    assert engine.train_step(batches, lr=1e-2, beta2=0.95).finite
+    assert engine.train_step(batches).finite
+    assert engine.counts() == (1, 1, 0)
 
 
 def test_a_bad_weight_is_named_first() -> None:
@@ -185,16 +235,16 @@ def test_a_bad_weight_is_named_first() -> None:
 def test_a_step_without_targets_is_no_nan() -> None:
     engine = build(optimizer=OptimizerConfig(weight_decay=0.0))
     before = [p.detach().clone() for p in engine.model.parameters()]
-    result = engine.train_step([micro_batch([8], 0, ignored=8)], lr=1e-2, beta2=0.95)
-    assert (float(result.loss), result.grad_norm, result.finite, result.n_targets) == (0.0, 0.0, True, 0)
+    result = engine.train_step([micro_batch([8], 0, ignored=8)])
+    assert (float(result.loss), float(result.grad_norm), bool(result.finite), result.n_targets) == (0.0, 0.0, True, 0)
     assert all(torch.equal(a, b) for a, b in zip(before, engine.model.parameters(), strict=True))
 
 
 def test_fp16_backs_off_until_its_gradients_are_finite() -> None:
-    engine = build(compute=Dtype.fp16)
+    engine = build(compute=Dtype.fp16, optimizer=OptimizerConfig(lr=1e-3))
     engine.scaler.scale = 2.0**24
     batches = [micro_batch([16], 0)]
-    finite = [engine.train_step(batches, lr=1e-3, beta2=0.95).finite for _ in range(30)]
+    finite = [bool(engine.train_step(batches).finite) for _ in range(30)]
     assert not finite[0] and finite[-1]
     assert engine.scaler.scale < 2.0**24
 
@@ -204,8 +254,8 @@ def test_low_precision_learns_as_fp32_does(compute: Dtype) -> None:
     batches = [micro_batch([16, 16], 0), micro_batch([32], 1)]
     losses = {}
     for dtype in (Dtype.fp32, compute):
-        engine = build(compute=dtype)
-        losses[dtype] = [float(engine.train_step(batches, lr=3e-3, beta2=0.95).loss) for _ in range(15)]
+        engine = build(compute=dtype, optimizer=OptimizerConfig(lr=3e-3))
+        losses[dtype] = [float(engine.train_step(batches).loss) for _ in range(15)]
     assert losses[Dtype.fp32][-1] < losses[Dtype.fp32][0] - 1.0
     assert losses[compute] == pytest.approx(losses[Dtype.fp32], rel=2e-2)
 
@@ -213,18 +263,20 @@ def test_low_precision_learns_as_fp32_does(compute: Dtype) -> None:
 @pytest.mark.gpu
 def test_bf16_on_cuda_learns_as_fp32_on_the_cpu_does() -> None:
     batches = [micro_batch([16, 16], 0), micro_batch([32], 1)]
-    cpu = build()
-    expected = [float(cpu.train_step(batches, lr=3e-3, beta2=0.95).loss) for _ in range(15)]
+    cpu = build(optimizer=OptimizerConfig(lr=3e-3))
+    expected = [float(cpu.train_step(batches).loss) for _ in range(15)]
     with torch.device("meta"):
         model = Transformer(CONFIG)
     mesh = Mesh(device=torch.device("cuda", 0))
     parallelize(model, mesh, ParallelConfig(), torch.bfloat16)
     model.init_weights(seed=3)
+    adamw = AdamW(model, OptimizerConfig())
+    adamw.follow([(3e-3, 0.95)] * 15)
     engine = Engine(
-        model, AdamW(model, OptimizerConfig(lr=1e-2)), mesh,
+        model, adamw, mesh,
         linear_loss=partial(linear_cross_entropy, chunk_tokens=16),
         token_weights=partial(token_weights, reduction=Reduction.global_token),
         scaler=LossScaler(PrecisionConfig()), max_grad_norm=1.0, n_sources=2, bytes_per_token=None,
     )  # fmt: skip
-    losses = [float(engine.train_step(batches, lr=3e-3, beta2=0.95).loss) for _ in range(15)]
+    losses = [float(engine.train_step(batches).loss) for _ in range(15)]
     assert losses == pytest.approx(expected, rel=2e-2)

@@ -107,21 +107,46 @@ def test_other_names_shapes_or_dtypes_are_refused(run: Checkpoints) -> None:
         newest.load_into({**tensors(), "model.b": torch.zeros(5)})
 
 
-class Payload:
+class Mkdir:
     def __reduce__(self) -> tuple:
         return os.mkdir, (os.environ["PAYLOAD"],)
 
 
+class Attribute:
+    def __reduce__(self) -> tuple:
+        return getattr, (Path(os.environ["PAYLOAD"]), "mkdir")
+
+
+def borrowed() -> bytes:
+    """A pickle that reaches os through a module of DCP's that imports it."""
+
+    def text(value: str) -> bytes:
+        raw = value.encode()
+        return b"\x8c" + bytes([len(raw)]) + raw
+
+    module, function, argument = "torch.distributed.checkpoint.metadata", "os.mkdir", os.environ["PAYLOAD"]
+    return b"\x80\x04" + text(module) + text(function) + b"\x93" + text(argument) + b"\x85R."
+
+
+FORGED = {
+    "a call": (lambda: pickle.dumps(Mkdir()), r"asks for posix.mkdir, which no checkpoint needs"),
+    "a method": (lambda: pickle.dumps(Attribute()), r"asks for mkdir of .*, which no checkpoint needs"),
+    "a module's import": (borrowed, r"asks for torch.distributed.checkpoint.metadata.os.mkdir, which no checkpoint"),
+}
+
+
+@pytest.mark.parametrize("forgery", list(FORGED))
 def test_a_pickle_that_would_run_code_does_not(
-    run: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgery: str
 ) -> None:
     monkeypatch.setenv("PAYLOAD", str(tmp_path / "ran"))
+    forged, told = FORGED[forgery]
     step = run.folder / "step-00000030"
-    (step / ".metadata").write_bytes(pickle.dumps(Payload()))
+    (step / ".metadata").write_bytes(forged())
     manifest = json.loads((step / "manifest.json").read_text())
     del manifest["files"][".metadata"]  # as someone would who forges a checkpoint
     (step / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=r"asks for posix.mkdir, which no checkpoint needs"):
+    with pytest.raises(CheckpointError, match=told):
         open_checkpoint(step)
     assert not (tmp_path / "ran").exists()
 

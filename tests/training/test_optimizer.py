@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from training.config import Decay, OptimizerConfig
-from training.optimizer import AdamW
+from training.config import Decay, Dtype, OptimizerConfig, OptimizerImpl, TrainingError
+from training.optimizer import AdamW, join, resolve_impl, split
+
+ONE, FINITE = torch.tensor(1.0), torch.tensor(True)
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -13,7 +15,7 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Module:
     return nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4)).to(dtype)
 
 
-def reference_for(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def reference_for(model: nn.Module, config: OptimizerConfig, *, fused: bool = False) -> torch.optim.AdamW:
     decayed = [p for p in model.parameters() if p.ndim >= 2 or config.decay is Decay.all]
     rest = [p for p in model.parameters() if p.ndim < 2 and config.decay is not Decay.all]
     groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
@@ -24,6 +26,7 @@ def reference_for(model: nn.Module, config: OptimizerConfig) -> torch.optim.Adam
         eps=config.eps,
         weight_decay=config.weight_decay,
         foreach=False,
+        fused=fused,
     )
 
 
@@ -32,8 +35,9 @@ def test_twenty_updates_equal_torchs_adamw(decay: Decay) -> None:
     config = OptimizerConfig(lr=1e-2, weight_decay=0.1, decay=decay)
     ours, theirs = network(), network()
     optimizer, reference = AdamW(ours, config), reference_for(theirs, config)
-    for step in range(20):
-        lr, beta2 = 1e-2 / (step + 1), 0.95 + step / 1000
+    rates = [(1e-2 / (step + 1), 0.95 + step / 1000) for step in range(20)]
+    optimizer.follow(rates)
+    for lr, beta2 in rates:
         for group in reference.param_groups:
             group["lr"], group["betas"] = lr, (config.beta1, beta2)
         x = torch.randn(5, 8)
@@ -41,7 +45,7 @@ def test_twenty_updates_equal_torchs_adamw(decay: Decay) -> None:
             model(x).square().sum().backward()
         reference.step()
         reference.zero_grad()
-        optimizer.step(lr=lr, beta2=beta2, grad_scale=torch.tensor(1.0))
+        assert optimizer.step(grad_scale=ONE, finite=FINITE).tolist() == [lr, beta2]
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
@@ -53,28 +57,64 @@ def test_gradients_are_divided_by_the_scale_and_dropped() -> None:
     for model, optimizer, factor in ((one, first, 1.0), (other, second, 512.0)):
         for param in model.parameters():
             param.grad = torch.full_like(param, 0.25) * factor
-        optimizer.step(lr=0.1, beta2=0.95, grad_scale=torch.tensor(factor))
+        optimizer.follow([(0.1, 0.95)])
+        optimizer.step(grad_scale=torch.tensor(factor), finite=FINITE)
         assert all(param.grad is None for param in model.parameters())
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_bf16_weights_follow_fp32_masters_that_keep_small_updates() -> None:
-    config = OptimizerConfig(weight_decay=0.0)
+def test_an_update_that_is_not_finite_changes_nothing_and_takes_no_rate() -> None:
+    model = network(torch.bfloat16)
+    optimizer = AdamW(model, OptimizerConfig())
+    optimizer.follow([(0.1, 0.95), (0.2, 0.96)])
+    before = {name: tensor.clone() for name, tensor in optimizer.tensors().items()}
+    rates = []
+    for finite in (False, True):
+        for param in model.parameters():
+            param.grad = torch.full_like(param, torch.nan if not finite else 0.5)
+        rates.append(optimizer.step(grad_scale=ONE, finite=torch.tensor(finite)).tolist())
+        same = all(torch.equal(tensor, before[name]) for name, tensor in optimizer.tensors().items())
+        assert same is not finite
+    assert rates == [[0.1, 0.95], [0.1, 0.95]]
+
+
+def test_the_halves_of_a_master_are_the_nearest_bf16_and_all_the_rest() -> None:
+    bits = torch.randint(-(2**31), 2**31, (1 << 20,), generator=torch.Generator().manual_seed(0)).int()
+    ties = (torch.arange(-(1 << 15), 1 << 15).int() << 16) + 0x8000  # halfway between two bf16
+    masters = torch.cat([bits, ties, ties - 1, ties + 1]).view(torch.float32)
+    masters = masters[masters.isfinite()]
+    upper, lower = split(masters)
+    assert torch.equal(join(upper, lower).view(torch.int32), masters.view(torch.int32))
+    # torch rounds a tie to even, this away from 0: both are as near
+    finite = masters.bfloat16().isfinite() & upper.isfinite()
+    exact, ours, theirs = (x[finite].double() for x in (masters, upper, masters.bfloat16()))
+    assert torch.equal((ours - exact).abs(), (theirs - exact).abs())
+    assert (ours.abs() >= theirs.abs())[(ours != theirs)].all()
+
+
+@pytest.mark.parametrize("state_dtype", [Dtype.fp32, Dtype.bf16])
+def test_bf16_weights_follow_fp32_masters_bit_for_bit(state_dtype: Dtype) -> None:
+    config = OptimizerConfig(lr=1e-5, weight_decay=0.1, decay=Decay.all, state_dtype=state_dtype)
     low, full = network(torch.bfloat16), network(torch.bfloat16).float()
-    optimizer, reference = AdamW(low, config), reference_for(full, config)
+    optimizer, reference = AdamW(low, config), reference_for(full, config, fused=True)
     start = next(low.parameters()).detach().clone()
+    optimizer.follow([(1e-5, config.beta2)] * 50)
     for _ in range(50):  # 50 updates of 1e-5, each far below a bf16 step of these weights
         for param, other in zip(low.parameters(), full.parameters(), strict=True):
-            param.grad = torch.ones_like(param)
-            other.grad = torch.ones_like(other)
-        for group in reference.param_groups:
-            group["lr"] = 1e-5
+            param.grad = torch.randn_like(param) + 1
+            other.grad = param.grad.float()
         reference.step()
-        optimizer.step(lr=1e-5, beta2=config.beta2, grad_scale=torch.tensor(1.0))
+        optimizer.step(grad_scale=ONE, finite=FINITE)
+    kept = optimizer.tensors()
     for (name, param), other in zip(low.named_parameters(), full.parameters(), strict=True):
-        torch.testing.assert_close(optimizer.masters[name], other.detach(), rtol=1e-6, atol=1e-8)
-        torch.testing.assert_close(param.detach(), other.detach().bfloat16(), rtol=0, atol=0)
+        master = kept[f"model.{name}"]
+        if state_dtype is Dtype.fp32:
+            assert torch.equal(master, other.detach())
+            assert torch.equal(kept[f"optimizer.{name}.exp_avg_sq"], reference.state[other]["exp_avg_sq"])
+        else:
+            torch.testing.assert_close(master, other.detach(), rtol=0, atol=2e-5)
+        assert torch.equal(param.detach(), split(master)[0])
     assert not torch.equal(next(low.parameters()), start)
 
 
@@ -88,12 +128,71 @@ def test_only_matrices_decay_unless_all_do() -> None:
     assert decayed[Decay.all] == [name for name, _ in model.named_parameters()]
 
 
-def test_everything_to_keep_is_in_the_tensors() -> None:
-    model = network(torch.bfloat16)
-    optimizer = AdamW(model, OptimizerConfig())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("state_dtype", [Dtype.fp32, Dtype.bf16])
+def test_everything_to_keep_is_in_the_tensors(dtype: torch.dtype, state_dtype: Dtype) -> None:
+    model = network(dtype)
+    optimizer = AdamW(model, OptimizerConfig(state_dtype=state_dtype))
     kept = optimizer.tensors()
     assert len(kept) == 4 * len(list(model.parameters()))
     assert all(tensor.dtype == torch.float32 for tensor in kept.values())
-    kept["model.0.weight"].fill_(3.0)
-    optimizer.refresh()
-    assert (model[0].weight == 3).all()  # type: ignore[index, union-attr]
+    kept["model.0.weight"].fill_(3.001)
+    kept["optimizer.0.weight.exp_avg"].fill_(0.5)
+    optimizer.refresh(kept)
+    assert torch.equal(model[0].weight, torch.full((16, 8), 3.001).to(dtype))  # type: ignore[index, union-attr]
+    again = optimizer.tensors()
+    assert all(torch.equal(again[name], kept[name]) for name in kept)
+
+
+def test_an_implementation_that_is_not_here_is_refused_in_a_sentence() -> None:
+    cpu = torch.device("cpu")
+    assert resolve_impl(OptimizerImpl.auto, cpu) is OptimizerImpl.torch
+    for asked in (OptimizerImpl.triton, OptimizerImpl.apex):
+        with pytest.raises(TrainingError, match=rf"optimizer.impl \({asked.value}\) needs a CUDA device"):
+            AdamW(network(), OptimizerConfig(impl=asked))
+    with pytest.raises(TrainingError, match="the `apex` that pip installs is another package"):
+        resolve_impl(OptimizerImpl.apex, torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("beta1", [0.9, 0.3])
+def test_the_kernel_makes_torchs_update_bit_for_bit(dtype: torch.dtype, beta1: float) -> None:
+    config = OptimizerConfig(weight_decay=0.1, decay=Decay.all, beta1=beta1, impl=OptimizerImpl.triton)
+    torch.manual_seed(0)
+    low = nn.Linear(333, 4099, dtype=dtype, device="cuda")
+    full = nn.Linear(333, 4099, device="cuda")
+    full.load_state_dict({name: p.float() for name, p in low.state_dict().items()})
+    optimizer, reference = AdamW(low, config), reference_for(full, config)
+    rates = [(1e-3 / (step + 1), 0.95 + step / 1000) for step in range(30)]
+    optimizer.follow(rates)
+    for lr, beta2 in rates:
+        for group in reference.param_groups:
+            group["lr"], group["betas"] = lr, (config.beta1, beta2)
+        scale = torch.rand((), device="cuda") + 1
+        for param, other in zip(low.parameters(), full.parameters(), strict=True):
+            param.grad = torch.randn_like(param)
+            other.grad = param.grad.float() / scale
+        reference.step()
+        optimizer.step(grad_scale=scale, finite=torch.tensor(True, device="cuda"))
+    kept = optimizer.tensors()
+    for (name, param), other in zip(low.named_parameters(), full.named_parameters(), strict=True):
+        state: dict[str, Tensor] = reference.state[other[1]]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(kept[f"optimizer.{name}.{moment}"], state[moment]), moment
+        assert torch.equal(kept[f"model.{name}"].cpu(), other[1].detach().cpu())
+        rounded = split(other[1].detach())[0] if dtype == torch.bfloat16 else other[1].detach().to(dtype)
+        assert torch.equal(param.detach(), rounded)
+
+
+@pytest.mark.gpu
+def test_the_kernel_changes_nothing_if_a_gradient_is_not_finite() -> None:
+    model = network(torch.bfloat16).cuda()
+    optimizer = AdamW(model, OptimizerConfig())
+    assert optimizer.impl is OptimizerImpl.triton
+    optimizer.follow([(0.1, 0.95)] * 2)
+    before = {name: tensor.clone() for name, tensor in optimizer.tensors().items()}
+    for param in model.parameters():
+        param.grad = torch.full_like(param, torch.nan)
+    optimizer.step(grad_scale=ONE.cuda(), finite=~FINITE.cuda())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in optimizer.tensors().items())

@@ -103,12 +103,12 @@ def test_signals_set_a_flag_and_a_second_interrupt_stops_at_once() -> None:
 
 def test_bad_steps_end_a_run_only_when_they_come_in_a_row() -> None:
     progress = Progress()
-    for finite in (False, False, True, False, False):
+    for counts, bad in (((0, 1, 1), 1), ((0, 2, 2), 1), ((1, 2, 0), 0), ((1, 4, 2), 2)):
         progress.take(samples=1, tokens=8)
-        progress.count(finite=finite)
-        if not finite:
+        assert progress.read(counts) == bad
+        if bad:
             check_bad_steps(progress, 3, lambda: "blocks.1.mlp")
-    assert (progress.bad_steps, progress.bad_in_a_row, progress.updates, progress.tokens) == (4, 2, 1, 40)
-    progress.count(finite=False)
+    assert (progress.bad_steps, progress.bad_in_a_row, progress.updates, progress.tokens) == (4, 2, 1, 32)
+    assert progress.read((1, 5, 3)) == 1
     with pytest.raises(TrainingError, match=r"3 steps in a row .* the first bad layer is blocks.1.mlp"):
         check_bad_steps(progress, 3, lambda: "blocks.1.mlp")

@@ -1,0 +1,93 @@
+"""The loss' passes over the logits as Triton kernels: read once for the statistics, once for the gradient in place."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.loss import Statistics
+
+BLOCK = 4096
+
+
+@triton.jit
+def _statistics_kernel(logits, labels, row_max, argmax, sum_exp, target, total, n_vocab, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * n_vocab
+    label = tl.load(labels + row)
+    column = tl.arange(0, BLOCK)
+    # Each lane keeps its own maximum, sum and place; they meet once, after the last column.
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    place = tl.zeros((BLOCK,), tl.int32)
+    exp_sum = tl.zeros((BLOCK,), tl.float32)
+    plain_sum = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n_vocab, BLOCK):
+        inside = start + column < n_vocab
+        x = tl.load(logits + start + column, mask=inside, other=float("-inf")).to(tl.float32)
+        above = tl.maximum(largest, x)
+        # A lane that has seen nothing yet holds -inf, and -inf - -inf is no number.
+        exp_sum = tl.where(inside, exp_sum * tl.exp(largest - above) + tl.exp(x - above), exp_sum)
+        place = tl.where(x > largest, start + column, place)
+        plain_sum += tl.where(inside, x, 0.0)
+        largest = above
+    best = tl.max(largest, 0)
+    tl.store(row_max + row, best)
+    tl.store(argmax + row, tl.min(tl.where(largest == best, place, n_vocab), 0).to(tl.int64))
+    seen = largest > float("-inf")
+    tl.store(sum_exp + row, tl.sum(tl.where(seen, exp_sum * tl.exp(largest - best), 0.0), 0))
+    tl.store(total + row, tl.sum(plain_sum, 0))
+    mine = (label >= 0) & (label < n_vocab)
+    tl.store(target + row, tl.load(logits + label, mask=mine, other=0.0).to(tl.float32))
+
+
+@triton.jit
+def _gradient_kernel(
+    logits,
+    labels,
+    log_norm,
+    softmax_factor,
+    target_factor,
+    uniform,
+    n_vocab,
+    UNIFORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * n_vocab
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < n_vocab
+    x = tl.load(logits + column, mask=inside).to(tl.float32)
+    grad = tl.exp(x - tl.load(log_norm + row)) * tl.load(softmax_factor + row)
+    if UNIFORM:
+        grad -= tl.load(uniform + row)
+    grad = tl.where(column == tl.load(labels + row), grad - tl.load(target_factor + row), grad)
+    tl.store(logits + column, grad, mask=inside)
+
+
+def statistics(logits_NV: Tensor, labels_N: Tensor) -> Statistics:
+    """Read the logits once."""
+    n_rows, n_vocab = logits_NV.shape
+    found = torch.empty(4, n_rows, dtype=torch.float32, device=logits_NV.device)
+    row_max, sum_exp, target, total = found
+    argmax = torch.empty(n_rows, dtype=torch.int64, device=logits_NV.device)
+    arguments = (logits_NV, labels_N, row_max, argmax, sum_exp, target, total, n_vocab)
+    _statistics_kernel[(n_rows,)](*arguments, BLOCK=BLOCK, num_warps=8)  # type: ignore[arg-type]
+    return Statistics(row_max, argmax, sum_exp, target, total)
+
+
+def gradient(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    row_max_N: Tensor,
+    log_norm_N: Tensor,
+    softmax_factor_N: Tensor,
+    target_factor_N: Tensor,
+    uniform_N: Tensor | None,
+) -> Tensor:
+    """Put the gradient in the logits' place."""
+    n_rows, n_vocab = logits_NV.shape
+    uniform = softmax_factor_N if uniform_N is None else uniform_N
+    factors = (logits_NV, labels_N, log_norm_N, softmax_factor_N, target_factor_N, uniform, n_vocab)
+    grid = (n_rows, triton.cdiv(n_vocab, BLOCK))
+    _gradient_kernel[grid](*factors, UNIFORM=uniform_N is not None, BLOCK=BLOCK, num_warps=8)  # type: ignore[arg-type]
+    return logits_NV

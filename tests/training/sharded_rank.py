@@ -1,0 +1,184 @@
+"""One rank of `test_sharded_checkpoint.py`: python -m tests.training.sharded_rank RANK SIZE FOLDER SCENARIO."""
+
+import logging
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from training import checkpoint as module
+from training.checkpoint import Checkpoints
+from training.config import CheckpointError, OptimizerConfig, PrecisionConfig
+from training.optimizer import AdamW
+from training.progress import Progress
+from training.resume import Kept
+from training.scaler import LossScaler
+
+WHOLE = {
+    "model.a": torch.arange(40, dtype=torch.float32).view(10, 4),
+    "model.b": torch.arange(5, dtype=torch.float32),  # does not divide
+    "model.c": torch.arange(12, dtype=torch.bfloat16).view(3, 4),  # fewer rows than ranks
+    "optimizer.a.exp_avg": torch.arange(40, dtype=torch.float32).view(10, 4) + 100,
+}
+# Placements on a mesh (rows, columns) of ranks
+PLACES = {
+    "flat": ((1, 4), (Replicate(), Shard(0))),
+    "hybrid": ((2, 2), (Replicate(), Shard(0))),
+    "both": ((2, 2), (Shard(0), Shard(-1))),
+    "whole": ((2, 2), (Replicate(), Replicate())),
+}
+
+
+def place(whole: Tensor, mesh: DeviceMesh, placements: tuple) -> DTensor:
+    """Give a rank's part of a tensor, without a word to the others."""
+    placements = tuple(Shard(whole.ndim - 1) if p == Shard(-1) else p for p in placements)
+    shape, offset = compute_local_shape_and_global_offset(whole.shape, mesh, placements)
+    part = tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
+    local = whole[part].clone()
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
+
+
+def laid_out(name: str, fill: float | None = None) -> dict[str, Tensor]:
+    """Give this rank's tensors in a layout; `stages` is a pipeline of two, each with half of the names."""
+    source = {n: t if fill is None else torch.full_like(t, fill) for n, t in WHOLE.items()}
+    if name == "plain":
+        return {n: t.clone() for n, t in source.items()}
+    if name == "stages":
+        grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+        stage = grid.get_local_rank("pp")
+        held = {n: t for i, (n, t) in enumerate(source.items()) if i % 2 == stage}
+        return {n: place(t, grid["dp"], (Shard(0),)) for n, t in held.items()}
+    shape, placements = PLACES[name]
+    mesh = init_device_mesh("cpu", shape)
+    return {n: place(t, mesh, placements) for n, t in source.items()}
+
+
+def check(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        assert torch.equal(whole, WHOLE[name]), name
+
+
+def pairs(folder: Path, rank: int) -> None:
+    """Save in each layout and load in each other."""
+    layouts = ["plain", "stages", *PLACES]
+    for step, saved in enumerate(layouts, 1):
+        checkpoints = Checkpoints(folder / saved, keep=1, group=dist.group.WORLD)
+        checkpoints.save(step, laid_out(saved), {"from": saved})
+        newest = checkpoints.newest()
+        assert newest is not None and newest.state == {"step": step, "from": saved}
+        for loaded in layouts:
+            tensors = laid_out(loaded, fill=-1.0)
+            newest.load_into(tensors)
+            check(tensors)
+
+
+def rng(folder: Path, rank: int) -> None:
+    """Save a random state a rank and take it back, here and with another number of ranks."""
+    kept = Kept(_optimizer(), LossScaler(PrecisionConfig()), Progress(), rank)
+    checkpoints = Checkpoints(folder / "rng", keep=1, group=dist.group.WORLD)
+    torch.manual_seed(rank)
+    checkpoints.save(1, kept.tensors(), kept.state())
+    expected = torch.rand(3)
+    newest = checkpoints.newest()
+    assert newest is not None
+    torch.manual_seed(99)
+    kept.restore(newest)
+    assert torch.equal(torch.rand(3), expected)
+    late = Kept(_optimizer(), LossScaler(PrecisionConfig()), Progress(), rank + 10)
+    late.restore(newest)
+    first = torch.rand(3)
+    torch.manual_seed(0)
+    assert torch.equal(first, torch.rand(3)), "a rank that was not there takes the first one's"
+
+
+def _optimizer() -> AdamW:
+    torch.manual_seed(5)
+    return AdamW(torch.nn.Linear(2, 2), OptimizerConfig())
+
+
+def faults(folder: Path, rank: int) -> None:
+    """Break one rank's part in every way, and go on with what was good before."""
+    checkpoints = Checkpoints(folder / "faults", keep=0, group=dist.group.WORLD)
+    for step in (1, 2, 3):
+        checkpoints.save(step, laid_out("flat"), {"step_saved": step})
+    told = refusal(lambda: checkpoints.newest().load_into({**laid_out("flat"), "model.d": torch.zeros(1)}))  # type: ignore[union-attr]
+    assert "missing model.d, not used none" in told, told
+    wrong = {**laid_out("flat"), "model.b": torch.zeros(6)}
+    told = refusal(lambda: checkpoints.newest().load_into(wrong))  # type: ignore[union-attr]
+    assert "model.b is (5,) torch.float32, and this run's is (6,)" in told, told
+    shard = checkpoints.folder / "step-00000003" / "__1_0.distcp"
+    if rank == 0:
+        raw = bytearray(shard.read_bytes())
+        raw[len(raw) // 2] ^= 1
+        shard.write_bytes(raw)
+        os.truncate(checkpoints.folder / "step-00000002" / "__1_0.distcp", 100)
+    dist.barrier()
+    newest = checkpoints.newest()
+    assert newest is not None and newest.step == 1, newest
+    newest.load_into(laid_out("hybrid"))
+    # A disk that is full for rank 1 alone
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    big: dict[str, Tensor] = {"model.a": place(torch.zeros(1 << 20), init_device_mesh("cpu", (4,)), (Shard(0),))}
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, limits[1]))
+    told = refusal(lambda: checkpoints.save(4, big, {}))
+    assert "step 4 was not written" in told and "rank 1" in told and "earlier checkpoints are untouched" in told, told
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    dist.barrier()
+    assert [p.name for p in checkpoints.folder.glob("*4*")] == [] and not list(checkpoints.folder.glob(".tmp*"))
+    checkpoints.save(4, big, {})
+    dist.barrier()
+    # What rank 0 alone cannot do
+    real = module.os.rename
+    module.os.rename = lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error"))
+    told = refusal(lambda: checkpoints.save(5, big, {}))
+    module.os.rename = real
+    assert "Input/output error" in told, told
+
+
+def refusal(step: Callable[[], object]) -> str:
+    try:
+        step()
+    except CheckpointError as error:
+        return str(error)
+    raise AssertionError("nothing was refused")
+
+
+def killed(folder: Path, rank: int) -> None:
+    """Rank 1 is killed while it writes, and again while it hashes; the others must tell, not hang."""
+    checkpoints = Checkpoints(folder / "killed", keep=1, group=dist.group.WORLD)
+    checkpoints.save(1, laid_out("flat"), {})
+    if rank == 1:
+        module._describe = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    told = refusal(lambda: checkpoints.save(2, laid_out("flat"), {}))
+    assert "step 2 was not written" in told, told
+
+
+SCENARIOS = {"pairs": pairs, "rng": rng, "faults": faults, "killed": killed}
+
+
+def main() -> None:
+    rank, size, folder, names = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4].split(",")
+    torch.set_num_threads(1)
+    logging.basicConfig(level=logging.WARNING, format=f"rank {rank}: %(message)s")
+    rendezvous = f"file://{folder}/rendezvous-{names[0]}"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    for name in names:
+        SCENARIOS[name](folder, rank)
+    os._exit(0)  # a group that has lost a rank cannot be taken apart
+
+
+if __name__ == "__main__":
+    main()
