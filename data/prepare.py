@@ -307,6 +307,7 @@ def _tokenizer(
     if config.model is not None:
         save_tokenizer(load_tokenizer(config.model), folder)
         return load_tokenizer(folder)
+    print(f"training a tokenizer of {config.vocab_size} pieces", flush=True)
     texts = _tokenizer_texts(data, config.train_bytes)
     return train_tokenizer(texts, folder / "tokenizer.model", vocab_size=config.vocab_size, threads=workers)
 
