@@ -1,18 +1,22 @@
 """From files to a corpus: what is made, kept, added to, and refused."""
 
 import dataclasses
+import fcntl
 import gzip
+import json
 import random
-import shutil
-from collections.abc import Iterator
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import prepare_data
 from data import read as reading
-from data.config import DataConfig, DataError, OnBadRecord, Packing, TokenizerConfig
+from data.config import DataConfig, DataError, OnBadRecord, TokenizerConfig
 from data.corpus import open_corpus
 from data.documents import Document, digest_of, split_of
 from data.inputs import Item
@@ -20,14 +24,7 @@ from data.part import shares
 from data.prepare import existing, prepare
 from data.shards import Shard, ShardWriter
 from data.tokenizer import Tokenizer
-from tests.data.corpora import RECORDS, contents, lines, local, made, texts_of
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Iterator[DataConfig]:
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "a.jsonl").write_bytes(lines(RECORDS))
-    yield local(tmp_path, "texts", source_key="meta.set")
+from tests.data.corpora import RECORDS, ROOT, contents, lines, local, made, texts_of
 
 
 def test_a_corpus_holds_every_document_whole(config: DataConfig, tokenizer: Tokenizer) -> None:
@@ -215,57 +212,6 @@ def _without_eos(tokenizer: Tokenizer) -> Tokenizer:
     return other
 
 
-def tampered(config: DataConfig, change: str) -> None:
-    folder = Path(config.path)
-    match change:
-        case "tokenizer":
-            path = folder / "tokenizer" / "tokenizer.model"
-            path.write_bytes(path.read_bytes() + b"\xc0\x3e\x01")
-        case "corpus.json":
-            (folder / "corpus.json").write_text("{}")
-        case "bin":
-            path = next((folder / "train").glob("*.bin"))
-            path.write_bytes(path.read_bytes()[:-2])
-
-
-@pytest.mark.parametrize(
-    ("change", "vocab_size", "sentence"),
-    [
-        ("none", 1199, r"has 1200 pieces, more than model.vocab_size \(1199\); pass model.vocab_size=1280"),
-        ("tokenizer", 1200, "is not the tokenizer that .* was made with"),
-        ("corpus.json", 1200, "does not describe a corpus"),
-        ("bin", 1200, "it was cut short or changed"),
-    ],
-)
-def test_an_unfit_corpus_is_told_when_opened(
-    config: DataConfig, tokenizer: Tokenizer, change: str, vocab_size: int, sentence: str
-) -> None:
-    made(config, tokenizer)
-    tampered(config, change)
-    with pytest.raises(DataError, match=sentence):
-        open_corpus(config, vocab_size=vocab_size)
-
-
-def test_missing_and_too_little_data_are_told(config: DataConfig, tokenizer: Tokenizer) -> None:
-    with pytest.raises(DataError, match="run: python prepare_data.py data=mine"):
-        open_corpus(config, vocab_size=1200)
-    made(config, tokenizer)
-    with pytest.raises(DataError, match=r"none of its sources fills one pack of 100000"):
-        open_corpus(dataclasses.replace(config, seq_len=100_000, packing=Packing.internlm), vocab_size=1200)
-    with pytest.raises(DataError, match=r"data.mix.en: there is no such source; choose from c\+\+, wikipedia_en"):
-        open_corpus(dataclasses.replace(config, mix={"en": 1.0}), vocab_size=1200)
-
-
-def test_a_changed_corpus_has_another_fingerprint(config: DataConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    made(config, tokenizer)
-    before = open_corpus(config, vocab_size=1200).fingerprint
-    assert open_corpus(config, vocab_size=1200).fingerprint == before
-    shutil.rmtree(config.path)
-    (tmp_path / "texts" / "b.jsonl").write_bytes(lines([{"text": "more text"}]))
-    made(config, tokenizer)
-    assert open_corpus(config, vocab_size=1200).fingerprint != before
-
-
 def test_a_long_document_takes_memory_in_proportion(tokenizer: Tokenizer) -> None:
     import tracemalloc
 
@@ -279,3 +225,117 @@ def test_a_long_document_takes_memory_in_proportion(tokenizer: Tokenizer) -> Non
     assert len(ids) > 400_000
     assert peak < 4 * ids.nbytes + 20 * 2**20
     assert ids[:1000].tolist() == tokenizer.encode(text[:8000])[:1000]
+
+
+@pytest.mark.parametrize(
+    ("add", "call", "number"),
+    [(False, "unlink", 0), (False, "rename", 0), (True, "unlink", 1), (True, "rename", 0), (True, "rename", 4)],
+)
+def test_a_commit_that_was_interrupted_is_finished(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    small_blocks: None,
+    monkeypatch: pytest.MonkeyPatch,
+    add: bool,
+    call: str,
+    number: int,
+) -> None:
+    whole = dataclasses.replace(config, path=config.path + "2")
+    if add:
+        for each in (config, whole):
+            made(each, tokenizer)
+        (tmp_path / "texts" / "b.jsonl").write_bytes(lines([{"text": f"new {i}"} for i in range(90)]))
+    made(whole, tokenizer, add=add)
+    original, folder, count = getattr(Path, call), Path(config.path), 0
+
+    def stopped(path: Path, *arguments: Any, **options: Any) -> Any:
+        nonlocal count
+        moved = call == "rename" and (arguments[0] == folder or folder in arguments[0].parents)
+        if moved or path.name.startswith("journal-") or path.name == "plan.json":
+            count += 1
+            if count > number:
+                raise KeyboardInterrupt
+        return original(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, call, stopped)
+        with pytest.raises(KeyboardInterrupt):
+            made(config, tokenizer, add=add)
+    assert (tmp_path / "corpora" / ".mine.partial" / "corpus.json").exists()
+    monkeypatch.setattr("data.part.encoded", lambda *arguments, **options: pytest.fail("it begins anew"))
+    assert made(config, tokenizer, add=add) is not None
+    assert contents(config.path) == contents(whole.path)
+    assert not (tmp_path / "corpora" / ".mine.partial").exists()
+
+
+def test_an_input_that_came_or_went_begins_the_work_anew(
+    config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "texts" / "z.jsonl").write_bytes(b"{")
+    with pytest.raises(DataError, match="z.jsonl:1"):
+        made(config, tokenizer)
+    (tmp_path / "texts" / "0.jsonl").write_bytes(lines([{"text": "first in order"}]))
+    (tmp_path / "texts" / "1.jsonl").write_bytes(lines([{"text": "second"}]))
+    about = made(dataclasses.replace(config, on_bad_record=OnBadRecord.skip), tokenizer)
+    assert "is removed, because it was made with 2 inputs, now 4" in capsys.readouterr().out
+    assert sum(s["documents"] for split in about["splits"].values() for s in split.values()) == len(RECORDS) + 2
+
+
+def test_work_that_others_are_at_is_not_removed(
+    config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, small_blocks: None
+) -> None:
+    made(config, tokenizer, shards=2, shard=0)
+    lock = tmp_path / "corpora" / ".mine.part-1.lock"
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match=r"1 other processes prepare .*/mine with shards \(2, now 3\)"):
+            made(config, tokenizer, shards=3, shard=0)
+        with pytest.raises(DataError, match=r"mine is being prepared by another process; wait for it"):
+            made(config, tokenizer, shards=2, shard=1)
+    lock.unlink(missing_ok=True)
+    assert made(config, tokenizer, shards=2, shard=1) is not None
+
+
+def test_a_long_document_that_is_held_out_is_not_trained_on(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "TEXT_BYTES", 300)
+    monkeypatch.setattr(reading, "PIECE_CHARS", 200)
+    long = "".join(record["text"] for record in RECORDS)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.jsonl").write_bytes(lines([{"text": "x"}, {"text": long}, {"text": "y"}]))
+    (tmp_path / "held.jsonl").write_bytes(lines([{"text": long}]))
+    config = local(tmp_path, "texts", valid_input=str(tmp_path / "held.jsonl"))
+    with pytest.raises(DataError, match=r"a.jsonl:2: is in the validation split as well"):
+        made(config, tokenizer)
+    about = made(dataclasses.replace(config, on_bad_record=OnBadRecord.skip), tokenizer)
+    assert about["splits"]["train"]["mine"]["documents"] == 2 and about["splits"]["valid"]["mine"]["documents"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["data=local", "shards=8", "launcher=slurm"], ["--multirun", "shard=range(8)"]),
+        (["shards=8", "shard=3"], []),
+        (["shards=1"], []),
+        (["shards=8", "--cfg", "job"], []),
+        (["data=local"], []),
+    ],
+)
+def test_shards_are_a_sweep_over_the_parts(arguments: list[str], expected: list[str]) -> None:
+    assert prepare_data.spread(arguments) == expected
+
+
+def test_a_corpus_in_parts_is_one_command(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "texts").mkdir()
+    for name in "abc":
+        (tmp_path / "texts" / f"{name}.jsonl").write_bytes(lines([{"text": f"{name} {i}"} for i in range(40)]))
+    command = [sys.executable, "prepare_data.py", "data=local", f"data.input={tmp_path / 'texts'}", "shards=3"]
+    settings = [f"data.path={tmp_path / 'tokens'}", f"tokenizer.model={tokenizer.path}", "workers=1"]
+    done = subprocess.run([*command, *settings], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    about = json.loads((tmp_path / "tokens" / "corpus.json").read_text())
+    assert sum(s["documents"] for split in about["splits"].values() for s in split.values()) == 120
+    assert len(about["splits"]["train"]["local"]["shards"]) == 3
+    assert "split  source" in done.stdout and done.stdout.count("is there when all are") == 2
