@@ -106,8 +106,8 @@ class DryRun:
         """Run a step of one rank, and give what it did."""
         memory, ledger = Memory(), Ledger({axis: getattr(self.axes, axis) for axis in AXES})
         with ExitStack() as stack:
-            stack.enter_context(pretended_gpu(self.kernels, ledger.launched))
             mesh = stack.enter_context(fake_mesh(self.layout, rank, self.config.world_size))
+            stack.enter_context(pretended_gpu(self.kernels, ledger.launched))
             stack.enter_context(memory)
             with memory.holding("optimizer"):
                 engine = self.build(mesh)
