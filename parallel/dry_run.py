@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from parallel.config import AXES, DryRunConfig, ParallelConfig, resolve_axes
 from parallel.engine import Engine
 from parallel.estimate import StepTime, step_time
-from parallel.ledger import Ledger
+from parallel.ledger import Ledger, Watch
 from parallel.memory import Memory
 from parallel.mesh import Mesh
 from parallel.pretend import CUDA, pretended_gpu
@@ -108,7 +108,8 @@ class DryRun:
         with ExitStack() as stack:
             mesh = stack.enter_context(fake_mesh(self.layout, rank, self.config.world_size))
             stack.enter_context(pretended_gpu(self.kernels, ledger.launched))
-            stack.enter_context(memory)
+            stack.enter_context(memory.following())
+            watch = stack.enter_context(Watch([memory]))
             with memory.holding("optimizer"):
                 engine = self.build(mesh)
             params = list(engine.model.parameters())
@@ -116,7 +117,7 @@ class DryRun:
             n_params = sum(local(param).numel() for param in params)
             engine.linear_loss = memory.holding("logits")(engine.linear_loss)
             engine.optimizer.step = memory.holding("optimizer")(engine.optimizer.step)  # type: ignore[method-assign]
-            stack.enter_context(ledger)
+            watch.observers.append(ledger)
             engine.train_step([self.batch() for _ in range(n_micro_batches)])
         workspace = self.config.workspace_mib * 2**20
         at_peak = {**memory.at_peak(), "workspace": workspace}

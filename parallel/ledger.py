@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -64,11 +64,34 @@ def axis_of(ranks: Sequence[int], axes: dict[str, int]) -> str:
     return "+".join(varying)
 
 
-class Ledger(TorchDispatchMode):
+class Observer(Protocol):
+    """Whoever is told of every operation on tensors of this rank alone, with its result."""
+
+    def saw(self, func: Any, args: Any, kwargs: Any, result: Any) -> None: ...
+
+
+class Watch(TorchDispatchMode):
+    """Tells observers of every operation."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        super().__init__()
+        self.observers = list(observers)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # its parts come by here on their own
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func.namespace != "prim":  # which asks a tensor what it is
+            for observer in self.observers:
+                observer.saw(func, args, kwargs, result)
+        return result
+
+
+class Ledger:
     """Notes collectives and FLOPs of a rank in the order they are issued."""
 
     def __init__(self, axes: dict[str, int]) -> None:
-        super().__init__()
         self.axes = axes
         self.windows = [Window(backward=False)]
         self._groups: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -77,11 +100,7 @@ class Ledger(TorchDispatchMode):
     def collectives(self) -> list[Collective]:
         return [item for window in self.windows for item in window.collectives]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # its parts come by here on their own
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+    def saw(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         if in_backward() != self.windows[-1].backward:
             self.windows.append(Window(in_backward()))
         window, packet = self.windows[-1], func._overloadpacket
@@ -89,10 +108,9 @@ class Ledger(TorchDispatchMode):
             self._count_collective(window, func, args, kwargs, result)
         elif packet in flop_registry:
             window.flops += flop_registry[packet](*args, **kwargs, out_val=result)
-        elif not func.is_view and func.namespace != "prim" and not packet.__name__.startswith(FREE):
+        elif not func.is_view and not packet.__name__.startswith(FREE):
             moved = (*tree_leaves(args), *(kwargs[key] for key in kwargs if key != "out"), *tree_leaves(result))
             window.n_bytes += sum(map(n_bytes, moved))
-        return result
 
     def launched(self, arguments: Sequence[Any]) -> None:
         """Note a kernel that is no operation of torch's."""
