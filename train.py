@@ -19,9 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from conf.command import is_sentence, run, sentences
 from conf.schema import TrainConfig, parse_ranges, to_config
-from parallel.launch import launch
-
 from model.config import Attention
+from parallel.launch import launch
 
 if TYPE_CHECKING:
     from data.corpus import Corpus
@@ -50,18 +49,24 @@ def main(cfg: DictConfig) -> float | None:
 def work(config: TrainConfig, run_config: dict[str, Any], run_dir: Path) -> float | None:
     """Be one rank of a run and give its validation loss; a stop that was asked for exits with a signal's code."""
     from parallel.mesh import distributed
+    from parallel.slurm import go_on_later
     from training.logs import log_to
     from training.run_folder import locked
+    from training.status import Status
     from training.stop import StopRequest
 
     with (
         distributed(config.parallel) as mesh,
         locked(run_dir, mesh.rank),
         log_to(run_dir, mesh.rank),
-        StopRequest() as stop,
+        Status(run_dir, run_config, rank=mesh.rank) as status,
+        StopRequest(mesh.maximum) as stop,
     ):
         valid_loss = train(config, run_config, mesh, run_dir, stop)
-    if stop:
+        status.end(valid_loss, stopped=bool(stop), given_up=stop.given_up)
+    if stop.for_a_requeue:
+        go_on_later(run_dir, rank=mesh.rank, max_requeues=config.launcher.max_requeues)
+    if stop and not stop.given_up:
         sys.exit(stop.exit_code)
     return valid_loss
 
@@ -94,7 +99,7 @@ def train(
         config.checkpoint,
         run_config=run_config,
         parts=corpus.parts,
-        read_hf=read_hf_weights,
+        read_hf=partial(read_hf_weights, vocab_size=config.model.vocab_size),
     )
     corpus.train.begin_at(progress.first_sample)
     optimizer.follow(rates_to_come(config, progress))
@@ -179,17 +184,25 @@ def build_model(config: TrainConfig, mesh: "Mesh") -> Any:
     torch.manual_seed(config.seed)
     with torch.device("meta"):
         model = Transformer(config.model)
+    precision = config.precision
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-    parallelize(model, mesh, config.parallel, dtypes[config.precision.compute.value])
+    parallelize(
+        model,
+        mesh,
+        config.parallel,
+        dtypes[precision.compute.value],
+        fp8=precision.fp8.value,
+        grad_dtype=None if precision.grad_dtype is None else dtypes[precision.grad_dtype.value],
+    )
     model.init_weights(config.seed)
     return model
 
 
-def read_hf_weights(folder: Path) -> dict[str, Any]:
-    """Read the weights of a Hugging Face folder, by our names."""
-    from model.hf import read_hf
+def read_hf_weights(folder: Path, *, vocab_size: int) -> dict[str, Any]:
+    """Read the weights of a Hugging Face folder, by our names, with a vocabulary that may be larger than its own."""
+    from model.hf import pad_vocabulary, read_hf
 
-    return read_hf(folder)[1]
+    return pad_vocabulary(read_hf(folder)[1], vocab_size)
 
 
 def loop(
@@ -203,6 +216,7 @@ def loop(
 ) -> None:
     """Take batches and steps until the run is over or asked to stop; what is due comes after each step."""
     from data.loader import train_batches
+    from training.early_stop import is_hopeless
     from training.progress import check_bad_steps
     from training.run_folder import StopFile
 
@@ -243,6 +257,9 @@ def loop(
                     lr, beta2 = result.rates_2.tolist()
                     epochs = corpus.train.epochs(progress.samples)
                     report.step(progress, result, epochs, lr=lr, beta2=beta2, loss_scale=scale)
+            if is_hopeless(config.early_stop, report.sinks.run_dir, progress.step):
+                stop.give_up()
+            stop.agree()
             validate_if_due(config, engine, corpus, progress, report, stop)
             save_here, stop_here = stop_file.read(progress.step)
             every = config.checkpoint.every

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.config import Attention, ModelConfig, ModelError
-from model.kv_cache import KVCache
 from model.layers import rotate
 
 INSTALL = {
@@ -171,23 +170,9 @@ class SelfAttention(nn.Module):
         self.wv = nn.Linear(config.d_model, kv_dim, bias=bias)
         self.wo = nn.Linear(config.d_model, config.d_model, bias=bias)
 
-    def forward(
-        self,
-        x_BTD: Tensor,
-        cos_sin: tuple[Tensor, Tensor],
-        segments: Segments | None,
-        backend: Attention,
-        cache: KVCache | None,
-        layer: int,
-    ) -> Tensor:
+    def project(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Give q_BTHK, k_BTGK, v_BTGK, the first two turned to their positions."""
         # The number of heads is read off the weights, which may hold a share of them.
-        q_BTHK = rotate(self.wq(x_BTD).unflatten(-1, (-1, self.head_dim)), *cos_sin)
-        k_BTGK = rotate(self.wk(x_BTD).unflatten(-1, (-1, self.head_dim)), *cos_sin)
-        v_BTGK = self.wv(x_BTD).unflatten(-1, (-1, self.head_dim))
-        if cache is None:
-            assert segments is not None
-            out_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, segments=segments, backend=backend)
-        else:
-            k_BSGK, v_BSGK = cache.update(layer, k_BTGK, v_BTGK)
-            out_BTHK = masked_attend(q_BTHK, k_BSGK, v_BSGK, cache.mask_B1TS)
-        return self.wo(out_BTHK.flatten(-2))
+        q_BTHK = rotate(self.wq(x_BTD).unflatten(-1, (-1, self.head_dim)), cos, sin)
+        k_BTGK = rotate(self.wk(x_BTD).unflatten(-1, (-1, self.head_dim)), cos, sin)
+        return q_BTHK, k_BTGK, self.wv(x_BTD).unflatten(-1, (-1, self.head_dim))

@@ -8,13 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import Segments, SelfAttention, resolve_backend, segments_of
+from model.attention import Segments, SelfAttention, attend, masked_attend, resolve_backend, segments_of
 from model.config import Attention, Init, ModelConfig
 from model.kv_cache import KVCache
 from model.layers import RMSNorm, SwiGLU, rotary_angles
 
 
 class Block(nn.Module):
+    """A layer: what comes before attention, attention, and what comes after.
+
+    Attention stands alone because its lengths change from batch to batch: the parts around it have one
+    shape, and can be compiled once.
+    """
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
@@ -31,7 +37,20 @@ class Block(nn.Module):
         cache: KVCache | None,
         layer: int,
     ) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos_sin, segments, backend, cache, layer)
+        q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD, *cos_sin)
+        if cache is None:
+            assert segments is not None
+            out_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, segments=segments, backend=backend)
+        else:
+            k_BSGK, v_BSGK = cache.update(layer, k_BTGK, v_BTGK)
+            out_BTHK = masked_attend(q_BTHK, k_BSGK, v_BSGK, cache.mask_B1TS)
+        return self.finish(x_BTD, out_BTHK)
+
+    def project(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attention.project(self.attention_norm(x_BTD), cos, sin)
+
+    def finish(self, x_BTD: Tensor, out_BTHK: Tensor) -> Tensor:
+        x_BTD = x_BTD + self.attention.wo(out_BTHK.flatten(-2))
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 

@@ -1,12 +1,15 @@
 """What is done to a model before it is trained, by module path, in the one right order."""
 
+import os
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from parallel.config import ActivationCheckpointing, ParallelConfig
+from parallel.config import ActivationCheckpointing, Compile, ParallelConfig, ParallelError
 from parallel.mesh import Mesh
 
 
@@ -21,17 +24,59 @@ def recomputed_blocks(n_blocks: int, config: ParallelConfig) -> int:
             return round(n_blocks * config.activation_checkpointing_fraction)
 
 
-def parallelize(model: nn.Module, mesh: Mesh, config: ParallelConfig, dtype: torch.dtype) -> None:
+def parallelize(
+    model: nn.Module,
+    mesh: Mesh,
+    config: ParallelConfig,
+    dtype: torch.dtype,
+    *,
+    fp8: str = "none",
+    grad_dtype: torch.dtype | None = None,
+) -> None:
     """Give a model built on the meta device its memory plan, its dtype and its place; weights are not set.
 
-    Only parameters change dtype: rotary tables stay fp32.
+    Only parameters change dtype: rotary tables stay fp32. `fp8` is `none` or the name of a scaling;
+    `grad_dtype` is what the gradients of micro-batches are added up in, if not `dtype`.
     """
-    blocks = model.get_submodule("blocks")
-    for i in range(recomputed_blocks(len(list(blocks.children())), config)):
-        block = blocks.get_submodule(str(i))
-        # The model has no randomness, so there is no generator state to replay.
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    blocks = list(model.get_submodule("blocks").children())
     for module in model.modules():
         for name, param in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(param.to(dtype)))
+    if fp8 != "none":
+        multiply_in_fp8(blocks, fp8, mesh.device)
+    for block in blocks[: recomputed_blocks(len(blocks), config)]:
+        # The model has no randomness, so there is no generator state to replay.
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    if config.compile is Compile.blocks or (config.compile is Compile.auto and mesh.device.type == "cuda"):
+        compile_blocks(blocks)
     model.to_empty(device=mesh.device)
+    if grad_dtype is not None and grad_dtype != dtype:
+        for param in model.parameters():
+            param.grad_dtype = grad_dtype  # type: ignore[attr-defined]
+
+
+def multiply_in_fp8(blocks: list[nn.Module], scaling: str, device: torch.device) -> None:
+    """Let the blocks' matrix products, forward and backward, be computed in 8 bits; weights keep their dtype."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+        raise ParallelError(
+            f"precision.fp8 ({scaling}) needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), "
+            f"not {where}; choose precision.fp8=none"
+        )
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # type: ignore[import-not-found]
+
+    for block in blocks:
+        convert_to_float8_training(block, config=Float8LinearConfig.from_recipe_name(scaling))
+
+
+def compile_blocks(blocks: list[nn.Module], backend: str = "inductor") -> None:
+    """Compile what stands around attention in each block: two graphs, compiled for the first and used by all."""
+    # Kept where the next run finds it, and a reboot does not remove it.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "torchinductor"))
+    dynamo: Any = torch._dynamo.config
+    # Each micro-batch shape of training and of validation is a graph of its own; none may fall back to eager code.
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
+    for block in blocks:
+        for part in ("project", "finish"):
+            setattr(block, part, torch.compile(getattr(block, part), fullgraph=True, dynamic=False, backend=backend))

@@ -1,11 +1,10 @@
-"""How a model is laid out on devices. Free of torch, so that a wrong layout is refused before a process group exists."""
+"""How a model is laid out on devices, where its processes run, and what a dry run assumes. Free of torch."""
 
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outer to inner: tp's peers are neighbours
 
@@ -14,6 +13,12 @@ class Device(Enum):
     auto = "auto"  # cuda when there is one
     cpu = "cpu"
     cuda = "cuda"
+
+
+class Compile(Enum):
+    auto = "auto"  # blocks on a CUDA device, none elsewhere
+    blocks = "blocks"  # the parts of each block around attention, by torch.compile
+    none = "none"
 
 
 class ActivationCheckpointing(Enum):
@@ -47,45 +52,12 @@ class RankError(Exception):
     """How one of several ranks failed: whole lines for the user, its traceback among them."""
 
 
-class ModelShape(Protocol):
-    """What a layout must divide."""
-
-    vocab_size: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    d_ff: int
-    tie_embeddings: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Axes:
-    """The size of every axis of a mesh."""
-
-    pp: int = 1
-    dp_replicate: int = 1
-    dp_shard: int = 1
-    cp: int = 1
-    tp: int = 1
-
-    @property
-    def world_size(self) -> int:
-        return math.prod(getattr(self, axis) for axis in AXES)
-
-    @property
-    def dp(self) -> int:
-        """Ranks that see other samples."""
-        return self.dp_replicate * self.dp_shard
-
-    def __str__(self) -> str:
-        return " x ".join(f"{axis} {getattr(self, axis)}" for axis in AXES)
-
-
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:
     device: Device = Device.auto
+    local_processes: int | None = None  # ranks that `python train.py` starts here (null: one a GPU)
     threads: int | None = None  # CPU threads a process (null: its share of this machine's cores)
-    local_processes: int | None = None  # started by train.py itself (null: one a GPU; one on CPU)
+    compile: Compile = Compile.auto
 
     # the mesh: the axes multiply to the number of processes, and one of them may be -1, which fills it
     pp: int = 1  # pipeline stages
@@ -141,151 +113,77 @@ class ParallelConfig:
             )
         elif stages < low or stages > (high or stages):
             wanted = f"exactly {low}" if high == low else f"at least {low}"
-            yield (
-                f"parallel.virtual_stages ({stages}) must be {wanted} with parallel.pipeline_schedule ({schedule})"
-            )
+            yield (f"parallel.virtual_stages ({stages}) must be {wanted} with parallel.pipeline_schedule ({schedule})")
         if self.pipeline_layers is not None and any(layers < 1 for layers in self.pipeline_layers):
             yield f"parallel.pipeline_layers ({self.pipeline_layers}) must give every stage at least 1 layer"
 
 
-def axis_problems(config: ParallelConfig, world_size: int) -> Iterator[str]:
-    """Say why the axes do not make a mesh of `world_size` processes."""
-    sizes = {axis: getattr(config, axis) for axis in AXES}
-    for axis, size in sizes.items():
-        if size < 1 and size != -1:
-            yield f"parallel.{axis} ({size}) must be at least 1, or -1 to fill the {world_size} processes"
-    open_axes = [axis for axis, size in sizes.items() if size == -1]
-    if len(open_axes) > 1:
-        named = " and ".join(f"parallel.{axis} (-1)" for axis in open_axes)
-        yield f"{named}: only one axis can fill the {world_size} processes; give the others a size"
-    if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        return
-    fixed = {axis: size for axis, size in sizes.items() if size > 1}
-    product = math.prod(fixed.values())
-    named = " x ".join(f"parallel.{axis} ({size})" for axis, size in fixed.items())
-    if open_axes and world_size % product:
-        yield (
-            f"parallel.{open_axes[0]} (-1) cannot fill the {world_size} processes: {named} = {product} does not divide "
-            f"{world_size}; start a multiple of {product}, or choose from {_divisors(world_size)}"
-        )
-    elif not open_axes and product != world_size:
-        yield (
-            f"{named or 'parallel: every axis is 1, which'} = {product} must be the number of processes ({world_size}); "
-            f"set one axis to -1, as in parallel=zero1, or start {product}"
-        )
+class Where(Enum):
+    local = "local"
+    slurm = "slurm"
 
 
-def resolve_axes(config: ParallelConfig, world_size: int) -> Axes:
-    """Fill in the axis that is -1; raises `ParallelError` if the axes do not make a mesh of `world_size`."""
-    problems = list(axis_problems(config, world_size))
-    if problems:
-        raise ParallelError("\n".join(problems))
-    sizes = {axis: getattr(config, axis) for axis in AXES}
-    filled = world_size // math.prod(size for size in sizes.values() if size != -1)
-    return Axes(**{axis: filled if size == -1 else size for axis, size in sizes.items()})
+TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):(\d{2})(?::(\d{2}))?")  # [days-]hours:minutes[:seconds]
 
 
-def layout_problems(
-    config: ParallelConfig, world_size: int, *, model: ModelShape, pack_len: int, micro_batches: Sequence[int]
-) -> Iterator[str]:
-    """Say everything that keeps a model and its batches from being laid out on `world_size` processes.
+@dataclass(kw_only=True, slots=True)
+class LauncherConfig:
+    """Where the points of a sweep run, each a job of its own."""
 
-    `micro_batches` are the micro-batches of a step over all ranks, one number for each size a step may have.
-    """
-    wrong = list(axis_problems(config, world_size))
-    if wrong:
-        yield from wrong
-        return
-    axes = resolve_axes(config, world_size)
-    yield from _divided("tp", axes.tp, model, ("n_heads", "n_kv_heads", "d_ff", "vocab_size"))
-    if model.n_heads % (axes.tp * axes.cp) and model.n_heads % axes.tp == 0:
-        yield (
-            f"parallel.cp ({axes.cp}) must divide the heads of a rank, model.n_heads ({model.n_heads}) / parallel.tp "
-            f"({axes.tp}); choose from {_divisors(model.n_heads // axes.tp)}"
-        )
-    pieces = axes.cp * (axes.tp if config.sequence_parallel else 1)
-    if pack_len % pieces:
-        shared = " x parallel.tp, because parallel.sequence_parallel (true) shares tokens too," if pieces > axes.cp else ""
-        yield (
-            f"parallel.cp ({axes.cp}){shared} = {pieces} must divide the tokens of a pack ({pack_len}); "
-            "choose another data.seq_len or data.pack_len"
-        )
-    for n_batches in micro_batches:
-        if n_batches % axes.dp:
+    where: Where = Where.local
+    parallel_jobs: int | None = 1  # points at one time (null: all); on this machine they share its GPUs
+    nodes: int = 1
+    gpus_per_node: int | None = None  # of a job (null: no GPU is asked for; on this machine: its share)
+    tasks_per_node: int | None = None  # ranks (null: one a GPU, or one)
+    cpus_per_task: int | None = None
+    mem_gb: int | None = None  # of a node
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time: str = "24:00:00"  # [days-]hours:minutes[:seconds] that a job may take before it is requeued
+    save_before_s: int = 120  # seconds before the time limit at which a run saves; Slurm may take 60 more
+    sbatch: dict[str, str] = field(default_factory=dict)  # other options: {mail-type: END}
+    srun_args: list[str] = field(default_factory=list)
+    setup: list[str] = field(default_factory=list)  # shell lines before srun: [module load cuda]
+    max_requeues: int = 20
+    requeue_crashes: bool = False  # requeue a run that crashed, unless it crashed the same way at the same step
+    poll_s: float = 10.0  # seconds between questions to Slurm
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+    @property
+    def time_s(self) -> int:
+        found = TIME.fullmatch(self.time)
+        assert found, self.time
+        days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+    def problems(self) -> Iterator[str]:
+        for key in ("parallel_jobs", "nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "mem_gb"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                yield f"launcher.{key} ({value}) must be at least 1"
+        for key in ("max_requeues", "save_before_s"):
+            if getattr(self, key) < 0:
+                yield f"launcher.{key} ({getattr(self, key)}) must be 0 or more"
+        if not self.poll_s > 0:
+            yield f"launcher.poll_s ({self.poll_s}) must be positive"
+        if not TIME.fullmatch(self.time):
+            yield f"launcher.time ({self.time}) must look like 24:00:00 or 2-12:00:00 (days-hours:minutes:seconds)"
+        elif self.save_before_s >= self.time_s:
+            yield f"launcher.save_before_s ({self.save_before_s}) must be less than launcher.time ({self.time})"
+        if self.where is Where.local and self.nodes > 1:
+            yield f"launcher.nodes ({self.nodes}) must be 1 with launcher=local; launcher=slurm has more"
+        if self.where is Where.local and self.setup:
+            yield f"launcher.setup ({self.setup}) is for launcher=slurm; on this machine, run the lines before train.py"
+        if self.gpus_per_node and self.tasks_per_node and self.tasks_per_node > self.gpus_per_node:
             yield (
-                f"a step of {n_batches} micro-batches must be divisible by the {axes.dp} data-parallel ranks "
-                f"(parallel.dp_replicate {axes.dp_replicate} x parallel.dp_shard {axes.dp_shard}); "
-                "change global_batch_tokens, ramp or data.micro_batch_size"
+                f"launcher.tasks_per_node ({self.tasks_per_node}) must be at most launcher.gpus_per_node "
+                f"({self.gpus_per_node}): a rank has a GPU of its own"
             )
-    if axes.pp > 1:
-        yield from _stage_problems(config, axes, model, [n // axes.dp for n in micro_batches if n % axes.dp == 0])
-
-
-def _stage_problems(config: ParallelConfig, axes: Axes, model: ModelShape, micro_batches: list[int]) -> Iterator[str]:
-    """Say what keeps layers and micro-batches from filling a pipeline."""
-    n_stages, layers = axes.pp * config.virtual_stages, config.pipeline_layers
-    named = f"parallel.pp ({axes.pp})"
-    if config.virtual_stages > 1:
-        named += f" x parallel.virtual_stages ({config.virtual_stages}) = {n_stages} stages"
-    if n_stages > model.n_layers:
-        yield f"{named} must be at most model.n_layers ({model.n_layers}), because every stage has a layer"
-    elif layers is not None and (len(layers) != n_stages or sum(layers) != model.n_layers):
-        yield (
-            f"parallel.pipeline_layers ({layers}) must be {n_stages} numbers, one a stage, that sum to model.n_layers "
-            f"({model.n_layers})"
-        )
-    if model.tie_embeddings:
-        yield f"{named} must be 1 with model.tie_embeddings (true): the first and the last stage would share a weight"
-    interleaved = config.pipeline_schedule.value != "1f1b"
-    for n_batches in micro_batches:
-        if n_batches < n_stages:
-            yield (
-                f"{named} must be at most the micro-batches a rank runs in a step ({n_batches}), or the pipeline is "
-                "never full; raise global_batch_tokens, lower data.micro_batch_size, or lower the data-parallel axes"
-            )
-        elif interleaved and n_batches % axes.pp:
-            yield (
-                f"parallel.pipeline_schedule ({config.pipeline_schedule.value}) needs micro-batches a rank in a step "
-                f"({n_batches}) that parallel.pp ({axes.pp}) divides; change global_batch_tokens"
-            )
-
-
-def stage_layers(config: ParallelConfig, axes: Axes, n_layers: int) -> list[range]:
-    """Give the layers of every stage. The first ones take what does not divide: the last has the head to do."""
-    n_stages = axes.pp * config.virtual_stages
-    counts = config.pipeline_layers or [n_layers // n_stages + (s < n_layers % n_stages) for s in range(n_stages)]
-    ends = [sum(counts[: s + 1]) for s in range(n_stages)]
-    return [range(end - count, end) for count, end in zip(counts, ends, strict=True)]
-
-
-def _divided(axis: str, size: int, model: ModelShape, keys: Sequence[str]) -> Iterator[str]:
-    undivided = [f"model.{key} ({getattr(model, key)})" for key in keys if getattr(model, key) % size]
-    if undivided:
-        legal = _divisors(math.gcd(*(getattr(model, key) for key in keys)))
-        yield f"parallel.{axis} ({size}) must divide {', '.join(undivided)}; choose from {legal}"
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
-
-
-def joined_world_size(environment: Mapping[str, str] = os.environ) -> int | None:
-    """Give the number of processes a launcher has started, None if none has; raises `ParallelError`."""
-    given = environment.get("WORLD_SIZE")
-    if given is None:
-        return None
-    missing = [key for key in ("RANK", "MASTER_ADDR", "MASTER_PORT") if key not in environment]
-    rank = environment.get("RANK", "0")
-    if not given.isdecimal() or int(given) < 1:
-        raise ParallelError(f"WORLD_SIZE ({given}) must be the number of processes, at least 1")
-    if int(given) > 1 and missing:
-        raise ParallelError(
-            f"WORLD_SIZE ({given}) is set without {', '.join(missing)}; start with torchrun --nproc-per-node {given} "
-            "train.py, or unset WORLD_SIZE"
-        )
-    if not rank.isdecimal() or int(rank) >= int(given):
-        raise ParallelError(f"RANK ({rank}) must be in [0, WORLD_SIZE), and WORLD_SIZE is {given}")
-    return int(given)
 
 
 @dataclass(kw_only=True, slots=True)

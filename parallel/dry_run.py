@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from parallel.config import AXES, DryRunConfig, ParallelConfig, resolve_axes
+from parallel.axes import resolve_axes
+from parallel.config import AXES, DryRunConfig, ParallelConfig
 from parallel.engine import Engine
 from parallel.estimate import StepTime, step_time
 from parallel.ledger import Ledger, Watch

@@ -135,6 +135,7 @@ class Engine:
 
         leaves = [(name, m) for name, m in self.model.named_modules() if name and not list(m.children())]
         hooks = [module.register_forward_hook(watch(name)) for name, module in leaves]
+        torch.compiler.set_stance("force_eager")  # a compiled block does not call the hooks
         try:
             for name, param in self.model.named_parameters():
                 if not torch.isfinite(param).all():
@@ -148,6 +149,7 @@ class Engine:
             wrong = (n for n, grad in norms if grad is not None and not torch.isfinite(grad).all())
             return next((f"{n} (gradient)" for n in wrong), "the sum of finite gradients overflowed")
         finally:
+            torch.compiler.set_stance("default")
             for hook in hooks:
                 hook.remove()
             self._drop_gradients()

@@ -3,6 +3,7 @@
 Free of torch, so that a wrong value is refused before torch is imported.
 """
 
+import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,6 +33,12 @@ class Dtype(Enum):
     bf16 = "bf16"
     fp32 = "fp32"
     fp16 = "fp16"
+
+
+class Fp8(Enum):
+    none = "none"
+    tensorwise = "tensorwise"  # one scale a matrix: the fastest
+    rowwise = "rowwise"  # one scale a row: more exact
 
 
 class OptimizerImpl(Enum):
@@ -116,6 +123,8 @@ class PrecisionConfig:
     """
 
     compute: Dtype = Dtype.bf16
+    fp8: Fp8 = Fp8.none  # products of the blocks' matrices in 8 bits, scaled by what is there (arXiv:2209.05433)
+    grad_dtype: Dtype | None = None  # in which micro-batches' gradients are added up (null: compute)
     initial_scale: float = 2.0**16
     growth_interval: int = 1000  # finite steps before the scale grows
     growth_factor: float = 2.0
@@ -125,6 +134,15 @@ class PrecisionConfig:
     hysteresis: int = 2  # overflows before the scale falls
 
     def problems(self) -> Iterator[str]:
+        if self.fp8 is not Fp8.none and self.compute is not Dtype.bf16:
+            yield f"precision.fp8 ({self.fp8.value}) needs precision.compute bf16, not {self.compute.value}"
+        if self.fp8 is not Fp8.none and importlib.util.find_spec("torchao") is None:
+            yield (
+                f"precision.fp8 ({self.fp8.value}) needs torchao: pip install -r requirements-gpu.txt, or choose "
+                "precision.fp8=none"
+            )
+        if self.grad_dtype not in (None, self.compute, Dtype.fp32):
+            yield f"precision.grad_dtype ({self.grad_dtype.value}) must be fp32, {self.compute.value} or null"
         if not 0 < self.min_scale <= self.initial_scale <= self.max_scale:
             yield (
                 f"precision.initial_scale ({self.initial_scale}) must be between precision.min_scale "
@@ -184,3 +202,19 @@ class LoggerConfig:
             yield f"logger.every ({self.every}) must be at least 1"
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             yield f"logger.peak_tflops ({self.peak_tflops}) must be positive, or null"
+
+
+@dataclass(kw_only=True, slots=True)
+class EarlyStopConfig:
+    """Gives up a point of a sweep whose smoothed loss is above the best point's at the same tokens by a margin."""
+
+    margin: float | None = None  # nats a token (null: no point is given up)
+    after_step: int = 100
+    every: int = 10  # steps between comparisons
+
+    def problems(self) -> Iterator[str]:
+        if self.margin is not None and not self.margin > 0:
+            yield f"early_stop.margin ({self.margin}) must be positive, or null for no early stop"
+        for key in ("after_step", "every"):
+            if getattr(self, key) < 1:
+                yield f"early_stop.{key} ({getattr(self, key)}) must be at least 1"

@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from model.config import Init, ModelConfig
 from model.loss import linear_cross_entropy
 from model.transformer import Transformer
-from parallel.apply import parallelize, recomputed_blocks
-from parallel.config import ActivationCheckpointing, ParallelConfig
+from parallel.apply import compile_blocks, parallelize, recomputed_blocks
+from parallel.config import ActivationCheckpointing, Compile, ParallelConfig, ParallelError
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 from training.config import Dtype, OptimizerConfig, PrecisionConfig, Reduction
@@ -24,6 +25,8 @@ CONFIG = ModelConfig(
     name="test", vocab_size=64, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=64,
     attention_bias=True, max_seq_len=64, init=Init.llama,
 )  # fmt: skip
+# Of dynamo's own look at the inputs of what it compiles
+DYNAMOS_OWN = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 CPU = Mesh(device=torch.device("cpu"))
 
 
@@ -55,12 +58,13 @@ def build(
     compute: Dtype = Dtype.fp32,
     reduction: Reduction = Reduction.global_token,
     chunk_tokens: int = 16,
+    grad_dtype: torch.dtype | None = None,
 ) -> Engine:
     optimizer = optimizer or OptimizerConfig(lr=1e-2)
     with torch.device("meta"):
         model = Transformer(CONFIG)
     dtype = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}[compute]
-    parallelize(model, CPU, parallel or ParallelConfig(), dtype)
+    parallelize(model, CPU, parallel or ParallelConfig(), dtype, grad_dtype=grad_dtype)
     model.init_weights(seed=3)
     adamw = AdamW(model, optimizer)
     adamw.follow([(optimizer.lr, 0.95)] * 100)
@@ -146,6 +150,48 @@ def test_activation_checkpointing_changes_nothing_but_memory(mode: ActivationChe
     recomputed = recomputed_blocks(3, ParallelConfig(activation_checkpointing=mode))
     assert recomputed == {"none": 0, "full": 3, "fraction": 2}[mode.value]
     assert calls == 6 * (3 + recomputed)
+
+
+@DYNAMOS_OWN
+def test_compiled_blocks_are_two_graphs_for_all_layers_and_packs_without_a_break() -> None:
+    plain, compiled = build(), build()
+    compile_blocks(list(compiled.model.get_submodule("blocks").children()), backend="aot_eager")
+    counters.clear()
+    graphs = []
+    for step in range(4):  # the number of documents and their lengths change, their sum does not
+        batches = [micro_batch([9, 7], step), micro_batch([16], step + 10), micro_batch([3, 4 + step, 9 - step], step)]
+        one, other = plain.train_step(batches), compiled.train_step(batches)
+        assert float(one.loss) == pytest.approx(float(other.loss), rel=1e-5)
+        assert float(one.grad_norm) == pytest.approx(float(other.grad_norm), rel=1e-4)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [2] * 4 and not counters["graph_break"]
+
+
+@DYNAMOS_OWN
+def test_a_layer_is_named_although_it_is_compiled() -> None:
+    engine = build(parallel=ParallelConfig(compile=Compile.none))
+    compile_blocks(list(engine.model.get_submodule("blocks").children()), backend="aot_eager")
+    engine.train_step([micro_batch([8], 0)])
+    with torch.no_grad():
+        engine.model.get_parameter("blocks.1.mlp.w_up.weight").fill_(3e38)
+    assert engine.first_bad_layer([micro_batch([8], 0)]) == "blocks.1.mlp.w_up (forward)"
+
+
+def test_gradients_add_up_in_fp32_if_asked_to() -> None:
+    batches = [micro_batch([16], seed) for seed in range(8)]
+    norms = {}
+    for name, compute, grad_dtype in (("exact", Dtype.fp32, None), ("kept", Dtype.bf16, torch.float32)):
+        engine = build(compute=compute, grad_dtype=grad_dtype)
+        norms[name] = [float(engine.train_step(batches).grad_norm)]
+        if grad_dtype is not None:
+            engine._forward(batches[0], 1.0, engine._no_totals()).backward()
+            assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in engine.model.parameters())
+    assert norms["kept"] == pytest.approx(norms["exact"], rel=1e-2)
+
+
+def test_8_bit_products_are_refused_where_no_device_has_them() -> None:
+    with pytest.raises(ParallelError, match=r"precision.fp8 \(tensorwise\) needs a GPU of compute capability 8.9"):
+        parallelize(Transformer(CONFIG), CPU, ParallelConfig(), torch.bfloat16, fp8="tensorwise")
 
 
 def test_totals_are_kept_by_source_with_bytes() -> None:
