@@ -28,3 +28,24 @@ PUBLISHED = {  # (tp, zero1): tokens per GPU and second
 }
 CALIBRATED = {(1, 8, 8), (1, 8, 1024), (1, -1, 1024)}
 TOKENS = 16_384  # a GPU and step
+GRADIENT_BYTES, BUCKET = 2 * 7_321_948_160, 2 * 512 * 1024**2  # bf16, and InternLM's reduce_bucket_size
+
+
+@dataclass(frozen=True, slots=True)
+class InternLM:
+    """Seconds that InternLM v0.2.1 adds to computing, by the two latencies that are calibrated."""
+
+    reduce_s: float  # a bucket's all-reduce, for each rank that takes part
+    broadcast_s: float  # of one optimizer partition's parameters
+
+    def added_s(self, n_gpus: int, tp: int, zero1: int, backward_s: float, config: DryRunConfig) -> float:
+        ranks = n_gpus // tp
+        buckets = -(-GRADIENT_BYTES // tp // BUCKET)
+        within = n_gpus <= config.devices_per_node
+        gbps = config.intra_node_gbps if within else config.inter_node_gbps * config.devices_per_node / tp
+        reduction_s = 2 * (ranks - 1) / ranks * GRADIENT_BYTES / tp / (gbps * 1e9)
+        exposed_s = max(0.0, reduction_s - config.overlap * backward_s)
+        partitions = ranks if zero1 < 0 else zero1
+        return exposed_s + buckets * ranks * self.reduce_s + partitions * self.broadcast_s
+
+

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from parallel.axes import resolve_axes
 from parallel.config import AXES, DryRunConfig, ParallelConfig
 from parallel.engine import Engine
 from parallel.estimate import StepTime, step_time
+from parallel.fused import compile_with
 from parallel.ledger import Ledger, Watch
 from parallel.memory import Memory
 from parallel.mesh import Mesh
@@ -111,6 +113,7 @@ class DryRun:
             stack.enter_context(pretended_gpu(self.kernels, ledger.launched))
             stack.enter_context(memory.following())
             watch = stack.enter_context(Watch([memory]))
+            stack.enter_context(mock.patch.object(torch, "compile", compile_with(ledger, watch.paused)))
             with memory.holding("optimizer"):
                 engine = self.build(mesh)
             params = list(engine.model.parameters())

@@ -4,7 +4,8 @@ Works on fake ranks and fake tensors, so that a step of a thousand GPUs can be r
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Protocol
@@ -77,6 +78,15 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.observers = list(observers)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Tell nobody of what is done in here."""
+        observers, self.observers = self.observers, []
+        try:
+            yield
+        finally:
+            self.observers = observers
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its parts come by here on their own
@@ -94,6 +104,7 @@ class Ledger:
     def __init__(self, axes: dict[str, int]) -> None:
         self.axes = axes
         self.windows = [Window(backward=False)]
+        self._fused = False
         self._groups: dict[str, tuple[str, tuple[int, ...]]] = {}
 
     @property
@@ -108,9 +119,18 @@ class Ledger:
             self._count_collective(window, func, args, kwargs, result)
         elif packet in flop_registry:
             window.flops += flop_registry[packet](*args, **kwargs, out_val=result)
-        elif not func.is_view and not packet.__name__.startswith(FREE):
+        elif not self._fused and not func.is_view and not packet.__name__.startswith(FREE):
             moved = (*tree_leaves(args), *(kwargs[key] for key in kwargs if key != "out"), *tree_leaves(result))
             window.n_bytes += sum(map(n_bytes, moved))
+
+    @contextmanager
+    def fused(self) -> Iterator[None]:
+        """Let only products be noted in here: the rest is one kernel, which `launched` is told of."""
+        before, self._fused = self._fused, True
+        try:
+            yield
+        finally:
+            self._fused = before
 
     def launched(self, arguments: Sequence[Any]) -> None:
         """Note a kernel that is no operation of torch's."""
