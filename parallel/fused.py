@@ -17,8 +17,8 @@ def compile_with(ledger: Ledger, untold: Callable[[], AbstractContextManager[obj
     """Give a stand-in for `torch.compile` of modules' methods.
 
     Forward and backward are cut by the partitioner that Inductor uses, over Inductor's operations, so the same
-    tensors are kept between them. Each graph counts as one kernel beside its products. All modules share the graphs of the
-    first; `untold` hides from view what tracing them makes.
+    tensors are kept between them. Each graph counts as one kernel beside its products. All modules share the
+    graphs of the first; `untold` hides from view what tracing them makes.
     """
     from torch._functorch.aot_autograd import aot_function, make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition

@@ -65,6 +65,17 @@ def axis_of(ranks: Sequence[int], axes: dict[str, int]) -> str:
     return "+".join(varying)
 
 
+def ranks_of(axis: str, axes: dict[str, int]) -> tuple[int, ...]:
+    """Give the ranks of rank 0's group over the named axes; `axes` are the sizes, outermost first."""
+    ranks = [0]
+    sizes = list(axes.values())
+    for i, name in enumerate(axes):
+        if name in axis.split("+"):
+            stride = prod(sizes[i + 1 :])
+            ranks = [rank + step * stride for rank in ranks for step in range(sizes[i])]
+    return tuple(sorted(ranks))
+
+
 class Observer(Protocol):
     """Whoever is told of every operation on tensors of this rank alone, with its result."""
 
