@@ -17,8 +17,8 @@ from parallel.estimate import StepTime, step_time
 from parallel.fused import compile_with
 from parallel.ledger import Ledger, Watch, Window
 from parallel.memory import Memory
-from parallel.mesh import Mesh
-from parallel.pretend import CUDA, pretended_gpu
+from parallel.mesh import Mesh, open_mesh
+from parallel.pretend import CPU, CUDA, pretended_gpu
 
 GIB = 2**30
 
@@ -138,7 +138,8 @@ def fake_mesh(layout: ParallelConfig, rank: int, world_size: int) -> Iterator[Me
 
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
-        yield Mesh(CUDA, rank, world_size, rank, world_size)
+        mesh = open_mesh(resolve_axes(layout, world_size), zero_stage=layout.zero_stage, device=CPU)
+        yield replace(mesh, device=CUDA)
     finally:
         dist.destroy_process_group()
 

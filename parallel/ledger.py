@@ -29,6 +29,7 @@ KINDS = {
 }
 # Operations of these namespaces talk to other ranks.
 NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "c10d_functional")
+ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"  # what a fused kernel is without a GPU
 # Operations that touch no memory
 FREE = ("empty", "new_empty", "_unsafe_view", "detach", "alias", "lift_fresh", "_record_function")
 
@@ -128,6 +129,8 @@ class Ledger:
         window, packet = self.windows[-1], func._overloadpacket
         if func.namespace in NAMESPACES:
             self._count_collective(window, func, args, kwargs, result)
+        elif packet.__name__.startswith(ATTENTION):
+            window.flops += _attention_flops(args, backward=packet.__name__.endswith("backward"))
         elif packet in flop_registry:
             window.flops += flop_registry[packet](*args, **kwargs, out_val=result)
         elif not self._fused and not func.is_view and not packet.__name__.startswith(FREE):
@@ -188,6 +191,14 @@ class Ledger:
 def in_backward() -> bool:
     """Say whether autograd is computing gradients just now."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _attention_flops(args: Any, *, backward: bool) -> int:
+    """Count two products forward and five backward, over half of the square if a token sees only those before it."""
+    query, key, causal = (args[1], args[2], args[7]) if backward else (args[0], args[1], args[4])
+    batch, heads, length, head_dim = query.shape
+    square = 2 * batch * heads * length * key.shape[2] * head_dim
+    return (5 if backward else 2) * square // (2 if causal else 1)
 
 
 def n_bytes(leaf: Any) -> int:
