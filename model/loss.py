@@ -160,7 +160,7 @@ class _TorchRows:
     def statistics(logits_NV: Tensor, labels_N: Tensor) -> Statistics:
         """Leave exp(logit - row_max) in the logits' place."""
         inside = (labels_N >= 0) & (labels_N < logits_NV.shape[1])
-        target = logits_NV.gather(1, torch.where(inside, labels_N, 0)[:, None])[:, 0]
+        target = logits_NV.gather(1, torch.where(inside, labels_N, 0).long()[:, None])[:, 0]
         row_max, argmax = logits_NV.max(dim=-1)
         total = logits_NV.sum(dim=-1)
         sum_exp = logits_NV.sub_(row_max[:, None]).exp_().sum(dim=-1)
@@ -180,7 +180,7 @@ class _TorchRows:
         if uniform_N is not None:
             grad.sub_(uniform_N[:, None])
         inside = (labels_N >= 0) & (labels_N < grad.shape[1])
-        index, value = torch.where(inside, labels_N, 0), torch.where(inside, -target_factor_N, 0.0)
+        index, value = torch.where(inside, labels_N, 0).long(), torch.where(inside, -target_factor_N, 0.0)
         return grad.scatter_add_(1, index[:, None], value[:, None])
 
 
