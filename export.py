@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from training.checkpoint import Checkpoint
 
 SHARD_BYTES = 5_000_000_000
+VOCABULARY_WEIGHTS = ("model.embed.weight", "model.head.weight")
 LOGITS_TOLERANCE = 1e-4
 VERIFY = Path(__file__).parent / "model" / "verify_hf.py"
 CARD = """---
@@ -75,24 +76,40 @@ def export(run_path: Path, config: ExportConfig) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        write(partial, out, checkpoint, tokenizer, config)
+        model = without_padding(checkpoint, tokenizer)
+        write(partial, out, checkpoint, model, tokenizer, config)
         (partial / "export.json").write_text(json.dumps(origin))
-        verify(partial, stored_model(checkpoint.state["config"]), tokenizer)
+        verify(partial, model, tokenizer)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"exported step {checkpoint.step} of {run_dir} to {out} ({config.dtype.value})")
 
 
+def without_padding(checkpoint: "Checkpoint", tokenizer: "Tokenizer | None") -> ModelConfig:
+    """Give a checkpoint's model with the vocabulary of its tokenizer: ids beyond it stand for nothing.
+
+    They fill a vocabulary up to what tensor parallelism can divide. A model that was brought in keeps what it had.
+    """
+    model = stored_model(checkpoint.state["config"])
+    if tokenizer is None or not checkpoint.state["data"]["parts"]:
+        return model
+    return replace(model, vocab_size=min(model.vocab_size, tokenizer.vocab_size))
+
+
 def write(
-    folder: Path, out: Path, checkpoint: "Checkpoint", tokenizer: "Tokenizer | None", config: ExportConfig
+    folder: Path,
+    out: Path,
+    checkpoint: "Checkpoint",
+    model: ModelConfig,
+    tokenizer: "Tokenizer | None",
+    config: ExportConfig,
 ) -> None:
     """Write weights, configuration, tokenizer and card into a folder."""
     from data.hf_tokenizer import write_hf_tokenizer
     from model.hf import llama_config
 
-    model = stored_model(checkpoint.state["config"])
-    dtype = write_weights(folder, checkpoint, config)
+    dtype = write_weights(folder, checkpoint, config, vocab_size=model.vocab_size)
     bos, eos = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
     about = llama_config(model, bos_id=bos, eos_id=eos, pad_id=eos, dtype=str(dtype).removeprefix("torch."))
     (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -110,7 +127,7 @@ def write(
     (folder / "README.md").write_text(card)
 
 
-def write_weights(folder: Path, checkpoint: "Checkpoint", config: ExportConfig) -> "torch.dtype":
+def write_weights(folder: Path, checkpoint: "Checkpoint", config: ExportConfig, *, vocab_size: int) -> "torch.dtype":
     """Write the master weights in the asked-for dtype, in shards of about 5 GB, one in memory at a time."""
     import torch
     from safetensors.torch import save_file
@@ -134,12 +151,14 @@ def write_weights(folder: Path, checkpoint: "Checkpoint", config: ExportConfig) 
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
         for name, tensor in checkpoint.read_names(shard).items():
+            if name in VOCABULARY_WEIGHTS:
+                tensor = tensor[:vocab_size]
             if not torch.isfinite(tensor.to(dtype)).all():
                 raise ModelError(
                     f"{checkpoint.path}: {name} holds values outside dtype ({config.dtype.value}); "
                     "export with dtype=bf16"
                 )
-            tensors[to_llama_name(name.removeprefix("model."))] = tensor.to(dtype)
+            tensors[to_llama_name(name.removeprefix("model."))] = tensor.to(dtype).contiguous()
         save_file(tensors, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file)
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

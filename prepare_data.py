@@ -19,21 +19,25 @@ SAMPLE_TOKENS = 120
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="prepare_data")
 def main(cfg: DictConfig) -> None:
-    config: PrepareConfig = to_config(cfg)
     with sentences():
-        from data.prepare import existing, sample_texts
-        from data.shards import read_about
+        work(to_config(cfg))
 
-        path = Path(config.data.path)
-        if existing(config.data, config.tokenizer, add=config.add):
-            print(f"{path} was prepared before with the same settings; it is used as it is")
-        elif not write(config):
-            print(f"part {config.shard} of {config.shards} is done; {path} is there when all are")
-            return
-        print_table(read_about(path))
-        for source, text in sample_texts(config.data, 3, max_tokens=SAMPLE_TOKENS):
-            print(f"\n--- a document of {source}, decoded again\n{text.rstrip()}")
-        print(f"\nnext: python train.py data={config.data.name}")
+
+def work(config: PrepareConfig) -> None:
+    """Prepare a corpus, or the part of it that this process does, and show what became of it."""
+    from data.prepare import existing, sample_texts
+    from data.shards import read_about
+
+    path = Path(config.data.path)
+    if existing(config.data, config.tokenizer, add=config.add):
+        print(f"{path} was prepared before with the same settings; it is used as it is")
+    elif not write(config):
+        print(f"part {config.shard} of {config.shards} is done; {path} is there when all are")
+        return
+    print_table(read_about(path))
+    for source, text in sample_texts(config.data, 3, max_tokens=SAMPLE_TOKENS):
+        print(f"\n--- a document of {source}, decoded again\n{text.rstrip()}")
+    print(f"\nnext: python train.py data={config.data.name}")
 
 
 def write(config: PrepareConfig) -> bool:

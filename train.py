@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conf.command import is_sentence, run, sentences
 from conf.schema import TrainConfig, parse_ranges, to_config
+from model.config import Attention
 from parallel.launch import launch
 
 if TYPE_CHECKING:
@@ -39,24 +40,32 @@ def main(cfg: DictConfig) -> float | None:
     run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
 
     with sentences():
+        if config.dry_run.enabled:
+            return rehearse(config)
         return launch(work, config, run_config, run_dir, config=config.parallel, says_enough=is_sentence)
 
 
 def work(config: TrainConfig, run_config: dict[str, Any], run_dir: Path) -> float | None:
     """Be one rank of a run and give its validation loss; a stop that was asked for exits with a signal's code."""
     from parallel.mesh import distributed
+    from parallel.slurm import go_on_later
     from training.logs import log_to
     from training.run_folder import locked
+    from training.status import Status
     from training.stop import StopRequest
 
     with (
         distributed(config.parallel) as mesh,
         locked(run_dir, mesh.rank),
         log_to(run_dir, mesh.rank),
-        StopRequest() as stop,
+        Status(run_dir, run_config, rank=mesh.rank) as status,
+        StopRequest(mesh.maximum) as stop,
     ):
         valid_loss = train(config, run_config, mesh, run_dir, stop)
-    if stop:
+        status.end(valid_loss, stopped=bool(stop), given_up=stop.given_up)
+    if stop.for_a_requeue:
+        go_on_later(run_dir, rank=mesh.rank, max_requeues=config.launcher.max_requeues)
+    if stop and not stop.given_up:
         sys.exit(stop.exit_code)
     return valid_loss
 
@@ -65,11 +74,8 @@ def train(
     config: TrainConfig, run_config: dict[str, Any], mesh: "Mesh", run_dir: Path, stop: "StopRequest"
 ) -> float | None:
     """Run the steps that are left of a run and give its validation loss."""
-    import torch
 
     from data.corpus import open_corpus
-    from model.transformer import Transformer
-    from parallel.apply import parallelize
     from training.checkpoint import Checkpoints
     from training.optimizer import AdamW
     from training.progress import Progress
@@ -82,22 +88,7 @@ def train(
     # Data: checked first, because it is wrong most often and opened in no time.
     corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
 
-    # Model: whole on the meta device, given its dtype and place, then filled in.
-    torch.manual_seed(config.seed)
-    with torch.device("meta"):
-        model = Transformer(config.model)
-    precision = config.precision
-    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-    parallelize(
-        model,
-        mesh,
-        config.parallel,
-        dtypes[precision.compute.value],
-        fp8=precision.fp8.value,
-        grad_dtype=None if precision.grad_dtype is None else dtypes[precision.grad_dtype.value],
-    )
-    model.init_weights(config.seed)
-
+    model = build_model(config, mesh)
     optimizer, scaler, progress = AdamW(model, config.optimizer), LossScaler(config.precision), Progress()
     kept = Kept(optimizer, scaler, progress)
     checkpoints = Checkpoints(run_dir, keep=config.checkpoint.keep)
@@ -107,11 +98,20 @@ def train(
         config.checkpoint,
         run_config=run_config,
         parts=corpus.parts,
-        read_hf=read_hf_weights,
+        read_hf=partial(read_hf_weights, vocab_size=config.model.vocab_size),
     )
     corpus.train.begin_at(progress.first_sample)
     optimizer.follow(rates_to_come(config, progress))
-    engine = build_engine(config, mesh, model, optimizer, scaler, corpus, progress)
+    engine = build_engine(
+        config,
+        mesh,
+        model,
+        optimizer,
+        scaler,
+        progress,
+        n_sources=len(corpus.sources),
+        bytes_per_token=corpus.bytes_per_token,
+    )
     keep_inputs(config, run_config, run_dir, corpus)
     describe(config, mesh, corpus, progress, run_dir)
     validated = progress.validated_step == progress.step
@@ -130,11 +130,76 @@ def train(
     return progress.valid_loss
 
 
-def read_hf_weights(folder: Path) -> dict[str, Any]:
-    """Read the weights of a Hugging Face folder, by our names."""
-    from model.hf import read_hf
+def rehearse(config: TrainConfig) -> None:
+    """Print what a step would be on `dry_run.world_size` GPUs, from the code that would run it."""
+    from parallel.dry_run import DryRun, FakeBatch, report
+    from training.optimizer import AdamW
+    from training.progress import Progress
+    from training.scaler import LossScaler
 
-    return read_hf(folder)[1]
+    def build(mesh: "Mesh") -> "Engine":
+        model = build_model(config, mesh)
+        optimizer, progress = AdamW(model, config.optimizer), Progress()
+        optimizer.follow(rates_to_come(config, progress)[:1])
+        return build_engine(config, mesh, model, optimizer, LossScaler(config.precision), progress, n_sources=1)
+
+    if config.model.attention is not Attention.reference:
+        config.model.attention = Attention.sdpa  # keeps what every fused kernel keeps, and can be run without one
+    data = config.data
+    rows, row_len = config.micro_batch_tokens // data.pack_tokens, data.pack_tokens
+    run = DryRun(
+        build,
+        partial(FakeBatch.of, rows, row_len, data.seq_len),
+        config.parallel,
+        config.dry_run,
+        kernels=("model.loss_kernel", "training.adamw_kernel"),
+    )
+    n_micro_batches = -(-config.packs_of_step(config.steps) // (rows * run.axes.dp))
+    n_tokens = n_micro_batches * config.micro_batch_tokens * run.axes.dp
+    print(f"model      {config.model.name}: {config.model.n_params:,} parameters")
+    print(f"layout     {run.axes} = {config.dry_run.world_size} GPUs, zero_stage {config.parallel.zero_stage}")
+    print(
+        f"batch      {n_tokens:,} tokens a step = {run.axes.dp} data-parallel ranks x {n_micro_batches} micro-batches x "
+        f"{config.micro_batch_tokens:,}"
+    )
+    if n_tokens != config.global_batch_tokens:
+        print(
+            f"           global_batch_tokens ({config.global_batch_tokens:,}) does not fill them; training would ask for a "
+            f"multiple of {config.micro_batch_tokens * run.axes.dp:,}"
+        )
+    for line in report(run.read(n_micro_batches), config.dry_run, tokens_per_rank=n_tokens / config.dry_run.world_size):
+        print(line)
+
+
+def build_model(config: TrainConfig, mesh: "Mesh") -> Any:
+    """Make the model whole on the meta device, give it its dtype and place, and fill it in."""
+    import torch
+
+    from model.transformer import Transformer
+    from parallel.apply import parallelize
+
+    torch.manual_seed(config.seed)
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    precision = config.precision
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+    parallelize(
+        model,
+        mesh,
+        config.parallel,
+        dtypes[precision.compute.value],
+        fp8=precision.fp8.value,
+        grad_dtype=None if precision.grad_dtype is None else dtypes[precision.grad_dtype.value],
+    )
+    model.init_weights(config.seed)
+    return model
+
+
+def read_hf_weights(folder: Path, *, vocab_size: int) -> dict[str, Any]:
+    """Read the weights of a Hugging Face folder, by our names, with a vocabulary that may be larger than its own."""
+    from model.hf import pad_vocabulary, read_hf
+
+    return pad_vocabulary(read_hf(folder)[1], vocab_size)
 
 
 def loop(
@@ -148,6 +213,7 @@ def loop(
 ) -> None:
     """Take batches and steps until the run is over or asked to stop; what is due comes after each step."""
     from data.loader import train_batches
+    from training.early_stop import is_hopeless
     from training.progress import check_bad_steps
     from training.run_folder import StopFile
 
@@ -188,6 +254,9 @@ def loop(
                     lr, beta2 = result.rates_2.tolist()
                     epochs = corpus.train.epochs(progress.samples)
                     report.step(progress, result, epochs, lr=lr, beta2=beta2, loss_scale=scale)
+            if is_hopeless(config.early_stop, report.sinks.run_dir, progress.step):
+                stop.give_up()
+            stop.agree()
             validate_if_due(config, engine, corpus, progress, report, stop)
             save_here, stop_here = stop_file.read(progress.step)
             every = config.checkpoint.every
@@ -234,8 +303,10 @@ def build_engine(
     model: Any,
     optimizer: Any,
     scaler: Any,
-    corpus: "Corpus",
     progress: "Progress",
+    *,
+    n_sources: int,
+    bytes_per_token: Any = None,
 ) -> "Engine":
     """Join the model's loss, the way tokens are averaged, and the update into an engine."""
     import torch
@@ -244,7 +315,7 @@ def build_engine(
     from parallel.engine import Engine
     from training.token_weights import token_weights
 
-    loss, lengths = config.loss, corpus.bytes_per_token
+    loss = config.loss
     return Engine(
         model,
         optimizer,
@@ -258,8 +329,8 @@ def build_engine(
         token_weights=partial(token_weights, reduction=loss.reduction),
         scaler=scaler,
         max_grad_norm=config.optimizer.max_grad_norm,
-        n_sources=len(corpus.sources),
-        bytes_per_token=None if lengths is None else torch.from_numpy(lengths),
+        n_sources=n_sources,
+        bytes_per_token=None if bytes_per_token is None else torch.from_numpy(bytes_per_token),
         counts=(progress.updates, progress.bad_steps, progress.bad_in_a_row),
     )
 

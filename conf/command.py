@@ -6,6 +6,7 @@ override and every point is checked before `hydra.main` starts and before torch 
 
 import errno
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
@@ -24,11 +25,16 @@ from omegaconf.errors import OmegaConfBaseException
 from conf.schema import SCHEMAS, ConfigError, did_you_mean, register, to_config
 from data.config import DataError
 from model.config import ModelError
-from parallel.config import ParallelError, RankError
+from parallel.config import LauncherConfig, ParallelError, RankError, Where
 from training.config import CheckpointError, TrainingError
 
+
+class SweepError(Exception):
+    """Points of a sweep that did not come to their end, told as a sentence for the user."""
+
+
 CONF = Path(__file__).parent.resolve()
-SENTENCES = (ConfigError, DataError, ModelError, ParallelError, CheckpointError, TrainingError)
+SENTENCES = (ConfigError, DataError, ModelError, ParallelError, CheckpointError, TrainingError, SweepError)
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 # Other configs than ours, or nothing that composes one: Hydra's own business
 HYDRA_ONLY = ("hydra_help", "version", "shell_completion", "info", "experimental_rerun")
@@ -39,11 +45,23 @@ def run(main: Callable[[], Any], config_name: str) -> None:
     """Run a `hydra.main` function as a command; a wrong command line is told in full, with exit code 2."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     register()
+    sys.argv[1:] = [_as_option(argument) for argument in sys.argv[1:]]
     problems = list(command_line_problems(sys.argv[1:], config_name))
     if problems:
         _say(problems)
         sys.exit(2)
-    main()
+    try:
+        with sentences():
+            main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _as_option(argument: str) -> str:
+    """Quote a group's option that Hydra would take for a truth value, as in dry_run=true."""
+    key, _, value = argument.partition("=")
+    is_option = value in ("true", "false") and (CONF / key / f"{value}.yaml").exists()
+    return f"{key}='{value}'" if is_option else argument
 
 
 @contextmanager
@@ -103,23 +121,63 @@ def command_line_problems(argv: list[str], config_name: str) -> Iterator[str]:
 
 def _point_problems(overrides: list[Override], args: Any, config_name: str) -> Iterator[str]:
     """Compose every point of the command line and check it as the command itself would."""
-    points = [list(p) for batch in BasicSweeper.split_arguments(overrides, None) for p in batch]
-    swept = next((o for o in overrides if o.is_sweep_override()), None)
-    for point in points:
+    all_overrides = [*_params(overrides, config_name), *overrides]
+    varied = [o for o in all_overrides if o.is_sweep_override()]
+    keys = {override.get_key_element() for override in varied}
+    folders: dict[str, str] = {}  # and the point that has it
+    for point in _points(all_overrides):
+        label = " ".join(part for part in point if part.partition("=")[0] in keys)
+        where = f" (at {label})" if varied else ""
         try:
             cfg = compose(config_name, overrides=point, return_hydra_config=True)
-            if swept and not args.multirun and str(cfg.hydra.mode) != "RunMode.MULTIRUN":
-                yield f"{swept.key_or_group} has several values; add -m to run one after another"
+            many = args.multirun or str(cfg.hydra.mode) == "RunMode.MULTIRUN"
+            if varied and not many:
+                yield f"{varied[0].key_or_group} has several values; add -m to run one after another"
                 return
+            folder = os.path.join(str(cfg.hydra.sweep.dir), str(cfg.hydra.sweep.subdir))
             with read_write(cfg), open_dict(cfg):
                 del cfg["hydra"]
-            if not (args.help or args.cfg):
-                to_config(cfg)
+            if args.help or args.cfg:
+                continue
+            config = to_config(cfg)
+            if varied and folder in folders:
+                yield f"{folders[folder]} and {label} would share {folder}; let hydra.sweep.subdir tell them apart"
+            folders[folder] = label
+            if many and config_name in ("train", "prepare_data"):
+                yield from (f"{problem}{where}" for problem in _launcher_problems(config.launcher))
         except (HydraException, OmegaConfBaseException) as error:
             yield f"{_first_line(error)} (at {' '.join(point)})"
         except ConfigError as error:
-            where = f" (at {' '.join(point)})" if swept else ""
             yield from (f"{line}{where}" for line in str(error).splitlines())
+
+
+def _params(overrides: list[Override], config_name: str) -> list[Override]:
+    """Give what the configuration itself sweeps over, in hydra.sweeper.params."""
+    fixed = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
+    try:
+        cfg = compose(config_name, overrides=fixed, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException):
+        return []  # said of every point
+    params = cfg.hydra.sweeper.get("params") or {}
+    return OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
+
+
+def _points(overrides: list[Override]) -> list[list[str]]:
+    """Give the overrides of every point; of a search, the corners of the space in which it moves."""
+    lines = []
+    for override in overrides:
+        value = override.value()
+        if isinstance(value, IntervalSweep):
+            lines.append(f"{override.get_key_element()}={value.start},{value.end}")
+        else:
+            lines.append(override.input_line or "")
+    discrete = OverridesParser.create().parse_overrides(lines)
+    return [list(point) for batch in BasicSweeper.split_arguments(discrete, None) for point in batch]
+
+
+def _launcher_problems(launcher: LauncherConfig) -> Iterator[str]:
+    if launcher.where is Where.slurm and shutil.which("sbatch") is None:
+        yield "launcher=slurm: there is no sbatch on this machine; log in where jobs are submitted"
 
 
 def override_problems(override: Override, config_name: str) -> Iterator[str]:
@@ -128,7 +186,7 @@ def override_problems(override: Override, config_name: str) -> Iterator[str]:
     if key.split(".")[0] == "hydra" or key.startswith("hydra/"):
         return
     options = sorted(path.stem for path in (CONF / key).glob("*.yaml")) if "." not in key else []
-    values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
+    values = _values(override)
     if options:
         for value in map(str, values):
             if value == "None":
@@ -141,6 +199,14 @@ def override_problems(override: Override, config_name: str) -> Iterator[str]:
     if not override.is_delete() and not _unknown(schema, key, config_name):
         for value in values:
             yield from _type_problem(schema, key, value)
+
+
+def _values(override: Override) -> list[Any]:
+    """Give all the values of an override; of an interval, its ends."""
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        return [value.start, value.end]
+    return list(override.sweep_iterator()) if override.is_sweep_override() else [value]
 
 
 def _unknown(schema: type, key: str, config_name: str) -> list[str]:

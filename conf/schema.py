@@ -17,10 +17,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.config import MOST_SHARDS, DataConfig, RampConfig, Source, TokenizerConfig, packs_of_step
 from model.config import ModelConfig
-from parallel.config import ParallelConfig
+from parallel.config import DryRunConfig, LauncherConfig, ParallelConfig
 from training.config import (
     CheckpointConfig,
     Dtype,
+    EarlyStopConfig,
     LoggerConfig,
     LossConfig,
     OptimizerConfig,
@@ -56,7 +57,10 @@ class TrainConfig:
     precision: PrecisionConfig = MISSING
     loss: LossConfig = MISSING
     checkpoint: CheckpointConfig = MISSING
+    early_stop: EarlyStopConfig = MISSING
     logger: LoggerConfig = MISSING
+    launcher: LauncherConfig = MISSING
+    dry_run: DryRunConfig = MISSING
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -86,7 +90,16 @@ class TrainConfig:
         if self.valid_tokens is not None and self.valid_tokens < 1:
             yield f"valid_tokens ({self.valid_tokens}) must be at least 1, or null for the whole split"
         sections = (self.model, self.data, self.parallel, self.optimizer, self.scheduler)
-        for section in (*sections, self.precision, self.loss, self.checkpoint, self.logger):
+        for section in (
+            *sections,
+            self.precision,
+            self.loss,
+            self.checkpoint,
+            self.early_stop,
+            self.logger,
+            self.launcher,
+            self.dry_run,
+        ):
             yield from section.problems()
         yield from self._batch_problems()
         yield from self._pair_problems()
@@ -151,11 +164,13 @@ class PrepareConfig:
     shard: int = 0  # the part that this process does
     add: bool = False  # add to a prepared corpus the files that came since
     save_every_s: float = 20.0  # seconds between the places where a killed run goes on
+    launcher: LauncherConfig = MISSING
 
     def problems(self) -> Iterator[str]:
         yield from self.data.source_problems()
         yield from self.data.problems()
         yield from self.tokenizer.problems()
+        yield from self.launcher.problems()
         if self.data.source is Source.random:
             yield "data.source (random) has nothing to prepare; train.py makes its tokens"
         if self.data.source is Source.tokens:

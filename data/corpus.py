@@ -156,6 +156,7 @@ def _prepared_corpus(config: DataConfig, vocab_size: int) -> Corpus:
     tokenizer = load_tokenizer(folder / "tokenizer")
     if tokenizer.fingerprint != about["tokenizer"]["fingerprint"]:
         raise DataError(f"{tokenizer.path} is not the tokenizer that {folder} was made with; prepare the corpus again")
+    _check_vocabulary(tokenizer, vocab_size)
     files: dict[str, dict[str, list[Shard]]] = {"train": {}, "valid": {}}
     for split, sources in about["splits"].items():
         for source, counts in sources.items():
@@ -168,6 +169,15 @@ def _prepared_corpus(config: DataConfig, vocab_size: int) -> Corpus:
         add_bos=about["tokenizer"]["add_bos"],
         add_eos=about["tokenizer"]["add_eos"],
     )
+
+
+def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"{tokenizer.path} has {tokenizer.vocab_size} pieces, more than model.vocab_size ({vocab_size}); pass "
+            f"model.vocab_size={-(-tokenizer.vocab_size // 128) * 128}, a multiple of 128 that tensor "
+            "parallelism divides; the export leaves out what no token has"
+        )
 
 
 def _own_shard(stem: Path, tokenizer: Tokenizer, vocab_size: int) -> Shard:
@@ -187,6 +197,8 @@ def _foreign_corpus(config: DataConfig, vocab_size: int) -> Corpus:
     train = token_files(Path(config.input), config.name)
     valid = token_files(Path(config.valid_input), config.name) if config.valid_input else {}
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    if tokenizer is not None:
+        _check_vocabulary(tokenizer, vocab_size)
     files: Any = {"train": train, "valid": valid}
     return _corpus(config, files, tokenizer=tokenizer, vocab_size=vocab_size, add_bos=False, add_eos=False)
 
@@ -200,11 +212,6 @@ def _corpus(
     add_bos: bool,
     add_eos: bool,
 ) -> Corpus:
-    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
-        raise DataError(
-            f"the tokenizer of {config.path} has {tokenizer.vocab_size} pieces, more than model.vocab_size "
-            f"({vocab_size}); pass model.vocab_size={-(-tokenizer.vocab_size // 128) * 128}"
-        )
     sources = tuple(sorted({name for split in files.values() for name in split}))
     if unknown := sorted(set(config.mix) - set(files["train"])):
         raise DataError(

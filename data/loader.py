@@ -77,7 +77,7 @@ def train_batches(
         batch_size=None,
         sampler=micro_batches(),  # type: ignore[arg-type]
         num_workers=config.workers,
-        collate_fn=_as_it_is,
+        collate_fn=_as_it_is,  # type: ignore[arg-type]
         worker_init_fn=_start_worker if config.workers else None,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # its draws are of no use here, and must not move the run's own generator

@@ -233,7 +233,8 @@ class Shard:
         """Read `counts` tokens from `starts` on to `places` in `out`, int32 (n,), with the bits of what is stored."""
         size, file = self.dtype.itemsize, self._file("bin")
         narrow = np.empty(max(counts) if size != out.itemsize else 0, dtype=self.dtype)
-        raw = memoryview(narrow if len(narrow) else out).cast("B")
+        into: Any = narrow if len(narrow) else out
+        raw = memoryview(into).cast("B")
         for place, start, count in zip(places, starts, counts, strict=True):
             at = 0 if len(narrow) else place * size
             n_bytes = os.preadv(file, (raw[at : at + count * size],), start * size)

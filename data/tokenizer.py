@@ -94,7 +94,7 @@ class HuggingFaceTokenizer:
             self.model = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
             raise DataError(f"{path} is not a tokenizer.json: {error}") from None
-        self.vocab_size = self.model.get_vocab_size()
+        self.vocab_size = max(self.model.get_vocab().values(), default=-1) + 1  # there may be ids that nothing has
         settings = path.with_name("tokenizer_config.json")
         named = json.loads(settings.read_text()) if settings.exists() else {}
         self.bos_id = self._special(named.get("bos_token"), BEGIN_OF_TEXT)
@@ -124,7 +124,7 @@ class HuggingFaceTokenizer:
         byte_level = "ByteLevel" in str(json.loads(self.path.read_text()).get("decoder"))
         lengths = np.zeros(self.vocab_size, dtype=np.int32)
         for piece, token in self.model.get_vocab().items():
-            if token in special or token >= self.vocab_size:
+            if token in special:
                 continue
             if byte_level:
                 lengths[token] = len(piece)  # one character stands for one byte

@@ -103,6 +103,16 @@ def read_hf(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     return config, weights
 
 
+def pad_vocabulary(weights: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
+    """Add to a smaller vocabulary rows that are the mean of its own: no text has their ids."""
+    padded = dict(weights)
+    for name in ("embed.weight", "head.weight"):
+        if name in weights and (missing := vocab_size - len(weights[name])) > 0:
+            mean = weights[name].mean(dim=0, keepdim=True)
+            padded[name] = torch.cat([weights[name], mean.expand(missing, -1)])
+    return padded
+
+
 def read_hf_config(about: dict[str, Any], folder: Path) -> ModelConfig:
     """Turn a config.json into our shape of a model, if it is one that we have."""
     architecture = (about.get("architectures") or ["none"])[0]

@@ -1,7 +1,7 @@
 """The devices of a run: opened before anything else and closed after it, once for every sweep point."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +19,11 @@ class Mesh:
     world_size: int = 1
     dp_rank: int = 0
     dp_size: int = 1
+
+    @property
+    def maximum(self) -> Callable[[int], int] | None:
+        """The largest of all ranks' values; None for a rank alone."""
+        return None
 
 
 @contextmanager

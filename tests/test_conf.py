@@ -29,7 +29,8 @@ def told(*argv: str, config_name: str = "train") -> list[str]:
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_of_every_group_composes(group: str, option: str) -> None:
-    extra = ["data.seq_len=256"] if group == "data" else []
+    extra = ["data.seq_len=256", "data.input=tokens"] if group == "data" else []
+    extra += ["init_from=runs/done"] if option == "sft_7b" else []
     assert composed(f"{group}={option}", *extra).name
 
 
@@ -92,7 +93,7 @@ def test_the_tutorial_experiment_has_the_tutorials_hyper_parameters() -> None:
         ),
         (
             ["launcher=slurm", "optimizer.lr=1e-3,-1"],
-            ["optimizer.lr (-1.0) must be positive and finite (at launcher=slurm optimizer.lr=-1)"],
+            ["optimizer.lr (-1.0) must be positive and finite (at optimizer.lr=-1)"],
         ),
         (["skip_batches=[2,3-1]"], ["skip_batches (2,3-1) must look like [17,100-120]"]),
         (

@@ -159,7 +159,8 @@ def test_changed_data_is_refused(run_dir: Path, corpus_dir: Path, tmp_path: Path
     shutil.copytree(run_dir, folder)
     shutil.copytree(corpus_dir, tmp_path / "tokens")
     for name in ("bin", "idx", "json"):
-        shutil.copyfile(corpus_dir / "valid" / f"code.{name}", tmp_path / "tokens" / "train" / f"code.{name}")
+        file = f"code-00000-00000.{name}"
+        shutil.copyfile(corpus_dir / "valid" / file, tmp_path / "tokens" / "train" / file)
     with pytest.raises(CheckpointError, match="the data or the tokenizer changed since"):
         trained(folder, *small, f"data.path={tmp_path / 'tokens'}")
 
@@ -259,7 +260,11 @@ def test_a_sweep_runs_each_point_in_its_own_folder(tmp_path: Path, small: list[s
             "error: there is no prepared data in nowhere; run: python prepare_data.py data=local",
         ),
         (["model.vocab_size=512"], {}, "has 1000 pieces, more than model.vocab_size (512)"),
-        ([], {"WORLD_SIZE": "2"}, "error: RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT must be set beside WORLD_SIZE"),
+        (
+            [],
+            {"WORLD_SIZE": "2"},
+            "error: RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT must be set beside WORLD_SIZE",
+        ),
         (
             ["parallel.device=cuda"],
             {"CUDA_VISIBLE_DEVICES": ""},

@@ -1,6 +1,7 @@
 """How far a run has come: the integers that a checkpoint keeps and a resumed run starts from."""
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -35,7 +36,9 @@ class Progress:
         return self.bad_steps - before
 
     def state_dict(self) -> dict[str, int | float | None]:
-        return asdict(self)
+        """Give everything as JSON has it, which knows no loss of nan."""
+        known = self.valid_loss is not None and math.isfinite(self.valid_loss)
+        return {**asdict(self), "valid_loss": self.valid_loss if known else None}
 
 
 def check_bad_steps(progress: Progress, limit: int, first_bad_layer: Callable[[], str]) -> None:

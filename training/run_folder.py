@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ SHAPE_KEYS = (
 )  # fmt: skip
 # What may change when a run is resumed: nothing that decides what is learnt
 FREE_KEYS = (
-    "name", "logger", "checkpoint", "parallel", "valid_every", "valid_tokens", "init_from", "init_content",
+    "name", "logger", "launcher", "early_stop", "checkpoint", "parallel", "valid_every", "valid_tokens",
+    "init_from", "init_content",
     "data.workers", "data.name", "data.path", "data.source", "data.input", "data.dataset", "data.dataset_config",
     "data.dataset_split", "data.text_key", "data.source_key", "data.text_lines", "data.raw_json",
     "data.valid_fraction", "data.valid_seed", "data.max_documents", "data.on_bad_record", "model.name",
@@ -60,13 +61,14 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
             yield dotted, before, now
 
 
+def is_free_key(key: str, accepted: Sequence[str] = ()) -> bool:
+    """Say whether a key may change when a run is resumed."""
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in (*FREE_KEYS, *accepted))
+
+
 def refuse_changes(old: dict[str, Any], new: dict[str, Any], accepted: list[str], run_dir: Path) -> None:
     """Refuse to go on with a run under another configuration than it began with."""
-
-    def free(key: str) -> bool:
-        return any(key == allowed or key.startswith(f"{allowed}.") for allowed in (*FREE_KEYS, *accepted))
-
-    changed = [(key, before, now) for key, before, now in changed_keys(old, new) if not free(key)]
+    changed = [(key, before, now) for key, before, now in changed_keys(old, new) if not is_free_key(key, accepted)]
     if changed:
         told = ", ".join(f"{key} ({before}, now {now})" for key, before, now in changed)
         keys = ",".join(key for key, _, _ in changed)

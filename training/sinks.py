@@ -76,7 +76,8 @@ class Sinks:
         logger.info("wandb: %s", "offline, no key was found" if mode == "offline" else mode or "online")
         return wandb.init(
             project=self.config.wandb_project,
-            name=self.run_config["name"],
+            name=self.run_dir.name,
+            group=self.run_config["name"],
             id=id_file.read_text().strip(),
             resume="allow",
             dir=str(self.run_dir),

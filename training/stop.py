@@ -1,22 +1,28 @@
-"""Being asked to stop: signals only set a flag, which the loop reads between steps."""
+"""Being asked to stop: signals only set a flag, on which all ranks agree between steps."""
 
 import os
 import signal
+from collections.abc import Callable
 from types import FrameType
 
+GIVEN_UP = 1000  # beyond every signal
 MESSAGE = b"\nstopping after this step and saving; once more to stop at once\n"
 
 
 class StopRequest:
-    """A context in which SIGINT and SIGTERM ask for a stop instead of ending the process.
+    """A context in which SIGINT, SIGTERM and SIGUSR2 ask for a stop instead of ending the process.
 
-    A second SIGINT raises KeyboardInterrupt. Processes forked inside the context ignore both.
+    SIGTERM is what Slurm sends before it takes a node away, SIGUSR2 what comes before the time limit.
+    A second SIGINT raises KeyboardInterrupt. Processes forked inside the context ignore all three.
+    `maximum` gives the largest of all ranks' values; a rank alone needs none.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
-    def __init__(self) -> None:
+    def __init__(self, maximum: Callable[[int], int] | None = None) -> None:
         self.signum: int | None = None
+        self.agreed: int | None = None
+        self.maximum = maximum
         self.pid = os.getpid()
 
     def __enter__(self) -> "StopRequest":
@@ -28,7 +34,26 @@ class StopRequest:
             signal.signal(signum, handler)
 
     def __bool__(self) -> bool:
-        return self.signum is not None
+        return (self.signum if self.maximum is None else self.agreed) is not None
+
+    def give_up(self) -> None:
+        """Ask for the end of a run that is not worth its steps."""
+        self.signum = GIVEN_UP
+
+    @property
+    def given_up(self) -> bool:
+        return bool(self) and self.signum == GIVEN_UP
+
+    def agree(self) -> None:
+        """Have all ranks know of a signal to any of them; all must call this at the same step."""
+        if self.maximum is not None:
+            self.agreed = self.maximum(self.signum or 0) or None
+            self.signum = self.agreed or self.signum
+
+    @property
+    def for_a_requeue(self) -> bool:
+        """Whether the signal is one that Slurm sends to a job which is to go on later."""
+        return bool(self) and self.signum in (signal.SIGTERM, signal.SIGUSR2)
 
     @property
     def exit_code(self) -> int:

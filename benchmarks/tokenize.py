@@ -1,0 +1,177 @@
+"""How fast text becomes tokens: python -m benchmarks.tokenize model=V7_sft.model
+
+Encodes the texts of this Python's library and packages (or of texts='folder/*.jsonl.zst') by SentencePiece's own
+library, by Hugging Face's tokenizers and by ours, a process each, and compares every id. Then a corpus is made of
+them as prepare_data.py makes one, by 1 process and by one a core. Without model= a tokenizer of
+pieces=103168 is trained first, which takes a minute.
+"""
+
+import json
+import os
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.config import DataConfig, OnBadRecord, Source, TokenizerConfig
+from data.hf_tokenizer import fast_from_sentencepiece
+from data.inputs import BadRecords, items
+from data.journal import Counts
+from data.prepare import all_documents, prepare
+from data.read import blocks
+from data.tokenizer import SentencePieceTokenizer, encode_documents, load_tokenizer, train_tokenizer
+
+PILE_BYTES = 825e9
+CORES_A_MACHINE = 64
+BATCH = 256  # documents that are encoded at once
+SUFFIXES = (".py", ".md", ".rst", ".txt")
+SETTINGS = {"model": "", "pieces": "103168", "texts": "", "megabytes": "64", "compared": "8"}
+
+Encode = Callable[[list[str]], list[Any]]
+
+
+def python_texts(limit: int) -> Iterator[str]:
+    """Yield the texts of the installed packages and the library, about `limit` bytes, each text once."""
+    seen, size = set(), 0
+    for root in ("purelib", "stdlib"):
+        for path in sorted(Path(sysconfig.get_paths()[root]).resolve().rglob("*")):
+            if size >= limit or path.suffix not in SUFFIXES or not path.is_file() or str(path) in seen:
+                continue
+            try:
+                text = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue  # there to be in another encoding
+            if text.strip() and text not in seen:
+                seen |= {text, str(path)}
+                size += len(text.encode())
+                yield text
+
+
+def local_texts(pattern: str, limit: int) -> Iterator[str]:
+    config = DataConfig(
+        name="texts", path="none", source=Source.local, input=pattern, on_bad_record=OnBadRecord.skip,
+        seq_len=2048, micro_batch_size=1,
+    )  # fmt: skip
+    size = 0
+    for document in all_documents(config, BadRecords(OnBadRecord.skip)):
+        yield document.text
+        size += len(document.text.encode())
+        if size >= limit:
+            return
+
+
+def run(texts: list[str], encode: Encode) -> tuple[float, list[np.ndarray]]:
+    """Give the megabytes a second of processor time, and the ids."""
+    found: list[np.ndarray] = []
+    spent = 0.0
+    for at in range(0, len(texts), BATCH):
+        start = time.process_time()
+        ids = encode(texts[at : at + BATCH])
+        spent += time.process_time() - start
+        found += [np.array(one, dtype=np.uint32) for one in ids]
+    return sum(len(text.encode()) for text in texts) / 1e6 / spent, found
+
+
+def compare(texts: list[str], n_compared: int, model: Path) -> None:
+    """Print what a core encodes a second, by three libraries."""
+    tokenizer = load_tokenizer(model)
+    assert isinstance(tokenizer, SentencePieceTokenizer), "it is SentencePiece that is compared with"
+    fast = fast_from_sentencepiece(tokenizer)
+    encoders: dict[str, tuple[Encode, list[str]]] = {
+        "SentencePiece": (lambda some: tokenizer.model.encode(some, num_threads=1), texts[:n_compared]),
+        "Hugging Face tokenizers": (
+            lambda some: [one.ids for one in fast.encode_batch_fast(some, add_special_tokens=False)],
+            texts[:n_compared],
+        ),
+        "ours": (lambda some: encode_documents(tokenizer, some, add_bos=False, add_eos=False), texts),
+        "ours, the same again": (
+            lambda some: encode_documents(tokenizer, some, add_bos=False, add_eos=False),
+            texts,
+        ),
+    }
+    print(f"\n{'one core':26} {'MB/s':>8} {'x SentencePiece':>16} {'documents with other ids':>26}")
+    first, expected = 0.0, []
+    for name, (encode, some) in encoders.items():
+        speed, found = run(some, encode)
+        first, expected = first or speed, expected or found
+        differing = sum(not np.array_equal(a, b) for a, b in zip(expected, found, strict=False))
+        print(f"{name:26} {speed:8.2f} {speed / first:16.2f} {differing:14,} of {len(expected):,}")
+    all_ids = [tokenizer.model.encode(text) for text in texts[n_compared:]]
+    ours = encode_documents(tokenizer, texts[n_compared:], add_bos=False, add_eos=False)
+    differing = sum(not np.array_equal(a, b) for a, b in zip(all_ids, ours, strict=True))
+    print(f"{'ours, the other documents':52} {differing:14,} of {len(ours):,}")
+
+
+def corpus_config(folder: Path, name: str) -> DataConfig:
+    return DataConfig(
+        name=name, path=str(folder / name), source=Source.local, input=str(folder / "texts.jsonl.gz"),
+        seq_len=2048, micro_batch_size=1,
+    )  # fmt: skip
+
+
+def reading(folder: Path) -> float:
+    """Give the megabytes a second of reading alone, which is the main process' and bounds all the others."""
+    config, bad = corpus_config(folder, "none"), BadRecords(OnBadRecord.skip)
+    start = time.perf_counter()
+    size = sum(len(block.payload) for item in items(config, bad) for block in blocks(item, config, bad))
+    return size / 1e6 / (time.perf_counter() - start)
+
+
+def pipeline(folder: Path, model: Path, workers: int) -> float:
+    """Give the megabytes a second of all of prepare_data.py's work on a compressed file, its start left out."""
+    config = corpus_config(folder, f"corpus-{workers}")
+    seen: list[tuple[float, int]] = []
+
+    def on_progress(counts: Counts) -> None:
+        seen.append((time.perf_counter(), counts.text_bytes))
+
+    prepare(config, TokenizerConfig(model=str(model), vocab_size=1), workers=workers, on_progress=on_progress)
+    return (seen[-1][1] - seen[0][1]) / 1e6 / (seen[-1][0] - seen[0][0])
+
+
+def write(texts: list[str], path: Path) -> None:
+    import gzip
+
+    with gzip.open(path, "wt", encoding="utf-8", compresslevel=3) as file:
+        file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+
+
+def main(arguments: list[str]) -> None:
+    given = SETTINGS | {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
+    if unknown := set(given) - set(SETTINGS):
+        sys.exit(f"error: settings are {', '.join(SETTINGS)}, not {', '.join(sorted(unknown))}")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    limit = int(float(given["megabytes"]) * 1e6)
+    texts = list(local_texts(given["texts"], limit) if given["texts"] else python_texts(limit))
+    sizes = np.cumsum([len(text.encode()) for text in texts])
+    n_compared = int(np.searchsorted(sizes, float(given["compared"]) * 1e6)) + 1
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = Path(given["model"]) if given["model"] else folder / "tokenizer.model"
+        if not given["model"]:
+            print(f"training a tokenizer of {given['pieces']} pieces", flush=True)
+            train_tokenizer(iter(texts), model, vocab_size=int(given["pieces"]), threads=cores)
+        print(f"{len(texts):,} documents, {sizes[-1] / 1e6:.1f} MB; SentencePiece on {n_compared:,} of them")
+        compare(texts, n_compared, model)
+        write(texts, folder / "texts.jsonl.gz")
+        limit = reading(folder)
+        print(f"\n{'prepare_data.py, jsonl.gz':26} {'MB/s':>8}\n{'reading alone':26} {limit:8.2f}")
+        speed = 0.0
+        for workers in dict.fromkeys((1, cores)):
+            speed = pipeline(folder, model, workers)
+            print(f"{workers} {'processes' if workers > 1 else 'process':24} {speed:8.2f}")
+        hours, largest = (PILE_BYTES / 1e6 / s / 3600 for s in (speed, min(limit, speed / cores * CORES_A_MACHINE)))
+        print(
+            f"\n825 GB take {hours:.1f} hours on one machine like this one and {hours / 64:.2f} on 64 (shards=64); "
+            f"with {CORES_A_MACHINE} cores each, {largest:.2f} and {largest / 64:.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,172 @@
+"""A step before a GPU is bought: the real code on fake ranks, its memory, its collectives, and an estimate of its time."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from parallel.axes import resolve_axes
+from parallel.config import AXES, DryRunConfig, ParallelConfig
+from parallel.engine import Engine
+from parallel.estimate import StepTime, step_time
+from parallel.ledger import Ledger
+from parallel.memory import Memory
+from parallel.mesh import Mesh
+from parallel.pretend import CUDA, pretended_gpu
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class FakeBatch:
+    """A micro-batch without numbers, full of segments of one length."""
+
+    tokens_BT: Tensor
+    labels_BT: Tensor
+    positions_BT: Tensor
+    source_BT: Tensor
+    cu_seqlens: Tensor
+    max_seq_len: int
+
+    @staticmethod
+    def of(rows: int, row_len: int, seq_len: int) -> "FakeBatch":
+        tokens_BT = torch.zeros(rows, row_len, dtype=torch.int64)
+        segments = torch.zeros(rows * row_len // seq_len + 1, dtype=torch.int32)
+        return FakeBatch(tokens_BT, tokens_BT, tokens_BT, tokens_BT, segments, seq_len)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What one rank does in one step."""
+
+    rank: int
+    n_params: int  # numbers that this rank holds
+    peak: int  # bytes
+    at_peak: dict[str, int]  # bytes by kind
+    table: dict[tuple[str, str], tuple[int, int]]  # count and bytes of collectives by (axis, kind)
+    flops: int
+    time: StepTime
+
+    def further(self, before: "Reading", times: float) -> "Reading":
+        """Give the step that goes on from `before` to this one `times` more."""
+        table = {}
+        for key, (count, n_bytes) in self.table.items():
+            old_count, old_bytes = before.table.get(key, (0, 0))
+            table[key] = round(count + (count - old_count) * times), round(n_bytes + (n_bytes - old_bytes) * times)
+        seconds = {
+            name: getattr(self.time, name) + (getattr(self.time, name) - getattr(before.time, name)) * times
+            for name in ("compute_s", "waiting_s", "exposed_s", "bubble_s")
+        }
+        flops = round(self.flops + (self.flops - before.flops) * times)
+        return replace(self, table=table, flops=flops, time=StepTime(**seconds))
+
+
+class DryRun:
+    """Runs steps on fake ranks of one layout.
+
+    `build` makes the engine of a rank on its mesh, `batch` a micro-batch; `kernels` are the modules of Triton
+    kernels that they use.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[Mesh], Engine],
+        batch: Callable[[], FakeBatch],
+        layout: ParallelConfig,
+        config: DryRunConfig,
+        *,
+        kernels: Sequence[str] = (),
+    ) -> None:
+        self.build, self.batch, self.layout, self.config, self.kernels = build, batch, layout, config, kernels
+        self.axes = resolve_axes(layout, config.world_size)
+
+    def read(self, n_micro_batches: int) -> list[Reading]:
+        """Read a step of so many micro-batches a rank, on one rank of every pipeline stage.
+
+        What a micro-batch adds is the same from the third round of the pipeline on, so a long step is not run to its end.
+        """
+        unit = self.axes.pp * self.layout.virtual_stages
+        most = 4 * unit
+        readings = []
+        for rank in range(0, self.axes.world_size, self.axes.world_size // self.axes.pp):
+            if n_micro_batches <= most:
+                readings.append(self.read_rank(rank, n_micro_batches))
+            else:
+                before, last = self.read_rank(rank, most - unit), self.read_rank(rank, most)
+                readings.append(last.further(before, (n_micro_batches - most) / unit))
+        bubble = (self.axes.pp - 1) / (n_micro_batches * self.layout.virtual_stages)
+        if "z" in self.layout.pipeline_schedule.value:  # weight gradients fill two thirds of it (arXiv:2401.10241)
+            bubble /= 3
+        return [replace(reading, time=reading.time.with_bubble(bubble)) for reading in readings]
+
+    def read_rank(self, rank: int, n_micro_batches: int) -> Reading:
+        """Run a step of one rank, and give what it did."""
+        memory, ledger = Memory(), Ledger({axis: getattr(self.axes, axis) for axis in AXES})
+        with ExitStack() as stack:
+            stack.enter_context(pretended_gpu(self.kernels, ledger.launched))
+            mesh = stack.enter_context(fake_mesh(self.layout, rank, self.config.world_size))
+            stack.enter_context(memory)
+            with memory.holding("optimizer"):
+                engine = self.build(mesh)
+            params = list(engine.model.parameters())
+            memory.rename(params, "parameters")
+            n_params = sum(local(param).numel() for param in params)
+            engine.linear_loss = memory.holding("logits")(engine.linear_loss)
+            engine.optimizer.step = memory.holding("optimizer")(engine.optimizer.step)  # type: ignore[method-assign]
+            stack.enter_context(ledger)
+            engine.train_step([self.batch() for _ in range(n_micro_batches)])
+        workspace = self.config.workspace_mib * 2**20
+        at_peak = {**memory.at_peak(), "workspace": workspace}
+        flops = sum(window.flops for window in ledger.windows)
+        time = step_time(ledger.windows, self.config)
+        return Reading(rank, n_params, memory.peak + workspace, at_peak, ledger.table(), flops, time)
+
+
+@contextmanager
+def fake_mesh(layout: ParallelConfig, rank: int, world_size: int) -> Iterator[Mesh]:
+    """Be one rank of a world whose messages go nowhere."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        yield Mesh(CUDA, rank, world_size, rank, world_size)
+    finally:
+        dist.destroy_process_group()
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def report(readings: list[Reading], config: DryRunConfig, *, tokens_per_rank: int) -> Iterator[str]:
+    """Tell what a step is, line by line; `tokens_per_rank` are a step's tokens over the number of ranks."""
+    limit = config.device_memory_gib
+    for reading in readings:
+        parts = ", ".join(f"{kind} {n_bytes / GIB:.2f}" for kind, n_bytes in reading.at_peak.items() if n_bytes)
+        fits = "" if reading.peak / GIB <= limit else f", MORE THAN THE {limit:g} GiB OF A DEVICE"
+        yield f"rank {reading.rank:<6} {reading.n_params:,} parameters held; peak {reading.peak / GIB:.2f} GiB{fits}: {parts}"
+    worst = max(readings, key=lambda reading: reading.peak)
+    if len(readings) > 1:
+        yield f"           the most is on rank {worst.rank}, of which follows:"
+    yield f"{'collective':<16} {'axis':<22} {'count':>7} {'bytes a step':>20}"
+    for (axis, kind), (count, n_bytes) in worst.table.items():
+        yield f"{kind:<16} {axis:<22} {count:>7,} {n_bytes:>20,}"
+    if not worst.table:
+        yield "none"
+    slowest = max(readings, key=lambda reading: reading.time.total_s).time
+    yield (
+        f"step time  {slowest.total_s:.3f} s, an estimate: computing {slowest.compute_s:.3f}, waiting for tensor, sequence "
+        f"and pipeline peers {slowest.waiting_s:.3f}, gradients and parameters not hidden {slowest.exposed_s:.3f}, "
+        f"pipeline bubble {slowest.bubble_s:.3f}"
+    )
+    yield f"           {tokens_per_rank / slowest.total_s:,.0f} tokens/s a GPU"
+    yield (
+        f"inputs     {config.peak_tflops:g} TFLOP/s x {config.flops_efficiency:g}, memory {config.memory_gbps:g} GB/s x "
+        f"{config.memory_efficiency:g}, links {config.intra_node_gbps:g} GB/s and {config.intra_node_latency_us:g} us in a "
+        f"node of {config.devices_per_node}, {config.inter_node_gbps:g} GB/s and {config.inter_node_latency_us:g} us between "
+        f"nodes, {config.launch_us:g} us a launch, overlap {config.overlap:g}: dry_run.*"
+    )

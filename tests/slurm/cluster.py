@@ -1,0 +1,141 @@
+"""A real Slurm on this machine alone, without systemd or cgroups: two nodes of four cores and two pretended GPUs."""
+
+import os
+import secrets
+import shutil
+import socket
+import stat
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
+NODES = ("node1", "node2")
+MARK = "# of this test's Slurm"
+WAIT_S = 30
+
+# cred_expire is also how long a requeued job waits before it starts again (120 s otherwise).
+CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={root}/munge/socket,cred_expire=5
+CredType=cred/munge
+SlurmctldPort={port}
+SlurmctldPidFile={root}/slurmctld.pid
+SlurmctldLogFile={root}/slurmctld.log
+SlurmdPidFile={root}/slurmd-%n.pid
+SlurmdLogFile={root}/slurmd-%n.log
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/spool-%n
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SwitchType=switch/none
+SlurmdParameters=config_overrides
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0
+ReturnToService=2
+JobRequeue=1
+KillWait=20
+MinJobAge=300
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+GresTypes=gpu
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
+PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+"""
+
+
+def why_not() -> str:
+    """Give the reason why no Slurm can be started here, or an empty string."""
+    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    if missing:
+        return f"{', '.join(missing)} not installed; on Debian and Ubuntu: apt install slurm-wlm munge"
+    return "" if os.geteuid() == 0 else "Slurm's daemons need root here"
+
+
+@contextmanager
+def cluster(root: Path) -> Iterator[dict[str, str]]:
+    """Start a Slurm that lives in `root`, give the variables that lead to it, and end it."""
+    root.chmod(0o755)
+    for name in ("munge", "state", *(f"spool-{node}" for node in NODES)):
+        (root / name).mkdir(mode=0o755)
+    variables = {"SLURM_CONF": str(root / "slurm.conf")}
+    _write_conf(root)
+    hosts = Path("/etc/hosts")
+    hosts.write_text(f"{_others(hosts)}127.0.0.1 {' '.join(NODES)} {MARK}\n")
+    try:
+        _start_munge(root)
+        environment = {**os.environ, **variables}
+        subprocess.run(["slurmctld", "-f", root / "slurm.conf"], check=True, env=environment, capture_output=True)
+        for node in NODES:
+            command = ["slurmd", "-N", node, "-f", root / "slurm.conf"]
+            subprocess.run(command, check=True, env=environment, capture_output=True)
+        _wait_until_idle(root, environment)
+        yield variables
+        subprocess.run(["scancel", "--user=root"], env=environment, timeout=10)
+        time.sleep(1)
+    finally:
+        for path in [*root.glob("slurmd-*.pid"), root / "slurmctld.pid", root / "munge" / "pid"]:
+            _end(path)
+        hosts.write_text(_others(hosts))
+
+
+def _write_conf(root: Path) -> None:
+    host, port = socket.gethostname().split(".")[0], 16817
+    lines = [CONF.format(host=host, port=port, root=root)]
+    for number, node in enumerate(NODES, 1):
+        where = f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port + number}"
+        lines.append(f"{where} CPUs=4 RealMemory=8000 Gres=gpu:2 State=UNKNOWN\n")
+    (root / "slurm.conf").write_text("".join(lines))
+    (root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+    for gpu in range(2):  # Slurm wants character devices; these are /dev/null by another name
+        os.mknod(root / f"gpu{gpu}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    nodes = ",".join(NODES)
+    (root / "gres.conf").write_text(f"NodeName={nodes} Name=gpu File={root}/gpu[0-1]\n")
+
+
+def _start_munge(root: Path) -> None:
+    folder = root / "munge"
+    (folder / "key").touch(0o600)
+    (folder / "key").write_bytes(secrets.token_bytes(128))
+    paths = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+    options = [f"--{option}={folder / name}" for option, name in paths.items()]
+    subprocess.run(["munged", "--force", *options], check=True, capture_output=True)
+
+
+def _wait_until_idle(root: Path, environment: dict[str, str]) -> None:
+    until = time.monotonic() + WAIT_S
+    command = ["sinfo", "--noheader", "--Node", "--partition=main", "--states=idle", "--format=%N"]
+    while time.monotonic() < until:
+        told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20)
+        if sorted(told.stdout.split()) == sorted(NODES):
+            return
+        time.sleep(0.2)
+    logs = "\n".join(path.read_text()[-2000:] for path in root.glob("*.log"))
+    raise AssertionError(f"Slurm did not come up\n{logs}")
+
+
+def _others(hosts: Path) -> str:
+    return "".join(line for line in hosts.read_text().splitlines(keepends=True) if MARK not in line)
+
+
+def _end(pid_file: Path) -> None:
+    """End a daemon and wait until it is gone."""
+    if not pid_file.exists():
+        return
+    pid = int(pid_file.read_text())
+    for signum in (15, 9):
+        for _ in range(50):
+            if not Path(f"/proc/{pid}").exists():
+                return
+            os.kill(pid, signum)
+            time.sleep(0.1)

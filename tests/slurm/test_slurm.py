@@ -1,0 +1,175 @@
+"""Jobs on a real Slurm: several nodes, failures that are told, and runs that go on as if nothing had been."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from conf.command import CONF, is_sentence
+from conf.schema import register, to_config
+from parallel import slurm
+from parallel.config import LauncherConfig, ParallelConfig, ParallelError, Where
+from parallel.jobs import Job, Outcome, Point, run_jobs
+from tests.conftest import ROOT, trained
+from tests.slurm.cluster import cluster, why_not
+from tests.test_train import assert_same_run
+from training.checkpoint import open_checkpoint
+
+pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(why_not()), reason=why_not() or "installed")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with cluster(tmp_path_factory.mktemp("slurm")) as variables, pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield
+
+
+def launcher(**settings: Any) -> LauncherConfig:
+    return LauncherConfig(**{"where": Where.slurm, "parallel_jobs": None, "poll_s": 0.5, **settings})
+
+
+def never() -> bool:
+    return False
+
+
+def point(work: str, *args: Any, run_dir: Path, **settings: Any) -> Point:
+    config = launcher(**settings)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    job = Job(f"tests.slurm.work:{work}", args, ParallelConfig(), is_sentence, config, hopeless=never)
+    return Point(run_dir.name, run_dir, config, {"name": run_dir.name}, job)
+
+
+def outcomes_of(points: list[Point], folder: Path) -> dict[str, Outcome]:
+    outcomes = {}
+    run_jobs(points, folder / ".jobs", ROOT, lambda point, outcome: outcomes.update({point.label: outcome}))
+    return outcomes
+
+
+def until(done: Callable[[], Any], seconds: float = 90) -> Any:
+    """Wait for something of a job that another thread waits for."""
+    end = time.monotonic() + seconds
+    while not (found := done()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    return found
+
+
+def job_of(run_dir: Path) -> str:
+    return until(lambda: (run_dir / slurm.MEMORY).exists() and slurm.json.loads((run_dir / slurm.MEMORY).read_text()))[
+        "job"
+    ]
+
+
+def scontrol(*words: str) -> str:
+    return subprocess.run(["scontrol", *words], capture_output=True, text=True, check=True).stdout
+
+
+def test_jobs_of_several_nodes_answer_fail_and_die_and_each_is_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends = ("answer", "crash", "kill")
+    points = [point("end", how, run_dir=tmp_path / how, nodes=2, tasks_per_node=1) for how in ends]
+    points[0].launcher.tasks_per_node = 2
+    found = outcomes_of(points, tmp_path)
+    assert found["answer"] == Outcome("finished", ["4", "2", "node1", "2"])
+    crash = found["crash"]
+    assert crash.state == "failed" and crash.reason.startswith("rank 1 failed first\nTraceback")
+    assert crash.reason.count("ValueError: boom") == 1 and "tests/slurm/work.py" in crash.reason
+    assert (
+        found["kill"].state == "failed" and "ended without a word (FAILED): killed, or out of" in found["kill"].reason
+    )
+    ids = [job_of(tmp_path / how) for how in ends]
+    states = slurm.states(ids)
+    assert [states[job_id] for job_id in ids] == ["COMPLETED", "FAILED", "FAILED"]
+    assert sorted(slurm.OVER) == list(slurm.OVER) and "boom" in "".join(
+        path.read_text() for path in (tmp_path / ".jobs").glob(f"{ids[1]}_1_log.err")
+    )
+
+
+def composed(name: str, overrides: list[str]) -> tuple[Any, dict[str, Any]]:
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", overrides=[*overrides, f"name={name}"])
+    stored: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    return to_config(cfg), stored
+
+
+def test_runs_that_slurm_takes_away_go_on_bit_for_bit(tmp_path: Path, small: list[str]) -> None:
+    """One is requeued by hand, one by its time limit, one makes way for another job; one is cancelled for good."""
+    settings = [*small, "steps=12", "checkpoint.every=0", "valid_every=5", "parallel.threads=2"]
+    points = []
+    for name, limits in {"requeued": {}, "limited": {"time": "00:01:00", "save_before_s": 10}, "preempted": {}}.items():
+        config, stored = composed(name, settings)
+        one = point("train_slowly_at_first", config, stored, tmp_path / name, run_dir=tmp_path / name, **limits)
+        one.job.config, one.launcher.sbatch = config.parallel, {"nodelist": "node2" if name == "preempted" else "node1"}
+        points.append(one)
+    points.append(point("wait_for_cancel", tmp_path / "cancelled", run_dir=tmp_path / "cancelled"))
+    found: dict[str, Outcome] = {}
+    waiting = threading.Thread(target=lambda: found.update(outcomes_of(points, tmp_path)))
+    # signal handlers are the main thread's
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("parallel.jobs._sigterm_interrupts", partial(pytest.MonkeyPatch.context))
+        waiting.start()
+        for name in ("requeued", "preempted"):
+            until(lambda name=name: (tmp_path / name / "metrics.jsonl").exists())
+        scontrol("requeue", job_of(tmp_path / "requeued"))
+        urgent = ["sbatch", "--partition=high", "--nodelist=node2", "--exclusive", "--time=1", "--output=/dev/null"]
+        subprocess.run([*urgent, "--wrap=sleep 1"], check=True, capture_output=True)
+        until((tmp_path / "cancelled" / "begun0").exists)
+        subprocess.run(["scancel", job_of(tmp_path / "cancelled")], check=True)
+        waiting.join(150)
+    assert not waiting.is_alive()
+    assert found["cancelled"].state == "stopped" and (tmp_path / "cancelled" / "saved").exists()
+    assert not (tmp_path / "cancelled" / "begun1").exists()
+    trained(tmp_path / "whole", *settings)
+    for name in ("requeued", "limited", "preempted"):
+        attempts = (tmp_path / name / "attempts").read_text().split()
+        assert attempts[:2] == ["0", "1"] and found[name].state == "finished", (name, attempts, found[name])
+        assert "resumed from" in (tmp_path / name / "train.log").read_text()
+        assert_same_run(tmp_path / name, tmp_path / "whole")
+        assert open_checkpoint(tmp_path / name).step == 12
+
+
+def test_what_slurm_would_refuse_is_told_in_its_words_before_anything_is_queued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ParallelError, match="invalid partition specified: nowhere"):
+        slurm.check(launcher(partition="nowhere"), tmp_path)
+    with pytest.raises(ParallelError, match="Requested node configuration is not available|More processors requested"):
+        slurm.check(launcher(nodes=2, gpus_per_node=3), tmp_path)
+    slurm.check(launcher(nodes=2, gpus_per_node=2), tmp_path)
+    (tmp_path / "srun").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(ParallelError, match=f"the nodes do not see {tmp_path}"):
+        slurm.check(launcher(), tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ParallelError, match="there is no sbatch on this machine"):
+        slurm.check(launcher(), tmp_path)
+
+
+def test_a_sweep_on_slurm_runs_every_point_and_the_next_time_only_what_is_missing(
+    tmp_path: Path, small: list[str]
+) -> None:
+    settings = [*small, "steps=3", "optimizer.max_bad_steps=1", "name=s", f"hydra.sweep.dir={tmp_path}"]
+    argv = [sys.executable, "train.py", *settings, "launcher=slurm", "launcher.poll_s=0.5"]
+    done = subprocess.run([*argv, "optimizer.lr=1e-3,1e30"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: optimizer.lr=1e+30 failed: 1 steps in a row had no finite gradient" in done.stderr
+    assert done.stderr.endswith("error: 1 of 2 points did not finish: optimizer.lr=1e+30\n")
+    assert {"table.md", "table.txt", "loss.png", "final.png"} == {
+        path.name for path in (tmp_path / "compare").iterdir()
+    }
+    done = subprocess.run([*argv, "optimizer.lr=1e-3,1e-2"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished already: ") == 1 and done.stdout.count("is submitted: ") == 1

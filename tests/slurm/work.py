@@ -1,0 +1,55 @@
+"""What runs in the jobs of these tests."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from parallel.slurm import go_on_later
+from training.stop import StopRequest
+
+RESTARTS = "SLURM_RESTART_COUNT"
+
+
+def end(how: str) -> Any:
+    """End on rank 1 in some way while rank 0 waits for it, as in a collective."""
+    rank = int(os.environ["RANK"])
+    if how == "answer":
+        return [os.environ[name] for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "SLURM_JOB_NUM_NODES")]
+    if rank == 1 and how == "crash":
+        raise ValueError("boom")
+    if rank == 1 and how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(120)
+    return how
+
+
+def wait_for_cancel(run_dir: Path) -> None:
+    """Save when told to stop, as a run does, and ask for a requeue, as a run does."""
+    with StopRequest() as stop:
+        (run_dir / f"begun{os.environ.get(RESTARTS, '0')}").touch()
+        while not stop:
+            time.sleep(0.05)
+    (run_dir / "saved").touch()
+    go_on_later(run_dir, rank=0, max_requeues=1)
+    sys.exit(stop.exit_code)
+
+
+def train_slowly_at_first(config: Any, run_config: dict[str, Any], run_dir: Path) -> float | None:
+    """Train; in the first attempt a step takes so long that something comes between."""
+    from train import work
+    from training.progress import Progress
+
+    if RESTARTS not in os.environ:
+        take = Progress.take
+
+        def slowly(self: Progress, **counts: int) -> None:
+            time.sleep(4)
+            take(self, **counts)
+
+        Progress.take = slowly
+    with (run_dir / "attempts").open("a") as file:
+        file.write(os.environ.get(RESTARTS, "0") + "\n")
+    return work(config, run_config, run_dir)
