@@ -150,7 +150,7 @@ def _point_problems(overrides: list[Override], args: Any, config_name: str) -> I
             if varied and not many:
                 yield f"{varied[0].key_or_group} has several values; add -m to run one after another"
                 return
-            folder = os.path.join(str(cfg.hydra.sweep.dir), str(cfg.hydra.sweep.subdir))
+            folder = os.path.join(str(cfg.hydra.sweep.dir), str(cfg.hydra.sweep.subdir)) if many else ""
             with read_write(cfg), open_dict(cfg):
                 del cfg["hydra"]
             if args.help or args.cfg:
