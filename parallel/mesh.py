@@ -132,8 +132,8 @@ def _device(config: ParallelConfig) -> torch.device:
     local_rank, n_devices = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())), torch.cuda.device_count()
     if local_rank >= n_devices:
         raise ParallelError(
-            f"LOCAL_RANK ({local_rank}) has no device: torch sees {n_devices} here; start {n_devices} processes on this "
-            "machine, as in torchrun --nproc-per-node"
+            f"LOCAL_RANK ({local_rank}) has no device: torch sees {n_devices} here; start {n_devices} processes on "
+            "this machine, as in torchrun --nproc-per-node"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
@@ -176,7 +176,7 @@ def _process_group(config: ParallelConfig, device: torch.device, world_size: int
 
 
 def leave() -> None:
-    """Close the process group, and let DTensor forget the layouts it has seen: it would find the closed groups in them."""
+    """Close the process group, and let DTensor forget the layouts it has seen: they name groups that are closed."""
     dist.destroy_process_group()
     _clear_sharding_prop_cache()  # private, but there is no other way to have two meshes in the life of a process
 
