@@ -3,15 +3,20 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
+import export
+from conf.schema import ExportConfig
 from data.batches import IGNORED
 from data.chat import special_ids
 from data.config import DataConfig, DataError, OnBadRecord, Packing, Source, Style, TokenizerConfig
 from data.corpus import open_corpus
 from data.prepare import prepare
+from data.shards import NOT_LEARNT, Shard
 from data.tokenizer import Tokenizer
 from tests.conftest import trained
 from tests.data.corpora import made
@@ -111,5 +116,16 @@ def test_the_experiment_starts_from_a_model_and_learns_the_answers(tmp_path: Pat
     assert trained(tmp_path / "sft", *overrides, "optimizer.lr=1e-9") is not None
     before, after = (open_checkpoint(tmp_path / name).read("model.") for name in ("base", "sft"))
     assert all(np.allclose(before[name].numpy(), after[name].numpy(), atol=1e-6) for name in before)
+    export.export(tmp_path / "sft", ExportConfig(run=str(tmp_path / "sft")))
+    theirs: Any = AutoTokenizer.from_pretrained(tmp_path / "sft" / "hf")
+    text = theirs.apply_chat_template(TURNS[1:2], tokenize=False, add_generation_prompt=True)
+    assert text == "<|User|>:What is 12 + 30?<eoh>\n<|Bot|>:"
+    generation = json.loads((tmp_path / "sft" / "hf" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [2, special_ids(symbols)["<eoa>"]]
+    asked = [{"role": "user", "content": "Add 3 and 1.\nBriefly."}, {"role": "assistant", "content": "It is 4."}]
+    ids = [*theirs.apply_chat_template(asked, return_dict=True)["input_ids"], 2]
+    shard = next(iter((Path(data.path) / "train").glob("*.bin"))).with_suffix("")
+    held = [Shard(shard).document(i) & (NOT_LEARNT - 1) for i in range(Shard(shard).n_documents)]
+    assert ids in [document.tolist() for document in held], "what was trained on is what transformers makes of it"
     state = open_checkpoint(tmp_path / "sft").state
     assert state["config"]["init_from"] == str(tmp_path / "base") and state["config"]["data"]["style"] == "alpaca"
