@@ -90,8 +90,8 @@ def train(
 
     model = build_model(config, mesh)
     optimizer, scaler, progress = AdamW(model, config.optimizer), LossScaler(config.precision), Progress()
-    kept = Kept(optimizer, scaler, progress)
-    checkpoints = Checkpoints(run_dir, keep=config.checkpoint.keep)
+    kept = Kept(optimizer, scaler, progress, mesh.rank)
+    checkpoints = Checkpoints(run_dir, keep=config.checkpoint.keep, group=mesh.host)
     resume_or_start(
         kept,
         checkpoints,
@@ -112,10 +112,10 @@ def train(
         n_sources=len(corpus.sources),
         bytes_per_token=corpus.bytes_per_token,
     )
-    keep_inputs(config, run_config, run_dir, corpus)
+    mesh.on_first(keep_inputs, config, run_config, run_dir, corpus)
     describe(config, mesh, corpus, progress, run_dir)
     validated = progress.validated_step == progress.step
-    truncate_metrics(run_dir / "metrics.jsonl", progress.step, validated=validated)
+    mesh.on_first(truncate_metrics, run_dir / "metrics.jsonl", progress.step, validated)
 
     def save() -> None:
         progress.read(engine.counts())
@@ -124,7 +124,7 @@ def train(
         state = {"config": run_config, "data": about, **kept.state()}
         logger.info("saved %s", checkpoints.save(progress.step, kept.tensors(), state))
 
-    with Sinks(run_dir, config.logger, run_config=run_config, step=progress.step) as sinks:
+    with Sinks(run_dir, config.logger, run_config=run_config, step=progress.step, rank=mesh.rank) as sinks:
         report = Report(sinks, clock(config, mesh), sources=corpus.sources, steps=config.steps)
         loop(config, engine, corpus, progress, report, stop, save)
     return progress.valid_loss
@@ -176,7 +176,7 @@ def build_model(config: TrainConfig, mesh: "Mesh") -> Any:
     import torch
 
     from model.transformer import Transformer
-    from parallel.apply import parallelize
+    from parallel.apply import parallelize, write_shard
 
     torch.manual_seed(config.seed)
     with torch.device("meta"):
@@ -191,7 +191,7 @@ def build_model(config: TrainConfig, mesh: "Mesh") -> Any:
         fp8=precision.fp8.value,
         grad_dtype=None if precision.grad_dtype is None else dtypes[precision.grad_dtype.value],
     )
-    model.init_weights(config.seed)
+    model.init_weights(config.seed, write_shard)
     return model
 
 
@@ -236,7 +236,8 @@ def loop(
             batches = next(batches_of_steps)
             report.throughput.data_ready()
             skip = any(progress.step in part for part in left_out)
-            progress.take(samples=config.packs_of_step(progress.step), tokens=sum(b.tokens_BT.numel() for b in batches))
+            samples = config.packs_of_step(progress.step)
+            progress.take(samples=samples, tokens=samples * config.data.pack_tokens)
             if skip:
                 progress.skipped_steps += 1
                 logger.info("step %d/%d  left out, as skip_batches asks", progress.step, config.steps)
@@ -282,7 +283,10 @@ def validate_if_due(
     step, every = progress.step, config.valid_every
     due = step == config.steps or bool(step and every and step % every == 0)
     if due and progress.validated_step != step and corpus.valid.n_packs:
-        batches = valid_batches(corpus, config.data, max_tokens=config.valid_tokens)
+        mesh = engine.mesh
+        batches = valid_batches(
+            corpus, config.data, max_tokens=config.valid_tokens, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size
+        )
         totals_S4 = engine.evaluate(takewhile(lambda _: not stop, batches))
         if not stop:
             report.validation(progress, totals_S4)
@@ -330,6 +334,7 @@ def build_engine(
         scaler=scaler,
         max_grad_norm=config.optimizer.max_grad_norm,
         n_sources=n_sources,
+        zero_stage=config.parallel.zero_stage,
         bytes_per_token=None if bytes_per_token is None else torch.from_numpy(bytes_per_token),
         counts=(progress.updates, progress.bad_steps, progress.bad_in_a_row),
     )

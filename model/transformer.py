@@ -107,19 +107,20 @@ class Transformer(nn.Module):
         return x_BTD if scale == 1 else x_BTD * scale + x_BTD.detach() * (1 - scale)
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
+    def init_weights(self, seed: int, write: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
         """Draw every parameter in fp32 from a generator of its own, seeded by `seed` and its name.
 
         So the weights depend neither on the device, the dtype, the layout nor the order of drawing.
+        `write(param, whole)` sets a parameter that may be a part of the whole.
         """
         for name, param in self.named_parameters():
             std = init_std(name, self.config)
             if std is None:
-                param.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+                write(param, torch.full(param.shape, 1.0 if name.endswith("norm.weight") else 0.0))
                 continue
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            param.copy_(torch.empty(param.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
+            write(param, torch.empty(param.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
 
 
 def init_std(name: str, config: ModelConfig) -> float | None:

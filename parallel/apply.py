@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from parallel.config import ActivationCheckpointing, Compile, ParallelConfig, ParallelError
+from parallel.config import ActivationCheckpointing, Compile, ParallelConfig, ParallelError, ReduceDtype
 from parallel.mesh import Mesh
 
 
@@ -49,7 +51,12 @@ def parallelize(
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if config.compile is Compile.blocks or (config.compile is Compile.auto and mesh.device.type == "cuda"):
         compile_blocks(blocks)
+    sharded = mesh.axes.dp * mesh.axes.cp > 1
+    if sharded:
+        shard(model, mesh, config)
     model.to_empty(device=mesh.device)
+    if sharded:
+        return  # gradients are added up in reduce_dtype
     if grad_dtype is not None and grad_dtype != dtype:
         for param in model.parameters():
             param.grad_dtype = grad_dtype  # type: ignore[attr-defined]
@@ -80,3 +87,47 @@ def compile_blocks(blocks: list[nn.Module], backend: str = "inductor") -> None:
     for block in blocks:
         for part in ("project", "finish"):
             setattr(block, part, torch.compile(getattr(block, part), fullgraph=True, dynamic=False, backend=backend))
+
+
+def shard(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> None:
+    """Divide parameters over dp_shard, and sum gradients over it and dp_replicate; each block is gathered by itself.
+
+    Both axes are given at any size, so that what accumulates over micro-batches is in `reduce_dtype`.
+    """
+    assert mesh.layout is not None
+    dtypes = {ReduceDtype.bf16: torch.bfloat16, ReduceDtype.fp32: torch.float32}
+    wrap = partial(
+        fully_shard,
+        mesh=mesh.layout["dp_replicate", "dp_shard"],
+        mp_policy=MixedPrecisionPolicy(reduce_dtype=dtypes[config.reduce_dtype], cast_forward_inputs=False),
+    )
+    embed, head = getattr(model, "embed", None), getattr(model, "head", None)
+    for module in [
+        *model.get_submodule("blocks").children(),
+        *([embed] if embed is not None and head is not None else []),
+    ]:
+        wrap(module, reshard_after_forward=config.zero_stage == 3)
+    wrap(model, reshard_after_forward=False)  # the head, which the backward pass needs at once
+    for module in sharded_modules(model):
+        # Losses are weighted by 1 / the step's targets, so gradients add up; nothing is averaged.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+@torch.no_grad()
+def write_shard(param: Tensor, whole: Tensor) -> None:
+    """Set a parameter from the whole tensor that it is a part of, without talking to anybody."""
+    if isinstance(param, DTensor):
+        mesh = param.device_mesh
+        for axis in reversed(range(mesh.ndim)):  # tp was divided first; dp_shard divides what is left
+            placement: Any = param.placements[axis]
+            if placement.is_shard():
+                length, size = whole.shape[placement.dim], -(-whole.shape[placement.dim] // mesh.size(axis))
+                start = min(size * mesh.get_local_rank(axis), length)
+                whole = whole.narrow(placement.dim, start, min(size, length - start))
+        param = param.to_local()
+    param.copy_(whole)

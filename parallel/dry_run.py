@@ -15,7 +15,7 @@ from parallel.engine import Engine
 from parallel.estimate import StepTime, step_time
 from parallel.ledger import Ledger
 from parallel.memory import Memory
-from parallel.mesh import Mesh
+from parallel.mesh import Mesh, open_mesh
 from parallel.pretend import CUDA, pretended_gpu
 
 GIB = 2**30
@@ -133,7 +133,7 @@ def fake_mesh(layout: ParallelConfig, rank: int, world_size: int) -> Iterator[Me
 
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
-        yield Mesh(CUDA, rank, world_size, rank, world_size)
+        yield open_mesh(resolve_axes(layout, world_size), zero_stage=layout.zero_stage, device=CUDA)
     finally:
         dist.destroy_process_group()
 

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
+from parallel.apply import sharded_modules
+from parallel.bad_layer import Watch
 from parallel.mesh import Mesh
 
 IGNORED = -100  # the label of a token without a target
@@ -68,9 +71,13 @@ class Engine:
         max_grad_norm: float,
         n_sources: int,
         bytes_per_token: Tensor | None,
+        zero_stage: int = 0,
         counts: Sequence[int] = (0, 0, 0),
     ) -> None:
         self.model = model
+        self.zero_stage = zero_stage
+        self.params = dict(model.named_parameters())  # as they are between steps: this process' shards
+        self.counted = [param for param in self.params.values() if is_first_copy(param)]
         self.optimizer = optimizer
         self.mesh = mesh
         self.linear_loss = linear_loss
@@ -89,15 +96,11 @@ class Engine:
 
     def train_step(self, batches: Sequence[MicroBatch]) -> StepResult:
         """Run the micro-batches of one step and update the weights, unless the gradient is not finite."""
-        counts = [int((batch.labels_BT != IGNORED).sum()) for batch in batches]
-        loss = torch.zeros((), device=self.mesh.device)
+        counts, weights = self._weights(batches)
         totals_S4 = self._no_totals()
-        for batch, weight in zip(batches, self.token_weights(counts), strict=True):
-            scaled_loss = self._forward(batch, weight * self.scaler.scale, totals_S4)
-            scaled_loss.backward()
-            loss += scaled_loss.detach()
-        loss /= self.scaler.scale
-        grad_norm = self._grad_norm()
+        loss = self._run(batches, weights, totals_S4)
+        loss, grad_norm, totals_S4 = self._over_all_ranks(loss, self._grad_norm(), totals_S4)
+        loss, grad_norm = loss / self.scaler.scale, grad_norm / self.scaler.scale
         finite = torch.isfinite(grad_norm)
         # The clip and the loss scale are one division, done inside the update.
         clip = ((grad_norm + 1e-6) / self.max_grad_norm).clamp(min=1.0) if self.max_grad_norm > 0 else 1.0
@@ -105,7 +108,7 @@ class Engine:
         self._count(finite)
         if self.scaler.dynamic:  # the next step's scale is a number of the host's
             self.scaler.update(finite=bool(finite))
-        n_tokens = sum(batch.tokens_BT.numel() for batch in batches)
+        n_tokens = sum(batch.tokens_BT.numel() for batch in batches) * self.mesh.dp_size
         self._drop_gradients()
         return StepResult(loss, grad_norm, finite, rates_2, n_tokens, sum(counts), totals_S4)
 
@@ -115,44 +118,39 @@ class Engine:
         totals_S4 = self._no_totals()
         for batch in batches:
             self._forward(batch, 0.0, totals_S4)
-        return totals_S4
+        for module in sharded_modules(self.model):
+            module.reshard()
+        return self._over_all_ranks(torch.zeros_like(totals_S4[0, 0]), torch.zeros_like(totals_S4[0, 0]), totals_S4)[2]
 
     def first_bad_layer(self, batches: Sequence[MicroBatch]) -> str:
-        """Run a step's passes again, without an update, and name the first module whose numbers are not finite."""
-        bad: list[str] = []
+        """Run a step's passes again, without an update, and name the first module whose numbers are not finite.
 
-        def note(name: str, kind: str, tensor: Tensor) -> None:
-            if not torch.isfinite(tensor).all():
-                bad.append(f"{name} ({kind})")
-
-        def watch(name: str) -> Callable[..., None]:
-            def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-                note(name, "forward", output)
-                if output.requires_grad:
-                    output.register_hook(partial(note, name, "backward"))
-
-            return hook
-
-        leaves = [(name, m) for name, m in self.model.named_modules() if name and not list(m.children())]
-        hooks = [module.register_forward_hook(watch(name)) for name, module in leaves]
-        torch.compiler.set_stance("force_eager")  # a compiled block does not call the hooks
+        Every rank must ask: the first is that of all ranks.
+        """
+        watch = Watch(self.model)
         try:
-            for name, param in self.model.named_parameters():
-                if not torch.isfinite(param).all():
-                    return f"{name} (weight)"
-            counts = [int((batch.labels_BT != IGNORED).sum()) for batch in batches]
-            for batch, weight in zip(batches, self.token_weights(counts), strict=True):
-                self._forward(batch, weight * self.scaler.scale, self._no_totals()).backward()
-                if bad:
-                    return bad[0]
-            norms = ((n, p.grad) for n, p in reversed(list(self.model.named_parameters())))
-            wrong = (n for n, grad in norms if grad is not None and not torch.isfinite(grad).all())
-            return next((f"{n} (gradient)" for n in wrong), "the sum of finite gradients overflowed")
+            for name, param in self.params.items():
+                watch.note_weight(name, local(param))
+            if not self.mesh.agree_max(bool(watch.bad)):
+                with watch:
+                    self._run(batches, self._weights(batches)[1], self._no_totals())
+                for name, param in reversed(self.params.items()):
+                    if param.grad is not None:
+                        watch.note_gradient(name, local(param.grad))
+            found = [event for events in self.mesh.gather(watch.bad) for event in events]
+            return min(found).text if found else "the sum of finite gradients overflowed"
         finally:
-            torch.compiler.set_stance("default")
-            for hook in hooks:
-                hook.remove()
             self._drop_gradients()
+
+    def _run(self, batches: Sequence[MicroBatch], weights: Sequence[float], totals_S4: Tensor) -> Tensor:
+        """Run forward and backward passes, add to `totals_S4`, and give the weighted loss."""
+        loss = torch.zeros((), device=self.mesh.device)
+        for index, (batch, weight) in enumerate(zip(batches, weights, strict=True), 1):
+            self._reduce_after(last=index == len(batches))
+            scaled_loss = self._forward(batch, weight, totals_S4)
+            scaled_loss.backward()
+            loss += scaled_loss.detach()
+        return loss
 
     def _forward(self, batch: MicroBatch, weight: float, totals_S4: Tensor) -> Tensor:
         """Give the weighted loss of a micro-batch and add its sums to `totals_S4`."""
@@ -180,6 +178,29 @@ class Engine:
         totals_S4.index_add_(0, source_N, rows_N4)
         return loss
 
+    def _weights(self, batches: Sequence[MicroBatch]) -> tuple[list[int], list[float]]:
+        """Give the target counts of all micro-batches of a step, and a target token's weight in each of this rank's."""
+        counts = self.mesh.all_counts([int((batch.labels_BT != IGNORED).sum()) for batch in batches])
+        weights = self.token_weights(counts)[self.mesh.dp_rank :: self.mesh.dp_size]
+        return counts, [weight * self.scaler.scale for weight in weights]
+
+    def _reduce_after(self, *, last: bool) -> None:
+        """Say what the backward pass of a micro-batch does with gradients and parameters, as the ZeRO stage has it."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last or self.zero_stage >= 2)
+            self.model.set_requires_all_reduce(last)
+            self.model.set_reshard_after_backward(last or self.zero_stage == 3)
+
+    def _over_all_ranks(self, loss: Tensor, grad_norm: Tensor, totals_S4: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Add up what each rank has of a step's loss, of the square of its norm and of its totals."""
+        if self.mesh.world_size == 1:
+            return loss, grad_norm, totals_S4
+        figures = torch.cat([loss.double()[None], totals_S4.flatten(), grad_norm.double()[None].square()])
+        if self.mesh.place("tp"):  # peers have the same loss, but gradients of their own
+            figures[:-1] = 0
+        self.mesh.sum_(figures)
+        return figures[0].float(), figures[-1].sqrt().float(), figures[1:-1].view_as(totals_S4)
+
     def _no_totals(self) -> Tensor:
         return torch.zeros(self.n_sources, 4, dtype=torch.float64, device=self.mesh.device)
 
@@ -189,13 +210,25 @@ class Engine:
         self.counts_3 = torch.stack([updates + finite, bad_steps + ~finite, in_a_row])
 
     def _grad_norm(self) -> Tensor:
-        """The 2-norm over all gradients, without the loss scale; each parameter is counted once."""
-        for param in self.model.parameters():
+        """The 2-norm over the gradients of this rank's shards, with the loss scale; each parameter is counted once."""
+        for param in self.params.values():
             if param.grad is None:  # a step without a single target
                 param.grad = torch.zeros_like(param)
-        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in self.model.parameters()]
-        return torch.linalg.vector_norm(torch.stack(norms)) / self.scaler.scale
+        norms = [torch.linalg.vector_norm(local(p.grad), dtype=torch.float32) for p in self.counted]
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self.mesh.device)
 
     def _drop_gradients(self) -> None:
-        for param in self.model.parameters():
+        for param in self.params.values():
             param.grad = None
+
+
+def is_first_copy(param: Tensor) -> bool:
+    """Say whether this process' part of a parameter is, of all that hold the same, the one that is counted."""
+    if not isinstance(param, DTensor):
+        return True
+    where: Any = param.device_mesh.get_coordinate()
+    return all(at == 0 or placement.is_shard() for at, placement in zip(where, param.placements, strict=True))
+
+
+def local(tensor: Any) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -6,6 +6,7 @@ environment; a run of one process has none of them. Nothing here imports torch: 
 
 import ctypes
 import faulthandler
+import math
 import multiprocessing
 import os
 import random
@@ -25,7 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from parallel.config import Device, ParallelConfig, ParallelError, RankError
+from parallel.config import AXES, Device, ParallelConfig, ParallelError, RankError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PORTS = range(20000, 32000)  # below the ports that systems hand out by themselves
@@ -52,7 +53,8 @@ def launch(
 
 
 def local_processes(config: ParallelConfig) -> int:
-    """Give the number of ranks that a plain `python train.py` runs here: what was asked for, or one a GPU."""
+    """Give the number of ranks that a plain `python train.py` runs here: what was asked for, what the axes make, or,
+    if one of these is to be filled, one a GPU."""
     n_gpus = 0 if config.device is Device.cpu else visible_gpus()
     asked = config.local_processes
     if asked is not None and n_gpus and asked > n_gpus:
@@ -60,7 +62,8 @@ def local_processes(config: ParallelConfig) -> int:
             f"parallel.local_processes ({asked}) must be at most the number of GPUs here ({n_gpus}); "
             "start fewer, or pass parallel.device=cpu"
         )
-    return asked or max(1, n_gpus)
+    sizes = [getattr(config, axis) for axis in AXES]
+    return asked or (max(1, n_gpus) if -1 in sizes else max(1, math.prod(sizes)))
 
 
 def visible_gpus() -> int:

@@ -142,7 +142,7 @@ class StopFile:
         return abs(asked) == step, 0 < asked <= step
 
 
-def truncate_metrics(path: Path, step: int, *, validated: bool) -> None:
+def truncate_metrics(path: Path, step: int, validated: bool) -> None:
     """Drop the records after `step`, and a half-written last one, of a run that goes on from there.
 
     The validation of `step` itself is dropped too unless it was done before the checkpoint.
