@@ -8,6 +8,7 @@ import errno
 import os
 import shutil
 import sys
+import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -218,6 +219,8 @@ def _unknown(schema: type, key: str, config_name: str) -> list[str]:
     """A sentence if a dotted key leads nowhere in a schema."""
     prefix = ""
     for part in key.split("."):
+        if typing.get_origin(schema) is dict:
+            return []  # any key is one
         known = list(getattr(schema, "__dataclass_fields__", {}))
         if part not in known:
             groups = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name[0] != "_") if not prefix else []
