@@ -76,7 +76,7 @@ def scontrol(*words: str) -> str:
 def test_jobs_of_several_nodes_answer_fail_and_die_and_each_is_told_apart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ends = ("answer", "crash", "kill")
+    ends = ("answer", "crash", "kill", "hang")
     points = [point("end", how, run_dir=tmp_path / how, nodes=2, tasks_per_node=1) for how in ends]
     points[0].launcher.tasks_per_node = 2
     found = outcomes_of(points, tmp_path)
@@ -87,10 +87,12 @@ def test_jobs_of_several_nodes_answer_fail_and_die_and_each_is_told_apart(
     assert (
         found["kill"].state == "failed" and "ended without a word (FAILED): killed, or out of" in found["kill"].reason
     )
+    assert found["hang"].reason.count("RuntimeError: timed out") == 1
+    assert "rank 1 hung; it stood at\n" in found["hang"].reason and "work.py" in found["hang"].reason.split("hung")[1]
     ids = [job_of(tmp_path / how) for how in ends]
     until(lambda: all(state in slurm.OVER for state in slurm.states(ids).values()))
     states = slurm.states(ids)
-    assert [states[job_id] for job_id in ids] == ["COMPLETED", "FAILED", "FAILED"]
+    assert [states[job_id] for job_id in ids] == ["COMPLETED", "FAILED", "FAILED", "FAILED"]
     assert "ValueError: boom" in (tmp_path / ".jobs" / f"{ids[1]}_1_log.err").read_text()
 
 
