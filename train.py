@@ -24,6 +24,7 @@ from parallel.launch import launch
 
 if TYPE_CHECKING:
     from data.corpus import Corpus
+    from parallel.dry_run import DryRun
     from parallel.engine import Engine
     from parallel.mesh import Mesh
     from training.progress import Progress
@@ -132,7 +133,29 @@ def train(
 
 def rehearse(config: TrainConfig) -> None:
     """Print what a step would be on `dry_run.world_size` GPUs, from the code that would run it."""
-    from parallel.dry_run import DryRun, FakeBatch, report
+    from parallel.dry_run import report
+
+    run = dry_run(config)
+    full, n_ranks = config.micro_batch_tokens * run.axes.dp, config.dry_run.world_size
+    n_micro_batches = max(1, config.global_batch_tokens // full)
+    print(f"model      {config.model.name}: {config.model.n_params:,} parameters")
+    print(f"layout     {run.axes} = {n_ranks:,} GPUs, zero_stage {config.parallel.zero_stage}")
+    print(
+        f"batch      {n_micro_batches * full:,} tokens a step = {run.axes.dp:,} data-parallel ranks x "
+        f"{n_micro_batches} micro-batches x {config.micro_batch_tokens:,}"
+    )
+    if n_micro_batches * full != config.global_batch_tokens:
+        print(
+            f"           global_batch_tokens ({config.global_batch_tokens:,}) does not fill these ranks; to train, "
+            f"pass a multiple of {full:,}"
+        )
+    readings = run.read(n_micro_batches)
+    print(*report(readings, config.dry_run, tokens_per_rank=n_micro_batches * full / n_ranks), sep="\n")
+
+
+def dry_run(config: TrainConfig) -> "DryRun":
+    """Join model, optimizer and engine for ranks and GPUs that are not there."""
+    from parallel.dry_run import DryRun, FakeBatch
     from training.optimizer import AdamW
     from training.progress import Progress
     from training.scaler import LossScaler
@@ -146,29 +169,9 @@ def rehearse(config: TrainConfig) -> None:
     if config.model.attention is not Attention.reference:
         config.model.attention = Attention.sdpa  # keeps what every fused kernel keeps, and can be run without one
     data = config.data
-    rows, row_len = config.micro_batch_tokens // data.pack_tokens, data.pack_tokens
-    run = DryRun(
-        build,
-        partial(FakeBatch.of, rows, row_len, data.seq_len),
-        config.parallel,
-        config.dry_run,
-        kernels=("model.loss_kernel", "training.adamw_kernel"),
-    )
-    n_micro_batches = -(-config.packs_of_step(config.steps) // (rows * run.axes.dp))
-    n_tokens = n_micro_batches * config.micro_batch_tokens * run.axes.dp
-    print(f"model      {config.model.name}: {config.model.n_params:,} parameters")
-    print(f"layout     {run.axes} = {config.dry_run.world_size} GPUs, zero_stage {config.parallel.zero_stage}")
-    print(
-        f"batch      {n_tokens:,} tokens a step = {run.axes.dp} data-parallel ranks x {n_micro_batches} micro-batches x "
-        f"{config.micro_batch_tokens:,}"
-    )
-    if n_tokens != config.global_batch_tokens:
-        print(
-            f"           global_batch_tokens ({config.global_batch_tokens:,}) does not fill them; training would ask for a "
-            f"multiple of {config.micro_batch_tokens * run.axes.dp:,}"
-        )
-    for line in report(run.read(n_micro_batches), config.dry_run, tokens_per_rank=n_tokens / config.dry_run.world_size):
-        print(line)
+    batch = partial(FakeBatch.of, config.micro_batch_tokens // data.pack_tokens, data.pack_tokens, data.seq_len)
+    kernels = ("model.loss_kernel", "training.adamw_kernel")
+    return DryRun(build, batch, config.parallel, config.dry_run, kernels=kernels)
 
 
 def build_model(config: TrainConfig, mesh: "Mesh") -> Any:

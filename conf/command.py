@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -47,7 +47,7 @@ def run(main: Callable[[], Any], config_name: str) -> None:
     """Run a `hydra.main` function as a command; a wrong command line is told in full, with exit code 2."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     register()
-    sys.argv[1:] = [_as_option(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = [_as_addition(_as_option(argument), config_name) for argument in sys.argv[1:]]
     problems = list(command_line_problems(sys.argv[1:], config_name))
     if problems:
         _say(problems)
@@ -64,6 +64,21 @@ def _as_option(argument: str) -> str:
     key, _, value = argument.partition("=")
     is_option = value in ("true", "false") and (CONF / key / f"{value}.yaml").exists()
     return f"{key}='{value}'" if is_option else argument
+
+
+def _as_addition(argument: str, config_name: str) -> str:
+    """Let the keys of a dictionary that is the user's, such as data.mix.code=0.5, be set without Hydra's plus."""
+    key = argument.partition("=")[0]
+    return f"+{argument}" if _in_dictionary(SCHEMAS[config_name], key) else argument
+
+
+def _in_dictionary(schema: Any, key: str) -> bool:
+    """Say whether a dotted key is a dictionary of a schema, or in one."""
+    for part in key.split("."):
+        if get_origin(schema) is dict or part not in getattr(schema, "__dataclass_fields__", {}):
+            break
+        schema = schema.__dataclass_fields__[part].type
+    return get_origin(schema) is dict
 
 
 @contextmanager
@@ -136,7 +151,7 @@ def _point_problems(overrides: list[Override], args: Any, config_name: str) -> I
             if varied and not many:
                 yield f"{varied[0].key_or_group} has several values; add -m to run one after another"
                 return
-            folder = os.path.join(str(cfg.hydra.sweep.dir), str(cfg.hydra.sweep.subdir))
+            folder = os.path.join(str(cfg.hydra.sweep.dir), str(cfg.hydra.sweep.subdir)) if many else ""
             with read_write(cfg), open_dict(cfg):
                 del cfg["hydra"]
             if args.help or args.cfg:
@@ -218,6 +233,8 @@ def _values(override: Override) -> list[Any]:
 def _unknown(schema: type, key: str, config_name: str) -> list[str]:
     """A sentence if a dotted key leads nowhere in a schema."""
     prefix = ""
+    if _in_dictionary(schema, key):
+        return []
     for part in key.split("."):
         if typing.get_origin(schema) is dict:
             return []  # any key is one

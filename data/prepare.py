@@ -222,7 +222,7 @@ def held_out_digests(data: DataConfig, everything: list[Item]) -> frozenset[int]
         for block in blocks(item, data, quiet)
         for document in documents(block, data, quiet)
     )
-    return frozenset(digest_of(document, data) for document in found if document.begins and document.ends)
+    return frozenset(digest_of(document, data) for document in found if document.begins)
 
 
 def _commit(
@@ -307,6 +307,7 @@ def _tokenizer(
     if config.model is not None:
         save_tokenizer(load_tokenizer(config.model), folder)
         return load_tokenizer(folder)
+    print(f"training a tokenizer of {config.vocab_size} pieces", flush=True)
     texts = _tokenizer_texts(data, config.train_bytes)
     return train_tokenizer(texts, folder / "tokenizer.model", vocab_size=config.vocab_size, threads=workers)
 

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from parallel.config import ActivationCheckpointing, Compile, ParallelConfig, ParallelError, ReduceDtype
+from parallel.fp8 import MULTIPLE, Fp8Linear
 from parallel.mesh import Mesh
 
 
@@ -70,6 +71,15 @@ def multiply_in_fp8(blocks: list[nn.Module], scaling: str, device: torch.device)
             f"precision.fp8 ({scaling}) needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), "
             f"not {where}; choose precision.fp8=none"
         )
+    if scaling == "tensorwise":
+        for module in (module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)):
+            if module.in_features % MULTIPLE or module.out_features % MULTIPLE:
+                raise ParallelError(
+                    f"precision.fp8 (tensorwise) needs matrices whose sizes are multiples of {MULTIPLE}, not "
+                    f"{module.out_features} x {module.in_features}; choose precision.fp8=none"
+                )
+            module.__class__ = Fp8Linear
+        return
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # type: ignore[import-not-found]
 
     for block in blocks:

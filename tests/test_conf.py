@@ -31,11 +31,13 @@ def told(*argv: str, config_name: str = "train") -> list[str]:
 def test_every_option_of_every_group_composes(group: str, option: str) -> None:
     extra = ["data.seq_len=256", "data.input=tokens"] if group == "data" else []
     extra += ["init_from=runs/done"] if option == "sft_7b" else []
-    assert composed(f"{group}={option}", *extra).name
+    ranks = 1 if option == "single" else 8
+    extra += ["model=1b", "parallel.device=cpu", f"parallel.local_processes={ranks}"] if group == "parallel" else []
+    assert composed(f"{group}='{option}'", *extra).name
 
 
 def test_the_groups_are_those_the_readme_names() -> None:
-    named = "model data parallel optimizer scheduler precision checkpoint logger launcher experiment"
+    named = "model data parallel optimizer scheduler precision checkpoint logger launcher experiment dry_run"
     assert sorted(named.split()) == GROUPS
 
 
