@@ -56,7 +56,7 @@ def outcomes_of(points: list[Point], folder: Path) -> dict[str, Outcome]:
     return outcomes
 
 
-def until(done: Callable[[], Any], seconds: float = 90) -> Any:
+def until(done: Callable[[], Any], seconds: float = 180) -> Any:
     """Wait for something of a job that another thread waits for."""
     end = time.monotonic() + seconds
     while not (found := done()):
@@ -104,6 +104,7 @@ def composed(name: str, overrides: list[str]) -> tuple[Any, dict[str, Any]]:
     return to_config(cfg), stored
 
 
+@pytest.mark.timeout(600)
 def test_runs_that_slurm_takes_away_go_on_bit_for_bit(tmp_path: Path, small: list[str]) -> None:
     """One on two nodes is requeued by hand, one by its time limit, one makes way for another; one is cancelled."""
     settings = [*small, "steps=12", "checkpoint.every=0", "valid_every=5", "parallel.threads=2"]
@@ -133,7 +134,9 @@ def test_runs_that_slurm_takes_away_go_on_bit_for_bit(tmp_path: Path, small: lis
         scontrol("requeue", job_of(tmp_path / "hybrid"))
         urgent = ["sbatch", "--partition=high", "--nodelist=node2", "--gres=gpu:2", "--time=1", "--output=/dev/null"]
         subprocess.run([*urgent, "--wrap=sleep 1"], check=True, capture_output=True)
-        waiting.join(200)
+        until(lambda: len((tmp_path / "limited" / "attempts").read_text().split()) == 2)
+        scontrol("update", f"JobId={job_of(tmp_path / 'limited')}", "TimeLimit=00:20:00")
+        waiting.join(240)
     assert not waiting.is_alive()
     assert found["cancelled"].state == "stopped" and (tmp_path / "cancelled" / "saved").exists()
     assert not (tmp_path / "cancelled" / "begun1").exists()
