@@ -49,6 +49,7 @@ def main(cfg: DictConfig) -> float | None:
 def work(config: TrainConfig, run_config: dict[str, Any], run_dir: Path) -> float | None:
     """Be one rank of a run and give its validation loss; a stop that was asked for exits with a signal's code."""
     from parallel.mesh import distributed
+    from parallel.out_of_memory import told_when_memory_ends
     from parallel.slurm import go_on_later
     from training.logs import log_to
     from training.run_folder import locked
@@ -61,6 +62,7 @@ def work(config: TrainConfig, run_config: dict[str, Any], run_dir: Path) -> floa
         log_to(run_dir, mesh.rank),
         Status(run_dir, run_config, rank=mesh.rank) as status,
         StopRequest(mesh.maximum) as stop,
+        told_when_memory_ends(config),
     ):
         valid_loss = train(config, run_config, mesh, run_dir, stop)
         status.end(valid_loss, stopped=bool(stop), given_up=stop.given_up)
@@ -119,6 +121,10 @@ def train(
     validated = progress.validated_step == progress.step
     mesh.on_first(truncate_metrics, run_dir / "metrics.jsonl", progress.step, validated)
 
+    if config.profile:
+        measure(config, engine, corpus, progress, run_dir / "profile")
+        return None
+
     def save() -> None:
         progress.read(engine.counts())
         about = {"parts": corpus.parts, "sources": corpus.sources}
@@ -130,6 +136,17 @@ def train(
         report = Report(sinks, clock(config, mesh), sources=corpus.sources, steps=config.steps)
         loop(config, engine, corpus, progress, report, stop, save)
     return progress.valid_loss
+
+
+def measure(config: TrainConfig, engine: "Engine", corpus: "Corpus", progress: "Progress", folder: Path) -> None:
+    """Run a few steps under the profiler and show where their time goes."""
+    from training.profile import profile_steps
+
+    with closing(batches_to_come(config, engine.mesh, corpus, progress)) as batches_of_steps:
+        found = profile_steps(lambda: engine.train_step(next(batches_of_steps)), engine.mesh.device, folder)
+    (folder / "table.txt").write_text(found + "\n")
+    for line in (*found.splitlines(), f"trace and table in {folder}"):
+        logger.info("%s", line)
 
 
 def rehearse(config: TrainConfig) -> None:
@@ -216,24 +233,14 @@ def loop(
     save: Callable[[], None],
 ) -> None:
     """Take batches and steps until the run is over or asked to stop; what is due comes after each step."""
-    from data.loader import train_batches
     from training.early_stop import is_hopeless
     from training.progress import check_bad_steps
     from training.run_folder import StopFile
 
     left_out = parse_ranges(config.skip_batches)
     stop_file = StopFile(config.checkpoint.stop_file)
-    steps = train_batches(
-        corpus,
-        config.data,
-        packs_of_step=config.packs_of_step,
-        first_step=progress.step,
-        first_sample=progress.samples,
-        pin_memory=engine.mesh.device.type == "cuda",
-        dp_rank=engine.mesh.dp_rank,
-        dp_size=engine.mesh.dp_size,
-    )
-    with closing(steps) as batches_of_steps:  # its workers end with the loop, however it ends
+    # The batches' workers end with the loop, however it ends.
+    with closing(batches_to_come(config, engine.mesh, corpus, progress)) as batches_of_steps:
         validate_if_due(config, engine, corpus, progress, report, stop)  # if a stop cut it short
         while progress.step < config.steps and not stop:
             report.throughput.begin()
@@ -271,6 +278,22 @@ def loop(
                 logger.info("stopped at step %d, as %s asks", progress.step, config.checkpoint.stop_file)
                 break
     report.sinks.plot()
+
+
+def batches_to_come(config: TrainConfig, mesh: "Mesh", corpus: "Corpus", progress: "Progress") -> Any:
+    """Read the micro-batches of this rank, step by step, from where the run stands."""
+    from data.loader import train_batches
+
+    return train_batches(
+        corpus,
+        config.data,
+        packs_of_step=config.packs_of_step,
+        first_step=progress.step,
+        first_sample=progress.samples,
+        pin_memory=mesh.device.type == "cuda",
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+    )
 
 
 def validate_if_due(
