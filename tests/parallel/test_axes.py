@@ -30,7 +30,7 @@ def told(world_size: int, model: ModelConfig = MODEL, pack_len: int = 64, steps:
         (8, {"pp": 2, "dp_replicate": 2, "cp": 2}, Axes(pp=2, dp_replicate=2, cp=2)),
     ],
 )
-def test_one_axis_fills_the_world(world_size: int, asked: dict[str, int], axes: Axes) -> None:
+def test_one_axis_fills_the_world(world_size: int, asked: dict[str, Any], axes: Axes) -> None:
     found = resolve_axes(ParallelConfig(zero_stage=1, **asked), world_size)
     assert found == axes and found.world_size == world_size
 
