@@ -46,6 +46,7 @@ def launch(
     joined = joined_environment(os.environ)
     if joined:
         _check_joined(joined, config)
+        faulthandler.register(signal.SIGQUIT, sys.__stderr__ or sys.stderr)
         with _environment(joined):
             return work(*args)
     n_ranks = local_processes(config)
@@ -63,7 +64,8 @@ def local_processes(config: ParallelConfig) -> int:
             "start fewer, or pass parallel.device=cpu"
         )
     sizes = [getattr(config, axis) for axis in AXES]
-    return asked or (max(1, n_gpus) if -1 in sizes else max(1, math.prod(sizes)))
+    fewest = max(1, math.prod(size for size in sizes if size != -1))
+    return asked or (n_gpus if n_gpus and -1 in sizes else fewest)
 
 
 def visible_gpus() -> int:
@@ -281,10 +283,15 @@ class _Ranks:
 
     def _stacks(self, folder: Path, trace: str) -> str:
         """Where the ranks stood that others waited for in vain."""
-        if not re.search(r"time[d]?[ _-]?out", trace, re.IGNORECASE):
+        if not says_timeout(trace):
             return ""
         stacks = [(rank, (folder / f"rank{rank}").read_text()) for rank in self.silent]
         return "".join(f"\nrank {rank} hung; it stood at\n{stack}" for rank, stack in stacks)
+
+
+def says_timeout(trace: str) -> bool:
+    """Say whether an error is that of a rank which waited in vain for another."""
+    return re.search(r"timed?[ _-]?out", trace, re.IGNORECASE) is not None
 
 
 def _death(code: int) -> str:

@@ -22,7 +22,7 @@ SHAPE_KEYS = (
 )  # fmt: skip
 # What may change when a run is resumed: nothing that decides what is learnt
 FREE_KEYS = (
-    "name", "logger", "launcher", "early_stop", "checkpoint", "parallel", "valid_every", "valid_tokens",
+    "name", "logger", "launcher", "early_stop", "dry_run", "checkpoint", "parallel", "valid_every", "valid_tokens",
     "init_from", "init_content",
     "data.workers", "data.name", "data.path", "data.source", "data.input", "data.dataset", "data.dataset_config",
     "data.dataset_split", "data.text_key", "data.source_key", "data.text_lines", "data.raw_json",
