@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -135,9 +136,9 @@ def _watched_loss(engine: Engine, memory: Memory) -> LinearLoss:
     """Let a loss's tensors be logits, and what the model's modules hold by then, gathered or not, be parameters."""
     linear_loss = memory.holding("logits")(engine.linear_loss)
 
-    def loss(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         memory.rename(engine.model.parameters(), "parameters")
-        return linear_loss(*args)
+        return linear_loss(*args, **kwargs)
 
     return loss
 
