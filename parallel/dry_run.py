@@ -9,6 +9,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from parallel.axes import resolve_axes
@@ -121,6 +122,7 @@ class DryRun:
             params = list(engine.model.parameters())
             memory.rename(params, "parameters")
             n_params = sum(local(param).numel() for param in params)
+            memory.forget_peak()  # what drew the weights did so on the host
             engine.linear_loss = _watched_loss(engine, memory)
             engine.optimizer.step = memory.holding("optimizer")(engine.optimizer.step)  # type: ignore[method-assign]
             watch.observers.append(ledger)
@@ -148,11 +150,21 @@ def fake_mesh(layout: ParallelConfig, rank: int, world_size: int) -> Iterator[Me
     """Be one rank of a world whose messages go nowhere."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    made = DeviceMesh.__init__
+
+    def init(mesh: DeviceMesh, *args: Any, **kwargs: Any) -> None:
+        """Make meshes of different ranks different, so that DTensor, which keeps meshes, does not mistake them."""
+        made(mesh, *args, **kwargs)
+        mesh._thread_id = rank + 1
+
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    patch = mock.patch.object(DeviceMesh, "__init__", init)
+    patch.start()
     try:
         mesh = open_mesh(resolve_axes(layout, world_size), zero_stage=layout.zero_stage, device=CPU)
         yield replace(mesh, device=CUDA)
     finally:
+        patch.stop()
         dist.destroy_process_group()
 
 
