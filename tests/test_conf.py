@@ -134,7 +134,7 @@ def test_two_points_do_not_share_a_folder() -> None:
 
 
 def test_a_sweep_that_the_configuration_names_is_checked_like_one_that_is_typed() -> None:
-    rates = ("1e-4", "3e-4", "1e-3", "3e-3")
+    rates = ("0.0001", "0.0003", "0.001", "0.003")
     sentences = [f"steps (0) must be at least 1 (at optimizer.lr={rate})" for rate in rates]
     assert told("experiment=lr_sweep", "steps=0") == sentences
 
