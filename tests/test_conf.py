@@ -165,6 +165,14 @@ def test_without_slurm_a_job_for_it_is_refused(monkeypatch: pytest.MonkeyPatch) 
     assert sentence == "launcher=slurm: there is no sbatch on this machine; log in where jobs are submitted"
 
 
+def test_a_sweep_is_not_started_by_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**ranks, "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    (sentence,) = told("-m", "optimizer.lr=1,2", "parallel=ddp")
+    assert sentence == "a sweep starts its ranks itself: python train.py -m ..., without torchrun or srun"
+
+
 def test_the_tutorials_run_on_four_nodes_is_one_micro_batch_a_gpu() -> None:
     config = composed("experiment=7b_pile_small_4_nodes")
     assert (config.world_size, config.parallel.dp_shard, config.grad_accum_steps(dp_size=32)) == (32, 8, 1)
