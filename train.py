@@ -49,6 +49,7 @@ def main(cfg: DictConfig) -> float | None:
 def work(config: TrainConfig, run_config: dict[str, Any], run_dir: Path) -> float | None:
     """Be one rank of a run and give its validation loss; a stop that was asked for exits with a signal's code."""
     from parallel.mesh import distributed
+    from parallel.out_of_memory import told_when_memory_ends
     from parallel.slurm import go_on_later
     from training.logs import log_to
     from training.run_folder import locked
@@ -61,6 +62,7 @@ def work(config: TrainConfig, run_config: dict[str, Any], run_dir: Path) -> floa
         log_to(run_dir, mesh.rank),
         Status(run_dir, run_config, rank=mesh.rank) as status,
         StopRequest(mesh.maximum) as stop,
+        told_when_memory_ends(config),
     ):
         valid_loss = train(config, run_config, mesh, run_dir, stop)
         status.end(valid_loss, stopped=bool(stop), given_up=stop.given_up)
@@ -89,7 +91,7 @@ def train(
     # Data: checked first, because it is wrong most often and opened in no time.
     corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
 
-    model = build_model(config, mesh)
+    model, stages = build_model(config, mesh)
     optimizer, scaler, progress = AdamW(model, config.optimizer), LossScaler(config.precision), Progress()
     kept = Kept(optimizer, scaler, progress, mesh.rank)
     checkpoints = Checkpoints(run_dir, keep=config.checkpoint.keep, group=mesh.host)
@@ -107,6 +109,7 @@ def train(
         config,
         mesh,
         model,
+        stages,
         optimizer,
         scaler,
         progress,
@@ -117,6 +120,10 @@ def train(
     describe(config, mesh, corpus, progress, run_dir)
     validated = progress.validated_step == progress.step
     mesh.on_first(truncate_metrics, run_dir / "metrics.jsonl", progress.step, validated)
+
+    if config.profile:
+        measure(config, engine, corpus, progress, run_dir / "profile")
+        return None
 
     def save() -> None:
         progress.read(engine.counts())
@@ -129,6 +136,17 @@ def train(
         report = Report(sinks, clock(config, mesh), sources=corpus.sources, steps=config.steps)
         loop(config, engine, corpus, progress, report, stop, save)
     return progress.valid_loss
+
+
+def measure(config: TrainConfig, engine: "Engine", corpus: "Corpus", progress: "Progress", folder: Path) -> None:
+    """Run a few steps under the profiler and show where their time goes."""
+    from training.profile import profile_steps
+
+    with closing(batches_to_come(config, engine.mesh, corpus, progress)) as batches_of_steps:
+        found = profile_steps(lambda: engine.train_step(next(batches_of_steps)), engine.mesh.device, folder)
+    (folder / "table.txt").write_text(found + "\n")
+    for line in (*found.splitlines(), f"trace and table in {folder}"):
+        logger.info("%s", line)
 
 
 def rehearse(config: TrainConfig) -> None:
@@ -161,10 +179,10 @@ def dry_run(config: TrainConfig) -> "DryRun":
     from training.scaler import LossScaler
 
     def build(mesh: "Mesh") -> "Engine":
-        model = build_model(config, mesh)
+        model, stages = build_model(config, mesh)
         optimizer, progress = AdamW(model, config.optimizer), Progress()
         optimizer.follow(rates_to_come(config, progress)[:1])
-        return build_engine(config, mesh, model, optimizer, LossScaler(config.precision), progress, n_sources=1)
+        return build_engine(config, mesh, model, stages, optimizer, LossScaler(config.precision), progress, n_sources=1)
 
     if config.model.attention is not Attention.reference:
         config.model.attention = Attention.sdpa  # keeps what every fused kernel keeps, and can be run without one
@@ -174,8 +192,8 @@ def dry_run(config: TrainConfig) -> "DryRun":
     return DryRun(build, batch, config.parallel, config.dry_run, kernels=kernels)
 
 
-def build_model(config: TrainConfig, mesh: "Mesh") -> Any:
-    """Make the model whole on the meta device, give it its dtype and place, and fill it in."""
+def build_model(config: TrainConfig, mesh: "Mesh") -> tuple[Any, list[Any]]:
+    """Make the model whole on the meta device, give it its dtype and place, and fill it in; gives its stages too."""
     import torch
 
     from model.transformer import Transformer
@@ -186,7 +204,7 @@ def build_model(config: TrainConfig, mesh: "Mesh") -> Any:
         model = Transformer(config.model)
     precision = config.precision
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-    parallelize(
+    stages = parallelize(
         model,
         mesh,
         config.parallel,
@@ -195,7 +213,7 @@ def build_model(config: TrainConfig, mesh: "Mesh") -> Any:
         grad_dtype=None if precision.grad_dtype is None else dtypes[precision.grad_dtype.value],
     )
     model.init_weights(config.seed, write_shard)
-    return model
+    return model, stages
 
 
 def read_hf_weights(folder: Path, *, vocab_size: int) -> dict[str, Any]:
@@ -215,24 +233,14 @@ def loop(
     save: Callable[[], None],
 ) -> None:
     """Take batches and steps until the run is over or asked to stop; what is due comes after each step."""
-    from data.loader import train_batches
     from training.early_stop import is_hopeless
     from training.progress import check_bad_steps
     from training.run_folder import StopFile
 
     left_out = parse_ranges(config.skip_batches)
     stop_file = StopFile(config.checkpoint.stop_file)
-    steps = train_batches(
-        corpus,
-        config.data,
-        packs_of_step=config.packs_of_step,
-        first_step=progress.step,
-        first_sample=progress.samples,
-        pin_memory=engine.mesh.device.type == "cuda",
-        dp_rank=engine.mesh.dp_rank,
-        dp_size=engine.mesh.dp_size,
-    )
-    with closing(steps) as batches_of_steps:  # its workers end with the loop, however it ends
+    # The batches' workers end with the loop, however it ends.
+    with closing(batches_to_come(config, engine.mesh, corpus, progress)) as batches_of_steps:
         validate_if_due(config, engine, corpus, progress, report, stop)  # if a stop cut it short
         while progress.step < config.steps and not stop:
             report.throughput.begin()
@@ -272,6 +280,22 @@ def loop(
     report.sinks.plot()
 
 
+def batches_to_come(config: TrainConfig, mesh: "Mesh", corpus: "Corpus", progress: "Progress") -> Any:
+    """Read the micro-batches of this rank, step by step, from where the run stands."""
+    from data.loader import train_batches
+
+    return train_batches(
+        corpus,
+        config.data,
+        packs_of_step=config.packs_of_step,
+        first_step=progress.step,
+        first_sample=progress.samples,
+        pin_memory=mesh.device.type == "cuda",
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+    )
+
+
 def validate_if_due(
     config: TrainConfig,
     engine: "Engine",
@@ -308,6 +332,7 @@ def build_engine(
     config: TrainConfig,
     mesh: "Mesh",
     model: Any,
+    stages: list[Any],
     optimizer: Any,
     scaler: Any,
     progress: "Progress",
@@ -337,7 +362,8 @@ def build_engine(
         scaler=scaler,
         max_grad_norm=config.optimizer.max_grad_norm,
         n_sources=n_sources,
-        zero_stage=config.parallel.zero_stage,
+        config=config.parallel,
+        stages=stages,
         bytes_per_token=None if bytes_per_token is None else torch.from_numpy(bytes_per_token),
         counts=(progress.updates, progress.bad_steps, progress.bad_in_a_row),
     )

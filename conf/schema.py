@@ -50,6 +50,7 @@ class TrainConfig:
     skip_batches: list[str] = field(default_factory=list)  # batches to load only: [17,100-120]
     valid_every: int = 0  # steps between validations; 0: only at the end
     valid_tokens: int | None = None  # of a validation (null: the whole split)
+    profile: bool = False  # measure a few steps instead of training: runs/<name>/profile
     init_from: str | None = None  # a run folder, a checkpoint, or a Hugging Face Llama/InternLM folder
     init_content: list[str] = field(default_factory=lambda: ["model"])
     model: ModelConfig = MISSING

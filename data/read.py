@@ -14,7 +14,7 @@ from data.chat import lookup
 from data.config import DataConfig, DataError, Source, Style
 from data.documents import Block, Document, digest_of, documents, split_of
 from data.inputs import BadRecords, Item
-from data.tokenizer import PIECE_CHARS, cut, line_start
+from data.tokenizer import PIECE_CHARS, cut, last_blank
 from data.unpack import DAMAGE, PACKED, kind_of, unpacked
 
 BLOCK_BYTES = 1 << 20  # of text in a block, or the record that is longer
@@ -23,7 +23,7 @@ TEXT_BYTES = 1 << 24  # a longer .txt is read twice: once for its split, once fo
 
 
 def blocks(
-    item: Item, config: DataConfig, bad: BadRecords, *, skip: int = 0, last_cut: Callable[[str], int] = line_start
+    item: Item, config: DataConfig, bad: BadRecords, *, skip: int = 0, last_cut: Callable[[str], int] = last_blank
 ) -> Iterator[Block]:
     """Yield an item's blocks after the first `skip`; the same ones whoever reads them, and however often.
 

@@ -65,7 +65,8 @@ def local_processes(config: ParallelConfig, launcher: LauncherConfig | None = No
             "start fewer, or pass parallel.device=cpu"
         )
     sizes = [getattr(config, axis) for axis in AXES]
-    return asked or (max(1, n_gpus) if -1 in sizes else max(1, math.prod(sizes)))
+    fewest = max(1, math.prod(size for size in sizes if size != -1))
+    return asked or (n_gpus if n_gpus and -1 in sizes else fewest)
 
 
 def visible_gpus() -> int:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from parallel.axes import Axes, resolve_axes
 from parallel.config import Device, ParallelConfig, ParallelError
@@ -169,7 +170,13 @@ def _process_group(config: ParallelConfig, device: torch.device, world_size: int
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        leave()
+
+
+def leave() -> None:
+    """Close the process group, and let DTensor forget the layouts it has seen: it would find the closed groups in them."""
+    dist.destroy_process_group()
+    _clear_sharding_prop_cache()  # private, but there is no other way to have two meshes in the life of a process
 
 
 def _first_line(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from parallel.apply import parallelize, write_shard
 from parallel.axes import resolve_axes
 from parallel.config import ParallelConfig
 from parallel.engine import Engine
-from parallel.mesh import Mesh, open_mesh
+from parallel.mesh import Mesh, leave, open_mesh
 from tests.parallel.packed import Packed, micro_batch
 from training.config import OptimizerConfig, PrecisionConfig, Reduction
 from training.optimizer import AdamW
@@ -83,7 +83,7 @@ def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
     optimizer = OptimizerConfig(lr=3e-3, max_grad_norm=0.3, eps=1e-5)
     with torch.device("meta"):
         model = Transformer(MODELS[case.model])
-    parallelize(model, mesh, config, torch.float32)
+    stages = parallelize(model, mesh, config, torch.float32)
     model.init_weights(3, write_shard)
     adamw = AdamW(model, optimizer)
     adamw.follow([(3e-3, 0.95)] * (N_STEPS + 1))
@@ -96,7 +96,8 @@ def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
         scaler=LossScaler(PrecisionConfig()),
         max_grad_norm=optimizer.max_grad_norm,
         n_sources=2,
-        zero_stage=config.zero_stage,
+        config=config,
+        stages=stages,
         bytes_per_token=torch.arange(64),
     )
 
@@ -146,7 +147,8 @@ def alone(case: Case) -> Outcome:
 def rank_main(rank: int, folder: Path, cases: dict[str, Case]) -> None:
     """Run every case that has a place for this rank; leave what came out, or the traceback, in `folder`."""
     torch.set_num_threads(1)
-    for name, case in cases.items():
+    # The large ones first: nobody waits for a rank that has other cases to do.
+    for name, case in sorted(cases.items(), key=lambda item: -item[1].world_size):
         if rank >= case.world_size:
             continue
         try:
@@ -160,7 +162,7 @@ def rank_main(rank: int, folder: Path, cases: dict[str, Case]) -> None:
 def _on_layout(rank: int, store: Path, case: Case) -> Outcome:
     dist.init_process_group(
         "gloo", store=dist.FileStore(str(store), case.world_size), rank=rank, world_size=case.world_size,
-        timeout=timedelta(seconds=30),
+        timeout=timedelta(seconds=60),
     )  # fmt: skip
     try:
         config = ParallelConfig(**case.layout)
@@ -169,7 +171,7 @@ def _on_layout(rank: int, store: Path, case: Case) -> Outcome:
         mesh = open_mesh(axes, zero_stage=config.zero_stage, device=torch.device("cpu"))
         return outcome(case, mesh, config)
     finally:
-        dist.destroy_process_group()
+        leave()
 
 
 def run(folder: Path, cases: dict[str, Case], n_ranks: int = 8) -> dict[str, Outcome | str]:

@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from parallel.config import Schedule
 from tests.parallel.layouts import Case, Outcome, alone, run
 from training.config import Reduction
 
@@ -19,7 +20,40 @@ ZERO = {
     "row_mean_4": Case(4, reduction=Reduction.row_mean, layout={"dp_shard": 4, "zero_stage": 1}),
     "one_rank_is_bad_4": Case(4, layout={"dp_shard": 4, "zero_stage": 2}, bad_rank=2),
 }
-CASES = {**ZERO}
+TENSOR = {
+    "tp_2": Case(2, layout={"tp": 2}),
+    "tp_4_biased": Case(4, "biased", layout={"tp": 4}),
+    "tp_2_no_sp": Case(2, "biased", layout={"tp": 2, "sequence_parallel": False}),
+    "tp_2_tied": Case(2, "tied", layout={"tp": 2}),
+    "tp_zero1_4": Case(4, "biased", layout={"dp_shard": 2, "tp": 2, "zero_stage": 1}),
+    "tp_zero3_8": Case(8, "biased", layout={"dp_replicate": 2, "dp_shard": 2, "tp": 2, "zero_stage": 3}),
+    "tp_ddp_4": Case(4, layout={"dp_replicate": 2, "tp": 2, "sequence_parallel": False}),
+}
+CONTEXT = {
+    "cp_2_ddp": Case(2, "biased", layout={"cp": 2}),
+    "cp_4_zero1": Case(4, layout={"cp": 4, "zero_stage": 1}),
+    "cp_8_kv_repeated": Case(8, "biased", layout={"cp": 8, "zero_stage": 3}),
+    "cp_tp_zero2_8": Case(8, "biased", layout={"dp_shard": 2, "cp": 2, "tp": 2, "zero_stage": 2}),
+}
+PIPELINE = {
+    "pp_2": Case(2, "biased", layout={"pp": 2}),
+    "pp_2_uneven": Case(2, layout={"pp": 2, "pipeline_layers": [1, 3]}),
+    "pp_4_zero1_8": Case(8, layout={"pp": 4, "dp_shard": 2, "zero_stage": 1}),
+    "interleaved_2": Case(
+        2, "biased", layout={"pp": 2, "virtual_stages": 2, "pipeline_schedule": Schedule["interleaved_1f1b"]}
+    ),
+    "zero_bubble_2": Case(2, "biased", layout={"pp": 2, "pipeline_schedule": Schedule["zero_bubble"]}),
+    "zbv_2": Case(2, layout={"pp": 2, "virtual_stages": 2, "pipeline_schedule": Schedule["zbv"]}),
+    "pp_tp_zero1_8": Case(8, "biased", layout={"pp": 2, "dp_shard": 2, "tp": 2, "zero_stage": 1}),
+    "zero_bubble_tp_cp_8": Case(
+        8, "biased", layout={"pp": 2, "cp": 2, "tp": 2, "zero_stage": 1, "pipeline_schedule": Schedule["zero_bubble"]}
+    ),
+    "interleaved_hybrid_8": Case(
+        8, layout={"pp": 2, "dp_replicate": 2, "dp_shard": 2, "zero_stage": 1, "virtual_stages": 2,
+                   "pipeline_schedule": Schedule["interleaved_1f1b"]},
+    ),
+}  # fmt: skip
+CASES = {**PIPELINE, **ZERO, **TENSOR, **CONTEXT}
 
 
 @pytest.fixture(scope="module")
