@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from conf.sweep import keep_code
+from parallel import slurm
+from parallel.config import ParallelError
 from tests.conftest import ROOT, trained
 from training.compare import Run, as_markdown, compare, draw, read_runs, swept_keys, table
 from training.config import CheckpointError, EarlyStopConfig
@@ -210,3 +212,15 @@ def test_the_same_crash_at_the_same_step_twice_is_known(tmp_path: Path, monkeypa
     (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n')
     crash(3, RuntimeError("another"))
     assert not crashed_the_same_way_twice(tmp_path), "it came further"
+
+
+def test_a_job_in_the_queue_is_followed_and_not_doubled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = {"7": "PENDING"}
+    monkeypatch.setattr(slurm, "states", lambda ids: {job_id: states[job_id] for job_id in ids})
+    assert slurm.queued_job(tmp_path, {"a": 1}) is None
+    slurm.remember_job(tmp_path, "7", {"a": 1})
+    assert slurm.queued_job(tmp_path, {"a": 1}) == "7"
+    with pytest.raises(ParallelError, match=r"is that of job 7, which is in the queue with another configuration"):
+        slurm.queued_job(tmp_path, {"a": 2})
+    states["7"] = "NODE_FAIL"
+    assert slurm.queued_job(tmp_path, {"a": 2}) is None
