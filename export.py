@@ -106,6 +106,7 @@ def write(
     config: ExportConfig,
 ) -> None:
     """Write weights, configuration, tokenizer and card into a folder."""
+    from data.chat import answer_end
     from data.hf_tokenizer import write_hf_tokenizer
     from model.hf import llama_config
 
@@ -113,7 +114,9 @@ def write(
     bos, eos = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
     about = llama_config(model, bos_id=bos, eos_id=eos, pad_id=eos, dtype=str(dtype).removeprefix("torch."))
     (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
-    ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
+    ids: dict[str, Any] = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
+    if tokenizer is not None and (end := answer_end(tokenizer)) is not None:
+        ids["eos_token_id"] = [end] if eos is None else [eos, end]
     generation = {
         "_from_model_config": False,
         **{key: token for key, token in ids.items() if token is not None},

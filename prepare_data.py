@@ -49,8 +49,6 @@ def write(config: PrepareConfig) -> bool:
     from data.prepare import Counts, prepare
 
     workers = config.workers or len(os.sched_getaffinity(0))
-    if config.tokenizer.model is None and not config.add:
-        print(f"training a tokenizer of {config.tokenizer.vocab_size} pieces", flush=True)
     start, before = 0.0, 0
     with tqdm(unit=" documents", mininterval=0.5, file=sys.stderr) as bar:
 
@@ -98,13 +96,13 @@ def print_table(about: dict[str, Any]) -> None:
 
 
 def spread(arguments: list[str]) -> list[str]:
-    """Make of `shards=64` a sweep over its parts, unless one of them is named."""
-    shards = [a.split("=", 1)[1] for a in arguments if a.startswith("shards=")]
-    if not shards or not shards[-1].isdigit() or int(shards[-1]) < 2 or any(a.startswith("shard=") for a in arguments):
+    """Make of `shards=64` a sweep over its parts, unless one of them or an option of Hydra's is named."""
+    shards = [argument.removeprefix("shards=") for argument in arguments if argument.startswith("shards=")]
+    if not shards or not shards[-1].isdigit() or any(a.startswith(("shard=", "-")) for a in arguments):
         return []
-    return ["-m", f"shard=range({shards[-1]})"]
+    return ["--multirun", f"shard=range({shards[-1]})"] if int(shards[-1]) > 1 else []
 
 
 if __name__ == "__main__":
-    sys.argv += spread(sys.argv[1:])
+    sys.argv[1:1] = spread(sys.argv[1:])
     run(main, "prepare_data")

@@ -24,6 +24,7 @@ from parallel.launch import launch
 
 if TYPE_CHECKING:
     from data.corpus import Corpus
+    from parallel.dry_run import DryRun
     from parallel.engine import Engine
     from parallel.mesh import Mesh
     from training.progress import Progress
@@ -90,10 +91,10 @@ def train(
     # Data: checked first, because it is wrong most often and opened in no time.
     corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
 
-    model = build_model(config, mesh)
+    model, stages = build_model(config, mesh)
     optimizer, scaler, progress = AdamW(model, config.optimizer), LossScaler(config.precision), Progress()
-    kept = Kept(optimizer, scaler, progress)
-    checkpoints = Checkpoints(run_dir, keep=config.checkpoint.keep)
+    kept = Kept(optimizer, scaler, progress, mesh.rank)
+    checkpoints = Checkpoints(run_dir, keep=config.checkpoint.keep, group=mesh.host)
     resume_or_start(
         kept,
         checkpoints,
@@ -108,16 +109,17 @@ def train(
         config,
         mesh,
         model,
+        stages,
         optimizer,
         scaler,
         progress,
         n_sources=len(corpus.sources),
         bytes_per_token=corpus.bytes_per_token,
     )
-    keep_inputs(config, run_config, run_dir, corpus)
+    mesh.on_first(keep_inputs, config, run_config, run_dir, corpus)
     describe(config, mesh, corpus, progress, run_dir)
     validated = progress.validated_step == progress.step
-    truncate_metrics(run_dir / "metrics.jsonl", progress.step, validated=validated)
+    mesh.on_first(truncate_metrics, run_dir / "metrics.jsonl", progress.step, validated)
 
     if config.profile:
         measure(config, engine, corpus, progress, run_dir / "profile")
@@ -130,7 +132,7 @@ def train(
         state = {"config": run_config, "data": about, **kept.state()}
         logger.info("saved %s", checkpoints.save(progress.step, kept.tensors(), state))
 
-    with Sinks(run_dir, config.logger, run_config=run_config, step=progress.step) as sinks:
+    with Sinks(run_dir, config.logger, run_config=run_config, step=progress.step, rank=mesh.rank) as sinks:
         report = Report(sinks, clock(config, mesh), sources=corpus.sources, steps=config.steps)
         loop(config, engine, corpus, progress, report, stop, save)
     return progress.valid_loss
@@ -149,58 +151,60 @@ def measure(config: TrainConfig, engine: "Engine", corpus: "Corpus", progress: "
 
 def rehearse(config: TrainConfig) -> None:
     """Print what a step would be on `dry_run.world_size` GPUs, from the code that would run it."""
-    from parallel.dry_run import DryRun, FakeBatch, report
+    from parallel.dry_run import report
+
+    run = dry_run(config)
+    full, n_ranks = config.micro_batch_tokens * run.axes.dp, config.dry_run.world_size
+    n_micro_batches = max(1, config.global_batch_tokens // full)
+    print(f"model      {config.model.name}: {config.model.n_params:,} parameters")
+    print(f"layout     {run.axes} = {n_ranks:,} GPUs, zero_stage {config.parallel.zero_stage}")
+    print(
+        f"batch      {n_micro_batches * full:,} tokens a step = {run.axes.dp:,} data-parallel ranks x "
+        f"{n_micro_batches} micro-batches x {config.micro_batch_tokens:,}"
+    )
+    if n_micro_batches * full != config.global_batch_tokens:
+        print(
+            f"           global_batch_tokens ({config.global_batch_tokens:,}) does not fill these ranks; to train, "
+            f"pass a multiple of {full:,}"
+        )
+    readings = run.read(n_micro_batches)
+    print(*report(readings, config.dry_run, tokens_per_rank=n_micro_batches * full / n_ranks), sep="\n")
+
+
+def dry_run(config: TrainConfig) -> "DryRun":
+    """Join model, optimizer and engine for ranks and GPUs that are not there."""
+    from parallel.dry_run import DryRun, FakeBatch
     from training.optimizer import AdamW
     from training.progress import Progress
     from training.scaler import LossScaler
 
     def build(mesh: "Mesh") -> "Engine":
-        model = build_model(config, mesh)
+        model, stages = build_model(config, mesh)
         optimizer, progress = AdamW(model, config.optimizer), Progress()
         optimizer.follow(rates_to_come(config, progress)[:1])
-        return build_engine(config, mesh, model, optimizer, LossScaler(config.precision), progress, n_sources=1)
+        return build_engine(config, mesh, model, stages, optimizer, LossScaler(config.precision), progress, n_sources=1)
 
     if config.model.attention is not Attention.reference:
         config.model.attention = Attention.sdpa  # keeps what every fused kernel keeps, and can be run without one
     data = config.data
-    rows, row_len = config.micro_batch_tokens // data.pack_tokens, data.pack_tokens
-    run = DryRun(
-        build,
-        partial(FakeBatch.of, rows, row_len, data.seq_len),
-        config.parallel,
-        config.dry_run,
-        kernels=("model.loss_kernel", "training.adamw_kernel"),
-    )
-    n_micro_batches = -(-config.packs_of_step(config.steps) // (rows * run.axes.dp))
-    n_tokens = n_micro_batches * config.micro_batch_tokens * run.axes.dp
-    print(f"model      {config.model.name}: {config.model.n_params:,} parameters")
-    print(f"layout     {run.axes} = {config.dry_run.world_size} GPUs, zero_stage {config.parallel.zero_stage}")
-    print(
-        f"batch      {n_tokens:,} tokens a step = {run.axes.dp} data-parallel ranks x {n_micro_batches} micro-batches x "
-        f"{config.micro_batch_tokens:,}"
-    )
-    if n_tokens != config.global_batch_tokens:
-        print(
-            f"           global_batch_tokens ({config.global_batch_tokens:,}) does not fill them; training would ask for a "
-            f"multiple of {config.micro_batch_tokens * run.axes.dp:,}"
-        )
-    for line in report(run.read(n_micro_batches), config.dry_run, tokens_per_rank=n_tokens / config.dry_run.world_size):
-        print(line)
+    batch = partial(FakeBatch.of, config.micro_batch_tokens // data.pack_tokens, data.pack_tokens, data.seq_len)
+    kernels = ("model.loss_kernel", "training.adamw_kernel")
+    return DryRun(build, batch, config.parallel, config.dry_run, kernels=kernels)
 
 
-def build_model(config: TrainConfig, mesh: "Mesh") -> Any:
-    """Make the model whole on the meta device, give it its dtype and place, and fill it in."""
+def build_model(config: TrainConfig, mesh: "Mesh") -> tuple[Any, list[Any]]:
+    """Make the model whole on the meta device, give it its dtype and place, and fill it in; gives its stages too."""
     import torch
 
     from model.transformer import Transformer
-    from parallel.apply import parallelize
+    from parallel.apply import parallelize, write_shard
 
     torch.manual_seed(config.seed)
     with torch.device("meta"):
         model = Transformer(config.model)
     precision = config.precision
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-    parallelize(
+    stages = parallelize(
         model,
         mesh,
         config.parallel,
@@ -208,8 +212,8 @@ def build_model(config: TrainConfig, mesh: "Mesh") -> Any:
         fp8=precision.fp8.value,
         grad_dtype=None if precision.grad_dtype is None else dtypes[precision.grad_dtype.value],
     )
-    model.init_weights(config.seed)
-    return model
+    model.init_weights(config.seed, write_shard)
+    return model, stages
 
 
 def read_hf_weights(folder: Path, *, vocab_size: int) -> dict[str, Any]:
@@ -243,7 +247,8 @@ def loop(
             batches = next(batches_of_steps)
             report.throughput.data_ready()
             skip = any(progress.step in part for part in left_out)
-            progress.take(samples=config.packs_of_step(progress.step), tokens=sum(b.tokens_BT.numel() for b in batches))
+            samples = config.packs_of_step(progress.step)
+            progress.take(samples=samples, tokens=samples * config.data.pack_tokens)
             if skip:
                 progress.skipped_steps += 1
                 logger.info("step %d/%d  left out, as skip_batches asks", progress.step, config.steps)
@@ -305,7 +310,10 @@ def validate_if_due(
     step, every = progress.step, config.valid_every
     due = step == config.steps or bool(step and every and step % every == 0)
     if due and progress.validated_step != step and corpus.valid.n_packs:
-        batches = valid_batches(corpus, config.data, max_tokens=config.valid_tokens)
+        mesh = engine.mesh
+        batches = valid_batches(
+            corpus, config.data, max_tokens=config.valid_tokens, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size
+        )
         totals_S4 = engine.evaluate(takewhile(lambda _: not stop, batches))
         if not stop:
             report.validation(progress, totals_S4)
@@ -324,6 +332,7 @@ def build_engine(
     config: TrainConfig,
     mesh: "Mesh",
     model: Any,
+    stages: list[Any],
     optimizer: Any,
     scaler: Any,
     progress: "Progress",
@@ -353,6 +362,8 @@ def build_engine(
         scaler=scaler,
         max_grad_norm=config.optimizer.max_grad_norm,
         n_sources=n_sources,
+        config=config.parallel,
+        stages=stages,
         bytes_per_token=None if bytes_per_token is None else torch.from_numpy(bytes_per_token),
         counts=(progress.updates, progress.bad_steps, progress.bad_in_a_row),
     )

@@ -10,7 +10,7 @@ import jinja2
 import numpy as np
 
 from data.config import DataError
-from data.tokenizer import ANCHOR, HuggingFaceTokenizer, Tokenizer, sentencepiece_proto
+from data.tokenizer import ANCHOR, CHAT_TEMPLATE, HuggingFaceTokenizer, Tokenizer, sentencepiece_proto
 from data.words import SPACE
 
 Messages = list[dict[str, str]]
@@ -58,7 +58,7 @@ def read_template(name: str) -> str:
 
 def _stored_template(path: Path) -> Any:
     if path.is_dir():
-        jinja = path / "chat_template.jinja"
+        jinja = path / CHAT_TEMPLATE
         path = jinja if jinja.is_file() else path / "tokenizer_config.json"
     if not path.is_file() or path.suffix not in (".jinja", ".json"):
         return None
@@ -123,6 +123,14 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     proto = sentencepiece_proto(tokenizer.path)
     kinds = (proto.SentencePiece.CONTROL, proto.SentencePiece.UNKNOWN, proto.SentencePiece.USER_DEFINED)
     return {p.piece.replace(SPACE, " "): i for i, p in enumerate(proto.pieces) if p.type in kinds}
+
+
+def answer_end(tokenizer: Tokenizer) -> int | None:
+    """Give the token that ends an answer in the built-in template that lies beside a tokenizer."""
+    path = tokenizer.path.with_name(CHAT_TEMPLATE)
+    template = path.read_text(encoding="utf-8") if path.exists() else None
+    ends = (end for name, (_, end) in MARKERS.items() if template == TEMPLATES[name])
+    return next((special_ids(tokenizer).get(end) for end in ends), None)
 
 
 class ChatEncoder:

@@ -66,9 +66,13 @@ class PackSet:
             found[here] = self._pool(number).packs(draws[here]) + self.limits[number]
         return found
 
+    def numbers_of(self, packs: np.ndarray) -> np.ndarray:
+        """Give the layouts that packs lie in; int64 (N,) to int64 (N,)."""
+        return np.searchsorted(self.limits, packs, side="right") - 1
+
     def batch(self, packs: np.ndarray) -> Batch:
         """Read packs by their place in the corpus; raises `DataError` on a token outside the vocabulary."""
-        numbers = np.searchsorted(self.limits, packs, side="right") - 1
+        numbers = self.numbers_of(packs)
         within = packs - self.limits[numbers]
         order = np.argsort(numbers, kind="stable")
         found = [self.layouts[n].rows(within[order][numbers[order] == n]) for n in np.unique(numbers).tolist()]

@@ -25,6 +25,7 @@ class Document:
     messages: list[dict[str, str]] | None = None  # of a conversation; `text` is then their JSON
     begins: bool = True
     ends: bool = True
+    digest: int | None = None  # of the whole of which this is a part
 
 
 @dataclass(slots=True)
@@ -44,6 +45,7 @@ class Block:
     payload: Any
     begins: bool = True
     ends: bool = True
+    digest: int | None = None  # of the document of which the text is a part
 
 
 def split_of(digest: int, config: DataConfig) -> str:
@@ -52,6 +54,8 @@ def split_of(digest: int, config: DataConfig) -> str:
 
 
 def digest_of(document: Document, config: DataConfig) -> int:
+    if document.digest is not None:
+        return document.digest
     return xxhash.xxh3_64_intdigest((document.key or document.text).encode(), seed=config.valid_seed)
 
 
@@ -70,14 +74,15 @@ def _documents(block: Block, config: DataConfig, bad: BadRecords) -> Iterator[Do
         case "text":
             text = block.payload if isinstance(block.payload, str) else _decoded(block.payload, block.path, bad)
             if text is not None and (text.strip() or not (block.begins and block.ends)):
-                whole = (block.begins, block.ends)
+                whole = (block.begins, block.ends, block.digest)
                 yield Document(text, block.source, block.path, None, block.split, None, *whole)
         case "records":
             for number, record in enumerate(block.payload, block.first):
                 yield from _from_record(record, f"{block.path}[{number}]", block, config, bad)
         case "text_lines" | "lines":
-            for number, line in enumerate(io.BytesIO(block.payload), block.first):
-                if line.strip():
+            one = block.payload.find(b"\n", 0, -1) < 0  # perhaps too long to be copied
+            for number, line in enumerate([block.payload] if one else io.BytesIO(block.payload), block.first):
+                if not line.isspace():
                     yield from _from_line(line, f"{block.path}:{number}", block, config, bad)
 
 
@@ -125,7 +130,7 @@ def _from_record(record: Any, place: str, block: Block, config: DataConfig, bad:
         bad.add(place, f"data.text_key ({config.text_key}) is no string in it; it has {has}")
         return
     try:
-        text.encode()
+        _ = text.isascii() or text.encode()
     except UnicodeEncodeError:
         bad.add(place, "its text holds half a surrogate pair, which is no character")
         return

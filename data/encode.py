@@ -80,7 +80,8 @@ class BlockEncoder:
 
     def _allowed(self, document: Document, bad: BadRecords) -> bool:
         if document.split == "train" and self.held_out and digest_of(document, self.data) in self.held_out:
-            bad.add(document.place, "is in the validation split as well, so it is not trained on")
+            if document.begins:
+                bad.add(document.place, "is in the validation split as well, so it is not trained on")
             return False
         return True
 

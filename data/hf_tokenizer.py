@@ -6,11 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from data.config import DataError
-from data.tokenizer import SPACE, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, sentencepiece_proto
+from data.tokenizer import (
+    CHAT_TEMPLATE,
+    SPACE,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    sentencepiece_proto,
+)
 
 
 def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, add_bos: bool, max_len: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json for transformers 4 and 5, and tokenizer.model if there is one.
+    """Write a tokenizer for transformers 4 and 5, with tokenizer.model and the chat template if there are.
 
     As Hugging Face has it everywhere, the name of a control token written out in a text, such as
     `<s>`, becomes that token; SentencePiece alone would spell it.
@@ -45,6 +52,9 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, add_bos: bool, max
     }
     settings = {key: value for key, value in settings.items() if value is not None}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    template = tokenizer.path.with_name(CHAT_TEMPLATE)
+    if template.exists():
+        (folder / CHAT_TEMPLATE).write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
 
 
 def fast_from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any:

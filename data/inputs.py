@@ -117,14 +117,11 @@ def _remote_files(address: str) -> tuple[str, dict[str, int]]:
             root = str(Path(*_before_wildcard(Path(path).parts)))
         else:
             found = system.find(path, detail=True) if system.isdir(path) else {path: system.info(path)}
-            root = path if system.isdir(path) else str(Path(path).parent)
+            root = path if system.isdir(path) else path.rpartition("/")[0]
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"data.input ({address}) cannot be listed: {error}") from None
-    start = address.split("://")[0] + "://"
-    sizes = {
-        start + name.lstrip("/"): int(info.get("size") or 0) for name, info in found.items() if info["type"] == "file"
-    }
-    return start + root.lstrip("/"), sizes
+    sizes = {name: int(info.get("size") or 0) for name, info in found.items() if info["type"] == "file"}
+    return system.unstrip_protocol(root), {system.unstrip_protocol(name): size for name, size in sizes.items()}
 
 
 def _without_copies(found: list[Item], bad: BadRecords) -> list[Item]:

@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data.config import DataConfig, DataError, OnBadRecord, Source, TokenizerConfig
+from data.chat import read_template
+from data.config import DataConfig, DataError, OnBadRecord, Source, Style, TokenizerConfig
 from data.documents import Document, digest_of, documents
 from data.inputs import BadRecords, Item, items
 from data.journal import Counts, Journal, changed_input, write_whole
 from data.part import Part, group_of
 from data.read import blocks
 from data.shards import FORMAT_VERSION, Header, Shard, read_about
-from data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
+from data.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
 
 # What training reads of a DataConfig and preparing does not, and what only decides when to stop
 OTHER_KEYS = {"name", "path", "seq_len", "pack_len", "packing", "micro_batch_size", "seed", "workers"}
@@ -206,6 +207,8 @@ def _begin(
             raise DataError(
                 f"tokenizer.{wanted} (true): {tokenizer.path.name} has no such token; pass tokenizer.{wanted}=false"
             )
+    if data.style is not Style.text:
+        (partial / "tokenizer" / CHAT_TEMPLATE).write_text(read_template(data.chat_template), encoding="utf-8")
     write_whole(partial / "plan.json", json.dumps(plan))
 
 
@@ -222,7 +225,7 @@ def held_out_digests(data: DataConfig, everything: list[Item]) -> frozenset[int]
         for block in blocks(item, data, quiet)
         for document in documents(block, data, quiet)
     )
-    return frozenset(digest_of(document, data) for document in found if document.begins and document.ends)
+    return frozenset(digest_of(document, data) for document in found if document.begins)
 
 
 def _commit(
@@ -307,6 +310,7 @@ def _tokenizer(
     if config.model is not None:
         save_tokenizer(load_tokenizer(config.model), folder)
         return load_tokenizer(folder)
+    print(f"training a tokenizer of {config.vocab_size} pieces", flush=True)
     texts = _tokenizer_texts(data, config.train_bytes)
     return train_tokenizer(texts, folder / "tokenizer.model", vocab_size=config.vocab_size, threads=workers)
 

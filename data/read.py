@@ -4,15 +4,17 @@ import codecs
 import json
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 import xxhash
 
+from data.chat import lookup
 from data.config import DataConfig, DataError, Source, Style
-from data.documents import Block, Document, split_of
+from data.documents import Block, Document, digest_of, documents, split_of
 from data.inputs import BadRecords, Item
-from data.tokenizer import PIECE_CHARS, cut, line_start
+from data.tokenizer import PIECE_CHARS, cut, last_blank
 from data.unpack import DAMAGE, PACKED, kind_of, unpacked
 
 BLOCK_BYTES = 1 << 20  # of text in a block, or the record that is longer
@@ -21,19 +23,19 @@ TEXT_BYTES = 1 << 24  # a longer .txt is read twice: once for its split, once fo
 
 
 def blocks(
-    item: Item, config: DataConfig, bad: BadRecords, *, skip: int = 0, last_cut: Callable[[str], int] = line_start
+    item: Item, config: DataConfig, bad: BadRecords, *, skip: int = 0, last_cut: Callable[[str], int] = last_blank
 ) -> Iterator[Block]:
     """Yield an item's blocks after the first `skip`; the same ones whoever reads them, and however often.
 
-    A text that is too long to hold is cut where `last_cut` of the tokenizer allows it.
+    A document that is too long to hold is cut where `last_cut` of the tokenizer allows it.
     """
     if item.dataset is not None:
         yield from _dataset_blocks(item, config, skip)
         return
     found = _builtin_blocks(item) if config.source is Source.builtin else _file_blocks(item, config, bad, last_cut)
-    number = -1
+    number, told = -1, bad.count
     try:
-        for number, block in enumerate(found):
+        for number, block in enumerate(_long_apart(found, config, bad, last_cut)):
             if number >= skip:
                 yield block
     except DAMAGE as error:
@@ -42,7 +44,7 @@ def blocks(
         if error.errno is not None or "://" in item.path:  # bz2 and gzip say OSError without a number of damage
             raise DataError(f"{item.path} cannot be read: {error}") from None
         bad.add(item.path, f"the compressed file is damaged or cut short ({error})")
-    if number < 0 and not bad.count:
+    if number < 0 and bad.count == told:
         bad.add(item.path, "holds no document")
 
 
@@ -64,25 +66,59 @@ def _file_blocks(item: Item, config: DataConfig, bad: BadRecords, last_cut: Call
                 )
 
 
+def _long_apart(
+    found: Iterator[Block], config: DataConfig, bad: BadRecords, last_cut: Callable[[str], int]
+) -> Iterator[Block]:
+    """Yield blocks, and for a record whose text is too long to hand around a block for each part of it."""
+    for block in found:
+        long: list[tuple[int, int]] = []  # where such records begin and end in the payload
+        if block.kind == "lines" and len(block.payload) > TEXT_BYTES and config.style is Style.text:
+            long = [(0, len(block.payload))]
+        elif block.kind == "records" and config.style is Style.text and not config.raw_json:
+            texts = (lookup(record, config.text_key) for record in block.payload)
+            long = [(k, k + 1) for k, text in enumerate(texts) if isinstance(text, str) and len(text) > TEXT_BYTES]
+        at, first = 0, block.first
+        for start, end in long:
+            if start > at:
+                yield replace(block, first=first, payload=block.payload[at:start])
+                first += start - at
+            yield from _parts(replace(block, first=first, payload=block.payload[start:end]), config, bad, last_cut)
+            at, first = end, first + 1
+        if at < len(block.payload):
+            yield replace(block, first=first, payload=block.payload[at:])
+
+
+def _parts(block: Block, config: DataConfig, bad: BadRecords, last_cut: Callable[[str], int]) -> Iterator[Block]:
+    for document in documents(block, config, bad):
+        done, digest = 0, digest_of(document, config)
+        for part in cut(document.text, PIECE_CHARS, last_cut):
+            begins, done = not done, done + len(part)
+            whole = (begins, done == len(document.text), digest)
+            yield Block("text", document.place, document.source, document.split, 0, part, *whole)
+
+
 def _lines(file: IO[bytes], path: str, longest: int, bad: BadRecords) -> Iterator[tuple[int, bytes]]:
-    """Yield whole lines, about a block of them at a time, with the number of the first."""
+    """Yield whole lines, about a block of them at a time or one that is longer, with the number of the first."""
     number, parts, size = 1, [], 0
     too_long = False
     while raw := file.read(BLOCK_BYTES):
-        end = raw.rfind(b"\n") + 1
-        if too_long and (first_end := raw.find(b"\n") + 1):
-            raw, end, too_long = raw[first_end:], end - first_end, False
-            number += 1
+        if (too_long or size > TEXT_BYTES) and (end := raw.find(b"\n") + 1):
+            if not too_long:
+                lines = b"".join([*parts, raw[:end]])
+                parts, size = [], 0
+                yield number, lines
+            number, raw, too_long = number + 1, raw[end:], False
         if too_long:
             continue
+        end = raw.rfind(b"\n") + 1
         parts.append(raw[:end] if end else raw)
         size += len(parts[-1])
         if end:
             lines = b"".join(parts)
+            parts, size = [raw[end:]], len(raw) - end
             if lines:
                 yield number, lines
             number += lines.count(b"\n")
-            parts, size = [raw[end:]], len(raw) - end
         elif size > longest:
             bad.add(f"{path}:{number}", f"a line of more than data.max_record_mb ({longest >> 20}) MB")
             parts, size, too_long = [], 0, True
@@ -106,14 +142,15 @@ def _text_blocks(item: Item, config: DataConfig, bad: BadRecords, last_cut: Call
     except UnicodeDecodeError as error:
         bad.add(item.path, f"not UTF-8: {error.reason}")
         return
-    split = item.split or split_of(digest.intdigest(), config)
+    whole = digest.intdigest()
+    split = item.split or split_of(whole, config)
     begins, rest = True, ""
     for text in _decoded_parts(item.path, decode()):
         *parts, rest = cut(rest + text, PIECE_CHARS, last_cut)
         for part in parts:
-            yield Block("text", item.path, item.source, split, 0, part, begins, False)
+            yield Block("text", item.path, item.source, split, 0, part, begins, False, whole)
             begins = False
-    yield Block("text", item.path, item.source, split, 0, rest, begins, True)
+    yield Block("text", item.path, item.source, split, 0, rest, begins, True, whole)
 
 
 def _decoded_parts(path: str, decoder: codecs.IncrementalDecoder) -> Iterator[str]:
@@ -197,7 +234,10 @@ def _parquet_blocks(item: Item, config: DataConfig, bad: BadRecords) -> Iterator
                 bad.add(item.path, f"has no column {missing[0]}; it has {', '.join(table.schema_arrow.names)}")
                 return
             number = 0
-            for batch in table.iter_batches(batch_size=BLOCK_RECORDS, columns=columns):
+            about = table.metadata
+            n_bytes = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+            n_rows = BLOCK_BYTES * about.num_rows // max(1, n_bytes)  # that fill a block
+            for batch in table.iter_batches(batch_size=min(max(1, n_rows), BLOCK_RECORDS), columns=columns):
                 yield Block("records", item.path, item.source, item.split, number, batch.to_pylist())
                 number += batch.num_rows
         except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, UnicodeDecodeError) as error:

@@ -18,6 +18,7 @@ from data.words import LONGEST_TEXT, SPACE, WordEncoder
 
 PIECE_CHARS = LONGEST_TEXT >> 2
 ANCHOR = "\U000ffffd"  # merges with nothing: what is beside it is encoded as within a text
+CHAT_TEMPLATE = "chat_template.jinja"  # beside a tokenizer, as transformers has it
 END_OF_TEXT = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 BEGIN_OF_TEXT = ("<s>", "<|begin_of_text|>", "<bos>")
 
@@ -68,7 +69,7 @@ class SentencePieceTokenizer:
         return [np.array(ids, dtype=np.uint32) for ids in self.model.encode(texts, num_threads=1)]
 
     def last_cut(self, text: str) -> int:
-        return line_start(text) if self.words is None else self.words.last_cut(text)
+        return last_blank(text) if self.words is None else self.words.last_cut(text)
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids)
@@ -114,7 +115,7 @@ class HuggingFaceTokenizer:
         return [np.array(one.ids, dtype=np.uint32) for one in found]
 
     def last_cut(self, text: str) -> int:
-        return line_start(text)
+        return last_blank(text)
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids, skip_special_tokens=True)
@@ -187,9 +188,10 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     name = "tokenizer.json" if tokenizer.path.suffix == ".json" else "tokenizer.model"
     shutil.copyfile(tokenizer.path, folder / name)
-    settings = tokenizer.path.with_name("tokenizer_config.json")
-    if name == "tokenizer.json" and settings.exists():
-        shutil.copyfile(settings, folder / settings.name)
+    beside = ["tokenizer_config.json"] if name == "tokenizer.json" else []
+    for other in (*beside, CHAT_TEMPLATE):
+        if tokenizer.path.with_name(other).exists():
+            shutil.copyfile(tokenizer.path.with_name(other), folder / other)
 
 
 def train_tokenizer(texts: Iterator[str], path: Path, *, vocab_size: int, threads: int) -> Tokenizer:
@@ -281,13 +283,13 @@ def cut(text: str, limit: int, last_cut: Callable[[str], int]) -> Iterator[str]:
         yield text[start:]
 
 
-def line_start(text: str) -> int:
-    """Give the last place where a line begins that is not indented, or else a blank: tokenizers seldom join there."""
-    end = text.rfind("\n", 0, len(text) - 1) + 1
-    while end and text[end].isspace():
-        end = text.rfind("\n", 0, end - 1) + 1
-    if not end:
-        end = max(0, text.rfind(" ", 1))
-        while end and text[end - 1] == " ":
-            end = max(0, text.rfind(" ", 1, end))
+def last_blank(text: str) -> int:
+    """Give the last place before a single blank, or else after a line end: tokenizers seldom join there."""
+    end = text.rfind(" ", 1, len(text) - 1)
+    while end > 0 and (text[end - 1].isspace() or text[end + 1].isspace()):
+        end = text.rfind(" ", 1, end)
+    if end <= 0:
+        end = text.rfind("\n", 0, len(text) - 1) + 1
+        while end and text[end].isspace():
+            end = text.rfind("\n", 0, end - 1) + 1
     return end

@@ -7,7 +7,7 @@ A collective takes a launch, a latency for each hop of a ring, and its bytes ove
 from dataclasses import dataclass, replace
 
 from parallel.config import DryRunConfig
-from parallel.ledger import Collective, Window
+from parallel.ledger import Collective, Window, ranks_of
 
 # Bytes over a link by the bytes of the tensor, and passes around the ring, for n ranks
 PASSES = {"all_reduce": 2}
@@ -56,6 +56,17 @@ class StepTime:
     def with_bubble(self, share: float) -> "StepTime":
         """Add what a pipeline's rank idles, as a share of its busy time."""
         return replace(self, bubble_s=share * (self.compute_s + self.waiting_s))
+
+
+def regrouped(windows: list[Window], axes: dict[str, int]) -> list[Window]:
+    """Give the windows of rank 0 on a mesh of other sizes: what is sent stays as it is, between other ranks."""
+    return [
+        replace(
+            window,
+            collectives=[replace(item, ranks=ranks_of(item.axis, axes)) for item in window.collectives],
+        )
+        for window in windows
+    ]
 
 
 def step_time(windows: list[Window], config: DryRunConfig) -> StepTime:

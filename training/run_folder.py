@@ -22,7 +22,7 @@ SHAPE_KEYS = (
 )  # fmt: skip
 # What may change when a run is resumed: nothing that decides what is learnt
 FREE_KEYS = (
-    "name", "logger", "launcher", "early_stop", "checkpoint", "parallel", "valid_every", "valid_tokens",
+    "name", "logger", "launcher", "early_stop", "dry_run", "checkpoint", "parallel", "valid_every", "valid_tokens",
     "init_from", "init_content",
     "data.workers", "data.name", "data.path", "data.source", "data.input", "data.dataset", "data.dataset_config",
     "data.dataset_split", "data.text_key", "data.source_key", "data.text_lines", "data.raw_json",
@@ -142,7 +142,7 @@ class StopFile:
         return abs(asked) == step, 0 < asked <= step
 
 
-def truncate_metrics(path: Path, step: int, *, validated: bool) -> None:
+def truncate_metrics(path: Path, step: int, validated: bool) -> None:
     """Drop the records after `step`, and a half-written last one, of a run that goes on from there.
 
     The validation of `step` itself is dropped too unless it was done before the checkpoint.

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from data.config import DataConfig
 from data.mixed_text import mixed_lines
 from data.tokenizer import Tokenizer, train_tokenizer
+from tests.data.corpora import RECORDS, lines, local
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +24,10 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
     before, os.fsync = os.fsync, lambda _: None
     yield
     os.fsync = before
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Iterator[DataConfig]:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.jsonl").write_bytes(lines(RECORDS))
+    yield local(tmp_path, "texts", source_key="meta.set")

@@ -194,3 +194,43 @@ def test_added_files_begin_an_epoch_over_everything(tmp_path: Path) -> None:
     assert sorted(after.locate(np.arange(13, 27)).tolist()) == list(range(14))
     assert before.locate(np.arange(3)).tolist() != after.locate(np.arange(13, 16)).tolist()
     assert after.epochs(27) == {0: 1.0, 1: 1.0}
+
+
+@given(
+    lengths=st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=12), min_size=1, max_size=3),
+    weighted=st.booleans(),
+    packing=st.sampled_from(list(Packing)),
+    dp_sizes=st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=4),
+    per_run=st.integers(1, 3),
+)
+@settings(max_examples=40, deadline=None)
+def test_ranks_that_change_at_every_restart_see_the_sequence_of_one_that_never_stops(
+    tmp_path_factory: pytest.TempPathFactory,
+    lengths: list[list[int]],
+    weighted: bool,
+    packing: Packing,
+    dp_sizes: list[int],
+    per_run: int,
+) -> None:
+    """A run is killed every few steps and goes on with another number of ranks, through epochs and a ramp-up."""
+    files = shards(tmp_path_factory.mktemp("s"), [[*its, 40] for its in lengths])
+    weights = [1.0 + 2 * i for i in range(len(files))] if weighted else None
+    packs = pack_set(files, weights, packing=packing)
+    corpus = Corpus(("a", "b", "c"), ["f"], None, False, False, None, packs, packs)
+    alone = take(corpus, per_run * len(dp_sizes))
+    step, sample = 0, 0
+    for dp_size in dp_sizes:
+        ranks = [
+            take(corpus, per_run, first_step=step, first_sample=sample, dp_rank=rank, dp_size=dp_size)
+            for rank in range(dp_size)
+        ]
+        for done in range(per_run):
+            together = [batch for micro in zip(*(rank[done] for rank in ranks), strict=True) for batch in micro]
+            for one, other in zip(alone[step], together, strict=True):
+                for name in ("tokens_BT", "labels_BT", "positions_BT", "source_BT", "cu_seqlens"):
+                    assert torch.equal(getattr(one, name), getattr(other, name)), name
+            step, sample = step + 1, sample + 2 * len(alone[step])
+    seen = packs.locate(np.arange(sample)).tolist()
+    if not weighted:
+        epochs = [Counter(seen[i : i + packs.n_packs]) for i in range(0, sample - packs.n_packs + 1, packs.n_packs)]
+        assert all(epoch == Counter(range(packs.n_packs)) for epoch in epochs)

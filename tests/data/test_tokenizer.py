@@ -18,7 +18,7 @@ from data.tokenizer import (
     adds_bos,
     cut,
     encode_documents,
-    line_start,
+    last_blank,
     load_tokenizer,
     save_tokenizer,
     sentencepiece_proto,
@@ -92,7 +92,7 @@ def test_a_long_document_in_parts_has_the_ids_of_the_whole(
 @given(st.text(), st.integers(2, 40))
 @settings(deadline=None)
 def test_cutting_loses_nothing_and_keeps_its_limit(tokenizer: Tokenizer, text: str, limit: int) -> None:
-    for last_cut in (line_start, tokenizer.last_cut):
+    for last_cut in (last_blank, tokenizer.last_cut):
         parts = list(cut(text, limit, last_cut))
         assert "".join(parts) == text and all(0 < len(part) <= limit for part in parts)
 
@@ -146,3 +146,92 @@ def test_internlms_tokenizer_has_its_published_ids() -> None:
         '{"text": "Hello"}\n': [1, 5071, 1464, 921, 461, 9843, 16841],
     }.items():
         assert encode_documents(internlm, [text], add_bos=True, add_eos=False)[0].tolist() == ids
+
+
+@pytest.fixture(scope="module", params=["byte-level", "metaspace"])
+def foreign(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Tokenizers as GPT-2's and as Llama 2's, trained by Hugging Face's own library."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    special = ["<unk>", "<|endoftext|>", "<|im_end|>"]
+    if request.param == "byte-level":
+        fast = Fast(models.BPE())
+        fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        fast = Fast(models.BPE(unk_token="<unk>", byte_fallback=True))
+        fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
+        fast.decoder = decoders.Sequence([decoders.Metaspace(), decoders.ByteFallback(), decoders.Fuse()])
+        special += [f"<0x{byte:02X}>" for byte in range(256)]
+        alphabet = []
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500, special_tokens=special[:3], initial_alphabet=alphabet, show_progress=False
+    )
+    fast.train_from_iterator(mixed_lines() + special[3:], trainer)
+    folder = tmp_path_factory.mktemp(request.param)
+    fast.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|endoftext|>"}}')
+    return load_tokenizer(folder)
+
+
+def test_a_tokenizer_of_hugging_faces_gives_its_own_ids_in_parts_too(
+    foreign: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenizers import Tokenizer as Fast
+
+    own = Fast.from_file(str(foreign.path))
+    assert foreign.eos_id == own.token_to_id("<|endoftext|>") and foreign.bos_id is None
+    texts = ["".join(mixed_lines()[i : i + 60]) for i in range(0, 900, 60)]
+    whole = [own.encode(text, add_special_tokens=False).ids for text in texts]
+    assert [ids.tolist() for ids in foreign.encode_many(texts)] == whole
+    monkeypatch.setattr(module, "PIECE_CHARS", 500)
+    found = encode_documents(foreign, texts, add_bos=False, add_eos=True)
+    assert [ids.tolist() for ids in found] == [[*ids, foreign.eos_id] for ids in whole]
+
+
+def test_a_tokenizer_of_hugging_faces_is_exported_as_it_is(foreign: Tokenizer, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    write_hf_tokenizer(foreign, tmp_path, add_bos=False, max_len=64)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*mixed_lines(), "a<|im_end|>b <|endoftext|>"]:
+        assert theirs.encode(text, add_special_tokens=False) == foreign.encode(text)
+    assert theirs.eos_token_id == foreign.eos_id
+
+
+def test_ids_that_nothing_has_are_part_of_the_vocabulary(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    import json
+
+    write_hf_tokenizer(tokenizer, tmp_path, add_bos=False, max_len=64)
+    stored = json.loads((tmp_path / "tokenizer.json").read_text())
+    stored["added_tokens"].append({**stored["added_tokens"][0], "id": 1210, "content": "<|far|>"})
+    stored["model"]["vocab"]["<|far|>"] = 1210
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    far = load_tokenizer(tmp_path / "tokenizer.json")
+    assert far.vocab_size == 1211 and far.encode("<|far|>") == [1210] and len(far.token_bytes()) == 1211
+
+
+def test_a_name_is_looked_up_on_the_hub(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoTokenizer
+
+    write_hf_tokenizer(tokenizer, tmp_path, add_bos=False, max_len=64)
+    named, original = [], AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda name, **options: named.append(name) or original(tmp_path, **options)
+    )
+    found = load_tokenizer("somebody/model")
+    assert named == ["somebody/model"]
+    assert [found.encode(line) for line in mixed_lines()] == [tokenizer.encode(line) for line in mixed_lines()]
+    assert (found.bos_id, found.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
+
+
+def test_a_name_that_cannot_be_had_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(name: str, **options: object) -> None:
+        raise OSError(f"{name} is not a local folder and is not a valid model identifier\nmore lines")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", nothing)
+    with pytest.raises(
+        DataError, match=r"^tokenizer.model \(no/such\) is neither a file nor a tokenizer on the hub: .*identifier$"
+    ):
+        load_tokenizer("no/such")

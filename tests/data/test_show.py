@@ -1,0 +1,88 @@
+"""What is shown of a step is what it trains on."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.batches import IGNORED
+from data.config import DataConfig, DataError, Source
+from data.corpus import Corpus, PackSet, open_corpus
+from data.packing import Concat
+from data.shards import NOT_LEARNT, Shard, ShardWriter
+from data.show import main, marked, show, show_pack
+from data.tokenizer import Tokenizer
+from tests.conftest import ROOT
+
+CONFIG = DataConfig(name="t", path="none", source=Source.local, seq_len=8, micro_batch_size=1, workers=0)
+
+
+def test_a_step_of_a_run_is_shown_with_its_documents(run_dir: Path, corpus_dir: Path) -> None:
+    command = [sys.executable, "-m", "data.show", f"run={run_dir}", "step=7"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    head, *packs = done.stdout.split("\n=== ")
+    assert head == f"step 7 of {run_dir}: samples 28 to 31, each 32 tokens\n"
+    config = DataConfig(
+        name="local", path=str(corpus_dir), source=Source.local, seq_len=32, micro_batch_size=2, workers=0
+    )  # fmt: skip
+    corpus = open_corpus(config, vocab_size=1024)
+    assert corpus.tokenizer is not None and len(packs) == 4
+    found = corpus.train.locate(np.arange(28, 32))
+    batch = corpus.train.batch(found)
+    for row, (pack, told) in enumerate(zip(found.tolist(), packs, strict=True)):
+        source = corpus.sources[int(batch.source_BT[row, 0])]
+        targets = int((batch.labels_BT[row] != IGNORED).sum())
+        pieces = corpus.train.pieces(pack)
+        assert told.startswith(
+            f"sample {28 + row}: pack {pack} of {source}, {len(pieces)} documents, {targets} targets\n"
+        )
+        texts = ["".join(part.split("\n", 1)[1:]) for part in told.split("\n--- ")[1:] if "of padding" not in part]
+        shown = "".join(text.rstrip("\n") for text in texts).replace("⟦", "").replace("⟧", "")
+        ids = [token for p in pieces for token in p.file.read(p.start, p.length).tolist()]
+        whole = "".join(corpus.tokenizer.decode(ids).split())
+        assert "".join(shown.split()) == whole or "\ufffd" in shown + whole  # a character may be cut in two
+
+
+def test_what_is_read_and_not_learnt_is_in_brackets(
+    tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    writer = ShardWriter(tmp_path / "sft", vocab_size=1200, tokenizer="t", masked=True)
+    prompt, answer = (np.array(tokenizer.encode(text), dtype=np.uint32) for text in ("Why? ", "Because."))
+    ids = np.concatenate([prompt | np.uint32(NOT_LEARNT), answer])
+    writer.add(ids, 0)
+    writer.close()
+    layout = Concat([Shard(tmp_path / "sft")], len(ids) + 3)
+    packs = PackSet([layout], [0], CONFIG, vocab_size=1200)
+    corpus = Corpus(("sft",), ["p"], tokenizer, False, False, None, packs, packs)
+    show_pack(corpus, 5, 0)
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        f"=== sample 5: pack 0 of sft, 1 documents, {len(answer)} targets",
+        f"--- {tmp_path}/sft.bin from token 0, {len(ids)} tokens",
+        "⟦Why? ⟧Because.",
+        "--- 3 tokens of padding",
+    ]
+    text = np.array(tokenizer.encode("plain text"))
+    assert marked(tokenizer, text, np.arange(len(text)) > 0).startswith("⟦")
+    assert marked(None, np.array([7, 8, 9]), np.array([False, True, False])) == "⟦7⟧8⟦9⟧"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["step=3"], "usage: python -m data.show run=runs/demo step=1234"),
+        (["run=nothing", "step=3"], r"run \(nothing\) holds no config.yaml"),
+        (["run=nothing", "step=x"], "usage: "),
+        (["run=nothing", "stop=3"], r"keys are run, step, samples, first_sample, not \['stop'\]"),
+    ],
+)
+def test_what_cannot_be_shown_is_told(arguments: list[str], sentence: str) -> None:
+    with pytest.raises(DataError, match=sentence):
+        main(arguments)
+
+
+def test_a_few_samples_may_be_asked_for(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show(run_dir, 0, samples=2)
+    assert capsys.readouterr().out.count("=== sample") == 2
