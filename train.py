@@ -21,9 +21,11 @@ from conf.command import is_sentence, run, sentences
 from conf.schema import TrainConfig, parse_ranges, to_config
 from model.config import Attention
 from parallel.launch import launch
+from training.run_folder import refuse_early
 
 if TYPE_CHECKING:
     from data.corpus import Corpus
+    from parallel.dry_run import DryRun
     from parallel.engine import Engine
     from parallel.mesh import Mesh
     from training.progress import Progress
@@ -42,12 +44,14 @@ def main(cfg: DictConfig) -> float | None:
     with sentences():
         if config.dry_run.enabled:
             return rehearse(config)
+        refuse_early(run_dir, run_config, config.checkpoint)
         return launch(work, config, run_config, run_dir, config=config.parallel, says_enough=is_sentence)
 
 
 def work(config: TrainConfig, run_config: dict[str, Any], run_dir: Path) -> float | None:
     """Be one rank of a run and give its validation loss; a stop that was asked for exits with a signal's code."""
     from parallel.mesh import distributed
+    from parallel.out_of_memory import told_when_memory_ends
     from parallel.slurm import go_on_later
     from training.logs import log_to
     from training.run_folder import locked
@@ -60,6 +64,7 @@ def work(config: TrainConfig, run_config: dict[str, Any], run_dir: Path) -> floa
         log_to(run_dir, mesh.rank),
         Status(run_dir, run_config, rank=mesh.rank) as status,
         StopRequest(mesh.maximum) as stop,
+        told_when_memory_ends(config),
     ):
         valid_loss = train(config, run_config, mesh, run_dir, stop)
         status.end(valid_loss, stopped=bool(stop), given_up=stop.given_up)
@@ -88,10 +93,10 @@ def train(
     # Data: checked first, because it is wrong most often and opened in no time.
     corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
 
-    model = build_model(config, mesh)
+    model, stages = build_model(config, mesh)
     optimizer, scaler, progress = AdamW(model, config.optimizer), LossScaler(config.precision), Progress()
-    kept = Kept(optimizer, scaler, progress)
-    checkpoints = Checkpoints(run_dir, keep=config.checkpoint.keep)
+    kept = Kept(optimizer, scaler, progress, mesh.rank)
+    checkpoints = Checkpoints(run_dir, keep=config.checkpoint.keep, group=mesh.host)
     resume_or_start(
         kept,
         checkpoints,
@@ -106,16 +111,21 @@ def train(
         config,
         mesh,
         model,
+        stages,
         optimizer,
         scaler,
         progress,
         n_sources=len(corpus.sources),
         bytes_per_token=corpus.bytes_per_token,
     )
-    keep_inputs(config, run_config, run_dir, corpus)
+    mesh.on_first(keep_inputs, config, run_config, run_dir, corpus)
     describe(config, mesh, corpus, progress, run_dir)
     validated = progress.validated_step == progress.step
-    truncate_metrics(run_dir / "metrics.jsonl", progress.step, validated=validated)
+    mesh.on_first(truncate_metrics, run_dir / "metrics.jsonl", progress.step, validated)
+
+    if config.profile:
+        measure(config, engine, corpus, progress, run_dir / "profile")
+        return None
 
     def save() -> None:
         progress.read(engine.counts())
@@ -124,66 +134,72 @@ def train(
         state = {"config": run_config, "data": about, **kept.state()}
         logger.info("saved %s", checkpoints.save(progress.step, kept.tensors(), state))
 
-    with Sinks(run_dir, config.logger, run_config=run_config, step=progress.step) as sinks:
+    with Sinks(run_dir, config.logger, run_config=run_config, step=progress.step, rank=mesh.rank) as sinks:
         report = Report(sinks, clock(config, mesh), sources=corpus.sources, steps=config.steps)
         loop(config, engine, corpus, progress, report, stop, save)
     return progress.valid_loss
 
 
+def measure(config: TrainConfig, engine: "Engine", corpus: "Corpus", progress: "Progress", folder: Path) -> None:
+    """Run a few steps under the profiler and show where their time goes."""
+    from training.profile import profile_steps
+
+    with closing(batches_to_come(config, engine.mesh, corpus, progress)) as batches_of_steps:
+        found = profile_steps(lambda: engine.train_step(next(batches_of_steps)), engine.mesh.device, folder)
+    (folder / "table.txt").write_text(found + "\n")
+    for line in (*found.splitlines(), f"trace and table in {folder}"):
+        logger.info("%s", line)
+
+
 def rehearse(config: TrainConfig) -> None:
     """Print what a step would be on `dry_run.world_size` GPUs, from the code that would run it."""
-    from parallel.dry_run import DryRun, FakeBatch, report
+    from parallel.dry_run import report
+
+    model = config.model
+    for line in report(
+        dry_run(config),
+        name=model.name,
+        n_params=model.n_params,
+        global_batch_tokens=config.global_batch_tokens,
+        micro_batch_tokens=config.micro_batch_tokens,
+    ):
+        print(line)
+
+
+def dry_run(config: TrainConfig) -> "DryRun":
+    """Join model, optimizer and engine for ranks and GPUs that are not there."""
+    from parallel.dry_run import DryRun, FakeBatch
     from training.optimizer import AdamW
     from training.progress import Progress
     from training.scaler import LossScaler
 
     def build(mesh: "Mesh") -> "Engine":
-        model = build_model(config, mesh)
+        model, stages = build_model(config, mesh)
         optimizer, progress = AdamW(model, config.optimizer), Progress()
         optimizer.follow(rates_to_come(config, progress)[:1])
-        return build_engine(config, mesh, model, optimizer, LossScaler(config.precision), progress, n_sources=1)
+        return build_engine(config, mesh, model, stages, optimizer, LossScaler(config.precision), progress, n_sources=1)
 
     if config.model.attention is not Attention.reference:
         config.model.attention = Attention.sdpa  # keeps what every fused kernel keeps, and can be run without one
     data = config.data
-    rows, row_len = config.micro_batch_tokens // data.pack_tokens, data.pack_tokens
-    run = DryRun(
-        build,
-        partial(FakeBatch.of, rows, row_len, data.seq_len),
-        config.parallel,
-        config.dry_run,
-        kernels=("model.loss_kernel", "training.adamw_kernel"),
-    )
-    n_micro_batches = -(-config.packs_of_step(config.steps) // (rows * run.axes.dp))
-    n_tokens = n_micro_batches * config.micro_batch_tokens * run.axes.dp
-    print(f"model      {config.model.name}: {config.model.n_params:,} parameters")
-    print(f"layout     {run.axes} = {config.dry_run.world_size} GPUs, zero_stage {config.parallel.zero_stage}")
-    print(
-        f"batch      {n_tokens:,} tokens a step = {run.axes.dp} data-parallel ranks x {n_micro_batches} micro-batches x "
-        f"{config.micro_batch_tokens:,}"
-    )
-    if n_tokens != config.global_batch_tokens:
-        print(
-            f"           global_batch_tokens ({config.global_batch_tokens:,}) does not fill them; training would ask for a "
-            f"multiple of {config.micro_batch_tokens * run.axes.dp:,}"
-        )
-    for line in report(run.read(n_micro_batches), config.dry_run, tokens_per_rank=n_tokens / config.dry_run.world_size):
-        print(line)
+    batch = partial(FakeBatch.of, config.micro_batch_tokens // data.pack_tokens, data.pack_tokens, data.seq_len)
+    kernels = ("model.loss_kernel", "training.adamw_kernel")
+    return DryRun(build, batch, config.parallel, config.dry_run, kernels=kernels)
 
 
-def build_model(config: TrainConfig, mesh: "Mesh") -> Any:
-    """Make the model whole on the meta device, give it its dtype and place, and fill it in."""
+def build_model(config: TrainConfig, mesh: "Mesh") -> tuple[Any, list[Any]]:
+    """Make the model whole on the meta device, give it its dtype and place, and fill it in; gives its stages too."""
     import torch
 
     from model.transformer import Transformer
-    from parallel.apply import parallelize
+    from parallel.apply import parallelize, write_shard
 
     torch.manual_seed(config.seed)
     with torch.device("meta"):
         model = Transformer(config.model)
     precision = config.precision
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-    parallelize(
+    stages = parallelize(
         model,
         mesh,
         config.parallel,
@@ -191,8 +207,8 @@ def build_model(config: TrainConfig, mesh: "Mesh") -> Any:
         fp8=precision.fp8.value,
         grad_dtype=None if precision.grad_dtype is None else dtypes[precision.grad_dtype.value],
     )
-    model.init_weights(config.seed)
-    return model
+    model.init_weights(config.seed, write_shard)
+    return model, stages
 
 
 def read_hf_weights(folder: Path, *, vocab_size: int) -> dict[str, Any]:
@@ -212,31 +228,22 @@ def loop(
     save: Callable[[], None],
 ) -> None:
     """Take batches and steps until the run is over or asked to stop; what is due comes after each step."""
-    from data.loader import train_batches
     from training.early_stop import is_hopeless
     from training.progress import check_bad_steps
     from training.run_folder import StopFile
 
     left_out = parse_ranges(config.skip_batches)
     stop_file = StopFile(config.checkpoint.stop_file)
-    steps = train_batches(
-        corpus,
-        config.data,
-        packs_of_step=config.packs_of_step,
-        first_step=progress.step,
-        first_sample=progress.samples,
-        pin_memory=engine.mesh.device.type == "cuda",
-        dp_rank=engine.mesh.dp_rank,
-        dp_size=engine.mesh.dp_size,
-    )
-    with closing(steps) as batches_of_steps:  # its workers end with the loop, however it ends
+    # The batches' workers end with the loop, however it ends.
+    with closing(batches_to_come(config, engine.mesh, corpus, progress)) as batches_of_steps:
         validate_if_due(config, engine, corpus, progress, report, stop)  # if a stop cut it short
         while progress.step < config.steps and not stop:
             report.throughput.begin()
             batches = next(batches_of_steps)
             report.throughput.data_ready()
             skip = any(progress.step in part for part in left_out)
-            progress.take(samples=config.packs_of_step(progress.step), tokens=sum(b.tokens_BT.numel() for b in batches))
+            samples = config.packs_of_step(progress.step)
+            progress.take(samples=samples, tokens=samples * config.data.pack_tokens)
             if skip:
                 progress.skipped_steps += 1
                 logger.info("step %d/%d  left out, as skip_batches asks", progress.step, config.steps)
@@ -268,6 +275,22 @@ def loop(
     report.sinks.plot()
 
 
+def batches_to_come(config: TrainConfig, mesh: "Mesh", corpus: "Corpus", progress: "Progress") -> Any:
+    """Read the micro-batches of this rank, step by step, from where the run stands."""
+    from data.loader import train_batches
+
+    return train_batches(
+        corpus,
+        config.data,
+        packs_of_step=config.packs_of_step,
+        first_step=progress.step,
+        first_sample=progress.samples,
+        pin_memory=mesh.device.type == "cuda",
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+    )
+
+
 def validate_if_due(
     config: TrainConfig,
     engine: "Engine",
@@ -282,7 +305,10 @@ def validate_if_due(
     step, every = progress.step, config.valid_every
     due = step == config.steps or bool(step and every and step % every == 0)
     if due and progress.validated_step != step and corpus.valid.n_packs:
-        batches = valid_batches(corpus, config.data, max_tokens=config.valid_tokens)
+        mesh = engine.mesh
+        batches = valid_batches(
+            corpus, config.data, max_tokens=config.valid_tokens, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size
+        )
         totals_S4 = engine.evaluate(takewhile(lambda _: not stop, batches))
         if not stop:
             report.validation(progress, totals_S4)
@@ -301,6 +327,7 @@ def build_engine(
     config: TrainConfig,
     mesh: "Mesh",
     model: Any,
+    stages: list[Any],
     optimizer: Any,
     scaler: Any,
     progress: "Progress",
@@ -330,6 +357,8 @@ def build_engine(
         scaler=scaler,
         max_grad_norm=config.optimizer.max_grad_norm,
         n_sources=n_sources,
+        config=config.parallel,
+        stages=stages,
         bytes_per_token=None if bytes_per_token is None else torch.from_numpy(bytes_per_token),
         counts=(progress.updates, progress.bad_steps, progress.bad_in_a_row),
     )

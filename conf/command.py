@@ -8,8 +8,10 @@ import errno
 import os
 import shutil
 import sys
+import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -19,7 +21,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.schema import SCHEMAS, ConfigError, did_you_mean, register, to_config
@@ -50,6 +52,10 @@ def run(main: Callable[[], Any], config_name: str) -> None:
     if problems:
         _say(problems)
         sys.exit(2)
+    args = get_args_parser().parse_args()
+    if args.help:
+        print(_help(args.overrides, config_name))
+        return
     try:
         with sentences():
             main()
@@ -77,6 +83,26 @@ def _in_dictionary(schema: Any, key: str) -> bool:
             break
         schema = schema.__dataclass_fields__[part].type
     return get_origin(schema) is dict
+
+
+def _help(overrides: list[str], config_name: str) -> str:
+    """Give the groups and the whole configuration; Hydra's own help takes a second to find them."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        cfg = compose(config_name, overrides=[o.input_line or "" for o in parsed if not o.is_sweep_override()])
+    groups = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name[0] != "_")
+    options = {group: sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in groups}
+    used = {group: names for group, names in options.items() if config_name == "train" or group in cfg}
+    lines = [f"{group}: {' '.join(names)}" for group, names in used.items()]
+    return "\n".join(
+        [
+            f"python {config_name}.py [group=option] [key=value] ...   (-m: lists of values; --hydra-help: more flags)",
+            "\n== groups (group=option) ==",
+            *lines,
+            "\n== configuration (key=value) ==",
+            OmegaConf.to_yaml(cfg),
+        ]
+    )
 
 
 @contextmanager
@@ -136,7 +162,8 @@ def command_line_problems(argv: list[str], config_name: str) -> Iterator[str]:
 
 def _point_problems(overrides: list[Override], args: Any, config_name: str) -> Iterator[str]:
     """Compose every point of the command line and check it as the command itself would."""
-    all_overrides = [*_params(overrides, config_name), *overrides]
+    base = _without_sweep(overrides, config_name)
+    all_overrides = [*_params(base, args), *overrides]
     varied = [o for o in all_overrides if o.is_sweep_override()]
     keys = {override.get_key_element() for override in varied}
     folders: dict[str, str] = {}  # and the point that has it
@@ -144,12 +171,13 @@ def _point_problems(overrides: list[Override], args: Any, config_name: str) -> I
         label = " ".join(part for part in point if part.partition("=")[0] in keys)
         where = f" (at {label})" if varied else ""
         try:
-            cfg = compose(config_name, overrides=point, return_hydra_config=True)
+            composed = base if base is not None and not varied else None
+            cfg = composed or compose(config_name, overrides=point, return_hydra_config=True)
             many = args.multirun or str(cfg.hydra.mode) == "RunMode.MULTIRUN"
             if varied and not many:
                 yield f"{varied[0].key_or_group} has several values; add -m to run one after another"
                 return
-            folder = os.path.join(str(cfg.hydra.sweep.dir), str(cfg.hydra.sweep.subdir))
+            folder = os.path.join(str(cfg.hydra.sweep.dir), str(cfg.hydra.sweep.subdir)) if many else ""
             with read_write(cfg), open_dict(cfg):
                 del cfg["hydra"]
             if args.help or args.cfg:
@@ -166,14 +194,20 @@ def _point_problems(overrides: list[Override], args: Any, config_name: str) -> I
             yield from (f"{line}{where}" for line in str(error).splitlines())
 
 
-def _params(overrides: list[Override], config_name: str) -> list[Override]:
-    """Give what the configuration itself sweeps over, in hydra.sweeper.params."""
+def _without_sweep(overrides: list[Override], config_name: str) -> DictConfig | None:
+    """Compose what all points have in common; None if that cannot be, which is then said of every point."""
     fixed = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
     try:
-        cfg = compose(config_name, overrides=fixed, return_hydra_config=True)
+        return compose(config_name, overrides=fixed, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException):
-        return []  # said of every point
-    params = cfg.hydra.sweeper.get("params") or {}
+        return None
+
+
+def _params(base: DictConfig | None, args: Any) -> list[Override]:
+    """Give what the configuration itself sweeps over, in hydra.sweeper.params."""
+    if base is None or not (args.multirun or str(base.hydra.mode) == "RunMode.MULTIRUN"):
+        return []
+    params = base.hydra.sweeper.get("params") or {}
     return OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
 
 
@@ -198,6 +232,8 @@ def _launcher_problems(launcher: LauncherConfig) -> Iterator[str]:
 def override_problems(override: Override, config_name: str) -> Iterator[str]:
     """What is wrong with one override: its group option, its key, or the type of its value."""
     key = override.key_or_group
+    if key == "hydra/sweeper" and override.value() == "optuna" and find_spec("optuna") is None:
+        yield "hydra/sweeper=optuna needs Optuna: python -m pip install -r requirements-search.txt"
     if key.split(".")[0] == "hydra" or key.startswith("hydra/"):
         return
     options = sorted(path.stem for path in (CONF / key).glob("*.yaml")) if "." not in key else []
@@ -230,6 +266,8 @@ def _unknown(schema: type, key: str, config_name: str) -> list[str]:
     if _in_dictionary(schema, key):
         return []
     for part in key.split("."):
+        if typing.get_origin(schema) is dict:
+            return []  # any key is one
         known = list(getattr(schema, "__dataclass_fields__", {}))
         if part not in known:
             groups = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name[0] != "_") if not prefix else []

@@ -5,6 +5,7 @@ The dataclasses beside the code are the truth; YAML groups only choose values. I
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.config import MOST_SHARDS, DataConfig, RampConfig, Source, TokenizerConfig, packs_of_step
 from model.config import ModelConfig
-from parallel.config import DryRunConfig, LauncherConfig, ParallelConfig
+from parallel.axes import layout_problems
+from parallel.config import DryRunConfig, LauncherConfig, ParallelConfig, ParallelError, Where
+from parallel.launch import joined_environment, local_processes
 from training.config import (
     CheckpointConfig,
     Dtype,
@@ -47,6 +50,7 @@ class TrainConfig:
     skip_batches: list[str] = field(default_factory=list)  # batches to load only: [17,100-120]
     valid_every: int = 0  # steps between validations; 0: only at the end
     valid_tokens: int | None = None  # of a validation (null: the whole split)
+    profile: bool = False  # measure a few steps instead of training: runs/<name>/profile
     init_from: str | None = None  # a run folder, a checkpoint, or a Hugging Face Llama/InternLM folder
     init_content: list[str] = field(default_factory=lambda: ["model"])
     model: ModelConfig = MISSING
@@ -101,8 +105,42 @@ class TrainConfig:
             self.dry_run,
         ):
             yield from section.problems()
-        yield from self._batch_problems()
+        wrong_batch = list(self._batch_problems())
+        yield from wrong_batch
         yield from self._pair_problems()
+        if not wrong_batch and not any(
+            True for part in (self.model, self.data, self.parallel) for _ in part.problems()
+        ):
+            yield from self._layout_problems()
+
+    @property
+    def world_size(self) -> int:
+        """Processes of this run: those a dry run pretends, those that were started, or those that will be."""
+        if self.dry_run.enabled:
+            return self.dry_run.world_size
+        joined = joined_environment(os.environ)
+        if joined or self.launcher.where is Where.local:
+            return int(joined.get("WORLD_SIZE", "1")) if joined else local_processes(self.parallel)
+        return self.launcher.nodes * self.launcher.ranks_per_node
+
+    def _layout_problems(self) -> Iterator[str]:
+        try:
+            world_size = self.world_size
+        except (ParallelError, ValueError) as error:
+            yield str(error)
+            return
+        full, start = self.global_batch_tokens, self.ramp.start_tokens
+        steps = {full} if start is None else {full, *range(start, full, self.ramp.increment_tokens)}
+        yield from layout_problems(
+            self.parallel,
+            world_size,
+            model=self.model,
+            pack_len=self.data.pack_tokens,
+            # A dry run says itself what a batch should be.
+            micro_batches=[]
+            if self.dry_run.enabled
+            else [tokens // self.micro_batch_tokens for tokens in sorted(steps)],
+        )
 
     def _batch_problems(self) -> Iterator[str]:
         unit = self.micro_batch_tokens

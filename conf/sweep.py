@@ -60,7 +60,7 @@ def run_points(
 
         if wanted:
             run_jobs(wanted, sweep_dir.resolve() / ".jobs", keep_code(sweep_dir / ".code"), report)
-        if len(points) > 1 and command == "train":
+        if command == "train" and any(label for label, _, _ in points):
             compare(sweep_dir, tell=True)
     unfinished = [label or str(run_dir) for label, _, run_dir in points if outcomes[run_dir].state != "finished"]
     told = SweepError(f"{len(unfinished)} of {len(points)} points did not finish: {', '.join(unfinished)}")

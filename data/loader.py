@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data.batches import Batch
+from data.batches import IGNORED, Batch
 from data.config import DataConfig, DataError
 from data.corpus import Corpus, PackSet
 
@@ -99,14 +99,20 @@ def _told(batch: Batch | DataError) -> Batch:
     return batch
 
 
-def valid_batches(corpus: Corpus, config: DataConfig, *, max_tokens: int | None) -> Iterator[Batch]:
+def valid_batches(
+    corpus: Corpus, config: DataConfig, *, max_tokens: int | None, dp_rank: int = 0, dp_size: int = 1
+) -> Iterator[Batch]:
     """Yield the validation split in corpus order, every token once; the last pack of a source is padded.
 
-    `max_tokens` keeps about that many, from packs spread evenly over the split.
+    `max_tokens` keeps about that many, from packs spread evenly over the split. Every rank has as many batches, all
+    of one shape; what is left over is filled with packs whose targets do not count.
     """
     n_packs = corpus.valid.n_packs
     kept = n_packs if max_tokens is None else min(n_packs, -(-max_tokens // config.pack_tokens))
     chosen = np.linspace(0, n_packs, kept, endpoint=False).astype(np.int64)
     per_batch = config.packs_per_micro_batch
-    for at in range(0, kept, per_batch):
-        yield corpus.valid.batch(chosen[at : at + per_batch])
+    for at in range(dp_rank * per_batch, -(-kept // (per_batch * dp_size)) * per_batch * dp_size, per_batch * dp_size):
+        here = chosen[at : at + per_batch]
+        batch = corpus.valid.batch(np.append(here, np.repeat(chosen[:1], per_batch - len(here))))
+        batch.labels_BT[len(here) :] = IGNORED
+        yield batch

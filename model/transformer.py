@@ -1,7 +1,7 @@
 """The decoder: embedding, blocks, norm, head."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class Block(nn.Module):
         self.attention = SelfAttention(config)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = SwiGLU(config.d_model, config.d_ff)
+        self.attend = attend  # replaced where the tokens of a row are divided
 
     def forward(
         self,
@@ -40,7 +41,7 @@ class Block(nn.Module):
         q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD, *cos_sin)
         if cache is None:
             assert segments is not None
-            out_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, segments=segments, backend=backend)
+            out_BTHK = self.attend(q_BTHK, k_BTGK, v_BTGK, segments=segments, backend=backend)
         else:
             k_BSGK, v_BSGK = cache.update(layer, k_BTGK, v_BTGK)
             out_BTHK = masked_attend(q_BTHK, k_BSGK, v_BSGK, cache.mask_B1TS)
@@ -60,10 +61,30 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.embed: nn.Embedding | None = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleDict({str(layer): Block(config) for layer in range(config.n_layers)})
+        self.norm: RMSNorm | None = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    def keep(self, layers: Collection[int]) -> None:
+        """Drop all but some layers, under their names: the embedding stays with the first, norm and head with the last.
+
+        Without the embedding a model takes hidden states for tokens, without the norm it gives hidden states.
+        """
+        self.blocks = nn.ModuleDict({str(layer): self.blocks[str(layer)] for layer in sorted(layers)})
+        if 0 not in layers:
+            self.embed = None
+        if self.config.n_layers - 1 not in layers:
+            self.norm = self.head = None
+
+    def part(self, layers: Collection[int]) -> "Transformer":
+        """Give some of the layers as a model of their own, which shares their weights."""
+        part = Transformer.__new__(Transformer)
+        nn.Module.__init__(part)
+        part.config = self.config
+        part.embed, part.blocks, part.norm, part.head = self.embed, self.blocks, self.norm, self.head
+        part.keep(layers)
+        return part
 
     def forward(
         self,
@@ -72,6 +93,7 @@ class Transformer(nn.Module):
         positions_BT: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seq_len: int | None = None,
+        row_len: int | None = None,
         cache: KVCache | None = None,
         head: Callable[[Tensor, Tensor], Any] | None = None,
     ) -> Any:
@@ -79,16 +101,16 @@ class Transformer(nn.Module):
 
         `cu_seqlens` (int32) and `max_seq_len` say where the segments of a pack begin, counted over
         the flattened batch; without them each row is one segment. With a `cache`, the tokens
-        continue the cached ones at `positions_BT`.
+        continue the cached ones at `positions_BT`. `row_len` is a row's length where `tokens_BT` are slices of rows.
         """
-        rows, row_len = tokens_BT.shape
+        rows, row_len = len(tokens_BT), row_len or tokens_BT.shape[1]
         device = tokens_BT.device
         if positions_BT is None:
             positions_BT = torch.arange(row_len, device=device).expand(rows, row_len)
         if cu_seqlens is None or max_seq_len is None:
             cu_seqlens = torch.arange(0, (rows + 1) * row_len, row_len, device=device, dtype=torch.int32)
             max_seq_len = row_len
-        x_BTD = self._embed(tokens_BT)
+        x_BTD = tokens_BT if self.embed is None else self._embed(self.embed, tokens_BT)
         backend, segments = Attention.sdpa, None
         if cache is None:
             equal = (len(cu_seqlens) - 1) * max_seq_len == rows * row_len
@@ -97,29 +119,32 @@ class Transformer(nn.Module):
         else:
             cache.read(positions_BT)
         cos_sin = rotary_angles(positions_BT, self.config.head_dim, self.config.rope_theta)
-        for layer, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, cos_sin, segments, backend, cache, layer)
-        weight_VD = self.embed.weight if self.head is None else self.head.weight
-        return (head or F.linear)(self.norm(x_BTD), weight_VD)
+        for layer, block in self.blocks.items():
+            x_BTD = block(x_BTD, cos_sin, segments, backend, cache, int(layer))
+        output = self.head or self.embed
+        if self.norm is None or output is None:
+            return x_BTD
+        return (head or F.linear)(self.norm(x_BTD), output.weight)
 
-    def _embed(self, tokens_BT: Tensor) -> Tensor:
-        x_BTD, scale = self.embed(tokens_BT), self.config.embed_grad_scale
+    def _embed(self, embed: nn.Embedding, tokens_BT: Tensor) -> Tensor:
+        x_BTD, scale = embed(tokens_BT), self.config.embed_grad_scale
         return x_BTD if scale == 1 else x_BTD * scale + x_BTD.detach() * (1 - scale)
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
+    def init_weights(self, seed: int, write: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
         """Draw every parameter in fp32 from a generator of its own, seeded by `seed` and its name.
 
         So the weights depend neither on the device, the dtype, the layout nor the order of drawing.
+        `write(param, whole)` sets a parameter that may be a part of the whole.
         """
         for name, param in self.named_parameters():
             std = init_std(name, self.config)
             if std is None:
-                param.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+                write(param, torch.full(param.shape, 1.0 if name.endswith("norm.weight") else 0.0))
                 continue
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            param.copy_(torch.empty(param.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
+            write(param, torch.empty(param.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
 
 
 def init_std(name: str, config: ModelConfig) -> float | None:

@@ -1,16 +1,23 @@
 """What is done to a model before it is trained, by module path, in the one right order."""
 
 import os
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from parallel.config import ActivationCheckpointing, Compile, ParallelConfig, ParallelError
+from parallel.axes import stage_layers
+from parallel.config import ActivationCheckpointing, Compile, ParallelConfig, ParallelError, ReduceDtype
+from parallel.fp8 import MULTIPLE, Fp8Linear
 from parallel.mesh import Mesh
+from parallel.pipeline import stages_of
+from parallel.plan import attend_to_whole_rows, divide, divided_dim
 
 
 def recomputed_blocks(n_blocks: int, config: ParallelConfig) -> int:
@@ -32,27 +39,51 @@ def parallelize(
     *,
     fp8: str = "none",
     grad_dtype: torch.dtype | None = None,
-) -> None:
+) -> list[nn.Module]:
     """Give a model built on the meta device its memory plan, its dtype and its place; weights are not set.
+
+    The model keeps what is this rank's; what is given back runs it, piece by piece: itself, or its pipeline stages.
 
     Only parameters change dtype: rotary tables stay fp32. `fp8` is `none` or the name of a scaling;
     `grad_dtype` is what the gradients of micro-batches are added up in, if not `dtype`.
     """
+    stages = cut(model, mesh, config)
     blocks = list(model.get_submodule("blocks").children())
     for module in model.modules():
         for name, param in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(param.to(dtype)))
-    if fp8 != "none":
+    if fp8 != "none":  # replaces modules, and so comes before anything is hooked to them
         multiply_in_fp8(blocks, fp8, mesh.device)
+    if mesh.layout is not None and mesh.axes.tp > 1:
+        divide(model, mesh.layout["tp"], sequence_parallel=config.sequence_parallel)
+    if mesh.tokens is not None and mesh.axes.cp > 1:
+        attend_to_whole_rows(model, mesh.tokens["cp"])
+    blocks = list(model.get_submodule("blocks").children())
     for block in blocks[: recomputed_blocks(len(blocks), config)]:
         # The model has no randomness, so there is no generator state to replay.
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if config.compile is Compile.blocks or (config.compile is Compile.auto and mesh.device.type == "cuda"):
         compile_blocks(blocks)
-    model.to_empty(device=mesh.device)
-    if grad_dtype is not None and grad_dtype != dtype:
+    sharded = mesh.axes.dp * mesh.axes.cp > 1
+    for stage in stages:
+        if sharded:
+            shard(stage, mesh, config)
+        stage.to_empty(device=mesh.device)
+    # Where gradients are summed over ranks, they are added up in reduce_dtype.
+    if grad_dtype is not None and grad_dtype != dtype and not sharded:
         for param in model.parameters():
             param.grad_dtype = grad_dtype  # type: ignore[attr-defined]
+    return stages
+
+
+def cut(model: Any, mesh: Mesh, config: ParallelConfig) -> list[nn.Module]:
+    """Leave a model the layers of this pipeline rank, and give its stages, which share them."""
+    if mesh.axes.pp == 1:
+        return [model]
+    layers = stage_layers(config, mesh.axes, model.config.n_layers)
+    mine = [layers[number] for number in stages_of(mesh.place("pp"), mesh.axes.pp, config)]
+    model.keep([layer for stage in mine for layer in stage])
+    return [model.part(stage) for stage in mine]
 
 
 def multiply_in_fp8(blocks: list[nn.Module], scaling: str, device: torch.device) -> None:
@@ -63,6 +94,15 @@ def multiply_in_fp8(blocks: list[nn.Module], scaling: str, device: torch.device)
             f"precision.fp8 ({scaling}) needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), "
             f"not {where}; choose precision.fp8=none"
         )
+    if scaling == "tensorwise":
+        for module in (module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)):
+            if module.in_features % MULTIPLE or module.out_features % MULTIPLE:
+                raise ParallelError(
+                    f"precision.fp8 (tensorwise) needs matrices whose sizes are multiples of {MULTIPLE}, not "
+                    f"{module.out_features} x {module.in_features}; choose precision.fp8=none"
+                )
+            module.__class__ = Fp8Linear
+        return
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # type: ignore[import-not-found]
 
     for block in blocks:
@@ -80,3 +120,49 @@ def compile_blocks(blocks: list[nn.Module], backend: str = "inductor") -> None:
     for block in blocks:
         for part in ("project", "finish"):
             setattr(block, part, torch.compile(getattr(block, part), fullgraph=True, dynamic=False, backend=backend))
+
+
+def shard(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> None:
+    """Divide parameters over dp_shard, and sum gradients over it and dp_replicate; each block is gathered by itself.
+
+    Both axes are given at any size, so that what accumulates over micro-batches is in `reduce_dtype`.
+    """
+    assert mesh.layout is not None
+    # A divided embedding's output is one; nothing is done to it in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    dtypes = {ReduceDtype.bf16: torch.bfloat16, ReduceDtype.fp32: torch.float32}
+    wrap = partial(
+        fully_shard,
+        mesh=mesh.layout["dp_replicate", "dp_shard"],
+        mp_policy=MixedPrecisionPolicy(reduce_dtype=dtypes[config.reduce_dtype], cast_forward_inputs=False),
+    )
+    embed, head = getattr(model, "embed", None), getattr(model, "head", None)
+    for module in [
+        *model.get_submodule("blocks").children(),
+        *([embed] if embed is not None and head is not None else []),
+    ]:
+        wrap(module, reshard_after_forward=config.zero_stage == 3)
+    wrap(model, reshard_after_forward=False)  # the head, which the backward pass needs at once
+    for module in sharded_modules(model):
+        # Losses are weighted by 1 / the step's targets, so gradients add up; nothing is averaged.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+@torch.no_grad()
+def write_shard(param: Tensor, whole: Tensor) -> None:
+    """Set a parameter from the whole tensor that it is a part of, without talking to anybody."""
+    if isinstance(param, DTensor):
+        mesh = param.device_mesh
+        for axis in reversed(range(mesh.ndim)):  # tp was divided first; dp_shard divides what is left
+            dim = divided_dim(param.placements[axis])
+            if dim is not None:
+                length, size = whole.shape[dim], -(-whole.shape[dim] // mesh.size(axis))
+                start = min(size * mesh.get_local_rank(axis), length)
+                whole = whole.narrow(dim, start, min(size, length - start))
+        param = param.to_local()
+    param.copy_(whole)

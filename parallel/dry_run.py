@@ -1,22 +1,26 @@
-"""A step before a GPU is bought: the real code on fake ranks, its memory, its collectives, and an estimate of its time."""
+"""A step before a GPU is bought: the real code on fake ranks, its memory, its collectives, an estimate of its time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from parallel.axes import resolve_axes
 from parallel.config import AXES, DryRunConfig, ParallelConfig
-from parallel.engine import Engine
+from parallel.engine import Engine, LinearLoss
 from parallel.estimate import StepTime, step_time
-from parallel.ledger import Ledger
+from parallel.fused import compile_with
+from parallel.ledger import Ledger, Watch, Window
 from parallel.memory import Memory
-from parallel.mesh import Mesh
-from parallel.pretend import CUDA, pretended_gpu
+from parallel.mesh import Mesh, open_mesh
+from parallel.pretend import CPU, CUDA, pretended_gpu
 
 GIB = 2**30
 
@@ -50,6 +54,7 @@ class Reading:
     table: dict[tuple[str, str], tuple[int, int]]  # count and bytes of collectives by (axis, kind)
     flops: int
     time: StepTime
+    windows: list[Window] = field(repr=False)
 
     def further(self, before: "Reading", times: float) -> "Reading":
         """Give the step that goes on from `before` to this one `times` more."""
@@ -87,7 +92,7 @@ class DryRun:
     def read(self, n_micro_batches: int) -> list[Reading]:
         """Read a step of so many micro-batches a rank, on one rank of every pipeline stage.
 
-        What a micro-batch adds is the same from the third round of the pipeline on, so a long step is not run to its end.
+        A micro-batch adds the same from the third round of the pipeline on, so a long step is not run to its end.
         """
         unit = self.axes.pp * self.layout.virtual_stages
         most = 4 * unit
@@ -107,23 +112,37 @@ class DryRun:
         """Run a step of one rank, and give what it did."""
         memory, ledger = Memory(), Ledger({axis: getattr(self.axes, axis) for axis in AXES})
         with ExitStack() as stack:
-            stack.enter_context(pretended_gpu(self.kernels, ledger.launched))
             mesh = stack.enter_context(fake_mesh(self.layout, rank, self.config.world_size))
-            stack.enter_context(memory)
+            stack.enter_context(pretended_gpu(self.kernels, ledger.launched))
+            stack.enter_context(memory.following())
+            watch = stack.enter_context(Watch([memory]))
+            stack.enter_context(mock.patch.object(torch, "compile", compile_with(ledger, watch.paused)))
             with memory.holding("optimizer"):
                 engine = self.build(mesh)
             params = list(engine.model.parameters())
             memory.rename(params, "parameters")
             n_params = sum(local(param).numel() for param in params)
-            engine.linear_loss = memory.holding("logits")(engine.linear_loss)
+            memory.forget_peak()  # what drew the weights did so on the host
+            engine.linear_loss = _watched_loss(engine, memory)
             engine.optimizer.step = memory.holding("optimizer")(engine.optimizer.step)  # type: ignore[method-assign]
-            stack.enter_context(ledger)
+            watch.observers.append(ledger)
             engine.train_step([self.batch() for _ in range(n_micro_batches)])
         workspace = self.config.workspace_mib * 2**20
         at_peak = {**memory.at_peak(), "workspace": workspace}
         flops = sum(window.flops for window in ledger.windows)
         time = step_time(ledger.windows, self.config)
-        return Reading(rank, n_params, memory.peak + workspace, at_peak, ledger.table(), flops, time)
+        return Reading(rank, n_params, memory.peak + workspace, at_peak, ledger.table(), flops, time, ledger.windows)
+
+
+def _watched_loss(engine: Engine, memory: Memory) -> LinearLoss:
+    """Let a loss's tensors be logits, and what the model's modules hold by then, gathered or not, be parameters."""
+    linear_loss = memory.holding("logits")(engine.linear_loss)
+
+    def loss(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        memory.rename(engine.model.parameters(), "parameters")
+        return linear_loss(*args, **kwargs)
+
+    return loss
 
 
 @contextmanager
@@ -131,10 +150,21 @@ def fake_mesh(layout: ParallelConfig, rank: int, world_size: int) -> Iterator[Me
     """Be one rank of a world whose messages go nowhere."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    made = DeviceMesh.__init__
+
+    def init(mesh: DeviceMesh, *args: Any, **kwargs: Any) -> None:
+        """Make meshes of different ranks different, so that DTensor, which keeps meshes, does not mistake them."""
+        made(mesh, *args, **kwargs)
+        mesh._thread_id = rank + 1
+
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    patch = mock.patch.object(DeviceMesh, "__init__", init)
+    patch.start()
     try:
-        yield Mesh(CUDA, rank, world_size, rank, world_size)
+        mesh = open_mesh(resolve_axes(layout, world_size), zero_stage=layout.zero_stage, device=CPU)
+        yield replace(mesh, device=CUDA)
     finally:
+        patch.stop()
         dist.destroy_process_group()
 
 
@@ -142,31 +172,48 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def report(readings: list[Reading], config: DryRunConfig, *, tokens_per_rank: int) -> Iterator[str]:
-    """Tell what a step is, line by line; `tokens_per_rank` are a step's tokens over the number of ranks."""
-    limit = config.device_memory_gib
+def report(
+    run: DryRun, *, name: str, n_params: int, global_batch_tokens: int, micro_batch_tokens: int
+) -> Iterator[str]:
+    """Read a step and tell what it is, line by line. A batch that does not fill the ranks is told, and filled."""
+    config, axes = run.config, run.axes
+    full = micro_batch_tokens * axes.dp
+    n_micro_batches = max(1, global_batch_tokens // full)
+    yield f"model      {name}: {n_params:,} parameters"
+    yield f"layout     {axes} = {axes.world_size:,} GPUs, zero_stage {run.layout.zero_stage}"
+    yield (
+        f"batch      {n_micro_batches * full:,} tokens a step = {axes.dp:,} data-parallel ranks x {n_micro_batches} "
+        f"micro-batches x {micro_batch_tokens:,}"
+    )
+    if n_micro_batches * full != global_batch_tokens:
+        yield (
+            f"           global_batch_tokens ({global_batch_tokens:,}) does not fill these ranks; to train, pass a "
+            f"multiple of {full:,}"
+        )
+    readings = run.read(n_micro_batches)
     for reading in readings:
+        fits = reading.peak / GIB <= config.device_memory_gib
+        beyond = "" if fits else f", more than dry_run.device_memory_gib ({config.device_memory_gib:g})"
         parts = ", ".join(f"{kind} {n_bytes / GIB:.2f}" for kind, n_bytes in reading.at_peak.items() if n_bytes)
-        fits = "" if reading.peak / GIB <= limit else f", MORE THAN THE {limit:g} GiB OF A DEVICE"
-        yield f"rank {reading.rank:<6} {reading.n_params:,} parameters held; peak {reading.peak / GIB:.2f} GiB{fits}: {parts}"
+        yield f"rank {reading.rank:<6}{reading.n_params:,} parameters held; peak {reading.peak / GIB:.2f} GiB{beyond}:"
+        yield f"           {parts}"
     worst = max(readings, key=lambda reading: reading.peak)
-    if len(readings) > 1:
-        yield f"           the most is on rank {worst.rank}, of which follows:"
-    yield f"{'collective':<16} {'axis':<22} {'count':>7} {'bytes a step':>20}"
+    where = f", on rank {worst.rank}, which needs the most memory" if len(readings) > 1 else ""
+    yield f"{'collective':<16} {'axis':<22} {'count':>7} {'bytes':>20}   of one step{where}"
     for (axis, kind), (count, n_bytes) in worst.table.items():
         yield f"{kind:<16} {axis:<22} {count:>7,} {n_bytes:>20,}"
     if not worst.table:
         yield "none"
-    slowest = max(readings, key=lambda reading: reading.time.total_s).time
+    time = max((reading.time for reading in readings), key=lambda time: time.total_s)
+    tokens_per_gpu = n_micro_batches * full / axes.world_size
+    yield f"step time  {time.total_s:.3f} s, {tokens_per_gpu / time.total_s:,.0f} tokens/s a GPU, by this estimate:"
     yield (
-        f"step time  {slowest.total_s:.3f} s, an estimate: computing {slowest.compute_s:.3f}, waiting for tensor, sequence "
-        f"and pipeline peers {slowest.waiting_s:.3f}, gradients and parameters not hidden {slowest.exposed_s:.3f}, "
-        f"pipeline bubble {slowest.bubble_s:.3f}"
+        f"           computing {time.compute_s:.3f}, waiting for tensor, sequence, pipeline peers {time.waiting_s:.3f},"
     )
-    yield f"           {tokens_per_rank / slowest.total_s:,.0f} tokens/s a GPU"
-    yield (
-        f"inputs     {config.peak_tflops:g} TFLOP/s x {config.flops_efficiency:g}, memory {config.memory_gbps:g} GB/s x "
-        f"{config.memory_efficiency:g}, links {config.intra_node_gbps:g} GB/s and {config.intra_node_latency_us:g} us in a "
-        f"node of {config.devices_per_node}, {config.inter_node_gbps:g} GB/s and {config.inter_node_latency_us:g} us between "
-        f"nodes, {config.launch_us:g} us a launch, overlap {config.overlap:g}: dry_run.*"
-    )
+    yield f"           for gradients and parameters that nothing hides {time.exposed_s:.3f}, bubble {time.bubble_s:.3f}"
+    for key in ("peak_tflops", "flops_efficiency", "memory_gbps", "memory_efficiency"):
+        yield f"           dry_run.{key} {getattr(config, key):g}"
+    for key in ("gbps", "latency_us"):
+        inside, outside = getattr(config, f"intra_node_{key}"), getattr(config, f"inter_node_{key}")
+        yield f"           dry_run.intra_node_{key} {inside:g}, dry_run.inter_node_{key} {outside:g}"
+    yield f"           dry_run.launch_us {config.launch_us:g}, dry_run.overlap {config.overlap:g}"

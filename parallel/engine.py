@@ -2,13 +2,19 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
+from parallel.apply import sharded_modules
+from parallel.bad_layer import Watch
+from parallel.config import ParallelConfig
 from parallel.mesh import Mesh
+from parallel.pipeline import Inputs, Pipeline
+from parallel.plan import divided_dim, head_parts
 
 IGNORED = -100  # the label of a token without a target
 
@@ -35,8 +41,8 @@ class Scaler(Protocol):
     def update(self, *, finite: bool) -> None: ...
 
 
-# (h_ND, weight_VD, labels_N, loss_weights_N) -> weighted loss, nll_N, correct_N
-LinearLoss = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+# (h_ND, weight_VD, labels_N, loss_weights_N, shard=) -> weighted loss, nll_N, correct_N
+LinearLoss = Callable[..., tuple[Tensor, Tensor, Tensor]]
 TokenWeights = Callable[[list[int]], list[float]]
 
 
@@ -53,8 +59,19 @@ class StepResult:
     totals_S4: Tensor  # float64, a row a source: sum of nll, correct, targets, bytes
 
 
+@dataclass(slots=True)
+class Sums:
+    """What is added up over micro-batches."""
+
+    loss: Tensor
+    totals_S4: Tensor
+
+
 class Engine:
-    """Runs steps of one model and one optimizer on a mesh, without waiting for the device."""
+    """Runs steps of one model and one optimizer on a mesh, without waiting for the device.
+
+    `model` is what this rank has of it, `stages` the same as pipeline stages, both as `parallelize` leaves them.
+    """
 
     def __init__(
         self,
@@ -68,9 +85,19 @@ class Engine:
         max_grad_norm: float,
         n_sources: int,
         bytes_per_token: Tensor | None,
+        config: ParallelConfig | None = None,
+        stages: Sequence[nn.Module] = (),
         counts: Sequence[int] = (0, 0, 0),
     ) -> None:
         self.model = model
+        self.config = config or ParallelConfig()
+        self.stages = list(stages) or [model]
+        self.pipeline: Pipeline | None = None
+        if mesh.axes.pp > 1:
+            d_model = self.stages[0].config.d_model  # type: ignore[union-attr]
+            self.pipeline = Pipeline(self.stages, mesh, self.config, d_model)  # type: ignore[arg-type]
+        self.params = dict(model.named_parameters())  # as they are between steps: this process' shards
+        self.counted = [param for param in self.params.values() if is_first_copy(param)]
         self.optimizer = optimizer
         self.mesh = mesh
         self.linear_loss = linear_loss
@@ -89,15 +116,11 @@ class Engine:
 
     def train_step(self, batches: Sequence[MicroBatch]) -> StepResult:
         """Run the micro-batches of one step and update the weights, unless the gradient is not finite."""
-        counts = [int((batch.labels_BT != IGNORED).sum()) for batch in batches]
-        loss = torch.zeros((), device=self.mesh.device)
-        totals_S4 = self._no_totals()
-        for batch, weight in zip(batches, self.token_weights(counts), strict=True):
-            scaled_loss = self._forward(batch, weight * self.scaler.scale, totals_S4)
-            scaled_loss.backward()
-            loss += scaled_loss.detach()
-        loss /= self.scaler.scale
-        grad_norm = self._grad_norm()
+        counts, weights = self._weights(batches)
+        sums = self._no_sums()
+        self._run(batches, weights, sums)
+        loss, grad_norm, totals_S4 = self._over_all_ranks(sums, self._grad_norm())
+        loss, grad_norm = loss / self.scaler.scale, grad_norm / self.scaler.scale
         finite = torch.isfinite(grad_norm)
         # The clip and the loss scale are one division, done inside the update.
         clip = ((grad_norm + 1e-6) / self.max_grad_norm).clamp(min=1.0) if self.max_grad_norm > 0 else 1.0
@@ -105,72 +128,85 @@ class Engine:
         self._count(finite)
         if self.scaler.dynamic:  # the next step's scale is a number of the host's
             self.scaler.update(finite=bool(finite))
-        n_tokens = sum(batch.tokens_BT.numel() for batch in batches)
+        n_tokens = sum(batch.tokens_BT.numel() for batch in batches) * self.mesh.dp_size
         self._drop_gradients()
         return StepResult(loss, grad_norm, finite, rates_2, n_tokens, sum(counts), totals_S4)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
         """Score batches without training; gives totals_S4 as in `StepResult`."""
-        totals_S4 = self._no_totals()
+        sums = self._no_sums()
         for batch in batches:
-            self._forward(batch, 0.0, totals_S4)
-        return totals_S4
+            tokens_BT, told = self._inputs(batch, 0.0, sums)
+            if self.pipeline is None:
+                self.model(tokens_BT, **told)
+            else:
+                self.pipeline.evaluate(tokens_BT, told)
+        for stage in self.stages:
+            for module in sharded_modules(stage):
+                module.reshard()
+        return self._over_all_ranks(sums, torch.zeros_like(sums.loss))[2]
 
     def first_bad_layer(self, batches: Sequence[MicroBatch]) -> str:
-        """Run a step's passes again, without an update, and name the first module whose numbers are not finite."""
-        bad: list[str] = []
+        """Run a step's passes again, without an update, and name the first module whose numbers are not finite.
 
-        def note(name: str, kind: str, tensor: Tensor) -> None:
-            if not torch.isfinite(tensor).all():
-                bad.append(f"{name} ({kind})")
-
-        def watch(name: str) -> Callable[..., None]:
-            def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-                note(name, "forward", output)
-                if output.requires_grad:
-                    output.register_hook(partial(note, name, "backward"))
-
-            return hook
-
-        leaves = [(name, m) for name, m in self.model.named_modules() if name and not list(m.children())]
-        hooks = [module.register_forward_hook(watch(name)) for name, module in leaves]
-        torch.compiler.set_stance("force_eager")  # a compiled block does not call the hooks
+        Every rank must ask: the first is that of all ranks.
+        """
+        watch = Watch(self.model)
         try:
-            for name, param in self.model.named_parameters():
-                if not torch.isfinite(param).all():
-                    return f"{name} (weight)"
-            counts = [int((batch.labels_BT != IGNORED).sum()) for batch in batches]
-            for batch, weight in zip(batches, self.token_weights(counts), strict=True):
-                self._forward(batch, weight * self.scaler.scale, self._no_totals()).backward()
-                if bad:
-                    return bad[0]
-            norms = ((n, p.grad) for n, p in reversed(list(self.model.named_parameters())))
-            wrong = (n for n, grad in norms if grad is not None and not torch.isfinite(grad).all())
-            return next((f"{n} (gradient)" for n in wrong), "the sum of finite gradients overflowed")
+            for name, param in self.params.items():
+                watch.note_weight(name, local(param))
+            if not self.mesh.agree_max(bool(watch.bad)):
+                with watch:
+                    self._run(batches, self._weights(batches)[1], self._no_sums())
+                for name, param in reversed(self.params.items()):
+                    if param.grad is not None:
+                        watch.note_gradient(name, local(param.grad))
+            found = [event for events in self.mesh.gather(watch.bad) for event in events]
+            return min(found).text if found else "the sum of finite gradients overflowed"
         finally:
-            torch.compiler.set_stance("default")
-            for hook in hooks:
-                hook.remove()
             self._drop_gradients()
 
-    def _forward(self, batch: MicroBatch, weight: float, totals_S4: Tensor) -> Tensor:
-        """Give the weighted loss of a micro-batch and add its sums to `totals_S4`."""
+    def _run(self, batches: Sequence[MicroBatch], weights: Sequence[float], sums: Sums) -> None:
+        """Run forward and backward passes, and add to `sums`."""
+        inputs = [self._inputs(batch, weight, sums) for batch, weight in zip(batches, weights, strict=True)]
+        if self.pipeline is not None:
+            self.pipeline.train(inputs)
+            return
+        for index, (tokens_BT, told) in enumerate(inputs, 1):
+            self._reduce_after(last=index == len(inputs))
+            self.model(tokens_BT, **told).backward()
+
+    def _inputs(self, batch: MicroBatch, weight: float, sums: Sums) -> Inputs:
+        """Bring a micro-batch to the device; its head gives the weighted loss and adds to `sums`."""
         device = self.mesh.device
-        labels_N = batch.labels_BT.to(device, non_blocking=True).flatten()
-        source_N = batch.source_BT.to(device, non_blocking=True).flatten()
+        labels_N = self._slice(batch.labels_BT).to(device, non_blocking=True).flatten()
+        source_N = self._slice(batch.source_BT).to(device, non_blocking=True).flatten()
         weights_N = torch.where(labels_N == IGNORED, 0.0, weight).float()
 
-        def head(h_BTD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return self.linear_loss(h_BTD.flatten(0, 1), weight_VD, labels_N, weights_N)
+        def head(h_BTD: Tensor, weight_VD: Tensor) -> Tensor:
+            h_BTD, weight_VD, shard = head_parts(h_BTD, weight_VD)
+            loss, nll_N, correct_N = self.linear_loss(h_BTD.flatten(0, 1), weight_VD, labels_N, weights_N, shard=shard)
+            sums.loss += loss.detach()
+            self._add_totals(sums.totals_S4, labels_N, source_N, nll_N, correct_N)
+            return loss
 
-        loss, nll_N, correct_N = self.model(
-            batch.tokens_BT.to(device, non_blocking=True),
-            positions_BT=batch.positions_BT.to(device, non_blocking=True),
-            cu_seqlens=batch.cu_seqlens.to(device, non_blocking=True),
-            max_seq_len=batch.max_seq_len,
-            head=head,
-        )
+        return self._slice(batch.tokens_BT).to(device, non_blocking=True), {
+            "positions_BT": self._slice(batch.positions_BT).to(device, non_blocking=True),
+            "cu_seqlens": batch.cu_seqlens.to(device, non_blocking=True),
+            "max_seq_len": batch.max_seq_len,
+            "row_len": batch.tokens_BT.shape[1],
+            "head": head,
+        }
+
+    def _slice(self, x_BT: Tensor) -> Tensor:
+        """Give this rank's tokens of each row."""
+        size = x_BT.shape[1] // self.mesh.axes.cp
+        return x_BT.narrow(1, size * self.mesh.place("cp"), size)
+
+    def _add_totals(
+        self, totals_S4: Tensor, labels_N: Tensor, source_N: Tensor, nll_N: Tensor, correct_N: Tensor
+    ) -> None:
         target_N = labels_N != IGNORED
         if self.bytes_per_token is None:
             bytes_N = torch.zeros_like(nll_N)
@@ -178,10 +214,34 @@ class Engine:
             bytes_N = self.bytes_per_token[labels_N.clamp(min=0)] * target_N
         rows_N4 = torch.stack([nll_N.double(), correct_N.double(), target_N.double(), bytes_N.double()], dim=1)
         totals_S4.index_add_(0, source_N, rows_N4)
-        return loss
 
-    def _no_totals(self) -> Tensor:
-        return torch.zeros(self.n_sources, 4, dtype=torch.float64, device=self.mesh.device)
+    def _weights(self, batches: Sequence[MicroBatch]) -> tuple[list[int], list[float]]:
+        """Give the target counts of all micro-batches of a step, and a target token's weight in each of this rank's."""
+        counts = self.mesh.all_counts([int((batch.labels_BT != IGNORED).sum()) for batch in batches])
+        weights = self.token_weights(counts)[self.mesh.dp_rank :: self.mesh.dp_size]
+        return counts, [weight * self.scaler.scale for weight in weights]
+
+    def _reduce_after(self, *, last: bool) -> None:
+        """Say what the backward pass of a micro-batch does with gradients and parameters, as the ZeRO stage has it."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last or self.config.zero_stage >= 2)
+            self.model.set_requires_all_reduce(last)
+            self.model.set_reshard_after_backward(last or self.config.zero_stage == 3)
+
+    def _over_all_ranks(self, sums: Sums, grad_norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Add up what each rank has of a step's loss, of the square of its norm and of its totals."""
+        loss, totals_S4 = sums.loss, sums.totals_S4
+        if self.mesh.world_size == 1:
+            return loss, grad_norm, totals_S4
+        figures = torch.cat([loss.double()[None], totals_S4.flatten(), grad_norm.double()[None].square()])
+        if self.mesh.place("tp"):  # peers have the same loss, but gradients of their own
+            figures[:-1] = 0
+        self.mesh.sum_(figures)
+        return figures[0].float(), figures[-1].sqrt().float(), figures[1:-1].view_as(totals_S4)
+
+    def _no_sums(self) -> Sums:
+        device = self.mesh.device
+        return Sums(torch.zeros((), device=device), torch.zeros(self.n_sources, 4, dtype=torch.float64, device=device))
 
     def _count(self, finite: Tensor) -> None:
         updates, bad_steps, bad_in_a_row = self.counts_3.unbind()
@@ -189,13 +249,29 @@ class Engine:
         self.counts_3 = torch.stack([updates + finite, bad_steps + ~finite, in_a_row])
 
     def _grad_norm(self) -> Tensor:
-        """The 2-norm over all gradients, without the loss scale; each parameter is counted once."""
-        for param in self.model.parameters():
+        """The 2-norm over the gradients of this rank's shards, with the loss scale; each parameter is counted once."""
+        for param in self.params.values():
             if param.grad is None:  # a step without a single target
                 param.grad = torch.zeros_like(param)
-        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in self.model.parameters()]
-        return torch.linalg.vector_norm(torch.stack(norms)) / self.scaler.scale
+            elif isinstance(param, DTensor) and isinstance(param.grad, DTensor):
+                # Under sequence parallelism each rank has what its own tokens do to a norm. FSDP adds it up itself.
+                param.grad = param.grad.redistribute(placements=param.placements)
+        norms = [torch.linalg.vector_norm(local(p.grad), dtype=torch.float32) for p in self.counted]
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self.mesh.device)
 
     def _drop_gradients(self) -> None:
-        for param in self.model.parameters():
+        for param in self.params.values():
             param.grad = None
+
+
+def is_first_copy(param: Tensor) -> bool:
+    """Say whether this process' part of a parameter is, of all that hold the same, the one that is counted."""
+    if not isinstance(param, DTensor):
+        return True
+    mesh = param.device_mesh
+    whole_on = [axis for axis, placement in enumerate(param.placements) if divided_dim(placement) is None]
+    return all(mesh.get_local_rank(axis) == 0 for axis in whole_on)
+
+
+def local(tensor: Any) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -7,11 +7,13 @@ A collective takes a launch, a latency for each hop of a ring, and its bytes ove
 from dataclasses import dataclass, replace
 
 from parallel.config import DryRunConfig
-from parallel.ledger import Collective, Window
+from parallel.ledger import Collective, Window, ranks_of
 
 # Bytes over a link by the bytes of the tensor, and passes around the ring, for n ranks
 PASSES = {"all_reduce": 2}
-BESIDE = ("dp_replicate", "dp_shard", "cp")  # axes of parameters and gradients: FSDP works on them beside the products
+# Parameters and gradients, which FSDP sends beside the products
+KINDS = ("all_gather", "reduce_scatter", "all_reduce")
+BESIDE = {"dp_replicate", "dp_shard", "cp"}
 
 
 def collective_s(item: Collective, config: DryRunConfig) -> float:
@@ -58,12 +60,23 @@ class StepTime:
         return replace(self, bubble_s=share * (self.compute_s + self.waiting_s))
 
 
+def regrouped(windows: list[Window], axes: dict[str, int]) -> list[Window]:
+    """Give the windows of rank 0 on a mesh of other sizes: what is sent stays as it is, between other ranks."""
+    return [
+        replace(
+            window,
+            collectives=[replace(item, ranks=ranks_of(item.axis, axes)) for item in window.collectives],
+        )
+        for window in windows
+    ]
+
+
 def step_time(windows: list[Window], config: DryRunConfig) -> StepTime:
     """Estimate a step of a rank that never idles."""
     computing = waiting = exposed = 0.0
     for window in windows:
         busy = compute_s(window, config)
-        beside = [item for item in window.collectives if all(axis in BESIDE for axis in item.axis.split("+"))]
+        beside = [item for item in window.collectives if item.kind in KINDS and set(item.axis.split("+")) <= BESIDE]
         behind = [item for item in window.collectives if item not in beside]
         hidden = sum(collective_s(item, config) for item in beside)
         computing += busy

@@ -25,11 +25,12 @@ from submitit.local.local import LocalJob as Controller
 
 from parallel import slurm
 from parallel.config import LauncherConfig, ParallelConfig, ParallelError, RankError, Where
-from parallel.launch import launch, visible_gpus
+from parallel.launch import launch, says_timeout, visible_gpus
 
 logger = logging.getLogger(__name__)
 
 NO_LIMIT_MIN = 10 * 365 * 24 * 60
+STACK = "(most recent call first)"  # heads what faulthandler writes
 STOP_S = 60.0  # that jobs of this machine have to save when they are stopped
 
 
@@ -68,6 +69,8 @@ class Job:
             _write(record, {"time": time.time(), "rank": rank, "text": text})
             print(text, file=sys.stderr, flush=True)
             sys.stdout.flush()
+            if self.launcher.where is Where.slurm and says_timeout(text):
+                slurm.ask_for_stacks()
             os._exit(1)  # past submitit, to which an exception is a result
 
     def checkpoint(self) -> DelayedSubmission:
@@ -156,11 +159,22 @@ class Running:
         if failures:
             first = failures[0]
             of_rank = f"rank {first['rank']} failed first\n" if len(failures) > 1 or first["rank"] else ""
-            return Outcome("failed", reason=of_rank + first["text"].removeprefix("error: ").rstrip())
+            reason = of_rank + first["text"].removeprefix("error: ").rstrip()
+            return Outcome("failed", reason=reason + self._stacks(first["text"], {record["rank"] for record in found}))
         if found or self.state == "CANCELLED":
             return Outcome("stopped", reason="it was stopped; the same command goes on from its last checkpoint")
         state = f" ({self.state})" if self.state else ""
         return Outcome("failed", reason=f"it ended without a word{state}: killed, or out of memory; see {self.folder}")
+
+    def _stacks(self, text: str, ended: set[int]) -> str:
+        """Where the ranks stood that others waited for in vain."""
+        config = self.point.launcher
+        silent = [rank for rank in range(config.nodes * config.ranks_per_node) if rank not in ended]
+        if not says_timeout(text) or config.where is Where.local:
+            return ""
+        logs = [(rank, JobPaths(self.folder, job_id=self.job_id, task_id=rank).stderr.read_text()) for rank in silent]
+        stacks = [(rank, log[log.rfind("\n", 0, log.find(STACK)) + 1 :].rstrip()) for rank, log in logs if STACK in log]
+        return "".join(f"\nrank {rank} hung; it stood at\n{stack}" for rank, stack in stacks)
 
 
 def run_jobs(points: Sequence[Point], folder: Path, code: Path, report: Callable[[Point, Outcome], None]) -> None:

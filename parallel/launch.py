@@ -6,6 +6,7 @@ environment; a run of one process has none of them. Nothing here imports torch: 
 
 import ctypes
 import faulthandler
+import math
 import multiprocessing
 import os
 import random
@@ -25,7 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from parallel.config import Device, ParallelConfig, ParallelError, RankError
+from parallel.config import AXES, Device, ParallelConfig, ParallelError, RankError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PORTS = range(20000, 32000)  # below the ports that systems hand out by themselves
@@ -45,6 +46,7 @@ def launch(
     joined = joined_environment(os.environ)
     if joined:
         _check_joined(joined, config)
+        faulthandler.register(signal.SIGQUIT, sys.__stderr__ or sys.stderr)
         with _environment(joined):
             return work(*args)
     n_ranks = local_processes(config)
@@ -52,7 +54,8 @@ def launch(
 
 
 def local_processes(config: ParallelConfig) -> int:
-    """Give the number of ranks that a plain `python train.py` runs here: what was asked for, or one a GPU."""
+    """Give the number of ranks that a plain `python train.py` runs here: what was asked for, what the axes make, or,
+    if one of these is to be filled, one a GPU."""
     n_gpus = 0 if config.device is Device.cpu else visible_gpus()
     asked = config.local_processes
     if asked is not None and n_gpus and asked > n_gpus:
@@ -60,7 +63,9 @@ def local_processes(config: ParallelConfig) -> int:
             f"parallel.local_processes ({asked}) must be at most the number of GPUs here ({n_gpus}); "
             "start fewer, or pass parallel.device=cpu"
         )
-    return asked or max(1, n_gpus)
+    sizes = [getattr(config, axis) for axis in AXES]
+    fewest = max(1, math.prod(size for size in sizes if size != -1))
+    return asked or (n_gpus if n_gpus and -1 in sizes else fewest)
 
 
 def visible_gpus() -> int:
@@ -278,10 +283,15 @@ class _Ranks:
 
     def _stacks(self, folder: Path, trace: str) -> str:
         """Where the ranks stood that others waited for in vain."""
-        if not re.search(r"time[d]?[ _-]?out", trace, re.IGNORECASE):
+        if not says_timeout(trace):
             return ""
         stacks = [(rank, (folder / f"rank{rank}").read_text()) for rank in self.silent]
         return "".join(f"\nrank {rank} hung; it stood at\n{stack}" for rank, stack in stacks)
+
+
+def says_timeout(trace: str) -> bool:
+    """Say whether an error is that of a rank which waited in vain for another."""
+    return re.search(r"timed?[ _-]?out", trace, re.IGNORECASE) is not None
 
 
 def _death(code: int) -> str:

@@ -4,10 +4,11 @@ Works on fake ranks and fake tensors, so that a step of a thousand GPUs can be r
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ KINDS = {
 }
 # Operations of these namespaces talk to other ranks.
 NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "c10d_functional")
+ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"  # what a fused kernel is without a GPU
 # Operations that touch no memory
 FREE = ("empty", "new_empty", "_unsafe_view", "detach", "alias", "lift_fresh", "_record_function")
 
@@ -64,35 +66,85 @@ def axis_of(ranks: Sequence[int], axes: dict[str, int]) -> str:
     return "+".join(varying)
 
 
-class Ledger(TorchDispatchMode):
-    """Notes collectives and FLOPs of a rank in the order they are issued."""
+def ranks_of(axis: str, axes: dict[str, int]) -> tuple[int, ...]:
+    """Give the ranks of rank 0's group over the named axes; `axes` are the sizes, outermost first."""
+    ranks = [0]
+    sizes = list(axes.values())
+    for i, name in enumerate(axes):
+        if name in axis.split("+"):
+            stride = prod(sizes[i + 1 :])
+            ranks = [rank + step * stride for rank in ranks for step in range(sizes[i])]
+    return tuple(sorted(ranks))
 
-    def __init__(self, axes: dict[str, int]) -> None:
+
+class Observer(Protocol):
+    """Whoever is told of every operation on tensors of this rank alone, with its result."""
+
+    def saw(self, func: Any, args: Any, kwargs: Any, result: Any) -> None: ...
+
+
+class Watch(TorchDispatchMode):
+    """Tells observers of every operation."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
         super().__init__()
-        self.axes = axes
-        self.windows = [Window(backward=False)]
-        self._groups: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self.observers = list(observers)
 
-    @property
-    def collectives(self) -> list[Collective]:
-        return [item for window in self.windows for item in window.collectives]
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Tell nobody of what is done in here."""
+        observers, self.observers = self.observers, []
+        try:
+            yield
+        finally:
+            self.observers = observers
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its parts come by here on their own
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if func.namespace != "prim":  # which asks a tensor what it is
+            for observer in self.observers:
+                observer.saw(func, args, kwargs, result)
+        return result
+
+
+class Ledger:
+    """Notes collectives and FLOPs of a rank in the order they are issued."""
+
+    def __init__(self, axes: dict[str, int]) -> None:
+        self.axes = axes
+        self.windows = [Window(backward=False)]
+        self._fused = False
+        self._groups: dict[str, tuple[str, tuple[int, ...]]] = {}
+
+    @property
+    def collectives(self) -> list[Collective]:
+        return [item for window in self.windows for item in window.collectives]
+
+    def saw(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         if in_backward() != self.windows[-1].backward:
             self.windows.append(Window(in_backward()))
         window, packet = self.windows[-1], func._overloadpacket
         if func.namespace in NAMESPACES:
             self._count_collective(window, func, args, kwargs, result)
+        elif packet.__name__.startswith(ATTENTION):
+            window.flops += _attention_flops(args, backward=packet.__name__.endswith("backward"))
         elif packet in flop_registry:
             window.flops += flop_registry[packet](*args, **kwargs, out_val=result)
-        elif not func.is_view and func.namespace != "prim" and not packet.__name__.startswith(FREE):
+        elif not self._fused and not func.is_view and not packet.__name__.startswith(FREE):
             moved = (*tree_leaves(args), *(kwargs[key] for key in kwargs if key != "out"), *tree_leaves(result))
             window.n_bytes += sum(map(n_bytes, moved))
-        return result
+
+    @contextmanager
+    def fused(self) -> Iterator[None]:
+        """Let only products be noted in here: the rest is one kernel, which `launched` is told of."""
+        before, self._fused = self._fused, True
+        try:
+            yield
+        finally:
+            self._fused = before
 
     def launched(self, arguments: Sequence[Any]) -> None:
         """Note a kernel that is no operation of torch's."""
@@ -120,7 +172,7 @@ class Ledger(TorchDispatchMode):
 
     def _group(self, args: Any, kwargs: Any) -> tuple[str, tuple[int, ...]]:
         """Find an operation's process group among its arguments: by name, or boxed."""
-        for part in [*args, *kwargs.values()]:
+        for part in reversed([*args, *kwargs.values()]):  # before its name may stand that of an operation
             if isinstance(part, str):
                 name, group = part, None
             elif isinstance(part, torch.ScriptObject) and "ProcessGroup" in str(part._type()):
@@ -139,6 +191,14 @@ class Ledger(TorchDispatchMode):
 def in_backward() -> bool:
     """Say whether autograd is computing gradients just now."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _attention_flops(args: Any, *, backward: bool) -> int:
+    """Count two products forward and five backward, over half of the square if a token sees only those before it."""
+    query, key, causal = (args[1], args[2], args[7]) if backward else (args[0], args[1], args[4])
+    batch, heads, length, head_dim = query.shape
+    square = 2 * batch * heads * length * key.shape[2] * head_dim
+    return (5 if backward else 2) * square // (2 if causal else 1)
 
 
 def n_bytes(leaf: Any) -> int:

@@ -10,7 +10,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from parallel.ledger import in_backward
@@ -30,7 +29,7 @@ class Piece:
     end: int | None = None  # None: still there
 
 
-class Memory(TorchDispatchMode):
+class Memory:
     """Follows every storage of a process from its first tensor to its last.
 
     A piece is of the kind that `holding` was last given. In the backward pass it is one of activations, and
@@ -38,7 +37,6 @@ class Memory(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.pieces: list[Piece] = []
         self.now = 0  # in operations
         self.live = 0
@@ -57,31 +55,23 @@ class Memory(TorchDispatchMode):
         finally:
             self._kind = before
 
-    def __enter__(self) -> "Memory":
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Notice also what FSDP does without an operation: it frees gathered parameters and makes room for them."""
         resize = torch.UntypedStorage.resize_
 
         def resize_(storage: torch.UntypedStorage, size: int) -> Any:
-            """FSDP frees and fills gathered parameters so, without an operation."""
-            piece, kind = self._storages.pop(id(storage), None), "parameters"
+            piece = self._storages.pop(id(storage), None)
             result = resize(storage, size)
             if piece is not None:
                 self._close(piece)
-                self._open(storage, kind)
+                self._open(storage, "parameters")
             return result
 
-        self._patch = mock.patch.object(torch.UntypedStorage, "resize_", resize_)
-        self._patch.start()
-        return super().__enter__()
+        with mock.patch.object(torch.UntypedStorage, "resize_", resize_):
+            yield
 
-    def __exit__(self, *error: Any) -> None:
-        self._patch.stop()
-        super().__exit__(*error)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+    def saw(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         self.now += 1
         if self._backward and not in_backward():
             self._end_backward()
@@ -92,7 +82,6 @@ class Memory(TorchDispatchMode):
                 self.note(leaf, kind)
         if func is torch.ops.fsdp.split_with_sizes_copy.default:  # the parameters that were gathered
             self.rename(kwargs["out"], "parameters")
-        return result
 
     def note(self, tensor: Tensor, kind: str) -> None:
         """Follow a tensor's storage from now on, if it is not followed yet; a known one keeps its kind."""
@@ -106,6 +95,10 @@ class Memory(TorchDispatchMode):
             part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             self.note(part, kind)
             self._storages[id(part.untyped_storage())].kind = kind
+
+    def forget_peak(self) -> None:
+        """Look for the most from here on."""
+        self.peak, self.peak_at = self.live, self.now
 
     def at_peak(self) -> dict[str, int]:
         """Give the bytes at the moment of the most, by kind."""

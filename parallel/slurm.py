@@ -20,6 +20,7 @@ OVER = (
 )  # fmt: skip
 MEMORY = "slurm_job.json"  # in a run folder: the job that runs it
 ANSWER_S = 120
+STACKS_S = 3
 
 
 def check(config: LauncherConfig, folder: Path) -> None:
@@ -141,6 +142,13 @@ def requeue(max_requeues: int) -> str:
         return _words(done.stderr)
     time.sleep(ANSWER_S)  # Slurm ends this process
     return "Slurm took the requeue and did not end the job"
+
+
+def ask_for_stacks() -> None:
+    """Have every rank of this job write to its log where it stands."""
+    step = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
+    _ask("scancel", "--signal=QUIT", step)
+    time.sleep(STACKS_S)
 
 
 def go_on_later(run_dir: Path, *, rank: int, max_requeues: int) -> None:

@@ -42,10 +42,10 @@ def trained(folder: Path, *overrides: str, stop: StopRequest | None = None) -> f
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", overrides=[f"name={folder.name}", *overrides])
     config = to_config(cfg)
-    with distributed(config.parallel) as mesh, locked(folder):
+    with distributed(config.parallel) as mesh, locked(folder, mesh.rank):
         torch.set_num_threads(2)
         stored: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-        return train.train(config, stored, mesh, folder, StopRequest() if stop is None else stop)
+        return train.train(config, stored, mesh, folder, StopRequest(mesh.maximum) if stop is None else stop)
 
 
 @pytest.fixture(scope="session")

@@ -31,11 +31,13 @@ def told(*argv: str, config_name: str = "train") -> list[str]:
 def test_every_option_of_every_group_composes(group: str, option: str) -> None:
     extra = ["data.seq_len=256", "data.input=tokens"] if group == "data" else []
     extra += ["init_from=runs/done"] if option == "sft_7b" else []
-    assert composed(f"{group}={option}", *extra).name
+    ranks = 1 if option == "single" else 8
+    extra += ["model=1b", "parallel.device=cpu", f"parallel.local_processes={ranks}"] if group == "parallel" else []
+    assert composed(f"{group}='{option}'", *extra).name
 
 
 def test_the_groups_are_those_the_readme_names() -> None:
-    named = "model data parallel optimizer scheduler precision checkpoint logger launcher experiment"
+    named = "model data parallel optimizer scheduler precision checkpoint logger launcher experiment dry_run"
     assert sorted(named.split()) == GROUPS
 
 
@@ -123,6 +125,50 @@ def test_the_tutorial_experiment_has_the_tutorials_hyper_parameters() -> None:
 )
 def test_a_wrong_command_line_is_told_in_full(argv: list[str], sentences: list[str]) -> None:
     assert told(*argv) == sentences
+
+
+def test_two_points_do_not_share_a_folder() -> None:
+    (sentence,) = told("-m", "optimizer.lr=1,2", "hydra.sweep.subdir=x")
+    assert sentence.startswith("optimizer.lr=1 and optimizer.lr=2 would share runs/tiny_builtin/x")
+    assert told("-m", "optimizer.lr=1,2") == []
+
+
+def test_a_sweep_that_the_configuration_names_is_checked_like_one_that_is_typed() -> None:
+    rates = ("1e-4", "3e-4", "1e-3", "3e-3")
+    sentences = [f"steps (0) must be at least 1 (at optimizer.lr={rate})" for rate in rates]
+    assert told("experiment=lr_sweep", "steps=0") == sentences
+
+
+def test_a_search_is_checked_at_the_corners_of_its_space() -> None:
+    assert told("-m", "hydra/sweeper=optuna", "optimizer.lr=tag(log, interval(1e-4, 1e-2))") == []
+    (sentence,) = told("-m", "hydra/sweeper=optuna", "optimizer.lr=interval(-1, 1)")
+    assert sentence == "optimizer.lr (-1.0) must be positive and finite (at optimizer.lr=-1.0)"
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["launcher.nodes=2"], "launcher.nodes (2) must be 1 with launcher=local; launcher=slurm has more"),
+        (["launcher.time=1h"], "launcher.time (1h) must look like 24:00:00 or 2-12:00:00 (days-hours:minutes:seconds)"),
+        (["launcher.time=0:01:00"], "launcher.save_before_s (120) must be less than launcher.time (0:01:00)"),
+        (["launcher.parallel_jobs=0"], "launcher.parallel_jobs (0) must be at least 1"),
+        (["early_stop.margin=0"], "early_stop.margin (0.0) must be positive, or null for no early stop"),
+    ],
+)
+def test_a_wrong_launcher_or_rule_is_told(argv: list[str], sentence: str) -> None:
+    assert told(*argv) == [sentence]
+
+
+def test_without_slurm_a_job_for_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    (sentence,) = told("launcher=slurm")
+    assert sentence == "launcher=slurm: there is no sbatch on this machine; log in where jobs are submitted"
+
+
+def test_the_tutorials_run_on_four_nodes_is_one_micro_batch_a_gpu() -> None:
+    config = composed("experiment=7b_pile_small_4_nodes")
+    assert (config.world_size, config.parallel.dp_shard, config.grad_accum_steps(dp_size=32)) == (32, 8, 1)
+    assert config.launcher.time_s == 24 * 3600 and config.optimizer.lr == 1e-4
 
 
 def test_a_value_that_hydra_cannot_read_is_told_with_the_way_out() -> None:

@@ -19,7 +19,7 @@ def _adamw_kernel(
     beta2 = tl.load(scalars + 3)
     beta2_rest = tl.load(scalars + 4)
     step_size = tl.load(scalars + 5)
-    bias_correction = tl.div_rn(1.0, tl.load(scalars + 6))
+    bias_correction = tl.load(scalars + 6)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = (at < n) & (finite != 0)
     if SPLIT:
@@ -69,7 +69,7 @@ def update(
 
     `rest` is None for an fp32 parameter, int16 for the lower half of a bf16 one's master, fp32 for a master.
     `scalars` are fp32 on the device: grad_scale, finite, 1 - lr * weight_decay, beta2, 1 - beta2,
-    -lr / (1 - beta1**t), sqrt(1 - beta2**t).
+    -lr / (1 - beta1**t), 1 / sqrt(1 - beta2**t).
     """
     halves = rest is not None and rest.dtype == torch.int16
     grid = (triton.cdiv(param.numel(), BLOCK),)

@@ -136,7 +136,7 @@ class PrecisionConfig:
     def problems(self) -> Iterator[str]:
         if self.fp8 is not Fp8.none and self.compute is not Dtype.bf16:
             yield f"precision.fp8 ({self.fp8.value}) needs precision.compute bf16, not {self.compute.value}"
-        if self.fp8 is not Fp8.none and importlib.util.find_spec("torchao") is None:
+        if self.fp8 is Fp8.rowwise and importlib.util.find_spec("torchao") is None:
             yield (
                 f"precision.fp8 ({self.fp8.value}) needs torchao: pip install -r requirements-gpu.txt, or choose "
                 "precision.fp8=none"

@@ -84,7 +84,7 @@ class AdamW:
         scalars = {}
         for weight_decay in {self.config.weight_decay, 0.0}:
             # fp64 until here, as torch.optim.AdamW has its scalars
-            row = (1 - lr * weight_decay, beta2, 1 - beta2, -step_size, bias_correction2_sqrt)
+            row = (1 - lr * weight_decay, beta2, 1 - beta2, -step_size, 1 / bias_correction2_sqrt)
             scalars[weight_decay] = torch.stack([grad_scale.double(), finite.double(), *row]).float()
         for name, param in self.locals.items():
             weight_decay = self.config.weight_decay if self.decayed(name) else 0.0

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from training.config import CheckpointError
+from training.config import CheckpointConfig, CheckpointError, Resume
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ SHAPE_KEYS = (
 )  # fmt: skip
 # What may change when a run is resumed: nothing that decides what is learnt
 FREE_KEYS = (
-    "name", "logger", "launcher", "early_stop", "checkpoint", "parallel", "valid_every", "valid_tokens",
+    "name", "logger", "launcher", "early_stop", "dry_run", "checkpoint", "parallel", "valid_every", "valid_tokens",
     "init_from", "init_content",
     "data.workers", "data.name", "data.path", "data.source", "data.input", "data.dataset", "data.dataset_config",
     "data.dataset_split", "data.text_key", "data.source_key", "data.text_lines", "data.raw_json",
@@ -87,16 +87,16 @@ def refuse_other_model(old: dict[str, Any], new: dict[str, Any], origin: Path) -
         raise CheckpointError(f"{origin} is of another model: {told}")
 
 
-def refuse_early(run_dir: Path, run_config: dict[str, Any], accepted: list[str]) -> None:
+def refuse_early(run_dir: Path, run_config: dict[str, Any], config: CheckpointConfig) -> None:
     """Refuse what stored configurations alone can tell, before any device is touched.
 
     What cannot be read here is left to whoever verifies the checkpoint.
     """
     for folder in committed(run_dir / "checkpoints")[:1]:
         stored = _stored_config(folder)
-        if stored is not None:
-            refuse_changes(stored, run_config, accepted, run_dir)
-            return
+        if stored is not None and config.resume is not Resume.never:
+            refuse_changes(stored, run_config, config.accept_changes, run_dir)
+        return
     origin = Path(run_config["init_from"] or "")
     if run_config["init_from"] is None or (origin / "config.json").exists():
         return
@@ -142,7 +142,7 @@ class StopFile:
         return abs(asked) == step, 0 < asked <= step
 
 
-def truncate_metrics(path: Path, step: int, *, validated: bool) -> None:
+def truncate_metrics(path: Path, step: int, validated: bool) -> None:
     """Drop the records after `step`, and a half-written last one, of a run that goes on from there.
 
     The validation of `step` itself is dropped too unless it was done before the checkpoint.

@@ -18,16 +18,18 @@ logger = logging.getLogger(__name__)
 class Sinks:
     """All the places a run's records go, opened and closed together.
 
-    A failing display never stops a run that has a metrics.jsonl: it is told once and left.
+    A failing display never stops a run that has a metrics.jsonl: it is told once and left. Only rank 0 writes.
     """
 
-    def __init__(self, run_dir: Path, config: LoggerConfig, *, run_config: dict[str, Any], step: int) -> None:
-        self.run_dir, self.config, self.run_config, self.step = run_dir, config, run_config, step
+    def __init__(
+        self, run_dir: Path, config: LoggerConfig, *, run_config: dict[str, Any], step: int, rank: int = 0
+    ) -> None:
+        self.run_dir, self.config, self.run_config, self.step, self.rank = run_dir, config, run_config, step, rank
 
     def __enter__(self) -> "Sinks":
-        self.tensorboard = self._tensorboard() if self.config.tensorboard else None
-        self.wandb = self._wandb() if self.config.wandb else None
-        self.metrics = (self.run_dir / "metrics.jsonl").open("a", buffering=1)
+        self.tensorboard = self._tensorboard() if self.config.tensorboard and self.rank == 0 else None
+        self.wandb = self._wandb() if self.config.wandb and self.rank == 0 else None
+        self.metrics = Path(os.devnull if self.rank else self.run_dir / "metrics.jsonl").open("a", buffering=1)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -54,6 +56,8 @@ class Sinks:
 
     def plot(self) -> None:
         """Draw loss.png from everything in metrics.jsonl."""
+        if self.rank:
+            return
         plot_loss(self.run_dir / "metrics.jsonl", self.run_dir / "loss.png")
         if self.tensorboard is not None:
             self.tensorboard.flush()

@@ -1,12 +1,10 @@
 """The engine's step against autograd and torch.optim on the whole batch at once."""
 
-from dataclasses import dataclass
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch._dynamo.utils import counters
 
 from model.config import Init, ModelConfig
@@ -16,6 +14,7 @@ from parallel.apply import compile_blocks, parallelize, recomputed_blocks
 from parallel.config import ActivationCheckpointing, Compile, ParallelConfig, ParallelError
 from parallel.engine import Engine
 from parallel.mesh import Mesh
+from tests.parallel.packed import Packed, micro_batch
 from training.config import Dtype, OptimizerConfig, PrecisionConfig, Reduction
 from training.optimizer import AdamW
 from training.scaler import LossScaler
@@ -28,27 +27,6 @@ CONFIG = ModelConfig(
 # Of dynamo's own look at the inputs of what it compiles
 DYNAMOS_OWN = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 CPU = Mesh(device=torch.device("cpu"))
-
-
-@dataclass
-class Packed:
-    tokens_BT: Tensor
-    labels_BT: Tensor
-    positions_BT: Tensor
-    source_BT: Tensor
-    cu_seqlens: Tensor
-    max_seq_len: int
-
-
-def micro_batch(lengths: list[int], seed: int, *, ignored: int = 1, source: int = 0) -> Packed:
-    generator = torch.Generator().manual_seed(seed)
-    total = sum(lengths)
-    tokens_BT = torch.randint(0, 64, (1, total), generator=generator)
-    labels_BT = torch.randint(0, 64, (1, total), generator=generator)
-    labels_BT[:, :ignored] = -100
-    positions_BT = torch.cat([torch.arange(n) for n in lengths])[None]
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    return Packed(tokens_BT, labels_BT, positions_BT, torch.full((1, total), source), cu_seqlens, max(lengths))
 
 
 def build(
@@ -184,7 +162,7 @@ def test_gradients_add_up_in_fp32_if_asked_to() -> None:
         engine = build(compute=compute, grad_dtype=grad_dtype)
         norms[name] = [float(engine.train_step(batches).grad_norm)]
         if grad_dtype is not None:
-            engine._forward(batches[0], 1.0, engine._no_totals()).backward()
+            engine._run(batches[:1], [1.0], engine._no_sums())
             assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in engine.model.parameters())
     assert norms["kept"] == pytest.approx(norms["exact"], rel=1e-2)
 

@@ -1,4 +1,4 @@
-"""A real Slurm on this machine alone, without systemd or cgroups: two nodes of four cores and two pretended GPUs."""
+"""A real Slurm on this machine alone, without systemd or cgroups: two nodes of eight cores and two GPUs, all pretended."""
 
 import os
 import secrets
@@ -94,7 +94,7 @@ def _write_conf(root: Path) -> None:
     lines = [CONF.format(host=host, port=port, root=root)]
     for number, node in enumerate(NODES, 1):
         where = f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port + number}"
-        lines.append(f"{where} CPUs=4 RealMemory=8000 Gres=gpu:2 State=UNKNOWN\n")
+        lines.append(f"{where} CPUs=8 RealMemory=8000 Gres=gpu:2 State=UNKNOWN\n")
     (root / "slurm.conf").write_text("".join(lines))
     (root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     for gpu in range(2):  # Slurm wants character devices; these are /dev/null by another name

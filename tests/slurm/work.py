@@ -22,6 +22,9 @@ def end(how: str) -> Any:
         raise ValueError("boom")
     if rank == 1 and how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 0 and how == "hang":
+        time.sleep(2)
+        raise RuntimeError("timed out waiting for the others")
     time.sleep(120)
     return how
 

@@ -1,0 +1,51 @@
+"""Batches of real tokens for the benchmarks: the built-in corpus, cut into documents of a chosen length."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.loader import lengths
+from data.batches import IGNORED, Batch
+from data.shards import Shard
+
+CORPUS = Path("corpora/builtin")
+
+
+def stream(vocab_size: int) -> np.ndarray:
+    """Give the tokens of the prepared built-in corpus, one document after the other."""
+    stems = [path.with_suffix("") for path in sorted((CORPUS / "train").glob("*.json"))]
+    if not stems:
+        raise SystemExit("the built-in corpus is not prepared: python prepare_data.py data=builtin")
+    shards = [Shard(stem) for stem in stems]
+    tokens = np.concatenate([shard.document(i) for shard in shards for i in range(shard.header.documents)])
+    assert int(tokens.max()) < vocab_size
+    return tokens.astype(np.int64)
+
+
+def micro_batches(vocab_size: int, rows: int, row_len: int, documents: str) -> Iterator[Batch]:
+    """Yield micro-batches without end; `documents` is `equal`, of a row each, or `pile`, with The Pile's lengths."""
+    tokens, random, at = stream(vocab_size), np.random.default_rng(0), 0
+    total = rows * row_len
+    while True:
+        if at + total + 1 > len(tokens):
+            at = 0
+        part = torch.from_numpy(tokens[at : at + total + 1].astype(np.int32))
+        at += total
+        ends = set(range(row_len, total + 1, row_len))
+        if documents == "pile":
+            ends |= {int(end) for end in lengths(random, total).cumsum() if end < total}
+        limits = np.array([0, *sorted(ends)], dtype=np.int32)
+        sizes = np.diff(limits)
+        labels = part[1:].clone()
+        labels[torch.from_numpy(limits[1:] - 1).long()] = IGNORED
+        positions = np.arange(total, dtype=np.int32) - np.repeat(limits[:-1], sizes)
+        yield Batch(
+            tokens_BT=part[:-1].view(rows, row_len),
+            labels_BT=labels.view(rows, row_len),
+            positions_BT=torch.from_numpy(positions).view(rows, row_len),
+            source_BT=torch.zeros(rows, row_len, dtype=torch.int32),
+            cu_seqlens=torch.from_numpy(limits),
+            max_seq_len=int(sizes.max()),
+        )

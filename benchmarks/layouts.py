@@ -1,0 +1,132 @@
+"""What each layout of InternLM-7B holds and sends on 1,024 GPUs: python -m benchmarks.layouts
+
+Prints the table of docs/parallel.md from dry runs, and draws docs/parallel.svg. Takes minutes, and no GPU.
+"""
+
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+import train
+from conf.command import CONF
+from conf.schema import register, to_config
+from parallel.dry_run import GIB, Reading
+
+WORLD_SIZE, NODE = 1024, 8
+LAYOUTS = {
+    "ddp": ["parallel=ddp"],
+    "zero1": ["parallel=zero1"],
+    "zero2": ["parallel=zero2"],
+    "zero3": ["parallel=zero3"],
+    "hybrid_zero": ["parallel=hybrid_zero"],
+    "hybrid_zero, stage 2": ["parallel=hybrid_zero", "parallel.zero_stage=2"],
+    "hybrid_zero, stage 3": ["parallel=hybrid_zero", "parallel.zero_stage=3"],
+    "tp_zero1": ["parallel=tp_zero1"],
+    "pp": ["parallel=pp"],
+    "3d": ["parallel=3d"],
+    "cp": ["parallel=cp"],
+}
+KINDS = {
+    "parameters": "#4c78a8",
+    "gradients": "#f58518",
+    "optimizer": "#54a24b",
+    "activations": "#b279a2",
+    "logits": "#9d755d",
+    "communication": "#bab0ac",
+}
+PICTURE = Path("docs/parallel.svg")
+
+
+def read(overrides: list[str]) -> Reading:
+    """Read a step of 4 micro-batches of 2 x 2,048 tokens on the rank that needs the most memory."""
+    settings = [
+        "dry_run='true'", f"dry_run.world_size={WORLD_SIZE}", "model=7b", "data=random", "data.seq_len=2048",
+        "data.micro_batch_size=2", "parallel.reduce_dtype=bf16",
+    ]  # fmt: skip
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = to_config(compose("train", overrides=[*settings, *overrides]))
+    run = train.dry_run(config)
+    n_micro_batches = max(4, run.axes.pp * config.parallel.virtual_stages)
+    return max(run.read(n_micro_batches), key=lambda reading: reading.peak)
+
+
+def sent(reading: Reading) -> tuple[int, int]:
+    """Give the bytes of collectives inside a node, and of those that leave it."""
+    items = [item for window in reading.windows for item in window.collectives]
+    leaves = [len({rank // NODE for rank in item.ranks}) > 1 for item in items]
+    within = sum(item.n_bytes for item, away in zip(items, leaves, strict=True) if not away)
+    return within, sum(item.n_bytes for item in items) - within
+
+
+def rows(readings: dict[str, Reading]) -> list[str]:
+    lines = [
+        "| layout | peak, GiB | parameters | gradients | optimizer | activations | in a node, GB | between nodes, GB |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, reading in readings.items():
+        kinds = [f"{reading.at_peak[kind] / GIB:.1f}" for kind in list(KINDS)[:4]]
+        traffic = [f"{n_bytes / 1e9:.2f}" for n_bytes in sent(reading)]
+        lines.append(f"| `{name}` | {reading.peak / GIB:.1f} | {' | '.join([*kinds, *traffic])} |")
+    return lines
+
+
+def draw(readings: dict[str, Reading]) -> str:
+    """Draw memory by kind, and bytes inside and between nodes, a row a layout."""
+    left, wide, high, gap = 170, 380, 22, 34
+    most_memory = max(reading.peak for reading in readings.values())
+    most_sent = max(sum(sent(reading)) for reading in readings.values())
+    right = left + wide + 60
+    height = 70 + gap * len(readings) + 30
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{right + wide + 90}" height="{height}" '
+        'font-family="sans-serif" font-size="12">',
+        '<rect width="100%" height="100%" fill="white"/>',
+        f'<text x="{left}" y="20" font-size="14">memory of a GPU at its peak, GiB</text>',
+        f'<text x="{right}" y="20" font-size="14">bytes of a step\'s collectives on a GPU, GB</text>',
+    ]
+    legend = [(left, kind, color) for kind, color in KINDS.items()]
+    for i, (x, kind, color) in enumerate(legend):
+        parts += _label(x + 92 * i - 40, 36, kind, color)
+    parts += _label(right + 200, 36, "inside a node", "#72b7b2") + _label(right + 310, 36, "between nodes", "#e45756")
+    for i, (name, reading) in enumerate(readings.items()):
+        y = 60 + gap * i
+        parts.append(f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">{name}</text>')
+        bars = [(reading.at_peak[kind], color) for kind, color in KINDS.items()]
+        parts += _bar(left, y, wide / most_memory, high, bars, f"{reading.peak / GIB:.0f}")
+        within, between = sent(reading)
+        bars = [(within, "#72b7b2"), (between, "#e45756")]
+        parts += _bar(right, y, wide / most_sent, high, bars, f"{(within + between) / 1e9:.1f}")
+    parts.append(
+        f'<text x="{left}" y="{height - 14}" fill="#555">InternLM-7B on {WORLD_SIZE:,} GPUs in nodes of {NODE}, 4 '
+        "micro-batches of 4,096 tokens, read by dry runs: python -m benchmarks.layouts</text>"
+    )
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _bar(x: float, y: int, scale: float, high: int, pieces: list[tuple[int, str]], text: str) -> list[str]:
+    parts = []
+    for size, color in pieces:
+        parts.append(f'<rect x="{x:.1f}" y="{y}" width="{size * scale:.1f}" height="{high}" fill="{color}"/>')
+        x += size * scale
+    return [*parts, f'<text x="{x + 5:.1f}" y="{y + 15}">{text}</text>']
+
+
+def _label(x: float, y: int, text: str, color: str) -> list[str]:
+    return [
+        f'<rect x="{x}" y="{y - 9}" width="10" height="10" fill="{color}"/>',
+        f'<text x="{x + 13}" y="{y}" font-size="11">{text}</text>',
+    ]
+
+
+def main() -> None:
+    register()
+    readings = {}
+    for name, overrides in LAYOUTS.items():
+        readings[name] = read(overrides)
+        print(f"{name}: {readings[name].table}", flush=True)
+    print(*rows(readings), sep="\n")
+    PICTURE.write_text(draw(readings))
+
+
+if __name__ == "__main__":
+    main()

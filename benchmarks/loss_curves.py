@@ -1,0 +1,138 @@
+"""What speed costs in learning: python -m benchmarks.loss_curves [--model 1b] [--steps 200] [--out docs/images]
+
+The same batches of the built-in corpus train the same weights several times: in plain eager PyTorch (bf16 weights
+copied from fp32 masters, torch.optim.AdamW on the masters, whole logits in fp32), by the engine in bf16, with bf16
+moments, and with 8-bit products. The curves and the last losses show the difference.
+"""
+
+import argparse
+import gc
+import json
+import time
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.batches import micro_batches
+from benchmarks.timing import where
+from benchmarks.train_step import build, configure, draw_weights
+from conf.schema import TrainConfig
+from model.transformer import Transformer
+from parallel.mesh import Mesh
+from training.schedule import learning_rate
+
+
+def rates(config: TrainConfig) -> list[float]:
+    of = config.optimizer
+    return [learning_rate(i, steps=config.steps, lr=of.lr, config=config.scheduler) for i in range(config.steps)]
+
+
+def plainly(config: TrainConfig, device: torch.device) -> list[float]:
+    """Train in eager PyTorch with nothing of the engine's."""
+    torch.set_default_dtype(torch.bfloat16)
+    with device:
+        model = Transformer(config.model)
+    torch.set_default_dtype(torch.float32)
+    draw_weights(model, config.seed)
+    params, masters = list(model.parameters()), [p.detach().float().requires_grad_() for p in model.parameters()]
+    of = config.optimizer
+    optimizer = torch.optim.AdamW(
+        masters, lr=of.lr, betas=(of.beta1, of.beta2), eps=of.eps, weight_decay=of.weight_decay
+    )
+    source = micro_batches(config.model.vocab_size, config.data.micro_batch_size, config.data.seq_len, "pile")
+    losses = []
+    for lr in rates(config):
+        total = torch.zeros((), device=device)
+        batches = list(islice(source, config.grad_accum_steps()))
+        targets = sum(int((b.labels_BT >= 0).sum()) for b in batches)
+        for b in batches:
+            logits = model(
+                b.tokens_BT.to(device), positions_BT=b.positions_BT.to(device),
+                cu_seqlens=b.cu_seqlens.to(device), max_seq_len=b.max_seq_len,
+            )  # fmt: skip
+            labels = b.labels_BT.flatten().long().to(device)
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum") / targets
+            loss.backward()
+            total += loss.detach()
+        for param, master in zip(params, masters, strict=True):
+            assert param.grad is not None
+            master.grad, param.grad = param.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(masters, of.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        with torch.no_grad():
+            for param, master in zip(params, masters, strict=True):
+                param.copy_(master)
+        losses.append(total)
+    return torch.stack(losses).tolist()
+
+
+def by_engine(config: TrainConfig, device: torch.device) -> list[float]:
+    engine = build(config, Mesh(device=device))
+    engine.optimizer.follow([(lr, config.optimizer.beta2) for lr in rates(config)])  # type: ignore[attr-defined]
+    source = micro_batches(config.model.vocab_size, config.data.micro_batch_size, config.data.seq_len, "pile")
+    return [float(engine.train_step(list(islice(source, config.grad_accum_steps()))).loss) for _ in range(config.steps)]
+
+
+def draw(curves: dict[str, list[float]], title: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(2, 1))
+    first = next(iter(curves.values()))
+    for name, losses in curves.items():
+        above.plot(losses, label=name, linewidth=1)
+        below.plot([mine - other for mine, other in zip(losses, first, strict=True)], linewidth=1)
+    above.set(ylabel="loss", title=title)
+    above.legend()
+    below.set(ylabel="minus the first's", xlabel="step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="1b")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rows", type=int, default=4, help="in each of a step's two micro-batches")
+    parser.add_argument("--row-len", type=int, default=2048)
+    parser.add_argument("--out", type=Path, default=Path("docs/images"))
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    n_tokens = 2 * arguments.row_len * arguments.rows
+    setting = (
+        f"model={arguments.model}", f"steps={arguments.steps}", f"data.seq_len={arguments.row_len}", "optimizer.lr=3e-4",
+        "optimizer.decay=all", "model.init=llama", "scheduler.warmup_ratio=0.1",
+        f"data.micro_batch_size={arguments.rows}", f"global_batch_tokens={n_tokens}",
+    )  # fmt: skip
+    ways = {
+        "plain eager PyTorch, fp32 masters": (plainly, ("parallel.compile=none",)),
+        "engine, bf16": (by_engine, ()),
+        "engine, bf16 moments": (by_engine, ("optimizer.state_dtype=bf16",)),
+        "engine, 8-bit products": (by_engine, ("precision.fp8=tensorwise",)),
+    }
+    print(f"{where(device)}; {arguments.model}, {n_tokens:,} tokens a step")
+    curves: dict[str, list[float]] = {}
+    for name, (train, extra) in ways.items():
+        if device.type != "cuda" and "8-bit" in name:
+            continue
+        start = time.perf_counter()
+        curves[name] = train(configure((*setting, *extra)), device)
+        last = sum(curves[name][-10:]) / 10
+        first = sum(next(iter(curves.values()))[-10:]) / 10
+        print(
+            f"{name:36} last 10 steps {last:.4f} ({last - first:+.4f})  {time.perf_counter() - start:.0f} s", flush=True
+        )
+        gc.collect()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "loss_curves.json").write_text(json.dumps(curves))
+    title = f"{arguments.model}, {n_tokens:,} tokens a step, the built-in corpus"
+    draw(curves, title, arguments.out / "loss_curves.png")
+
+
+if __name__ == "__main__":
+    main()

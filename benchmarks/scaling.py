@@ -1,0 +1,103 @@
+"""InternLM's published scaling of its 7B model beside what is predicted for it: python -m benchmarks.scaling
+
+The table is InternLM's (doc/en/train_performance.md, v0.2.1): tokens per GPU and second on A100 80GB, eight to a node
+with 4 x 100 Gb/s, 4 micro-batches of 2 x 2,048 tokens (tp=1) or 4 x 2,048 (tp=2) a step, nothing recomputed.
+
+A step is predicted as: computing and tensor-parallel messages, from a dry run of this project's engine with the
+inputs of `dry_run=a100`; plus what InternLM's own communication adds to it,
+
+    exposed + reduce x data-parallel ranks + broadcast x optimizer partitions
+
+because it reduces gradients once a step, behind the last backward pass, and then every partition of the optimizer
+state broadcasts its parameters in turn (solver/optimizer/hybrid_zero_optim.py).
+
+Calibrated, on the four rows marked *: the share of a GPU's peak that products reach, `exposed` (once gradients leave
+the node), `reduce` and `broadcast`. The other 28 numbers, all with tp=2 among them, are predictions.
+The last column is the dry run's estimate for this engine in the same setting, which gathers a block's parameters in
+one collective instead of broadcasting partitions in turn; nothing was measured for it.
+"""
+
+from dataclasses import replace
+
+from hydra import compose, initialize_config_dir
+
+import train
+from conf.command import CONF
+from conf.schema import register, to_config
+from parallel.config import DryRunConfig
+from parallel.dry_run import Reading
+from parallel.estimate import compute_s, regrouped, step_time
+
+N_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
+PUBLISHED = {  # (tp, zero1): tokens per GPU and second
+    (1, -1): (4062, 3842, 3752, 3690, 3571, 3209, 2861, 2271),
+    (1, 8): (4078, 3939, 3919, 3944, 3928, 3920, 3835, 3625),
+    (2, -1): (3822, 3595, 3475, 3438, 3308, 3094, 2992, 2785),
+    (2, 4): (3761, 3658, 3655, 3650, 3651, 3653, 3589, 3486),
+}
+CALIBRATED = ((1, 8, 8), (1, 8, 16), (1, 8, 1024), (1, -1, 1024))  # (tp, zero1, GPUs)
+TOKENS = 16_384  # of a GPU in a step
+
+
+def dry_run(tp: int, flops_efficiency: float | None = None) -> tuple[Reading, DryRunConfig]:
+    """Read a step of this engine on 16 GPUs with `zero1` 8 / tp, so that every axis of the table is there."""
+    settings = [
+        "dry_run=a100", "model=7b", "data=random", "data.seq_len=2048", f"data.micro_batch_size={2 * tp}",
+        f"global_batch_tokens={16 * TOKENS}", "parallel.zero_stage=1", f"parallel.dp_shard={8 // tp}",
+        "parallel.dp_replicate=2", f"parallel.tp={tp}", "parallel.sequence_parallel=false",
+        "parallel.reduce_dtype=bf16", "parallel.compile=none", "dry_run.world_size=16",
+    ]  # fmt: skip
+    if flops_efficiency is not None:
+        settings.append(f"dry_run.flops_efficiency={flops_efficiency}")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = to_config(compose("train", overrides=settings))
+    return train.dry_run(config).read(4)[0], config.dry_run
+
+
+def shards(tp: int, zero1: int, n_gpus: int) -> int:
+    """Parts that the optimizer state is divided into."""
+    return n_gpus // tp if zero1 < 0 else zero1
+
+
+def published_s(tp: int, zero1: int, n_gpus: int) -> float:
+    return TOKENS / PUBLISHED[tp, zero1][N_GPUS.index(n_gpus)]
+
+
+def main() -> None:
+    register()
+    first, node, most, flat = (published_s(*row) for row in CALIBRATED)
+    broadcast_s = (flat - most) / (1024 - 8)
+    reduce_s = (most - node) / (1024 - 16)
+    busy_s = first - 8 * reduce_s - 8 * broadcast_s
+    exposed_s = node - first - 8 * reduce_s
+    reading, machine = dry_run(1)
+    computing = sum(compute_s(window, machine) for window in reading.windows)
+    products = reading.flops / (machine.peak_tflops * 1e12)
+    efficiency = products / (busy_s - (computing - products / machine.flops_efficiency))
+    machine = replace(machine, flops_efficiency=efficiency)
+    print(f"calibrated: products reach {efficiency:.1%} of {machine.peak_tflops:g} TFLOP/s,")
+    print(f"            exposed {exposed_s * 1e3:.0f} ms, reduce {reduce_s * 1e3:.3f} ms a rank,")
+    print(f"            broadcast {broadcast_s * 1e3:.2f} ms a partition")
+    print(f"\n{'tp':>2} {'zero1':>5} {'GPUs':>5} {'published':>10} {'predicted':>10} {'error':>7} {'this engine':>12}")
+    errors = []
+    for (tp, zero1), row in PUBLISHED.items():
+        windows = dry_run(tp)[0].windows
+        for n_gpus, measured in zip(N_GPUS, row, strict=True):
+            parts = shards(tp, zero1, n_gpus)
+            axes = {"pp": 1, "dp_replicate": n_gpus // tp // parts, "dp_shard": parts, "cp": 1, "tp": tp}
+            ours = step_time(regrouped(windows, axes), machine)
+            added = exposed_s * (n_gpus > 8) + reduce_s * n_gpus / tp + broadcast_s * parts
+            predicted = TOKENS / (ours.compute_s + ours.waiting_s + added)
+            fitted = (tp, zero1, n_gpus) in CALIBRATED
+            error = predicted / measured - 1
+            errors += [] if fitted else [abs(error)]
+            mark = "*" if fitted else " "
+            print(
+                f"{tp:>2} {zero1:>5} {n_gpus:>5} {measured:>10,} {predicted:>9,.0f}{mark} {error:>+7.1%} "
+                f"{TOKENS / ours.total_s:>12,.0f}"
+            )
+    print(f"\n{len(errors)} predictions: mean error {sum(errors) / len(errors):.1%}, largest {max(errors):.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Times of work on a device, for the benchmarks."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_ms(work: Callable[[], object], device: torch.device, *, seconds: float = 1.0) -> float:
+    """Give the median time of one call, after two that do not count."""
+    for _ in range(2):
+        work()
+    synchronize(device)
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        work()
+        synchronize(device)
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
+
+
+def product_tflops(device: torch.device, *, size: int = 8192, seconds: float = 2.0) -> float:
+    """Give the rate of one large bf16 product, sustained: the ceiling of matrix work."""
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / median_ms(lambda: [a @ b for _ in range(10)], device, seconds=seconds) * 10 / 1e9
+
+
+def copy_tbps(device: torch.device) -> float:
+    """Give the bandwidth of a large copy, bytes read plus bytes written: the ceiling of everything else."""
+    source = torch.randn(1 << 29, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_ms(lambda: target.copy_(source), device) / 1e9
+
+
+def where(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}"

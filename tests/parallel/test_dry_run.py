@@ -1,0 +1,162 @@
+"""A step on a thousand GPUs sends what its layout's closed forms say, and holds what they say; no GPU is needed."""
+
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+import train
+from conf.command import CONF
+from conf.schema import TrainConfig, register, to_config
+from parallel.dry_run import Reading
+from parallel.engine import Engine
+
+ROOT = Path(__file__).parent.parent.parent
+WORLD, MICRO_BATCHES, LAYERS = 1024, 3, 3
+BF16 = 2
+
+
+def configure(*overrides: str, world_size: int = WORLD) -> TrainConfig:
+    """Compose InternLM-7B with fewer layers and `MICRO_BATCHES` of 4,096 tokens a data-parallel rank."""
+    register()
+    settings = [
+        "dry_run='true'", f"dry_run.world_size={world_size}", "model=7b", f"model.n_layers={LAYERS}", "data=random",
+        "data.seq_len=2048", "data.micro_batch_size=2",
+    ]  # fmt: skip
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return to_config(compose("train", overrides=[*settings, *overrides]))
+
+
+def read(*overrides: str, world_size: int = WORLD) -> tuple[TrainConfig, list[Reading]]:
+    config = configure(*overrides, world_size=world_size)
+    return config, train.dry_run(config).read(MICRO_BATCHES)
+
+
+class Sizes:
+    """Numbers of a model's groups, each of which is gathered and reduced by itself: blocks, embedding, the rest.
+
+    A tensor's rows are filled up to a multiple of the ranks that share them.
+    """
+
+    def __init__(self, config: TrainConfig, shard: int) -> None:
+        width = config.model.d_model
+        vocab_size, d_ff = (-(-n // shard) * shard for n in (config.model.vocab_size, config.model.d_ff))
+        assert width % shard == 0 and config.model.attention_bias and config.model.n_kv_heads == config.model.n_heads
+        block = 4 * (width * width + width) + width * (2 * d_ff + config.model.d_ff) + 2 * width
+        self.rest = vocab_size * width + width
+        self.all = config.model.n_layers * block + vocab_size * width + self.rest
+        self.groups = config.model.n_layers + 2
+
+
+def figures(dp: int) -> int:
+    """Bytes that every step adds up over all ranks: targets of each micro-batch; loss, four sums a source, norm."""
+    return 8 * dp * MICRO_BATCHES + 8 * 6
+
+
+def table(
+    sizes: Sizes, shard: int, *, gathers: tuple[int, int], scatters: int, reduce_bytes: int = 4
+) -> dict[tuple[str, str], tuple[int, int]]:
+    """The closed form of a data-parallel layout.
+
+    `gathers` says how often a step gathers a block or the embedding, and how often the rest.
+    """
+    replicas = WORLD // shard
+    dp = "+".join(name for name, size in (("dp_replicate", replicas), ("dp_shard", shard)) if size > 1)
+    expected = {}
+    if replicas > 1:
+        expected["dp_replicate", "all_reduce"] = (sizes.groups, reduce_bytes * sizes.all // shard)
+    if shard > 1:
+        blocks, rest = gathers
+        expected["dp_shard", "all_gather"] = (
+            blocks * (sizes.groups - 1) + rest,
+            BF16 * (blocks * (sizes.all - sizes.rest) + rest * sizes.rest),
+        )
+        expected["dp_shard", "reduce_scatter"] = (
+            scatters * sizes.groups,
+            scatters * reduce_bytes * sizes.all,
+        )
+    count, n_bytes = expected.get((dp, "all_reduce"), (0, 0))
+    expected[dp, "all_reduce"] = (count + 2, n_bytes + figures(WORLD))
+    return expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "shard", "gathers", "scatters", "reduce_bytes"),
+    [
+        (["parallel=ddp"], 1, (0, 0), 0, 4),
+        (["parallel=ddp", "parallel.reduce_dtype=bf16"], 1, (0, 0), 0, 2),
+        (["parallel=zero1"], WORLD, (1, 1), 1, 4),
+        (["parallel=hybrid_zero"], 8, (1, 1), 1, 4),
+        (["parallel=hybrid_zero", "parallel.reduce_dtype=bf16"], 8, (1, 1), 1, 2),
+        (["parallel=hybrid_zero", "parallel.dp_shard=64"], 64, (1, 1), 1, 4),
+        (["parallel=zero2"], WORLD, (1, 1), MICRO_BATCHES, 4),
+        (["parallel=hybrid_zero", "parallel.zero_stage=2"], 8, (1, 1), MICRO_BATCHES, 4),
+        (["parallel=zero3"], WORLD, (2 * MICRO_BATCHES, MICRO_BATCHES), MICRO_BATCHES, 4),
+        (["parallel=hybrid_zero", "parallel.zero_stage=3"], 8, (2 * MICRO_BATCHES, MICRO_BATCHES), MICRO_BATCHES, 4),
+    ],
+    ids=str,
+)
+def test_a_data_parallel_step_of_1024_gpus_sends_what_its_stage_says(
+    overrides: list[str], shard: int, gathers: tuple[int, int], scatters: int, reduce_bytes: int
+) -> None:
+    config, (reading,) = read(*overrides)
+    expected = table(Sizes(config, shard), shard, gathers=gathers, scatters=scatters, reduce_bytes=reduce_bytes)
+    assert reading.table == expected
+
+
+def test_a_micro_batch_that_reduces_once_too_often_is_seen() -> None:
+    def always(engine: Engine, *, last: bool) -> None:
+        engine.model.set_requires_gradient_sync(True)  # type: ignore[operator]
+        engine.model.set_reshard_after_backward(last)  # type: ignore[operator]
+
+    with mock.patch.object(Engine, "_reduce_after", always):
+        config, (reading,) = read("parallel=hybrid_zero")
+    expected = table(Sizes(config, 8), 8, gathers=(1, 1), scatters=1)
+    assert reading.table != expected
+    assert reading.table["dp_shard", "reduce_scatter"] == tuple(
+        MICRO_BATCHES * figure for figure in expected["dp_shard", "reduce_scatter"]
+    )
+
+
+def test_a_long_step_is_as_its_micro_batches_say() -> None:
+    config = configure("parallel=hybrid_zero", "parallel.zero_stage=3")
+    run = train.dry_run(config)
+    short, long = run.read_rank(0, 6), run.read(6)[0]
+    assert (long.table, long.flops) == (short.table, short.flops)
+    assert long.time.total_s == pytest.approx(short.time.total_s, rel=1e-6)
+
+
+def test_memory_is_what_each_kind_takes() -> None:
+    config, (alone,) = read(world_size=1)
+    numbers = config.model.n_params
+    small = 512 * 30 * LAYERS  # each tensor is rounded up to 512 bytes
+    assert alone.at_peak["parameters"] == pytest.approx(2 * numbers, abs=small)
+    # the lower halves of the masters, and two fp32 moments
+    assert alone.at_peak["optimizer"] == pytest.approx(10 * numbers, abs=3 * small)
+    assert alone.at_peak["gradients"] == pytest.approx(2 * numbers, abs=small)
+    _, (sharded,) = read("parallel=zero1", "parallel.reduce_dtype=bf16", world_size=8)
+    assert sharded.at_peak["optimizer"] == pytest.approx(10 * numbers / 8, abs=3 * small)
+    assert sharded.at_peak["parameters"] == pytest.approx(2 * numbers * (1 + 1 / 8), abs=2 * small)
+    assert sharded.at_peak["activations"] == pytest.approx(alone.at_peak["activations"], rel=0.02)
+
+
+def test_flops_are_those_of_the_model() -> None:
+    config, (reading,) = read(world_size=1)
+    model, tokens = config.model, MICRO_BATCHES * 4096
+    # A token sees half of the others: 2 products forward and, because a fused kernel makes the scores again, 5 backward.
+    kv_dim = model.n_kv_heads * model.head_dim
+    layer = 2 * model.d_model * (model.d_model + kv_dim) + 3 * model.d_model * model.d_ff
+    products = 6 * (model.n_layers * layer + model.vocab_size * model.d_model)
+    attention = 7 * model.n_layers * model.d_model * config.data.seq_len
+    assert reading.flops == tokens * (products + attention)
+
+
+def test_the_command_prints_a_dry_run(tmp_path: Path) -> None:
+    command = [sys.executable, "train.py", "dry_run=true", "parallel=hybrid_zero", "dry_run.world_size=1024"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for words in ("1,024 GPUs", "dp_shard 8", "parameters held; peak", "reduce_scatter", "tokens/s a GPU", "overlap"):
+        assert words in done.stdout

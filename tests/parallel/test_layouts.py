@@ -1,0 +1,112 @@
+"""Every layout takes the steps that one process takes: losses, norms and weights, in float32, to 5e-6."""
+
+import pytest
+import torch
+
+from model.transformer import Transformer
+from parallel.config import Schedule
+from parallel.plan import PLAN, entries_for
+from tests.parallel.layouts import MODELS, Case, Outcome, alone, run
+from training.config import Reduction
+
+ZERO = {
+    "ddp_2": Case(2, layout={"dp_replicate": 2}),
+    "zero1_2": Case(2, layout={"dp_shard": -1, "zero_stage": 1}),
+    "zero2_4": Case(4, "biased", layout={"dp_shard": -1, "zero_stage": 2}),
+    "zero3_4": Case(4, "biased", layout={"dp_shard": -1, "zero_stage": 3}),
+    "zero3_tied_2": Case(2, "tied", layout={"dp_shard": -1, "zero_stage": 3}),
+    "hybrid1_4": Case(4, layout={"dp_replicate": 2, "dp_shard": 2, "zero_stage": 1}),
+    "hybrid2_4": Case(4, layout={"dp_replicate": 2, "dp_shard": 2, "zero_stage": 2}),
+    "hybrid3_8": Case(8, layout={"dp_replicate": 4, "dp_shard": 2, "zero_stage": 3}),
+    "row_mean_4": Case(4, reduction=Reduction.row_mean, layout={"dp_shard": 4, "zero_stage": 1}),
+    "one_rank_is_bad_4": Case(4, layout={"dp_shard": 4, "zero_stage": 2}, bad_rank=2),
+}
+TENSOR = {
+    "tp_2": Case(2, layout={"tp": 2}),
+    "tp_4_biased": Case(4, "biased", layout={"tp": 4}),
+    "tp_2_no_sp": Case(2, "biased", layout={"tp": 2, "sequence_parallel": False}),
+    "tp_2_tied": Case(2, "tied", layout={"tp": 2}),
+    "tp_zero1_4": Case(4, "biased", layout={"dp_shard": 2, "tp": 2, "zero_stage": 1}),
+    "tp_zero3_8": Case(8, "biased", layout={"dp_replicate": 2, "dp_shard": 2, "tp": 2, "zero_stage": 3}),
+    "tp_ddp_4": Case(4, layout={"dp_replicate": 2, "tp": 2, "sequence_parallel": False}),
+}
+CONTEXT = {
+    "cp_2_ddp": Case(2, "biased", layout={"cp": 2}),
+    "cp_4_zero1": Case(4, layout={"cp": 4, "zero_stage": 1}),
+    "cp_8_kv_repeated": Case(8, "biased", layout={"cp": 8, "zero_stage": 3}),
+    "cp_tp_zero2_8": Case(8, "biased", layout={"dp_shard": 2, "cp": 2, "tp": 2, "zero_stage": 2}),
+}
+PIPELINE = {
+    "pp_2": Case(2, "biased", layout={"pp": 2}),
+    "pp_2_uneven": Case(2, layout={"pp": 2, "pipeline_layers": [1, 3]}),
+    "pp_4_zero1_8": Case(8, layout={"pp": 4, "dp_shard": 2, "zero_stage": 1}),
+    "interleaved_2": Case(
+        2, "biased", layout={"pp": 2, "virtual_stages": 2, "pipeline_schedule": Schedule["interleaved_1f1b"]}
+    ),
+    "zero_bubble_2": Case(2, "biased", layout={"pp": 2, "pipeline_schedule": Schedule["zero_bubble"]}),
+    "zbv_2": Case(2, layout={"pp": 2, "virtual_stages": 2, "pipeline_schedule": Schedule["zbv"]}),
+    "pp_tp_zero1_8": Case(8, "biased", layout={"pp": 2, "dp_shard": 2, "tp": 2, "zero_stage": 1}),
+    "zero_bubble_tp_cp_8": Case(
+        8, "biased", layout={"pp": 2, "cp": 2, "tp": 2, "zero_stage": 1, "pipeline_schedule": Schedule["zero_bubble"]}
+    ),
+    "interleaved_hybrid_8": Case(
+        8, layout={"pp": 2, "dp_replicate": 2, "dp_shard": 2, "zero_stage": 1, "virtual_stages": 2,
+                   "pipeline_schedule": Schedule["interleaved_1f1b"]},
+    ),
+}  # fmt: skip
+CASES = {**PIPELINE, **ZERO, **TENSOR, **CONTEXT}
+
+
+# The CPU time of a minute and a half; starting more groups than one would be most of it.
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome | str]:
+    return run(tmp_path_factory.mktemp("ranks"), CASES)
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[tuple[str, Reduction], Outcome]:
+    found: dict[tuple[str, Reduction], Outcome] = {}
+    for case in CASES.values():
+        if (case.model, case.reduction) not in found:
+            found[case.model, case.reduction] = alone(Case(1, case.model, case.reduction))
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.bad_rank is None])
+def test_a_layout_equals_one_process(
+    name: str, outcomes: dict[str, Outcome | str], references: dict[tuple[str, Reduction], Outcome]
+) -> None:
+    here = outcomes[name]
+    assert isinstance(here, Outcome), here
+    one = references[CASES[name].model, CASES[name].reduction]
+    assert max(one.norms) > 0.3, "the clip must be at work"
+    assert here.losses == pytest.approx(one.losses, rel=1e-6)
+    assert here.norms == pytest.approx(one.norms, rel=5e-6)
+    assert here.valid == pytest.approx(one.valid, rel=1e-6)
+    for mine, its in zip(here.totals, one.totals, strict=True):
+        assert mine == pytest.approx(its, rel=1e-6)
+    assert here.weights.keys() == one.weights.keys()
+    for weight, value in one.weights.items():
+        torch.testing.assert_close(here.weights[weight], value, rtol=0, atol=2e-6, msg=weight)
+
+
+def test_a_rank_that_is_not_finite_makes_every_rank_skip_and_is_named(
+    outcomes: dict[str, Outcome | str],
+) -> None:
+    here = outcomes["one_rank_is_bad_4"]
+    assert isinstance(here, Outcome), here
+    assert here.finite == [number != 2 for number in range(10)]
+    assert here.bad_layer == "blocks.1.mlp.w_up (forward)"
+    assert all(torch.isfinite(weight).all() for weight in here.weights.values())
+
+
+@pytest.mark.parametrize("model", ["plain", "biased"])
+def test_every_parameter_matches_exactly_one_entry_of_the_plan_and_every_entry_a_parameter(model: str) -> None:
+    with torch.device("meta"):
+        paths = {name.rpartition(".")[0] for name, _ in Transformer(MODELS[model]).named_parameters()}
+    found = {path: entries_for(path) for path in paths}
+    assert all(len(entries) == 1 for entries in found.values()), found
+    assert {entry for entries in found.values() for entry in entries} == set(PLAN)

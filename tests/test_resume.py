@@ -1,0 +1,72 @@
+"""A run that was saved on one layout goes on, on any other, as if nothing had happened."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, trained
+from tests.resume_rank import PAIRS, SAVED, STEPS, WORLD_SIZE
+from training.checkpoint import open_checkpoint
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> Path:
+    """Folders of runs: each layout until it was saved, each pair to its end, and one that nobody stopped."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "stop").write_text(str(SAVED))
+    overrides = [o for o in small if not o.startswith(("global_batch_tokens", "data.micro_batch_size", "steps"))]
+    overrides += ["global_batch_tokens=256", "valid_tokens=256", "model.n_layers=1"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.resume_rank", str(folder), *overrides],
+            cwd=ROOT,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(WORLD_SIZE)
+    ]
+    told = [rank.communicate(timeout=600)[1] for rank in ranks]
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(told)
+    trained(folder / "whole", *overrides, f"steps={STEPS}", "data.micro_batch_size=1")
+    return folder
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["train/loss"] for record in records if "train/loss" in record}
+
+
+@pytest.mark.parametrize("before,after", PAIRS, ids=lambda name: name)
+def test_what_one_layout_saved_is_what_another_holds(runs: Path, before: str, after: str) -> None:
+    saved = open_checkpoint(runs / before).read("")
+    again = open_checkpoint(runs / f"{before}_{after}" / "again").read("")
+    names = {name for name in saved if not name.startswith("rng.")}
+    assert names and names == {name for name in again if not name.startswith("rng.")}
+    for name in names:
+        assert torch.equal(saved[name], again[name]), name
+    for name in saved.keys() & again.keys():
+        assert torch.equal(saved[name], again[name]), name
+
+
+@pytest.mark.parametrize("before,after", PAIRS, ids=lambda name: name)
+def test_the_next_losses_are_those_of_a_run_that_was_never_stopped(runs: Path, before: str, after: str) -> None:
+    whole, here = losses(runs / "whole"), losses(runs / f"{before}_{after}")
+    assert sorted(here) == list(range(1, STEPS + 1))
+    # The same weights give the same loss; only sums over ranks are made in another order.
+    assert here[SAVED + 1] == pytest.approx(whole[SAVED + 1], rel=1e-6)
+    assert here[STEPS] == pytest.approx(whole[STEPS], rel=1e-5)
+
+
+def test_the_same_layout_goes_on_bit_for_bit(runs: Path) -> None:
+    assert losses(runs / "zero1_zero1") == losses(runs / "zero1_whole")

@@ -1,0 +1,69 @@
+"""The table of a step against steps whose parts are known."""
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import trained
+from training.profile import ORDER, kind_of, profile_steps, spent
+
+
+def test_overlapping_time_is_counted_once_and_adds_up() -> None:
+    intervals = [
+        (0.0, 4.0, "communication"),  # hidden from 1 to 3 behind a product
+        (1.0, 3.0, "GEMM"),
+        (2.0, 5.0, "elementwise"),
+        (7.0, 20.0, "optimizer"),  # goes on past the end
+    ]
+    parts = spent(intervals, 0.0, 10.0)
+    assert parts == {
+        **dict.fromkeys(ORDER, 0.0),
+        "communication": 1,
+        "GEMM": 2,
+        "elementwise": 2,
+        "optimizer": 3,
+        "idle": 2,
+    }
+    assert sum(parts.values()) == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT", "GEMM"),
+        ("kernel_cutlass_kernel_flash_attncuteflash_bwd_sm90FlashAttentionBackwardSm90", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
+        ("triton_poi_fused_mul_silu_1", "elementwise"),
+        ("_adamw_kernel", "optimizer"),
+        ("ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL", "communication"),
+        ("_statistics_kernel", "loss"),
+    ],
+)
+def test_kernels_are_told_by_their_names(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
+
+
+def test_products_are_most_of_a_step_of_products_and_the_rest_is_not(tmp_path: Path) -> None:
+    a = torch.randn(400, 400)
+    text = profile_steps(lambda: [a @ a for _ in range(20)], torch.device("cpu"), tmp_path)
+    shares = {row.split()[0]: float(row.split()[-1].rstrip("%")) for row in text.splitlines()[1:-2]}
+    assert shares["GEMM"] == max(shares.values()) and sum(shares.values()) == pytest.approx(100, abs=0.5)
+    text = profile_steps(lambda: [a.sin() for _ in range(200)], torch.device("cpu"), tmp_path)
+    assert re.search(r"GEMM +0.000", text)
+
+
+def test_the_command_leaves_a_trace_and_a_table(
+    tmp_path: Path, small: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    assert trained(tmp_path / "r", *small, "profile=true") is None
+    folder = tmp_path / "r" / "profile"
+    rows = dict(re.findall(r"^(\S+) +([\d.]+) +[\d.]+%$", (folder / "table.txt").read_text(), flags=re.M))
+    assert float(rows["step"]) == pytest.approx(sum(float(v) for k, v in rows.items() if k != "step"), abs=0.01)
+    assert all(float(rows[kind]) > 0 for kind in ("GEMM", "attention", "loss", "optimizer", "elementwise"))
+    with gzip.open(folder / "trace.json.gz") as file:
+        assert any(event.get("name") == "profiled steps" for event in json.load(file)["traceEvents"])
+    assert not list((tmp_path / "r" / "checkpoints").glob("step-*"))

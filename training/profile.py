@@ -1,0 +1,104 @@
+"""Where the time of a step goes: a trace, a memory snapshot, and a table by kind that adds up to the step."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+WARM_UP, PROFILED = 3, 2  # steps
+WINDOW = "profiled steps"
+KINDS = {
+    "loss": ("_statistics_kernel", "_gradient_kernel", "_LinearCrossEntropy"),
+    "optimizer": ("_adamw_kernel", "fused_adam", "FusedAdam", "multi_tensor"),
+    "attention": ("flash", "fmha", "cudnn_generated", "sdpa", "scaled_dot_product", "efficient_attention"),
+    "communication": ("nccl", "c10d::", "gloo:"),
+    "GEMM": (
+        "nvjet", "gemm", "cutlass", "xmma", "cublas", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm",
+        "_scaled_mm", "aten::mkldnn_linear", "mkl_linear",
+    ),
+}  # fmt: skip
+# Of two things at one time, the earlier in this list is what the step is spent on.
+ORDER = ("GEMM", "attention", "loss", "optimizer", "elementwise", "communication")
+
+
+def kind_of(name: str) -> str:
+    """Tell what a kernel, or on the CPU an operation, is for."""
+    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "elementwise")
+
+
+def spent(intervals: Iterable[tuple[float, float, str]], begin: float, end: float) -> dict[str, float]:
+    """Divide the time from `begin` to `end` among the kinds of overlapping intervals; what none covers is idle."""
+    changes = []
+    for start, stop, kind in intervals:
+        start, stop = max(start, begin), min(stop, end)
+        if stop > start:
+            changes += [(start, 1, kind), (stop, -1, kind)]
+    found = dict.fromkeys((*ORDER, "idle"), 0.0)
+    running: dict[str, int] = defaultdict(int)
+    at = begin
+    for when, change, kind in [*sorted(changes), (end, 0, "idle")]:
+        busy = next((k for k in ORDER if running[k]), "idle")
+        found[busy] += when - at
+        at = when
+        running[kind] += change
+    return found
+
+
+def profile_steps(step: Callable[[], object], device: torch.device, folder: Path) -> str:
+    """Run steps, write `trace.json.gz` and on CUDA `memory.pickle` into `folder`, and give the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    on_cuda = device.type == "cuda"
+    for _ in range(WARM_UP):
+        step()
+    activities = [ProfilerActivity.CPU]
+    if on_cuda:
+        activities.append(ProfilerActivity.CUDA)
+        torch.cuda.memory._record_memory_history()
+        torch.cuda.synchronize(device)
+    with profile(activities=activities) as found, record_function(WINDOW):
+        host = time.perf_counter()
+        for _ in range(PROFILED):
+            step()
+        host = time.perf_counter() - host
+        if on_cuda:
+            torch.cuda.synchronize(device)
+    if on_cuda:
+        torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))
+        torch.cuda.memory._record_memory_history(enabled=None)
+    found.export_chrome_trace(str(folder / "trace.json.gz"))
+    events: list[Any] = list(found.events() or [])
+    window = next(e for e in events if e.name == WINDOW and e.device_type == DeviceType.CPU)
+    intervals = [
+        (e.time_range.start, e.time_range.end, kind) for e, kind in (_kernels if on_cuda else _operations)(events)
+    ]
+    parts = spent(intervals, window.time_range.start, window.time_range.end)
+    return table(parts, launches=len(intervals), host_s=host / PROFILED)
+
+
+def _kernels(events: list[Any]) -> Iterable[tuple[Any, str]]:
+    for event in events:
+        if event.device_type == DeviceType.CUDA and event.name != WINDOW:
+            yield event, kind_of(event.name)
+
+
+def _operations(events: list[Any]) -> Iterable[tuple[Any, str]]:
+    """All operations: of those inside each other, `spent` takes the kind that comes first."""
+    for event in events:
+        if event.name != WINDOW and event.device_type == DeviceType.CPU:
+            yield event, kind_of(event.name)
+
+
+def table(parts: dict[str, float], *, launches: int, host_s: float) -> str:
+    """Write microseconds of all profiled steps as milliseconds of one."""
+    total = sum(parts.values())
+    rows = [f"{'of a step':15} {'ms':>10} {'share':>7}"]
+    for kind, microseconds in parts.items():
+        rows.append(f"{kind:15} {microseconds / 1e3 / PROFILED:10.3f} {microseconds / total:7.1%}")
+    rows.append(f"{'step':15} {total / 1e3 / PROFILED:10.3f} {1:7.1%}")
+    rows.append(f"{launches // PROFILED:,} launches a step; the host was busy with them for {host_s * 1e3:.1f} ms")
+    return "\n".join(rows)
