@@ -65,9 +65,18 @@ def test_the_result_does_not_depend_on_the_workers(
 
 @pytest.mark.parametrize("shards", [2, 3, 7])
 def test_parts_make_the_same_documents_whichever_ends_last(
-    config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, small_blocks: None, shards: int
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    small_blocks: None,
+    monkeypatch: pytest.MonkeyPatch,
+    shards: int,
 ) -> None:
     (tmp_path / "texts" / "b.jsonl.gz").write_bytes(gzip.compress(lines([{"text": f"{i} more"} for i in range(40)])))
+    monkeypatch.setattr(reading, "TEXT_BYTES", 300)
+    monkeypatch.setattr(reading, "PIECE_CHARS", 200)
+    for name in ("c", "d"):
+        (tmp_path / "texts" / f"{name}.txt").write_text(f"{name} is a long text. " * 90)
     whole = made(config, tokenizer)
     other = dataclasses.replace(config, path=config.path + "2")
     order = random.Random(shards).sample(range(shards), shards)
