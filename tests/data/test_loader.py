@@ -234,3 +234,20 @@ def test_ranks_that_change_at_every_restart_see_the_sequence_of_one_that_never_s
     if not weighted:
         epochs = [Counter(seen[i : i + packs.n_packs]) for i in range(0, sample - packs.n_packs + 1, packs.n_packs)]
         assert all(epoch == Counter(range(packs.n_packs)) for epoch in epochs)
+
+
+def test_a_batch_is_pinned_without_tensors_that_repeat_one_memory(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        assert tensor.is_contiguous(), "CUDA cannot pin it"
+        pinned.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    batch = corpus.train.batch(np.arange(2))
+    whole = batch.source_BT.clone()
+    assert torch.equal(batch.pin_memory().source_BT, whole)
+    assert len(pinned) == 5
