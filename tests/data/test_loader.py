@@ -170,7 +170,7 @@ def packs_files(packs: PackSet) -> list[Shard]:
     packing=st.sampled_from([Packing.concat, Packing.best_fit, Packing.internlm]),
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=8),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_however_steps_divide_the_sequence_it_is_the_same_and_epochs_are_whole(
     tmp_path_factory: pytest.TempPathFactory, n_packs: list[int], weighted: bool, packing: Packing, sizes: list[int]
 ) -> None:
@@ -203,7 +203,7 @@ def test_added_files_begin_an_epoch_over_everything(tmp_path: Path) -> None:
     dp_sizes=st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=4),
     per_run=st.integers(1, 3),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_ranks_that_change_at_every_restart_see_the_sequence_of_one_that_never_stops(
     tmp_path_factory: pytest.TempPathFactory,
     lengths: list[list[int]],
