@@ -1,5 +1,8 @@
 """Every layout takes the steps that one process takes: losses, norms and weights, in float32, to 5e-6."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import pytest
 import torch
 
@@ -68,13 +71,21 @@ BF16 = {
 CASES = {**BF16, **PIPELINE, **ZERO, **TENSOR, **CONTEXT}
 
 
-# The CPU time of a minute and a half; starting more groups than one would be most of it.
+# One group of processes runs all layouts: it is the first test that waits for them.
 pytestmark = pytest.mark.timeout(900)
 
 
+def named(cases: Iterable[str]) -> list[Any]:
+    """Cases by name; those of more than 4 ranks take minutes."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if CASES[name].world_size > 4 else []) for name in cases]
+
+
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome | str]:
-    return run(tmp_path_factory.mktemp("ranks"), CASES)
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome | str]:
+    """What came out of the cases that were chosen."""
+    items: list[Any] = [item for item in request.session.items if "outcomes" in getattr(item, "fixturenames", ())]
+    cases = {item.callspec.params["name"]: CASES[item.callspec.params["name"]] for item in items}
+    return run(tmp_path_factory.mktemp("ranks"), cases, max(case.world_size for case in cases.values()))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +97,7 @@ def references() -> dict[tuple[str, Reduction], Outcome]:
     return found
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.bad_rank is None and name not in BF16])
+@pytest.mark.parametrize("name", named(n for n, case in CASES.items() if case.bad_rank is None and n not in BF16))
 def test_a_layout_equals_one_process(
     name: str, outcomes: dict[str, Outcome | str], references: dict[tuple[str, Reduction], Outcome]
 ) -> None:
@@ -104,7 +115,7 @@ def test_a_layout_equals_one_process(
         torch.testing.assert_close(here.weights[weight], value, rtol=0, atol=2e-6, msg=weight)
 
 
-@pytest.mark.parametrize("name", list(BF16))
+@pytest.mark.parametrize("name", named(BF16))
 def test_bf16_on_a_layout_learns_as_one_process_does_in_float32(
     name: str, outcomes: dict[str, Outcome | str], references: dict[tuple[str, Reduction], Outcome]
 ) -> None:
@@ -115,10 +126,11 @@ def test_bf16_on_a_layout_learns_as_one_process_does_in_float32(
     assert here.norms == pytest.approx(one.norms, rel=3e-2)
 
 
+@pytest.mark.parametrize("name", ["one_rank_is_bad_4"])
 def test_a_rank_that_is_not_finite_makes_every_rank_skip_and_is_named(
-    outcomes: dict[str, Outcome | str],
+    name: str, outcomes: dict[str, Outcome | str]
 ) -> None:
-    here = outcomes["one_rank_is_bad_4"]
+    here = outcomes[name]
     assert isinstance(here, Outcome), here
     assert here.finite == [number != 2 for number in range(10)]
     assert here.bad_layer == "blocks.1.mlp.w_up (forward)"
