@@ -50,6 +50,8 @@ def main(cfg: DictConfig) -> float | None:
 
 def work(config: TrainConfig, run_config: dict[str, Any], run_dir: Path) -> float | None:
     """Be one rank of a run and give its validation loss; a stop that was asked for exits with a signal's code."""
+    # Near the end of a device's memory, freed pieces between others are lost without it. Read as CUDA starts.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from parallel.mesh import distributed
     from parallel.out_of_memory import told_when_memory_ends
     from parallel.slurm import go_on_later
@@ -229,13 +231,15 @@ def loop(
 ) -> None:
     """Take batches and steps until the run is over or asked to stop; what is due comes after each step."""
     from training.early_stop import is_hopeless
+    from training.garbage import collected_between_steps
     from training.progress import check_bad_steps
     from training.run_folder import StopFile
 
     left_out = parse_ranges(config.skip_batches)
     stop_file = StopFile(config.checkpoint.stop_file)
     # The batches' workers end with the loop, however it ends.
-    with closing(batches_to_come(config, engine.mesh, corpus, progress)) as batches_of_steps:
+    batches_to_end = closing(batches_to_come(config, engine.mesh, corpus, progress))
+    with batches_to_end as batches_of_steps, collected_between_steps() as collect_garbage:
         validate_if_due(config, engine, corpus, progress, report, stop)  # if a stop cut it short
         while progress.step < config.steps and not stop:
             report.throughput.begin()
@@ -258,6 +262,7 @@ def loop(
                     if bad:
                         limit = config.optimizer.max_bad_steps
                         check_bad_steps(progress, limit, partial(engine.first_bad_layer, batches))
+                    collect_garbage()
                     lr, beta2 = result.rates_2.tolist()
                     epochs = corpus.train.epochs(progress.samples)
                     report.step(progress, result, epochs, lr=lr, beta2=beta2, loss_scale=scale)
@@ -390,6 +395,8 @@ def describe(config: TrainConfig, mesh: "Mesh", corpus: "Corpus", progress: "Pro
     """Say what is about to be trained, on what, and from where."""
     import torch
 
+    from model.attention import resolve_backend
+
     model, data = config.model, config.data
     device = (
         torch.cuda.get_device_name(mesh.device)
@@ -401,6 +408,11 @@ def describe(config: TrainConfig, mesh: "Mesh", corpus: "Corpus", progress: "Pro
     epochs = corpus.train.epochs(last_sample)
     by_source = ", ".join(f"{corpus.sources[source]} {epochs[source]:.2f}" for source in sorted(epochs))
     padding, cut = corpus.train.waste()
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[config.precision.compute.value]
+    alone, packed = (resolve_backend(model.attention, mesh.device, dtype, equal=equal).value for equal in (True, False))
+    attention = alone if alone == packed else f"{alone}, and {packed} for packs of several documents"
+    fp8 = config.precision.fp8.value
+    precision = config.precision.compute.value + ("" if fp8 == "none" else f" with {fp8} 8-bit products")
     for line in (
         f"run        {run_dir}",
         f"model      {model.name}: {model.n_params:,} parameters, {model.n_layers} layers x {model.d_model}, "
@@ -412,7 +424,7 @@ def describe(config: TrainConfig, mesh: "Mesh", corpus: "Corpus", progress: "Pro
         f"batch      {config.global_batch_tokens:,} tokens = {config.grad_accum_steps(mesh.dp_size)} micro-batches of "
         f"{config.micro_batch_tokens:,}; {config.steps:,} steps; epochs: {by_source}",
         f"packing    {data.packing.value}: {padding:.2%} of the tokens are padding, {cut:.2%} of the documents are cut",
-        f"device     {device}, {config.precision.compute.value}, attention {model.attention.value}",
+        f"device     {device}, {precision}, attention {attention}",
         f"start      step {progress.step}",
     ):
         logger.info("%s", line)

@@ -105,8 +105,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     n_tokens = 2 * arguments.row_len * arguments.rows
     setting = (
-        f"model={arguments.model}", f"steps={arguments.steps}", f"data.seq_len={arguments.row_len}", "optimizer.lr=3e-4",
-        "optimizer.decay=all", "model.init=llama", "scheduler.warmup_ratio=0.1",
+        f"model={arguments.model}", f"steps={arguments.steps}", f"data.seq_len={arguments.row_len}",
+        "optimizer.lr=3e-4", "optimizer.decay=all", "model.init=llama", "scheduler.warmup_ratio=0.1",
         f"data.micro_batch_size={arguments.rows}", f"global_batch_tokens={n_tokens}",
     )  # fmt: skip
     ways = {

@@ -159,6 +159,10 @@ class LauncherConfig:
     def ranks_per_node(self) -> int:
         return self.tasks_per_node or self.gpus_per_node or 1
 
+    def gpus_of_a_job(self, n_gpus: int) -> int:
+        """GPUs that a job of this machine has out of `n_gpus`: as many as it asks for, or its share."""
+        return self.gpus_per_node or max(1, n_gpus // (self.parallel_jobs or n_gpus)) if n_gpus else 0
+
     @property
     def time_s(self) -> int:
         found = TIME.fullmatch(self.time)

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from parallel.axes import Axes, resolve_axes
 from parallel.config import Device, ParallelConfig, ParallelError
@@ -177,6 +176,8 @@ def _process_group(config: ParallelConfig, device: torch.device, world_size: int
 
 def leave() -> None:
     """Close the process group, and let DTensor forget the layouts it has seen: they name groups that are closed."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache  # late: it costs as much as torch itself
+
     dist.destroy_process_group()
     _clear_sharding_prop_cache()  # private, but there is no other way to have two meshes in the life of a process
 
