@@ -269,7 +269,9 @@ def is_first_copy(param: Tensor) -> bool:
     if not isinstance(param, DTensor):
         return True
     where: Any = param.device_mesh.get_coordinate()
-    return all(at == 0 or divided_dim(placement) is not None for at, placement in zip(where, param.placements, strict=True))
+    return all(
+        at == 0 or divided_dim(placement) is not None for at, placement in zip(where, param.placements, strict=True)
+    )
 
 
 def local(tensor: Any) -> Tensor:

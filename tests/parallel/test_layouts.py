@@ -1,6 +1,5 @@
 """Every layout takes the steps that one process takes: losses, norms and weights, in float32, to 1e-4."""
 
-
 import pytest
 import torch
 
