@@ -21,6 +21,7 @@ from conf.command import is_sentence, run, sentences
 from conf.schema import TrainConfig, parse_ranges, to_config
 from model.config import Attention
 from parallel.launch import launch
+from training.run_folder import refuse_early
 
 if TYPE_CHECKING:
     from data.corpus import Corpus
@@ -43,6 +44,7 @@ def main(cfg: DictConfig) -> float | None:
     with sentences():
         if config.dry_run.enabled:
             return rehearse(config)
+        refuse_early(run_dir, run_config, config.checkpoint)
         return launch(work, config, run_config, run_dir, config=config.parallel, says_enough=is_sentence)
 
 
@@ -155,22 +157,15 @@ def rehearse(config: TrainConfig) -> None:
     """Print what a step would be on `dry_run.world_size` GPUs, from the code that would run it."""
     from parallel.dry_run import report
 
-    run = dry_run(config)
-    full, n_ranks = config.micro_batch_tokens * run.axes.dp, config.dry_run.world_size
-    n_micro_batches = max(1, config.global_batch_tokens // full)
-    print(f"model      {config.model.name}: {config.model.n_params:,} parameters")
-    print(f"layout     {run.axes} = {n_ranks:,} GPUs, zero_stage {config.parallel.zero_stage}")
-    print(
-        f"batch      {n_micro_batches * full:,} tokens a step = {run.axes.dp:,} data-parallel ranks x "
-        f"{n_micro_batches} micro-batches x {config.micro_batch_tokens:,}"
-    )
-    if n_micro_batches * full != config.global_batch_tokens:
-        print(
-            f"           global_batch_tokens ({config.global_batch_tokens:,}) does not fill these ranks; to train, "
-            f"pass a multiple of {full:,}"
-        )
-    readings = run.read(n_micro_batches)
-    print(*report(readings, config.dry_run, tokens_per_rank=n_micro_batches * full / n_ranks), sep="\n")
+    model = config.model
+    for line in report(
+        dry_run(config),
+        name=model.name,
+        n_params=model.n_params,
+        global_batch_tokens=config.global_batch_tokens,
+        micro_batch_tokens=config.micro_batch_tokens,
+    ):
+        print(line)
 
 
 def dry_run(config: TrainConfig) -> "DryRun":

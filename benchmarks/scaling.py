@@ -75,10 +75,9 @@ def main() -> None:
     products = reading.flops / (machine.peak_tflops * 1e12)
     efficiency = products / (busy_s - (computing - products / machine.flops_efficiency))
     machine = replace(machine, flops_efficiency=efficiency)
-    print(
-        f"calibrated: products reach {efficiency:.1%} of {machine.peak_tflops:g} TFLOP/s, exposed {exposed_s * 1e3:.0f} ms,"
-    )
-    print(f"            reduce {reduce_s * 1e3:.3f} ms a rank, broadcast {broadcast_s * 1e3:.2f} ms a partition")
+    print(f"calibrated: products reach {efficiency:.1%} of {machine.peak_tflops:g} TFLOP/s,")
+    print(f"            exposed {exposed_s * 1e3:.0f} ms, reduce {reduce_s * 1e3:.3f} ms a rank,")
+    print(f"            broadcast {broadcast_s * 1e3:.2f} ms a partition")
     print(f"\n{'tp':>2} {'zero1':>5} {'GPUs':>5} {'published':>10} {'predicted':>10} {'error':>7} {'this engine':>12}")
     errors = []
     for (tp, zero1), row in PUBLISHED.items():

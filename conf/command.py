@@ -28,6 +28,7 @@ from conf.schema import SCHEMAS, ConfigError, did_you_mean, register, to_config
 from data.config import DataError
 from model.config import ModelError
 from parallel.config import LauncherConfig, ParallelError, RankError, Where
+from parallel.launch import joined_environment
 from training.config import CheckpointError, TrainingError
 
 
@@ -50,7 +51,8 @@ def run(main: Callable[[], Any], config_name: str) -> None:
     sys.argv[1:] = [_as_addition(_as_option(argument), config_name) for argument in sys.argv[1:]]
     problems = list(command_line_problems(sys.argv[1:], config_name))
     if problems:
-        _say(problems)
+        if joined_environment(os.environ).get("RANK", "0") == "0":
+            _say(problems)
         sys.exit(2)
     args = get_args_parser().parse_args()
     if args.help:
@@ -174,6 +176,9 @@ def _point_problems(overrides: list[Override], args: Any, config_name: str) -> I
             composed = base if base is not None and not varied else None
             cfg = composed or compose(config_name, overrides=point, return_hydra_config=True)
             many = args.multirun or str(cfg.hydra.mode) == "RunMode.MULTIRUN"
+            if many and joined_environment(os.environ):
+                yield "a sweep starts its ranks itself: python train.py -m ..., without torchrun or srun"
+                return
             if varied and not many:
                 yield f"{varied[0].key_or_group} has several values; add -m to run one after another"
                 return

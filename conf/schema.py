@@ -120,7 +120,7 @@ class TrainConfig:
             return self.dry_run.world_size
         joined = joined_environment(os.environ)
         if joined or self.launcher.where is Where.local:
-            return int(joined.get("WORLD_SIZE", "1")) if joined else local_processes(self.parallel)
+            return int(joined.get("WORLD_SIZE", "1")) if joined else local_processes(self.parallel, self.launcher)
         return self.launcher.nodes * self.launcher.ranks_per_node
 
     def _layout_problems(self) -> Iterator[str]:

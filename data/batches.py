@@ -26,7 +26,7 @@ class Batch:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                setattr(self, field.name, value.pin_memory())
+                setattr(self, field.name, value.contiguous().pin_memory())  # a view that repeats cannot be pinned
         return self
 
 

@@ -6,8 +6,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -122,7 +123,15 @@ _encoder: list[BlockEncoder] = []  # a worker's own
 def _start_worker(arguments: tuple[Any, ...]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a worker a core already
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends them
+    Thread(target=_end_with_the_main_process, daemon=True).start()
     _encoder[:] = [BlockEncoder(*arguments)]
+
+
+def _end_with_the_main_process() -> None:
+    main = parent_process()
+    assert main is not None
+    main.join()
+    os._exit(1)
 
 
 def _encode(block: Block) -> Encoded:

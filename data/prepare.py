@@ -7,6 +7,7 @@ ends with the same bytes. Several processes may each do a part; the last one to 
 
 import fcntl
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,6 +32,8 @@ from data.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer, save_tokeni
 # What training reads of a DataConfig and preparing does not, and what only decides when to stop
 OTHER_KEYS = {"name", "path", "seq_len", "pack_len", "packing", "micro_batch_size", "seed", "workers"}
 OTHER_KEYS |= {"mix", "tokenizer", "on_bad_record"}
+SAMPLED_FROM = 32  # times the text of a tokenizer is what it is drawn from
+LEAST_SAMPLE = 1 << 20  # characters of each file
 
 
 def made_by(data: DataConfig, tokenizer: TokenizerConfig) -> dict[str, Any]:
@@ -42,6 +45,8 @@ def made_by(data: DataConfig, tokenizer: TokenizerConfig) -> dict[str, Any]:
     for key in ("data.input", "data.valid_input"):
         if data.source is Source.local and kept[key] is not None and "://" not in kept[key]:
             kept[key] = str(Path(kept[key]).absolute())
+    named = data.sources.items()
+    kept["data.sources"] = {name: path if "://" in path else str(Path(path).absolute()) for name, path in named}
     return {key: getattr(value, "value", value) for key, value in kept.items()}
 
 
@@ -91,14 +96,24 @@ def _new_items(data: DataConfig, about: dict[str, Any]) -> list[Item]:
 
 def all_documents(data: DataConfig, bad: BadRecords) -> Iterator[Document]:
     """Yield the documents of a corpus, each with its split."""
+    yield from _documents_of(items(data, bad), data, bad)
+
+
+def _documents_of(
+    found: list[Item], data: DataConfig, bad: BadRecords, *, most: Callable[[Item], float] = lambda item: math.inf
+) -> Iterator[Document]:
+    """Yield the documents of some items, of each about the first `most` characters."""
     number = 0
-    for item in items(data, bad):
+    for item in found:
+        size, limit = 0, most(item)
         for block in blocks(item, data, bad):
             for document in documents(block, data, bad):
                 if data.max_documents is not None and number >= data.max_documents:
                     return
-                number += 1
+                number, size = number + 1, size + len(document.text)
                 yield document
+            if size >= limit:
+                break
 
 
 def prepare(
@@ -201,7 +216,7 @@ def _begin(
         print(f"what an earlier run left of {data.path} is removed, because it was made with {differing}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    tokenizer = _tokenizer(data, config, partial / "tokenizer", workers, about)
+    tokenizer = _tokenizer(data, todo, config, partial / "tokenizer", workers, about)
     for wanted, token in (("add_bos", tokenizer.bos_id), ("add_eos", tokenizer.eos_id)):
         if getattr(config, wanted) and token is None:
             raise DataError(
@@ -302,7 +317,12 @@ def describe(
 
 
 def _tokenizer(
-    data: DataConfig, config: TokenizerConfig, folder: Path, workers: int, about: dict[str, Any] | None
+    data: DataConfig,
+    todo: list[Item],
+    config: TokenizerConfig,
+    folder: Path,
+    workers: int,
+    about: dict[str, Any] | None,
 ) -> Tokenizer:
     if about is not None:
         save_tokenizer(load_tokenizer(Path(data.path) / "tokenizer"), folder)
@@ -311,18 +331,26 @@ def _tokenizer(
         save_tokenizer(load_tokenizer(config.model), folder)
         return load_tokenizer(folder)
     print(f"training a tokenizer of {config.vocab_size} pieces", flush=True)
-    texts = _tokenizer_texts(data, config.train_bytes)
+    texts = _tokenizer_texts(data, todo, config.train_bytes)
     return train_tokenizer(texts, folder / "tokenizer.model", vocab_size=config.vocab_size, threads=workers)
 
 
-def _tokenizer_texts(data: DataConfig, limit: int) -> Iterator[str]:
+def _tokenizer_texts(data: DataConfig, todo: list[Item], limit: int) -> Iterator[str]:
     """Yield about `limit` bytes of training text: all of it, or documents taken evenly by their hash.
 
-    Bad records are told when the text is encoded, not here.
+    Of a corpus much larger than that only the beginning of each file is read. Bad records are told when the text
+    is encoded, not here.
     """
+    total, enough = sum(item.size for item in todo), SAMPLED_FROM * limit
+
+    def most(item: Item) -> float:
+        if total <= enough:
+            return enough if item.dataset is not None else math.inf
+        return max(enough * item.size / total, LEAST_SAMPLE)
+
     kept: list[tuple[int, str]] = []
     share, size = 1 << 64, 0
-    for document in all_documents(data, BadRecords(OnBadRecord.skip)):
+    for document in _documents_of(todo, data, BadRecords(OnBadRecord.skip), most=most):
         digest = xxhash.xxh3_64_intdigest(document.text.encode(), seed=1)
         if document.split == "train" and digest < share:
             kept.append((digest, document.text))

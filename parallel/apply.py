@@ -158,12 +158,11 @@ def write_shard(param: Tensor, whole: Tensor) -> None:
     """Set a parameter from the whole tensor that it is a part of, without talking to anybody."""
     if isinstance(param, DTensor):
         mesh = param.device_mesh
-        where: Any = mesh.get_coordinate()
         for axis in reversed(range(mesh.ndim)):  # tp was divided first; dp_shard divides what is left
             dim = divided_dim(param.placements[axis])
             if dim is not None:
                 length, size = whole.shape[dim], -(-whole.shape[dim] // mesh.size(axis))
-                start = min(size * where[axis], length)
+                start = min(size * mesh.get_local_rank(axis), length)
                 whole = whole.narrow(dim, start, min(size, length - start))
         param = param.to_local()
     param.copy_(whole)

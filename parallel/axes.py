@@ -1,4 +1,4 @@
-"""The axes of a mesh and what they must divide. Free of torch, so that a wrong layout is refused before a process group exists."""
+"""The axes of a mesh and what they must divide. Free of torch: a wrong layout is refused before a process group exists."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -64,8 +64,8 @@ def axis_problems(config: ParallelConfig, world_size: int) -> Iterator[str]:
         )
     elif not open_axes and product != world_size:
         yield (
-            f"{named or 'parallel: every axis is 1, which'} = {product} must be the number of processes ({world_size}); "
-            f"set one axis to -1, as in parallel=zero1, or start {product}"
+            f"{named or 'parallel: every axis is 1, which'} = {product} must be the number of processes ({world_size}); set "
+            f"one axis to -1, as in parallel=zero1, or start {product}"
         )
 
 

@@ -104,6 +104,11 @@ class ParallelConfig:
 
     def _pipeline_problems(self) -> Iterator[str]:
         schedule, stages = self.pipeline_schedule.value, self.virtual_stages
+        if self.pp != 1 and self.zero_stage > 1:
+            yield (
+                f"parallel.zero_stage ({self.zero_stage}) must be 0 or 1 with parallel.pp ({self.pp}): a pipeline "
+                "keeps gradients and parameters whole until its last micro-batch"
+            )
         legal = {"1f1b": (1, 1), "interleaved_1f1b": (2, None), "zero_bubble": (1, None), "zbv": (2, 2)}
         low, high = legal[schedule]
         if self.pp == 1 and (stages != 1 or schedule not in ("1f1b", "zero_bubble")):
@@ -153,6 +158,10 @@ class LauncherConfig:
     @property
     def ranks_per_node(self) -> int:
         return self.tasks_per_node or self.gpus_per_node or 1
+
+    def gpus_of_a_job(self, n_gpus: int) -> int:
+        """GPUs that a job of this machine has out of `n_gpus`: as many as it asks for, or its share."""
+        return self.gpus_per_node or max(1, n_gpus // (self.parallel_jobs or n_gpus)) if n_gpus else 0
 
     @property
     def time_s(self) -> int:

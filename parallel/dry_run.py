@@ -3,16 +3,18 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from parallel.axes import resolve_axes
 from parallel.config import AXES, DryRunConfig, ParallelConfig
-from parallel.engine import Engine
+from parallel.engine import Engine, LinearLoss
 from parallel.estimate import StepTime, step_time
 from parallel.fused import compile_with
 from parallel.ledger import Ledger, Watch, Window
@@ -120,7 +122,8 @@ class DryRun:
             params = list(engine.model.parameters())
             memory.rename(params, "parameters")
             n_params = sum(local(param).numel() for param in params)
-            engine.linear_loss = memory.holding("logits")(engine.linear_loss)
+            memory.forget_peak()  # what drew the weights did so on the host
+            engine.linear_loss = _watched_loss(engine, memory)
             engine.optimizer.step = memory.holding("optimizer")(engine.optimizer.step)  # type: ignore[method-assign]
             watch.observers.append(ledger)
             engine.train_step([self.batch() for _ in range(n_micro_batches)])
@@ -131,16 +134,37 @@ class DryRun:
         return Reading(rank, n_params, memory.peak + workspace, at_peak, ledger.table(), flops, time, ledger.windows)
 
 
+def _watched_loss(engine: Engine, memory: Memory) -> LinearLoss:
+    """Let a loss's tensors be logits, and what the model's modules hold by then, gathered or not, be parameters."""
+    linear_loss = memory.holding("logits")(engine.linear_loss)
+
+    def loss(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        memory.rename(engine.model.parameters(), "parameters")
+        return linear_loss(*args, **kwargs)
+
+    return loss
+
+
 @contextmanager
 def fake_mesh(layout: ParallelConfig, rank: int, world_size: int) -> Iterator[Mesh]:
     """Be one rank of a world whose messages go nowhere."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    made = DeviceMesh.__init__
+
+    def init(mesh: DeviceMesh, *args: Any, **kwargs: Any) -> None:
+        """Make meshes of different ranks different, so that DTensor, which keeps meshes, does not mistake them."""
+        made(mesh, *args, **kwargs)
+        mesh._thread_id = rank + 1
+
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    patch = mock.patch.object(DeviceMesh, "__init__", init)
+    patch.start()
     try:
         mesh = open_mesh(resolve_axes(layout, world_size), zero_stage=layout.zero_stage, device=CPU)
         yield replace(mesh, device=CUDA)
     finally:
+        patch.stop()
         dist.destroy_process_group()
 
 
@@ -148,13 +172,28 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def report(readings: list[Reading], config: DryRunConfig, *, tokens_per_rank: float) -> Iterator[str]:
-    """Tell what a step is, line by line; `tokens_per_rank` are a step's tokens over the number of ranks."""
+def report(
+    run: DryRun, *, name: str, n_params: int, global_batch_tokens: int, micro_batch_tokens: int
+) -> Iterator[str]:
+    """Read a step and tell what it is, line by line. A batch that does not fill the ranks is told, and filled."""
+    config, axes = run.config, run.axes
+    full = micro_batch_tokens * axes.dp
+    n_micro_batches = max(1, global_batch_tokens // full)
+    yield f"model      {name}: {n_params:,} parameters"
+    yield f"layout     {axes} = {axes.world_size:,} GPUs, zero_stage {run.layout.zero_stage}"
+    yield (
+        f"batch      {n_micro_batches * full:,} tokens a step = {axes.dp:,} data-parallel ranks x {n_micro_batches} "
+        f"micro-batches x {micro_batch_tokens:,}"
+    )
+    if n_micro_batches * full != global_batch_tokens:
+        yield (
+            f"           global_batch_tokens ({global_batch_tokens:,}) does not fill these ranks; to train, pass a "
+            f"multiple of {full:,}"
+        )
+    readings = run.read(n_micro_batches)
     for reading in readings:
         fits = reading.peak / GIB <= config.device_memory_gib
-        beyond = (
-            "" if fits else f", which a device of {config.device_memory_gib:g} GiB (dry_run.device_memory_gib) has not"
-        )
+        beyond = "" if fits else f", more than dry_run.device_memory_gib ({config.device_memory_gib:g})"
         parts = ", ".join(f"{kind} {n_bytes / GIB:.2f}" for kind, n_bytes in reading.at_peak.items() if n_bytes)
         yield f"rank {reading.rank:<6}{reading.n_params:,} parameters held; peak {reading.peak / GIB:.2f} GiB{beyond}:"
         yield f"           {parts}"
@@ -166,11 +205,12 @@ def report(readings: list[Reading], config: DryRunConfig, *, tokens_per_rank: fl
     if not worst.table:
         yield "none"
     time = max((reading.time for reading in readings), key=lambda time: time.total_s)
-    yield f"step time  {time.total_s:.3f} s, {tokens_per_rank / time.total_s:,.0f} tokens/s a GPU, by this estimate:"
+    tokens_per_gpu = n_micro_batches * full / axes.world_size
+    yield f"step time  {time.total_s:.3f} s, {tokens_per_gpu / time.total_s:,.0f} tokens/s a GPU, by this estimate:"
     yield (
-        f"           computing {time.compute_s:.3f}, waiting for tensor, sequence or pipeline peers {time.waiting_s:.3f}, "
-        f"for gradients and parameters that nothing hides {time.exposed_s:.3f}, pipeline bubble {time.bubble_s:.3f}"
+        f"           computing {time.compute_s:.3f}, waiting for tensor, sequence, pipeline peers {time.waiting_s:.3f},"
     )
+    yield f"           for gradients and parameters that nothing hides {time.exposed_s:.3f}, bubble {time.bubble_s:.3f}"
     for key in ("peak_tflops", "flops_efficiency", "memory_gbps", "memory_efficiency"):
         yield f"           dry_run.{key} {getattr(config, key):g}"
     for key in ("gbps", "latency_us"):

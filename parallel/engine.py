@@ -268,10 +268,9 @@ def is_first_copy(param: Tensor) -> bool:
     """Say whether this process' part of a parameter is, of all that hold the same, the one that is counted."""
     if not isinstance(param, DTensor):
         return True
-    where: Any = param.device_mesh.get_coordinate()
-    return all(
-        at == 0 or divided_dim(placement) is not None for at, placement in zip(where, param.placements, strict=True)
-    )
+    mesh = param.device_mesh
+    whole_on = [axis for axis, placement in enumerate(param.placements) if divided_dim(placement) is None]
+    return all(mesh.get_local_rank(axis) == 0 for axis in whole_on)
 
 
 def local(tensor: Any) -> Tensor:

@@ -11,7 +11,9 @@ from parallel.ledger import Collective, Window, ranks_of
 
 # Bytes over a link by the bytes of the tensor, and passes around the ring, for n ranks
 PASSES = {"all_reduce": 2}
-BESIDE = ("dp_replicate", "dp_shard", "cp")  # axes of parameters and gradients: FSDP works on them beside the products
+# Parameters and gradients, which FSDP sends beside the products
+KINDS = ("all_gather", "reduce_scatter", "all_reduce")
+BESIDE = {"dp_replicate", "dp_shard", "cp"}
 
 
 def collective_s(item: Collective, config: DryRunConfig) -> float:
@@ -74,7 +76,7 @@ def step_time(windows: list[Window], config: DryRunConfig) -> StepTime:
     computing = waiting = exposed = 0.0
     for window in windows:
         busy = compute_s(window, config)
-        beside = [item for item in window.collectives if all(axis in BESIDE for axis in item.axis.split("+"))]
+        beside = [item for item in window.collectives if item.kind in KINDS and set(item.axis.split("+")) <= BESIDE]
         behind = [item for item in window.collectives if item not in beside]
         hidden = sum(collective_s(item, config) for item in beside)
         computing += busy

@@ -234,7 +234,7 @@ def _start_here(point: Point, running: list[Running], folder: Path, code: Path, 
     here = [job for job in running if job.controller is not None]
     if at_once is not None and len(here) >= at_once:
         return None
-    gpus = _free_gpus(point, here)
+    gpus = free_gpus(point, here)
     if gpus is None:
         return None
     executor = LocalExecutor(folder)
@@ -251,12 +251,12 @@ def _start_here(point: Point, running: list[Running], folder: Path, code: Path, 
     return Running(point, controller.job_id, folder, prefix, controller, gpus)
 
 
-def _free_gpus(point: Point, here: list[Running]) -> list[int] | None:
+def free_gpus(point: Point, here: list[Running]) -> list[int] | None:
     """Give the GPUs of a new job on this machine, or None if too few are free."""
     n_gpus = visible_gpus()
     if not n_gpus:
         return []
-    asked = point.launcher.gpus_per_node or max(1, n_gpus // (point.launcher.parallel_jobs or n_gpus))
+    asked = point.launcher.gpus_of_a_job(n_gpus)
     if asked > n_gpus:
         raise ParallelError(f"launcher.gpus_per_node ({asked}) must be at most the number of GPUs here ({n_gpus})")
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")

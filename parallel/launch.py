@@ -26,7 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from parallel.config import AXES, Device, ParallelConfig, ParallelError, RankError
+from parallel.config import AXES, Device, LauncherConfig, ParallelConfig, ParallelError, RankError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PORTS = range(20000, 32000)  # below the ports that systems hand out by themselves
@@ -53,10 +53,11 @@ def launch(
     return work(*args) if n_ranks == 1 else _Ranks(n_ranks).wait(work, args, says_enough)
 
 
-def local_processes(config: ParallelConfig) -> int:
+def local_processes(config: ParallelConfig, launcher: LauncherConfig | None = None) -> int:
     """Give the number of ranks that a plain `python train.py` runs here: what was asked for, what the axes make, or,
-    if one of these is to be filled, one a GPU."""
+    if one of these is to be filled, one a GPU. A `launcher` leaves a job of a sweep a share of the GPUs."""
     n_gpus = 0 if config.device is Device.cpu else visible_gpus()
+    n_gpus = n_gpus if launcher is None else launcher.gpus_of_a_job(n_gpus)
     asked = config.local_processes
     if asked is not None and n_gpus and asked > n_gpus:
         raise ParallelError(

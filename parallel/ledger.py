@@ -172,7 +172,7 @@ class Ledger:
 
     def _group(self, args: Any, kwargs: Any) -> tuple[str, tuple[int, ...]]:
         """Find an operation's process group among its arguments: by name, or boxed."""
-        for part in [*args, *kwargs.values()]:
+        for part in reversed([*args, *kwargs.values()]):  # before its name may stand that of an operation
             if isinstance(part, str):
                 name, group = part, None
             elif isinstance(part, torch.ScriptObject) and "ProcessGroup" in str(part._type()):

@@ -96,6 +96,10 @@ class Memory:
             self.note(part, kind)
             self._storages[id(part.untyped_storage())].kind = kind
 
+    def forget_peak(self) -> None:
+        """Look for the most from here on."""
+        self.peak, self.peak_at = self.live, self.now
+
     def at_peak(self) -> dict[str, int]:
         """Give the bytes at the moment of the most, by kind."""
         found = dict.fromkeys(("parameters", "gradients", "optimizer", "activations", "logits", "communication"), 0)

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from parallel.axes import Axes, resolve_axes
 from parallel.config import Device, ParallelConfig, ParallelError
@@ -118,7 +119,7 @@ def open_mesh(axes: Axes, *, zero_stage: int, device: torch.device) -> Mesh:
     tokens = DeviceMesh(
         device.type, ranks.view(axes.pp, axes.dp, axes.cp, axes.tp), mesh_dim_names=("pp", "dp", "cp", "tp")
     )
-    host = dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else dist.group.WORLD
+    host: Any = dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else dist.group.WORLD
     return Mesh(device=device, axes=axes, rank=dist.get_rank(), layout=layout, tokens=tokens, host=host)
 
 
@@ -130,8 +131,8 @@ def _device(config: ParallelConfig) -> torch.device:
     local_rank, n_devices = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())), torch.cuda.device_count()
     if local_rank >= n_devices:
         raise ParallelError(
-            f"LOCAL_RANK ({local_rank}) has no device: torch sees {n_devices} here; start {n_devices} processes on this "
-            "machine, as in torchrun --nproc-per-node"
+            f"LOCAL_RANK ({local_rank}) has no device: torch sees {n_devices} here; start {n_devices} processes on "
+            "this machine, as in torchrun --nproc-per-node"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
@@ -146,12 +147,12 @@ def _process_group(config: ParallelConfig, device: torch.device, world_size: int
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         timeout = timedelta(seconds=config.init_timeout_s)
-        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+        store, rank, _ = next(rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
         opened = store.add(f"opened/{rank}", 1)  # a sweep opens many groups over one store, which must not meet
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=dist.PrefixStore(str(opened), store),
+            store=PrefixStore(str(opened), store),
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=config.step_timeout_s),
@@ -174,7 +175,9 @@ def _process_group(config: ParallelConfig, device: torch.device, world_size: int
 
 
 def leave() -> None:
-    """Close the process group, and let DTensor forget the layouts it has seen: it would find the closed groups in them."""
+    """Close the process group, and let DTensor forget the layouts it has seen: they name groups that are closed."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache  # late: it costs as much as torch itself
+
     dist.destroy_process_group()
     _clear_sharding_prop_cache()  # private, but there is no other way to have two meshes in the life of a process
 

@@ -59,7 +59,7 @@ def divided_dim(placement: Placement) -> int | None:
 
 
 class _GatheringNorm(ParallelStyle):
-    """Norm this rank's tokens and give all of them, as a DTensor, so that one sum of gradients comes back for all columns."""
+    """Norm this rank's tokens and give all of them, as a DTensor: one sum of gradients comes back for all columns."""
 
     def __init__(self, between: Placement) -> None:
         self.between = between

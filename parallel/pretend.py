@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+HOPPER = (9, 0)  # its compute capability
 IS_CUDA, DEVICE = torch.Tensor.is_cuda.__get__, torch.Tensor.device.__get__  # type: ignore[attr-defined]
 Launched = Callable[[tuple[Any, ...]], object]
 REAL_DEVICE: Any = FakeTensor.device.fget
@@ -37,9 +39,24 @@ def pretended_gpu(kernels: Iterable[str] = (), launched: Launched = lambda _: No
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(mock.patch.object(FakeTensor, "device", property(_device)))
         stack.enter_context(mock.patch.object(nn.Module, "to_empty", _to_empty))
+        stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", lambda *_: HOPPER))
+        for name in ("__init__", "__getitem__", "_concatenate", "_flatten", "_unflatten"):
+            stack.enter_context(mock.patch.object(DeviceMesh, name, _with_numbers(vars(DeviceMesh)[name])))
+        stack.enter_context(mock.patch.object(DeviceMesh, "mesh", property(_with_numbers(DeviceMesh.mesh.fget))))
         stack.enter_context(_HostReads())
         stack.enter_context(_OnGpu())
         yield
+
+
+def _with_numbers(method: Any) -> Any:
+    """Let a method of a mesh, which reckons with ranks, see tensors that have numbers."""
+    function = method.__func__ if isinstance(method, staticmethod) else method
+
+    def real(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return staticmethod(real) if isinstance(method, staticmethod) else real
 
 
 class _HostReads(TorchDispatchMode):

@@ -134,7 +134,7 @@ def test_two_points_do_not_share_a_folder() -> None:
 
 
 def test_a_sweep_that_the_configuration_names_is_checked_like_one_that_is_typed() -> None:
-    rates = ("1e-4", "3e-4", "1e-3", "3e-3")
+    rates = ("0.0001", "0.0003", "0.001", "0.003")
     sentences = [f"steps (0) must be at least 1 (at optimizer.lr={rate})" for rate in rates]
     assert told("experiment=lr_sweep", "steps=0") == sentences
 
@@ -163,6 +163,14 @@ def test_without_slurm_a_job_for_it_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("shutil.which", lambda _: None)
     (sentence,) = told("launcher=slurm")
     assert sentence == "launcher=slurm: there is no sbatch on this machine; log in where jobs are submitted"
+
+
+def test_a_sweep_is_not_started_by_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**ranks, "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    (sentence,) = told("-m", "optimizer.lr=1,2", "parallel=ddp")
+    assert sentence == "a sweep starts its ranks itself: python train.py -m ..., without torchrun or srun"
 
 
 def test_the_tutorials_run_on_four_nodes_is_one_micro_batch_a_gpu() -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from conf.sweep import keep_code
+from parallel import slurm
+from parallel.config import ParallelError
 from tests.conftest import ROOT, trained
 from training.compare import Run, as_markdown, compare, draw, read_runs, swept_keys, table
 from training.config import CheckpointError, EarlyStopConfig
@@ -144,6 +146,8 @@ def test_a_comparison_shows_what_differs_the_best_first_whatever_the_state(tmp_p
         written(tmp_path / f"lr={rate}", losses, optimizer={"lr": rate, "beta1": 0.9}, logger={"every": rate})
     crashed = written(tmp_path / "lr=1", [5.0], optimizer={"lr": 1.0, "beta1": 0.9})
     with pytest.raises(ValueError, match="boom"), Status(crashed, read_status(crashed)["config"]):
+        with (crashed / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 2, "tokens": 200}\n')
         raise ValueError("boom\nand more")
     running = written(tmp_path / "lr=0.1", [5.0], optimizer={"lr": 0.1, "beta1": 0.9})
     with Status(running, read_status(running)["config"]), (running / "metrics.jsonl").open("a") as file:
@@ -168,6 +172,14 @@ def test_a_run_that_a_process_holds_is_running(tmp_path: Path, small: list[str])
     trained(tmp_path / "r", *small, "steps=1")
     with locked(tmp_path / "r"), Status(tmp_path / "r", {"steps": 1}):
         assert read_runs(tmp_path)[0].state == "running"
+
+
+def test_a_run_that_is_refused_stays_what_it_was(tmp_path: Path) -> None:
+    written(tmp_path / "r", [1.0], seed=1)
+    before = read_status(tmp_path / "r")
+    with pytest.raises(CheckpointError), Status(tmp_path / "r", {"name": "s", "steps": 1, "seed": 2}):
+        raise CheckpointError("begun with another configuration")
+    assert {**read_status(tmp_path / "r"), "time": 0} == {**before, "time": 0} and before["state"] == "finished"
 
 
 def test_final_losses_stand_over_a_rate_on_a_logarithmic_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,3 +212,15 @@ def test_the_same_crash_at_the_same_step_twice_is_known(tmp_path: Path, monkeypa
     (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n')
     crash(3, RuntimeError("another"))
     assert not crashed_the_same_way_twice(tmp_path), "it came further"
+
+
+def test_a_job_in_the_queue_is_followed_and_not_doubled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = {"7": "PENDING"}
+    monkeypatch.setattr(slurm, "states", lambda ids: {job_id: states[job_id] for job_id in ids})
+    assert slurm.queued_job(tmp_path, {"a": 1}) is None
+    slurm.remember_job(tmp_path, "7", {"a": 1})
+    assert slurm.queued_job(tmp_path, {"a": 1}) == "7"
+    with pytest.raises(ParallelError, match=r"is that of job 7, which is in the queue with another configuration"):
+        slurm.queued_job(tmp_path, {"a": 2})
+    states["7"] = "NODE_FAIL"
+    assert slurm.queued_job(tmp_path, {"a": 2}) is None

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from training.config import CheckpointError
+from training.config import CheckpointConfig, CheckpointError, Resume
 
 logger = logging.getLogger(__name__)
 
@@ -87,16 +87,16 @@ def refuse_other_model(old: dict[str, Any], new: dict[str, Any], origin: Path) -
         raise CheckpointError(f"{origin} is of another model: {told}")
 
 
-def refuse_early(run_dir: Path, run_config: dict[str, Any], accepted: list[str]) -> None:
+def refuse_early(run_dir: Path, run_config: dict[str, Any], config: CheckpointConfig) -> None:
     """Refuse what stored configurations alone can tell, before any device is touched.
 
     What cannot be read here is left to whoever verifies the checkpoint.
     """
     for folder in committed(run_dir / "checkpoints")[:1]:
         stored = _stored_config(folder)
-        if stored is not None:
-            refuse_changes(stored, run_config, accepted, run_dir)
-            return
+        if stored is not None and config.resume is not Resume.never:
+            refuse_changes(stored, run_config, config.accept_changes, run_dir)
+        return
     origin = Path(run_config["init_from"] or "")
     if run_config["init_from"] is None or (origin / "config.json").exists():
         return

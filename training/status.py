@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 NAME = "status.json"
+ENDS = ("finished", "given up", "stopped")
 CRASHES = "crashes.jsonl"  # in which every rank notes its own
 
 
@@ -27,6 +28,7 @@ class Status:
         self.record: dict[str, Any] = {"state": "running", "config": run_config}
 
     def __enter__(self) -> "Status":
+        self.before, self.first_step = read_status(self.run_dir), self._step()
         self._write()
         return self
 
@@ -38,6 +40,8 @@ class Status:
             crash = {"attempt": attempt, "step": self._step(), "error": reason, "rank": self.rank, "time": time.time()}
             with (self.run_dir / CRASHES).open("a") as file:
                 file.write(json.dumps(crash) + "\n")
+            if self._step() == self.first_step and self.before.get("state") in ENDS:
+                self.record = self.before  # it was refused, and is what it was
         elif error is not None:
             self.record["state"] = "stopped"
         self._write()

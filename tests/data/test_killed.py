@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 from data.tokenizer import Tokenizer
 from tests.data.corpora import PACKED, ROOT, contents, lines
 
@@ -67,3 +69,18 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_and_makes_the_same_bytes(
             assert last.communicate(timeout=100)[0] is not None and last.returncode == 0
     assert kills >= 20, "it was done before it was killed so often: make the text longer"
     assert contents(tmp_path / "whole") == contents(tmp_path / "killed")
+
+
+def test_workers_end_with_a_main_process_that_is_killed(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    records = [{"text": f"{i} " + "some words " * 40, "set": "s"} for i in range(4000)]
+    (tmp_path / "texts" / "a.jsonl").write_bytes(lines(records))
+    arguments = [str(tmp_path / "texts"), str(tmp_path / "killed"), str(tokenizer.path), "2"]
+    run = subprocess.Popen([sys.executable, "-c", KILLED, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None and run.stdout.readline()
+    workers = psutil.Process(run.pid).children(recursive=True)
+    assert len(workers) >= 2
+    run.kill()
+    run.wait()
+    run.stdout.close()
+    assert psutil.wait_procs(workers, timeout=60)[1] == []

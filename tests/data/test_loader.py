@@ -170,7 +170,7 @@ def packs_files(packs: PackSet) -> list[Shard]:
     packing=st.sampled_from([Packing.concat, Packing.best_fit, Packing.internlm]),
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=8),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_however_steps_divide_the_sequence_it_is_the_same_and_epochs_are_whole(
     tmp_path_factory: pytest.TempPathFactory, n_packs: list[int], weighted: bool, packing: Packing, sizes: list[int]
 ) -> None:
@@ -203,7 +203,7 @@ def test_added_files_begin_an_epoch_over_everything(tmp_path: Path) -> None:
     dp_sizes=st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=4),
     per_run=st.integers(1, 3),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_ranks_that_change_at_every_restart_see_the_sequence_of_one_that_never_stops(
     tmp_path_factory: pytest.TempPathFactory,
     lengths: list[list[int]],
@@ -234,3 +234,20 @@ def test_ranks_that_change_at_every_restart_see_the_sequence_of_one_that_never_s
     if not weighted:
         epochs = [Counter(seen[i : i + packs.n_packs]) for i in range(0, sample - packs.n_packs + 1, packs.n_packs)]
         assert all(epoch == Counter(range(packs.n_packs)) for epoch in epochs)
+
+
+def test_a_batch_is_pinned_without_tensors_that_repeat_one_memory(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        assert tensor.is_contiguous(), "CUDA cannot pin it"
+        pinned.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    batch = corpus.train.batch(np.arange(2))
+    whole = batch.source_BT.clone()
+    assert torch.equal(batch.pin_memory().source_BT, whole)
+    assert len(pinned) == 5

@@ -7,6 +7,7 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,18 @@ def test_the_result_does_not_depend_on_the_workers(
 
 @pytest.mark.parametrize("shards", [2, 3, 7])
 def test_parts_make_the_same_documents_whichever_ends_last(
-    config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, small_blocks: None, shards: int
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    small_blocks: None,
+    monkeypatch: pytest.MonkeyPatch,
+    shards: int,
 ) -> None:
     (tmp_path / "texts" / "b.jsonl.gz").write_bytes(gzip.compress(lines([{"text": f"{i} more"} for i in range(40)])))
+    monkeypatch.setattr(reading, "TEXT_BYTES", 300)
+    monkeypatch.setattr(reading, "PIECE_CHARS", 200)
+    for name in ("c", "d"):
+        (tmp_path / "texts" / f"{name}.txt").write_text(f"{name} is a long text. " * 90)
     whole = made(config, tokenizer)
     other = dataclasses.replace(config, path=config.path + "2")
     order = random.Random(shards).sample(range(shards), shards)
@@ -339,3 +349,29 @@ def test_a_corpus_in_parts_is_one_command(tmp_path: Path, tokenizer: Tokenizer) 
     assert sum(s["documents"] for split in about["splits"].values() for s in split.values()) == 120
     assert len(about["splits"]["train"]["local"]["shards"]) == 3
     assert "split  source" in done.stdout and done.stdout.count("is there when all are") == 2
+
+
+def test_a_tokenizer_of_a_large_corpus_is_trained_on_the_beginning_of_each_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "texts").mkdir()
+    for name in "ab":
+        records = [{"text": f"{name}{i} some words of a text that goes on"} for i in range(4000)]
+        (tmp_path / "texts" / f"{name}.jsonl").write_bytes(lines(records))
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 5000)
+    monkeypatch.setattr("data.prepare.LEAST_SAMPLE", 10_000)
+    seen: list[str] = []
+
+    def train(texts: Iterator[str], path: Path, **options: Any) -> None:
+        seen.extend(texts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data.prepare.train_tokenizer", train)
+    for limit, most in ((1_000_000, 8000), (2_000, 100)):
+        seen.clear()
+        with pytest.raises(KeyboardInterrupt):
+            settings = TokenizerConfig(vocab_size=500, train_bytes=limit)
+            prepare(local(tmp_path, "texts"), settings, workers=1, on_progress=lambda counts: None)
+        assert {text[0] for text in seen} == {"a", "b"} and len(seen) <= most
+        numbers = [int(text.split()[0][1:]) for text in seen]
+        assert max(numbers) < 2500 if most == 100 else max(numbers) > 3990

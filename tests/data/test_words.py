@@ -18,21 +18,22 @@ from data.words import WordEncoder
 ALPHABET = "aab \t\n\r  e\u0301é,.(_=今天😀\u2581\0\u00a0\ufeff0" + "the <s>"
 
 
-@pytest.fixture(scope="module", params=["plain", "whitespace", "symbols"])
+@pytest.fixture(scope="module", params=["plain", "whitespace", "indents", "symbols"])
 def model(request: pytest.FixtureRequest, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A vocabulary whose pieces stay within words, and two whose pieces reach across blanks and line ends."""
+    """A vocabulary whose pieces stay within words, and three whose pieces reach across blanks and line ends."""
     proto = sentencepiece_proto(tokenizer.path)
     kinds = proto.SentencePiece
     pieces = {
         "plain": [],
         "whitespace": ["\n\n", "\n▁▁", "▁\n", ",\n", "\n▁▁\n", "a▁b"],
+        "indents": ["▁\n", "▁▁\n", "\n▁\n", "\n▁▁\n", "\n\n"],
         "symbols": ["e▁t", "<s>x", "aa\n▁a"],
     }
     worst = min(piece.score for piece in proto.pieces)
     for number, piece in enumerate(pieces[request.param]):
         kind = kinds.USER_DEFINED if request.param == "symbols" else kinds.NORMAL
         proto.pieces.add(piece=piece, score=worst - 1 - number if kind == kinds.NORMAL else 0.0, type=kind)
-    if request.param == "whitespace":
+    if request.param in ("whitespace", "indents"):
         proto.pieces.add(piece="\n", score=worst - 100, type=kinds.NORMAL)  # merges begin with single characters
     path = tmp_path_factory.mktemp("model") / "t.model"
     path.write_bytes(proto.SerializeToString())
@@ -64,6 +65,18 @@ def test_any_texts_have_sentencepieces_ids(
     found = words.encode(texts)
     assert [ids.tolist() for ids in found] == [own.encode(text) for text in texts]
     assert all(ids.dtype == np.uint32 for ids in found)
+
+
+def test_lines_that_are_indented_are_cut_off_where_they_may_be(
+    model: Path, both: tuple[WordEncoder, sentencepiece.SentencePieceProcessor]
+) -> None:
+    words, own = both
+    assert words.cut_before_indents == (
+        own.piece_to_id("\n▁▁") == own.unk_id() and own.piece_to_id("aa\n▁a") == own.unk_id()
+    )
+    draw = random.Random(0)
+    texts = ["".join(draw.choice(["a", "b", " ", " ", "\n", "\n"]) for _ in range(40)) for _ in range(400)]
+    assert [ids.tolist() for ids in words.encode(texts)] == [own.encode(text) for text in texts]
 
 
 def test_lines_and_whole_texts_have_sentencepieces_ids(
@@ -101,14 +114,16 @@ def test_what_is_forgotten_and_what_is_too_long_to_be_remembered_have_the_same_i
 
 
 def thue_morse(n: int) -> str:
-    return "".join("ab"[i.bit_count() % 2] for i in range(n))
+    return "".join("st"[i.bit_count() % 2] for i in range(n))
 
 
 def test_words_made_to_share_a_hash_keep_their_own_ids(tokenizer: Tokenizer) -> None:
     """A polynomial modulo 2**64 gives this word and its opposite one value, whatever its base."""
     words, own = encoder(tokenizer.path)
     one = thue_morse(2048)
-    other = one.translate(str.maketrans("ab", "ba"))
+    chars = np.frombuffer(one.encode("utf-32-le"), dtype=np.uint32)
+    assert words.cuts(chars, np.array([2048])).tolist() == [0], "it is one word"
+    other = one.translate(str.maketrans("st", "ts"))
     text = f"{one}, {other}, {one}"
     assert words.encode([text])[0].tolist() == own.encode(text) and own.encode(one) != own.encode(other)
 

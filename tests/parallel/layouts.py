@@ -161,7 +161,8 @@ def rank_main(rank: int, folder: Path, cases: dict[str, Case]) -> None:
 
 def _on_layout(rank: int, store: Path, case: Case) -> Outcome:
     dist.init_process_group(
-        "gloo", store=dist.FileStore(str(store), case.world_size), rank=rank, world_size=case.world_size,
+        "gloo", store=dist.FileStore(str(store), case.world_size),  # type: ignore[attr-defined]
+        rank=rank, world_size=case.world_size,
         timeout=timedelta(seconds=60),
     )  # fmt: skip
     try:

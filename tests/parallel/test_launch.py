@@ -12,8 +12,9 @@ import psutil
 import pytest
 
 from data.config import DataError
-from parallel.config import ParallelConfig, ParallelError, RankError
-from parallel.launch import PORTS, first_host, joined_environment, launch
+from parallel.config import LauncherConfig, ParallelConfig, ParallelError, RankError
+from parallel.jobs import Job, Point, Running, free_gpus
+from parallel.launch import PORTS, first_host, joined_environment, launch, local_processes
 from tests.conftest import ROOT
 from tests.parallel import ranks
 
@@ -151,3 +152,21 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setenv(name, value)
     with pytest.raises(ParallelError, match=r"LOCAL_WORLD_SIZE \(4\) ranks .* a machine with 2 GPUs"):
         ranks.launched(4, os.getpid)
+
+
+def test_jobs_at_once_share_the_gpus_of_a_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("parallel.launch.visible_gpus", lambda: 8)
+    monkeypatch.setattr("parallel.jobs.visible_gpus", lambda: 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "8,9,10,11,12,13,14,15")
+    pair = LauncherConfig(parallel_jobs=4)
+    assert local_processes(ParallelConfig(dp_replicate=-1), pair) == 2
+    job = Job("os:getpid", (), ParallelConfig(), bool, pair, hopeless=bool)
+    point = Point("p", tmp_path, pair, {}, job)
+    running = [Running(point, "1", tmp_path, "", gpus=[8, 9]), Running(point, "2", tmp_path, "", gpus=[12, 13])]
+    assert free_gpus(point, running) == [10, 11]
+    point.launcher = LauncherConfig(parallel_jobs=2, gpus_per_node=6)
+    assert free_gpus(point, running) is None, "it waits until enough are free"
+    point.launcher = LauncherConfig(gpus_per_node=9)
+    with pytest.raises(ParallelError, match=r"launcher.gpus_per_node \(9\) must be at most the number of GPUs here"):
+        free_gpus(point, running)
+    assert LauncherConfig(parallel_jobs=None).gpus_of_a_job(8) == 1 and pair.gpus_of_a_job(0) == 0

@@ -79,6 +79,9 @@ def test_jobs_of_several_nodes_answer_fail_and_die_and_each_is_told_apart(
     ends = ("answer", "crash", "kill", "hang")
     points = [point("end", how, run_dir=tmp_path / how, nodes=2, tasks_per_node=1) for how in ends]
     points[0].launcher.tasks_per_node = 2
+    points.append(
+        point("end", "crash", run_dir=tmp_path / "again", tasks_per_node=2, requeue_crashes=True, max_requeues=1)
+    )
     found = outcomes_of(points, tmp_path)
     assert found["answer"] == Outcome("finished", ["4", "2", "node1", "2"])
     crash = found["crash"]
@@ -87,6 +90,12 @@ def test_jobs_of_several_nodes_answer_fail_and_die_and_each_is_told_apart(
     assert (
         found["kill"].state == "failed" and "ended without a word (FAILED): killed, or out of" in found["kill"].reason
     )
+    assert (
+        found["again"].state == "failed"
+        and "it was requeued 1 times, and launcher.max_requeues is 1" in found["again"].reason
+    )
+    said = capsys.readouterr().out
+    assert "[again] attempt 0" in said and "[again] attempt 1" in said and "[crash] attempt 1" not in said
     assert found["hang"].reason.count("RuntimeError: timed out") == 1
     assert "rank 1 hung; it stood at\n" in found["hang"].reason and "work.py" in found["hang"].reason.split("hung")[1]
     ids = [job_of(tmp_path / how) for how in ends]

@@ -16,6 +16,8 @@ RESTARTS = "SLURM_RESTART_COUNT"
 def end(how: str) -> Any:
     """End on rank 1 in some way while rank 0 waits for it, as in a collective."""
     rank = int(os.environ["RANK"])
+    if rank == 0:
+        print(f"attempt {os.environ.get(RESTARTS, '0')}", flush=True)
     if how == "answer":
         return [os.environ[name] for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "SLURM_JOB_NUM_NODES")]
     if rank == 1 and how == "crash":

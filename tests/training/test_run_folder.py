@@ -6,12 +6,20 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from training.config import CheckpointError, TrainingError
+from training.config import CheckpointConfig, CheckpointError, TrainingError
 from training.progress import Progress, check_bad_steps
-from training.run_folder import StopFile, changed_keys, locked, refuse_changes, truncate_metrics
+from training.run_folder import (
+    StopFile,
+    changed_keys,
+    locked,
+    refuse_changes,
+    refuse_early,
+    truncate_metrics,
+)
 from training.stop import StopRequest
 
 ROOT = Path(__file__).parent.parent.parent
@@ -112,3 +120,26 @@ def test_bad_steps_end_a_run_only_when_they_come_in_a_row() -> None:
     assert progress.read((1, 5, 3)) == 1
     with pytest.raises(TrainingError, match=r"3 steps in a row .* the first bad layer is blocks.1.mlp"):
         check_bad_steps(progress, 3, lambda: "blocks.1.mlp")
+
+
+def test_another_configuration_or_model_is_refused_before_any_device_is_touched(tmp_path: Path) -> None:
+    shape = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 64}
+    stored: dict[str, Any] = {
+        "seed": 0,
+        "model": {**shape, "attention_bias": False, "tie_embeddings": False},
+        "init_from": None,
+    }
+    state = tmp_path / "old" / "checkpoints" / "step-00000003" / "state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text(json.dumps({"config": stored}))
+    wider = {**stored, "model": {**stored["model"], "d_model": 64, "n_layers": 3}, "init_from": str(tmp_path / "old")}
+    refuse_early(tmp_path / "old", stored, CheckpointConfig())
+    refuse_early(tmp_path / "new", {**wider, "model": stored["model"]}, CheckpointConfig())
+    with pytest.raises(CheckpointError, match=r"model.d_model \(32, now 64\), model.n_layers \(2, now 3\)"):
+        refuse_early(tmp_path / "old", wider, CheckpointConfig())
+    with pytest.raises(
+        CheckpointError, match=r"step-00000003 is of another model: model.d_model \(32, now 64\), model"
+    ):
+        refuse_early(tmp_path / "new", wider, CheckpointConfig())
+    state.write_text("{")
+    refuse_early(tmp_path / "old", wider, CheckpointConfig())  # for whoever verifies it to say
