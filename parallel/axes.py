@@ -63,7 +63,7 @@ def axis_problems(config: ParallelConfig, world_size: int) -> Iterator[str]:
             f"{world_size}; start a multiple of {product}, or choose from {_divisors(world_size)}"
         )
     elif not open_axes and product != world_size:
-        named = named or "parallel: every axis is 1, which"
+        named = named or "parallel (every axis 1)"
         yield (
             f"{named} = {product} must be the number of processes ({world_size}); "
             f"set one axis to -1, as in parallel=zero1, or start {product}"
