@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.transformer import Transformer
-from parallel.config import Schedule
+from parallel.config import ActivationCheckpointing, Schedule
 from parallel.plan import PLAN, entries_for
 from tests.parallel.layouts import MODELS, Case, Outcome, alone, run
 from training.config import Reduction
@@ -18,6 +18,9 @@ ZERO = {
     "hybrid1_4": Case(4, layout={"dp_replicate": 2, "dp_shard": 2, "zero_stage": 1}),
     "hybrid2_4": Case(4, layout={"dp_replicate": 2, "dp_shard": 2, "zero_stage": 2}),
     "hybrid3_8": Case(8, layout={"dp_replicate": 4, "dp_shard": 2, "zero_stage": 3}),
+    "zero3_recomputed_2": Case(
+        2, "biased", layout={"dp_shard": 2, "zero_stage": 3, "activation_checkpointing": ActivationCheckpointing.full}
+    ),
     "row_mean_4": Case(4, reduction=Reduction.row_mean, layout={"dp_shard": 4, "zero_stage": 1}),
     "one_rank_is_bad_4": Case(4, layout={"dp_shard": 4, "zero_stage": 2}, bad_rank=2),
 }
@@ -44,6 +47,10 @@ PIPELINE = {
         2, "biased", layout={"pp": 2, "virtual_stages": 2, "pipeline_schedule": Schedule["interleaved_1f1b"]}
     ),
     "zero_bubble_2": Case(2, "biased", layout={"pp": 2, "pipeline_schedule": Schedule["zero_bubble"]}),
+    "zero_bubble_recomputed_2": Case(
+        2, layout={"pp": 2, "pipeline_schedule": Schedule["zero_bubble"],
+                   "activation_checkpointing": ActivationCheckpointing.full},
+    ),
     "zbv_2": Case(2, layout={"pp": 2, "virtual_stages": 2, "pipeline_schedule": Schedule["zbv"]}),
     "pp_tp_zero1_8": Case(8, "biased", layout={"pp": 2, "dp_shard": 2, "tp": 2, "zero_stage": 1}),
     "zero_bubble_tp_cp_8": Case(
@@ -54,7 +61,11 @@ PIPELINE = {
                    "pipeline_schedule": Schedule["interleaved_1f1b"]},
     ),
 }  # fmt: skip
-CASES = {**PIPELINE, **ZERO, **TENSOR, **CONTEXT}
+BF16 = {
+    "bf16_tp_zero2_4": Case(4, "biased", dtype=torch.bfloat16, layout={"dp_shard": 2, "tp": 2, "zero_stage": 2}),
+    "bf16_pp_zero1_4": Case(4, "biased", dtype=torch.bfloat16, layout={"pp": 2, "dp_shard": 2, "zero_stage": 1}),
+}
+CASES = {**BF16, **PIPELINE, **ZERO, **TENSOR, **CONTEXT}
 
 
 # The CPU time of a minute and a half; starting more groups than one would be most of it.
@@ -75,7 +86,7 @@ def references() -> dict[tuple[str, Reduction], Outcome]:
     return found
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.bad_rank is None])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.bad_rank is None and name not in BF16])
 def test_a_layout_equals_one_process(
     name: str, outcomes: dict[str, Outcome | str], references: dict[tuple[str, Reduction], Outcome]
 ) -> None:
@@ -91,6 +102,17 @@ def test_a_layout_equals_one_process(
     assert here.weights.keys() == one.weights.keys()
     for weight, value in one.weights.items():
         torch.testing.assert_close(here.weights[weight], value, rtol=0, atol=2e-6, msg=weight)
+
+
+@pytest.mark.parametrize("name", list(BF16))
+def test_bf16_on_a_layout_learns_as_one_process_does_in_float32(
+    name: str, outcomes: dict[str, Outcome | str], references: dict[tuple[str, Reduction], Outcome]
+) -> None:
+    here = outcomes[name]
+    assert isinstance(here, Outcome), here
+    one = references[CASES[name].model, CASES[name].reduction]
+    assert here.losses == pytest.approx(one.losses, rel=5e-3)
+    assert here.norms == pytest.approx(one.norms, rel=3e-2)
 
 
 def test_a_rank_that_is_not_finite_makes_every_rank_skip_and_is_named(
