@@ -19,7 +19,7 @@ def stream(vocab_size: int) -> np.ndarray:
     if not stems:
         raise SystemExit("the built-in corpus is not prepared: python prepare_data.py data=builtin")
     shards = [Shard(stem) for stem in stems]
-    tokens = np.concatenate([shard.document(i) for shard in shards for i in range(shard.header.documents)])
+    tokens = np.concatenate([shard.document(i) for shard in shards for i in range(shard.n_documents)])
     assert int(tokens.max()) < vocab_size
     return tokens.astype(np.int64)
 

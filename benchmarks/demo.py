@@ -33,7 +33,7 @@ def gzip_bits_per_byte() -> float:
     texts = []
     for header in sorted((CORPUS / "valid").glob("*.json")):
         shard = Shard(header.with_suffix(""))
-        texts += [tokenizer.decode(shard.document(i).tolist()) for i in range(shard.header.documents)]
+        texts += [tokenizer.decode(shard.document(i).tolist()) for i in range(shard.n_documents)]
     raw = "".join(texts).encode()
     return 8 * len(gzip.compress(raw, 9)) / len(raw)
 

@@ -89,9 +89,7 @@ def main() -> None:
     ours, theirs = (min(times) for times in zip(*pairs, strict=True))
     print(f"{where(device)}; {config.model.name}, {arguments.tokens} tokens a step, fp32")
     print(f"ours   {ours:8.3f} s  {arguments.tokens / ours:7.0f} tokens/s")
-    print(
-        f"plain  {theirs:8.3f} s  {arguments.tokens / theirs:7.0f} tokens/s, ours takes {ours / theirs:.2f} of it"
-    )
+    print(f"plain  {theirs:8.3f} s  {arguments.tokens / theirs:7.0f} tokens/s, ours takes {ours / theirs:.2f} of it")
 
 
 if __name__ == "__main__":

@@ -115,9 +115,10 @@ def overlap_tp(mesh: DeviceMesh) -> None:
 
     Both switches are private: torch has no other name for asynchronous tensor parallelism yet.
     """
+    import torch._inductor.config as inductor_config
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
-    inductor: Any = torch._inductor.config
+    inductor: Any = inductor_config
     inductor._micro_pipeline_tp = True
     enable_symm_mem_for_group(mesh.get_group().group_name)
 

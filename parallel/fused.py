@@ -20,7 +20,7 @@ def compile_with(ledger: Ledger, untold: Callable[[], AbstractContextManager[obj
     tensors are kept between them. Each graph counts as one kernel beside its products. All modules share the
     graphs of the first; `untold` hides from view what tracing them makes.
     """
-    from torch._functorch.aot_autograd import aot_function, make_boxed_func
+    from torch._functorch.aot_autograd import aot_function, make_boxed_func  # type: ignore[attr-defined]
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
 
@@ -48,8 +48,8 @@ def compile_with(ledger: Ledger, untold: Callable[[], AbstractContextManager[obj
             if body not in graphs:
                 graphs[body] = aot_function(
                     pure,
-                    fw_compiler=as_one_kernel,
-                    bw_compiler=as_one_kernel,
+                    fw_compiler=as_one_kernel,  # type: ignore[arg-type]
+                    bw_compiler=as_one_kernel,  # type: ignore[arg-type]
                     partition_fn=min_cut_rematerialization_partition,
                     decompositions=select_decomp_table(),
                 )

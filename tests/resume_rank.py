@@ -58,7 +58,7 @@ def main() -> None:
         run(folder / layout, layout, [*overrides, f"checkpoint.stop_file={stop}"])
         (folder / f"{layout}.{rank}").touch()
     run(folder / "zero1_whole", "zero1", overrides)
-    Kept.restore = saving_again
+    Kept.restore = saving_again  # type: ignore[method-assign]
     for before, after in PAIRS:
         target = folder / f"{before}_{after}"
         if rank == 0:

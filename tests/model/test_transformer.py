@@ -171,7 +171,7 @@ def test_every_parameter_has_its_schemes_deviation(scheme: Init) -> None:
             weight = model.get_parameter(f"blocks.{layer}.{name}.weight").detach()
             assert float(weight.std()) == pytest.approx(std, rel=0.03), (layer, name)
             assert abs(float(weight.mean())) < 0.05 * std
-    assert float(model.embed.weight.detach().std()) == pytest.approx(EMBED[s], rel=0.03)
+    assert float(model.get_parameter("embed.weight").detach().std()) == pytest.approx(EMBED[s], rel=0.03)
     for name, param in model.named_parameters():
         if param.ndim == 1:
             assert (param == (0.0 if name.endswith("bias") else 1.0)).all(), name
@@ -187,7 +187,7 @@ def test_weights_depend_on_the_seed_and_not_on_place_or_dtype() -> None:
     for a, b in zip(direct.parameters(), late.parameters(), strict=True):
         assert torch.equal(a.bfloat16(), b)
     direct.init_weights(seed=6)
-    assert not torch.equal(direct.embed.weight.bfloat16(), late.embed.weight)
+    assert not torch.equal(direct.get_parameter("embed.weight").bfloat16(), late.get_parameter("embed.weight"))
 
 
 def test_an_untrained_model_knows_nothing() -> None:
