@@ -26,7 +26,7 @@ from parallel.pretend import CPU, CUDA, pretended_gpu
 GIB = 2**30
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class FakeBatch:
     """A micro-batch without numbers, full of segments of one length."""
 

@@ -184,7 +184,7 @@ class Ledger:
             else:
                 continue
             if name not in self._groups:
-                group = group or dist.distributed_c10d._resolve_process_group(name)
+                group = group or dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
                 ranks = tuple(dist.get_process_group_ranks(group))
                 self._groups[name] = axis_of(ranks, self.axes), ranks
             return self._groups[name]
