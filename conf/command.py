@@ -18,8 +18,10 @@ from typing import Any, get_origin
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
@@ -230,6 +232,8 @@ def _points(overrides: list[Override]) -> list[list[str]]:
 
 
 def _launcher_problems(launcher: LauncherConfig) -> Iterator[str]:
+    if find_spec("submitit") is None:
+        yield f"launcher={launcher.where.value} needs submitit: python -m pip install -r requirements.txt"
     if launcher.where is Where.slurm and shutil.which("sbatch") is None:
         yield "launcher=slurm: there is no sbatch on this machine; log in where jobs are submitted"
 
@@ -239,6 +243,11 @@ def override_problems(override: Override, config_name: str) -> Iterator[str]:
     key = override.key_or_group
     if key == "hydra/sweeper" and override.value() == "optuna" and find_spec("optuna") is None:
         yield "hydra/sweeper=optuna needs Optuna: python -m pip install -r requirements-search.txt"
+    if key in ("hydra/launcher", "hydra/sweeper"):
+        Plugins.instance()  # finds those that are installed
+        known = [name.removesuffix(".yaml") for name in ConfigStore.instance().list(key)]
+        if override.value() not in known:
+            yield f"{key}={override.value()} is not installed; choose from {', '.join(known)}"
     if key.split(".")[0] == "hydra" or key.startswith("hydra/"):
         return
     options = sorted(path.stem for path in (CONF / key).glob("*.yaml")) if "." not in key else []

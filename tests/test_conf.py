@@ -165,6 +165,18 @@ def test_without_slurm_a_job_for_it_is_refused(monkeypatch: pytest.MonkeyPatch) 
     assert sentence == "launcher=slurm: there is no sbatch on this machine; log in where jobs are submitted"
 
 
+def test_a_launcher_or_a_search_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    (sentence,) = told("-m", "hydra/launcher=joblib", "steps=1")
+    assert sentence.startswith("hydra/launcher=joblib is not installed; choose from basic, jobs, ")
+    monkeypatch.setattr("conf.command.find_spec", lambda _: None)
+    assert told("-m", "steps=1,2")[0] == (
+        "launcher=local needs submitit: python -m pip install -r requirements.txt (at steps=1)"
+    )
+    assert told("-m", "hydra/sweeper=optuna", "optimizer.lr=interval(1e-4, 1e-2)") == [
+        "hydra/sweeper=optuna needs Optuna: python -m pip install -r requirements-search.txt"
+    ]
+
+
 def test_a_sweep_is_not_started_by_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     for name, value in {**ranks, "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():

@@ -194,3 +194,13 @@ def test_a_sweep_of_two_tasks_a_point_runs_every_point_and_the_next_time_only_wh
     done = subprocess.run([*argv, "optimizer.lr=1e-3,1e-2"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("finished already: ") == 1 and done.stdout.count("is submitted: ") == 1
+
+
+def test_srun_in_a_script_of_ones_own_starts_the_ranks_of_one_run(tmp_path: Path, small: list[str]) -> None:
+    ranks = ["srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, "train.py"]
+    settings = [*small, "steps=2", "name=r", "parallel=ddp", "parallel.threads=1", f"hydra.run.dir={tmp_path / 'r'}"]
+    done = subprocess.run([*ranks, *settings], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 2/2") == 1 and (tmp_path / "r" / "train.rank1.log").exists()
+    wrong = subprocess.run([*ranks, *settings, "optimizer.lr=-1"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.count("optimizer.lr (-1.0) must be positive") == 1
