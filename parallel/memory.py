@@ -105,7 +105,7 @@ class Memory:
         """Give the bytes at the moment of the most, by kind."""
         found: dict[str, int] = dict.fromkeys(AT_PEAK, 0)
         for piece in self.pieces:
-            if piece.begin <= self.peak_at and (piece.end is None or piece.end > self.peak_at):
+            if piece.begin <= self.peak_at and (piece.end is None or piece.end >= self.peak_at):
                 found["activations" if piece.kind == BACKWARD else piece.kind] += piece.n_bytes
         return found
 
