@@ -20,13 +20,14 @@ def compile_with(ledger: Ledger, untold: Callable[[], AbstractContextManager[obj
     tensors are kept between them. Each graph counts as one kernel beside its products. All modules share the
     graphs of the first; `untold` hides from view what tracing them makes.
     """
-    from torch._functorch.aot_autograd import aot_function, make_boxed_func  # type: ignore[attr-defined]
+    from torch._functorch._aot_autograd.utils import make_boxed_func
+    from torch._functorch.aot_autograd import aot_function
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
 
     graphs: dict[Any, Callable[..., Any]] = {}
 
-    def as_one_kernel(graph: Any, _example: Any) -> Callable[..., Any]:
+    def as_one_kernel(graph: Any, _example: Any) -> Any:
         def run(*args: Any) -> Any:
             with ledger.fused():
                 result = graph(*args)

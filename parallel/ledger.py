@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -185,7 +184,7 @@ class Ledger:
             else:
                 continue
             if name not in self._groups:
-                group = group or _resolve_process_group(name)  # type: ignore[arg-type]
+                group = group or dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
                 ranks = tuple(dist.get_process_group_ranks(group))
                 self._groups[name] = axis_of(ranks, self.axes), ranks
             return self._groups[name]

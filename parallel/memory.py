@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 from parallel.ledger import in_backward
 
-KINDS = ("parameters", "gradients", "optimizer", "activations", "logits", "communication")
 BLOCK = 512  # the CUDA allocator rounds each request up to it
 COMMUNICATION = ("c10d", "_c10d_functional", "fsdp")
 BACKWARD = "activation gradients"
+AT_PEAK = ("parameters", "gradients", "optimizer", "activations", "logits", "communication")
 
 
 @dataclass(slots=True, eq=False)
@@ -103,11 +103,9 @@ class Memory:
 
     def at_peak(self) -> dict[str, int]:
         """Give the bytes at the moment of the most, by kind."""
-        found: dict[str, int] = dict.fromkeys(
-            ("parameters", "gradients", "optimizer", "activations", "logits", "communication"), 0
-        )
+        found: dict[str, int] = dict.fromkeys(AT_PEAK, 0)
         for piece in self.pieces:
-            if piece.begin <= self.peak_at and (piece.end is None or piece.end > self.peak_at):
+            if piece.begin <= self.peak_at and (piece.end is None or piece.end >= self.peak_at):
                 found["activations" if piece.kind == BACKWARD else piece.kind] += piece.n_bytes
         return found
 

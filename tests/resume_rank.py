@@ -39,11 +39,11 @@ def run(folder: Path, layout: str, overrides: list[str]) -> None:
             trained(folder, *overrides, *LAYOUTS[layout], f"steps={STEPS}", "data.micro_batch_size=1")
 
 
-def saving_again(kept: Kept, checkpoint: Checkpoint) -> None:
+def saving_again(self: Kept, checkpoint: Checkpoint) -> None:
     """Restore, and at once save what was restored, beside the run."""
-    RESTORE(kept, checkpoint)
+    RESTORE(self, checkpoint)
     again = Checkpoints(checkpoint.path.parent.parent / "again", keep=0, group=checkpoint.ranks.group)
-    again.save(checkpoint.step, kept.tensors(), kept.state())
+    again.save(checkpoint.step, self.tensors(), self.state())
 
 
 RESTORE = Kept.restore

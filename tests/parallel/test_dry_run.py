@@ -191,6 +191,7 @@ def test_a_long_step_is_as_its_micro_batches_say() -> None:
 def test_memory_is_what_each_kind_takes() -> None:
     config, (alone,) = read(world_size=1)
     numbers = config.model.n_params
+    assert sum(alone.at_peak.values()) == pytest.approx(alone.peak, rel=1e-3), "every byte is of some kind"
     small = 512 * 30 * LAYERS  # each tensor is rounded up to 512 bytes
     assert alone.at_peak["parameters"] == pytest.approx(2 * numbers, abs=small)
     # the lower halves of the masters, and two fp32 moments
