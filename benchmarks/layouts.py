@@ -21,10 +21,10 @@ LAYOUTS = {
     "hybrid_zero": ["parallel=hybrid_zero"],
     "hybrid_zero, stage 2": ["parallel=hybrid_zero", "parallel.zero_stage=2"],
     "hybrid_zero, stage 3": ["parallel=hybrid_zero", "parallel.zero_stage=3"],
-    "tp_zero1": ["parallel=tp_zero1"],
-    "pp": ["parallel=pp"],
-    "3d": ["parallel=3d"],
-    "cp": ["parallel=cp"],
+    "tp 8 x zero1": ["parallel=tp_zero1", "parallel.tp=8"],
+    "pp 4 x hybrid_zero": ["parallel=hybrid_zero", "parallel.pp=4"],
+    "3d: pp 2 x tp 2 x zero1": ["parallel=3d"],
+    "cp 2 x zero1": ["parallel=cp"],
 }
 KINDS = {
     "parameters": "#4c78a8",

@@ -5,6 +5,7 @@ The floor is the head's three products alone, at the rate at which this device d
 
 import argparse
 import importlib.util
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ def main() -> None:
     part, logits = h.detach()[: min(n, 4096)], torch.randn(min(n, 4096), v, device=device, dtype=dtype)
 
     def products() -> None:
-        part @ weight.T, logits @ weight, logits.T @ part
+        _ = part @ weight.T, logits @ weight, logits.T @ part
 
     floor = median_ms(products, device) * n / len(part)
     print(f"{where(device)}; {n:,} tokens, width {d}, vocabulary {v:,}; the three products alone: {floor:.2f} ms")
@@ -37,7 +38,7 @@ def main() -> None:
     def plain() -> torch.Tensor:
         return F.cross_entropy((h @ weight.T).float(), labels)
 
-    ways = {
+    ways: dict[str, Callable[[], torch.Tensor]] = {
         f"ours, {chunk:,} at a time": lambda chunk=chunk: linear_cross_entropy(
             h, weight, labels, weights, chunk_tokens=chunk
         )[0]

@@ -6,6 +6,8 @@ everything that is written, at the rate of a large copy.
 
 import argparse
 import gc
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,7 +43,7 @@ def main() -> None:
         numel = sum(p.numel() for p in model.parameters())
         if impl is None:
             plain = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-            step = plain.step
+            step: Any = plain.step
         else:
             try:
                 ours = AdamW(model, OptimizerConfig(impl=OptimizerImpl(impl), state_dtype=state))
@@ -49,9 +51,7 @@ def main() -> None:
                 print(f"{name:44} {error}")
                 continue
             ours.follow([(1e-4, 0.95)] * 100_000)
-
-            def step(ours: AdamW = ours) -> object:
-                return ours.step(**scalars)
+            step = partial(ours.step, **scalars)
 
         def update(model: nn.Module = model, grads: list = grads, step=step) -> None:
             for param, grad in zip(model.parameters(), grads, strict=True):

@@ -10,6 +10,7 @@ import gc
 import time
 from collections.abc import Callable
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +31,12 @@ def transformers_llama(config: ModelConfig) -> Callable[[Tensor, Tensor], Tensor
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # type: ignore[import-not-found]
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    settings: dict[str, Any] = {"attn_implementation": "sdpa", "dtype": "bfloat16"}
     llama = LlamaConfig(
         vocab_size=config.vocab_size, hidden_size=config.d_model, intermediate_size=config.d_ff,
         num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads, num_key_value_heads=config.n_kv_heads,
-        max_position_embeddings=ROW_LEN, attention_bias=config.attention_bias, use_cache=False, dtype="bfloat16",
-        attn_implementation="sdpa",
+        max_position_embeddings=ROW_LEN, attention_bias=config.attention_bias, use_cache=False,
+        **settings,
     )  # fmt: skip
     with torch.device("cuda"):
         model = LlamaForCausalLM(llama).bfloat16()

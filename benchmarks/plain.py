@@ -44,10 +44,10 @@ class Plain(nn.Module):
         self.embed, self.norm = nn.Embedding(c.vocab_size, c.d_model), nn.RMSNorm(c.d_model, c.norm_eps)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.n_layers))
         self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
-        self.half, self.theta = c.head_dim // 2, c.rope_theta
+        self.half_dim, self.theta = c.head_dim // 2, c.rope_theta
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        angles = torch.arange(tokens.shape[1])[:, None] * self.theta ** -(torch.arange(self.half) / self.half)
+        angles = torch.arange(tokens.shape[1])[:, None] * self.theta ** -(torch.arange(self.half_dim) / self.half_dim)
         cos, sin = angles.cos().to(tokens.device), angles.sin().to(tokens.device)
         x = self.embed(tokens)
         for layer in self.layers:
@@ -90,7 +90,7 @@ def main() -> None:
     print(f"{where(device)}; {config.model.name}, {arguments.tokens} tokens a step, fp32")
     print(f"ours   {ours:8.3f} s  {arguments.tokens / ours:7.0f} tokens/s")
     print(
-        f"plain  {theirs:8.3f} s  {arguments.tokens / theirs:7.0f} tokens/s   ours takes {ours / theirs:.2f} of its time"
+        f"plain  {theirs:8.3f} s  {arguments.tokens / theirs:7.0f} tokens/s, ours takes {ours / theirs:.2f} of it"
     )
 
 

@@ -18,6 +18,7 @@ one collective instead of broadcasting partitions in turn; nothing was measured 
 """
 
 from dataclasses import replace
+from functools import cache
 
 from hydra import compose, initialize_config_dir
 
@@ -39,7 +40,8 @@ CALIBRATED = ((1, 8, 8), (1, 8, 16), (1, 8, 1024), (1, -1, 1024))  # (tp, zero1,
 TOKENS = 16_384  # of a GPU in a step
 
 
-def dry_run(tp: int, flops_efficiency: float | None = None) -> tuple[Reading, DryRunConfig]:
+@cache
+def dry_run(tp: int) -> tuple[Reading, DryRunConfig]:
     """Read a step of this engine on 16 GPUs with `zero1` 8 / tp, so that every axis of the table is there."""
     settings = [
         "dry_run=a100", "model=7b", "data=random", "data.seq_len=2048", f"data.micro_batch_size={2 * tp}",
@@ -47,8 +49,6 @@ def dry_run(tp: int, flops_efficiency: float | None = None) -> tuple[Reading, Dr
         "parallel.dp_replicate=2", f"parallel.tp={tp}", "parallel.sequence_parallel=false",
         "parallel.reduce_dtype=bf16", "parallel.compile=none", "dry_run.world_size=16",
     ]  # fmt: skip
-    if flops_efficiency is not None:
-        settings.append(f"dry_run.flops_efficiency={flops_efficiency}")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = to_config(compose("train", overrides=settings))
     return train.dry_run(config).read(4)[0], config.dry_run

@@ -119,7 +119,7 @@ def gemm_tflops(model: ModelConfig, tokens: int, device: torch.device, seconds: 
         )
 
         def three(x: Tensor = x, w: Tensor = w, y: Tensor = y) -> None:
-            x @ w.T, y @ w, y.T @ x
+            _ = x @ w.T, y @ w, y.T @ x
 
         three()
         synchronize(device)

@@ -1,8 +1,10 @@
 """The loss' passes over the logits as Triton kernels: read once for the statistics, once for the gradient in place."""
 
+from typing import Any
+
 import torch
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-not-found]
+import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor
 
 from model.loss import Statistics
@@ -71,7 +73,8 @@ def statistics(logits_NV: Tensor, labels_N: Tensor) -> Statistics:
     row_max, sum_exp, target, total = found
     argmax = torch.empty(n_rows, dtype=torch.int64, device=logits_NV.device)
     arguments = (logits_NV, labels_N, row_max, argmax, sum_exp, target, total, n_vocab)
-    _statistics_kernel[(n_rows,)](*arguments, BLOCK=BLOCK, num_warps=8)  # type: ignore[arg-type]
+    kernel: Any = _statistics_kernel
+    kernel[(n_rows,)](*arguments, BLOCK=BLOCK, num_warps=8)
     return Statistics(row_max, argmax, sum_exp, target, total)
 
 
@@ -89,5 +92,6 @@ def gradient(
     uniform = softmax_factor_N if uniform_N is None else uniform_N
     factors = (logits_NV, labels_N, log_norm_N, softmax_factor_N, target_factor_N, uniform, n_vocab)
     grid = (n_rows, triton.cdiv(n_vocab, BLOCK))
-    _gradient_kernel[grid](*factors, UNIFORM=uniform_N is not None, BLOCK=BLOCK, num_warps=8)  # type: ignore[arg-type]
+    kernel: Any = _gradient_kernel
+    kernel[grid](*factors, UNIFORM=uniform_N is not None, BLOCK=BLOCK, num_warps=8)
     return logits_NV

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -43,7 +44,6 @@ def parallelize(
     """Give a model built on the meta device its memory plan, its dtype and its place; weights are not set.
 
     The model keeps what is this rank's; what is given back runs it, piece by piece: itself, or its pipeline stages.
-
     Only parameters change dtype: rotary tables stay fp32. `fp8` is `none` or the name of a scaling;
     `grad_dtype` is what the gradients of micro-batches are added up in, if not `dtype`.
     """
@@ -56,9 +56,10 @@ def parallelize(
         multiply_in_fp8(blocks, fp8, mesh.device)
     if mesh.layout is not None and mesh.axes.tp > 1:
         divide(model, mesh.layout["tp"], sequence_parallel=config.sequence_parallel)
+        if config.async_tp:
+            overlap_tp(mesh.layout["tp"])
     if mesh.tokens is not None and mesh.axes.cp > 1:
         attend_to_whole_rows(model, mesh.tokens["cp"])
-    blocks = list(model.get_submodule("blocks").children())
     for block in blocks[: recomputed_blocks(len(blocks), config)]:
         # The model has no randomness, so there is no generator state to replay.
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
@@ -107,6 +108,18 @@ def multiply_in_fp8(blocks: list[nn.Module], scaling: str, device: torch.device)
 
     for block in blocks:
         convert_to_float8_training(block, config=Float8LinearConfig.from_recipe_name(scaling))
+
+
+def overlap_tp(mesh: DeviceMesh) -> None:
+    """Have the compiler cut products and their messages over tp into pieces that overlap.
+
+    Both switches are private: torch has no other name for asynchronous tensor parallelism yet.
+    """
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    inductor: Any = torch._inductor.config
+    inductor._micro_pipeline_tp = True
+    enable_symm_mem_for_group(mesh.get_group().group_name)
 
 
 def compile_blocks(blocks: list[nn.Module], backend: str = "inductor") -> None:

@@ -1,4 +1,4 @@
-"""The axes of a mesh and what they must divide. Free of torch: a wrong layout is refused before a process group exists."""
+"""The axes of a mesh and what they must divide. Free of torch: what is wrong is told before a process group exists."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -63,9 +63,10 @@ def axis_problems(config: ParallelConfig, world_size: int) -> Iterator[str]:
             f"{world_size}; start a multiple of {product}, or choose from {_divisors(world_size)}"
         )
     elif not open_axes and product != world_size:
+        named = named or "parallel (every axis 1)"
         yield (
-            f"{named or 'parallel: every axis is 1, which'} = {product} must be the number of processes ({world_size}); set "
-            f"one axis to -1, as in parallel=zero1, or start {product}"
+            f"{named} = {product} must be the number of processes ({world_size}); "
+            f"set one axis to -1, as in parallel=zero1, or start {product}"
         )
 
 

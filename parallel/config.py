@@ -70,6 +70,7 @@ class ParallelConfig:
     zero_stage: int = 0
     reduce_dtype: ReduceDtype = ReduceDtype.fp32  # in which gradients are summed over data-parallel ranks
     sequence_parallel: bool = True  # under tp, norms and residuals hold a share of the tokens each
+    async_tp: bool = False  # let matrix products overlap the messages of sequence parallelism, piece by piece
     pipeline_schedule: Schedule = Schedule["1f1b"]
     virtual_stages: int = 1  # stages a pipeline rank runs
     pipeline_layers: list[int] | None = None  # layers of each stage in order (null: as even as they go)
@@ -100,6 +101,16 @@ class ParallelConfig:
                 f"parallel.dp_shard ({self.dp_shard}) must be 1 with parallel.zero_stage (0), which shards nothing; "
                 "use parallel.dp_replicate, or zero_stage 1, 2 or 3"
             )
+        for key, wrong, needed in (
+            ("tp", self.tp == 1, "of 2 or more, or -1"),
+            ("sequence_parallel", not self.sequence_parallel, "true"),
+            ("compile", self.compile is Compile.none, "auto or blocks"),
+            ("device", self.device is Device.cpu, "cuda"),
+        ):
+            if self.async_tp and wrong:
+                value = getattr(self, key)
+                shown = value.value if isinstance(value, Enum) else value
+                yield f"parallel.async_tp (true) needs parallel.{key} {needed}, not {shown}"
         yield from self._pipeline_problems()
 
     def _pipeline_problems(self) -> Iterator[str]:

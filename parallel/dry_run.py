@@ -1,5 +1,6 @@
 """A step before a GPU is bought: the real code on fake ranks, its memory, its collectives, an estimate of its time."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -150,12 +151,12 @@ def fake_mesh(layout: ParallelConfig, rank: int, world_size: int) -> Iterator[Me
     """Be one rank of a world whose messages go nowhere."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    made = DeviceMesh.__init__
+    made, world = DeviceMesh.__init__, time.monotonic_ns()
 
     def init(mesh: DeviceMesh, *args: Any, **kwargs: Any) -> None:
-        """Make meshes of different ranks different, so that DTensor, which keeps meshes, does not mistake them."""
+        """Make the meshes of each world different, so that DTensor, which keeps meshes, does not mistake them."""
         made(mesh, *args, **kwargs)
-        mesh._thread_id = rank + 1
+        mesh._thread_id = world
 
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     patch = mock.patch.object(DeviceMesh, "__init__", init)

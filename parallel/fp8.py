@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+scaled_mm: Any = torch._scaled_mm  # type: ignore[attr-defined]
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16  # of the sizes of matrices that 8-bit products take
 
@@ -45,15 +46,15 @@ class _Product(torch.autograd.Function):
         x, x_turned, x_scale = _quantize(x_NK, E4M3)
         weight, weight_turned, weight_scale = _quantize(weight_MK, E4M3)
         ctx.save_for_backward(x_turned, x_scale, weight_turned, weight_scale)
-        return torch._scaled_mm(x, weight.T, x_scale, weight_scale, out_dtype=x_NK.dtype, use_fast_accum=True)
+        return scaled_mm(x, weight.T, x_scale, weight_scale, out_dtype=x_NK.dtype, use_fast_accum=True)
 
     @staticmethod
     def backward(ctx: Any, grad_NM: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         x_turned, x_scale, weight_turned, weight_scale = ctx.saved_tensors
         grad, grad_turned, grad_scale = _quantize(grad_NM, E5M2)
         settings = {"out_dtype": grad_NM.dtype, "use_fast_accum": False}
-        grad_x = torch._scaled_mm(grad, weight_turned.T, grad_scale, weight_scale, **settings)
-        return grad_x, torch._scaled_mm(grad_turned, x_turned.T, grad_scale, x_scale, **settings)
+        grad_x = scaled_mm(grad, weight_turned.T, grad_scale, weight_scale, **settings)
+        return grad_x, scaled_mm(grad_turned, x_turned.T, grad_scale, x_scale, **settings)
 
 
 class Fp8Linear(nn.Linear):

@@ -1,8 +1,10 @@
 """The cast to 8 bits as a Triton kernel: a matrix is read once and written twice, as it is and transposed."""
 
+from typing import Any
+
 import torch
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-not-found]
+import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor
 
 ROWS, COLUMNS = 128, 64
@@ -26,5 +28,6 @@ def cast_both_ways(x_NM: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Ten
     turned = torch.empty(n_columns, n_rows, dtype=dtype, device=x_NM.device)
     grid = (triton.cdiv(n_rows, ROWS), triton.cdiv(n_columns, COLUMNS))
     largest = torch.finfo(dtype).max
-    _cast_kernel[grid](x_NM, scale, out, turned, n_rows, n_columns, largest, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8)  # type: ignore[arg-type]
+    kernel: Any = _cast_kernel
+    kernel[grid](x_NM, scale, out, turned, n_rows, n_columns, largest, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8)
     return out, turned

@@ -131,6 +131,9 @@ class Ledger:
             self._count_collective(window, func, args, kwargs, result)
         elif packet.__name__.startswith(ATTENTION):
             window.flops += _attention_flops(args, backward=packet.__name__.endswith("backward"))
+        elif packet in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            left, right = [part for part in args if isinstance(part, Tensor)][-2:]  # beside them may stand a dtype
+            window.flops += 2 * left.numel() * right.shape[1]
         elif packet in flop_registry:
             window.flops += flop_registry[packet](*args, **kwargs, out_val=result)
         elif not self._fused and not func.is_view and not packet.__name__.startswith(FREE):

@@ -70,3 +70,13 @@ def test_the_next_losses_are_those_of_a_run_that_was_never_stopped(runs: Path, b
 
 def test_the_same_layout_goes_on_bit_for_bit(runs: Path) -> None:
     assert losses(runs / "zero1_zero1") == losses(runs / "zero1_whole")
+
+
+@pytest.mark.parametrize("layout", ["zero3", "hybrid"])
+def test_one_process_exports_and_writes_from_what_several_saved(runs: Path, layout: str, tmp_path: Path) -> None:
+    export = [sys.executable, "export.py", f"run={runs / layout}", f"out={tmp_path / 'hf'}"]
+    generate = [sys.executable, "generate.py", f"run={runs / layout}", "prompt=def", "max_new_tokens=4", "device=cpu"]
+    for command, words in ((export, "exported step 3"), (generate, "def")):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert words in done.stdout

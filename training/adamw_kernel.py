@@ -1,8 +1,10 @@
 """AdamW's whole update of a parameter as one Triton kernel: everything is read once and written once."""
 
+from typing import Any
+
 import torch
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-not-found]
+import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor
 
 BLOCK = 1024
@@ -76,7 +78,8 @@ def update(
     if not param.numel():
         return
     assert param.is_contiguous(), "a parameter's numbers must lie side by side"
-    _adamw_kernel[grid](
+    kernel: Any = _adamw_kernel
+    kernel[grid](
         param.view(torch.int16) if halves else param,
         param if rest is None else rest,
         grad.contiguous(),
@@ -92,4 +95,4 @@ def update(
         BLOCK=BLOCK,
         num_warps=4,
         enable_fp_fusion=False,
-    )  # type: ignore[arg-type]
+    )

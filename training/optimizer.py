@@ -70,7 +70,8 @@ class AdamW:
         if self.impl is OptimizerImpl.triton:
             self._step_in_one_pass(rates, grad_scale, finite)
         elif bool(finite):
-            self._step_by_library(*rates[:2].tolist(), grad_scale)
+            lr, beta2 = rates[:2].tolist()
+            self._step_by_library(lr, beta2, grad_scale)
         for param in self.params.values():
             param.grad = None
         self.updates += finite

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile, record_function
 
 WARM_UP, PROFILED = 3, 2  # steps
@@ -38,7 +38,7 @@ def spent(intervals: Iterable[tuple[float, float, str]], begin: float, end: floa
         start, stop = max(start, begin), min(stop, end)
         if stop > start:
             changes += [(start, 1, kind), (stop, -1, kind)]
-    found = dict.fromkeys((*ORDER, "idle"), 0.0)
+    found: dict[str, float] = dict.fromkeys((*ORDER, "idle"), 0.0)
     running: dict[str, int] = defaultdict(int)
     at = begin
     for when, change, kind in [*sorted(changes), (end, 0, "idle")]:

@@ -51,6 +51,7 @@ class Case:
     world_size: int
     model: str = "plain"
     reduction: Reduction = Reduction.global_token
+    dtype: torch.dtype = torch.float32
     layout: dict[str, Any] = field(default_factory=dict)
     bad_rank: int | None = None  # whose gradient is made infinite in step 2
 
@@ -83,7 +84,7 @@ def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
     optimizer = OptimizerConfig(lr=3e-3, max_grad_norm=0.3, eps=1e-5)
     with torch.device("meta"):
         model = Transformer(MODELS[case.model])
-    stages = parallelize(model, mesh, config, torch.float32)
+    stages = parallelize(model, mesh, config, case.dtype)
     model.init_weights(3, write_shard)
     adamw = AdamW(model, optimizer)
     adamw.follow([(3e-3, 0.95)] * (N_STEPS + 1))

@@ -30,7 +30,7 @@ def told(world_size: int, model: ModelConfig = MODEL, pack_len: int = 64, steps:
         (8, {"pp": 2, "dp_replicate": 2, "cp": 2}, Axes(pp=2, dp_replicate=2, cp=2)),
     ],
 )
-def test_one_axis_fills_the_world(world_size: int, asked: dict[str, int], axes: Axes) -> None:
+def test_one_axis_fills_the_world(world_size: int, asked: dict[str, Any], axes: Axes) -> None:
     found = resolve_axes(ParallelConfig(zero_stage=1, **asked), world_size)
     assert found == axes and found.world_size == world_size
 
@@ -53,6 +53,7 @@ def test_a_layout_that_fits_is_told_nothing() -> None:
         (16, {"pp": 4, "dp_shard": 4, "pipeline_layers": [1, 1, 1]}, ["parallel.pipeline_layers ([1, 1, 1]) must be 4 numbers, one a stage, that sum to model.n_layers (4)"]),
         (32, {"pp": 4, "dp_shard": 8}, ["parallel.pp (4) must be at most the micro-batches a rank runs in a step (2), or the pipeline is never full; raise global_batch_tokens, lower data.micro_batch_size, or lower the data-parallel axes"]),
         (2, {"dp_shard": 2, "zero_stage": 0}, ["parallel.dp_shard (2) must be 1 with parallel.zero_stage (0), which shards nothing; use parallel.dp_replicate, or zero_stage 1, 2 or 3"]),
+        (1, {"async_tp": True, "sequence_parallel": False}, ["parallel.async_tp (true) needs parallel.tp of 2 or more, or -1, not 1", "parallel.async_tp (true) needs parallel.sequence_parallel true, not False"]),
         (2, {"pp": 2, "zero_stage": 3}, ["parallel.zero_stage (3) must be 0 or 1 with parallel.pp (2): a pipeline keeps gradients and parameters whole until its last micro-batch"]),
         (2, {"pp": 2, "pipeline_schedule": Schedule["zbv"]}, ["parallel.virtual_stages (1) must be exactly 2 with parallel.pipeline_schedule (zbv)"]),
     ],

@@ -107,6 +107,65 @@ def test_a_data_parallel_step_of_1024_gpus_sends_what_its_stage_says(
     assert reading.table == expected
 
 
+def fill(rows: int, shard: int) -> int:
+    return -(-rows // shard) * shard
+
+
+def part_of(config: TrainConfig, *, tp: int, shard: int, layers: int, embed: bool = True, head: bool = True) -> int:
+    """Numbers of a rank's group: matrices are divided over tp first, and the rows that are left filled up for FSDP."""
+    width, d_ff = config.model.d_model, config.model.d_ff
+    columns = 3 * (fill(width // tp, shard) * width + fill(width // tp, shard))
+    rows = width * (width // tp) + width + width * (d_ff // tp)
+    block = columns + rows + 2 * fill(d_ff // tp, shard) * width + 2 * width
+    vocabulary = fill(config.model.vocab_size // tp, shard) * width
+    return layers * block + embed * vocabulary + head * (vocabulary + width)
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_a_tensor_parallel_step_sends_activations_and_no_logits(sequence_parallel: bool) -> None:
+    tp, shard = 2, WORLD // 2
+    config, (reading,) = read("parallel=tp_zero1", f"parallel.sequence_parallel={str(sequence_parallel).lower()}")
+    tokens, width, numbers = 4096, config.model.d_model, part_of(config, tp=tp, shard=shard, layers=LAYERS)
+    # Each part of a block, the embedding and the head send whole activations once forward and once backward.
+    sent = MICRO_BATCHES * (4 * LAYERS + 2)
+    loss = (3 * MICRO_BATCHES, 5 * 4 * tokens * MICRO_BATCHES)  # largest logit; three sums; the first of the largest
+    norms = 2 * LAYERS + 1
+    expected = {
+        ("dp_shard", "all_gather"): (LAYERS + 2, BF16 * numbers),
+        ("dp_shard", "reduce_scatter"): (LAYERS + 2, 4 * numbers),
+        ("dp_shard+tp", "all_reduce"): (2, figures(WORLD // tp)),
+    }
+    whole = sent * BF16 * tokens * width
+    if sequence_parallel:
+        expected["tp", "all_gather"] = expected["tp", "reduce_scatter"] = (sent, whole)
+        expected["tp", "all_reduce"] = (loss[0] + norms, loss[1] + 4 * width * norms)
+    else:
+        expected["tp", "all_reduce"] = (sent + loss[0], whole + loss[1])
+    assert reading.table == expected
+
+
+def test_a_context_parallel_step_turns_tokens_into_heads() -> None:
+    config, (reading,) = read("parallel=cp")
+    # q, k, v and the output of every layer, forward and backward, half of the tokens here
+    count = 8 * LAYERS * MICRO_BATCHES
+    assert reading.table["cp", "all_to_all"] == (count, count * BF16 * 4096 // 2 * config.model.d_model)
+    numbers = part_of(config, tp=1, shard=WORLD, layers=LAYERS)
+    assert reading.table["dp_shard+cp", "reduce_scatter"] == (LAYERS + 2, 4 * numbers)
+
+
+def test_each_stage_of_a_pipeline_holds_its_layers_and_passes_activations_on() -> None:
+    config = configure("parallel=3d", "model.n_layers=4")
+    stages = train.dry_run(config).read(4)
+    assert [reading.rank for reading in stages] == [0, WORLD // 2]
+    for reading, ends in zip(stages, ({"head": False}, {"embed": False}), strict=True):
+        numbers = part_of(config, tp=2, shard=WORLD // 4, layers=2, **ends)
+        assert reading.table["dp_shard", "all_gather"] == (3, BF16 * numbers)
+        assert reading.table["dp_shard", "reduce_scatter"] == (3, 4 * numbers)
+        for kind in ("send", "recv"):
+            passed = 4 * BF16 * 4096 * config.model.d_model // 2  # a tp peer has half of the tokens
+            assert 0 <= reading.table["pp", kind][1] - passed <= 8
+
+
 def test_a_micro_batch_that_reduces_once_too_often_is_seen() -> None:
     def always(engine: Engine, *, last: bool) -> None:
         engine.model.set_requires_gradient_sync(True)  # type: ignore[operator]

@@ -48,6 +48,22 @@ def test_a_number_of_tokens_that_8_bit_products_do_not_take_is_multiplied_exactl
     assert torch.equal(linear(x), expected)
 
 
+# Of dynamo's own look at the inputs of what it compiles
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf", "ignore:.*should not be instantiated"
+)
+def test_the_product_is_compiled_without_a_break() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(32, 16, dtype=torch.bfloat16)
+    linear.__class__ = Fp8Linear
+    x = torch.randn(2, 16, 32, dtype=torch.bfloat16, requires_grad=True)
+    grads = []
+    for forward in (linear, torch.compile(linear, fullgraph=True, backend="aot_eager")):
+        grads.append(torch.autograd.grad(forward(x).square().sum(), (x, *linear.parameters())))
+    for eager, compiled in zip(*grads, strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=2e-2, atol=1e-2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 def test_the_kernel_casts_as_torch_does_and_turns(dtype: torch.dtype) -> None:

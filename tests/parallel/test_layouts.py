@@ -1,10 +1,13 @@
 """Every layout takes the steps that one process takes: losses, norms and weights, in float32, to 5e-6."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import pytest
 import torch
 
 from model.transformer import Transformer
-from parallel.config import Schedule
+from parallel.config import ActivationCheckpointing, Schedule
 from parallel.plan import PLAN, entries_for
 from tests.parallel.layouts import MODELS, Case, Outcome, alone, run
 from training.config import Reduction
@@ -18,6 +21,9 @@ ZERO = {
     "hybrid1_4": Case(4, layout={"dp_replicate": 2, "dp_shard": 2, "zero_stage": 1}),
     "hybrid2_4": Case(4, layout={"dp_replicate": 2, "dp_shard": 2, "zero_stage": 2}),
     "hybrid3_8": Case(8, layout={"dp_replicate": 4, "dp_shard": 2, "zero_stage": 3}),
+    "zero3_recomputed_2": Case(
+        2, "biased", layout={"dp_shard": 2, "zero_stage": 3, "activation_checkpointing": ActivationCheckpointing.full}
+    ),
     "row_mean_4": Case(4, reduction=Reduction.row_mean, layout={"dp_shard": 4, "zero_stage": 1}),
     "one_rank_is_bad_4": Case(4, layout={"dp_shard": 4, "zero_stage": 2}, bad_rank=2),
 }
@@ -44,6 +50,10 @@ PIPELINE = {
         2, "biased", layout={"pp": 2, "virtual_stages": 2, "pipeline_schedule": Schedule["interleaved_1f1b"]}
     ),
     "zero_bubble_2": Case(2, "biased", layout={"pp": 2, "pipeline_schedule": Schedule["zero_bubble"]}),
+    "zero_bubble_recomputed_2": Case(
+        2, layout={"pp": 2, "pipeline_schedule": Schedule["zero_bubble"],
+                   "activation_checkpointing": ActivationCheckpointing.full},
+    ),
     "zbv_2": Case(2, layout={"pp": 2, "virtual_stages": 2, "pipeline_schedule": Schedule["zbv"]}),
     "pp_tp_zero1_8": Case(8, "biased", layout={"pp": 2, "dp_shard": 2, "tp": 2, "zero_stage": 1}),
     "zero_bubble_tp_cp_8": Case(
@@ -54,16 +64,28 @@ PIPELINE = {
                    "pipeline_schedule": Schedule["interleaved_1f1b"]},
     ),
 }  # fmt: skip
-CASES = {**PIPELINE, **ZERO, **TENSOR, **CONTEXT}
+BF16 = {
+    "bf16_tp_zero2_4": Case(4, "biased", dtype=torch.bfloat16, layout={"dp_shard": 2, "tp": 2, "zero_stage": 2}),
+    "bf16_pp_zero1_4": Case(4, "biased", dtype=torch.bfloat16, layout={"pp": 2, "dp_shard": 2, "zero_stage": 1}),
+}
+CASES = {**BF16, **PIPELINE, **ZERO, **TENSOR, **CONTEXT}
 
 
-# The CPU time of a minute and a half; starting more groups than one would be most of it.
+# One group of processes runs all layouts: it is the first test that waits for them.
 pytestmark = pytest.mark.timeout(900)
 
 
+def named(cases: Iterable[str]) -> list[Any]:
+    """Cases by name; those of more than 4 ranks take minutes."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if CASES[name].world_size > 4 else []) for name in cases]
+
+
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome | str]:
-    return run(tmp_path_factory.mktemp("ranks"), CASES)
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome | str]:
+    """What came out of the cases that were chosen."""
+    items: list[Any] = [item for item in request.session.items if "outcomes" in getattr(item, "fixturenames", ())]
+    cases = {item.callspec.params["name"]: CASES[item.callspec.params["name"]] for item in items}
+    return run(tmp_path_factory.mktemp("ranks"), cases, max(case.world_size for case in cases.values()))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +97,7 @@ def references() -> dict[tuple[str, Reduction], Outcome]:
     return found
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.bad_rank is None])
+@pytest.mark.parametrize("name", named(n for n, case in CASES.items() if case.bad_rank is None and n not in BF16))
 def test_a_layout_equals_one_process(
     name: str, outcomes: dict[str, Outcome | str], references: dict[tuple[str, Reduction], Outcome]
 ) -> None:
@@ -93,10 +115,22 @@ def test_a_layout_equals_one_process(
         torch.testing.assert_close(here.weights[weight], value, rtol=0, atol=2e-6, msg=weight)
 
 
-def test_a_rank_that_is_not_finite_makes_every_rank_skip_and_is_named(
-    outcomes: dict[str, Outcome | str],
+@pytest.mark.parametrize("name", named(BF16))
+def test_bf16_on_a_layout_learns_as_one_process_does_in_float32(
+    name: str, outcomes: dict[str, Outcome | str], references: dict[tuple[str, Reduction], Outcome]
 ) -> None:
-    here = outcomes["one_rank_is_bad_4"]
+    here = outcomes[name]
+    assert isinstance(here, Outcome), here
+    one = references[CASES[name].model, CASES[name].reduction]
+    assert here.losses == pytest.approx(one.losses, rel=5e-3)
+    assert here.norms == pytest.approx(one.norms, rel=3e-2)
+
+
+@pytest.mark.parametrize("name", ["one_rank_is_bad_4"])
+def test_a_rank_that_is_not_finite_makes_every_rank_skip_and_is_named(
+    name: str, outcomes: dict[str, Outcome | str]
+) -> None:
+    here = outcomes[name]
     assert isinstance(here, Outcome), here
     assert here.finite == [number != 2 for number in range(10)]
     assert here.bad_layer == "blocks.1.mlp.w_up (forward)"
