@@ -176,7 +176,7 @@ def _process_group(config: ParallelConfig, device: torch.device, world_size: int
 
 def leave() -> None:
     """Close the process group, and let DTensor forget the layouts it has seen: they name groups that are closed."""
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache  # late: it costs as much as torch itself
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache  # late: only several ranks need it
 
     dist.destroy_process_group()
     _clear_sharding_prop_cache()  # private, but there is no other way to have two meshes in the life of a process

@@ -72,7 +72,8 @@ def submit(
         "array_parallelism": config.parallel_jobs or len(jobs),
         # A rank that fails ends the others: in a collective they would wait for it.
         "setup": [*exports, "export SLURM_KILL_BAD_EXIT=1", *config.setup],
-        "srun_args": list(config.srun_args),
+        # A requeued job goes on in its logs; sbatch's own open-mode does not reach srun.
+        "srun_args": ["--open-mode=append", *config.srun_args],
         "additional_parameters": {"requeue": True, **config.sbatch},
     }
     executor.update_parameters(**{name: value for name, value in wanted.items() if value is not None})
