@@ -1,16 +1,20 @@
-# make demo: everything, on built-in text; make test, make lint: what a change must pass.
+# make demo: everything, on built-in text; make test, make lint: what a change must pass; make test-slow: the rest of it,
+# which is many ranks and a Slurm of its own.
 # PYTHON=python3.12 chooses the interpreter, VENV=path the environment it is installed in.
 PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3,$(shell $(name) -c 'print("$(name)")' 2>/dev/null)))
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 demo: $(VENV)/.demo
 	$(PY) -m benchmarks.demo
 
 test: $(VENV)/.dev
-	$(PY) -m pytest
+	$(PY) -m pytest -m "not slow and not slurm"
+
+test-slow: $(VENV)/.dev
+	$(PY) -m pytest -m "slow or slurm"
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .

@@ -20,7 +20,7 @@ from data.config import MOST_SHARDS, DataConfig, RampConfig, Source, TokenizerCo
 from model.config import ModelConfig
 from parallel.axes import layout_problems
 from parallel.config import DryRunConfig, LauncherConfig, ParallelConfig, ParallelError, Where
-from parallel.launch import joined_environment, local_processes
+from parallel.launch import check_joined, joined_environment, local_processes
 from training.config import (
     CheckpointConfig,
     Dtype,
@@ -119,6 +119,8 @@ class TrainConfig:
         if self.dry_run.enabled:
             return self.dry_run.world_size
         joined = joined_environment(os.environ)
+        if joined:
+            check_joined(joined, self.parallel)
         if joined or self.launcher.where is Where.local:
             return int(joined.get("WORLD_SIZE", "1")) if joined else local_processes(self.parallel, self.launcher)
         return self.launcher.nodes * self.launcher.ranks_per_node

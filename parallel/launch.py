@@ -45,7 +45,8 @@ def launch(
     """
     joined = joined_environment(os.environ)
     if joined:
-        _check_joined(joined, config)
+        check_joined(joined, config)
+        _check_port(joined)
         faulthandler.register(signal.SIGQUIT, sys.__stderr__ or sys.stderr)
         with _environment(joined):
             return work(*args)
@@ -123,7 +124,7 @@ def first_host(node_list: str) -> str:
     return "".join(part or "" for part in found.groups())
 
 
-def _check_joined(variables: dict[str, str], config: ParallelConfig) -> None:
+def check_joined(variables: dict[str, str], config: ParallelConfig) -> None:
     """Refuse what cannot become a rank; raises `ParallelError` with one sentence."""
     missing = [name for name in VARIABLES if name not in variables]
     if missing == list(VARIABLES[2:]) and variables == {"RANK": "0", "WORLD_SIZE": "1"}:
@@ -137,7 +138,7 @@ def _check_joined(variables: dict[str, str], config: ParallelConfig) -> None:
         if not variables[name].isdigit():
             raise ParallelError(f"{name} ({variables[name]}) must be a number of 0 or more")
     rank, world_size = int(variables["RANK"]), int(variables["WORLD_SIZE"])
-    local_rank, local_size, port = (int(variables[n]) for n in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"))
+    local_rank, local_size = (int(variables[n]) for n in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     if rank >= world_size:
         raise ParallelError(f"RANK ({rank}) must be below WORLD_SIZE ({world_size})")
     if local_rank >= local_size or local_size > world_size:
@@ -151,8 +152,15 @@ def _check_joined(variables: dict[str, str], config: ParallelConfig) -> None:
             f"LOCAL_WORLD_SIZE ({local_size}) ranks were started on a machine with {n_gpus} GPUs; "
             "start fewer, or pass parallel.device=cpu"
         )
+
+
+def _check_port(variables: dict[str, str]) -> None:
+    """Refuse a port on which something else listens."""
+    if variables.get("RANK") != "0" or "MASTER_PORT" not in variables:
+        return
+    port = int(variables["MASTER_PORT"])
     kept_open = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own, for its ranks
-    if rank == 0 and not kept_open and not _is_free(port):
+    if not kept_open and not _is_free(port):
         raise ParallelError(f"MASTER_PORT ({port}) is in use on {socket.gethostname()}; export another one")
 
 

@@ -23,10 +23,14 @@ LAYOUTS = {
     "zero1": ["parallel=zero1"],
     "hybrid": ["parallel=hybrid_zero", "parallel.dp_shard=2"],
     "zero3": ["parallel=zero3"],
+    "tp": ["parallel=tp_zero1"],
+    "cp": ["parallel=cp"],
+    "3d": ["parallel=3d"],  # two stages of two tensor-parallel ranks
 }
 PAIRS = [
     ("single", "zero1"), ("zero1", "single"), ("zero1", "hybrid"), ("hybrid", "zero3"), ("zero3", "ddp"),
-    ("ddp", "hybrid"), ("zero3", "single"), ("zero1", "zero1"),
+    ("ddp", "hybrid"), ("zero3", "single"), ("zero1", "zero1"), ("single", "tp"), ("tp", "cp"), ("cp", "3d"),
+    ("3d", "zero3"), ("zero1", "3d"), ("3d", "single"), ("tp", "single"),
 ]  # fmt: skip
 SAVED, STEPS = 3, 5
 

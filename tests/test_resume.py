@@ -14,6 +14,8 @@ from tests.conftest import ROOT, trained
 from tests.resume_rank import PAIRS, SAVED, STEPS, WORLD_SIZE
 from training.checkpoint import open_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> Path:
@@ -21,7 +23,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     (folder / "stop").write_text(str(SAVED))
     overrides = [o for o in small if not o.startswith(("global_batch_tokens", "data.micro_batch_size", "steps"))]
-    overrides += ["global_batch_tokens=256", "valid_tokens=256", "model.n_layers=1"]
+    overrides += ["global_batch_tokens=256", "valid_tokens=256", "model.n_layers=2"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -72,7 +74,7 @@ def test_the_same_layout_goes_on_bit_for_bit(runs: Path) -> None:
     assert losses(runs / "zero1_zero1") == losses(runs / "zero1_whole")
 
 
-@pytest.mark.parametrize("layout", ["zero3", "hybrid"])
+@pytest.mark.parametrize("layout", ["zero3", "hybrid", "tp", "3d"])
 def test_one_process_exports_and_writes_from_what_several_saved(runs: Path, layout: str, tmp_path: Path) -> None:
     export = [sys.executable, "export.py", f"run={runs / layout}", f"out={tmp_path / 'hf'}"]
     generate = [sys.executable, "generate.py", f"run={runs / layout}", "prompt=def", "max_new_tokens=4", "device=cpu"]

@@ -71,7 +71,7 @@ def test_an_interrupted_sweep_saves_its_points_and_leaves_no_process(tmp_path: P
     ]
     settings = [f"hydra.sweep.dir={tmp_path}", "parallel.threads=1", "logger.every=5"]
     process = subprocess.Popen([*argv, *settings], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while len(list(tmp_path.glob("*/metrics.jsonl"))) < 2:
+    while sum(path.stat().st_size > 0 for path in tmp_path.glob("optimizer*/metrics.jsonl")) < 2:
         assert process.poll() is None
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)

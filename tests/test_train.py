@@ -248,7 +248,7 @@ def test_a_sweep_runs_each_point_in_its_own_folder(tmp_path: Path, small: list[s
     ]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir() if (path / "loss.png").exists()} == {"0.001", "0.01"}
+    assert {path.name for path in tmp_path.iterdir() if (path / "metrics.jsonl").exists()} == {"0.001", "0.01"}
 
 
 @pytest.mark.parametrize(
@@ -282,4 +282,4 @@ def test_what_cannot_run_is_one_sentence(
 ) -> None:
     argv = [sys.executable, "train.py", *small, "name=x", *overrides, f"hydra.run.dir={tmp_path}"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
-    assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode in (1, 2) and sentence in done.stderr and "Traceback" not in done.stderr

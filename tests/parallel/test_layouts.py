@@ -77,7 +77,7 @@ pytestmark = pytest.mark.timeout(900)
 
 def named(cases: Iterable[str]) -> list[Any]:
     """Cases by name; those of more than 4 ranks take minutes."""
-    return [pytest.param(name, marks=[pytest.mark.slow] if CASES[name].world_size > 4 else []) for name in cases]
+    return [pytest.param(name, marks=[pytest.mark.slow] if CASES[name].world_size > 2 else []) for name in cases]
 
 
 @pytest.fixture(scope="module")
