@@ -19,6 +19,8 @@ from training.config import CheckpointError, EarlyStopConfig
 from training.early_stop import is_hopeless
 from training.status import Status, crashed_the_same_way_twice, read_status
 
+pytestmark = pytest.mark.slow
+
 
 def sweep(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     argv = [

@@ -1,6 +1,5 @@
 """Every layout takes the steps that one process takes: losses, norms and weights, in float32, to 5e-6."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -72,12 +71,7 @@ CASES = {**BF16, **PIPELINE, **ZERO, **TENSOR, **CONTEXT}
 
 
 # One group of processes runs all layouts: it is the first test that waits for them.
-pytestmark = pytest.mark.timeout(900)
-
-
-def named(cases: Iterable[str]) -> list[Any]:
-    """Cases by name; those of more than 4 ranks take minutes."""
-    return [pytest.param(name, marks=[pytest.mark.slow] if CASES[name].world_size > 2 else []) for name in cases]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +91,7 @@ def references() -> dict[tuple[str, Reduction], Outcome]:
     return found
 
 
-@pytest.mark.parametrize("name", named(n for n, case in CASES.items() if case.bad_rank is None and n not in BF16))
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.bad_rank is None and n not in BF16])
 def test_a_layout_equals_one_process(
     name: str, outcomes: dict[str, Outcome | str], references: dict[tuple[str, Reduction], Outcome]
 ) -> None:
@@ -115,7 +109,7 @@ def test_a_layout_equals_one_process(
         torch.testing.assert_close(here.weights[weight], value, rtol=0, atol=2e-6, msg=weight)
 
 
-@pytest.mark.parametrize("name", named(BF16))
+@pytest.mark.parametrize("name", list(BF16))
 def test_bf16_on_a_layout_learns_as_one_process_does_in_float32(
     name: str, outcomes: dict[str, Outcome | str], references: dict[tuple[str, Reduction], Outcome]
 ) -> None:

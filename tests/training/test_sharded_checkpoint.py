@@ -11,6 +11,8 @@ import torch
 from tests.training.sharded_rank import WHOLE
 from training.checkpoint import open_checkpoint
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 
 
