@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,17 @@ RESTARTS = "SLURM_RESTART_COUNT"
 
 def end(how: str) -> Any:
     """End on rank 1 in some way while rank 0 waits for it, as in a collective."""
-    rank = int(os.environ["RANK"])
+    rank, attempt = int(os.environ["RANK"]), os.environ.get(RESTARTS, "0")
+    begun = Path(tempfile.gettempdir()) / f"job-{os.environ['SLURM_JOB_ID']}-{attempt}"  # rank 0 has said so
     if rank == 0:
-        print(f"attempt {os.environ.get(RESTARTS, '0')}", flush=True)
+        print(f"attempt {attempt}", flush=True)
+    if how in ("crash", "kill"):
+        if rank == 0:
+            begun.touch()
+        while rank == 1 and not begun.exists():
+            time.sleep(0.1)
+        if rank == 1:
+            begun.unlink()
     if how == "answer":
         return [os.environ[name] for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "SLURM_JOB_NUM_NODES")]
     if rank == 1 and how == "crash":
