@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.timing import copy_tbps, median_ms, where
-from training.config import Dtype, OptimizerConfig, OptimizerImpl
+from training.config import Dtype, OptimizerConfig, OptimizerImpl, TrainingError
 from training.optimizer import AdamW
 
 
@@ -47,7 +47,7 @@ def main() -> None:
         else:
             try:
                 ours = AdamW(model, OptimizerConfig(impl=OptimizerImpl(impl), state_dtype=state))
-            except Exception as error:
+            except TrainingError as error:
                 print(f"{name:44} {error}")
                 continue
             ours.follow([(1e-4, 0.95)] * 100_000)

@@ -1,6 +1,7 @@
 """Documents cut into packs of equal length: what each pack holds, and where."""
 
 import os
+from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 from itertools import pairwise
@@ -165,14 +166,15 @@ class Table(NamedTuple):
     ends: np.ndarray  # bool: the document ends there
 
 
-class Pieces:
+class Pieces(ABC):
     """A layout whose packs are made of parts of documents from anywhere."""
 
     files: list[Tokens]
     pack_len: int
 
+    @abstractmethod
     def table(self, packs: np.ndarray) -> Table:
-        raise NotImplementedError
+        """Give the parts of packs, in order."""
 
     def pieces(self, pack: int) -> list[Piece]:
         found = zip(*(column.tolist() for column in self.table(np.array([pack]))[1:]), strict=True)

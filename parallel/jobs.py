@@ -25,7 +25,7 @@ from submitit.local.local import LocalJob as Controller
 
 from parallel import slurm
 from parallel.config import LauncherConfig, ParallelConfig, ParallelError, RankError, Where
-from parallel.launch import launch, says_timeout, visible_gpus
+from parallel.launch import having, launch, says_timeout, visible_gpus
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +242,7 @@ def _start_here(point: Point, running: list[Running], folder: Path, code: Path, 
     point.job.client = os.getpid()
     ours = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the job is told once, by us
     try:
-        with _environment_of_jobs(code):
+        with having(_variables_of_jobs(code)):
             controller = executor.submit(point.job)
     finally:
         signal.signal(signal.SIGINT, ours)
@@ -296,20 +296,6 @@ def _submit_to_slurm(points: list[Point], folder: Path, code: Path, prefixed: bo
 def _variables_of_jobs(code: Path) -> dict[str, str]:
     """Have a job import the copy of the code, and nothing of the folder it runs in."""
     return {"PYTHONPATH": str(code.resolve()), "PYTHONSAFEPATH": "1"}
-
-
-@contextmanager
-def _environment_of_jobs(code: Path) -> Iterator[None]:
-    variables = _variables_of_jobs(code)
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def launch(
         check_joined(joined, config)
         _check_port(joined)
         faulthandler.register(signal.SIGQUIT, sys.__stderr__ or sys.stderr)
-        with _environment(joined):
+        with having(joined):
             return work(*args)
     n_ranks = local_processes(config)
     return work(*args) if n_ranks == 1 else _Ranks(n_ranks).wait(work, args, says_enough)
@@ -175,8 +175,8 @@ def _is_free(port: int) -> bool:
 
 
 @contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Have these variables for a while."""
+def having(variables: dict[str, str]) -> Iterator[None]:
+    """Have these variables in the environment for a while."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
