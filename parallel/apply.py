@@ -14,7 +14,14 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from parallel.axes import stage_layers
-from parallel.config import ActivationCheckpointing, Compile, ParallelConfig, ParallelError, ReduceDtype
+from parallel.config import (
+    SPLIT_BACKWARD,
+    ActivationCheckpointing,
+    Compile,
+    ParallelConfig,
+    ParallelError,
+    ReduceDtype,
+)
 from parallel.fp8 import MULTIPLE, Fp8Linear
 from parallel.mesh import Mesh
 from parallel.pipeline import stages_of
@@ -63,7 +70,7 @@ def parallelize(
     for block in blocks[: recomputed_blocks(len(blocks), config)]:
         # The model has no randomness, so there is no generator state to replay.
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    if config.compile is Compile.blocks or (config.compile is Compile.auto and mesh.device.type == "cuda"):
+    if compiles(config, mesh):
         compile_blocks(blocks)
     sharded = mesh.axes.dp * mesh.axes.cp > 1
     for stage in stages:
@@ -75,6 +82,14 @@ def parallelize(
         for param in model.parameters():
             param.grad_dtype = grad_dtype  # type: ignore[attr-defined]
     return stages
+
+
+def compiles(config: ParallelConfig, mesh: Mesh) -> bool:
+    """Say whether blocks are compiled."""
+    if config.compile is Compile.auto:
+        split = mesh.axes.pp > 1 and config.pipeline_schedule in SPLIT_BACKWARD
+        return mesh.device.type == "cuda" and not split
+    return config.compile is Compile.blocks
 
 
 def cut(model: Any, mesh: Mesh, config: ParallelConfig) -> list[nn.Module]:

@@ -16,7 +16,7 @@ class Device(Enum):
 
 
 class Compile(Enum):
-    auto = "auto"  # blocks on a CUDA device, none elsewhere
+    auto = "auto"  # blocks on a CUDA device, none elsewhere and where a schedule splits the backward pass
     blocks = "blocks"  # the parts of each block around attention, by torch.compile
     none = "none"
 
@@ -42,6 +42,10 @@ Schedule = Enum(
         "zbv": "zbv",  # two stages a rank, laid out as a V (arXiv:2405.15362)
     },
 )
+
+
+# A compiled backward pass is one piece, which gives the gradients of inputs and of weights together.
+SPLIT_BACKWARD = (Schedule["zero_bubble"], Schedule["zbv"])
 
 
 class ParallelError(Exception):
@@ -119,6 +123,11 @@ class ParallelConfig:
             yield (
                 f"parallel.zero_stage ({self.zero_stage}) must be 0 or 1 with parallel.pp ({self.pp}): a pipeline "
                 "keeps gradients and parameters whole until its last micro-batch"
+            )
+        if self.pp != 1 and self.compile is Compile.blocks and self.pipeline_schedule in SPLIT_BACKWARD:
+            yield (
+                f"parallel.compile (blocks) does not go with parallel.pipeline_schedule ({schedule}), which computes "
+                "the gradients of weights later than those of inputs; use parallel.compile=auto, or interleaved_1f1b"
             )
         legal = {"1f1b": (1, 1), "interleaved_1f1b": (2, None), "zero_bubble": (1, None), "zbv": (2, 2)}
         low, high = legal[schedule]

@@ -150,13 +150,13 @@ def _process_group(config: ParallelConfig, device: torch.device, world_size: int
         store, rank, _ = next(rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
         opened = store.add(f"opened/{rank}", 1)  # a sweep opens many groups over one store, which must not meet
+        # Without device_id: with it, a second group in the life of a process dies while it is split (torch 2.11, NCCL).
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=PrefixStore(str(opened), store),
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=config.step_timeout_s),
-            device_id=device if device.type == "cuda" else None,
         )
     except dist.DistStoreError as error:
         raise ParallelError(

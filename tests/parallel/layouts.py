@@ -1,5 +1,6 @@
 """Eight processes that run ten steps on one layout after another, and what one process makes of the same steps."""
 
+import faulthandler
 import pickle
 import traceback
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.config import Init, ModelConfig
+from model.config import Attention, Init, ModelConfig
 from model.loss import linear_cross_entropy
 from model.transformer import Transformer
 from parallel.apply import parallelize, write_shard
@@ -35,6 +36,10 @@ MODELS = {
     "biased": ModelConfig(  # grouped queries too
         name="biased", vocab_size=64, d_model=32, n_layers=4, n_heads=8, n_kv_heads=4, d_ff=48, max_seq_len=64,
         init=Init.llama, attention_bias=True, embed_grad_scale=0.5,
+    ),
+    "wide": ModelConfig(  # for CUDA: heads of 64, and a kernel that needs no compiler of its own
+        name="wide", vocab_size=64, d_model=256, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=512, max_seq_len=64,
+        init=Init.llama, attention_bias=True, attention=Attention.varlen,
     ),
     "tied": ModelConfig(
         name="tied", vocab_size=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=64, max_seq_len=64,
@@ -145,44 +150,53 @@ def alone(case: Case) -> Outcome:
     return outcome(case, Mesh(device=torch.device("cpu")), ParallelConfig())
 
 
-def rank_main(rank: int, folder: Path, cases: dict[str, Case]) -> None:
+def rank_main(rank: int, folder: Path, cases: dict[str, Case], device_type: str) -> None:
     """Run every case that has a place for this rank; leave what came out, or the traceback, in `folder`."""
     torch.set_num_threads(1)
+    device = torch.device("cpu") if device_type == "cpu" else torch.device(device_type, rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     # The large ones first: nobody waits for a rank that has other cases to do.
     for name, case in sorted(cases.items(), key=lambda item: -item[1].world_size):
         if rank >= case.world_size:
             continue
+        # A case that hangs says where and ends: before that, compilers may take their time.
+        faulthandler.dump_traceback_later(60 if device.type == "cpu" else 240, exit=True)
         try:
-            result: Any = _on_layout(rank, folder / f"{name}.store", case)
+            result: Any = _on_layout(rank, folder / f"{name}.store", case, device)
         except Exception:
             result = traceback.format_exc()
+        faulthandler.cancel_dump_traceback_later()
         if rank == 0 or isinstance(result, str):
             (folder / f"{name}.{rank}").write_bytes(pickle.dumps(result))
 
 
-def _on_layout(rank: int, store: Path, case: Case) -> Outcome:
+def _on_layout(rank: int, store: Path, case: Case, device: torch.device) -> Outcome:
+    on_cuda = device.type == "cuda"
     dist.init_process_group(
-        "gloo", store=dist.FileStore(str(store), case.world_size),  # type: ignore[attr-defined]
+        "nccl" if on_cuda else "gloo", store=dist.FileStore(str(store), case.world_size),  # type: ignore[attr-defined]
         rank=rank, world_size=case.world_size,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=240 if on_cuda else 60),  # on CUDA, for a compiler too
     )  # fmt: skip
     try:
         config = ParallelConfig(**case.layout)
         assert not list(config.problems())
         axes = resolve_axes(config, case.world_size)
-        mesh = open_mesh(axes, zero_stage=config.zero_stage, device=torch.device("cpu"))
+        mesh = open_mesh(axes, zero_stage=config.zero_stage, device=device)
         return outcome(case, mesh, config)
     finally:
         leave()
 
 
-def run(folder: Path, cases: dict[str, Case], n_ranks: int = 8) -> dict[str, Outcome | str]:
+def run(folder: Path, cases: dict[str, Case], n_ranks: int = 8, device_type: str = "cpu") -> dict[str, Outcome | str]:
     """Run cases in one group of processes, which import torch once for all."""
     import multiprocessing
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    ranks: Sequence[Any] = [context.Process(target=rank_main, args=(r, folder, cases)) for r in range(n_ranks)]
+    ranks: Sequence[Any] = [
+        context.Process(target=rank_main, args=(r, folder, cases, device_type)) for r in range(n_ranks)
+    ]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -190,5 +204,6 @@ def run(folder: Path, cases: dict[str, Case], n_ranks: int = 8) -> dict[str, Out
     found: dict[str, Outcome | str] = {}
     for name in cases:
         told = [pickle.loads(path.read_bytes()) for path in sorted(folder.glob(f"{name}.[0-7]"))]
-        found[name] = next((text for text in told if isinstance(text, str)), told[0] if told else "no rank ended")
+        silent = f"the ranks ended, with exit codes {[process.exitcode for process in ranks]}, and said nothing of this"
+        found[name] = next((text for text in told if isinstance(text, str)), told[0] if told else silent)
     return found

@@ -6,7 +6,7 @@ import pytest
 
 from model.config import ModelConfig
 from parallel.axes import Axes, layout_problems, resolve_axes, stage_layers
-from parallel.config import ParallelConfig, ParallelError, Schedule
+from parallel.config import Compile, ParallelConfig, ParallelError, Schedule
 from parallel.pipeline import stages_of
 
 MODEL = ModelConfig(
@@ -56,6 +56,7 @@ def test_a_layout_that_fits_is_told_nothing() -> None:
         (1, {"async_tp": True, "sequence_parallel": False}, ["parallel.async_tp (true) needs parallel.tp of 2 or more, or -1, not 1", "parallel.async_tp (true) needs parallel.sequence_parallel true, not False"]),
         (2, {"pp": 2, "zero_stage": 3}, ["parallel.zero_stage (3) must be 0 or 1 with parallel.pp (2): a pipeline keeps gradients and parameters whole until its last micro-batch"]),
         (2, {"pp": 2, "pipeline_schedule": Schedule["zbv"]}, ["parallel.virtual_stages (1) must be exactly 2 with parallel.pipeline_schedule (zbv)"]),
+        (2, {"pp": 2, "pipeline_schedule": Schedule["zero_bubble"], "compile": Compile.blocks}, ["parallel.compile (blocks) does not go with parallel.pipeline_schedule (zero_bubble), which computes the gradients of weights later than those of inputs; use parallel.compile=auto, or interleaved_1f1b"]),
     ],
 )  # fmt: skip
 def test_a_layout_that_does_not_fit_is_told_why(world_size: int, asked: dict[str, Any], sentences: list[str]) -> None:

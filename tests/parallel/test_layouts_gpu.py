@@ -1,0 +1,85 @@
+"""Layouts on the GPUs of one machine, over NCCL, against one of them: exact in float32, and compiled in bf16."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from parallel.config import ActivationCheckpointing, Compile, Schedule
+from tests.parallel.layouts import Case, Outcome, run
+from tests.parallel.test_layouts import BF16, CASES
+
+N_GPUS = torch.cuda.device_count()
+
+
+def _eager(case: Case) -> Case:
+    return replace(case, layout={**case.layout, "compile": Compile.none})
+
+
+def _compiled(**layout: Any) -> Case:
+    return Case(2, "wide", dtype=torch.bfloat16, layout=layout)
+
+
+ONE = {f"one_{model}": _eager(Case(1, model)) for model in ("plain", "biased", "tied")}
+EXACT = {
+    name: _eager(case)
+    for name, case in CASES.items()
+    if case.world_size <= max(N_GPUS, 2) and name not in BF16 and case.bad_rank is None
+}
+COMPILED = {
+    "zero1": _compiled(dp_shard=2, zero_stage=1),
+    "zero3": _compiled(dp_shard=2, zero_stage=3),
+    "zero3_recomputed": _compiled(
+        dp_shard=2, zero_stage=3, activation_checkpointing=ActivationCheckpointing.full
+    ),
+    "tp": _compiled(tp=2),
+    "tp_no_sp": _compiled(tp=2, sequence_parallel=False),
+    "async_tp": _compiled(tp=2, async_tp=True),
+    "cp": _compiled(cp=2),
+    "pp": _compiled(pp=2),
+    "zero_bubble": _compiled(pp=2, pipeline_schedule=Schedule["zero_bubble"]),
+}  # fmt: skip
+ALL = {**ONE, **EXACT, "one_wide": replace(_compiled(), world_size=1), **COMPILED}
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(N_GPUS < 2, reason="needs two GPUs"),
+]
+
+
+@pytest.fixture(scope="module")
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome | str]:
+    """What came out of the cases that were chosen, and of one GPU."""
+    items: list[Any] = [item for item in request.session.items if "outcomes" in getattr(item, "fixturenames", ())]
+    names = {item.callspec.params["name"] for item in items}
+    cases = {name: ALL[name] for name in names | {f"one_{ALL[name].model}" for name in names}}
+    return run(tmp_path_factory.mktemp("ranks"), cases, max(case.world_size for case in cases.values()), "cuda")
+
+
+def _pair(name: str, outcomes: dict[str, Outcome | str]) -> tuple[Outcome, Outcome]:
+    here, one = outcomes[name], outcomes[f"one_{ALL[name].model}"]
+    assert isinstance(one, Outcome), one
+    assert isinstance(here, Outcome), here
+    return here, one
+
+
+@pytest.mark.parametrize("name", list(EXACT))
+def test_a_layout_equals_one_gpu(name: str, outcomes: dict[str, Outcome | str]) -> None:
+    here, one = _pair(name, outcomes)
+    assert here.losses == pytest.approx(one.losses, rel=2e-6)
+    assert here.norms == pytest.approx(one.norms, rel=1e-5)
+    assert here.valid == pytest.approx(one.valid, rel=2e-6)
+    assert here.weights.keys() == one.weights.keys()
+    # Kernels add up in any order here, and Adam makes much of it where a gradient is nearly 0.
+    apart = {name: float((here.weights[name] - value).abs().max()) for name, value in one.weights.items()}
+    assert max(apart.values()) < 1e-4, apart
+
+
+@pytest.mark.parametrize("name", list(COMPILED))
+def test_a_compiled_layout_in_bf16_learns_as_one_gpu_does(name: str, outcomes: dict[str, Outcome | str]) -> None:
+    here, one = _pair(name, outcomes)
+    assert one.losses[-1] < one.losses[0]
+    assert here.losses == pytest.approx(one.losses, rel=1e-2)
+    assert here.norms == pytest.approx(one.norms, rel=5e-2)
