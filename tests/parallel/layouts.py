@@ -4,7 +4,7 @@ import faulthandler
 import pickle
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -37,9 +37,9 @@ MODELS = {
         name="biased", vocab_size=64, d_model=32, n_layers=4, n_heads=8, n_kv_heads=4, d_ff=48, max_seq_len=64,
         init=Init.llama, attention_bias=True, embed_grad_scale=0.5,
     ),
-    "wide": ModelConfig(  # for CUDA: heads of 64, and a kernel that needs no compiler of its own
+    "wide": ModelConfig(  # heads as CUDA's kernels want them
         name="wide", vocab_size=64, d_model=256, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=512, max_seq_len=64,
-        init=Init.llama, attention_bias=True, attention=Attention.varlen,
+        init=Init.llama, attention_bias=True,
     ),
     "tied": ModelConfig(
         name="tied", vocab_size=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=64, max_seq_len=64,
@@ -57,6 +57,7 @@ class Case:
     model: str = "plain"
     reduction: Reduction = Reduction.global_token
     dtype: torch.dtype = torch.float32
+    attention: Attention = Attention.auto
     layout: dict[str, Any] = field(default_factory=dict)
     bad_rank: int | None = None  # whose gradient is made infinite in step 2
 
@@ -88,7 +89,7 @@ def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
     # eps: Adam divides the rounding of a gradient that is nearly 0 by itself, and would make a difference of it
     optimizer = OptimizerConfig(lr=3e-3, max_grad_norm=0.3, eps=1e-5)
     with torch.device("meta"):
-        model = Transformer(MODELS[case.model])
+        model = Transformer(replace(MODELS[case.model], attention=case.attention))
     stages = parallelize(model, mesh, config, case.dtype)
     model.init_weights(3, write_shard)
     adamw = AdamW(model, optimizer)

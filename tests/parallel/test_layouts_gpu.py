@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from model.config import Attention
 from parallel.config import ActivationCheckpointing, Compile, Schedule
 from tests.parallel.layouts import Case, Outcome, run
 from tests.parallel.test_layouts import BF16, CASES
@@ -14,11 +15,13 @@ N_GPUS = torch.cuda.device_count()
 
 
 def _eager(case: Case) -> Case:
-    return replace(case, layout={**case.layout, "compile": Compile.none})
+    # The only attention that adds up in one order, and in float32 throughout.
+    return replace(case, attention=Attention.reference, layout={**case.layout, "compile": Compile.none})
 
 
 def _compiled(**layout: Any) -> Case:
-    return Case(2, "wide", dtype=torch.bfloat16, layout=layout)
+    # Torch's own kernel: FlashAttention 4 has a compiler that takes a minute.
+    return Case(2, "wide", dtype=torch.bfloat16, attention=Attention.varlen, layout=layout)
 
 
 ONE = {f"one_{model}": _eager(Case(1, model)) for model in ("plain", "biased", "tied")}
@@ -72,9 +75,8 @@ def test_a_layout_equals_one_gpu(name: str, outcomes: dict[str, Outcome | str]) 
     assert here.norms == pytest.approx(one.norms, rel=1e-5)
     assert here.valid == pytest.approx(one.valid, rel=2e-6)
     assert here.weights.keys() == one.weights.keys()
-    # Kernels add up in any order here, and Adam makes much of it where a gradient is nearly 0.
     apart = {name: float((here.weights[name] - value).abs().max()) for name, value in one.weights.items()}
-    assert max(apart.values()) < 1e-4, apart
+    assert max(apart.values()) < 1e-5, apart
 
 
 @pytest.mark.parametrize("name", list(COMPILED))
