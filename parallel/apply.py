@@ -3,6 +3,7 @@
 import os
 import warnings
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from parallel.axes import stage_layers
+from parallel.axes import stage_layers, stages_of
 from parallel.config import ActivationCheckpointing, Compile, ParallelConfig, ParallelError, ReduceDtype
 from parallel.fp8 import MULTIPLE, Fp8Linear
 from parallel.mesh import Mesh
-from parallel.pipeline import stages_of
 from parallel.plan import attend_to_whole_rows, divide, divided_dim
 
 
@@ -151,16 +151,29 @@ def shard(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> None:
         mp_policy=MixedPrecisionPolicy(reduce_dtype=dtypes[config.reduce_dtype], cast_forward_inputs=False),
     )
     embed, head = getattr(model, "embed", None), getattr(model, "head", None)
-    for module in [
-        *model.get_submodule("blocks").children(),
-        *([embed] if embed is not None and head is not None else []),
-    ]:
+    tied = embed is not None and head is None and getattr(model, "norm", None) is not None
+    blocks = list(model.get_submodule("blocks").children())
+    parts = [*([] if embed is None or tied else [embed]), *blocks]
+    for module in parts:
         wrap(module, reshard_after_forward=config.zero_stage == 3)
     wrap(model, reshard_after_forward=False)  # the head, which the backward pass needs at once
+    if mesh.axes.pp > 1 and config.zero_stage == 3:
+        # FSDP forgets the order of modules after a backward pass, and here other micro-batches are under way: each is
+        # told which comes next, the last one itself, which is there.
+        for module, following in pairwise([model, *reversed(parts), parts[0]]):
+            module.set_modules_to_backward_prefetch([following])  # type: ignore[operator]
     for module in sharded_modules(model):
         # Losses are weighted by 1 / the step's targets, so gradients add up; nothing is averaged.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def reduce_after(model: nn.Module, zero_stage: int, *, last: bool) -> None:
+    """Say what the backward pass of a micro-batch does with gradients and parameters, as the ZeRO stage has it."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last or zero_stage >= 2)
+        model.set_requires_all_reduce(last)
+        model.set_reshard_after_backward(last or zero_stage == 3)
 
 
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:

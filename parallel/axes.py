@@ -155,6 +155,13 @@ def stage_layers(config: ParallelConfig, axes: Axes, n_layers: int) -> list[rang
     return [range(end - count, end) for count, end in zip(counts, ends, strict=True)]
 
 
+def stages_of(pp_rank: int, pp_size: int, config: ParallelConfig) -> list[int]:
+    """Give the numbers of a rank's stages: rounds in the same direction, or there and back for zbv."""
+    if config.pipeline_schedule.value == "zbv":
+        return [pp_rank, 2 * pp_size - 1 - pp_rank]
+    return [pp_rank + turn * pp_size for turn in range(config.virtual_stages)]
+
+
 def _divided(axis: str, size: int, model: ModelShape, keys: Sequence[str]) -> Iterator[str]:
     undivided = [f"model.{key} ({getattr(model, key)})" for key in keys if getattr(model, key) % size]
     if undivided:

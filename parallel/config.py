@@ -115,11 +115,6 @@ class ParallelConfig:
 
     def _pipeline_problems(self) -> Iterator[str]:
         schedule, stages = self.pipeline_schedule.value, self.virtual_stages
-        if self.pp != 1 and self.zero_stage > 1:
-            yield (
-                f"parallel.zero_stage ({self.zero_stage}) must be 0 or 1 with parallel.pp ({self.pp}): a pipeline "
-                "keeps gradients and parameters whole until its last micro-batch"
-            )
         legal = {"1f1b": (1, 1), "interleaved_1f1b": (2, None), "zero_bubble": (1, None), "zbv": (2, 2)}
         low, high = legal[schedule]
         if self.pp == 1 and (stages != 1 or schedule not in ("1f1b", "zero_bubble")):

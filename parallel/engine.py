@@ -6,10 +6,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from parallel.apply import sharded_modules
+from parallel.apply import reduce_after, sharded_modules
 from parallel.bad_layer import Watch
 from parallel.config import ParallelConfig
 from parallel.mesh import Mesh
@@ -174,7 +173,7 @@ class Engine:
             self.pipeline.train(inputs)
             return
         for index, (tokens_BT, told) in enumerate(inputs, 1):
-            self._reduce_after(last=index == len(inputs))
+            reduce_after(self.model, self.config.zero_stage, last=index == len(inputs))
             self.model(tokens_BT, **told).backward()
 
     def _inputs(self, batch: MicroBatch, weight: float, sums: Sums) -> Inputs:
@@ -220,13 +219,6 @@ class Engine:
         counts = self.mesh.all_counts([int((batch.labels_BT != IGNORED).sum()) for batch in batches])
         weights = self.token_weights(counts)[self.mesh.dp_rank :: self.mesh.dp_size]
         return counts, [weight * self.scaler.scale for weight in weights]
-
-    def _reduce_after(self, *, last: bool) -> None:
-        """Say what the backward pass of a micro-batch does with gradients and parameters, as the ZeRO stage has it."""
-        if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(last or self.config.zero_stage >= 2)
-            self.model.set_requires_all_reduce(last)
-            self.model.set_reshard_after_backward(last or self.config.zero_stage == 3)
 
     def _over_all_ranks(self, sums: Sums, grad_norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Add up what each rank has of a step's loss, of the square of its norm and of its totals."""

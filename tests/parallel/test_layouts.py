@@ -62,6 +62,35 @@ PIPELINE = {
         8, layout={"pp": 2, "dp_replicate": 2, "dp_shard": 2, "zero_stage": 1, "virtual_stages": 2,
                    "pipeline_schedule": Schedule["interleaved_1f1b"]},
     ),
+    "pp_zero2_4": Case(4, "biased", layout={"pp": 2, "dp_shard": 2, "zero_stage": 2}),
+    "pp_4_zero3_8": Case(8, layout={"pp": 4, "dp_shard": 2, "zero_stage": 3}),
+    "pp_tp_zero3_8": Case(8, "biased", layout={"pp": 2, "dp_shard": 2, "tp": 2, "zero_stage": 3}),
+    "interleaved_hybrid3_8": Case(
+        8, layout={"pp": 2, "dp_replicate": 2, "dp_shard": 2, "zero_stage": 3, "virtual_stages": 2,
+                   "pipeline_schedule": Schedule["interleaved_1f1b"]},
+    ),
+    "zero_bubble_zero2_4": Case(
+        4, "biased", layout={"pp": 2, "dp_shard": 2, "zero_stage": 2, "pipeline_schedule": Schedule["zero_bubble"]}
+    ),
+    "zero_bubble_hybrid3_8": Case(
+        8, "biased", layout={"pp": 2, "dp_replicate": 2, "dp_shard": 2, "zero_stage": 3,
+                             "pipeline_schedule": Schedule["zero_bubble"]},
+    ),
+    "zero_bubble_zero3_recomputed_4": Case(
+        4, layout={"pp": 2, "dp_shard": 2, "zero_stage": 3, "pipeline_schedule": Schedule["zero_bubble"],
+                   "activation_checkpointing": ActivationCheckpointing.full},
+    ),
+    "zero_bubble_tp_zero3_8": Case(
+        8, "biased", layout={"pp": 2, "dp_shard": 2, "tp": 2, "zero_stage": 3,
+                             "pipeline_schedule": Schedule["zero_bubble"]},
+    ),
+    "zbv_zero2_4": Case(
+        4, layout={"pp": 2, "dp_shard": 2, "zero_stage": 2, "virtual_stages": 2, "pipeline_schedule": Schedule["zbv"]}
+    ),
+    "zbv_zero3_4": Case(
+        4, "biased", layout={"pp": 2, "dp_shard": 2, "zero_stage": 3, "virtual_stages": 2,
+                             "pipeline_schedule": Schedule["zbv"]},
+    ),
 }  # fmt: skip
 BF16 = {
     "bf16_tp_zero2_4": Case(4, "biased", dtype=torch.bfloat16, layout={"dp_shard": 2, "tp": 2, "zero_stage": 2}),
