@@ -81,6 +81,7 @@ def cut(model: Any, mesh: Mesh, config: ParallelConfig) -> list[nn.Module]:
     """Leave a model the layers of this pipeline rank, and give its stages, which share them."""
     if mesh.axes.pp == 1:
         return [model]
+    model.part_ends()
     layers = stage_layers(config, mesh.axes, model.config.n_layers)
     mine = [layers[number] for number in stages_of(mesh.place("pp"), mesh.axes.pp, config)]
     model.keep([layer for stage in mine for layer in stage])

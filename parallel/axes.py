@@ -16,7 +16,6 @@ class ModelShape(Protocol):
     n_heads: int
     n_kv_heads: int
     d_ff: int
-    tie_embeddings: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +130,6 @@ def _stage_problems(config: ParallelConfig, axes: Axes, model: ModelShape, micro
             f"parallel.pipeline_layers ({layers}) must be {n_stages} numbers, one a stage, that sum to model.n_layers "
             f"({model.n_layers})"
         )
-    if model.tie_embeddings:
-        yield f"{named} must be 1 with model.tie_embeddings (true): the first and the last stage would share a weight"
     interleaved = config.pipeline_schedule.value != "1f1b"
     for n_batches in micro_batches:
         if n_batches < n_stages:

@@ -104,11 +104,14 @@ def finish(module: FSDPModule) -> None:
 
 
 class Pipeline:
-    """Runs micro-batches through the stages of all ranks; `stages` are this one's, first to last."""
+    """Runs micro-batches through the stages of all ranks; `stages` are this one's, first to last.
 
-    def __init__(self, stages: Sequence[nn.Module], mesh: Mesh, config: ParallelConfig, d_model: int) -> None:
+    `model` is the configuration of the whole.
+    """
+
+    def __init__(self, stages: Sequence[nn.Module], mesh: Mesh, config: ParallelConfig, model: Any) -> None:
         assert mesh.layout is not None
-        self.mesh, self.config, self.d_model = mesh, config, d_model
+        self.mesh, self.config, self.d_model, self.tied = mesh, config, model.d_model, model.tie_embeddings
         self.stages = dict(zip(stages_of(mesh.place("pp"), mesh.axes.pp, config), stages, strict=True))
         self.n_stages = mesh.axes.pp * config.virtual_stages
         self.rank_of = {s: rank for rank in range(mesh.axes.pp) for s in stages_of(rank, mesh.axes.pp, config)}
@@ -137,6 +140,24 @@ class Pipeline:
             x = self.stages[number](x, **told)
             if number + 1 < self.n_stages and number + 1 not in self.stages:
                 dist.send(x.contiguous(), group=self.group, group_dst=self.rank_of[number + 1])
+
+    def add_up_tied(self, gradients: Mapping[str, Tensor]) -> None:
+        """Give both copies of a tied embedding, at the ends of the pipeline, the sum of their gradients, in place."""
+        ends = [gradients[name] for name in ("embed.weight", "head.weight") if name in gradients]
+        if len(ends) == 2:
+            ends[0] += ends[1]
+            ends[1].copy_(ends[0])
+        elif ends:
+            other = self.rank_of[self.n_stages - 1 if 0 in self.stages else 0]
+            sent, received = ends[0].contiguous(), torch.empty_like(ends[0], memory_format=torch.contiguous_format)
+            for work in dist.batch_isend_irecv(
+                [
+                    dist.P2POp(dist.isend, sent, group=self.group, group_peer=other),
+                    dist.P2POp(dist.irecv, received, group=self.group, group_peer=other),
+                ]
+            ):
+                work.wait()
+            ends[0] += received
 
     def _hidden(self, tokens_BT: Tensor) -> tuple[int, int, int]:
         rows, row_len = tokens_BT.shape

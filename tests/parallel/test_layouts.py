@@ -62,6 +62,15 @@ PIPELINE = {
         8, layout={"pp": 2, "dp_replicate": 2, "dp_shard": 2, "zero_stage": 1, "virtual_stages": 2,
                    "pipeline_schedule": Schedule["interleaved_1f1b"]},
     ),
+    "pp_tied_2": Case(2, "tied", layout={"pp": 2}),
+    "pp_tied_tp_zero1_8": Case(8, "tied", layout={"pp": 2, "dp_shard": 2, "tp": 2, "zero_stage": 1}),
+    "zero_bubble_tied_zero3_4": Case(
+        4, "tied", layout={"pp": 2, "dp_shard": 2, "zero_stage": 3, "pipeline_schedule": Schedule["zero_bubble"]}
+    ),
+    "zbv_tied_hybrid2_8": Case(
+        8, "tied", layout={"pp": 2, "dp_replicate": 2, "dp_shard": 2, "zero_stage": 2, "virtual_stages": 2,
+                           "pipeline_schedule": Schedule["zbv"]},
+    ),
     "pp_zero2_4": Case(4, "biased", layout={"pp": 2, "dp_shard": 2, "zero_stage": 2}),
     "pp_4_zero3_8": Case(8, layout={"pp": 4, "dp_shard": 2, "zero_stage": 3}),
     "pp_tp_zero3_8": Case(8, "biased", layout={"pp": 2, "dp_shard": 2, "tp": 2, "zero_stage": 3}),
