@@ -52,12 +52,13 @@ def parallelize(
     for module in model.modules():
         for name, param in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(param.to(dtype)))
-    if fp8 != "none":  # replaces modules, and so comes before anything is hooked to them
-        multiply_in_fp8(blocks, fp8, mesh.device)
     if mesh.layout is not None and mesh.axes.tp > 1:
         divide(model, mesh.layout["tp"], sequence_parallel=config.sequence_parallel)
         if config.async_tp:
             overlap_tp(mesh.layout["tp"])
+    if fp8 != "none":
+        check_fp8_device(fp8, mesh.device)
+        multiply_in_fp8(blocks, fp8)
     if mesh.tokens is not None and mesh.axes.cp > 1:
         attend_to_whole_rows(model, mesh.tokens["cp"])
     for block in blocks[: recomputed_blocks(len(blocks), config)]:
@@ -88,20 +89,15 @@ def cut(model: Any, mesh: Mesh, config: ParallelConfig) -> list[nn.Module]:
     return [model.part(stage) for stage in mine]
 
 
-def multiply_in_fp8(blocks: list[nn.Module], scaling: str, device: torch.device) -> None:
+def multiply_in_fp8(blocks: list[nn.Module], scaling: str) -> None:
     """Let the blocks' matrix products, forward and backward, be computed in 8 bits; weights keep their dtype."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
-        where = torch.cuda.get_device_name(device) if device.type == "cuda" else device
-        raise ParallelError(
-            f"precision.fp8 ({scaling}) needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), "
-            f"not {where}; choose precision.fp8=none"
-        )
     if scaling == "tensorwise":
         for module in (module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)):
-            if module.in_features % MULTIPLE or module.out_features % MULTIPLE:
+            weight = module.weight.to_local() if isinstance(module.weight, DTensor) else module.weight
+            if any(size % MULTIPLE for size in weight.shape):
                 raise ParallelError(
-                    f"precision.fp8 (tensorwise) needs matrices whose sizes are multiples of {MULTIPLE}, not "
-                    f"{module.out_features} x {module.in_features}; choose precision.fp8=none"
+                    f"precision.fp8 (tensorwise) needs matrices whose sizes on a rank are multiples of {MULTIPLE}, not "
+                    f"{weight.shape[0]} x {weight.shape[1]}; choose precision.fp8=none, or a smaller parallel.tp"
                 )
             module.__class__ = Fp8Linear
         return
@@ -109,6 +105,16 @@ def multiply_in_fp8(blocks: list[nn.Module], scaling: str, device: torch.device)
 
     for block in blocks:
         convert_to_float8_training(block, config=Float8LinearConfig.from_recipe_name(scaling))
+
+
+def check_fp8_device(scaling: str, device: torch.device) -> None:
+    """Raise `ParallelError` if a device has no 8-bit products."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+        raise ParallelError(
+            f"precision.fp8 ({scaling}) needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), "
+            f"not {where}; choose precision.fp8=none"
+        )
 
 
 def overlap_tp(mesh: DeviceMesh) -> None:

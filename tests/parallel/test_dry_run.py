@@ -145,6 +145,10 @@ def test_a_tensor_parallel_step_sends_activations_and_no_logits(sequence_paralle
     assert reading.table == expected
 
 
+def test_8_bit_products_under_tensor_parallel_send_what_others_do() -> None:
+    assert read("parallel=tp_zero1", "precision=fp8")[1][0].table == read("parallel=tp_zero1")[1][0].table
+
+
 def test_a_context_parallel_step_turns_tokens_into_heads() -> None:
     config, (reading,) = read("parallel=cp")
     # q, k, v and the output of every layer, forward and backward, half of the tokens here
