@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.multiprocessing.spawn import spawn
 
 from model.config import Init, ModelConfig
 from model.transformer import Transformer
@@ -119,7 +119,7 @@ def divided_rank(rank: int, folder: Path, sequence_parallel: bool) -> None:
 def test_a_divided_matrix_multiplies_as_the_whole_one_and_adds_its_bias_once(
     tmp_path: Path, sequence_parallel: bool
 ) -> None:
-    mp.spawn(divided_rank, (tmp_path, sequence_parallel), nprocs=2)
+    spawn(divided_rank, (tmp_path, sequence_parallel), nprocs=2)
     out, grads = torch.load(tmp_path / "found")
     exact_out, exact_grads = passes(one_block(torch.float32))
     undivided = one_block(torch.bfloat16)
