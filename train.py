@@ -96,7 +96,11 @@ def train(
     corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
 
     model, stages = build_model(config, mesh)
-    optimizer, scaler, progress = AdamW(model, config.optimizer), LossScaler(config.precision), Progress()
+    optimizer, scaler, progress = (
+        AdamW(model, config.optimizer, copies=model.copies),
+        LossScaler(config.precision),
+        Progress(),
+    )
     kept = Kept(optimizer, scaler, progress, mesh.rank)
     checkpoints = Checkpoints(run_dir, keep=config.checkpoint.keep, group=mesh.host)
     resume_or_start(
@@ -177,7 +181,7 @@ def dry_run(config: TrainConfig) -> "DryRun":
 
     def build(mesh: "Mesh") -> "Engine":
         model, stages = build_model(config, mesh)
-        optimizer, progress = AdamW(model, config.optimizer), Progress()
+        optimizer, progress = AdamW(model, config.optimizer, copies=model.copies), Progress()
         optimizer.follow(rates_to_come(config, progress)[:1])
         return build_engine(config, mesh, model, stages, optimizer, LossScaler(config.precision), progress, n_sources=1)
 

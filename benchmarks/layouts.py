@@ -23,6 +23,8 @@ LAYOUTS = {
     "hybrid_zero, stage 3": ["parallel=hybrid_zero", "parallel.zero_stage=3"],
     "tp 8 x zero1": ["parallel=tp_zero1", "parallel.tp=8"],
     "pp 4 x hybrid_zero": ["parallel=hybrid_zero", "parallel.pp=4"],
+    "pp 4 x hybrid_zero, stage 2": ["parallel=hybrid_zero", "parallel.pp=4", "parallel.zero_stage=2"],
+    "pp 4 x hybrid_zero, stage 3": ["parallel=hybrid_zero", "parallel.pp=4", "parallel.zero_stage=3"],
     "3d: pp 2 x tp 2 x zero1": ["parallel=3d"],
     "cp 2 x zero1": ["parallel=cp"],
 }
@@ -72,7 +74,7 @@ def rows(readings: dict[str, Reading]) -> list[str]:
 
 def draw(readings: dict[str, Reading]) -> str:
     """Draw memory by kind, and bytes inside and between nodes, a row a layout."""
-    left, wide, high, gap = 170, 380, 22, 34
+    left, wide, high, gap = 190, 380, 22, 34
     most_memory = max(reading.peak for reading in readings.values())
     most_sent = max(sum(sent(reading)) for reading in readings.values())
     right = left + wide + 60

@@ -25,6 +25,7 @@ from training.config import (
     CheckpointConfig,
     Dtype,
     EarlyStopConfig,
+    Fp8,
     LoggerConfig,
     LossConfig,
     OptimizerConfig,
@@ -187,10 +188,10 @@ class TrainConfig:
         for word in self.init_content:
             if word not in CONTENT:
                 yield f"init_content ({word}) must be among {', '.join(CONTENT)}"
-        if self.precision.fp8.value != "none" and self.parallel.tp != 1:
+        if self.precision.fp8 is Fp8.rowwise and self.parallel.tp != 1:
             yield (
-                f"precision.fp8 ({self.precision.fp8.value}) needs whole matrices, parallel.tp 1, not "
-                f"{self.parallel.tp}; divide them by parallel.dp_shard, or use precision.fp8=none"
+                f"precision.fp8 (rowwise) needs whole matrices, parallel.tp 1, not {self.parallel.tp}; divide them by "
+                "parallel.dp_shard, or use precision.fp8=tensorwise"
             )
         attention = self.model.attention.value
         if attention in ("flash_attn", "flash_attn_4", "cudnn") and self.precision.compute is Dtype.fp32:

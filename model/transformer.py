@@ -66,6 +66,16 @@ class Transformer(nn.Module):
         self.norm: RMSNorm | None = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
 
+    @property
+    def copies(self) -> dict[str, str]:
+        """What must stay equal to another parameter, by name: a tied head with a matrix of its own."""
+        return {"head.weight": "embed.weight"} if self.config.tie_embeddings and self.head is not None else {}
+
+    def part_ends(self) -> None:
+        """Give a tied head a copy of the embedding, where they are in different places."""
+        if self.config.tie_embeddings:
+            self.head = nn.Linear(self.config.d_model, self.config.vocab_size, bias=False)
+
     def keep(self, layers: Collection[int]) -> None:
         """Drop all but some layers, under their names: the embedding stays with the first, norm and head with the last.
 
@@ -134,7 +144,8 @@ class Transformer(nn.Module):
     def init_weights(self, seed: int, write: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
         """Draw every parameter in fp32 from a generator of its own, seeded by `seed` and its name.
 
-        So the weights depend neither on the device, the dtype, the layout nor the order of drawing.
+        So the weights depend neither on the device, the dtype, the layout nor the order of drawing; copies are
+        equal.
         `write(param, whole)` sets a parameter that may be a part of the whole.
         """
         for name, param in self.named_parameters():
@@ -142,7 +153,7 @@ class Transformer(nn.Module):
             if std is None:
                 write(param, torch.full(param.shape, 1.0 if name.endswith("norm.weight") else 0.0))
                 continue
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            digest = hashlib.sha256(f"{seed}/{self.copies.get(name, name)}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             write(param, torch.empty(param.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
 

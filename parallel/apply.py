@@ -3,6 +3,7 @@
 import os
 import warnings
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from parallel.axes import stage_layers
+from parallel.axes import stage_layers, stages_of
 from parallel.config import (
     SPLIT_BACKWARD,
     ActivationCheckpointing,
@@ -24,7 +25,6 @@ from parallel.config import (
 )
 from parallel.fp8 import MULTIPLE, Fp8Linear
 from parallel.mesh import Mesh
-from parallel.pipeline import stages_of
 from parallel.plan import attend_to_whole_rows, divide, divided_dim
 
 
@@ -59,12 +59,13 @@ def parallelize(
     for module in model.modules():
         for name, param in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(param.to(dtype)))
-    if fp8 != "none":  # replaces modules, and so comes before anything is hooked to them
-        multiply_in_fp8(blocks, fp8, mesh.device)
     if mesh.layout is not None and mesh.axes.tp > 1:
         divide(model, mesh.layout["tp"], sequence_parallel=config.sequence_parallel)
         if config.async_tp:
             overlap_tp(mesh.layout["tp"])
+    if fp8 != "none":
+        check_fp8_device(fp8, mesh.device)
+        multiply_in_fp8(blocks, fp8)
     if mesh.tokens is not None and mesh.axes.cp > 1:
         attend_to_whole_rows(model, mesh.tokens["cp"])
     for block in blocks[: recomputed_blocks(len(blocks), config)]:
@@ -96,26 +97,22 @@ def cut(model: Any, mesh: Mesh, config: ParallelConfig) -> list[nn.Module]:
     """Leave a model the layers of this pipeline rank, and give its stages, which share them."""
     if mesh.axes.pp == 1:
         return [model]
+    model.part_ends()
     layers = stage_layers(config, mesh.axes, model.config.n_layers)
     mine = [layers[number] for number in stages_of(mesh.place("pp"), mesh.axes.pp, config)]
     model.keep([layer for stage in mine for layer in stage])
     return [model.part(stage) for stage in mine]
 
 
-def multiply_in_fp8(blocks: list[nn.Module], scaling: str, device: torch.device) -> None:
+def multiply_in_fp8(blocks: list[nn.Module], scaling: str) -> None:
     """Let the blocks' matrix products, forward and backward, be computed in 8 bits; weights keep their dtype."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
-        where = torch.cuda.get_device_name(device) if device.type == "cuda" else device
-        raise ParallelError(
-            f"precision.fp8 ({scaling}) needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), "
-            f"not {where}; choose precision.fp8=none"
-        )
     if scaling == "tensorwise":
         for module in (module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)):
-            if module.in_features % MULTIPLE or module.out_features % MULTIPLE:
+            weight = module.weight.to_local() if isinstance(module.weight, DTensor) else module.weight
+            if any(size % MULTIPLE for size in weight.shape):
                 raise ParallelError(
-                    f"precision.fp8 (tensorwise) needs matrices whose sizes are multiples of {MULTIPLE}, not "
-                    f"{module.out_features} x {module.in_features}; choose precision.fp8=none"
+                    f"precision.fp8 (tensorwise) needs matrices whose sizes on a rank are multiples of {MULTIPLE}, not "
+                    f"{weight.shape[0]} x {weight.shape[1]}; choose precision.fp8=none, or a smaller parallel.tp"
                 )
             module.__class__ = Fp8Linear
         return
@@ -123,6 +120,16 @@ def multiply_in_fp8(blocks: list[nn.Module], scaling: str, device: torch.device)
 
     for block in blocks:
         convert_to_float8_training(block, config=Float8LinearConfig.from_recipe_name(scaling))
+
+
+def check_fp8_device(scaling: str, device: torch.device) -> None:
+    """Raise `ParallelError` if a device has no 8-bit products."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+        raise ParallelError(
+            f"precision.fp8 ({scaling}) needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), "
+            f"not {where}; choose precision.fp8=none"
+        )
 
 
 def overlap_tp(mesh: DeviceMesh) -> None:
@@ -166,16 +173,29 @@ def shard(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> None:
         mp_policy=MixedPrecisionPolicy(reduce_dtype=dtypes[config.reduce_dtype], cast_forward_inputs=False),
     )
     embed, head = getattr(model, "embed", None), getattr(model, "head", None)
-    for module in [
-        *model.get_submodule("blocks").children(),
-        *([embed] if embed is not None and head is not None else []),
-    ]:
+    tied = embed is not None and head is None and getattr(model, "norm", None) is not None
+    blocks = list(model.get_submodule("blocks").children())
+    parts = [*([] if embed is None or tied else [embed]), *blocks]
+    for module in parts:
         wrap(module, reshard_after_forward=config.zero_stage == 3)
     wrap(model, reshard_after_forward=False)  # the head, which the backward pass needs at once
+    if mesh.axes.pp > 1 and config.zero_stage == 3:
+        # FSDP forgets the order of modules after a backward pass, and here other micro-batches are under way: each is
+        # told which comes next, the last one itself, which is there.
+        for module, following in pairwise([model, *reversed(parts), parts[0]]):
+            module.set_modules_to_backward_prefetch([following])  # type: ignore[operator]
     for module in sharded_modules(model):
         # Losses are weighted by 1 / the step's targets, so gradients add up; nothing is averaged.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def reduce_after(model: nn.Module, zero_stage: int, *, last: bool) -> None:
+    """Say what the backward pass of a micro-batch does with gradients and parameters, as the ZeRO stage has it."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last or zero_stage >= 2)
+        model.set_requires_all_reduce(last)
+        model.set_reshard_after_backward(last or zero_stage == 3)
 
 
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:

@@ -16,7 +16,6 @@ class ModelShape(Protocol):
     n_heads: int
     n_kv_heads: int
     d_ff: int
-    tie_embeddings: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +130,6 @@ def _stage_problems(config: ParallelConfig, axes: Axes, model: ModelShape, micro
             f"parallel.pipeline_layers ({layers}) must be {n_stages} numbers, one a stage, that sum to model.n_layers "
             f"({model.n_layers})"
         )
-    if model.tie_embeddings:
-        yield f"{named} must be 1 with model.tie_embeddings (true): the first and the last stage would share a weight"
     interleaved = config.pipeline_schedule.value != "1f1b"
     for n_batches in micro_batches:
         if n_batches < n_stages:
@@ -153,6 +150,13 @@ def stage_layers(config: ParallelConfig, axes: Axes, n_layers: int) -> list[rang
     counts = config.pipeline_layers or [n_layers // n_stages + (s < n_layers % n_stages) for s in range(n_stages)]
     ends = [sum(counts[: s + 1]) for s in range(n_stages)]
     return [range(end - count, end) for count, end in zip(counts, ends, strict=True)]
+
+
+def stages_of(pp_rank: int, pp_size: int, config: ParallelConfig) -> list[int]:
+    """Give the numbers of a rank's stages: rounds in the same direction, or there and back for zbv."""
+    if config.pipeline_schedule.value == "zbv":
+        return [pp_rank, 2 * pp_size - 1 - pp_rank]
+    return [pp_rank + turn * pp_size for turn in range(config.virtual_stages)]
 
 
 def _divided(axis: str, size: int, model: ModelShape, keys: Sequence[str]) -> Iterator[str]:

@@ -14,7 +14,7 @@ class Event(NamedTuple):
     micro_batch: int
     backward: bool
     layer: int  # counted from the end in the backward pass
-    number: int  # in the order this rank saw them
+    number: int  # of the module in its layer's order, which is that of every rank; counted back in the backward pass
     text: str
 
 
@@ -24,7 +24,8 @@ class Watch:
     def __init__(self, model: nn.Module) -> None:
         self.bad: list[Event] = []
         self.leaves = [(name, m) for name, m in model.named_modules() if name and not list(m.children())]
-        self.seen = dict.fromkeys((name for name, _ in self.leaves), 0)
+        self.order = {name: number for number, (name, _) in enumerate(self.leaves)}
+        self.seen = dict.fromkeys(self.order, 0)
 
     def __enter__(self) -> "Watch":
         self.hooks = [module.register_forward_hook(partial(self._hook, name)) for name, module in self.leaves]
@@ -37,26 +38,27 @@ class Watch:
             hook.remove()
 
     def note_weight(self, name: str, weight: Tensor) -> None:
-        self._note(weight, 0, 0, False, layer_of(name), f"{name} (weight)")
+        self._note(weight, 0, 0, False, name.rpartition(".")[0], f"{name} (weight)")
 
     def note_gradient(self, name: str, gradient: Tensor) -> None:
-        self._note(gradient, 2, 0, True, -layer_of(name), f"{name} (gradient)")
+        self._note(gradient, 2, 0, True, name.rpartition(".")[0], f"{name} (gradient)")
 
     def _hook(self, name: str, _module: nn.Module, _inputs: object, output: Any) -> None:
         # Private, because nothing public tells a forward pass from its repetition by activation checkpointing.
         if torch._C._current_graph_task_id() != -1:
             return
-        micro_batch, layer = self.seen[name], layer_of(name)
+        micro_batch = self.seen[name]
         self.seen[name] += 1
-        self._note(part(output), 1, micro_batch, False, layer, f"{name} (forward)")
+        self._note(part(output), 1, micro_batch, False, name, f"{name} (forward)")
         if output.requires_grad:
-            output.register_hook(
-                lambda grad: self._note(part(grad), 1, micro_batch, True, -layer, f"{name} (backward)")
-            )
+            output.register_hook(lambda grad: self._note(part(grad), 1, micro_batch, True, name, f"{name} (backward)"))
 
-    def _note(self, tensor: Tensor, kind: int, micro_batch: int, backward: bool, layer: int, text: str) -> None:
+    def _note(self, tensor: Tensor, kind: int, micro_batch: int, backward: bool, module: str, text: str) -> None:
         if not torch.isfinite(tensor).all():
-            self.bad.append(Event(kind, micro_batch, backward, layer, len(self.bad), text))
+            sign = -1 if backward else 1
+            self.bad.append(
+                Event(kind, micro_batch, backward, sign * layer_of(module), sign * self.order[module], text)
+            )
 
 
 def layer_of(name: str) -> int:

@@ -119,11 +119,6 @@ class ParallelConfig:
 
     def _pipeline_problems(self) -> Iterator[str]:
         schedule, stages = self.pipeline_schedule.value, self.virtual_stages
-        if self.pp != 1 and self.zero_stage > 1:
-            yield (
-                f"parallel.zero_stage ({self.zero_stage}) must be 0 or 1 with parallel.pp ({self.pp}): a pipeline "
-                "keeps gradients and parameters whole until its last micro-batch"
-            )
         if self.pp != 1 and self.compile is Compile.blocks and self.pipeline_schedule in SPLIT_BACKWARD:
             yield (
                 f"parallel.compile (blocks) does not go with parallel.pipeline_schedule ({schedule}), which computes "

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from parallel import pipeline
 from parallel.axes import resolve_axes
 from parallel.config import AXES, DryRunConfig, ParallelConfig
 from parallel.engine import Engine, LinearLoss
@@ -118,6 +119,7 @@ class DryRun:
             stack.enter_context(memory.following())
             watch = stack.enter_context(Watch([memory]))
             stack.enter_context(mock.patch.object(torch, "compile", compile_with(ledger, watch.paused)))
+            stack.enter_context(mock.patch.object(pipeline, "finish", memory.holding("gradients")(pipeline.finish)))
             with memory.holding("optimizer"):
                 engine = self.build(mesh)
             params = list(engine.model.parameters())

@@ -6,10 +6,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from parallel.apply import sharded_modules
+from parallel.apply import reduce_after, sharded_modules
 from parallel.bad_layer import Watch
 from parallel.config import ParallelConfig
 from parallel.mesh import Mesh
@@ -94,10 +93,11 @@ class Engine:
         self.stages = list(stages) or [model]
         self.pipeline: Pipeline | None = None
         if mesh.axes.pp > 1:
-            d_model = self.stages[0].config.d_model  # type: ignore[union-attr]
-            self.pipeline = Pipeline(self.stages, mesh, self.config, d_model)  # type: ignore[arg-type]
+            shape: Any = model.config
+            self.pipeline = Pipeline(self.stages, mesh, self.config, shape)
         self.params = dict(model.named_parameters())  # as they are between steps: this process' shards
-        self.counted = [param for param in self.params.values() if is_first_copy(param)]
+        copies: Any = model.copies
+        self.counted = [param for name, param in self.params.items() if name not in copies and is_first_copy(param)]
         self.optimizer = optimizer
         self.mesh = mesh
         self.linear_loss = linear_loss
@@ -174,7 +174,7 @@ class Engine:
             self.pipeline.train(inputs)
             return
         for index, (tokens_BT, told) in enumerate(inputs, 1):
-            self._reduce_after(last=index == len(inputs))
+            reduce_after(self.model, self.config.zero_stage, last=index == len(inputs))
             self.model(tokens_BT, **told).backward()
 
     def _inputs(self, batch: MicroBatch, weight: float, sums: Sums) -> Inputs:
@@ -221,13 +221,6 @@ class Engine:
         weights = self.token_weights(counts)[self.mesh.dp_rank :: self.mesh.dp_size]
         return counts, [weight * self.scaler.scale for weight in weights]
 
-    def _reduce_after(self, *, last: bool) -> None:
-        """Say what the backward pass of a micro-batch does with gradients and parameters, as the ZeRO stage has it."""
-        if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(last or self.config.zero_stage >= 2)
-            self.model.set_requires_all_reduce(last)
-            self.model.set_reshard_after_backward(last or self.config.zero_stage == 3)
-
     def _over_all_ranks(self, sums: Sums, grad_norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Add up what each rank has of a step's loss, of the square of its norm and of its totals."""
         loss, totals_S4 = sums.loss, sums.totals_S4
@@ -248,14 +241,20 @@ class Engine:
         in_a_row = torch.where(finite, 0, bad_in_a_row + 1)
         self.counts_3 = torch.stack([updates + finite, bad_steps + ~finite, in_a_row])
 
-    def _grad_norm(self) -> Tensor:
-        """The 2-norm over the gradients of this rank's shards, with the loss scale; each parameter is counted once."""
+    def _complete_gradients(self) -> None:
+        """Give every parameter a gradient that is laid out as it is, and the copies of one the same."""
         for param in self.params.values():
             if param.grad is None:  # a step without a single target
                 param.grad = torch.zeros_like(param)
             elif isinstance(param, DTensor) and isinstance(param.grad, DTensor):
                 # Under sequence parallelism each rank has what its own tokens do to a norm. FSDP adds it up itself.
                 param.grad = param.grad.redistribute(placements=param.placements)
+        if self.pipeline is not None and self.pipeline.tied:
+            self.pipeline.add_up_tied({name: local(param.grad) for name, param in self.params.items()})
+
+    def _grad_norm(self) -> Tensor:
+        """The 2-norm over the gradients of this rank's shards, with the loss scale; each parameter is counted once."""
+        self._complete_gradients()
         norms = [torch.linalg.vector_norm(local(p.grad), dtype=torch.float32) for p in self.counted]
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self.mesh.device)
 

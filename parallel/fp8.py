@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 scaled_mm: Any = torch._scaled_mm  # type: ignore[attr-defined]
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -58,12 +59,29 @@ class _Product(torch.autograd.Function):
 
 
 class Fp8Linear(nn.Linear):
-    """A linear layer that multiplies in 8 bits; made of a plain one by changing its class."""
+    """A linear layer that multiplies in 8 bits; made of a plain one by changing its class.
+
+    Of a matrix that is divided over tp each rank multiplies its part, with a scale of its own.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         if input.numel() // input.shape[-1] % MULTIPLE:  # as many tokens as a validation's last batch may have
             return F.linear(input, self.weight, self.bias)
-        out = _Product.apply(input.flatten(0, -2), self.weight)
-        assert isinstance(out, Tensor)
-        out = out.unflatten(0, input.shape[:-1])
+        out = _divided_product(input, self.weight) if isinstance(self.weight, DTensor) else _product(input, self.weight)
         return out if self.bias is None else out + self.bias
+
+
+def _product(x_BTK: Tensor, weight_MK: Tensor) -> Tensor:
+    out_NM = _Product.apply(x_BTK.flatten(0, -2), weight_MK)
+    assert isinstance(out_NM, Tensor)
+    return out_NM.unflatten(0, x_BTK.shape[:-1])
+
+
+def _divided_product(x_BTK: Any, weight_MK: DTensor) -> Tensor:
+    """Give this rank's columns of the whole product, or what its rows add to it."""
+    mesh, (place,) = weight_MK.device_mesh, weight_MK.placements
+    assert isinstance(place, Shard)
+    last = Shard(x_BTK.ndim - 1)
+    of_x, of_out = (Partial(), last) if place.dim == 0 else (last, Partial())
+    out = _product(x_BTK.to_local(grad_placements=[of_x]), weight_MK.to_local())
+    return DTensor.from_local(out, mesh, [of_out], run_check=False)

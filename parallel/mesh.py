@@ -1,6 +1,8 @@
 """The processes and devices of a run: opened before anything else and closed after it, once for every sweep point."""
 
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -145,10 +147,16 @@ def _process_group(config: ParallelConfig, device: torch.device, world_size: int
         yield
         return
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    late = (
+        f"the {world_size} processes (WORLD_SIZE) did not all join at {where} within {config.init_timeout_s:g} s "
+        f"(parallel.init_timeout_s); RANK {os.environ['RANK']} waited"
+    )
     try:
         timeout = timedelta(seconds=config.init_timeout_s)
+        _wait_for_listener(config.init_timeout_s, late)
         store, rank, _ = next(rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
+        _agree_on_world_size(store, rank, world_size)
         opened = store.add(f"opened/{rank}", 1)  # a sweep opens many groups over one store, which must not meet
         # Without device_id: with it, a second group in the life of a process dies while it is split (torch 2.11, NCCL).
         dist.init_process_group(
@@ -159,10 +167,7 @@ def _process_group(config: ParallelConfig, device: torch.device, world_size: int
             timeout=timedelta(seconds=config.step_timeout_s),
         )
     except dist.DistStoreError as error:
-        raise ParallelError(
-            f"the {world_size} processes (WORLD_SIZE) did not all join at {where} within {config.init_timeout_s:g} s "
-            f"(parallel.init_timeout_s); RANK {os.environ['RANK']} waited: {_first_line(error)}"
-        ) from None
+        raise ParallelError(f"{late}: {_first_line(error)}") from None
     except (dist.DistNetworkError, dist.DistBackendError) as error:
         raise ParallelError(
             f"RANK {os.environ['RANK']} cannot join at {where} (MASTER_ADDR, MASTER_PORT): {_first_line(error)}; "
@@ -172,6 +177,31 @@ def _process_group(config: ParallelConfig, device: torch.device, world_size: int
         yield
     finally:
         leave()
+
+
+def _wait_for_listener(timeout_s: float, late: str) -> None:
+    """Wait until rank 0 listens: torch's own wait ends in pages of its insides."""
+    until = time.monotonic() + timeout_s
+    while os.environ["RANK"] != "0":
+        try:
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout_s).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise ParallelError(f"{late}: RANK 0 does not listen there ({error.strerror or error})") from None
+        time.sleep(0.2)
+
+
+def _agree_on_world_size(store: Any, rank: int, world_size: int) -> None:
+    """Raise `ParallelError` if ranks were started with other numbers of them; they would wait in vain."""
+    store.set(f"world_size/{rank}", str(world_size))
+    others = range(world_size) if rank == 0 else range(1)
+    for other, value in zip(others, store.multi_get([f"world_size/{other}" for other in others]), strict=True):
+        if int(value) != world_size:
+            raise ParallelError(
+                f"WORLD_SIZE ({world_size}) of RANK {rank} must be that of every rank, and RANK {other} has "
+                f"{int(value)}; start all of them with the same"
+            )
 
 
 def leave() -> None:

@@ -17,6 +17,7 @@ from training.checkpoint import Checkpoint, Checkpoints
 from training.resume import Kept
 
 WORLD_SIZE = 4
+TIED = "model.tie_embeddings=true"
 LAYOUTS = {
     "single": ["parallel=single"],
     "ddp": ["parallel=ddp"],
@@ -26,11 +27,16 @@ LAYOUTS = {
     "tp": ["parallel=tp_zero1"],
     "cp": ["parallel=cp"],
     "3d": ["parallel=3d"],  # two stages of two tensor-parallel ranks
+    # Each end of a pipeline has a copy of the embedding.
+    "tied_zero1": ["parallel=zero1", TIED],
+    "tied_3d": ["parallel=3d", TIED],
+    "tied_pp_zero1": ["parallel=zero1", "parallel.pp=2", TIED],
 }
 PAIRS = [
     ("single", "zero1"), ("zero1", "single"), ("zero1", "hybrid"), ("hybrid", "zero3"), ("zero3", "ddp"),
     ("ddp", "hybrid"), ("zero3", "single"), ("zero1", "zero1"), ("single", "tp"), ("tp", "cp"), ("cp", "3d"),
     ("3d", "zero3"), ("zero1", "3d"), ("3d", "single"), ("tp", "single"),
+    ("tied_zero1", "tied_3d"), ("tied_3d", "tied_pp_zero1"), ("tied_pp_zero1", "tied_zero1"),
 ]  # fmt: skip
 SAVED, STEPS = 3, 5
 

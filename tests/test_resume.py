@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, trained
-from tests.resume_rank import PAIRS, SAVED, STEPS, WORLD_SIZE
+from tests.resume_rank import PAIRS, SAVED, STEPS, TIED, WORLD_SIZE
 from training.checkpoint import open_checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +38,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> Path:
         )
         for rank in range(WORLD_SIZE)
     ]
-    told = [rank.communicate(timeout=600)[1] for rank in ranks]
+    told = [rank.communicate(timeout=800)[1] for rank in ranks]
     assert all(rank.returncode == 0 for rank in ranks), "\n".join(told)
-    trained(folder / "whole", *overrides, f"steps={STEPS}", "data.micro_batch_size=1")
+    for name, tied in (("whole", []), ("tied_whole", [TIED])):
+        trained(folder / name, *overrides, *tied, f"steps={STEPS}", "data.micro_batch_size=1")
     return folder
 
 
@@ -63,7 +64,8 @@ def test_what_one_layout_saved_is_what_another_holds(runs: Path, before: str, af
 
 @pytest.mark.parametrize("before,after", PAIRS, ids=lambda name: name)
 def test_the_next_losses_are_those_of_a_run_that_was_never_stopped(runs: Path, before: str, after: str) -> None:
-    whole, here = losses(runs / "whole"), losses(runs / f"{before}_{after}")
+    tied = "tied_" if before.startswith("tied_") else ""
+    whole, here = losses(runs / f"{tied}whole"), losses(runs / f"{before}_{after}")
     assert sorted(here) == list(range(1, STEPS + 1))
     # The same weights give the same loss; only sums over ranks are made in another order.
     assert here[SAVED + 1] == pytest.approx(whole[SAVED + 1], rel=1e-6)
@@ -74,7 +76,7 @@ def test_the_same_layout_goes_on_bit_for_bit(runs: Path) -> None:
     assert losses(runs / "zero1_zero1") == losses(runs / "zero1_whole")
 
 
-@pytest.mark.parametrize("layout", ["zero3", "hybrid", "tp", "3d"])
+@pytest.mark.parametrize("layout", ["zero3", "hybrid", "tp", "3d", "tied_3d"])
 def test_one_process_exports_and_writes_from_what_several_saved(runs: Path, layout: str, tmp_path: Path) -> None:
     export = [sys.executable, "export.py", f"run={runs / layout}", f"out={tmp_path / 'hf'}"]
     generate = [sys.executable, "generate.py", f"run={runs / layout}", "prompt=def", "max_new_tokens=4", "device=cpu"]

@@ -2,7 +2,8 @@
 
 import importlib.util
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,11 +23,14 @@ class AdamW:
     The masters are fp32. A parameter that is fp32 is its own master; one in bf16 is the upper half of its
     master, whose lower half is kept beside it, so that the master is exact and costs four bytes with the
     parameter; one in fp16 has a master of its own. Weight decay is decoupled. Nothing here waits for the
-    device unless `impl` is a library that needs its rates on the host.
+    device unless `impl` is a library that needs its rates on the host. `copies` are parameters that always equal
+    another one, by name: they are updated like it, and kept under its name.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
-        self.config = config
+    def __init__(
+        self, model: nn.Module, config: OptimizerConfig, *, copies: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        self.config, self.copies = config, copies
         self.params = dict(model.named_parameters())
         self.locals: dict[str, Tensor] = {name: local(param.detach()) for name, param in self.params.items()}
         self.device = next(iter(self.locals.values())).device
@@ -202,21 +206,23 @@ class AdamW:
                 master = join(self.locals[name].cpu(), rest.cpu())
             else:
                 master = self._master(name)
-            kept[f"model.{name}"] = like(param, master)
+            kept_as = self.copies.get(name, name)
+            kept[f"model.{kept_as}"] = like(param, master)
             for moment in ("exp_avg", "exp_avg_sq"):
                 tensor = getattr(self, moment)[name]
                 tensor = tensor if tensor.dtype == torch.float32 else tensor.cpu().float()
-                kept[f"optimizer.{name}.{moment}"] = like(param, tensor)
-            kept[f"optimizer.{name}.step"] = self.updates
+                kept[f"optimizer.{kept_as}.{moment}"] = like(param, tensor)
+            kept[f"optimizer.{kept_as}.step"] = self.updates
         return kept
 
     @torch.no_grad()
     def refresh(self, tensors: dict[str, Tensor]) -> None:
         """Take over `tensors`, which `tensors()` gave and which were then loaded into."""
         for name in self.params:
-            self._set_master(name, local(tensors[f"model.{name}"]).to(self.device))
+            kept_as = self.copies.get(name, name)
+            self._set_master(name, local(tensors[f"model.{kept_as}"]).to(self.device))
             for moment in ("exp_avg", "exp_avg_sq"):
-                getattr(self, moment)[name].copy_(local(tensors[f"optimizer.{name}.{moment}"]))
+                getattr(self, moment)[name].copy_(local(tensors[f"optimizer.{kept_as}.{moment}"]))
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ MODELS = {
         init=Init.llama, attention_bias=True,
     ),
     "tied": ModelConfig(
-        name="tied", vocab_size=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=64, max_seq_len=64,
+        name="tied", vocab_size=64, d_model=32, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=64,
         init=Init.llama, tie_embeddings=True,
     ),
 }  # fmt: skip
@@ -92,7 +92,7 @@ def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
         model = Transformer(replace(MODELS[case.model], attention=case.attention))
     stages = parallelize(model, mesh, config, case.dtype)
     model.init_weights(3, write_shard)
-    adamw = AdamW(model, optimizer)
+    adamw = AdamW(model, optimizer, copies=model.copies)
     adamw.follow([(3e-3, 0.95)] * (N_STEPS + 1))
     return Engine(
         model,
@@ -124,13 +124,16 @@ def outcome(case: Case, mesh: Mesh, config: ParallelConfig) -> Outcome:
             handle.remove()
     valid = engine.evaluate(mine[-1])
     weights = {name: whole(param.detach()) for name, param in engine.params.items()}
+    weights = {name: weight for part in mesh.gather(weights) for name, weight in part.items()}
+    if MODELS[case.model].tie_embeddings and "head.weight" in weights:
+        assert torch.equal(weights.pop("head.weight"), weights["embed.weight"]), "the copies went apart"
     return Outcome(
         losses=[float(d.loss) for d in done],
         norms=[float(d.grad_norm) for d in done],
         totals=[d.totals_S4.flatten().tolist() for d in done],
         valid=valid.flatten().tolist(),
         finite=[bool(d.finite) for d in done],
-        weights={name: weight for part in mesh.gather(weights) for name, weight in part.items()},
+        weights=weights,
         bad_layer=bad_layer,
     )
 

@@ -5,9 +5,8 @@ from typing import Any
 import pytest
 
 from model.config import ModelConfig
-from parallel.axes import Axes, layout_problems, resolve_axes, stage_layers
+from parallel.axes import Axes, layout_problems, resolve_axes, stage_layers, stages_of
 from parallel.config import Compile, ParallelConfig, ParallelError, Schedule
-from parallel.pipeline import stages_of
 
 MODEL = ModelConfig(
     name="m", vocab_size=1000, d_model=32, n_layers=4, n_heads=8, n_kv_heads=4, d_ff=96, max_seq_len=64
@@ -54,7 +53,6 @@ def test_a_layout_that_fits_is_told_nothing() -> None:
         (32, {"pp": 4, "dp_shard": 8}, ["parallel.pp (4) must be at most the micro-batches a rank runs in a step (2), or the pipeline is never full; raise global_batch_tokens, lower data.micro_batch_size, or lower the data-parallel axes"]),
         (2, {"dp_shard": 2, "zero_stage": 0}, ["parallel.dp_shard (2) must be 1 with parallel.zero_stage (0), which shards nothing; use parallel.dp_replicate, or zero_stage 1, 2 or 3"]),
         (1, {"async_tp": True, "sequence_parallel": False}, ["parallel.async_tp (true) needs parallel.tp of 2 or more, or -1, not 1", "parallel.async_tp (true) needs parallel.sequence_parallel true, not False"]),
-        (2, {"pp": 2, "zero_stage": 3}, ["parallel.zero_stage (3) must be 0 or 1 with parallel.pp (2): a pipeline keeps gradients and parameters whole until its last micro-batch"]),
         (2, {"pp": 2, "pipeline_schedule": Schedule["zbv"]}, ["parallel.virtual_stages (1) must be exactly 2 with parallel.pipeline_schedule (zbv)"]),
         (2, {"pp": 2, "pipeline_schedule": Schedule["zero_bubble"], "compile": Compile.blocks}, ["parallel.compile (blocks) does not go with parallel.pipeline_schedule (zero_bubble), which computes the gradients of weights later than those of inputs; use parallel.compile=auto, or interleaved_1f1b"]),
     ],

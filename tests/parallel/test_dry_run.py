@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -12,7 +14,6 @@ import train
 from conf.command import CONF
 from conf.schema import TrainConfig, register, to_config
 from parallel.dry_run import Reading
-from parallel.engine import Engine
 
 ROOT = Path(__file__).parent.parent.parent
 WORLD, MICRO_BATCHES, LAYERS = 1024, 3, 3
@@ -144,6 +145,10 @@ def test_a_tensor_parallel_step_sends_activations_and_no_logits(sequence_paralle
     assert reading.table == expected
 
 
+def test_8_bit_products_under_tensor_parallel_send_what_others_do() -> None:
+    assert read("parallel=tp_zero1", "precision=fp8")[1][0].table == read("parallel=tp_zero1")[1][0].table
+
+
 def test_a_context_parallel_step_turns_tokens_into_heads() -> None:
     config, (reading,) = read("parallel=cp")
     # q, k, v and the output of every layer, forward and backward, half of the tokens here
@@ -166,12 +171,67 @@ def test_each_stage_of_a_pipeline_holds_its_layers_and_passes_activations_on() -
             assert 0 <= reading.table["pp", kind][1] - passed <= 8
 
 
-def test_a_micro_batch_that_reduces_once_too_often_is_seen() -> None:
-    def always(engine: Engine, *, last: bool) -> None:
-        engine.model.set_requires_gradient_sync(True)  # type: ignore[operator]
-        engine.model.set_reshard_after_backward(last)  # type: ignore[operator]
+def pipeline_of_2(schedule: str, stage: int) -> tuple[TrainConfig, list[Reading]]:
+    config = configure(
+        "parallel=hybrid_zero", "parallel.pp=2", f"parallel.pipeline_schedule={schedule}",
+        f"parallel.zero_stage={stage}", "model.n_layers=4",
+    )  # fmt: skip
+    return config, train.dry_run(config).read(4)
 
-    with mock.patch.object(Engine, "_reduce_after", always):
+
+@pytest.mark.parametrize(
+    ("schedule", "stage", "gathers"),
+    [
+        # How often a step gathers a block of the first rank, its embedding; a block of the second rank, norm and head
+        ("1f1b", 2, (1, 1, 1, 1)),
+        ("1f1b", 3, (8, 8, 8, 4)),  # forward and backward; the head is needed at once
+        ("zero_bubble", 2, (1, 1, 1, 1)),
+        # For the gradients of weights too; the first rank makes all in one pass, because none wants its inputs'.
+        ("zero_bubble", 3, (8, 8, 12, 8)),
+    ],
+)
+def test_a_pipeline_gathers_and_reduces_each_micro_batch_as_its_stage_says(
+    schedule: str, stage: int, gathers: tuple[int, int, int, int]
+) -> None:
+    config, readings = pipeline_of_2(schedule, stage)
+    part = partial(part_of, config, tp=1, shard=8)
+    blocks = part(layers=2, embed=False, head=False)
+    ends = (part(layers=0, head=False), part(layers=0, embed=False))
+    for reading, end, of_block, of_end in zip(readings, ends, gathers[::2], gathers[1::2], strict=True):
+        assert reading.table["dp_shard", "all_gather"] == (
+            2 * of_block + of_end,
+            BF16 * (of_block * blocks + of_end * end),
+        )
+        assert reading.table["dp_shard", "reduce_scatter"] == (4 * 3, 4 * 4 * (blocks + end))
+        assert reading.table["dp_replicate", "all_reduce"] == (3, 4 * (blocks + end) // 8)
+
+
+def test_a_pass_for_weights_frees_each_block_while_the_next_is_gathered() -> None:
+    sent = [item.kind for window in pipeline_of_2("zero_bubble", 3)[1][1].windows for item in window.collectives
+            if item.axis == "dp_shard"]  # fmt: skip
+    gather, reduce = "all_gather", "reduce_scatter"
+    assert sent[-6:] == [gather, gather, reduce, gather, reduce, reduce]
+
+
+def test_a_pipeline_holds_what_its_stage_says() -> None:
+    small = 512 * 30 * 4  # each tensor is rounded up to 512 bytes
+    for stage in (1, 2, 3):
+        config, (first, _) = pipeline_of_2("1f1b", stage)
+        part = partial(part_of, config, tp=1, shard=8, head=False)
+        numbers = part(layers=2)
+        # The peak is in the backward pass of the last block, which stage 3 alone has gathered then.
+        gathered = part(layers=1, embed=False) if stage == 3 else numbers
+        assert first.at_peak["parameters"] == pytest.approx(2 * (numbers / 8 + gathered), abs=small), stage
+        kept = numbers if stage == 1 else numbers / 8
+        assert first.at_peak["gradients"] == pytest.approx(4 * kept, abs=2 * small), stage
+
+
+def test_a_micro_batch_that_reduces_once_too_often_is_seen() -> None:
+    def always(model: Any, _zero_stage: int, *, last: bool) -> None:
+        model.set_requires_gradient_sync(True)
+        model.set_reshard_after_backward(last)
+
+    with mock.patch("parallel.engine.reduce_after", always):
         config, (reading,) = read("parallel=hybrid_zero")
     expected = table(Sizes(config, 8), 8, gathers=(1, 1), scatters=1)
     assert reading.table != expected

@@ -1,10 +1,19 @@
 """8-bit products against exact ones."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.multiprocessing.spawn import spawn
 
+from model.config import Init, ModelConfig
+from model.transformer import Transformer
+from parallel.apply import multiply_in_fp8
 from parallel.fp8 import E4M3, E5M2, Fp8Linear, to_fp8_both_ways
+from parallel.plan import divide
 
 
 def relative(found: Tensor, exact: Tensor) -> float:
@@ -62,6 +71,64 @@ def test_the_product_is_compiled_without_a_break() -> None:
         grads.append(torch.autograd.grad(forward(x).square().sum(), (x, *linear.parameters())))
     for eager, compiled in zip(*grads, strict=True):
         torch.testing.assert_close(eager, compiled, rtol=2e-2, atol=1e-2)
+
+
+WIDE = ModelConfig(
+    name="wide", vocab_size=64, d_model=64, n_layers=1, n_heads=4, n_kv_heads=4, d_ff=96, max_seq_len=32,
+    init=Init.llama, attention_bias=True,
+)  # fmt: skip
+
+
+def one_block(dtype: torch.dtype) -> Transformer:
+    """A layer of which each product and each bias makes a large part of what comes out."""
+    model = Transformer(WIDE)
+    model.init_weights(0)
+    generator = torch.Generator().manual_seed(1)
+    for param in model.parameters():
+        param.data.normal_(0, param.shape[-1] ** -0.5 if param.ndim > 1 else 1, generator=generator)
+    return model.to(dtype)
+
+
+def passes(model: Transformer) -> tuple[Tensor, dict[str, Tensor]]:
+    tokens_BT = torch.randint(64, (2, 32), generator=torch.Generator().manual_seed(2))
+    model(tokens_BT, head=lambda h_BTD, _: whole(h_BTD)).square().sum().backward()
+    with torch.no_grad():
+        out = model(tokens_BT, head=lambda h_BTD, _: whole(h_BTD))
+    return out, {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
+
+
+def divided_rank(rank: int, folder: Path, sequence_parallel: bool) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = one_block(torch.bfloat16)
+    divide(model, init_device_mesh("cpu", (2,)), sequence_parallel=sequence_parallel)
+    multiply_in_fp8(list(model.blocks.children()), "tensorwise")
+    assert sum(isinstance(module, Fp8Linear) for module in model.modules()) == 7
+    found = passes(model)
+    if rank == 0:
+        torch.save(found, folder / "found")
+    dist.barrier()  # a rank that leaves first would cut off what the other still reads
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_a_divided_matrix_multiplies_as_the_whole_one_and_adds_its_bias_once(
+    tmp_path: Path, sequence_parallel: bool
+) -> None:
+    spawn(divided_rank, (tmp_path, sequence_parallel), nprocs=2)
+    out, grads = torch.load(tmp_path / "found")
+    exact_out, exact_grads = passes(one_block(torch.float32))
+    undivided = one_block(torch.bfloat16)
+    multiply_in_fp8(list(undivided.blocks.children()), "tensorwise")
+    whole_out, whole_grads = passes(undivided)
+    assert 1e-3 < relative(out, exact_out) < 1.2 * relative(whole_out, exact_out) < 0.1
+    assert grads.keys() == exact_grads.keys()
+    for name, exact in exact_grads.items():
+        assert relative(grads[name], exact) < 1.2 * relative(whole_grads[name], exact) < 0.2, name
 
 
 @pytest.mark.gpu

@@ -25,6 +25,8 @@ ZERO = {
     ),
     "row_mean_4": Case(4, reduction=Reduction.row_mean, layout={"dp_shard": 4, "zero_stage": 1}),
     "one_rank_is_bad_4": Case(4, layout={"dp_shard": 4, "zero_stage": 2}, bad_rank=2),
+    "one_rank_is_bad_tp_4": Case(4, layout={"dp_shard": 2, "tp": 2, "zero_stage": 1}, bad_rank=3),
+    "one_rank_is_bad_pp_4": Case(4, layout={"pp": 2, "dp_shard": 2, "zero_stage": 1}, bad_rank=1),
 }
 TENSOR = {
     "tp_2": Case(2, layout={"tp": 2}),
@@ -61,6 +63,44 @@ PIPELINE = {
     "interleaved_hybrid_8": Case(
         8, layout={"pp": 2, "dp_replicate": 2, "dp_shard": 2, "zero_stage": 1, "virtual_stages": 2,
                    "pipeline_schedule": Schedule["interleaved_1f1b"]},
+    ),
+    "pp_tied_2": Case(2, "tied", layout={"pp": 2}),
+    "pp_tied_tp_zero1_8": Case(8, "tied", layout={"pp": 2, "dp_shard": 2, "tp": 2, "zero_stage": 1}),
+    "zero_bubble_tied_zero3_4": Case(
+        4, "tied", layout={"pp": 2, "dp_shard": 2, "zero_stage": 3, "pipeline_schedule": Schedule["zero_bubble"]}
+    ),
+    "zbv_tied_hybrid2_8": Case(
+        8, "tied", layout={"pp": 2, "dp_replicate": 2, "dp_shard": 2, "zero_stage": 2, "virtual_stages": 2,
+                           "pipeline_schedule": Schedule["zbv"]},
+    ),
+    "pp_zero2_4": Case(4, "biased", layout={"pp": 2, "dp_shard": 2, "zero_stage": 2}),
+    "pp_4_zero3_8": Case(8, layout={"pp": 4, "dp_shard": 2, "zero_stage": 3}),
+    "pp_tp_zero3_8": Case(8, "biased", layout={"pp": 2, "dp_shard": 2, "tp": 2, "zero_stage": 3}),
+    "interleaved_hybrid3_8": Case(
+        8, layout={"pp": 2, "dp_replicate": 2, "dp_shard": 2, "zero_stage": 3, "virtual_stages": 2,
+                   "pipeline_schedule": Schedule["interleaved_1f1b"]},
+    ),
+    "zero_bubble_zero2_4": Case(
+        4, "biased", layout={"pp": 2, "dp_shard": 2, "zero_stage": 2, "pipeline_schedule": Schedule["zero_bubble"]}
+    ),
+    "zero_bubble_hybrid3_8": Case(
+        8, "biased", layout={"pp": 2, "dp_replicate": 2, "dp_shard": 2, "zero_stage": 3,
+                             "pipeline_schedule": Schedule["zero_bubble"]},
+    ),
+    "zero_bubble_zero3_recomputed_4": Case(
+        4, layout={"pp": 2, "dp_shard": 2, "zero_stage": 3, "pipeline_schedule": Schedule["zero_bubble"],
+                   "activation_checkpointing": ActivationCheckpointing.full},
+    ),
+    "zero_bubble_tp_zero3_8": Case(
+        8, "biased", layout={"pp": 2, "dp_shard": 2, "tp": 2, "zero_stage": 3,
+                             "pipeline_schedule": Schedule["zero_bubble"]},
+    ),
+    "zbv_zero2_4": Case(
+        4, layout={"pp": 2, "dp_shard": 2, "zero_stage": 2, "virtual_stages": 2, "pipeline_schedule": Schedule["zbv"]}
+    ),
+    "zbv_zero3_4": Case(
+        4, "biased", layout={"pp": 2, "dp_shard": 2, "zero_stage": 3, "virtual_stages": 2,
+                             "pipeline_schedule": Schedule["zbv"]},
     ),
 }  # fmt: skip
 BF16 = {
@@ -120,7 +160,7 @@ def test_bf16_on_a_layout_learns_as_one_process_does_in_float32(
     assert here.norms == pytest.approx(one.norms, rel=3e-2)
 
 
-@pytest.mark.parametrize("name", ["one_rank_is_bad_4"])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.bad_rank is not None])
 def test_a_rank_that_is_not_finite_makes_every_rank_skip_and_is_named(
     name: str, outcomes: dict[str, Outcome | str]
 ) -> None:

@@ -196,3 +196,16 @@ def test_the_kernel_changes_nothing_if_a_gradient_is_not_finite() -> None:
         param.grad = torch.full_like(param, torch.nan)
     optimizer.step(grad_scale=ONE.cuda(), finite=~FINITE.cuda())
     assert all(torch.equal(tensor, before[name]) for name, tensor in optimizer.tensors().items())
+
+
+def test_a_copy_of_a_parameter_is_kept_under_the_others_name_and_read_into_both() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(6, 4), "head": torch.nn.Linear(4, 6, bias=False)})
+    optimizer = AdamW(model, OptimizerConfig(), copies={"head.weight": "embed.weight"})
+    tensors = optimizer.tensors()
+    assert {name for name in tensors if name.startswith("model.")} == {"model.embed.weight"}
+    for tensor in tensors.values():
+        tensor.fill_(0.5)
+    optimizer.refresh(tensors)
+    for name in ("embed.weight", "head.weight"):
+        assert (model.get_parameter(name) == 0.5).all() and (optimizer.exp_avg_sq[name] == 0.5).all(), name
