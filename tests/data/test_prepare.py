@@ -74,7 +74,7 @@ def test_parts_make_the_same_documents_whichever_ends_last(
 ) -> None:
     (tmp_path / "texts" / "b.jsonl.gz").write_bytes(gzip.compress(lines([{"text": f"{i} more"} for i in range(40)])))
     monkeypatch.setattr(reading, "TEXT_BYTES", 300)
-    monkeypatch.setattr(reading, "PIECE_CHARS", 200)
+    monkeypatch.setattr("data.long.PIECE_CHARS", 200)
     for name in ("c", "d"):
         (tmp_path / "texts" / f"{name}.txt").write_text(f"{name} is a long text. " * 90)
     whole = made(config, tokenizer)
@@ -311,7 +311,7 @@ def test_a_long_document_that_is_held_out_is_not_trained_on(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reading, "TEXT_BYTES", 300)
-    monkeypatch.setattr(reading, "PIECE_CHARS", 200)
+    monkeypatch.setattr("data.long.PIECE_CHARS", 200)
     long = "".join(record["text"] for record in RECORDS)
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.jsonl").write_bytes(lines([{"text": "x"}, {"text": long}, {"text": "y"}]))
