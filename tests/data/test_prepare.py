@@ -342,7 +342,8 @@ def test_a_corpus_in_parts_is_one_command(tmp_path: Path, tokenizer: Tokenizer) 
     for name in "abc":
         (tmp_path / "texts" / f"{name}.jsonl").write_bytes(lines([{"text": f"{name} {i}"} for i in range(40)]))
     command = [sys.executable, "prepare_data.py", "data=local", f"data.input={tmp_path / 'texts'}", "shards=3"]
-    settings = [f"data.path={tmp_path / 'tokens'}", f"tokenizer.model={tokenizer.path}", "workers=1"]
+    places = [f"data.path={tmp_path / 'tokens'}", f"hydra.sweep.dir={tmp_path / 'jobs'}"]
+    settings = [*places, f"tokenizer.model={tokenizer.path}", "workers=1"]
     done = subprocess.run([*command, *settings], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     about = json.loads((tmp_path / "tokens" / "corpus.json").read_text())
