@@ -19,9 +19,10 @@ from typing import IO, Any
 import xxhash
 
 from data.config import DataConfig
+from data.cuts import cut
 from data.documents import HALF_A_PAIR, Block, Document, from_record, not_json, split_of
 from data.inputs import BadRecords
-from data.tokenizer import PIECE_CHARS, cut
+from data.tokenizer import PIECE_CHARS
 
 LONG_STRING = 1 << 12  # characters, as it is written
 READ_BYTES = 1 << 20

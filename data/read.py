@@ -10,10 +10,10 @@ from typing import IO, Any
 
 from data.chat import lookup
 from data.config import DataConfig, DataError, Source, Style
+from data.cuts import last_space
 from data.documents import Block, Document, from_record, not_json
 from data.inputs import BadRecords, Item
 from data.long import UnreadableError, decoded, long_line, long_member, long_text, scratch
-from data.tokenizer import last_blank
 from data.unpack import DAMAGE, PACKED, kind_of, unpacked
 
 BLOCK_BYTES = 1 << 20  # of text in a block, or the record that is longer
@@ -24,7 +24,7 @@ PARSER = json.JSONDecoder()
 
 
 def blocks(
-    item: Item, config: DataConfig, bad: BadRecords, *, skip: int = 0, last_cut: Callable[[str], int] = last_blank
+    item: Item, config: DataConfig, bad: BadRecords, *, skip: int = 0, last_cut: Callable[[str], int] = last_space
 ) -> Iterator[Block]:
     """Yield an item's blocks after the first `skip`; the same ones whoever reads them, and however often.
 
