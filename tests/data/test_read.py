@@ -195,9 +195,13 @@ def test_a_text_too_long_to_hold_has_the_ids_of_the_whole(
 
 
 def test_the_builtin_text_is_the_same_each_time_and_keeps_files_together() -> None:
-    documents = list(builtin_documents())
-    assert {document.source for document in documents} == {"code", "en"}
-    assert sum(len(document.text) for document in documents) > 5e6
+    documents, size = [], 0
+    for document in builtin_documents():
+        documents.append(document)
+        size += len(document.text)
+        if size > 2e6:
+            break
+    assert size > 2e6 and {document.source for document in documents} == {"code", "en"}
     assert [d.place for d in documents[:300]] == [d.place for d in islice(builtin_documents(), 300)]
     docstring = next(d for d in documents if d.source == "en" and d.place.startswith("argparse.py"))
     source = next(d for d in documents if d.source == "code" and d.place == "argparse.py")
