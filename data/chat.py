@@ -10,8 +10,8 @@ import jinja2
 import numpy as np
 
 from data.config import DataError
+from data.cuts import SPACE
 from data.tokenizer import ANCHOR, CHAT_TEMPLATE, HuggingFaceTokenizer, Tokenizer, sentencepiece_proto
-from data.words import SPACE
 
 Messages = list[dict[str, str]]
 

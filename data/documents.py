@@ -2,8 +2,9 @@
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import xxhash
@@ -11,6 +12,10 @@ import xxhash
 from data.chat import lookup, messages_of
 from data.config import DataConfig, Style
 from data.inputs import BadRecords, source_name
+
+SOURCE_CHARS = 100  # of a source's name, which files are named by
+KEYS_TOLD, KEY_CHARS = 10, 40
+HALF_A_PAIR = "its text holds half a surrogate pair, which is no character"
 
 
 @dataclass(slots=True)
@@ -62,6 +67,9 @@ def digest_of(document: Document, config: DataConfig) -> int:
 def documents(block: Block, config: DataConfig, bad: BadRecords) -> Iterator[Document]:
     """Yield the documents of a block, each with its split."""
     for document in _documents(block, config, bad):
+        if document.begins and document.ends and not document.text.strip():
+            bad.empty += 1
+            continue
         if document.split is None:
             document.split = split_of(digest_of(document, config), config)
         yield document
@@ -73,12 +81,12 @@ def _documents(block: Block, config: DataConfig, bad: BadRecords) -> Iterator[Do
             yield from block.payload
         case "text":
             text = block.payload if isinstance(block.payload, str) else _decoded(block.payload, block.path, bad)
-            if text is not None and (text.strip() or not (block.begins and block.ends)):
+            if text is not None:
                 whole = (block.begins, block.ends, block.digest)
                 yield Document(text, block.source, block.path, None, block.split, None, *whole)
         case "records":
             for number, record in enumerate(block.payload, block.first):
-                yield from _from_record(record, f"{block.path}[{number}]", block, config, bad)
+                yield from from_record(record, f"{block.path}[{number}]", block, config, bad)
         case "text_lines" | "lines":
             one = block.payload.find(b"\n", 0, -1) < 0  # perhaps too long to be copied
             for number, line in enumerate([block.payload] if one else io.BytesIO(block.payload), block.first):
@@ -98,22 +106,31 @@ def _from_line(line: bytes, place: str, block: Block, config: DataConfig, bad: B
     text = _decoded(line, place, bad)
     if text is None:
         return
-    if block.kind == "text_lines":
-        yield Document(text.strip(), block.source, place, split=block.split)
-        return
-    if config.raw_json:
-        yield Document(text, block.source, place, split=block.split)
+    if block.kind == "text_lines" or config.raw_json:
+        yield Document(text if config.raw_json else text.strip(), block.source, place, split=block.split)
         return
     try:
         record = json.loads(text)
-    except json.JSONDecodeError as error:
-        bad.add(place, f"not JSON: {error}")
+    except (ValueError, RecursionError) as error:
+        bad.add(place, not_json(error))
         return
-    yield from _from_record(record, place, block, config, bad)
+    yield from from_record(record, place, block, config, bad)
 
 
-def _from_record(record: Any, place: str, block: Block, config: DataConfig, bad: BadRecords) -> Iterator[Document]:
-    """Yield the document of a record, if its text is a string that UTF-8 can hold."""
+def not_json(error: Exception, place: Callable[[int], int] = int) -> str:
+    """Say why json took no record; `place` gives the place in the record of one in what json was given."""
+    match error:
+        case json.JSONDecodeError():
+            reason = error.msg.rstrip(": ").removesuffix(" at").removesuffix(" starting")
+            return f"not JSON: {reason} at character {place(error.pos)}"
+        case RecursionError():
+            return "not JSON that can be read: it is nested too deeply"
+        case _:
+            return f"not JSON that can be read: {error}"  # a number of thousands of digits
+
+
+def from_record(record: Any, place: str, block: Block, config: DataConfig, bad: BadRecords) -> Iterator[Document]:
+    """Yield the document of a record, if it has a source, and a text that UTF-8 can hold."""
     messages = None
     if config.style is not Style.text:
         try:
@@ -126,17 +143,23 @@ def _from_record(record: Any, place: str, block: Block, config: DataConfig, bad:
     else:
         text = lookup(record, config.text_key) if messages is None else json.dumps(messages, ensure_ascii=False)
     if not isinstance(text, str):
-        has = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        bad.add(place, f"data.text_key ({config.text_key}) is no string in it; it has {has}")
+        bad.add(place, f"data.text_key ({config.text_key}) is no string in it; it has {_shape(record)}")
+        return
+    named = (lookup(record, config.source_key) if config.source_key else None) or None
+    if named is not None and (isinstance(named, dict | list) or len(str(named)) > SOURCE_CHARS):
+        bad.add(place, f"data.source_key ({config.source_key}) is no name of at most {SOURCE_CHARS} characters in it")
         return
     try:
         _ = text.isascii() or text.encode()
     except UnicodeEncodeError:
-        bad.add(place, "its text holds half a surrogate pair, which is no character")
+        bad.add(place, HALF_A_PAIR)
         return
-    if not text.strip():
-        bad.empty += 1
-        return
-    named = lookup(record, config.source_key) if config.source_key else None
-    source = source_name(str(named)) if named else block.source
+    source = block.source if named is None else source_name(str(named))
     yield Document(text, source, place, split=block.split, messages=messages)
+
+
+def _shape(record: Any) -> str:
+    if not isinstance(record, dict):
+        return type(record).__name__
+    keys = [str(key) if len(str(key)) <= KEY_CHARS else "..." for key in islice(record, KEYS_TOLD)]
+    return ", ".join([*keys, "..."] if len(record) > KEYS_TOLD else keys)

@@ -32,6 +32,9 @@ class BadRecords:
         if len(self.places) < PLACES_TOLD:
             self.places.append(f"{place}: {reason}")
 
+    def clear(self) -> None:
+        self.count, self.empty, self.places = 0, 0, []
+
     def merge(self, other: "BadRecords") -> None:
         self.count += other.count
         self.empty += other.empty

@@ -108,8 +108,12 @@ class Part:
                 whole = number if block.begins else whole
                 if whole % step == first:
                     places.append((place, number, replace(self.unread)))
-                    self.unread.count, self.unread.empty, self.unread.places = 0, 0, []
+                    self.unread.clear()
                     yield block
+                else:
+                    self.unread.clear()  # another part tells it
+            if first:
+                self.unread.clear()
 
     def _add(self, block: Encoded) -> None:
         left = len(block.order)

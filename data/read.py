@@ -1,29 +1,30 @@
 """Text cut into blocks by one process, so that many can make documents and tokens of them."""
 
-import codecs
 import json
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-import xxhash
-
 from data.chat import lookup
 from data.config import DataConfig, DataError, Source, Style
-from data.documents import Block, Document, digest_of, documents, split_of
+from data.cuts import last_space
+from data.documents import Block, Document, from_record, not_json
 from data.inputs import BadRecords, Item
-from data.tokenizer import PIECE_CHARS, cut, last_blank
+from data.long import UnreadableError, decoded, long_line, long_member, long_text, scratch
 from data.unpack import DAMAGE, PACKED, kind_of, unpacked
 
 BLOCK_BYTES = 1 << 20  # of text in a block, or the record that is longer
 BLOCK_RECORDS = 256
-TEXT_BYTES = 1 << 24  # a longer .txt is read twice: once for its split, once for its text
+TEXT_BYTES = 1 << 22  # a longer document is handed on in parts
+LONGEST_ESCAPE = 16  # characters, of two that make one
+PARSER = json.JSONDecoder()
 
 
 def blocks(
-    item: Item, config: DataConfig, bad: BadRecords, *, skip: int = 0, last_cut: Callable[[str], int] = last_blank
+    item: Item, config: DataConfig, bad: BadRecords, *, skip: int = 0, last_cut: Callable[[str], int] = last_space
 ) -> Iterator[Block]:
     """Yield an item's blocks after the first `skip`; the same ones whoever reads them, and however often.
 
@@ -35,9 +36,11 @@ def blocks(
     found = _builtin_blocks(item) if config.source is Source.builtin else _file_blocks(item, config, bad, last_cut)
     number, told = -1, bad.count
     try:
-        for number, block in enumerate(_long_apart(found, config, bad, last_cut)):
+        for number, block in enumerate(found):
             if number >= skip:
                 yield block
+            else:
+                bad.clear()  # it was told when it was read before
     except DAMAGE as error:
         bad.add(item.path, f"the compressed file is damaged or cut short ({error})")
     except OSError as error:
@@ -51,79 +54,79 @@ def blocks(
 def _file_blocks(item: Item, config: DataConfig, bad: BadRecords, last_cut: Callable[[str], int]) -> Iterator[Block]:
     kind = kind_of(item.path)
     if kind == ".parquet":
-        yield from _parquet_blocks(item, config, bad)
+        yield from _long_apart(_parquet_blocks(item, config, bad), config, bad, last_cut)
         return
     if kind == ".txt" and not config.text_lines:
         yield from _text_blocks(item, config, bad, last_cut)
         return
     with unpacked(item.path) as file:
-        if kind == ".json":
-            yield from _json_blocks(file, item, config, bad)
-        else:
-            for first, lines in _lines(file, item.path, config.max_record_mb << 20, bad):
-                yield Block(
-                    "text_lines" if kind == ".txt" else "lines", item.path, item.source, item.split, first, lines
-                )
+        yield from (_json_blocks if kind == ".json" else _line_blocks)(file, item, config, bad, last_cut)
 
 
 def _long_apart(
     found: Iterator[Block], config: DataConfig, bad: BadRecords, last_cut: Callable[[str], int]
 ) -> Iterator[Block]:
-    """Yield blocks, and for a record whose text is too long to hand around a block for each part of it."""
+    """Yield blocks of records, and for one whose text is too long to hand around a block for each part of it."""
     for block in found:
-        long: list[tuple[int, int]] = []  # where such records begin and end in the payload
-        if block.kind == "lines" and len(block.payload) > TEXT_BYTES and config.style is Style.text:
-            long = [(0, len(block.payload))]
-        elif block.kind == "records" and config.style is Style.text and not config.raw_json:
-            texts = (lookup(record, config.text_key) for record in block.payload)
-            long = [(k, k + 1) for k, text in enumerate(texts) if isinstance(text, str) and len(text) > TEXT_BYTES]
         at, first = 0, block.first
-        for start, end in long:
-            if start > at:
-                yield replace(block, first=first, payload=block.payload[at:start])
-                first += start - at
-            yield from _parts(replace(block, first=first, payload=block.payload[start:end]), config, bad, last_cut)
-            at, first = end, first + 1
+        plain = config.style is Style.text and not config.raw_json
+        for k, record in enumerate(block.payload if plain else []):
+            text = lookup(record, config.text_key)
+            if not isinstance(text, str) or len(text) <= TEXT_BYTES:
+                continue
+            if k > at:
+                yield replace(block, first=first, payload=block.payload[at:k])
+            at, first = k + 1, block.first + k + 1
+            for document in from_record(record, f"{block.path}[{first - 1}]", block, config, bad):
+                yield from long_text(document, partial(iter, [document.text]), config, bad, last_cut)
         if at < len(block.payload):
             yield replace(block, first=first, payload=block.payload[at:])
 
 
-def _parts(block: Block, config: DataConfig, bad: BadRecords, last_cut: Callable[[str], int]) -> Iterator[Block]:
-    for document in documents(block, config, bad):
-        done, digest = 0, digest_of(document, config)
-        for part in cut(document.text, PIECE_CHARS, last_cut):
-            begins, done = not done, done + len(part)
-            whole = (begins, done == len(document.text), digest)
-            yield Block("text", document.place, document.source, document.split, 0, part, *whole)
+def _most(config: DataConfig) -> int:
+    """Give the bytes of a record that may be held; a conversation is always held whole."""
+    return TEXT_BYTES if config.style is Style.text else config.max_record_mb << 20
 
 
-def _lines(file: IO[bytes], path: str, longest: int, bad: BadRecords) -> Iterator[tuple[int, bytes]]:
-    """Yield whole lines, about a block of them at a time or one that is longer, with the number of the first."""
+def _line_blocks(
+    file: IO[bytes], item: Item, config: DataConfig, bad: BadRecords, last_cut: Callable[[str], int]
+) -> Iterator[Block]:
+    """Yield whole lines, about a block of them at a time, and a line that is too long to hold in parts."""
+    kind = "text_lines" if kind_of(item.path) == ".txt" else "lines"
     number, parts, size = 1, [], 0
-    too_long = False
-    while raw := file.read(BLOCK_BYTES):
-        if (too_long or size > TEXT_BYTES) and (end := raw.find(b"\n") + 1):
-            if not too_long:
-                lines = b"".join([*parts, raw[:end]])
-                parts, size = [], 0
-                yield number, lines
-            number, raw, too_long = number + 1, raw[end:], False
-        if too_long:
-            continue
+    rest: list[bytes] = []  # what was read after a long line
+    while raw := (rest.pop() if rest else b"") or file.read(BLOCK_BYTES):
         end = raw.rfind(b"\n") + 1
         parts.append(raw[:end] if end else raw)
         size += len(parts[-1])
         if end:
             lines = b"".join(parts)
             parts, size = [raw[end:]], len(raw) - end
-            if lines:
-                yield number, lines
+            yield Block(kind, item.path, item.source, item.split, number, lines)
             number += lines.count(b"\n")
-        elif size > longest:
-            bad.add(f"{path}:{number}", f"a line of more than data.max_record_mb ({longest >> 20}) MB")
-            parts, size, too_long = [], 0, True
+        elif size > _most(config):
+            line = _to_line_end(b"".join(parts), file, rest)
+            block = Block(kind, f"{item.path}:{number}", item.source, item.split, number, None)
+            if config.style is Style.text:
+                yield from long_line(line, block, config, bad, last_cut)
+            else:
+                bad.add(block.path, f"a conversation of more than data.max_record_mb ({config.max_record_mb}) MB")
+            for _ in line:
+                pass
+            number, parts, size = number + 1, [], 0
     if size:
-        yield number, b"".join(parts)
+        yield Block(kind, item.path, item.source, item.split, number, b"".join(parts))
+
+
+def _to_line_end(begun: bytes, file: IO[bytes], rest: list[bytes]) -> Iterator[bytes]:
+    """Yield a line that has begun, and keep what was read beyond it."""
+    yield begun
+    while raw := file.read(BLOCK_BYTES):
+        if end := raw.find(b"\n") + 1:
+            yield raw[:end]
+            rest.append(raw[end:])
+            return
+        yield raw
 
 
 def _text_blocks(item: Item, config: DataConfig, bad: BadRecords, last_cut: Callable[[str], int]) -> Iterator[Block]:
@@ -134,95 +137,133 @@ def _text_blocks(item: Item, config: DataConfig, bad: BadRecords, last_cut: Call
         if raw:
             yield Block("text", item.path, item.source, item.split, 0, raw)
         return
-    digest = xxhash.xxh3_64(seed=config.valid_seed)
-    decode = codecs.getincrementaldecoder("utf-8-sig")
+    document = Document("", item.source, item.path, split=item.split)
     try:
-        for text in _decoded_parts(item.path, decode()):
-            digest.update(text.encode())
-    except UnicodeDecodeError as error:
-        bad.add(item.path, f"not UTF-8: {error.reason}")
-        return
-    whole = digest.intdigest()
-    split = item.split or split_of(whole, config)
-    begins, rest = True, ""
-    for text in _decoded_parts(item.path, decode()):
-        *parts, rest = cut(rest + text, PIECE_CHARS, last_cut)
-        for part in parts:
-            yield Block("text", item.path, item.source, split, 0, part, begins, False, whole)
-            begins = False
-    yield Block("text", item.path, item.source, split, 0, rest, begins, True, whole)
+        yield from long_text(document, partial(_decoded_file, item.path), config, bad, last_cut)
+    except UnreadableError as error:
+        bad.add(item.path, str(error))
 
 
-def _decoded_parts(path: str, decoder: codecs.IncrementalDecoder) -> Iterator[str]:
+def _decoded_file(path: str) -> Iterator[str]:
     with unpacked(path) as file:
-        while raw := file.read(BLOCK_BYTES):
-            yield decoder.decode(raw)
-    yield decoder.decode(b"", final=True)
+        yield from decoded(iter(partial(file.read, BLOCK_BYTES), b""))
 
 
-def _json_blocks(file: IO[bytes], item: Item, config: DataConfig, bad: BadRecords) -> Iterator[Block]:
-    """Yield the records of a top-level list, of which only a few are in memory at a time."""
-    decoder, parser = codecs.getincrementaldecoder("utf-8-sig")(), json.JSONDecoder()
-    text, at, number, begun, over = "", 0, 0, False, False
-    records: list[Any] = []
-    size = 0
-    while not over:
-        raw = file.read(max(BLOCK_BYTES, len(text) - at))  # twice as much of a record that is not complete
-        over = not raw
+class _Window:
+    """The part of a text that is being read."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.texts = decoded(iter(partial(file.read, BLOCK_BYTES), b""))
+        self.text, self.at = "", 0
+        self.over = False
+        self.failure: Exception | None = None  # because of which it is over before its end
+
+    def more(self) -> None:
+        """Read on, to twice as much of what is not complete."""
+        parts = [self.text[self.at :]]
+        size, wanted = len(parts[0]), 2 * len(parts[0])
         try:
-            text, at = text[at:] + decoder.decode(raw, final=over), 0
-        except UnicodeDecodeError as error:
-            bad.add(f"{item.path}[{number + len(records)}]", f"not UTF-8: {error.reason}")
-            break
-        if len(text) > config.max_record_mb << 20:
-            bad.add(f"{item.path}[{number + len(records)}]", f"a record of more than {config.max_record_mb} MB")
-            break
-        if not begun and (stripped := text.lstrip()):
-            begun = True
-            if stripped[0] != "[":
-                bad.add(item.path, "a .json file must hold a list of records; one record a line is .jsonl")
-                return
-            text = "," + stripped[1:]
+            while not parts[1:] or size < wanted:
+                parts.append(next(self.texts))
+                size += len(parts[-1])
+        except StopIteration:
+            self.over = True
+        except (UnreadableError, OSError, *DAMAGE) as error:
+            self.over, self.failure = True, error
+        self.text, self.at = "".join(parts), 0
+
+    def record_at(self) -> int:
+        """Give the place after a comma."""
+        at = self._skip_space(self.at)
+        return self._skip_space(at + 1) if self.text[at : at + 1] == "," else at
+
+    def _skip_space(self, at: int) -> int:
+        while self.text[at : at + 1].isspace():
+            at += 1
+        return at
+
+    def ends(self) -> bool:
+        """Say whether there is no further record in the list."""
+        while self.record_at() == len(self.text) and not self.over:
+            self.more()
+        return self.text[self.record_at() :][:1] == "]"
+
+    def record(self, most: int) -> tuple[Any, int] | None:
+        """Give the next record and its length, or None if that is over `most`.
+
+        Raises `UnreadableError`, or what ended the text before its end.
+        """
         while True:
-            at = _after_space(text, at)
-            if text[at : at + 1] == "]":
-                over = True
-                break
-            start = _after_space(text, at + 1)
+            start = self.record_at()
             try:
-                if text[at : at + 1] != ",":
-                    raise json.JSONDecodeError("a comma is missing", text, at)
-                record, end = parser.raw_decode(text, start)
-            except json.JSONDecodeError as error:
-                if text[start : start + 1] == "]":
-                    over = True
-                elif over or (error.pos < len(text) - 16 and not error.msg.startswith("Unterminated")):
-                    bad.add(f"{item.path}[{number + len(records)}]", f"not JSON: {error.msg}")
-                    over = True
-                break
-            if len(text) - end <= 2 and not over:
-                break  # a number may go on: 1 by e+2
-            records.append(record)
-            size += end - at
-            at = end
-            if size >= BLOCK_BYTES:
+                if "," not in self.text[self.at : start]:
+                    raise json.JSONDecodeError("a comma is missing", self.text, start)
+                record, end = PARSER.raw_decode(self.text, start)
+                if self.over or len(self.text) - end > 2:  # a number may go on: 1 by e+2
+                    self.at = end
+                    return record, end - start
+            except (ValueError, RecursionError) as error:
+                if self.over or _is_certain(error, len(self.text)):
+                    raise self.failure or UnreadableError(not_json(error, lambda at, start=start: at - start)) from None
+            if len(self.text) - start > most:
+                return None
+            self.more()
+
+
+def _is_certain(error: Exception, n_chars: int) -> bool:
+    """Say whether json would find the same error if more of the text were there."""
+    if not isinstance(error, json.JSONDecodeError):
+        return True
+    return error.pos < n_chars - LONGEST_ESCAPE and not error.msg.startswith("Unterminated")
+
+
+def _json_blocks(
+    file: IO[bytes], item: Item, config: DataConfig, bad: BadRecords, last_cut: Callable[[str], int]
+) -> Iterator[Block]:
+    """Yield the records of a top-level list, of which only a few are in memory at a time."""
+    window = _Window(file)
+    while not (begins := window.text.strip()[:1]) and not window.over:
+        window.more()
+    if begins and begins != "[":
+        bad.add(item.path, "a .json file must hold a list of records; one record a line is .jsonl")
+        return
+    window.text = window.text.replace("[", ",", 1)  # so there is one before every record
+    records: list[Any] = []
+    number = size = 0
+    failure = None if begins else window.failure
+    try:
+        while begins and not window.ends():
+            found = window.record(_most(config))
+            if found is not None:
+                records.append(found[0])
+                size += found[1]
+                if size < BLOCK_BYTES:
+                    continue
+            if records:
                 yield Block("records", item.path, item.source, item.split, number, records)
                 number, records, size = number + len(records), [], 0
+            if found is None and config.style is not Style.text:
+                raise UnreadableError(f"a conversation of more than data.max_record_mb ({config.max_record_mb}) MB")
+            if found is None:
+                block = Block("member", f"{item.path}[{number}]", item.source, item.split, number, None)
+                texts = chain([window.text[window.record_at() :]], window.texts)
+                window.text, window.at = (yield from long_member(texts, block, config, bad, last_cut)), 0
+                number += 1
+    except (UnreadableError, OSError, *DAMAGE) as error:
+        failure = error
     if records:
         yield Block("records", item.path, item.source, item.split, number, records)
-
-
-def _after_space(text: str, at: int) -> int:
-    while text[at : at + 1].isspace():
-        at += 1
-    return at
+    if isinstance(failure, UnreadableError):
+        bad.add(f"{item.path}[{number + len(records)}]", str(failure))
+    elif failure is not None:
+        raise failure
 
 
 def _parquet_blocks(item: Item, config: DataConfig, bad: BadRecords) -> Iterator[Block]:
     import pyarrow
     from pyarrow import parquet
 
-    with tempfile.TemporaryFile() as plain, unpacked(item.path) as file:
+    with scratch(config) as plain, unpacked(item.path) as file:
         if Path(item.path).suffix in PACKED:  # a Parquet file is read from its end
             while raw := file.read(BLOCK_BYTES):
                 plain.write(raw)

@@ -4,7 +4,7 @@ import io
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +14,8 @@ import sentencepiece
 import xxhash
 
 from data.config import DataError
-from data.words import LONGEST_TEXT, SPACE, WordEncoder
+from data.cuts import SPACE, cut, cuts_at_spaces, last_space, none_inside
+from data.words import LONGEST_TEXT, WordEncoder
 
 PIECE_CHARS = LONGEST_TEXT >> 2
 ANCHOR = "\U000ffffd"  # merges with nothing: what is beside it is encoded as within a text
@@ -34,11 +35,11 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
     def encode_many(self, texts: list[str]) -> list[np.ndarray]:
-        """Give the ids of texts of at most `PIECE_CHARS` characters, uint32."""
+        """Give the ids of texts, uint32."""
         ...
 
     def last_cut(self, text: str) -> int:
-        """Give the last place where a text can be cut and its parts be encoded apart; 0 if there is none."""
+        """Give the last place where a text can be cut and its parts have the ids of the whole; 0 if none is known."""
         ...
 
     def decode(self, ids: list[int]) -> str: ...
@@ -55,7 +56,9 @@ class SentencePieceTokenizer:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
             raise DataError(f"{path} is not a SentencePiece model: {error}") from None
-        self.words = WordEncoder.of(self.model, sentencepiece_proto(path))
+        proto = sentencepiece_proto(path)
+        self.words = WordEncoder.of(self.model, proto)
+        self.cuts_at_spaces = _cuts_at_spaces(proto)
         self.vocab_size = self.model.vocab_size()
         self.bos_id = self.model.bos_id() if self.model.bos_id() >= 0 else None
         self.eos_id = self.model.eos_id() if self.model.eos_id() >= 0 else None
@@ -69,7 +72,9 @@ class SentencePieceTokenizer:
         return [np.array(ids, dtype=np.uint32) for ids in self.model.encode(texts, num_threads=1)]
 
     def last_cut(self, text: str) -> int:
-        return last_blank(text) if self.words is None else self.words.last_cut(text)
+        if self.words is not None:
+            return self.words.last_cut(text)
+        return last_space(text) if self.cuts_at_spaces else 0
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids)
@@ -95,6 +100,9 @@ class HuggingFaceTokenizer:
             self.model = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
             raise DataError(f"{path} is not a tokenizer.json: {error}") from None
+        self.model.no_truncation()
+        self.model.no_padding()
+        self.cuts_at_spaces = cuts_at_spaces(json.loads(path.read_text(encoding="utf-8")))
         self.vocab_size = max(self.model.get_vocab().values(), default=-1) + 1  # there may be ids that nothing has
         settings = path.with_name("tokenizer_config.json")
         named = json.loads(settings.read_text()) if settings.exists() else {}
@@ -115,7 +123,7 @@ class HuggingFaceTokenizer:
         return [np.array(one.ids, dtype=np.uint32) for one in found]
 
     def last_cut(self, text: str) -> int:
-        return last_blank(text)
+        return last_space(text) if self.cuts_at_spaces else 0
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids, skip_special_tokens=True)
@@ -134,6 +142,16 @@ class HuggingFaceTokenizer:
             else:
                 lengths[token] = len(piece.replace(SPACE, " ").encode())
         return lengths
+
+
+def _cuts_at_spaces(proto: Any) -> bool:
+    """Say whether a SentencePiece model allows cuts before spaces that no blank precedes."""
+    kinds, trainer, rules = proto.SentencePiece, proto.trainer_spec, proto.normalizer_spec
+    if trainer.model_type != trainer.BPE or not (trainer.byte_fallback and rules.escape_whitespaces):
+        return False  # sums of a unigram model are rounded otherwise in another place
+    if trainer.treat_whitespace_as_suffix or rules.precompiled_charsmap:
+        return False
+    return none_inside(p.piece for p in proto.pieces if p.type in (kinds.NORMAL, kinds.USER_DEFINED, kinds.UNUSED))
 
 
 def sentencepiece_proto(path: Path) -> Any:
@@ -241,7 +259,7 @@ def encode_documents(
 ) -> list[np.ndarray]:
     """Give documents' ids, uint32, in memory of a few times their text however long one is.
 
-    A text of more than `PIECE_CHARS` is cut where the tokenizer allows it, so the ids are those of the whole;
+    A text of more than `PIECE_CHARS` is cut where the tokenizer allows it alone, so the ids are those of the whole;
     without `begins` or `ends` each text is itself such a part.
     """
     before = [[tokenizer.bos_id]] if add_bos and begins and tokenizer.bos_id is not None else []
@@ -265,31 +283,8 @@ def _encode_parts(tokenizer: Tokenizer, parts: list[tuple[bool, bool, str]]) -> 
     """
     first = len(tokenizer.encode(ANCHOR))  # perhaps with a blank before it
     last = len(tokenizer.encode(ANCHOR + ANCHOR)) - first
-    if tokenizer.encode(f"{ANCHOR} a {ANCHOR}")[first:-last] == tokenizer.encode(" a "):
+    if tokenizer.encode(f"{ANCHOR} a{ANCHOR}")[first:-last] == tokenizer.encode(" a"):
         return tokenizer.encode_many([text for _, _, text in parts])
     marked = [f"{'' if begins else ANCHOR}{text}{'' if ends else ANCHOR}" for begins, ends, text in parts]
     found = zip(parts, tokenizer.encode_many(marked), strict=True)
     return [ids[0 if begins else first : len(ids) if ends else len(ids) - last] for (begins, ends, _), ids in found]
-
-
-def cut(text: str, limit: int, last_cut: Callable[[str], int]) -> Iterator[str]:
-    """Yield a text in parts of at most `limit` characters, cut by force where `last_cut` finds no place."""
-    start = 0
-    while len(text) - start > limit:
-        end = start + (last_cut(text[start : start + limit + 1]) or limit)
-        yield text[start:end]
-        start = end
-    if start < len(text):
-        yield text[start:]
-
-
-def last_blank(text: str) -> int:
-    """Give the last place before a single blank, or else after a line end: tokenizers seldom join there."""
-    end = text.rfind(" ", 1, len(text) - 1)
-    while end > 0 and (text[end - 1].isspace() or text[end + 1].isspace()):
-        end = text.rfind(" ", 1, end)
-    if end <= 0:
-        end = text.rfind("\n", 0, len(text) - 1) + 1
-        while end and text[end].isspace():
-            end = text.rfind("\n", 0, end - 1) + 1
-    return end

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-SPACE = "\u2581"  # how SentencePiece writes a space
+from data.cuts import SPACE
+
 LONGEST_TEXT = 1 << 20  # characters
 TOGETHER = 1 << 17  # characters of short texts that are encoded at once
 REMEMBERED_WORDS, REMEMBERED_IDS = 1 << 21, 1 << 23  # with the hash table about 120 MB
@@ -63,12 +64,13 @@ class WordEncoder:
         return cls(model, [p.piece for p in proto.pieces if p.type in (kinds.NORMAL, kinds.USER_DEFINED, kinds.UNUSED)])
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Give each text's ids, uint32; no text is longer than `LONGEST_TEXT`."""
+        """Give each text's ids, uint32."""
         found: list[np.ndarray] = []
         group: list[str] = []
         size = 0
         for text in texts:
-            if SPACE in text:  # to the model it is a space, and to the cuts it is none
+            # to the model it is a space, and to the cuts it is none; what is so long had no place to be cut
+            if SPACE in text or len(text) > LONGEST_TEXT:
                 found += self._encode(group)
                 found.append(np.array(self.model.encode(text), dtype=np.uint32))
                 group, size = [], 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -28,6 +29,13 @@ CONFIG = DataConfig(
     micro_batch_size=4,
     workers=0,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _windows_of_an_order_that_a_few_packs_leave() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.order.WINDOW", 16)
+        yield
 
 
 def take(

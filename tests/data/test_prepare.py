@@ -74,7 +74,7 @@ def test_parts_make_the_same_documents_whichever_ends_last(
 ) -> None:
     (tmp_path / "texts" / "b.jsonl.gz").write_bytes(gzip.compress(lines([{"text": f"{i} more"} for i in range(40)])))
     monkeypatch.setattr(reading, "TEXT_BYTES", 300)
-    monkeypatch.setattr(reading, "PIECE_CHARS", 200)
+    monkeypatch.setattr("data.long.PIECE_CHARS", 200)
     for name in ("c", "d"):
         (tmp_path / "texts" / f"{name}.txt").write_text(f"{name} is a long text. " * 90)
     whole = made(config, tokenizer)
@@ -292,6 +292,33 @@ def test_an_input_that_came_or_went_begins_the_work_anew(
     assert sum(s["documents"] for split in about["splits"].values() for s in split.values()) == len(RECORDS) + 2
 
 
+def test_what_is_bad_is_told_once_by_whichever_parts_and_after_a_stop(
+    tokenizer: Tokenizer, tmp_path: Path, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "TEXT_BYTES", 300)
+    (tmp_path / "texts").mkdir()
+    long = b'{"text": ' + b"1" * 700 + b" 2}\n"
+    (tmp_path / "texts" / "a.jsonl").write_bytes(lines(RECORDS[:20]) + long + lines(RECORDS[20:]))
+    (tmp_path / "texts" / "b.jsonl.gz").write_bytes(gzip.compress(long + lines(RECORDS), 0)[:-6])
+    config = local(tmp_path, "texts", on_bad_record=OnBadRecord.skip)
+    settings = TokenizerConfig(model=str(tokenizer.path), vocab_size=1200)
+    options: Any = {"workers": 1, "on_progress": lambda counts: None}
+    _, bad = prepare(config, settings, **options)
+    assert bad.count == 3 and "damaged or cut short" in bad.places[2]
+    parts = dataclasses.replace(config, path=config.path + "2")
+    told = [prepare(parts, settings, shards=5, shard=shard, **options)[1].places for shard in range(5)]
+    assert sorted(place for places in told for place in places) == sorted(bad.places)
+
+    def stop(counts: Any) -> None:
+        if counts.documents > 70:
+            raise KeyboardInterrupt
+
+    again = dataclasses.replace(config, path=config.path + "3")
+    with pytest.raises(KeyboardInterrupt):
+        prepare(again, settings, workers=1, on_progress=stop)
+    assert prepare(again, settings, **options)[1].places == bad.places
+
+
 def test_work_that_others_are_at_is_not_removed(
     config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, small_blocks: None
 ) -> None:
@@ -311,7 +338,7 @@ def test_a_long_document_that_is_held_out_is_not_trained_on(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reading, "TEXT_BYTES", 300)
-    monkeypatch.setattr(reading, "PIECE_CHARS", 200)
+    monkeypatch.setattr("data.long.PIECE_CHARS", 200)
     long = "".join(record["text"] for record in RECORDS)
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.jsonl").write_bytes(lines([{"text": "x"}, {"text": long}, {"text": "y"}]))
@@ -342,7 +369,8 @@ def test_a_corpus_in_parts_is_one_command(tmp_path: Path, tokenizer: Tokenizer) 
     for name in "abc":
         (tmp_path / "texts" / f"{name}.jsonl").write_bytes(lines([{"text": f"{name} {i}"} for i in range(40)]))
     command = [sys.executable, "prepare_data.py", "data=local", f"data.input={tmp_path / 'texts'}", "shards=3"]
-    settings = [f"data.path={tmp_path / 'tokens'}", f"tokenizer.model={tokenizer.path}", "workers=1"]
+    places = [f"data.path={tmp_path / 'tokens'}", f"hydra.sweep.dir={tmp_path / 'jobs'}"]
+    settings = [*places, f"tokenizer.model={tokenizer.path}", "workers=1"]
     done = subprocess.run([*command, *settings], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     about = json.loads((tmp_path / "tokens" / "corpus.json").read_text())
