@@ -64,8 +64,9 @@ class Job:
             told = self.says_enough(error) or isinstance(error, RankError)
             text = str(error) if told else traceback.format_exc()
             if self.launcher.requeue_crashes and self.launcher.where is Where.slurm and not self.says_enough(error):
-                again = "it crashed twice at the same step" if self.hopeless() else None
-                text += f"not requeued: {again or slurm.requeue(self.launcher.max_requeues)}\n"
+                again = "it crashed twice at the same step" if self.hopeless() else ""
+                refused = again or slurm.requeue(self.launcher.max_requeues)
+                text += f"not requeued: {refused}\n" if refused else ""
             _write(record, {"time": time.time(), "rank": rank, "text": text})
             print(text, file=sys.stderr, flush=True)
             sys.stdout.flush()
