@@ -6,21 +6,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import (
-    PipelineStage,
-    Schedule1F1B,
-    ScheduleInterleaved1F1B,
-    ScheduleInterleavedZeroBubble,
-    ScheduleZBVZeroBubble,
-)
 
 from parallel.config import ParallelConfig
 from parallel.mesh import Mesh
 
+# By torch's names: importing them brings in the whole compiler, which a run without a pipeline does not wait for.
 SCHEDULES = {
-    "interleaved_1f1b": ScheduleInterleaved1F1B,
-    "zero_bubble": ScheduleInterleavedZeroBubble,
-    "zbv": ScheduleZBVZeroBubble,
+    "1f1b": "Schedule1F1B",
+    "interleaved_1f1b": "ScheduleInterleaved1F1B",
+    "zero_bubble": "ScheduleInterleavedZeroBubble",
+    "zbv": "ScheduleZBVZeroBubble",
 }
 # Tokens, and what every stage is told of a micro-batch
 Inputs = tuple[Tensor, Mapping[str, Any]]
@@ -74,11 +69,13 @@ class Pipeline:
 
     def _schedule(self, n_batches: int, tokens_BT: Tensor) -> Any:
         """Make the schedule of a number of micro-batches, once; a ramp-up has several."""
+        from torch.distributed import pipelining
+
         key = (n_batches, tokens_BT.shape)
         if key not in self._schedules:
             hidden = torch.empty(self._hidden(tokens_BT), dtype=self.dtype, device="meta", requires_grad=True)
             stages = [
-                PipelineStage(
+                pipelining.PipelineStage(
                     stage,
                     number,
                     self.n_stages,
@@ -91,7 +88,6 @@ class Pipeline:
             ]
             how: dict[str, Any] = {"n_microbatches": n_batches, "loss_fn": lambda loss, _: loss, "scale_grads": False}
             name = self.config.pipeline_schedule.value
-            self._schedules[key] = (
-                Schedule1F1B(stages[0], **how) if name == "1f1b" else SCHEDULES[name](stages, **how)  # type: ignore[arg-type]
-            )
+            schedule = getattr(pipelining, SCHEDULES[name])
+            self._schedules[key] = schedule(stages[0] if name == "1f1b" else stages, **how)
         return self._schedules[key]

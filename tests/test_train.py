@@ -58,6 +58,24 @@ def test_a_run_learns_and_leaves_what_it_should(tmp_path: Path, small: list[str]
     assert {"metrics.jsonl", "loss.png", "config.yaml", "tokenizer", "checkpoints", "tensorboard"} <= names
 
 
+FIRST_STEP = """
+import sys
+from pathlib import Path
+from tests.conftest import trained
+from training.report import Report
+
+heavy = ("torch._dynamo", "torch.distributed.pipelining", "matplotlib", "tensorboard", "transformers", "datasets", "wandb")
+Report.step = lambda *_, **__: sys.exit(" ".join(name for name in heavy if name in sys.modules) or 0)
+trained(Path(sys.argv[1]), *sys.argv[2:])
+"""
+
+
+def test_the_first_step_waits_for_no_compiler_no_plots_and_no_other_library(tmp_path: Path, small: list[str]) -> None:
+    argv = [sys.executable, "-c", FIRST_STEP, str(tmp_path / "r"), *small]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("stop_at", [2, 4, 7])
 def test_a_run_stopped_by_a_file_goes_on_bit_for_bit(
     tmp_path: Path, small: list[str], uninterrupted: Path, stop_at: int
