@@ -65,15 +65,16 @@ def test_a_failing_point_does_not_stop_the_others_and_only_what_is_missing_runs_
     assert losses == sorted(losses), "the best is first"
 
 
-def test_the_wandb_runs_of_a_sweep_carry_one_group(
+def test_the_points_of_a_sweep_stand_side_by_side_in_tensorboard_and_in_one_group_in_wandb(
     tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    wandb = ["logger=wandb", "logger.tensorboard=false", "steps=1", "launcher.parallel_jobs=2"]
-    done = sweep(tmp_path, *small, *wandb, "optimizer.lr=1e-3,1e-2")
+    done = sweep(tmp_path, *small, "logger=wandb", "steps=1", "launcher.parallel_jobs=2", "optimizer.lr=1e-3,1e-2")
     assert done.returncode == 0, done.stderr
+    points = {"optimizer.lr=0.001", "optimizer.lr=0.01"}
+    assert {path.parts[-3] for path in tmp_path.glob("*/tensorboard/events*")} == points
     runs = [run for path in tmp_path.glob("*/wandb/*/*.wandb") for run in wandb_runs(path)]
-    assert {run.display_name for run in runs} == {"optimizer.lr=0.001", "optimizer.lr=0.01"}
+    assert {run.display_name for run in runs} == points
     assert {run.run_group for run in runs} == {"sweep"}
 
 
