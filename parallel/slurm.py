@@ -129,14 +129,14 @@ def queued_job(run_dir: Path, described: dict[str, Any]) -> str | None:
 def requeue(max_requeues: int) -> str:
     """Ask Slurm to run this job again; gives the reason if it does not, and otherwise "": this process may then end.
 
-    A job that was cancelled or that is being requeued already is no longer RUNNING.
+    A job that was cancelled or that is being requeued already is no longer RUNNING, and is left as it is.
     """
     job_id = os.environ.get("SLURM_JOB_ID", "")
     times = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     if times >= max_requeues:
         return f"it was requeued {times} times, and launcher.max_requeues is {max_requeues}"
     if "JobState=RUNNING" not in _ask("scontrol", "show", "job", "--oneliner", job_id).stdout:
-        return "Slurm has ended the job, or requeues it already"
+        return ""
     done = _ask("scontrol", "requeue", job_id)
     return _words(done.stderr) if done.returncode else ""
 

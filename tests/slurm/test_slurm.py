@@ -1,6 +1,8 @@
 """Jobs on a real Slurm: several nodes, failures that are told, and runs that go on as if nothing had been."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -24,7 +26,7 @@ from tests.conftest import ROOT, trained
 from tests.slurm.cluster import cluster, lost, why_not
 from tests.test_train import assert_same_run
 from training.checkpoint import open_checkpoint
-from training.status import crashed_the_same_way_twice
+from training.status import crashed_the_same_way_twice, read_status
 
 SLOWLY = "tests.slurm.work:train_slowly_at_first"
 
@@ -82,12 +84,15 @@ def test_jobs_of_several_nodes_answer_fail_and_die_and_each_is_told_apart(
 ) -> None:
     ends = ("answer", "crash", "kill", "hang")
     points = [point("end", how, run_dir=tmp_path / how, nodes=2, tasks_per_node=1) for how in ends]
-    points[0].launcher.tasks_per_node = 2
+    answering = points[0].launcher
+    answering.tasks_per_node, answering.setup = 2, ["export FROM_SETUP=1"]
+    answering.srun_args, answering.sbatch = ["--export=ALL,FROM_SRUN=2"], {"comment": "mine"}
     points.append(
         point("end", "crash", run_dir=tmp_path / "again", tasks_per_node=2, requeue_crashes=True, max_requeues=1)
     )
     found = outcomes_of(points, tmp_path)
-    assert found["answer"] == Outcome("finished", ["4", "2", "node1", "2"])
+    assert found["answer"] == Outcome("finished", ["4", "2", "node1", "2", "1", "2"])
+    assert " Comment=mine " in scontrol("show", "job", "--oneliner", job_of(tmp_path / "answer"))
     crash = found["crash"]
     assert crash.state == "failed" and crash.reason.startswith("rank 1 failed first\nTraceback")
     assert crash.reason.count("ValueError: boom") == 1 and "tests/slurm/work.py" in crash.reason
@@ -258,6 +263,27 @@ def test_a_sweep_of_two_tasks_a_point_runs_every_point_and_the_next_time_only_wh
     done = subprocess.run([*argv, "optimizer.lr=1e-3,1e-2"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("finished already: ") == 1 and done.stdout.count("is submitted: ") == 1
+
+
+def test_a_job_goes_on_without_its_client_is_found_by_the_next_and_saves_when_that_is_interrupted(
+    tmp_path: Path, small: list[str]
+) -> None:
+    settings = [*small, "steps=1000000", "logger.every=20", "name=left", f"hydra.sweep.dir={tmp_path}"]
+    argv = [sys.executable, "train.py", *settings, "launcher=slurm", "launcher.poll_s=0.5", "parallel.threads=1"]
+    client = subprocess.Popen(argv, cwd=ROOT)
+    until(lambda: client.poll() is not None or steps_of(tmp_path))
+    client.kill()  # as when a terminal closes
+    client.wait()
+    client = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert client.stdout is not None
+    job = job_of(tmp_path)
+    assert client.stdout.readline() == f"job {job} is in the queue already: {os.path.relpath(tmp_path, ROOT)}\n"
+    client.send_signal(signal.SIGINT)
+    told = client.communicate(timeout=60)[1]
+    assert client.returncode == 130 and f"cancelled {job}; the same command goes on from" in told
+    until(lambda: slurm.states([job]) == {job: "CANCELLED"})
+    until(lambda: read_status(tmp_path)["state"] == "stopped")
+    assert open_checkpoint(tmp_path).step > 0
 
 
 def test_srun_in_a_script_of_ones_own_starts_the_ranks_of_one_run(tmp_path: Path, small: list[str]) -> None:

@@ -29,7 +29,8 @@ def end(how: str) -> Any:
         if rank == 1:
             begun.unlink()
     if how == "answer":
-        return [os.environ[name] for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "SLURM_JOB_NUM_NODES")]
+        names = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "SLURM_JOB_NUM_NODES", "FROM_SETUP", "FROM_SRUN")
+        return [os.environ[name] for name in names]
     if rank == 1 and how == "crash":
         raise ValueError("boom")
     if rank == 1 and how == "kill":
