@@ -85,8 +85,7 @@ def cluster(root: Path) -> Iterator[dict[str, str]]:
         subprocess.run(["scancel", "--user=root"], env=environment, timeout=10)
         time.sleep(1)
     finally:
-        for path in [*root.glob("slurmd-*.pid"), root / "slurmctld.pid", root / "munge" / "pid"]:
-            _end(path)
+        _end([*root.glob("slurmd-*.pid"), *root.glob("slurmctld.pid"), *root.glob("munge/pid")])
         hosts.write_text(_others(hosts))
 
 
@@ -159,14 +158,12 @@ def _others(hosts: Path) -> str:
     return "".join(line for line in hosts.read_text().splitlines(keepends=True) if MARK not in line)
 
 
-def _end(pid_file: Path) -> None:
-    """End a daemon and wait until it is gone."""
-    if not pid_file.exists():
-        return
-    pid = int(pid_file.read_text())
-    for signum in (15, 9):
-        for _ in range(50):
-            if not Path(f"/proc/{pid}").exists():
-                return
-            os.kill(pid, signum)
-            time.sleep(0.1)
+def _end(pid_files: list[Path]) -> None:
+    """End daemons and wait until they are gone."""
+    pids = [int(path.read_text()) for path in pid_files]
+    daemons = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    for daemon in daemons:
+        daemon.terminate()
+    for daemon in psutil.wait_procs(daemons, timeout=5)[1]:
+        daemon.kill()
+    psutil.wait_procs(daemons, timeout=5)
