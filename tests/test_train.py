@@ -269,6 +269,19 @@ def test_a_sweep_runs_each_point_in_its_own_folder(tmp_path: Path, small: list[s
     assert {path.name for path in tmp_path.iterdir() if (path / "metrics.jsonl").exists()} == {"0.001", "0.01"}
 
 
+@pytest.mark.slow
+def test_torchrun_and_the_command_alone_start_the_same_run(tmp_path: Path, small: list[str]) -> None:
+    settings = [*small, "steps=3", "name=r", "parallel=ddp", "parallel.threads=1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ways = {"joined": torchrun, "started": [sys.executable]}
+    for name, way in ways.items():
+        argv = [*way, "train.py", *settings, f"hydra.run.dir={tmp_path / name}", "parallel.local_processes=2"]
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("step 3/3") == 1 and (tmp_path / name / "train.rank1.log").exists()
+    assert_same_run(tmp_path / "joined", tmp_path / "started")
+
+
 @pytest.mark.parametrize(
     ("overrides", "environment", "sentence"),
     [
