@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-import train
+from assembly.dry_run import dry_run
 from conf.command import CONF
 from conf.schema import register, to_config
 from parallel.dry_run import GIB, Reading
@@ -47,7 +47,7 @@ def read(overrides: list[str]) -> Reading:
     ]  # fmt: skip
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = to_config(compose("train", overrides=[*settings, *overrides]))
-    run = train.dry_run(config)
+    run = dry_run(config)
     n_micro_batches = max(4, run.axes.pp * config.parallel.virtual_stages)
     return max(run.read(n_micro_batches), key=lambda reading: reading.peak)
 

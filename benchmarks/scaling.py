@@ -22,7 +22,7 @@ from functools import cache
 
 from hydra import compose, initialize_config_dir
 
-import train
+from assembly.dry_run import dry_run
 from conf.command import CONF
 from conf.schema import register, to_config
 from parallel.config import DryRunConfig
@@ -41,7 +41,7 @@ TOKENS = 16_384  # of a GPU in a step
 
 
 @cache
-def dry_run(tp: int) -> tuple[Reading, DryRunConfig]:
+def on_16_gpus(tp: int) -> tuple[Reading, DryRunConfig]:
     """Read a step of this engine on 16 GPUs with `zero1` 8 / tp, so that every axis of the table is there."""
     settings = [
         "dry_run=a100", "model=7b", "data=random", "data.seq_len=2048", f"data.micro_batch_size={2 * tp}",
@@ -51,7 +51,7 @@ def dry_run(tp: int) -> tuple[Reading, DryRunConfig]:
     ]  # fmt: skip
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = to_config(compose("train", overrides=settings))
-    return train.dry_run(config).read(4)[0], config.dry_run
+    return dry_run(config).read(4)[0], config.dry_run
 
 
 def shards(tp: int, zero1: int, n_gpus: int) -> int:
@@ -70,7 +70,7 @@ def main() -> None:
     reduce_s = (most - node) / (1024 - 16)
     busy_s = first - 8 * reduce_s - 8 * broadcast_s
     exposed_s = node - first - 8 * reduce_s
-    reading, machine = dry_run(1)
+    reading, machine = on_16_gpus(1)
     computing = sum(compute_s(window, machine) for window in reading.windows)
     products = reading.flops / (machine.peak_tflops * 1e12)
     efficiency = products / (busy_s - (computing - products / machine.flops_efficiency))
@@ -81,7 +81,7 @@ def main() -> None:
     print(f"\n{'tp':>2} {'zero1':>5} {'GPUs':>5} {'published':>10} {'predicted':>10} {'error':>7} {'this engine':>12}")
     errors = []
     for (tp, zero1), row in PUBLISHED.items():
-        windows = dry_run(tp)[0].windows
+        windows = on_16_gpus(tp)[0].windows
         for n_gpus, measured in zip(N_GPUS, row, strict=True):
             parts = shards(tp, zero1, n_gpus)
             axes = {"pp": 1, "dp_replicate": n_gpus // tp // parts, "dp_shard": parts, "cp": 1, "tp": tp}

@@ -9,7 +9,6 @@ import argparse
 import gc
 import json
 import time
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,19 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
+from assembly.build import build_engine, build_model
 from benchmarks.batches import micro_batches
 from benchmarks.timing import synchronize, where
 from conf.command import CONF
 from conf.schema import TrainConfig, register, to_config
 from model.config import ModelConfig
-from model.loss import linear_cross_entropy
 from model.transformer import Transformer, init_std
-from parallel.apply import parallelize
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 from training.metrics import peak_tflops
 from training.optimizer import AdamW
+from training.progress import Progress
 from training.scaler import LossScaler
-from training.token_weights import token_weights
 
 TUTORIAL = ("optimizer.decay=all", "loss.reduction=row_mean")
 SEVEN = ("model=7b", *TUTORIAL)
@@ -78,29 +76,11 @@ def draw_weights(model: Transformer, seed: int = 0) -> None:
 
 
 def build(config: TrainConfig, mesh: Mesh) -> Engine:
-    """Make the engine as train.py does."""
-    precision = config.precision
-    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-    with torch.device("meta"):
-        model = Transformer(config.model)
-    parallelize(
-        model,
-        mesh,
-        config.parallel,
-        dtypes[precision.compute.value],
-        fp8=precision.fp8.value,
-        grad_dtype=None if precision.grad_dtype is None else dtypes[precision.grad_dtype.value],
-    )
-    draw_weights(model, config.seed)
-    optimizer = AdamW(model, config.optimizer)
+    """Make the engine as train.py does, with weights drawn fast and a constant rate."""
+    model, stages = build_model(config, mesh, draw_weights)
+    optimizer = AdamW(model, config.optimizer, copies=model.copies)
     optimizer.follow([(config.optimizer.lr, config.optimizer.beta2)] * 10_000)
-    return Engine(
-        model, optimizer, mesh,
-        linear_loss=partial(linear_cross_entropy, chunk_tokens=config.loss.chunk_tokens),
-        token_weights=partial(token_weights, reduction=config.loss.reduction),
-        scaler=LossScaler(precision), max_grad_norm=config.optimizer.max_grad_norm,
-        n_sources=1, bytes_per_token=None,
-    )  # fmt: skip
+    return build_engine(config, mesh, model, stages, optimizer, LossScaler(config.precision), Progress(), n_sources=1)
 
 
 def products(model: ModelConfig) -> list[tuple[int, int, int]]:

@@ -19,7 +19,7 @@ from training.run_folder import changed_keys, is_free_key
 from training.status import crashed_the_same_way_twice, note_death, note_queued, read_status
 
 CODE = Path(__file__).parent.parent
-ROOMS = ("conf", "model", "parallel", "data", "training", "hydra_plugins")
+ROOMS = ("assembly", "conf", "model", "parallel", "data", "training", "hydra_plugins")
 
 logger = logging.getLogger(__name__)
 

@@ -61,7 +61,9 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed: nn.Embedding | None = nn.Embedding(config.vocab_size, config.d_model)
+        # Not drawn yet: on the meta device that would take a second to bring in torch's compiler.
+        table_VD = torch.empty(config.vocab_size, config.d_model)
+        self.embed: nn.Embedding | None = nn.Embedding.from_pretrained(table_VD, freeze=False)
         self.blocks = nn.ModuleDict({str(layer): Block(config) for layer in range(config.n_layers)})
         self.norm: RMSNorm | None = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)

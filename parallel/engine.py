@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,10 @@ from parallel.apply import reduce_after, sharded_modules
 from parallel.bad_layer import Watch
 from parallel.config import ParallelConfig
 from parallel.mesh import Mesh
-from parallel.pipeline import Inputs, Pipeline
 from parallel.plan import divided_dim, head_parts
+
+if TYPE_CHECKING:
+    from parallel.pipeline import Inputs, Pipeline
 
 IGNORED = -100  # the label of a token without a target
 
@@ -93,6 +95,8 @@ class Engine:
         self.stages = list(stages) or [model]
         self.pipeline: Pipeline | None = None
         if mesh.axes.pp > 1:
+            from parallel.pipeline import Pipeline
+
             shape: Any = model.config
             self.pipeline = Pipeline(self.stages, mesh, self.config, shape)
         self.params = dict(model.named_parameters())  # as they are between steps: this process' shards
@@ -177,7 +181,7 @@ class Engine:
             reduce_after(self.model, self.config.zero_stage, last=index == len(inputs))
             self.model(tokens_BT, **told).backward()
 
-    def _inputs(self, batch: MicroBatch, weight: float, sums: Sums) -> Inputs:
+    def _inputs(self, batch: MicroBatch, weight: float, sums: Sums) -> "Inputs":
         """Bring a micro-batch to the device; its head gives the weighted loss and adds to `sums`."""
         device = self.mesh.device
         labels_N = self._slice(batch.labels_BT).to(device, non_blocking=True).flatten()

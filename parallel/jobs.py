@@ -64,8 +64,9 @@ class Job:
             told = self.says_enough(error) or isinstance(error, RankError)
             text = str(error) if told else traceback.format_exc()
             if self.launcher.requeue_crashes and self.launcher.where is Where.slurm and not self.says_enough(error):
-                again = "it crashed twice at the same step" if self.hopeless() else None
-                text += f"not requeued: {again or slurm.requeue(self.launcher.max_requeues)}\n"
+                again = "it crashed twice at the same step" if self.hopeless() else ""
+                refused = again or slurm.requeue(self.launcher.max_requeues)
+                text += f"not requeued: {refused}\n" if refused else ""
             _write(record, {"time": time.time(), "rank": rank, "text": text})
             print(text, file=sys.stderr, flush=True)
             sys.stdout.flush()
@@ -189,7 +190,7 @@ def run_jobs(points: Sequence[Point], folder: Path, code: Path, report: Callable
         with _sigterm_interrupts():
             on_slurm = [point for point in points if point.launcher.where is Where.slurm]
             queue = [point for point in points if point.launcher.where is Where.local]
-            running += _submit_to_slurm(on_slurm, folder, code, prefixed)
+            _submit_to_slurm(on_slurm, running, folder, code, prefixed)
             asked_at = 0.0
             while queue or running:
                 while queue and (begun := _start_here(queue[0], running, folder, code, prefixed)):
@@ -265,32 +266,34 @@ def free_gpus(point: Point, here: list[Running]) -> list[int] | None:
     return free[:asked] if len(free) >= asked else None
 
 
-def _submit_to_slurm(points: list[Point], folder: Path, code: Path, prefixed: bool) -> list[Running]:
-    """Submit the points, those of equal settings as one array; one whose job still is in the queue is followed."""
-    running, new = [], []
+def _submit_to_slurm(points: list[Point], running: list[Running], folder: Path, code: Path, prefixed: bool) -> None:
+    """Submit the points, those of equal settings as one array; one whose job still is in the queue is followed.
+
+    Each is among the `running` ones as soon as it has a job, for whoever interrupts this.
+    """
+
+    def follow(point: Point, job_id: str, how: str) -> None:
+        running.append(Running(point, job_id, folder, f"[{point.label}] " if prefixed else ""))
+        logger.info("job %s is %s: %s", job_id, how, point.label or point.run_dir)
+
+    groups: list[list[Point]] = []
     for point in points:
         job_id = slurm.queued_job(point.run_dir, point.described)
-        if job_id is None:
-            new.append(point)
-        else:
-            logger.info("job %s is in the queue already: %s", job_id, point.label or point.run_dir)
-            running.append((point, job_id))
-    groups: list[list[Point]] = []
-    for point in new:
         alike = next((group for group in groups if group[0].launcher == point.launcher), None)
-        if alike is None:
-            slurm.check(point.launcher, folder)
+        if job_id is not None:
+            follow(point, job_id, "in the queue already")
+        elif alike is None:
             groups.append([point])
         else:
             alike.append(point)
+    for group in groups:
+        slurm.check(group[0].launcher, folder)
     for group in groups:
         config = group[0].launcher
         job_ids = slurm.submit([point.job for point in group], config, folder, _variables_of_jobs(code))
         for point, job_id in zip(group, job_ids, strict=True):
             slurm.remember_job(point.run_dir, job_id, point.described)
-            logger.info("job %s is submitted: %s", job_id, point.label or point.run_dir)
-            running.append((point, job_id))
-    return [Running(point, job_id, folder, f"[{point.label}] " if prefixed else "") for point, job_id in running]
+            follow(point, job_id, "submitted")
 
 
 def _variables_of_jobs(code: Path) -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""Pipeline parallelism: the stages of a rank, run by the schedules of torch.distributed.pipelining."""
+"""Pipeline parallelism: the stages of a rank, run by the schedules of torch.distributed.pipelining.
+
+Importing it brings in the whole compiler, which a run without a pipeline does not wait for.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain

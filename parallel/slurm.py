@@ -7,7 +7,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -128,21 +127,18 @@ def queued_job(run_dir: Path, described: dict[str, Any]) -> str | None:
 
 
 def requeue(max_requeues: int) -> str:
-    """Ask Slurm to run this job again and wait for the end that this brings; gives the reason if it does not.
+    """Ask Slurm to run this job again; gives the reason if it does not, and otherwise "": this process may then end.
 
-    A job that was cancelled or that is being requeued already is no longer RUNNING.
+    A job that was cancelled or that is being requeued already is no longer RUNNING, and is left as it is.
     """
     job_id = os.environ.get("SLURM_JOB_ID", "")
     times = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     if times >= max_requeues:
         return f"it was requeued {times} times, and launcher.max_requeues is {max_requeues}"
     if "JobState=RUNNING" not in _ask("scontrol", "show", "job", "--oneliner", job_id).stdout:
-        return "Slurm has ended the job, or requeues it already"
+        return ""
     done = _ask("scontrol", "requeue", job_id)
-    if done.returncode:
-        return _words(done.stderr)
-    time.sleep(ANSWER_S)  # Slurm ends this process
-    return "Slurm took the requeue and did not end the job"
+    return _words(done.stderr) if done.returncode else ""
 
 
 def ask_for_stacks() -> None:
@@ -155,19 +151,22 @@ def ask_for_stacks() -> None:
 def go_on_later(run_dir: Path, *, rank: int, max_requeues: int) -> None:
     """In a job of Slurm whose ranks have all saved: have it run again, or give the reason on the screen.
 
-    Rank 0 asks; the others wait for the end, because a rank that leaves ends the rest.
+    Rank 0 asks; the others wait for the answer, because a rank that leaves ends the rest.
     """
     if "SLURM_STEP_ID" not in os.environ:
         return
     for signum in (signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT):
         signal.signal(signum, signal.SIG_IGN)
-    refused = run_dir / f".not_requeued-{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    attempt = f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    answered = run_dir / ".requeue"
     if rank == 0:
-        print(f"not requeued: {requeue(max_requeues)}", file=sys.stderr, flush=True)
-        refused.touch()
+        refused = requeue(max_requeues)
+        if refused:
+            print(f"not requeued: {refused}", flush=True)  # where the client reads
+        answered.write_text(attempt)
         return
     until = time.monotonic() + ANSWER_S
-    while not refused.exists() and time.monotonic() < until:
+    while time.monotonic() < until and not (answered.exists() and answered.read_text() == attempt):
         time.sleep(0.2)
 
 

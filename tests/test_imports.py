@@ -24,7 +24,7 @@ def imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_no_sibling_no_config_folder_and_no_hydra(room: str) -> None:
-    forbidden = {*ROOMS, "conf", "hydra", "tests", "benchmarks"} - {room}
+    forbidden = {*ROOMS, "assembly", "conf", "hydra", "tests", "benchmarks"} - {room}
     for path in sorted((ROOT / room).glob("**/*.py")):
         roots = {name.split(".")[0] for name in imported(path)}
         assert not roots & forbidden, f"{path.relative_to(ROOT)} imports {roots & forbidden}"

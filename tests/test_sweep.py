@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +22,8 @@ from training.early_stop import is_hopeless
 from training.status import Status, crashed_the_same_way_twice, read_status
 
 pytestmark = pytest.mark.slow
+
+BLOCK = 32768  # bytes, of LevelDB's log format
 
 
 def sweep(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -59,6 +63,36 @@ def test_a_failing_point_does_not_stop_the_others_and_only_what_is_missing_runs_
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     losses = [float(line.split()[1]) for line in (tmp_path / "compare" / "table.txt").read_text().splitlines()[1:4]]
     assert losses == sorted(losses), "the best is first"
+
+
+def test_the_points_of_a_sweep_stand_side_by_side_in_tensorboard_and_in_one_group_in_wandb(
+    tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    done = sweep(tmp_path, *small, "logger=wandb", "steps=1", "launcher.parallel_jobs=2", "optimizer.lr=1e-3,1e-2")
+    assert done.returncode == 0, done.stderr
+    points = {"optimizer.lr=0.001", "optimizer.lr=0.01"}
+    assert {path.parts[-3] for path in tmp_path.glob("*/tensorboard/events*")} == points
+    runs = [run for path in tmp_path.glob("*/wandb/*/*.wandb") for run in wandb_runs(path)]
+    assert {run.display_name for run in runs} == points
+    assert {run.run_group for run in runs} == {"sweep"}
+
+
+def wandb_runs(path: Path) -> list[Any]:
+    """Read the runs in what wandb wrote offline: records in LevelDB's log format, after a head of seven bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+
+    data, at, parts, records = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if BLOCK - at % BLOCK < 7:
+            at += BLOCK - at % BLOCK
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            records.append(Record.FromString(parts))
+            parts = b""
+    return [record.run for record in records if record.HasField("run")]
 
 
 def test_an_interrupted_sweep_saves_its_points_and_leaves_no_process(tmp_path: Path, small: list[str]) -> None:

@@ -58,6 +58,24 @@ def test_a_run_learns_and_leaves_what_it_should(tmp_path: Path, small: list[str]
     assert {"metrics.jsonl", "loss.png", "config.yaml", "tokenizer", "checkpoints", "tensorboard"} <= names
 
 
+FIRST_STEP = """
+import sys
+from pathlib import Path
+from tests.conftest import trained
+from training.report import Report
+
+heavy = ("torch._dynamo", "torch.distributed.pipelining", "matplotlib", "tensorboard", "transformers", "datasets", "wandb")
+Report.step = lambda *_, **__: sys.exit(" ".join(name for name in heavy if name in sys.modules) or 0)
+trained(Path(sys.argv[1]), *sys.argv[2:])
+"""
+
+
+def test_the_first_step_waits_for_no_compiler_no_plots_and_no_other_library(tmp_path: Path, small: list[str]) -> None:
+    argv = [sys.executable, "-c", FIRST_STEP, str(tmp_path / "r"), *small]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("stop_at", [2, 4, 7])
 def test_a_run_stopped_by_a_file_goes_on_bit_for_bit(
     tmp_path: Path, small: list[str], uninterrupted: Path, stop_at: int
@@ -249,6 +267,19 @@ def test_a_sweep_runs_each_point_in_its_own_folder(tmp_path: Path, small: list[s
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir() if (path / "metrics.jsonl").exists()} == {"0.001", "0.01"}
+
+
+@pytest.mark.slow
+def test_torchrun_and_the_command_alone_start_the_same_run(tmp_path: Path, small: list[str]) -> None:
+    settings = [*small, "steps=3", "name=r", "parallel=ddp", "parallel.threads=1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ways = {"joined": torchrun, "started": [sys.executable]}
+    for name, way in ways.items():
+        argv = [*way, "train.py", *settings, f"hydra.run.dir={tmp_path / name}", "parallel.local_processes=2"]
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("step 3/3") == 1 and (tmp_path / name / "train.rank1.log").exists()
+    assert_same_run(tmp_path / "joined", tmp_path / "started")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Where the time of a step goes: a trace, a memory snapshot, and a table by kind that adds up to the step."""
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile, record_function
+
+logger = logging.getLogger(__name__)
 
 WARM_UP, PROFILED = 3, 2  # steps
 WINDOW = "profiled steps"
@@ -50,7 +53,7 @@ def spent(intervals: Iterable[tuple[float, float, str]], begin: float, end: floa
 
 
 def profile_steps(step: Callable[[], object], device: torch.device, folder: Path) -> str:
-    """Run steps, write `trace.json.gz` and on CUDA `memory.pickle` into `folder`, and give the table."""
+    """Run steps, write `table.txt`, `trace.json.gz` and on CUDA `memory.pickle` into `folder`; give the table."""
     folder.mkdir(parents=True, exist_ok=True)
     on_cuda = device.type == "cuda"
     for _ in range(WARM_UP):
@@ -77,7 +80,11 @@ def profile_steps(step: Callable[[], object], device: torch.device, folder: Path
         (e.time_range.start, e.time_range.end, kind) for e, kind in (_kernels if on_cuda else _operations)(events)
     ]
     parts = spent(intervals, window.time_range.start, window.time_range.end)
-    return table(parts, launches=len(intervals), host_s=host / PROFILED)
+    told = table(parts, launches=len(intervals), host_s=host / PROFILED)
+    (folder / "table.txt").write_text(told + "\n")
+    for line in (*told.splitlines(), f"trace and table in {folder}"):
+        logger.info("%s", line)
+    return told
 
 
 def _kernels(events: list[Any]) -> Iterable[tuple[Any, str]]:

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 from hydra import compose, initialize_config_dir
 
-import train
+from assembly.dry_run import dry_run
 from conf.command import CONF
 from conf.schema import TrainConfig, register, to_config
 from parallel.dry_run import Reading
@@ -33,7 +33,7 @@ def configure(*overrides: str, world_size: int = WORLD) -> TrainConfig:
 
 def read(*overrides: str, world_size: int = WORLD) -> tuple[TrainConfig, list[Reading]]:
     config = configure(*overrides, world_size=world_size)
-    return config, train.dry_run(config).read(MICRO_BATCHES)
+    return config, dry_run(config).read(MICRO_BATCHES)
 
 
 class Sizes:
@@ -160,7 +160,7 @@ def test_a_context_parallel_step_turns_tokens_into_heads() -> None:
 
 def test_each_stage_of_a_pipeline_holds_its_layers_and_passes_activations_on() -> None:
     config = configure("parallel=3d", "model.n_layers=4")
-    stages = train.dry_run(config).read(4)
+    stages = dry_run(config).read(4)
     assert [reading.rank for reading in stages] == [0, WORLD // 2]
     for reading, ends in zip(stages, ({"head": False}, {"embed": False}), strict=True):
         numbers = part_of(config, tp=2, shard=WORLD // 4, layers=2, **ends)
@@ -176,7 +176,7 @@ def pipeline_of_2(schedule: str, stage: int) -> tuple[TrainConfig, list[Reading]
         "parallel=hybrid_zero", "parallel.pp=2", f"parallel.pipeline_schedule={schedule}",
         f"parallel.zero_stage={stage}", "model.n_layers=4",
     )  # fmt: skip
-    return config, train.dry_run(config).read(4)
+    return config, dry_run(config).read(4)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_a_micro_batch_that_reduces_once_too_often_is_seen() -> None:
 
 def test_a_long_step_is_as_its_micro_batches_say() -> None:
     config = configure("parallel=hybrid_zero", "parallel.zero_stage=3")
-    run = train.dry_run(config)
+    run = dry_run(config)
     short, long = run.read_rank(0, 6), run.read(6)[0]
     assert (long.table, long.flops) == (short.table, short.flops)
     assert long.time.total_s == pytest.approx(short.time.total_s, rel=1e-6)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 NODES = ("node1", "node2")
 MARK = "# of this test's Slurm"
@@ -77,16 +79,44 @@ def cluster(root: Path) -> Iterator[dict[str, str]]:
         environment = {**os.environ, **variables}
         subprocess.run(["slurmctld", "-f", root / "slurm.conf"], check=True, env=environment, capture_output=True)
         for node in NODES:
-            command = ["slurmd", "-N", node, "-f", root / "slurm.conf"]
-            subprocess.run(command, check=True, env=environment, capture_output=True)
+            _start_node(root, node)
         _wait_until_idle(root, environment)
         yield variables
         subprocess.run(["scancel", "--user=root"], env=environment, timeout=10)
         time.sleep(1)
     finally:
-        for path in [*root.glob("slurmd-*.pid"), root / "slurmctld.pid", root / "munge" / "pid"]:
-            _end(path)
+        _end([*root.glob("slurmd-*.pid"), *root.glob("slurmctld.pid"), *root.glob("munge/pid")])
         hosts.write_text(_others(hosts))
+
+
+@contextmanager
+def lost(node: str) -> Iterator[None]:
+    """Have a node fall silent with all that runs on it, as if its power were cut, and be found down; in the end it is
+    started anew."""
+    root = Path(os.environ["SLURM_CONF"]).parent
+    silent = _processes_of(root, node)
+    for process in silent:
+        process.suspend()  # its connections stay open and nobody answers on them
+    subprocess.run(["scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost"], check=True)
+    try:
+        yield
+    finally:
+        for process in silent:
+            process.kill()
+        psutil.wait_procs(silent, timeout=WAIT_S)
+        _start_node(root, node)  # which takes it into service again
+
+
+def _processes_of(root: Path, node: str) -> list[psutil.Process]:
+    """Give a node's daemon, the tasks that run there, and the daemons of their steps."""
+    variables = {process: process.info["environ"] or {} for process in psutil.process_iter(["environ"])}
+    tasks = [process for process, found in variables.items() if found.get("SLURMD_NODENAME") == node]
+    parents = {parent for task in tasks if (parent := task.parent()) and parent.name().startswith("slurmstepd")}
+    return [psutil.Process(int((root / f"slurmd-{node}.pid").read_text())), *parents, *tasks]
+
+
+def _start_node(root: Path, node: str) -> None:
+    subprocess.run(["slurmd", "-N", node, "-f", root / "slurm.conf"], check=True, capture_output=True)
 
 
 def _write_conf(root: Path) -> None:
@@ -128,14 +158,12 @@ def _others(hosts: Path) -> str:
     return "".join(line for line in hosts.read_text().splitlines(keepends=True) if MARK not in line)
 
 
-def _end(pid_file: Path) -> None:
-    """End a daemon and wait until it is gone."""
-    if not pid_file.exists():
-        return
-    pid = int(pid_file.read_text())
-    for signum in (15, 9):
-        for _ in range(50):
-            if not Path(f"/proc/{pid}").exists():
-                return
-            os.kill(pid, signum)
-            time.sleep(0.1)
+def _end(pid_files: list[Path]) -> None:
+    """End daemons and wait until they are gone."""
+    pids = [int(path.read_text()) for path in pid_files]
+    daemons = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    for daemon in daemons:
+        daemon.terminate()
+    for daemon in psutil.wait_procs(daemons, timeout=5)[1]:
+        daemon.kill()
+    psutil.wait_procs(daemons, timeout=5)

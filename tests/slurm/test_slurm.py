@@ -1,11 +1,14 @@
 """Jobs on a real Slurm: several nodes, failures that are told, and runs that go on as if nothing had been."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,12 @@ from parallel import slurm
 from parallel.config import LauncherConfig, ParallelConfig, ParallelError, Where
 from parallel.jobs import Job, Outcome, Point, run_jobs
 from tests.conftest import ROOT, trained
-from tests.slurm.cluster import cluster, why_not
+from tests.slurm.cluster import cluster, lost, why_not
 from tests.test_train import assert_same_run
 from training.checkpoint import open_checkpoint
+from training.status import crashed_the_same_way_twice, read_status
+
+SLOWLY = "tests.slurm.work:train_slowly_at_first"
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(why_not()), reason=why_not() or "installed")]
 
@@ -78,12 +84,15 @@ def test_jobs_of_several_nodes_answer_fail_and_die_and_each_is_told_apart(
 ) -> None:
     ends = ("answer", "crash", "kill", "hang")
     points = [point("end", how, run_dir=tmp_path / how, nodes=2, tasks_per_node=1) for how in ends]
-    points[0].launcher.tasks_per_node = 2
+    answering = points[0].launcher
+    answering.tasks_per_node, answering.setup = 2, ["export FROM_SETUP=1"]
+    answering.srun_args, answering.sbatch = ["--export=ALL,FROM_SRUN=2"], {"comment": "mine"}
     points.append(
         point("end", "crash", run_dir=tmp_path / "again", tasks_per_node=2, requeue_crashes=True, max_requeues=1)
     )
     found = outcomes_of(points, tmp_path)
-    assert found["answer"] == Outcome("finished", ["4", "2", "node1", "2"])
+    assert found["answer"] == Outcome("finished", ["4", "2", "node1", "2", "1", "2"])
+    assert " Comment=mine " in scontrol("show", "job", "--oneliner", job_of(tmp_path / "answer"))
     crash = found["crash"]
     assert crash.state == "failed" and crash.reason.startswith("rank 1 failed first\nTraceback")
     assert crash.reason.count("ValueError: boom") == 1 and "tests/slurm/work.py" in crash.reason
@@ -105,12 +114,42 @@ def test_jobs_of_several_nodes_answer_fail_and_die_and_each_is_told_apart(
     assert "ValueError: boom" in (tmp_path / ".jobs" / f"{ids[1]}_1_log.err").read_text()
 
 
-def composed(name: str, overrides: list[str]) -> tuple[Any, dict[str, Any]]:
+def training(run_dir: Path, settings: list[str], work: str = "train:work", *args: Any) -> Point:
+    """A point that trains, under these overrides, by `train.py` or by something that disturbs it."""
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", overrides=[*overrides, f"name={name}"])
+        overrides = [*settings, "launcher=slurm", "launcher.poll_s=0.5", f"name={run_dir.name}"]
+        cfg = compose("train", overrides=overrides)
     stored: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-    return to_config(cfg), stored
+    config = to_config(cfg)
+    run_dir.mkdir()
+    again = partial(crashed_the_same_way_twice, run_dir)
+    job = Job(work, (config, stored, run_dir, *args), config.parallel, is_sentence, config.launcher, hopeless=again)
+    return Point(run_dir.name, run_dir, config.launcher, {"name": run_dir.name}, job)
+
+
+@contextmanager
+def running(points: list[Point], folder: Path) -> Iterator[dict[str, Outcome]]:
+    """Have another thread wait for jobs, until all are over; gives their outcomes, which come by then."""
+    found: dict[str, Outcome] = {}
+    waiting = threading.Thread(target=lambda: found.update(outcomes_of(points, folder)), daemon=True)
+    with pytest.MonkeyPatch.context() as patch:  # signal handlers are the main thread's
+        patch.setattr("parallel.jobs._sigterm_interrupts", partial(pytest.MonkeyPatch.context))
+        waiting.start()
+        yield found
+        waiting.join(240)
+    assert not waiting.is_alive()
+
+
+def attempts(run_dir: Path) -> list[int]:
+    """The attempts at a run, as every rank noted them."""
+    path = run_dir / "attempts"
+    return sorted({int(word) for word in path.read_text().split()}) if path.exists() else []
+
+
+def steps_of(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 @pytest.mark.timeout(600)
@@ -118,45 +157,75 @@ def test_runs_that_slurm_takes_away_go_on_bit_for_bit(tmp_path: Path, small: lis
     """One on two nodes is requeued by hand, one by its time limit, one makes way for another; one is cancelled."""
     settings = [*small, "steps=12", "checkpoint.every=0", "valid_every=5", "parallel.threads=2"]
     hybrid = ["parallel=hybrid_zero", "parallel.dp_shard=2", "data.micro_batch_size=1", "parallel.threads=1"]
-    two_nodes = ["launcher.nodes=2", "launcher.tasks_per_node=2", *hybrid]
+    two_nodes = [*settings, "launcher.nodes=2", "launcher.tasks_per_node=2", *hybrid]
     short = ["launcher.time=00:01:00", "launcher.save_before_s=10", "+launcher.sbatch.nodelist=node1"]
     gpus = ["launcher.gpus_per_node=2", "launcher.tasks_per_node=1", "+launcher.sbatch.nodelist=node2"]
-    points = []
-    for name, more in {"hybrid": two_nodes, "undisturbed": two_nodes, "limited": short, "preempted": gpus}.items():
-        config, stored = composed(name, [*settings, "launcher=slurm", "launcher.poll_s=0.5", *more])
-        work = "train:work" if name == "undisturbed" else "tests.slurm.work:train_slowly_at_first"
-        args = (config, stored, tmp_path / name)
-        (tmp_path / name).mkdir()
-        job = Job(work, args, config.parallel, is_sentence, config.launcher, hopeless=never)
-        points.append(Point(name, tmp_path / name, config.launcher, {"name": name}, job))
-    points.append(point("wait_for_cancel", tmp_path / "cancelled", run_dir=tmp_path / "cancelled"))
-    found: dict[str, Outcome] = {}
-    waiting = threading.Thread(target=lambda: found.update(outcomes_of(points, tmp_path)))
-    # signal handlers are the main thread's
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("parallel.jobs._sigterm_interrupts", partial(pytest.MonkeyPatch.context))
-        waiting.start()
+    points = [
+        training(tmp_path / "hybrid", two_nodes, SLOWLY),
+        training(tmp_path / "undisturbed", two_nodes),
+        training(tmp_path / "limited", [*settings, *short], SLOWLY),
+        training(tmp_path / "preempted", [*settings, *gpus], SLOWLY),
+        point("wait_for_cancel", tmp_path / "cancelled", run_dir=tmp_path / "cancelled"),
+    ]
+    with running(points, tmp_path) as found:
         until((tmp_path / "cancelled" / "begun0").exists)
         subprocess.run(["scancel", job_of(tmp_path / "cancelled")], check=True)
         for name in ("hybrid", "preempted"):
-            until(lambda name=name: (tmp_path / name / "metrics.jsonl").exists())
+            until(lambda name=name: steps_of(tmp_path / name))
         scontrol("requeue", job_of(tmp_path / "hybrid"))
         urgent = ["sbatch", "--partition=high", "--nodelist=node2", "--gres=gpu:2", "--time=1", "--output=/dev/null"]
         subprocess.run([*urgent, "--wrap=sleep 1"], check=True, capture_output=True)
-        until(lambda: len((tmp_path / "limited" / "attempts").read_text().split()) == 2)
+        until(lambda: attempts(tmp_path / "limited") == [0, 1])
         scontrol("update", f"JobId={job_of(tmp_path / 'limited')}", "TimeLimit=00:20:00")
-        waiting.join(240)
-    assert not waiting.is_alive()
     assert found["cancelled"].state == "stopped" and (tmp_path / "cancelled" / "saved").exists()
     assert not (tmp_path / "cancelled" / "begun1").exists()
     trained(tmp_path / "whole", *settings)
     for name, reference in {"hybrid": "undisturbed", "limited": "whole", "preempted": "whole"}.items():
-        attempts = sorted({int(word) for word in (tmp_path / name / "attempts").read_text().split()})
-        assert attempts[:2] == [0, 1] and found[name].state == "finished", (name, attempts, found[name])
+        assert attempts(tmp_path / name)[:2] == [0, 1] and found[name].state == "finished", (name, found[name])
         assert "resumed from" in (tmp_path / name / "train.log").read_text()
         assert_same_run(tmp_path / name, tmp_path / reference)
         assert open_checkpoint(tmp_path / name).step == 12
     assert {f"train.rank{rank}.log" for rank in (1, 2, 3)} <= {path.name for path in (tmp_path / "hybrid").iterdir()}
+
+
+def test_a_run_whose_node_is_lost_goes_on_from_its_last_checkpoint_bit_for_bit(
+    tmp_path: Path, small: list[str]
+) -> None:
+    settings = [*small, "steps=8", "checkpoint.every=3", "parallel=zero1", "parallel.threads=1"]
+    two_nodes = ["launcher.nodes=2", "launcher.tasks_per_node=1"]
+    run = training(tmp_path / "run", [*settings, *two_nodes], SLOWLY, 4)
+    with running([run], tmp_path) as found:
+        until(lambda: steps_of(tmp_path / "run") == 4)
+        with lost("node2"):
+            until(lambda: slurm.states([job_of(tmp_path / "run")]).popitem()[1] == "PENDING")
+    assert found["run"].state == "finished" and attempts(tmp_path / "run") == [0, 1], found
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert f"resumed from {tmp_path / 'run' / 'checkpoints' / 'step-00000003'}\n" in log
+    assert log.count("step 4/8") == 2, "the step after it was lost"
+    here = [sys.executable, "train.py", *settings, "parallel.local_processes=2", f"hydra.run.dir={tmp_path / 'whole'}"]
+    subprocess.run(here, cwd=ROOT, check=True, capture_output=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_is_not_requeued_after_the_same_crash_twice_nor_more_often_than_it_may(
+    tmp_path: Path, small: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [*small, "steps=8", "parallel.threads=1"]
+    crashing = [*settings, "launcher.requeue_crashes=true"]
+    points = [
+        training(tmp_path / "crashing", crashing, "tests.slurm.work:train_and_crash"),
+        training(tmp_path / "signalled", [*settings, "launcher.max_requeues=0"], SLOWLY),
+    ]
+    with running(points, tmp_path) as found:
+        until(lambda: steps_of(tmp_path / "signalled"))
+        subprocess.run(["scancel", "--signal=USR2", job_of(tmp_path / "signalled")], check=True)
+    assert attempts(tmp_path / "crashing") == [0, 1, 2], "the second crash came at another step, the third did not"
+    reason = found["crashing"].reason
+    assert "ValueError: boom" in reason and reason.endswith("not requeued: it crashed twice at the same step"), reason
+    assert attempts(tmp_path / "signalled") == [0] and found["signalled"].state == "stopped"
+    assert 0 < open_checkpoint(tmp_path / "signalled").step < 8
+    told = "[signalled] not requeued: it was requeued 0 times, and launcher.max_requeues is 0"
+    assert told in capsys.readouterr().out
 
 
 def test_what_slurm_would_refuse_is_told_in_its_words_before_anything_is_queued(
@@ -194,6 +263,27 @@ def test_a_sweep_of_two_tasks_a_point_runs_every_point_and_the_next_time_only_wh
     done = subprocess.run([*argv, "optimizer.lr=1e-3,1e-2"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("finished already: ") == 1 and done.stdout.count("is submitted: ") == 1
+
+
+def test_a_job_goes_on_without_its_client_is_found_by_the_next_and_saves_when_that_is_interrupted(
+    tmp_path: Path, small: list[str]
+) -> None:
+    settings = [*small, "steps=1000000", "logger.every=20", "name=left", f"hydra.sweep.dir={tmp_path}"]
+    argv = [sys.executable, "train.py", *settings, "launcher=slurm", "launcher.poll_s=0.5", "parallel.threads=1"]
+    client = subprocess.Popen(argv, cwd=ROOT)
+    until(lambda: client.poll() is not None or steps_of(tmp_path))
+    client.kill()  # as when a terminal closes
+    client.wait()
+    client = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert client.stdout is not None
+    job = job_of(tmp_path)
+    assert client.stdout.readline() == f"job {job} is in the queue already: {os.path.relpath(tmp_path, ROOT)}\n"
+    client.send_signal(signal.SIGINT)
+    told = client.communicate(timeout=60)[1]
+    assert client.returncode == 130 and f"cancelled {job}; the same command goes on from" in told
+    until(lambda: slurm.states([job]) == {job: "CANCELLED"})
+    until(lambda: read_status(tmp_path)["state"] == "stopped")
+    assert open_checkpoint(tmp_path).step > 0
 
 
 def test_srun_in_a_script_of_ones_own_starts_the_ranks_of_one_run(tmp_path: Path, small: list[str]) -> None:

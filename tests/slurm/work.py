@@ -5,6 +5,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def end(how: str) -> Any:
         if rank == 1:
             begun.unlink()
     if how == "answer":
-        return [os.environ[name] for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "SLURM_JOB_NUM_NODES")]
+        names = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "SLURM_JOB_NUM_NODES", "FROM_SETUP", "FROM_SRUN")
+        return [os.environ[name] for name in names]
     if rank == 1 and how == "crash":
         raise ValueError("boom")
     if rank == 1 and how == "kill":
@@ -51,19 +53,37 @@ def wait_for_cancel(run_dir: Path) -> None:
     sys.exit(stop.exit_code)
 
 
-def train_slowly_at_first(config: Any, run_config: dict[str, Any], run_dir: Path) -> float | None:
-    """Train; in the first attempt a step takes so long that something comes between."""
+def train_slowly_at_first(config: Any, run_config: dict[str, Any], run_dir: Path, after_step: int = 0) -> float | None:
+    """Train; in the first attempt a step after `after_step` takes so long that something comes between."""
+    return _train(config, run_config, run_dir, slow=lambda attempt, step: attempt == 0 and step >= after_step)
+
+
+def train_and_crash(config: Any, run_config: dict[str, Any], run_dir: Path) -> float | None:
+    """Train and crash in the second step of the first attempt, and in the third of every later one."""
+    return _train(config, run_config, run_dir, crash=lambda attempt, step: step == 1 + (attempt > 0))
+
+
+def _train(
+    config: Any,
+    run_config: dict[str, Any],
+    run_dir: Path,
+    slow: Callable[[int, int], bool] = lambda _attempt, _step: False,
+    crash: Callable[[int, int], bool] = lambda _attempt, _step: False,
+) -> float | None:
+    """Train, with a step that is slow or crashes where these say so of an attempt and the steps behind it."""
     from train import work
     from training.progress import Progress
 
-    if RESTARTS not in os.environ:
-        take = Progress.take
+    attempt, take = int(os.environ.get(RESTARTS, "0")), Progress.take
 
-        def slowly(self: Progress, **counts: int) -> None:
+    def disturbed(self: Progress, **counts: int) -> None:
+        if crash(attempt, self.step):
+            raise ValueError("boom")
+        if slow(attempt, self.step):
             time.sleep(4)
-            take(self, **counts)
+        take(self, **counts)
 
-        Progress.take = slowly
+    Progress.take = disturbed
     with (run_dir / "attempts").open("a") as file:
-        file.write(os.environ.get(RESTARTS, "0") + "\n")
+        file.write(f"{attempt}\n")
     return work(config, run_config, run_dir)

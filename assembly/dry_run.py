@@ -1,0 +1,43 @@
+"""A run on ranks and GPUs that are not there: what `dry_run=true` prints."""
+
+from functools import partial
+
+from assembly.build import build_engine, build_model, rates_to_come
+from conf.schema import TrainConfig
+from model.config import Attention
+from parallel.dry_run import DryRun, FakeBatch, report
+from parallel.engine import Engine
+from parallel.mesh import Mesh
+from training.optimizer import AdamW
+from training.progress import Progress
+from training.scaler import LossScaler
+
+
+def rehearse(config: TrainConfig) -> None:
+    """Print what a step would be on `dry_run.world_size` GPUs, from the code that would run it."""
+    model = config.model
+    for line in report(
+        dry_run(config),
+        name=model.name,
+        n_params=model.n_params,
+        global_batch_tokens=config.global_batch_tokens,
+        micro_batch_tokens=config.micro_batch_tokens,
+    ):
+        print(line)
+
+
+def dry_run(config: TrainConfig) -> DryRun:
+    """Join model, optimizer and engine for ranks and GPUs that are not there."""
+
+    def build(mesh: Mesh) -> Engine:
+        model, stages = build_model(config, mesh)
+        optimizer, progress = AdamW(model, config.optimizer, copies=model.copies), Progress()
+        optimizer.follow(rates_to_come(config, progress)[:1])
+        return build_engine(config, mesh, model, stages, optimizer, LossScaler(config.precision), progress, n_sources=1)
+
+    if config.model.attention is not Attention.reference:
+        config.model.attention = Attention.sdpa  # keeps what every fused kernel keeps, and can be run without one
+    data = config.data
+    batch = partial(FakeBatch.of, config.micro_batch_tokens // data.pack_tokens, data.pack_tokens, data.seq_len)
+    kernels = ("model.loss_kernel", "training.adamw_kernel")
+    return DryRun(build, batch, config.parallel, config.dry_run, kernels=kernels)
