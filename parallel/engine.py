@@ -93,17 +93,12 @@ class Engine:
         self.model = model
         self.config = config or ParallelConfig()
         self.stages = list(stages) or [model]
-        self.pipeline: Pipeline | None = None
-        if mesh.axes.pp > 1:
-            from parallel.pipeline import Pipeline
-
-            shape: Any = model.config
-            self.pipeline = Pipeline(self.stages, mesh, self.config, shape)
         self.params = dict(model.named_parameters())  # as they are between steps: this process' shards
         copies: Any = model.copies
         self.counted = [param for name, param in self.params.items() if name not in copies and is_first_copy(param)]
         self.optimizer = optimizer
         self.mesh = mesh
+        self.pipeline = self._open_pipeline()
         self.linear_loss = linear_loss
         self.token_weights = token_weights
         self.scaler = scaler
@@ -112,6 +107,14 @@ class Engine:
         self.bytes_per_token = None if bytes_per_token is None else bytes_per_token.to(mesh.device)
         # updates, steps without a finite gradient, how many of these were the last ones
         self.counts_3 = torch.tensor(counts, dtype=torch.int64).to(mesh.device)
+
+    def _open_pipeline(self) -> "Pipeline | None":
+        if self.mesh.axes.pp == 1:
+            return None
+        from parallel.pipeline import Pipeline
+
+        whole: Any = self.model.config
+        return Pipeline(self.stages, self.mesh, self.config, whole)
 
     def counts(self) -> tuple[int, int, int]:
         """Wait for all steps; gives the updates, the steps without a finite gradient, and how many came last."""
