@@ -145,6 +145,7 @@ def test_a_tensor_parallel_step_sends_activations_and_no_logits(sequence_paralle
     assert reading.table == expected
 
 
+@pytest.mark.slow
 def test_8_bit_products_under_tensor_parallel_send_what_others_do() -> None:
     assert read("parallel=tp_zero1", "precision=fp8")[1][0].table == read("parallel=tp_zero1")[1][0].table
 
@@ -158,6 +159,7 @@ def test_a_context_parallel_step_turns_tokens_into_heads() -> None:
     assert reading.table["dp_shard+cp", "reduce_scatter"] == (LAYERS + 2, 4 * numbers)
 
 
+@pytest.mark.slow
 def test_each_stage_of_a_pipeline_holds_its_layers_and_passes_activations_on() -> None:
     config = configure("parallel=3d", "model.n_layers=4")
     stages = dry_run(config).read(4)
@@ -179,6 +181,7 @@ def pipeline_of_2(schedule: str, stage: int) -> tuple[TrainConfig, list[Reading]
     return config, dry_run(config).read(4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "stage", "gathers"),
     [
@@ -206,6 +209,7 @@ def test_a_pipeline_gathers_and_reduces_each_micro_batch_as_its_stage_says(
         assert reading.table["dp_replicate", "all_reduce"] == (3, 4 * (blocks + end) // 8)
 
 
+@pytest.mark.slow
 def test_a_pass_for_weights_frees_each_block_while_the_next_is_gathered() -> None:
     sent = [item.kind for window in pipeline_of_2("zero_bubble", 3)[1][1].windows for item in window.collectives
             if item.axis == "dp_shard"]  # fmt: skip
@@ -213,6 +217,7 @@ def test_a_pass_for_weights_frees_each_block_while_the_next_is_gathered() -> Non
     assert sent[-6:] == [gather, gather, reduce, gather, reduce, reduce]
 
 
+@pytest.mark.slow
 def test_a_pipeline_holds_what_its_stage_says() -> None:
     small = 512 * 30 * 4  # each tensor is rounded up to 512 bytes
     for stage in (1, 2, 3):
@@ -240,6 +245,7 @@ def test_a_micro_batch_that_reduces_once_too_often_is_seen() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_long_step_is_as_its_micro_batches_say() -> None:
     config = configure("parallel=hybrid_zero", "parallel.zero_stage=3")
     run = dry_run(config)
