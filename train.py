@@ -111,7 +111,7 @@ def train(
         config.checkpoint,
         run_config=run_config,
         parts=corpus.parts,
-        read_hf=partial(read_hf_weights, vocab_size=config.model.vocab_size),
+        read_hf=partial(read_hf_weights, model=config.model),
     )
     corpus.train.begin_at(progress.first_sample)
     optimizer.follow(rates_to_come(config, progress))

@@ -1,4 +1,4 @@
-"""Model, optimizer and engine as a configuration wants them, joined from the rooms that do not know each other."""
+"""Model and engine as a configuration wants them, joined from the rooms that do not know each other."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +10,7 @@ import torch
 from conf.schema import TrainConfig
 from data.corpus import Corpus
 from data.loader import train_batches
+from model.config import ModelConfig, ModelError
 from model.hf import pad_vocabulary, read_hf
 from model.loss import linear_cross_entropy
 from model.transformer import Transformer
@@ -106,9 +107,17 @@ def rates_to_come(config: TrainConfig, progress: Progress) -> list[tuple[float, 
     return [(rate(update), second_beta(update, config.optimizer)) for update in updates]
 
 
-def read_hf_weights(folder: Path, *, vocab_size: int) -> dict[str, Any]:
-    """Read the weights of a Hugging Face folder, by our names, with a vocabulary that may be larger than its own."""
-    return pad_vocabulary(read_hf(folder)[1], vocab_size)
+def read_hf_weights(folder: Path, *, model: ModelConfig) -> dict[str, Any]:
+    """Read the weights of a Hugging Face folder, by our names, for a model whose vocabulary may be larger than its own.
+
+    Raises `ModelError` if the folder's model would compute something else with them.
+    """
+    found, weights = read_hf(folder)
+    keys = ("n_layers", "n_heads", "n_kv_heads", "rope_theta", "norm_eps", "attention_bias", "tie_embeddings")
+    wrong = [f"model.{key}={getattr(found, key)}" for key in keys if getattr(found, key) != getattr(model, key)]
+    if wrong:
+        raise ModelError(f"init_from ({folder}) is of another model than {model.name}; give {' '.join(wrong)}")
+    return pad_vocabulary(weights, model.vocab_size)
 
 
 def clock(config: TrainConfig, mesh: Mesh) -> Any:

@@ -80,6 +80,17 @@ def test_a_model_goes_out_and_in_without_a_changed_bit(run_dir: Path, tmp_path: 
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_weights_of_a_model_that_computes_something_else_are_refused(
+    tmp_path: Path, small: list[str], exported: Path
+) -> None:
+    changed = ["model.norm_eps=1e-6", "model.n_heads=8", "model.n_kv_heads=4"]
+    with pytest.raises(
+        ModelError,
+        match=r"is of another model than .*; give model\.n_heads=4 model\.n_kv_heads=2 model\.norm_eps=1e-05$",
+    ):
+        trained(tmp_path / "r", *small, *changed, f"init_from={exported}")
+
+
 def test_training_starts_from_a_hugging_face_folder(
     run_dir: Path, tmp_path: Path, small: list[str], exported: Path
 ) -> None:

@@ -218,6 +218,16 @@ def test_a_run_that_is_refused_stays_what_it_was(tmp_path: Path) -> None:
     assert {**read_status(tmp_path / "r"), "time": 0} == {**before, "time": 0} and before["state"] == "finished"
 
 
+def test_a_line_that_was_cut_short_does_not_hide_how_a_run_went(tmp_path: Path) -> None:
+    written(tmp_path / "r", [2.0, 1.0], seed=1)
+    with (tmp_path / "r" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "train/lo')
+    with pytest.raises(OSError, match="full"), Status(tmp_path / "r", {"steps": 5}):
+        raise OSError("the disk is full")
+    crash = json.loads((tmp_path / "r" / "crashes.jsonl").read_text())
+    assert crash["step"] == 2 and "the disk is full" in crash["error"]
+
+
 def test_final_losses_stand_over_a_rate_on_a_logarithmic_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scales = []
     runs = [

@@ -139,19 +139,24 @@ class Checkpoints:
         return final
 
     def newest(self) -> Checkpoint | None:
-        """Give the newest good checkpoint; a damaged one is named, set aside as `.corrupt`, and the next tried.
+        """Give the newest good checkpoint; damaged ones after it are named and set aside as `.corrupt`.
 
-        Rank 0 decides: what another rank would see of the disk may be old.
+        If none is good they stay where they are, and are refused again. Rank 0 decides: what another rank would see of
+        the disk may be old.
         """
-        found = self.ranks.on_first(lambda: committed(self.folder))
-        for path in found:
+        damaged: dict[Path, str] = {}
+        for path in self.ranks.on_first(lambda: committed(self.folder)):
             try:
-                return _open(path, self.ranks)
+                good = _open(path, self.ranks)
             except CheckpointError as error:
-                self.ranks.on_first(partial(_set_aside, path, str(error)))
-        if found:
+                damaged[path] = str(error)
+                continue
+            self.ranks.on_first(lambda: [_set_aside(path, reason) for path, reason in damaged.items()])
+            return good
+        if damaged:
             raise CheckpointError(
-                f"every checkpoint in {self.folder} is damaged; the run is not started over by itself"
+                f"every checkpoint in {self.folder} is damaged ({'; '.join(damaged.values())}); the run is not started "
+                "over by itself: bring one back, or pass another name="
             )
         return None
 

@@ -16,9 +16,10 @@ from training.config import CheckpointConfig, CheckpointError, Resume
 logger = logging.getLogger(__name__)
 
 STEP = re.compile(r"step-(\d{8})")
-# What makes a model another one: its tensors, and the number of heads in them
+# What makes a model another one: its tensors, the number of heads in them, and what is computed between them
 SHAPE_KEYS = (
     "vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "attention_bias", "tie_embeddings",
+    "rope_theta", "norm_eps",
 )  # fmt: skip
 # What may change when a run is resumed: nothing that decides what is learnt
 FREE_KEYS = (
@@ -27,6 +28,8 @@ FREE_KEYS = (
     "data.workers", "data.name", "data.path", "data.source", "data.input", "data.dataset", "data.dataset_config",
     "data.dataset_split", "data.text_key", "data.source_key", "data.text_lines", "data.raw_json",
     "data.valid_fraction", "data.valid_seed", "data.max_documents", "data.on_bad_record", "model.name",
+    "data.max_record_mb", "data.streaming", "data.style", "data.messages_key", "data.chat_template", "data.sources",
+    "data.valid_input",
 )  # fmt: skip
 
 
@@ -84,7 +87,7 @@ def refuse_other_model(old: dict[str, Any], new: dict[str, Any], origin: Path) -
     changed = [key for key in SHAPE_KEYS if before[key] != now[key]]
     if changed:
         told = ", ".join(f"model.{key} ({before[key]}, now {now[key]})" for key in changed)
-        raise CheckpointError(f"{origin} is of another model: {told}")
+        raise CheckpointError(f"{origin} is of another model: {told}; give the values that it was made with")
 
 
 def refuse_early(run_dir: Path, run_config: dict[str, Any], config: CheckpointConfig) -> None:

@@ -6,13 +6,16 @@ import math
 import netrc
 import os
 import secrets
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from training.config import LoggerConfig
 from training.plot import plot_loss
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Sinks:
@@ -27,17 +30,18 @@ class Sinks:
         self.run_dir, self.config, self.run_config, self.step, self.rank = run_dir, config, run_config, step, rank
 
     def __enter__(self) -> "Sinks":
-        self.tensorboard = self._tensorboard() if self.config.tensorboard and self.rank == 0 else None
-        self.wandb = self._wandb() if self.config.wandb and self.rank == 0 else None
+        first = self.rank == 0
+        self.tensorboard = _shown("TensorBoard", self._tensorboard) if self.config.tensorboard and first else None
+        self.wandb = _shown("wandb", self._wandb) if self.config.wandb and first else None
         self.metrics = Path(os.devnull if self.rank else self.run_dir / "metrics.jsonl").open("a", buffering=1)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.metrics.close()
         if self.tensorboard is not None:
-            self.tensorboard.close()
+            _shown("TensorBoard", self.tensorboard.close)
         if self.wandb is not None:
-            self.wandb.finish()
+            _shown("wandb", self.wandb.finish)
 
     def write(self, record: dict[str, Any]) -> None:
         """Write a record with its `step`; a number that is not finite is written as null."""
@@ -45,22 +49,17 @@ class Sinks:
         self.metrics.write(json.dumps(clean) + "\n")
         shown = {k: v for k, v in clean.items() if k != "step" and v is not None}
         if self.tensorboard is not None:
-            try:
-                for key, value in shown.items():
-                    self.tensorboard.add_scalar(key, value, record["step"])
-            except OSError as error:
-                logger.warning("TensorBoard is left: %s", error)
-                self.tensorboard = None
+            self.tensorboard = _shown("TensorBoard", partial(_add_scalars, self.tensorboard, shown, record["step"]))
         if self.wandb is not None:
-            self.wandb.log(shown, step=record["step"])
+            self.wandb = _shown("wandb", partial(_log, self.wandb, shown, record["step"]))
 
     def plot(self) -> None:
         """Draw loss.png from everything in metrics.jsonl."""
         if self.rank:
             return
-        plot_loss(self.run_dir / "metrics.jsonl", self.run_dir / "loss.png")
+        _shown("loss.png", partial(plot_loss, self.run_dir / "metrics.jsonl", self.run_dir / "loss.png"))
         if self.tensorboard is not None:
-            self.tensorboard.flush()
+            _shown("TensorBoard", self.tensorboard.flush)
 
     def _tensorboard(self) -> Any:
         from torch.utils.tensorboard.writer import SummaryWriter
@@ -87,6 +86,26 @@ class Sinks:
             dir=str(self.run_dir),
             config=self.run_config,
         )
+
+
+def _shown(display: str, call: Callable[[], T]) -> T | None:
+    """Call something of a display; None, and a warning, if it fails."""
+    try:
+        return call()
+    except Exception as error:  # whatever a library raises when its disk or its network is gone
+        logger.warning("%s is left: %s", display, error)
+        return None
+
+
+def _add_scalars(writer: Any, shown: dict[str, Any], step: int) -> Any:
+    for key, value in shown.items():
+        writer.add_scalar(key, value, step)
+    return writer
+
+
+def _log(run: Any, shown: dict[str, Any], step: int) -> Any:
+    run.log(shown, step=step)
+    return run
 
 
 def _has_wandb_key() -> bool:

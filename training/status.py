@@ -54,10 +54,14 @@ class Status:
         self.record |= {"state": state, "valid_loss": valid_loss if known else None}
 
     def _step(self) -> int:
-        """The last step that was written down."""
+        """The last step that was written down; a line may have been cut short."""
         path = self.run_dir / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return json.loads(lines[-1])["step"] if lines else 0
+        for line in reversed(path.read_text().splitlines() if path.exists() else []):
+            try:
+                return json.loads(line)["step"]
+            except json.JSONDecodeError:
+                continue
+        return 0
 
     def _write(self) -> None:
         if self.rank:

@@ -145,6 +145,22 @@ def test_a_full_disk_for_tensorboard_does_not_stop_the_run(tmp_path: Path, caplo
     assert caplog.text.count("TensorBoard is left") == 1
 
 
+def test_displays_that_fail_in_any_way_do_not_stop_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr("wandb.init", broken)
+    monkeypatch.setattr("training.sinks.plot_loss", broken)
+    monkeypatch.setattr("torch.utils.tensorboard.writer.SummaryWriter", broken)
+    with Sinks(tmp_path, LoggerConfig(wandb=True), run_config={"name": "x"}, step=0) as sinks:
+        sinks.write(record(1))
+        sinks.plot()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    assert [f"{name} is left: no network" in caplog.text for name in ("wandb", "loss.png", "TensorBoard")] == [True] * 3
+
+
 def test_the_picture_shows_both_curves(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("".join(json.dumps(record(step)) + "\n" for step in range(1, 50)))

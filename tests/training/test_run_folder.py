@@ -126,7 +126,7 @@ def test_another_configuration_or_model_is_refused_before_any_device_is_touched(
     shape = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 64}
     stored: dict[str, Any] = {
         "seed": 0,
-        "model": {**shape, "attention_bias": False, "tie_embeddings": False},
+        "model": {**shape, "attention_bias": False, "tie_embeddings": False, "rope_theta": 1e4, "norm_eps": 1e-5},
         "init_from": None,
     }
     state = tmp_path / "old" / "checkpoints" / "step-00000003" / "state.json"
