@@ -33,9 +33,8 @@ LAYOUTS = {
     "tied_pp_zero1": ["parallel=zero1", "parallel.pp=2", TIED],
 }
 PAIRS = [
-    ("single", "zero1"), ("zero1", "single"), ("zero1", "hybrid"), ("hybrid", "zero3"), ("zero3", "ddp"),
-    ("ddp", "hybrid"), ("zero3", "single"), ("zero1", "zero1"), ("single", "tp"), ("tp", "cp"), ("cp", "3d"),
-    ("3d", "zero3"), ("zero1", "3d"), ("3d", "single"), ("tp", "single"),
+    ("single", "zero1"), ("zero1", "hybrid"), ("hybrid", "zero3"), ("zero3", "ddp"), ("ddp", "single"),
+    ("zero1", "zero1"), ("single", "tp"), ("tp", "cp"), ("cp", "3d"), ("3d", "zero3"), ("3d", "single"),
     ("tied_zero1", "tied_3d"), ("tied_3d", "tied_pp_zero1"), ("tied_pp_zero1", "tied_zero1"),
 ]  # fmt: skip
 SAVED, STEPS = 3, 5

@@ -46,7 +46,6 @@ CONTEXT = {
 PIPELINE = {
     "pp_2": Case(2, "biased", layout={"pp": 2}),
     "pp_2_uneven": Case(2, layout={"pp": 2, "pipeline_layers": [1, 3]}),
-    "pp_4_zero1_8": Case(8, layout={"pp": 4, "dp_shard": 2, "zero_stage": 1}),
     "interleaved_2": Case(
         2, "biased", layout={"pp": 2, "virtual_stages": 2, "pipeline_schedule": Schedule["interleaved_1f1b"]}
     ),
@@ -59,10 +58,6 @@ PIPELINE = {
     "pp_tp_zero1_8": Case(8, "biased", layout={"pp": 2, "dp_shard": 2, "tp": 2, "zero_stage": 1}),
     "zero_bubble_tp_cp_8": Case(
         8, "biased", layout={"pp": 2, "cp": 2, "tp": 2, "zero_stage": 1, "pipeline_schedule": Schedule["zero_bubble"]}
-    ),
-    "interleaved_hybrid_8": Case(
-        8, layout={"pp": 2, "dp_replicate": 2, "dp_shard": 2, "zero_stage": 1, "virtual_stages": 2,
-                   "pipeline_schedule": Schedule["interleaved_1f1b"]},
     ),
     "pp_tied_2": Case(2, "tied", layout={"pp": 2}),
     "pp_tied_tp_zero1_8": Case(8, "tied", layout={"pp": 2, "dp_shard": 2, "tp": 2, "zero_stage": 1}),
@@ -82,10 +77,6 @@ PIPELINE = {
     ),
     "zero_bubble_zero2_4": Case(
         4, "biased", layout={"pp": 2, "dp_shard": 2, "zero_stage": 2, "pipeline_schedule": Schedule["zero_bubble"]}
-    ),
-    "zero_bubble_hybrid3_8": Case(
-        8, "biased", layout={"pp": 2, "dp_replicate": 2, "dp_shard": 2, "zero_stage": 3,
-                             "pipeline_schedule": Schedule["zero_bubble"]},
     ),
     "zero_bubble_zero3_recomputed_4": Case(
         4, layout={"pp": 2, "dp_shard": 2, "zero_stage": 3, "pipeline_schedule": Schedule["zero_bubble"],

@@ -279,7 +279,7 @@ def test_a_job_goes_on_without_its_client_is_found_by_the_next_and_saves_when_th
     job = job_of(tmp_path)
     assert client.stdout.readline() == f"job {job} is in the queue already: {os.path.relpath(tmp_path, ROOT)}\n"
     client.send_signal(signal.SIGINT)
-    told = client.communicate(timeout=60)[1]
+    told = client.communicate(timeout=150)[1]
     assert client.returncode == 130 and f"cancelled {job}; the same command goes on from" in told
     until(lambda: slurm.states([job]) == {job: "CANCELLED"})
     until(lambda: read_status(tmp_path)["state"] == "stopped")
