@@ -254,7 +254,7 @@ class GenerateConfig:
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     repetition_penalty: float = 1.0
-    stop: list[str] = field(default_factory=list)  # strings that end a text, beside the end-of-text token
+    stop: list[str] = field(default_factory=list)  # strings that end a text, beside the tokens that do
     seed: int = 0
     samples: int = 1  # texts a prompt
     batch_size: int = 16  # prompts decoded together
