@@ -85,8 +85,12 @@ def read_prompts(config: GenerateConfig) -> list[str]:
         return [config.prompt]
     path = Path(str(config.prompts))
     if not path.is_file():
-        raise ModelError(f"prompts ({path}) is no file; it holds one prompt a line")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        raise ModelError(f"prompts ({path}) is no file; name one that holds one prompt a line")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelError(f"prompts ({path}) is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise ModelError(f"prompts ({path}) holds no prompt")
     return lines

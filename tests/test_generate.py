@@ -135,6 +135,11 @@ def test_what_cannot_be_written_is_told(
 
 def test_a_prompts_file_without_prompts_is_told(run_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n")
-    for name, sentence in (("empty", "holds no prompt"), ("none", "is no file")):
+    (tmp_path / "latin").write_bytes("naïve".encode("latin-1"))
+    for name, sentence in (
+        ("empty", "holds no prompt"),
+        ("none", r"prompts \(.*none\) is no file; name one"),
+        ("latin", r"prompts \(.*latin\) is not UTF-8 at byte 2; save it as UTF-8"),
+    ):
         with pytest.raises(ModelError, match=sentence):
             generate.read_prompts(settings(run_dir, prompt=None, prompts=str(tmp_path / name)))
