@@ -155,7 +155,9 @@ def read_stop_ids(folder: Path) -> set[int]:
     """Give the tokens that end a text by a folder's generation_config.json, which it need not have."""
     path = folder / "generation_config.json"
     named = _read_json(path).get("eos_token_id") if path.exists() else None
-    return set(named) if isinstance(named, list) else {named} - {None}
+    if named is None:
+        return set()
+    return set(named) if isinstance(named, list) else {named}
 
 
 def _our_name(name: str, names: dict[str, str], folder: Path | str) -> str:
