@@ -1,6 +1,7 @@
 """Let a model write: python generate.py run=runs/demo prompt="def main("; or hf=folder, or prompts=file."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -18,29 +19,40 @@ if TYPE_CHECKING:
 UNFINISHED = "\ufffd"  # what the bytes of half a character decode to
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model that can write, with what its texts begin and end with."""
+
+    model: "Transformer"
+    tokenizer: "Tokenizer"
+    add_bos: bool
+    stop_ids: set[int]  # of the end of a text, and of an answer
+
+
 @hydra.main(version_base="1.3", config_path="conf", config_name="generate")
 def main(cfg: DictConfig) -> None:
     config: GenerateConfig = to_config(cfg)
     with sentences():
-        model, tokenizer, add_bos = load(config)
         texts = read_prompts(config)
+        loaded = load(config)
         jobs = [(number, text, sample) for number, text in enumerate(texts) for sample in range(config.samples)]
         if len(jobs) == 1:
-            write(model, tokenizer, add_bos, config, jobs, stream=sys.stdout)
+            write(loaded, config, jobs, stream=sys.stdout)
             print()
             return
         for at in range(0, len(jobs), config.batch_size):
             part = jobs[at : at + config.batch_size]
-            for (number, text, sample), new in zip(part, write(model, tokenizer, add_bos, config, part), strict=True):
+            for (number, text, sample), new in zip(part, write(loaded, config, part), strict=True):
                 print(f"--- prompt {number + 1}, sample {sample + 1}\n{text}{new}\n", flush=True)
 
 
-def load(config: GenerateConfig) -> "tuple[Transformer, Tokenizer, bool]":
-    """Open the model and its tokenizer, and say whether its texts begin with the bos token."""
+def load(config: GenerateConfig) -> Loaded:
+    """Open the model and its tokenizer, and find what its texts begin and end with."""
     import torch
 
+    from data.chat import answer_end
     from data.tokenizer import adds_bos, load_tokenizer
-    from model.hf import read_hf
+    from model.hf import read_hf, read_stop_ids
     from model.transformer import Transformer
     from training.checkpoint import open_checkpoint
 
@@ -49,19 +61,22 @@ def load(config: GenerateConfig) -> "tuple[Transformer, Tokenizer, bool]":
     if config.hf is not None:
         folder = Path(config.hf)
         model_config, weights = read_hf(folder)
-        add_bos = adds_bos(folder)
+        tokenizer, add_bos, stop_ids = load_tokenizer(folder), adds_bos(folder), read_stop_ids(folder)
     else:
         checkpoint = open_checkpoint(Path(str(config.run)))
-        folder = checkpoint.path.parent.parent / "tokenizer"
+        tokenizer = load_tokenizer(checkpoint.path.parent.parent / "tokenizer")
         model_config, weights = stored_model(checkpoint.state["config"]), checkpoint.read("model.")
         add_bos = bool(checkpoint.state["data"]["add_bos"])
-    tokenizer = load_tokenizer(folder)
+        end = answer_end(tokenizer)
+        stop_ids = set() if end is None else {end}
+    if tokenizer.eos_id is not None:
+        stop_ids.add(tokenizer.eos_id)
     with torch.device("meta"):
         model = Transformer(model_config)
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.dtype.value]
     model.load_state_dict({name: w.to(device, dtype) for name, w in weights.items()}, assign=True)
-    return model, tokenizer, add_bos
+    return Loaded(model, tokenizer, add_bos, stop_ids)
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:
@@ -70,25 +85,28 @@ def read_prompts(config: GenerateConfig) -> list[str]:
         return [config.prompt]
     path = Path(str(config.prompts))
     if not path.is_file():
-        raise ModelError(f"prompts ({path}) is no file; it holds one prompt a line")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        raise ModelError(f"prompts ({path}) is no file; name one that holds one prompt a line")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelError(f"prompts ({path}) is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise ModelError(f"prompts ({path}) holds no prompt")
     return lines
 
 
 def write(
-    model: "Transformer",
-    tokenizer: "Tokenizer",
-    add_bos: bool,
+    loaded: Loaded,
     config: GenerateConfig,
     jobs: list[tuple[int, str, int]],
     stream: TextIO | None = None,
 ) -> list[str]:
-    """Continue the prompts of some jobs together and give the new texts, each up to its stop string."""
+    """Continue the prompts of some jobs together and give the new texts, each up to its end or stop string."""
     from model.sampling import Sampling, generate
 
-    bos = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
+    model, tokenizer = loaded.model, loaded.tokenizer
+    bos = [tokenizer.bos_id] if loaded.add_bos and tokenizer.bos_id is not None else []
     prompts = [bos + tokenizer.encode(text) for _, text, _ in jobs]
     for (_, text, _), ids in zip(jobs, prompts, strict=True):
         if not ids:
@@ -113,7 +131,7 @@ def write(
         prompts,
         sampling,
         max_new_tokens=config.max_new_tokens,
-        stop_ids={tokenizer.eos_id} if tokenizer.eos_id is not None else set(),
+        stop_ids=loaded.stop_ids,
         seeds=[config.seed + 1_000_003 * number + sample for number, _, sample in jobs],
         vocab_size=tokenizer.vocab_size,
         use_cache=config.cache,

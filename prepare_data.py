@@ -45,12 +45,13 @@ def write(config: PrepareConfig) -> bool:
     import os
 
     from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
 
     from data.prepare import Counts, prepare
 
     workers = config.workers or len(os.sched_getaffinity(0))
     start, before = 0.0, 0
-    with tqdm(unit=" documents", mininterval=0.5, file=sys.stderr) as bar:
+    with logging_redirect_tqdm(), tqdm(unit=" documents", mininterval=0.5, file=sys.stderr) as bar:
 
         def on_progress(counts: Counts) -> None:
             nonlocal start, before

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from assembly.build import DTYPES
 from conf.schema import TrainConfig
 from data.corpus import Corpus
-from data.tokenizer import save_tokenizer
+from data.tokenizer import export_problem, save_tokenizer
 from model.attention import resolve_backend
 from parallel.mesh import Mesh
 from training.progress import Progress
@@ -51,6 +51,8 @@ def describe(config: TrainConfig, mesh: Mesh, corpus: Corpus, progress: Progress
         f"start      step {progress.step}",
     ):
         logger.info("%s", line)
+    if mesh.rank == 0 and corpus.tokenizer is not None and (problem := export_problem(corpus.tokenizer)):
+        logger.warning("%s", problem)
 
 
 def keep_inputs(config: TrainConfig, run_config: dict[str, Any], run_dir: Path, corpus: Corpus) -> None:

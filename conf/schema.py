@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -32,6 +33,7 @@ from training.config import (
     PrecisionConfig,
     SchedulerConfig,
 )
+from training.run_folder import checkpoints_of
 
 CONTENT = ("model", "optimizer", "scheduler", "sampler", "all")
 NAME = re.compile(r"[A-Za-z0-9._=,+-]+(/[A-Za-z0-9._=,+-]+)*")
@@ -231,6 +233,14 @@ class PrepareConfig:
             yield f"workers ({self.workers}) must be at least 1, or null for all cores"
 
 
+def _origin_problems(key: str, run: str | None, hf: str | None) -> Iterator[str]:
+    """Tell before torch is imported if there is no model where one is to be read from."""
+    if run is not None and not checkpoints_of(Path(run)):
+        yield f"run ({run}) holds no checkpoint; name a run folder such as runs/demo, or one of its checkpoints"
+    if hf is not None and not (Path(hf) / "config.json").is_file():
+        yield f"{key} ({hf}) holds no config.json; name a Hugging Face folder such as runs/demo/hf"
+
+
 @dataclass(kw_only=True, slots=True)
 class ExportConfig:
     run: str | None = None  # a run folder or one of its checkpoints
@@ -241,6 +251,7 @@ class ExportConfig:
     def problems(self) -> Iterator[str]:
         if (self.run is None) == (self.from_hf is None):
             yield "run and from_hf: set one of them, run=runs/<name> to export or from_hf=<folder> to bring in"
+        yield from _origin_problems("from_hf", self.run, self.from_hf)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -254,7 +265,7 @@ class GenerateConfig:
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     repetition_penalty: float = 1.0
-    stop: list[str] = field(default_factory=list)  # strings that end a text, beside the end-of-text token
+    stop: list[str] = field(default_factory=list)  # strings that end a text, beside the tokens that do
     seed: int = 0
     samples: int = 1  # texts a prompt
     batch_size: int = 16  # prompts decoded together
@@ -265,6 +276,7 @@ class GenerateConfig:
     def problems(self) -> Iterator[str]:
         if (self.run is None) == (self.hf is None):
             yield "run and hf: set one of them, run=runs/<name> or hf=<folder>"
+        yield from _origin_problems("hf", self.run, self.hf)
         if (self.prompt is None) == (self.prompts is None):
             yield 'prompt and prompts: set one of them, prompt="..." or prompts=<file with one a line>'
         for key in ("max_new_tokens", "samples", "batch_size"):

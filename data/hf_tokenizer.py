@@ -12,6 +12,7 @@ from data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
+    export_problem,
     sentencepiece_proto,
 )
 
@@ -65,19 +66,10 @@ def fast_from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any:
     import tokenizers
     from tokenizers import AddedToken, decoders, models, normalizers
 
+    if problem := export_problem(tokenizer):
+        raise DataError(problem)
     proto = sentencepiece_proto(tokenizer.path)
     kinds = proto.SentencePiece
-    rules, trainer = proto.normalizer_spec, proto.trainer_spec
-    if (
-        trainer.model_type != trainer.BPE
-        or rules.add_dummy_prefix
-        or rules.remove_extra_whitespaces
-        or rules.precompiled_charsmap
-    ):
-        raise DataError(
-            f"{tokenizer.path} is not a BPE model with the identity normaliser, no dummy prefix and no whitespace "
-            "removal: only such a model has an equal tokenizer.json"
-        )
     vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     merges = []
     for piece in proto.pieces:

@@ -7,6 +7,7 @@ ends with the same bytes. Several processes may each do a part; the last one to 
 
 import fcntl
 import json
+import logging
 import math
 import os
 import shutil
@@ -27,7 +28,9 @@ from data.journal import Counts, Journal, changed_input, write_whole
 from data.part import Part, group_of
 from data.read import blocks
 from data.shards import FORMAT_VERSION, Header, Shard, read_about
-from data.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
+from data.tokenizer import CHAT_TEMPLATE, Tokenizer, export_problem, load_tokenizer, save_tokenizer, train_tokenizer
+
+logger = logging.getLogger(__name__)
 
 # What training reads of a DataConfig and preparing does not, and what only decides when to stop
 OTHER_KEYS = {"name", "path", "seq_len", "pack_len", "packing", "micro_batch_size", "seed", "workers"}
@@ -328,7 +331,10 @@ def _tokenizer(
         save_tokenizer(load_tokenizer(Path(data.path) / "tokenizer"), folder)
         return load_tokenizer(folder)
     if config.model is not None:
-        save_tokenizer(load_tokenizer(config.model), folder)
+        tokenizer = load_tokenizer(config.model)
+        if problem := export_problem(tokenizer):
+            logger.warning("%s", problem)
+        save_tokenizer(tokenizer, folder)
         return load_tokenizer(folder)
     print(f"training a tokenizer of {config.vocab_size} pieces", flush=True)
     texts = _tokenizer_texts(data, todo, config.train_bytes)

@@ -59,6 +59,7 @@ class SentencePieceTokenizer:
         proto = sentencepiece_proto(path)
         self.words = WordEncoder.of(self.model, proto)
         self.cuts_at_spaces = _cuts_at_spaces(proto)
+        self.exports = _exports(proto)
         self.vocab_size = self.model.vocab_size()
         self.bos_id = self.model.bos_id() if self.model.bos_id() >= 0 else None
         self.eos_id = self.model.eos_id() if self.model.eos_id() >= 0 else None
@@ -154,6 +155,24 @@ def _cuts_at_spaces(proto: Any) -> bool:
     return none_inside(p.piece for p in proto.pieces if p.type in (kinds.NORMAL, kinds.USER_DEFINED, kinds.UNUSED))
 
 
+def _exports(proto: Any) -> bool:
+    """Say whether a SentencePiece model has an equal tokenizer.json, as `data.hf_tokenizer` makes it."""
+    rules, trainer = proto.normalizer_spec, proto.trainer_spec
+    changes = rules.add_dummy_prefix or rules.remove_extra_whitespaces or rules.precompiled_charsmap
+    return trainer.model_type == trainer.BPE and not changes
+
+
+def export_problem(tokenizer: Tokenizer) -> str | None:
+    """Say why a tokenizer cannot be exported, and what to do; None if it can."""
+    if not isinstance(tokenizer, SentencePieceTokenizer) or tokenizer.exports:
+        return None
+    return (
+        f"{tokenizer.path} is not a BPE model with the identity normaliser, no dummy prefix and no whitespace "
+        "removal, so export.py can make no equal tokenizer.json of it; name the tokenizer.json of the same model "
+        "instead, or a folder that holds both"
+    )
+
+
 def sentencepiece_proto(path: Path) -> Any:
     """Read a SentencePiece model as the message it is: its pieces, and how it was trained."""
     from sentencepiece import sentencepiece_model_pb2
@@ -164,13 +183,17 @@ def sentencepiece_proto(path: Path) -> Any:
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
-    """Open a SentencePiece `.model`, a `tokenizer.json`, a folder that holds one, or a Hugging Face name."""
+    """Open a SentencePiece `.model`, a `tokenizer.json`, a folder that holds one, or a Hugging Face name.
+
+    Of a folder with both it is tokenizer.model, unless that cannot be exported.
+    """
     path = Path(name)
     if path.is_dir():
-        for file in ("tokenizer.model", "tokenizer.json"):
-            if (path / file).exists():
-                return load_tokenizer(path / file)
-        raise DataError(f"{path} holds no tokenizer: neither tokenizer.model nor tokenizer.json is there")
+        files = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).exists()]
+        if not files:
+            raise DataError(f"{path} holds no tokenizer: neither tokenizer.model nor tokenizer.json is there")
+        first = load_tokenizer(files[0])
+        return load_tokenizer(files[-1]) if export_problem(first) else first
     if path.is_file():
         return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
     if path.suffix in (".model", ".json") or len(path.parts) > 2:

@@ -151,6 +151,15 @@ def read_hf_config(about: dict[str, Any], folder: Path) -> ModelConfig:
     )
 
 
+def read_stop_ids(folder: Path) -> set[int]:
+    """Give the tokens that end a text by a folder's generation_config.json, which it need not have."""
+    path = folder / "generation_config.json"
+    named = _read_json(path).get("eos_token_id") if path.exists() else None
+    if named is None:
+        return set()
+    return set(named) if isinstance(named, list) else {named}
+
+
 def _our_name(name: str, names: dict[str, str], folder: Path | str) -> str:
     stem, kind = name.rsplit(".", 1)
     block = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)

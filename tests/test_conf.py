@@ -211,6 +211,19 @@ def test_generate_and_export_want_exactly_one_source() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "argv", [["export.py", "run"], ["export.py", "from_hf"], ["generate.py", "run"], ["generate.py", "hf"]]
+)
+def test_a_model_that_is_not_there_is_told_without_torch(argv: list[str]) -> None:
+    command, key = argv
+    prompt = ["prompt=x"] if command == "generate.py" else []
+    argv = [sys.executable, "-X", "importtime", command, f"{key}=/nowhere", *prompt]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and " torch\n" not in done.stderr, done.stderr
+    holds = "checkpoint" if key == "run" else "config.json"
+    assert f"error: {key} (/nowhere) holds no {holds}; name a " in done.stderr
+
+
 def test_a_section_error_names_every_key_and_value() -> None:
     with pytest.raises(ConfigError, match=r"global_batch_tokens \(1000\) must be a positive multiple"):
         composed("global_batch_tokens=1000")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import export
 from conf.schema import ExportConfig, stored_model
+from data.tokenizer import load_tokenizer, sentencepiece_proto
 from model.config import ModelConfig, ModelError
 from model.hf import llama_config, read_hf, read_hf_config
 from model.transformer import Transformer
@@ -89,6 +90,20 @@ def test_weights_of_a_model_that_computes_something_else_are_refused(
         match=r"is of another model than .*; give model\.n_heads=4 model\.n_kv_heads=2 model\.norm_eps=1e-05$",
     ):
         trained(tmp_path / "r", *small, *changed, f"init_from={exported}")
+
+
+def test_a_folder_whose_tokenizer_model_puts_a_blank_first_goes_out_again(exported: Path, tmp_path: Path) -> None:
+    llama = shutil.copytree(exported, tmp_path / "llama")
+    proto = sentencepiece_proto(llama / "tokenizer.model")
+    proto.normalizer_spec.add_dummy_prefix = True
+    (llama / "tokenizer.model").write_bytes(proto.SerializeToString())
+    fast = json.loads((llama / "tokenizer.json").read_text())  # as Llama 2's
+    fast["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, fast["normalizer"]]}
+    fast["decoder"]["decoders"].append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    (llama / "tokenizer.json").write_text(json.dumps(fast))
+    export.bring_in(llama, str(tmp_path / "run"))
+    export.export(tmp_path / "run", ExportConfig(run=str(tmp_path / "run"), out=str(tmp_path / "hf")))
+    assert load_tokenizer(tmp_path / "hf").encode("x y") == load_tokenizer(llama / "tokenizer.json").encode("x y")
 
 
 def test_training_starts_from_a_hugging_face_folder(

@@ -1,8 +1,10 @@
 """generate.py from a run and from an exported folder."""
 
 import io
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,8 @@ PROMPT = "def main("
 
 
 def texts(config: GenerateConfig, prompts: list[str], stream: io.StringIO | None = None) -> list[str]:
-    model, tokenizer, add_bos = generate.load(config)
     jobs = [(number, prompt, sample) for number, prompt in enumerate(prompts) for sample in range(config.samples)]
-    return generate.write(model, tokenizer, add_bos, config, jobs, stream)
+    return generate.write(generate.load(config), config, jobs, stream)
 
 
 def settings(run_dir: Path, **changes: object) -> GenerateConfig:
@@ -47,6 +48,21 @@ def test_an_exported_folder_writes_the_same_text(run_dir: Path, tmp_path: Path) 
     for changes in ({"temperature": 0.0}, {"seed": 3}):
         from_hf = settings(run_dir, run=None, hf=str(tmp_path / "hf"), **changes)
         assert texts(from_hf, [PROMPT]) == texts(settings(run_dir, **changes), [PROMPT])
+
+
+@pytest.mark.parametrize(("named", "ends"), [(7, {2, 7}), ([7, 8], {2, 7, 8}), (None, {2})])
+def test_a_hugging_face_folder_says_which_tokens_end_a_text(
+    run_dir: Path, tmp_path: Path, named: object, ends: set[int]
+) -> None:
+    export.export(run_dir, ExportConfig(run=str(run_dir), out=str(tmp_path / "hf")))
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    assert generate.load(settings(run_dir, run=None, hf=str(tmp_path / "hf"))).stop_ids == ends
+
+
+def test_a_text_ends_with_any_of_its_tokens(run_dir: Path) -> None:
+    loaded, config = generate.load(settings(run_dir)), settings(run_dir)
+    every = replace(loaded, stop_ids=set(range(loaded.tokenizer.vocab_size)))
+    assert generate.write(loaded, config, [(0, PROMPT, 0)]) != generate.write(every, config, [(0, PROMPT, 0)]) == [""]
 
 
 def test_a_prompts_file_gives_each_prompt_its_samples_whatever_the_batch(run_dir: Path, tmp_path: Path) -> None:
@@ -119,6 +135,11 @@ def test_what_cannot_be_written_is_told(
 
 def test_a_prompts_file_without_prompts_is_told(run_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n")
-    for name, sentence in (("empty", "holds no prompt"), ("none", "is no file")):
+    (tmp_path / "latin").write_bytes("naïve".encode("latin-1"))
+    for name, sentence in (
+        ("empty", "holds no prompt"),
+        ("none", r"prompts \(.*none\) is no file; name one"),
+        ("latin", r"prompts \(.*latin\) is not UTF-8 at byte 2; save it as UTF-8"),
+    ):
         with pytest.raises(ModelError, match=sentence):
             generate.read_prompts(settings(run_dir, prompt=None, prompts=str(tmp_path / name)))

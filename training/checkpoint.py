@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from training.config import CheckpointError
 from training.metadata import MetadataReader, check_complete, read_metadata
 from training.ranks import Ranks, reason_of, some
-from training.run_folder import STEP, committed
+from training.run_folder import checkpoints_of, committed
 
 logger = logging.getLogger(__name__)
 
@@ -184,13 +184,7 @@ class Checkpoints:
 def open_checkpoint(path: Path, ranks: Ranks | None = None) -> Checkpoint:
     """Open a checkpoint folder, or the newest good one of a run folder, changing nothing."""
     ranks = ranks or Ranks()
-
-    def candidates() -> list[Path]:
-        if (path / "manifest.json").exists() or STEP.fullmatch(path.name):
-            return [path]
-        return committed(path / "checkpoints")
-
-    found = ranks.on_first(candidates)
+    found = ranks.on_first(lambda: checkpoints_of(path))
     if not found:
         raise CheckpointError(
             f"there is no checkpoint in {path}; name a run folder such as runs/demo, or one of its checkpoints"

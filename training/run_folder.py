@@ -109,6 +109,13 @@ def refuse_early(run_dir: Path, run_config: dict[str, Any], config: CheckpointCo
             refuse_other_model(stored, run_config, folder)
 
 
+def checkpoints_of(path: Path) -> list[Path]:
+    """Give the checkpoint that a path is, or those of a run folder, newest first."""
+    if (path / "manifest.json").exists() or STEP.fullmatch(path.name):
+        return [path]
+    return committed(path / "checkpoints")
+
+
 def committed(folder: Path) -> list[Path]:
     """Committed checkpoints, newest step first; file times say nothing."""
     if not folder.is_dir():

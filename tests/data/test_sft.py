@@ -10,7 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 import export
-from conf.schema import ExportConfig
+import generate
+from conf.schema import ExportConfig, GenerateConfig
 from data.batches import IGNORED
 from data.chat import special_ids
 from data.config import DataConfig, DataError, OnBadRecord, Packing, Source, Style, TokenizerConfig
@@ -121,7 +122,11 @@ def test_the_experiment_starts_from_a_model_and_learns_the_answers(tmp_path: Pat
     text = theirs.apply_chat_template(TURNS[1:2], tokenize=False, add_generation_prompt=True)
     assert text == "<|User|>:What is 12 + 30?<eoh>\n<|Bot|>:"
     generation = json.loads((tmp_path / "sft" / "hf" / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == [2, special_ids(symbols)["<eoa>"]]
+    ends = [2, special_ids(symbols)["<eoa>"]]
+    assert generation["eos_token_id"] == ends
+    of_run = GenerateConfig(run=str(tmp_path / "sft"), prompt="x", device="cpu")
+    of_export = GenerateConfig(hf=str(tmp_path / "sft" / "hf"), prompt="x", device="cpu")
+    assert generate.load(of_run).stop_ids == generate.load(of_export).stop_ids == set(ends)
     asked = [{"role": "user", "content": "Add 3 and 1.\nBriefly."}, {"role": "assistant", "content": "It is 4."}]
     ids = [*theirs.apply_chat_template(asked, return_dict=True)["input_ids"], 2]
     shard = next(iter((Path(data.path) / "train").glob("*.bin"))).with_suffix("")

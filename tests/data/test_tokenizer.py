@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import tokenizer as module
-from data.config import DataError
+from data.config import DataConfig, DataError
 from data.cuts import cut, last_space
 from data.hf_tokenizer import write_hf_tokenizer
 from data.mixed_text import mixed_lines
@@ -23,6 +23,9 @@ from data.tokenizer import (
     sentencepiece_proto,
     train_tokenizer,
 )
+from tests.conftest import trained
+from tests.data.corpora import made
+from tests.data.test_sft import SMALL
 
 # U+2581 is how SentencePiece writes a space, so it cannot stand for itself; surrogates are no characters.
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581\0"))
@@ -101,6 +104,30 @@ def test_a_tokenizer_is_found_again_in_the_folder_it_was_saved_to(tokenizer: Tok
     save_tokenizer(tokenizer, tmp_path / "a")
     assert load_tokenizer(tmp_path / "a").fingerprint == tokenizer.fingerprint
     assert load_tokenizer(tmp_path / "a" / "tokenizer.model").encode("x y") == tokenizer.encode("x y")
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [("add_dummy_prefix", "tokenizer.json"), ("remove_extra_whitespaces", "tokenizer.json"), (None, "tokenizer.model")],
+)
+def test_of_a_folder_with_both_the_one_that_can_be_exported_is_taken(
+    tokenizer: Tokenizer, tmp_path: Path, rule: str | None, name: str
+) -> None:
+    write_hf_tokenizer(tokenizer, tmp_path, add_bos=False, max_len=64)
+    anchored(tokenizer, tmp_path / "tokenizer.model", **({rule: True} if rule else {}))
+    assert load_tokenizer(tmp_path).path.name == name
+
+
+def test_that_a_tokenizer_cannot_be_exported_is_said_before_the_work(
+    tokenizer: Tokenizer, config: DataConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sentence = "so export.py can make no equal tokenizer.json of it; name the tokenizer.json of the same model instead"
+    made(config, anchored(tokenizer, tmp_path / "t.model", add_dummy_prefix=True))
+    assert caplog.text.count(sentence) == 1
+    trained(tmp_path / "run", "data=local", f"data.path={config.path}", *SMALL, "steps=1")
+    assert caplog.text.count(sentence) == 2
+    with pytest.raises(DataError, match=sentence):
+        write_hf_tokenizer(load_tokenizer(tmp_path / "run" / "tokenizer"), tmp_path, add_bos=False, max_len=64)
 
 
 @pytest.mark.parametrize("add_bos", [False, True])
