@@ -14,7 +14,8 @@ from omegaconf import DictConfig
 
 from conf.command import run, sentences
 from conf.schema import ExportConfig, stored_model, to_config
-from model.config import ModelConfig, ModelError
+from model.config import ModelConfig, ModelError, read_json
+from training.origin import checkpoints_in
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +53,7 @@ def main(cfg: DictConfig) -> None:
 
 def export(run_path: Path, config: ExportConfig) -> None:
     """Write a run's newest checkpoint as a Hugging Face folder, and let it be seen only if it verifies."""
+    checkpoints_in(run_path)  # says no before torch is imported
     from data.tokenizer import load_tokenizer
     from training.checkpoint import open_checkpoint
 
@@ -225,6 +227,7 @@ def judge(found: dict[str, Any]) -> None:
 
 def bring_in(folder: Path, out: str | None) -> None:
     """Turn a Hugging Face folder into a run folder with one checkpoint, from which to train, generate or export."""
+    read_json(folder / "config.json")  # says no before torch is imported
     from conf.schema import plain
     from data.tokenizer import adds_bos, load_tokenizer, save_tokenizer
     from model.hf import read_hf

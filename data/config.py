@@ -7,6 +7,7 @@ Free of torch, so that a wrong value is refused before torch is imported.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 
 from omegaconf import MISSING
 
@@ -137,6 +138,13 @@ class DataConfig:
                 f"data.micro_batch_size ({self.micro_batch_size}) x data.seq_len ({self.seq_len}) "
                 f"must be a multiple of data.pack_len ({self.pack_len})"
             )
+
+
+def refuse_unprepared(config: DataConfig) -> None:
+    """Raise `DataError` if training would read what prepare_data.py writes and it is not there."""
+    is_prepared = config.source not in (Source.tokens, Source.random)
+    if is_prepared and not (Path(config.path) / "corpus.json").exists():
+        raise DataError(f"there is no prepared data in {config.path}; run: python prepare_data.py data={config.name}")
 
 
 @dataclass(kw_only=True, slots=True)
