@@ -68,9 +68,8 @@ class DataConfig:
     valid_fraction: float = 0.01
     valid_seed: int = 42
     max_documents: int | None = None
-    max_record_mb: int = (
-        32  # of a record, its long strings not counted, or of a conversation: that is in memory at once
-    )
+    # of a record, its long strings not counted, or of a conversation: that is in memory at once
+    max_record_mb: int = 32
     on_bad_record: OnBadRecord = OnBadRecord.error
     vocab_size: int = 32768  # of a tokenizer trained for this corpus; the range of random tokens
 

@@ -96,6 +96,10 @@ def test_the_tutorial_experiment_has_the_tutorials_hyper_parameters() -> None:
             ["launcher=slurm", "optimizer.lr=1e-3,-1"],
             ["optimizer.lr (-1.0) must be positive and finite (at optimizer.lr=-1)"],
         ),
+        (["skip_batches=3"], ["skip_batches (3) must be a list, as in skip_batches=[3]"]),
+        (["7b", "foo"], ["7b is no key=value; did you mean model=7b?", "foo is no key=value"]),
+        (["local"], ["local is no key=value; did you mean data=local or launcher=local?"]),
+        (["+experiment=demo"], ["+experiment=demo: leave out the +, as in experiment=demo"]),
         (["skip_batches=[2,3-1]"], ["skip_batches (2,3-1) must look like [17,100-120]"]),
         (
             ["name=../x"],
@@ -195,6 +199,12 @@ def test_a_value_that_hydra_cannot_read_is_told_with_the_way_out() -> None:
     assert sentence.startswith("the command line cannot be read: ") and sentence.endswith("""as in 'key="a (b), c"'""")
 
 
+def test_a_value_where_a_list_belongs_is_told() -> None:
+    assert told("run=x", "prompt=x", "stop=end", config_name="generate") == [
+        "stop (end) must be a list, as in stop=[end]"
+    ]
+
+
 def test_preparing_asks_for_the_text_and_training_does_not() -> None:
     assert told("data=local", config_name="prepare_data") == [
         "data.input is not set; name a file, a folder or a glob, such as data.input='texts/*.jsonl.gz'"
@@ -253,3 +263,4 @@ def test_a_command_answers_without_torch(tmp_path: Path, argv: str, code: int, s
     )
     assert done.returncode == code and sentence in done.stderr and "Traceback" not in done.stderr
     assert " torch\n" not in done.stderr, "torch was imported to say no"
+    assert "documents/s" not in done.stderr, "a progress bar was shown of nothing"
