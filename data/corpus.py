@@ -189,9 +189,14 @@ def _own_shard(stem: Path, tokenizer: Tokenizer, vocab_size: int) -> Shard:
     shard = Shard(stem)
     assert shard.header is not None
     if shard.header.tokenizer != tokenizer.fingerprint:
-        raise DataError(f"{stem}.bin was written with another tokenizer than {tokenizer.path}")
+        raise DataError(
+            f"{stem}.bin was written with another tokenizer than {tokenizer.path}; prepare the corpus again"
+        )
     if shard.header.max_token >= vocab_size:
-        raise DataError(f"{stem}.bin holds token {shard.header.max_token}, outside model.vocab_size ({vocab_size})")
+        raise DataError(
+            f"{stem}.bin holds token {shard.header.max_token}, outside model.vocab_size ({vocab_size}); prepare the "
+            "corpus again, or pass a larger model.vocab_size"
+        )
     return shard
 
 

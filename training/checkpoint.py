@@ -152,7 +152,8 @@ class Checkpoints:
                 self.ranks.on_first(partial(_set_aside, path, str(error)))
         if found:
             raise CheckpointError(
-                f"every checkpoint in {self.folder} is damaged; the run is not started over by itself"
+                f"every checkpoint in {self.folder} is damaged; the run is not started over by itself: "
+                "pass another name="
             )
         return None
 
@@ -188,7 +189,10 @@ def open_checkpoint(path: Path, ranks: Ranks | None = None) -> Checkpoint:
             if found == [path]:
                 raise
             logger.warning("%s; trying an older one", error)
-    raise CheckpointError(f"every checkpoint in {path / 'checkpoints'} is damaged")
+    raise CheckpointError(
+        f"every checkpoint in {path / 'checkpoints'} is damaged; "
+        "name another run or checkpoint, or train this one again"
+    )
 
 
 def _write(folder: Path, step: int, tensors: dict[str, Tensor], text: str, ranks: Ranks) -> None:

@@ -67,7 +67,10 @@ class Kept:
             found = weights.get(name.removeprefix("model."))
             if found is None or found.shape != tensor.shape:
                 shape = "missing" if found is None else tuple(found.shape)
-                raise CheckpointError(f"init_from ({origin}): {name} is {shape} there and {tuple(tensor.shape)} here")
+                raise CheckpointError(
+                    f"init_from ({origin}): {name} is {shape} there and {tuple(tensor.shape)} here; "
+                    "pass the model= that it is of"
+                )
             _copy_part(tensor, found)
         self.optimizer.refresh(tensors)
 
@@ -100,7 +103,10 @@ def resume_or_start(
     checkpoint = checkpoints.newest()
     if checkpoint is None:
         if config.resume is Resume.must:
-            raise CheckpointError(f"checkpoint.resume (must): there is no checkpoint in {run_dir}")
+            raise CheckpointError(
+                f"checkpoint.resume (must): there is no checkpoint in {run_dir}; "
+                "pass checkpoint.resume=auto to begin here"
+            )
         if run_config["init_from"] is not None:
             _initialise(kept, run_config, read_hf, checkpoints.ranks)
         return
