@@ -114,7 +114,7 @@ def write(
         if len(ids) >= model.config.max_seq_len:
             raise ModelError(
                 f"the prompt {text[:40]!r}... has {len(ids)} tokens, "
-                f"and the model reads at most {model.config.max_seq_len}"
+                f"and the model reads at most {model.config.max_seq_len}; shorten it"
             )
     new_ids: list[list[int]] = [[] for _ in jobs]
     printer = Printer(stream, jobs[0][1], config.stop)

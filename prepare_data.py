@@ -51,7 +51,11 @@ def write(config: PrepareConfig) -> bool:
 
     workers = config.workers or len(os.sched_getaffinity(0))
     start, before = 0.0, 0
-    with logging_redirect_tqdm(), tqdm(unit=" documents", mininterval=0.5, file=sys.stderr) as bar:
+    # The delay keeps the bar away until there is something to count.
+    with (
+        logging_redirect_tqdm(),
+        tqdm(unit=" documents", mininterval=0.5, delay=1e-3, file=sys.stderr) as bar,
+    ):
 
         def on_progress(counts: Counts) -> None:
             nonlocal start, before

@@ -80,13 +80,18 @@ def _as_addition(argument: str, config_name: str) -> str:
     return f"+{argument}" if _in_dictionary(SCHEMAS[config_name], key) else argument
 
 
-def _in_dictionary(schema: Any, key: str) -> bool:
-    """Say whether a dotted key is a dictionary of a schema, or in one."""
+def _type_of(schema: Any, key: str) -> Any:
+    """Give the type of what a dotted key names in a schema, or of the last on the way there that it knows."""
     for part in key.split("."):
         if get_origin(schema) is dict or part not in getattr(schema, "__dataclass_fields__", {}):
             break
         schema = schema.__dataclass_fields__[part].type
-    return get_origin(schema) is dict
+    return schema
+
+
+def _in_dictionary(schema: Any, key: str) -> bool:
+    """Say whether a dotted key is a dictionary of a schema, or in one."""
+    return get_origin(_type_of(schema, key)) is dict
 
 
 def _help(overrides: list[str], config_name: str) -> str:
@@ -150,18 +155,31 @@ def command_line_problems(argv: list[str], config_name: str) -> Iterator[str]:
     args = get_args_parser().parse_args(argv)
     if any(getattr(args, flag, None) for flag in HYDRA_ONLY + ELSEWHERE):
         return
+    words = [word for word in args.overrides if "=" not in word and not word.startswith("~")]
     try:
-        overrides = OverridesParser.create().parse_overrides(args.overrides)
+        overrides = OverridesParser.create().parse_overrides([o for o in args.overrides if o not in words])
     except HydraException as error:
         reason = _first_line(error).split(" See https")[0]
         yield f"the command line cannot be read: {reason}; quote such a value twice, as in 'key=\"a (b), c\"'"
         return
-    wrong = [problem for override in overrides for problem in override_problems(override, config_name)]
+    wrong = [_no_value(word, config_name) for word in words]
+    wrong += [problem for override in overrides for problem in override_problems(override, config_name)]
     if wrong:
         yield from wrong
         return
     with initialize_config_dir(str(CONF), version_base="1.3"):
         yield from _point_problems(overrides, args, config_name)
+
+
+def _no_value(word: str, config_name: str) -> str:
+    """Say that a word sets nothing, and of which groups it is an option."""
+    groups = sorted(path.parent.name for path in CONF.glob("*/*.yaml") if path.stem == word)
+    meant = " or ".join(f"{group}={word}" for group in groups if _has_group(group, config_name))
+    return f"{word} is no key=value; did you mean {meant}?" if meant else f"{word} is no key=value"
+
+
+def _has_group(group: str, config_name: str) -> bool:
+    return config_name == "train" or group in SCHEMAS[config_name].__dataclass_fields__
 
 
 def _point_problems(overrides: list[Override], args: Any, config_name: str) -> Iterator[str]:
@@ -258,6 +276,8 @@ def override_problems(override: Override, config_name: str) -> Iterator[str]:
                 yield f"{key}=null: this group needs an option; choose from {', '.join(options)}"
             elif value not in options and not override.is_delete():
                 yield f"{key}={value}: there is no such option; {did_you_mean(value, options)}"
+            elif (override.is_add() or override.is_force_add()) and _has_group(key, config_name):
+                yield f"{override.input_line}: leave out the +, as in {key}={value}"
         return
     schema = SCHEMAS[config_name]
     yield from (_unknown(schema, key, config_name) or ())
@@ -293,6 +313,9 @@ def _unknown(schema: type, key: str, config_name: str) -> list[str]:
 
 
 def _type_problem(schema: type, key: str, value: Any) -> Iterator[str]:
+    if isinstance(value, str | int | float) and get_origin(_type_of(schema, key)) is list:
+        yield f"{key} ({value}) must be a list, as in {key}=[{value}]"
+        return
     nested: Any = value
     for part in reversed(key.split(".")):
         nested = {part: nested}

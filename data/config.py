@@ -7,6 +7,7 @@ Free of torch, so that a wrong value is refused before torch is imported.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 
 from omegaconf import MISSING
 
@@ -67,9 +68,8 @@ class DataConfig:
     valid_fraction: float = 0.01
     valid_seed: int = 42
     max_documents: int | None = None
-    max_record_mb: int = (
-        32  # of a record, its long strings not counted, or of a conversation: that is in memory at once
-    )
+    # of a record, its long strings not counted, or of a conversation: that is in memory at once
+    max_record_mb: int = 32
     on_bad_record: OnBadRecord = OnBadRecord.error
     vocab_size: int = 32768  # of a tokenizer trained for this corpus; the range of random tokens
 
@@ -137,6 +137,13 @@ class DataConfig:
                 f"data.micro_batch_size ({self.micro_batch_size}) x data.seq_len ({self.seq_len}) "
                 f"must be a multiple of data.pack_len ({self.pack_len})"
             )
+
+
+def refuse_unprepared(config: DataConfig) -> None:
+    """Raise `DataError` if training would read what prepare_data.py writes and it is not there."""
+    is_prepared = config.source not in (Source.tokens, Source.random)
+    if is_prepared and not (Path(config.path) / "corpus.json").exists():
+        raise DataError(f"there is no prepared data in {config.path}; run: python prepare_data.py data={config.name}")
 
 
 @dataclass(kw_only=True, slots=True)

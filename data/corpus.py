@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 
 from data.batches import Batch, collate
-from data.config import DataConfig, DataError, Packing, Source
+from data.config import DataConfig, DataError, Packing, Source, refuse_unprepared
 from data.foreign import token_files
 from data.order import Mixture, Pool
 from data.packing import Layout, Piece, RandomTokens, Tokens, layout_of
@@ -154,8 +154,7 @@ def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
 
 def _prepared_corpus(config: DataConfig, vocab_size: int) -> Corpus:
     folder = Path(config.path)
-    if not (folder / "corpus.json").exists():
-        raise DataError(f"there is no prepared data in {folder}; run: python prepare_data.py data={config.name}")
+    refuse_unprepared(config)
     about = read_about(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
     if tokenizer.fingerprint != about["tokenizer"]["fingerprint"]:
@@ -190,9 +189,14 @@ def _own_shard(stem: Path, tokenizer: Tokenizer, vocab_size: int) -> Shard:
     shard = Shard(stem)
     assert shard.header is not None
     if shard.header.tokenizer != tokenizer.fingerprint:
-        raise DataError(f"{stem}.bin was written with another tokenizer than {tokenizer.path}")
+        raise DataError(
+            f"{stem}.bin was written with another tokenizer than {tokenizer.path}; prepare the corpus again"
+        )
     if shard.header.max_token >= vocab_size:
-        raise DataError(f"{stem}.bin holds token {shard.header.max_token}, outside model.vocab_size ({vocab_size})")
+        raise DataError(
+            f"{stem}.bin holds token {shard.header.max_token}, outside model.vocab_size ({vocab_size}); prepare the "
+            "corpus again, or pass a larger model.vocab_size"
+        )
     return shard
 
 

@@ -189,12 +189,16 @@ class Shard:
             _check_size(Path(f"{stem}.bin"), self.header.tokens * self.dtype.itemsize, "its header")
             if self.header.documents != self.n_documents:
                 raise DataError(
-                    f"{stem}.idx has {self.n_documents} documents where the header says {self.header.documents}"
+                    f"{stem}.idx has {self.n_documents} documents where the header says {self.header.documents}; "
+                    "prepare the corpus again"
                 )
         if verify and self.header is not None:
             for name, expected in (("bin", self.header.bin_hash), ("idx", self.header.idx_hash)):
                 if file_hash(Path(f"{stem}.{name}")) != expected:
-                    raise DataError(f"{stem}.{name} is not what was written: its hash differs from the header's")
+                    raise DataError(
+                        f"{stem}.{name} is not what was written: its hash differs from the header's; "
+                        "prepare the corpus again"
+                    )
         if verify:
             self.all_offsets()
 
@@ -202,25 +206,33 @@ class Shard:
         path = Path(f"{self.stem}.idx")
         size = path.stat().st_size if path.exists() else -1
         if size < INDEX_HEADER.size:
-            raise DataError(f"{path} {'is missing' if size < 0 else f'has {size} bytes'}, so it is no index of tokens")
+            raise DataError(
+                f"{path} {'is missing' if size < 0 else f'has {size} bytes'}, so it is no index of tokens; "
+                "prepare it again"
+            )
         with path.open("rb") as file:
             magic, version, code, sequences, ends = INDEX_HEADER.unpack(file.read(INDEX_HEADER.size))
         if magic != MAGIC or version != 1 or code not in MEGATRON_TYPES or not ends:
-            raise DataError(f"{path} does not begin as an index of tokens does ({MAGIC!r}, version 1, a known type)")
+            raise DataError(
+                f"{path} does not begin as an index of tokens does ({MAGIC!r}, version 1, a known type); "
+                "prepare it again"
+            )
         expected = INDEX_HEADER.size + sequences * 12 + ends * 8
         if size not in (expected, expected + sequences):  # the latter with Megatron's modes, a byte a sequence
             raise DataError(
-                f"{path} has {size} bytes where its own header says {expected}: it was cut short or changed"
+                f"{path} has {size} bytes where its own header says {expected}: it was cut short or changed; "
+                "prepare it again"
             )
         self.dtype = np.dtype(MEGATRON_TYPES[code])
         self.n_sequences, self.n_documents = sequences, ends - 1
         binary = Path(f"{self.stem}.bin")
         if not binary.exists():
-            raise DataError(f"{binary} is missing")
+            raise DataError(f"{binary} is missing; prepare it again")
         self.n_tokens = binary.stat().st_size // self.dtype.itemsize
         if self.n_tokens * self.dtype.itemsize != binary.stat().st_size:
             raise DataError(
-                f"{binary} has {binary.stat().st_size} bytes, no multiple of a token's {self.dtype.itemsize}"
+                f"{binary} has {binary.stat().st_size} bytes, no multiple of a token's {self.dtype.itemsize}; "
+                "prepare it again"
             )
 
     def fingerprint(self) -> str:
@@ -265,7 +277,9 @@ class Shard:
             starts = np.fromfile(file, dtype="<i8", count=self.n_sequences) // self.dtype.itemsize
             ends = np.fromfile(file, dtype="<i8", count=self.n_documents + 1)
         if ends[0] or ends[-1] != self.n_sequences or (np.diff(ends) < 0).any():
-            raise DataError(f"{self.stem}.idx: its documents do not divide its {self.n_sequences} sequences")
+            raise DataError(
+                f"{self.stem}.idx: its documents do not divide its {self.n_sequences} sequences; prepare it again"
+            )
         offsets = np.append(starts, self.n_tokens)[ends]
         backwards = np.flatnonzero(np.diff(offsets) < 0)
         if offsets[0] or len(backwards):
@@ -332,14 +346,19 @@ def _read_header(path: Path) -> Header:
         )
     counts = (header.documents, header.tokens, header.vocab_size, header.max_token)
     if header.dtype not in DTYPES or not all(isinstance(n, int) and n >= 0 for n in counts):
-        raise DataError(f"{path}: dtype ({header.dtype}) or counts {counts} are not a shard's")
+        raise DataError(
+            f"{path}: dtype ({header.dtype}) or counts {counts} are not a shard's; prepare the corpus again"
+        )
     return header
 
 
 def _check_size(path: Path, expected: int, whose: str) -> None:
     size = path.stat().st_size
     if size != expected:
-        raise DataError(f"{path} has {size} bytes where {whose} says {expected}: it was cut short or changed")
+        raise DataError(
+            f"{path} has {size} bytes where {whose} says {expected}: it was cut short or changed; "
+            "prepare the corpus again"
+        )
 
 
 def file_hash(path: Path) -> str:

@@ -197,7 +197,10 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     if path.is_file():
         return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
     if path.suffix in (".model", ".json") or len(path.parts) > 2:
-        raise DataError(f"tokenizer.model ({name}) does not exist")
+        raise DataError(
+            f"tokenizer.model ({name}) does not exist; name a .model, a tokenizer.json, a folder that holds one, or a "
+            "Hugging Face name"
+        )
     return _from_hub(str(name))
 
 

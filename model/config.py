@@ -3,15 +3,28 @@
 Free of torch, so that a wrong value is refused before torch is imported.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING
 
 
 class ModelError(Exception):
     """A model that cannot be built, loaded or converted, told as a sentence for the user."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a Hugging Face folder."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing: {path.parent} is no Hugging Face model folder") from None
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}") from None
 
 
 class Init(Enum):

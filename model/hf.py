@@ -1,6 +1,5 @@
 """Our names and shapes, and Hugging Face's: writing Llama folders, reading Llama's and InternLM's."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig, ModelError
+from model.config import ModelConfig, ModelError, read_json
 
 LLAMA_NAMES = {
     "embed": "model.embed_tokens",
@@ -88,7 +87,7 @@ def read_hf(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
     Raises `ModelError` on anything that would not give the same logits here.
     """
-    about = _read_json(folder / "config.json")
+    about = read_json(folder / "config.json")
     config = read_hf_config(about, folder)
     internlm2 = about["architectures"][0] == "InternLM2ForCausalLM"
     weights: dict[str, Tensor] = {}
@@ -154,7 +153,7 @@ def read_hf_config(about: dict[str, Any], folder: Path) -> ModelConfig:
 def read_stop_ids(folder: Path) -> set[int]:
     """Give the tokens that end a text by a folder's generation_config.json, which it need not have."""
     path = folder / "generation_config.json"
-    named = _read_json(path).get("eos_token_id") if path.exists() else None
+    named = read_json(path).get("eos_token_id") if path.exists() else None
     if named is None:
         return set()
     return set(named) if isinstance(named, list) else {named}
@@ -216,12 +215,3 @@ def _check_names(weights: dict[str, Tensor], config: ModelConfig, folder: Path) 
             raise ModelError(
                 f"{folder}: {name} is {tuple(weights[name].shape)} and its config.json makes it {tuple(shape)}"
             )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing: {path.parent} is no Hugging Face model folder") from None
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON: {error}") from None

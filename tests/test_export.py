@@ -19,7 +19,7 @@ from model.hf import llama_config, read_hf, read_hf_config
 from model.transformer import Transformer
 from tests.conftest import ROOT, trained
 from training.checkpoint import open_checkpoint
-from training.config import Dtype
+from training.config import CheckpointError, Dtype
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,8 @@ def test_training_starts_from_a_hugging_face_folder(
     run_dir: Path, tmp_path: Path, small: list[str], exported: Path
 ) -> None:
     trained(tmp_path / "r", *small, "steps=1", "optimizer.lr=1e-12", f"init_from={exported}")
+    with pytest.raises(CheckpointError, match=r"32\) there and \(.*64\) here; pass the model= that"):
+        trained(tmp_path / "other", *small, f"init_from={exported}", "model.d_model=64")
     weights = open_checkpoint(tmp_path / "r").read("model.")
     for name, tensor in open_checkpoint(run_dir).read("model.").items():
         rows = 1000 if f"model.{name}" in export.VOCABULARY_WEIGHTS else len(tensor)

@@ -120,7 +120,7 @@ def test_streaming_never_shows_half_a_character(run_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "prompt", "sentence"),
     [
-        ({}, "word " * 100, "and the model reads at most 64"),
+        ({}, "word " * 100, "and the model reads at most 64; shorten it"),
         ({"device": "cuda"}, "x", r"device \(cuda\): torch sees no CUDA device"),
         ({"run": None, "hf": "/nowhere"}, "x", "/nowhere/config.json is missing"),
     ],

@@ -186,7 +186,9 @@ def test_changed_data_is_refused(run_dir: Path, corpus_dir: Path, tmp_path: Path
 def test_resume_can_be_forbidden_or_demanded(run_dir: Path, tmp_path: Path, small: list[str]) -> None:
     with pytest.raises(CheckpointError, match=r"checkpoint.resume \(never\): .* holds step-00000010 already"):
         trained(run_dir, *small, "checkpoint.resume=never")
-    with pytest.raises(CheckpointError, match=r"checkpoint.resume \(must\): there is no checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint.resume \(must\): there is no checkpoint .*; pass checkpoint.resume=auto"
+    ):
         trained(tmp_path / "r", *small, "checkpoint.resume=must")
 
 
@@ -242,6 +244,13 @@ def test_init_from_takes_what_it_is_told_to(run_dir: Path, tmp_path: Path, small
         trained(tmp_path / "none", *small, f"init_from={tmp_path / 'nothing'}")
     with pytest.raises(CheckpointError, match=r"is of another model: model.d_model \(32, now 64\)"):
         trained(tmp_path / "other", *small, f"init_from={run_dir}", "model.d_model=64")
+
+
+def test_a_run_that_goes_on_needs_no_init_from(run_dir: Path, tmp_path: Path, small: list[str]) -> None:
+    shutil.copytree(run_dir, tmp_path / "r")
+    argv = [sys.executable, "train.py", *small, "name=r", "init_from=/nowhere", f"hydra.run.dir={tmp_path / 'r'}"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
 
 
 def test_a_run_without_finite_gradients_ends_and_names_the_layer(tmp_path: Path, small: list[str]) -> None:

@@ -27,8 +27,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from training.config import CheckpointError
 from training.metadata import MetadataReader, check_complete, read_metadata
+from training.origin import checkpoints_in
 from training.ranks import Ranks, reason_of, some
-from training.run_folder import checkpoints_of, committed
+from training.run_folder import committed
 
 logger = logging.getLogger(__name__)
 
@@ -184,11 +185,7 @@ class Checkpoints:
 def open_checkpoint(path: Path, ranks: Ranks | None = None) -> Checkpoint:
     """Open a checkpoint folder, or the newest good one of a run folder, changing nothing."""
     ranks = ranks or Ranks()
-    found = ranks.on_first(lambda: checkpoints_of(path))
-    if not found:
-        raise CheckpointError(
-            f"there is no checkpoint in {path}; name a run folder such as runs/demo, or one of its checkpoints"
-        )
+    found = ranks.on_first(lambda: checkpoints_in(path))
     for candidate in found:
         try:
             return _open(candidate, ranks)
@@ -196,7 +193,10 @@ def open_checkpoint(path: Path, ranks: Ranks | None = None) -> Checkpoint:
             if found == [path]:
                 raise
             logger.warning("%s; trying an older one", error)
-    raise CheckpointError(f"every checkpoint in {path / 'checkpoints'} is damaged")
+    raise CheckpointError(
+        f"every checkpoint in {path / 'checkpoints'} is damaged; "
+        "name another run or checkpoint, or train this one again"
+    )
 
 
 def _write(folder: Path, step: int, tensors: dict[str, Tensor], text: str, ranks: Ranks) -> None:

@@ -13,6 +13,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from training.checkpoint import PER_RANK, Checkpoint, Checkpoints, open_checkpoint
 from training.config import CheckpointConfig, CheckpointError, Resume
 from training.optimizer import AdamW
+from training.origin import refuse_no_folder
 from training.progress import Progress
 from training.ranks import Ranks
 from training.run_folder import refuse_changes, refuse_other_model
@@ -66,7 +67,10 @@ class Kept:
             found = weights.get(name.removeprefix("model."))
             if found is None or found.shape != tensor.shape:
                 shape = "missing" if found is None else tuple(found.shape)
-                raise CheckpointError(f"init_from ({origin}): {name} is {shape} there and {tuple(tensor.shape)} here")
+                raise CheckpointError(
+                    f"init_from ({origin}): {name} is {shape} there and {tuple(tensor.shape)} here; "
+                    "pass the model= that it is of"
+                )
             _copy_part(tensor, found)
         self.optimizer.refresh(tensors)
 
@@ -99,7 +103,10 @@ def resume_or_start(
     checkpoint = checkpoints.newest()
     if checkpoint is None:
         if config.resume is Resume.must:
-            raise CheckpointError(f"checkpoint.resume (must): there is no checkpoint in {run_dir}")
+            raise CheckpointError(
+                f"checkpoint.resume (must): there is no checkpoint in {run_dir}; "
+                "pass checkpoint.resume=auto to begin here"
+            )
         if run_config["init_from"] is not None:
             _initialise(kept, run_config, read_hf, checkpoints.ranks)
         return
@@ -142,8 +149,7 @@ def _initialise(
     path, content = Path(run_config["init_from"]), set(run_config["init_content"])
     if "all" in content:
         content = {"model", "optimizer", "scheduler", "sampler"}
-    if not path.is_dir():
-        raise CheckpointError(f"init_from ({path}) is no folder; name a run, a checkpoint, or a Hugging Face folder")
+    refuse_no_folder(path)
     if (path / "config.json").exists():
         if content != {"model"}:
             raise CheckpointError(

@@ -1,6 +1,7 @@
 """A prepared corpus is opened for training, or it is said why not."""
 
 import dataclasses
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -32,6 +33,10 @@ def tampered(config: DataConfig, change: str) -> None:
         case "bin":
             path = next((folder / "train").glob("*.bin"))
             path.write_bytes(path.read_bytes()[:-2])
+        case "header's tokenizer" | "header's max_token":
+            path = next((folder / "train").glob("*.json"))
+            other = {"tokenizer": "other"} if change.endswith("tokenizer") else {"max_token": 1200}
+            path.write_text(json.dumps(json.loads(path.read_text()) | other))
 
 
 @pytest.mark.parametrize(
@@ -40,7 +45,9 @@ def tampered(config: DataConfig, change: str) -> None:
         ("none", 1199, r"has 1200 pieces, more than model.vocab_size \(1199\); pass model.vocab_size=1280"),
         ("tokenizer", 1200, "is not the tokenizer that .* was made with"),
         ("corpus.json", 1200, "does not describe a corpus"),
-        ("bin", 1200, "it was cut short or changed"),
+        ("bin", 1200, "it was cut short or changed; prepare the corpus again"),
+        ("header's tokenizer", 1200, "was written with another tokenizer than .*; prepare the corpus again"),
+        ("header's max_token", 1200, r"outside model.vocab_size \(1200\); prepare the corpus again"),
     ],
 )
 def test_an_unfit_corpus_is_told_when_opened(

@@ -149,7 +149,7 @@ def test_tokenizer_json_gives_the_same_ids_bytes_and_text(tokenizer: Tokenizer, 
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("missing.model", "does not exist"),
+        ("missing.model", "does not exist; name a .model"),
         ("empty", "holds no tokenizer"),
         ("bad.model", "is not a SentencePiece model"),
         ("bad.json", "is not a tokenizer.json"),

@@ -84,6 +84,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(run: Checkpoints) -> None:
     for path in run.folder.iterdir():
         flip(path / "__0_0.distcp")
+    with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged; name another run"):
+        open_checkpoint(run.folder.parent)
     for _ in range(2):  # a requeued job asks again
         with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged .*pass another name="):
             run.newest()

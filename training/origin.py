@@ -1,0 +1,24 @@
+"""Where weights are taken from: what can be said of a path before torch is imported."""
+
+from pathlib import Path
+
+from training.config import CheckpointError
+from training.run_folder import checkpoints_of
+
+
+def refuse_no_folder(init_from: Path) -> None:
+    """Raise `CheckpointError` if there is no folder to begin from."""
+    if not init_from.is_dir():
+        raise CheckpointError(
+            f"init_from ({init_from}) is no folder; name a run, a checkpoint, or a Hugging Face folder"
+        )
+
+
+def checkpoints_in(path: Path) -> list[Path]:
+    """Give a checkpoint's folder itself, or those of a run folder, newest first; `CheckpointError` if there is none."""
+    found = checkpoints_of(path)
+    if not found:
+        raise CheckpointError(
+            f"there is no checkpoint in {path}; name a run folder such as runs/demo, or one of its checkpoints"
+        )
+    return found
