@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from conf.command import run, sentences
 from conf.schema import ExportConfig, stored_model, to_config
-from model.config import ModelConfig, ModelError, read_json
+from model.config import ModelConfig, ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -225,7 +225,6 @@ def judge(found: dict[str, Any]) -> None:
 
 def bring_in(folder: Path, out: str | None) -> None:
     """Turn a Hugging Face folder into a run folder with one checkpoint, from which to train, generate or export."""
-    read_json(folder / "config.json")  # says no before torch is imported
     from conf.schema import plain
     from data.tokenizer import adds_bos, load_tokenizer, save_tokenizer
     from model.hf import read_hf
