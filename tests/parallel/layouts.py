@@ -19,7 +19,7 @@ from model.loss import linear_cross_entropy
 from model.transformer import Transformer
 from parallel.apply import parallelize, write_shard
 from parallel.axes import resolve_axes
-from parallel.config import ParallelConfig
+from parallel.config import Compile, ParallelConfig
 from parallel.engine import Engine
 from parallel.mesh import Mesh, leave, open_mesh
 from tests.parallel.packed import Packed, micro_batch
@@ -146,7 +146,7 @@ def _break(engine: Engine, mesh: Mesh, rank: int | None) -> list[Any]:
 
 
 def whole(tensor: Any) -> Tensor:
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu().clone()
 
 
 def alone(case: Case) -> Outcome:
@@ -165,12 +165,14 @@ def rank_main(rank: int, folder: Path, cases: dict[str, Case], device_type: str)
         if rank >= case.world_size:
             continue
         # A case that hangs says where and ends: before that, compilers may take their time.
-        faulthandler.dump_traceback_later(60 if device.type == "cpu" else 240, exit=True)
-        try:
-            result: Any = _on_layout(rank, folder / f"{name}.store", case, device)
-        except Exception:
-            result = traceback.format_exc()
-        faulthandler.cancel_dump_traceback_later()
+        compiles = device.type == "cuda" and case.layout.get("compile") is not Compile.none
+        with (folder / f"{name}.stack.{rank}").open("w") as stack:
+            faulthandler.dump_traceback_later(180 if compiles else 60, exit=True, file=stack)
+            try:
+                result: Any = _on_layout(rank, folder / f"{name}.store", case, device)
+            except Exception:
+                result = traceback.format_exc()
+            faulthandler.cancel_dump_traceback_later()
         if rank == 0 or isinstance(result, str):
             (folder / f"{name}.{rank}").write_bytes(pickle.dumps(result))
 
@@ -208,6 +210,7 @@ def run(folder: Path, cases: dict[str, Case], n_ranks: int = 8, device_type: str
     found: dict[str, Outcome | str] = {}
     for name in cases:
         told = [pickle.loads(path.read_bytes()) for path in sorted(folder.glob(f"{name}.[0-7]"))]
-        silent = f"the ranks ended, with exit codes {[process.exitcode for process in ranks]}, and said nothing of this"
+        stacks = [f"{path.name}\n{path.read_text()}" for path in sorted(folder.glob(f"{name}.stack.*"))]
+        silent = "\n".join((f"the ranks ended, with exit codes {[process.exitcode for process in ranks]}", *stacks))
         found[name] = next((text for text in told if isinstance(text, str)), told[0] if told else silent)
     return found
