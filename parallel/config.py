@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from importlib.metadata import version
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outer to inner: tp's peers are neighbours
 
@@ -46,6 +47,8 @@ Schedule = Enum(
 
 # A compiled backward pass is one piece, which gives the gradients of inputs and of weights together.
 SPLIT_BACKWARD = (Schedule["zero_bubble"], Schedule["zbv"])
+# Before it torch adds up what reaches several outputs of a node, and takes no inputs but tensors.
+SPLIT_BACKWARD_TORCH = (2, 13)
 
 
 class ParallelError(Exception):
@@ -119,6 +122,12 @@ class ParallelConfig:
 
     def _pipeline_problems(self) -> Iterator[str]:
         schedule, stages = self.pipeline_schedule.value, self.virtual_stages
+        torch = tuple(map(int, version("torch").split(".")[:2]))
+        if self.pp != 1 and self.pipeline_schedule in SPLIT_BACKWARD and torch < SPLIT_BACKWARD_TORCH:
+            yield (
+                f"parallel.pipeline_schedule ({schedule}) needs torch 2.13 or later, not {version('torch')}, "
+                "which splits a backward pass wrongly; install it, or use interleaved_1f1b"
+            )
         if self.pp != 1 and self.compile is Compile.blocks and self.pipeline_schedule in SPLIT_BACKWARD:
             yield (
                 f"parallel.compile (blocks) does not go with parallel.pipeline_schedule ({schedule}), which computes "

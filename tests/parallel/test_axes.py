@@ -13,6 +13,11 @@ MODEL = ModelConfig(
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def new_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parallel.config.version", lambda _: "2.13.0")
+
+
 def told(world_size: int, model: ModelConfig = MODEL, pack_len: int = 64, steps: tuple[int, ...] = (16,), **axes: Any):
     config = ParallelConfig(**{"zero_stage": 1, **axes})
     wrong = list(layout_problems(config, world_size, model=model, pack_len=pack_len, micro_batches=steps))
@@ -59,6 +64,16 @@ def test_a_layout_that_fits_is_told_nothing() -> None:
 )  # fmt: skip
 def test_a_layout_that_does_not_fit_is_told_why(world_size: int, asked: dict[str, Any], sentences: list[str]) -> None:
     assert told(world_size, **asked) == sentences
+
+
+def test_schedules_that_split_a_backward_pass_need_a_torch_that_does_it_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    for installed, refused in (("2.11.0+cu130", True), ("2.12.1", True), ("2.13.0+cpu", False), ("3.0", False)):
+        monkeypatch.setattr("parallel.config.version", lambda _, installed=installed: installed)
+        sentence = (
+            f"parallel.pipeline_schedule (zero_bubble) needs torch 2.13 or later, not {installed}, which splits a backward "
+            "pass wrongly; install it, or use interleaved_1f1b"
+        )
+        assert told(2, pp=2, pipeline_schedule=Schedule["zero_bubble"]) == [sentence] * refused
 
 
 def test_rows_that_cannot_be_cut_and_several_problems_are_told_at_once() -> None:

@@ -42,7 +42,7 @@ COMPILED = {
     "async_tp": _compiled(tp=2, async_tp=True),
     "cp": _compiled(cp=2),
     "pp": _compiled(pp=2),
-    "zero_bubble": _compiled(pp=2, pipeline_schedule=Schedule["zero_bubble"]),
+    "interleaved": _compiled(pp=2, virtual_stages=2, pipeline_schedule=Schedule["interleaved_1f1b"]),
 }  # fmt: skip
 ALL = {**ONE, **EXACT, "one_wide": replace(_compiled(), world_size=1), **COMPILED}
 
@@ -86,6 +86,5 @@ def test_a_compiled_layout_in_bf16_learns_as_one_gpu_does(
     name: str, tmp_path: Path, references: dict[str, Outcome | str]
 ) -> None:
     here, one = _pair(name, tmp_path, references)
-    assert one.losses[-1] < one.losses[0]
     assert here.losses == pytest.approx(one.losses, rel=1e-2)
     assert here.norms == pytest.approx(one.norms, rel=5e-2)
