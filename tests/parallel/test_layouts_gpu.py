@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model.config import Attention
-from parallel.config import ActivationCheckpointing, Compile, Schedule
+from parallel.config import ActivationCheckpointing, Compile
 from tests.parallel.layouts import Case, Outcome, run
 from tests.parallel.test_layouts import BF16, CASES
 
@@ -42,7 +42,6 @@ COMPILED = {
     "async_tp": _compiled(tp=2, async_tp=True),
     "cp": _compiled(cp=2),
     "pp": _compiled(pp=2),
-    "interleaved": _compiled(pp=2, virtual_stages=2, pipeline_schedule=Schedule["interleaved_1f1b"]),
 }  # fmt: skip
 ALL = {**ONE, **EXACT, "one_wide": replace(_compiled(), world_size=1), **COMPILED}
 
