@@ -37,19 +37,20 @@ def build(
     reduction: Reduction = Reduction.global_token,
     chunk_tokens: int = 16,
     grad_dtype: torch.dtype | None = None,
+    mesh: Mesh = CPU,
 ) -> Engine:
     optimizer = optimizer or OptimizerConfig(lr=1e-2)
     with torch.device("meta"):
         model = Transformer(CONFIG)
     dtype = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}[compute]
-    parallelize(model, CPU, parallel or ParallelConfig(), dtype, grad_dtype=grad_dtype)
+    parallelize(model, mesh, parallel or ParallelConfig(), dtype, grad_dtype=grad_dtype)
     model.init_weights(seed=3)
     adamw = AdamW(model, optimizer)
     adamw.follow([(optimizer.lr, 0.95)] * 100)
     return Engine(
         model,
         adamw,
-        CPU,
+        mesh,
         linear_loss=partial(linear_cross_entropy, chunk_tokens=chunk_tokens),
         token_weights=partial(token_weights, reduction=reduction),
         scaler=LossScaler(PrecisionConfig(compute=compute)),
@@ -243,18 +244,22 @@ def test_bf16_on_cuda_learns_as_fp32_on_the_cpu_does() -> None:
     batches = [micro_batch([16, 16], 0), micro_batch([32], 1)]
     cpu = build(optimizer=OptimizerConfig(lr=3e-3))
     expected = [float(cpu.train_step(batches).loss) for _ in range(15)]
-    with torch.device("meta"):
-        model = Transformer(CONFIG)
-    mesh = Mesh(device=torch.device("cuda", 0))
-    parallelize(model, mesh, ParallelConfig(), torch.bfloat16)
-    model.init_weights(seed=3)
-    adamw = AdamW(model, OptimizerConfig())
-    adamw.follow([(3e-3, 0.95)] * 15)
-    engine = Engine(
-        model, adamw, mesh,
-        linear_loss=partial(linear_cross_entropy, chunk_tokens=16),
-        token_weights=partial(token_weights, reduction=Reduction.global_token),
-        scaler=LossScaler(PrecisionConfig()), max_grad_norm=1.0, n_sources=2, bytes_per_token=None,
-    )  # fmt: skip
+    engine = build(mesh=Mesh(device=torch.device("cuda", 0)), compute=Dtype.bf16, optimizer=OptimizerConfig(lr=3e-3))
     losses = [float(engine.train_step(batches).loss) for _ in range(15)]
     assert losses == pytest.approx(expected, rel=2e-2)
+
+
+@pytest.mark.gpu
+def test_a_step_does_not_wait_for_the_device() -> None:
+    engine = build(mesh=Mesh(device=torch.device("cuda", 0)), compute=Dtype.bf16)
+    batches = [micro_batch([16, 16], 0), micro_batch([32], 1)]
+    for field in ("tokens_BT", "labels_BT", "positions_BT", "source_BT", "cu_seqlens"):
+        for batch in batches:
+            setattr(batch, field, getattr(batch, field).pin_memory())
+    engine.train_step(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        done = [engine.train_step(batches) for _ in range(3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(bool(step.finite) for step in done)
