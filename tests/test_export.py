@@ -1,7 +1,6 @@
 """What is exported loads elsewhere as it was here, and what is not right is not exported."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from model.transformer import Transformer
 from tests.conftest import ROOT, trained
 from training.checkpoint import open_checkpoint
 from training.config import CheckpointError, Dtype
+
+TRANSFORMERS_4 = Path(sys.prefix) / "transformers4"
 
 
 @pytest.fixture(scope="module")
@@ -264,14 +265,31 @@ def test_internlm1_is_a_llama_with_biases() -> None:
     assert read_hf_config(about, Path("x")).attention_bias
 
 
-@pytest.mark.skipif(
-    "TRANSFORMERS_4_PYTHON" not in os.environ,
-    reason="TRANSFORMERS_4_PYTHON names no interpreter with transformers 4",
-)
-def test_transformers_4_loads_the_same_model(
+WRITE = """
+import json, sys, torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+inputs = tokenizer("def main(", return_tensors="pt", return_token_type_ids=False)
+new = model.generate(**inputs, do_sample=False, max_new_tokens=8)
+logits = model(new).logits
+print(json.dumps([transformers.__version__, tokenizer.decode(new[0]), logits.flatten().tolist()]))
+"""
+
+
+@pytest.mark.skipif(not TRANSFORMERS_4.is_dir(), reason=f"make test puts transformers 4.57 into {TRANSFORMERS_4}")
+def test_transformers_4_verifies_an_export_and_computes_what_5_does(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(sys, "executable", os.environ["TRANSFORMERS_4_PYTHON"])
-    export.export(run_dir, ExportConfig(run=str(run_dir), out=str(tmp_path / "hf")))
-    assert "verified with transformers 4." in capsys.readouterr().out
-    shutil.rmtree(tmp_path / "hf")
+    command = [sys.executable, "-P", "-c", WRITE, str(tmp_path / "hf")]
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(TRANSFORMERS_4))
+        export.export(run_dir, ExportConfig(run=str(run_dir), out=str(tmp_path / "hf")))
+        assert "verified with transformers 4.57." in capsys.readouterr().out
+        old = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    new = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    (old_version, old_text, old_logits), (new_version, new_text, new_logits) = (
+        json.loads(process.communicate()[0].splitlines()[-1]) for process in (old, new)
+    )
+    assert old_version.startswith("4.57.") and new_version.startswith("5.")
+    assert old_text == new_text and old_text.startswith("def main(")
+    torch.testing.assert_close(torch.tensor(old_logits), torch.tensor(new_logits), rtol=0, atol=1e-5)
