@@ -36,6 +36,7 @@ def describe(config: TrainConfig, mesh: Mesh, corpus: Corpus, progress: Progress
     attention = alone if alone == packed else f"{alone}, and {packed} for packs of several documents"
     fp8 = config.precision.fp8.value
     precision = config.precision.compute.value + ("" if fp8 == "none" else f" with {fp8} 8-bit products")
+    start = f"step {progress.step}" + (", the last: nothing is left to train" if progress.step >= config.steps else "")
     for line in (
         f"run        {run_dir}",
         f"model      {model.name}: {model.n_params:,} parameters, {model.n_layers} layers x {model.d_model}, "
@@ -48,7 +49,7 @@ def describe(config: TrainConfig, mesh: Mesh, corpus: Corpus, progress: Progress
         f"{config.micro_batch_tokens:,}; {config.steps:,} steps; epochs: {by_source}",
         f"packing    {data.packing.value}: {padding:.2%} of the tokens are padding, {cut:.2%} of the documents are cut",
         f"device     {device}, {precision}, attention {attention}",
-        f"start      step {progress.step}",
+        f"start      {start}",
     ):
         logger.info("%s", line)
     if mesh.rank == 0 and corpus.tokenizer is not None and (problem := export_problem(corpus.tokenizer)):
