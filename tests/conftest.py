@@ -48,6 +48,12 @@ def trained(folder: Path, *overrides: str, stop: StopRequest | None = None) -> f
         return train.train(config, stored, mesh, folder, StopRequest(mesh.maximum) if stop is None else stop)
 
 
+def metrics(folder: Path) -> list[dict]:
+    """What a run wrote down, without what the clock decides."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if not key.startswith("perf/")} for record in records]
+
+
 @pytest.fixture(scope="session")
 def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small corpus of two sources, prepared by the command itself."""

@@ -122,6 +122,17 @@ def test_training_starts_from_a_hugging_face_folder(
             torch.testing.assert_close(weights[name][rows:], mean.expand(24, -1), rtol=0, atol=1e-7)
 
 
+def test_of_a_model_that_was_brought_in_no_more_than_the_model_is_taken(
+    exported: Path, tmp_path: Path, small: list[str]
+) -> None:
+    export.bring_in(exported, str(tmp_path / "in"))
+    for origin, words in ((tmp_path / "in", "was brought in and"), (exported, "is a Hugging Face folder and")):
+        with pytest.raises(CheckpointError, match=rf"init_content \(model, scheduler\): .* {words} holds a model only"):
+            trained(
+                tmp_path / "r", *small, "model.vocab_size=1000", f"init_from={origin}", "init_content=[model,scheduler]"
+            )
+
+
 def damage(folder: Path, what: str) -> None:
     weights = load_file(folder / "model.safetensors")
     match what:
