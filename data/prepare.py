@@ -376,8 +376,10 @@ def sample_texts(data: DataConfig, number: int, *, max_tokens: int) -> Iterator[
     train = read_about(folder)["splits"]["train"]
     shards = [(source, Shard(folder / counts["shards"][0])) for source, counts in train.items()]
     shards = [(source, shard) for source, shard in shards if shard.n_documents]
-    for i in range(number):
-        source, shard = shards[i % len(shards)]
-        ids = shard.document((i + 1) * shard.n_documents // (number + 1)).astype(np.int64)
-        ids = (ids & 0x7FFFFFFF).tolist()
+    chosen = [
+        (i % len(shards), (i + 1) * shards[i % len(shards)][1].n_documents // (number + 1)) for i in range(number)
+    ]
+    for which, index in dict.fromkeys(chosen):  # a small corpus has fewer
+        source, shard = shards[which]
+        ids = (shard.document(index).astype(np.int64) & 0x7FFFFFFF).tolist()
         yield source, tokenizer.decode(ids[:max_tokens]) + (" ..." if len(ids) > max_tokens else "")

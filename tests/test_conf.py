@@ -255,11 +255,40 @@ def test_skip_batches_are_ranges_with_both_ends() -> None:
         ("train.py --help", 0, ""),
         ("train.py --cfg job", 0, ""),
         ("train.py steps=-1", 2, "steps (-1) must be"),
-        ("train.py data.path=nowhere", 1, "there is no prepared data in nowhere; run: python prepare_data.py"),
+        (
+            "train.py data.path=nowhere",
+            1,
+            "there is no prepared data in nowhere; run: python prepare_data.py data=builtin data.path=nowhere\n",
+        ),
+        (
+            "train.py experiment=7b_pile_small data.name=x",
+            1,
+            "there is no prepared data in corpora/x; run: python prepare_data.py data=pile_small data.name=x\n",
+        ),
+        (
+            "train.py model=125m data=tokens data.input=/nowhere",
+            1,
+            "data.input (/nowhere) is no folder with .bin files",
+        ),
+        (
+            "train.py model=125m data=tokens data.input=Makefile data.valid_input=/nowhere",
+            1,
+            "data.valid_input (/nowhere) is no folder with .bin files",
+        ),
+        (
+            "train.py model=125m data=tokens data.input=Makefile data.tokenizer=/nowhere/x.model",
+            1,
+            "data.tokenizer (/nowhere/x.model) does not exist; name a .model",
+        ),
         (
             "train.py data=random data.seq_len=256 data.vocab_size=4096 data.micro_batch_size=1 init_from=/nowhere",
             1,
             "init_from (/nowhere) is no folder; name a run",
+        ),
+        (
+            "train.py data=random data.seq_len=256 data.vocab_size=4096 data.micro_batch_size=1 init_from=docs",
+            1,
+            "init_from (docs) holds neither a checkpoint nor a config.json; name a run",
         ),
         ("prepare_data.py data=locl", 2, "did you mean 'local'?"),
         ("prepare_data.py data=local data.input=/nowhere", 1, "data.input (/nowhere) names no file"),

@@ -290,7 +290,7 @@ def test_torchrun_and_the_command_alone_start_the_same_run(tmp_path: Path, small
         (
             ["data.path=nowhere"],
             {},
-            "error: there is no prepared data in nowhere; run: python prepare_data.py data=local",
+            "error: there is no prepared data in nowhere; run: python prepare_data.py data=local data.path=",
         ),
         (["model.vocab_size=512"], {}, "has 1000 pieces, more than model.vocab_size (512)"),
         (

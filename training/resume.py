@@ -13,7 +13,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from training.checkpoint import PER_RANK, Checkpoint, Checkpoints, open_checkpoint
 from training.config import CheckpointConfig, CheckpointError, Resume
 from training.optimizer import AdamW
-from training.origin import refuse_no_folder
+from training.origin import refuse_no_origin
 from training.progress import Progress
 from training.ranks import Ranks
 from training.run_folder import refuse_changes, refuse_other_model
@@ -149,7 +149,7 @@ def _initialise(
     path, content = Path(run_config["init_from"]), set(run_config["init_content"])
     if "all" in content:
         content = {"model", "optimizer", "scheduler", "sampler"}
-    refuse_no_folder(path)
+    refuse_no_origin(path)
     if (path / "config.json").exists():
         if content != {"model"}:
             raise CheckpointError(
