@@ -1,6 +1,7 @@
 """What is exported loads elsewhere as it was here, and what is not right is not exported."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import export
 from conf.schema import ExportConfig, stored_model
+from data.config import DataError
 from data.tokenizer import load_tokenizer, sentencepiece_proto
 from model.config import ModelConfig, ModelError
 from model.hf import llama_config, read_hf, read_hf_config
@@ -93,11 +95,54 @@ def test_weights_of_a_model_that_computes_something_else_are_refused(
         trained(tmp_path / "r", *small, *changed, f"init_from={exported}")
 
 
+def with_a_blank_first(tokenizer: Path) -> bytes:
+    proto = sentencepiece_proto(tokenizer)
+    proto.normalizer_spec.add_dummy_prefix = True
+    return proto.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        (
+            "tokenizer.txt",
+            b"",
+            r"hf holds no tokenizer, neither tokenizer.model nor tokenizer.json: generate.py will not",
+        ),
+        ("tokenizer.json", b"{", r"tokenizer.json is not a tokenizer.json: "),
+        ("tokenizer.model", b"{", r"tokenizer.model is not a SentencePiece model: "),
+        (
+            "tokenizer.model",
+            None,
+            r"tokenizer.model is not a BPE model with .* export.py can make no equal tokenizer.json",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_tokenizer_is_told_before_the_weights_are_read(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+    name: str, content: bytes | None, told: str,
+) -> None:  # fmt: skip
+    folder = shutil.copytree(exported, tmp_path / "hf", ignore=shutil.ignore_patterns("tokenizer*"))
+    (folder / name).write_bytes(with_a_blank_first(exported / name) if content is None else content)
+
+    def no_more(folder: Path) -> None:
+        raise RuntimeError("weights are read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("model.hf.read_hf", no_more)
+        with pytest.raises((DataError, RuntimeError)) as raised:
+            export.bring_in(folder, str(tmp_path / "run"))
+    assert re.search(told, capsys.readouterr().out + str(raised.value)) and not (tmp_path / "run").exists()
+    if content is None:
+        export.bring_in(folder, str(tmp_path / "run"))
+        monkeypatch.setattr(export, "write_weights", no_more)
+        with pytest.raises(DataError, match=told):
+            export.export(tmp_path / "run", ExportConfig(run=str(tmp_path / "run"), out=str(tmp_path / "out")))
+
+
 def test_a_folder_whose_tokenizer_model_puts_a_blank_first_goes_out_again(exported: Path, tmp_path: Path) -> None:
     llama = shutil.copytree(exported, tmp_path / "llama")
-    proto = sentencepiece_proto(llama / "tokenizer.model")
-    proto.normalizer_spec.add_dummy_prefix = True
-    (llama / "tokenizer.model").write_bytes(proto.SerializeToString())
+    (llama / "tokenizer.model").write_bytes(with_a_blank_first(llama / "tokenizer.model"))
     fast = json.loads((llama / "tokenizer.json").read_text())  # as Llama 2's
     fast["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, fast["normalizer"]]}
     fast["decoder"]["decoders"].append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
