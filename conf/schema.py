@@ -111,10 +111,8 @@ class TrainConfig:
         wrong_batch = list(self._batch_problems())
         yield from wrong_batch
         yield from self._pair_problems()
-        if not wrong_batch and not any(
-            True for part in (self.model, self.data, self.parallel) for _ in part.problems()
-        ):
-            yield from self._layout_problems()
+        if not any(True for part in (self.model, self.data, self.parallel) for _ in part.problems()):
+            yield from self._layout_problems([] if wrong_batch else self._batches())
 
     @property
     def world_size(self) -> int:
@@ -128,23 +126,26 @@ class TrainConfig:
             return int(joined.get("WORLD_SIZE", "1")) if joined else local_processes(self.parallel, self.launcher)
         return self.launcher.nodes * self.launcher.ranks_per_node
 
-    def _layout_problems(self) -> Iterator[str]:
+    def _batches(self) -> list[int]:
+        """Give the micro-batches of a step over all ranks, one number for each size a step may have."""
+        if self.dry_run.enabled:
+            return []  # it says itself what a batch should be
+        full, start = self.global_batch_tokens, self.ramp.start_tokens
+        tokens = {full} if start is None else {full, *range(start, full, self.ramp.increment_tokens)}
+        return [size // self.micro_batch_tokens for size in sorted(tokens)]
+
+    def _layout_problems(self, micro_batches: list[int]) -> Iterator[str]:
         try:
             world_size = self.world_size
         except (ParallelError, ValueError) as error:
             yield str(error)
             return
-        full, start = self.global_batch_tokens, self.ramp.start_tokens
-        steps = {full} if start is None else {full, *range(start, full, self.ramp.increment_tokens)}
         yield from layout_problems(
             self.parallel,
             world_size,
             model=self.model,
             pack_len=self.data.pack_tokens,
-            # A dry run says itself what a batch should be.
-            micro_batches=[]
-            if self.dry_run.enabled
-            else [tokens // self.micro_batch_tokens for tokens in sorted(steps)],
+            micro_batches=micro_batches,
         )
 
     def _batch_problems(self) -> Iterator[str]:

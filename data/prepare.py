@@ -67,15 +67,17 @@ def existing(data: DataConfig, tokenizer: TokenizerConfig, *, add: bool = False)
     if not folder.exists():
         return False
     if not (folder / "corpus.json").exists():
-        raise DataError(f"{folder} exists and is no corpus; pass another data.name, or remove it")
+        raise DataError(f"{folder} exists and is no corpus; pass another data.name or data.path, or remove it")
     about = read_about(folder)
     if differing := differences(about["made_by"], made_by(data, tokenizer)):
-        raise DataError(f"{folder} was made with other settings: {differing}; pass another data.name, or remove it")
+        raise DataError(
+            f"{folder} was made with other settings: {differing}; pass another data.name or data.path, or remove it"
+        )
     new = _new_items(data, about)
     if new and not add:
         raise DataError(
             f"{len(new)} files of data.input came after {folder} was made, {new[0].path} first; pass add=true to add "
-            "them to it, or another data.name"
+            "them to it, or another data.name or data.path"
         )
     return not new
 
@@ -92,7 +94,7 @@ def _new_items(data: DataConfig, about: dict[str, Any]) -> list[Item]:
         if item.path in about["input"] and about["input"][item.path] != item.size:
             raise DataError(
                 f"{item.path} has {item.size} bytes and had {about['input'][item.path]} when {data.path} was made of "
-                "it; pass another data.name, or remove the corpus"
+                "it; pass another data.name or data.path, or remove the corpus"
             )
     return [item for item in found if item.path not in about["input"]]
 

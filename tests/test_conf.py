@@ -123,6 +123,19 @@ def test_the_tutorial_experiment_has_the_tutorials_hyper_parameters() -> None:
                 "ramp.increment_tokens (0) must be a positive multiple of a micro-batch (2048 tokens)",
             ],
         ),
+        (
+            [
+                "data.micro_batch_size=5",
+                "parallel.tp=3",
+                "parallel.local_processes=3",
+                "parallel.device=cpu",
+                "parallel.sequence_parallel=false",
+            ],
+            [
+                "global_batch_tokens (16384) must be a positive multiple of data.micro_batch_size (5) x data.seq_len (256) = 1280",
+                "parallel.tp (3) must divide model.n_heads (4), model.n_kv_heads (4), model.d_ff (704), model.vocab_size (4096); choose from 1, 2, 4",
+            ],
+        ),
         (["data.pack_len=300"], ["data.pack_len (300) must be a multiple of data.seq_len (256)"]),
     ],
 )
