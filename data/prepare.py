@@ -340,14 +340,14 @@ def _tokenizer(
         return load_tokenizer(folder)
     print(f"training a tokenizer of {config.vocab_size} pieces", flush=True)
     texts = _tokenizer_texts(data, todo, config.train_bytes)
-    return train_tokenizer(texts, folder / "tokenizer.model", vocab_size=config.vocab_size, threads=workers)
+    return train_tokenizer(iter(texts), folder / "tokenizer.model", vocab_size=config.vocab_size, threads=workers)
 
 
-def _tokenizer_texts(data: DataConfig, todo: list[Item], limit: int) -> Iterator[str]:
-    """Yield about `limit` bytes of training text: all of it, or documents taken evenly by their hash.
+def _tokenizer_texts(data: DataConfig, todo: list[Item], limit: int) -> list[str]:
+    """Give about `limit` bytes of training text: all of it, or documents taken evenly by their hash.
 
-    Of a corpus much larger than that only the beginning of each file is read. Bad records are told when the text
-    is encoded, not here.
+    Of a corpus much larger than that only the beginning of each file is read. Bad records that are left out are told
+    when the text is encoded, not here.
     """
     total, enough = sum(item.size for item in todo), SAMPLED_FROM * limit
 
@@ -357,8 +357,8 @@ def _tokenizer_texts(data: DataConfig, todo: list[Item], limit: int) -> Iterator
         return max(enough * item.size / total, LEAST_SAMPLE)
 
     kept: list[tuple[int, str]] = []
-    share, size = 1 << 64, 0
-    for document in _documents_of(todo, data, BadRecords(OnBadRecord.skip), most=most):
+    share, size, bad = 1 << 64, 0, BadRecords(data.on_bad_record)
+    for document in _documents_of(todo, data, bad, most=most):
         digest = xxhash.xxh3_64_intdigest(document.text.encode(), seed=1)
         if document.split == "train" and digest < share:
             kept.append((digest, document.text))
@@ -368,7 +368,10 @@ def _tokenizer_texts(data: DataConfig, todo: list[Item], limit: int) -> Iterator
             kept = [(digest, text) for digest, text in kept if digest < share]
             size = sum(len(text.encode()) for _, text in kept)
     share = int(share * min(1.0, limit / max(1, size)))
-    yield from (text for digest, text in kept if digest < share or len(kept) == 1)
+    if not kept:
+        why = f": {bad.count} bad records were left out, the first {bad.places[0]}" if bad.count else ""
+        raise DataError(f"there is no training text in data.source ({data.source.value}){why}")
+    return [text for digest, text in kept if digest < share or len(kept) == 1]
 
 
 def sample_texts(data: DataConfig, number: int, *, max_tokens: int) -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -262,7 +263,10 @@ def train_tokenizer(texts: Iterator[str], path: Path, *, vocab_size: int, thread
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise DataError(f"no tokenizer of {vocab_size} pieces can be trained on this text: {error}") from None
+        reason = re.sub(r"^\w+: \S+ \[.*?\] ", "", str(error))  # without its place in SentencePiece's code
+        raise DataError(
+            f"no tokenizer of {vocab_size} pieces (tokenizer.vocab_size) can be trained on this text: {reason}"
+        ) from None
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(model.getvalue())
     return SentencePieceTokenizer(path)

@@ -10,7 +10,8 @@ import pytest
 
 import prepare_data
 from conf.schema import PrepareConfig
-from data.config import DataConfig, TokenizerConfig
+from data.config import DataConfig, DataError, OnBadRecord, TokenizerConfig
+from data.prepare import prepare
 from data.tokenizer import Tokenizer
 from parallel.config import LauncherConfig
 from tests.data.corpora import RECORDS, ROOT, lines
@@ -58,6 +59,26 @@ def test_of_a_corpus_of_one_document_no_more_is_shown(
     (tmp_path / "texts" / "a.jsonl").write_bytes(lines(RECORDS[:1]))
     _, documents = closing_output(dataclasses.replace(config, valid_fraction=0.0), tokenizer, capsys)
     assert len(documents) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "policy", "sentence"),
+    [
+        (b"", OnBadRecord.error, r"a.jsonl: holds no document; mend it, or leave such records out by"),
+        (b'{"txt": "x"}\n' * 2, OnBadRecord.error, r"a.jsonl:1: .*text.*; mend it, or leave such records out by"),
+        (b'{"txt": "x"}\n' * 2, OnBadRecord.skip, r"no training text in data.source \(local\): 2 bad records were left out, the first .*a.jsonl:1: .*text"),
+        (b'{"text": "a b c"}\n', OnBadRecord.error, r"no tokenizer of 400 pieces \(tokenizer.vocab_size\) can be trained on this text: Vocabulary size too high"),
+    ],
+    ids=["empty", "bad", "all left out", "too little"],
+)  # fmt: skip
+def test_of_what_no_tokenizer_can_be_trained_is_told_and_why(
+    config: DataConfig, tmp_path: Path, content: bytes, policy: OnBadRecord, sentence: str
+) -> None:
+    (tmp_path / "texts" / "a.jsonl").write_bytes(content)
+    config = dataclasses.replace(config, on_bad_record=policy, source_key=None, valid_fraction=0.0)
+    with pytest.raises(DataError, match=sentence):
+        prepare(config, TokenizerConfig(vocab_size=400), workers=1, on_progress=lambda counts: None)
+    assert not Path(config.path).exists()
 
 
 @pytest.mark.parametrize(
