@@ -219,10 +219,10 @@ def judge(found: dict[str, Any]) -> None:
             f"the export's tokenizer differs on {found['wrong_count']} texts, so it was not kept: "
             f"{found['wrong_texts'][0]}"
         )
+    texts = f"token ids and decoding equal on {found['texts']:,} texts" if "texts" in found else "no tokenizer"
     print(
         f"verified with transformers {found['transformers']} ({found['class']}): no missing or unexpected keys, "
-        "logits equal "
-        f"to {found['logits_difference']:.1e}, token ids and decoding equal on {found.get('texts', 0):,} texts"
+        f"logits equal to {found['logits_difference']:.1e}, {texts}"
     )
 
 

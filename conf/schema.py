@@ -17,7 +17,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data.config import MOST_SHARDS, DataConfig, RampConfig, Source, TokenizerConfig, packs_of_step
+from data.config import MOST_SHARDS, TOKENIZER_FILES, DataConfig, RampConfig, Source, TokenizerConfig, packs_of_step
 from model.config import ModelConfig
 from parallel.axes import layout_problems
 from parallel.config import DryRunConfig, LauncherConfig, ParallelConfig, ParallelError, Where
@@ -242,6 +242,20 @@ def _origin_problems(key: str, run: str | None, hf: str | None) -> Iterator[str]
         yield f"{key} ({hf}) holds no config.json; name a Hugging Face folder such as runs/demo/hf"
 
 
+def _tokenizer_problems(run: str | None, hf: str | None) -> Iterator[str]:
+    """Tell before torch is imported if a model that is there has no text to read or write."""
+    if run is not None:
+        folders = [checkpoint.parent.parent / "tokenizer" for checkpoint in checkpoints_of(Path(run))[:1]]
+    else:
+        folders = [Path(hf)] if hf is not None and (Path(hf) / "config.json").is_file() else []
+    for folder in folders:
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            yield (
+                f"{folder} holds no tokenizer, without which there is no text; put the {' or '.join(TOKENIZER_FILES)} "
+                "there that the model's tokens were made with"
+            )
+
+
 @dataclass(kw_only=True, slots=True)
 class ExportConfig:
     run: str | None = None  # a run folder or one of its checkpoints
@@ -278,6 +292,7 @@ class GenerateConfig:
         if (self.run is None) == (self.hf is None):
             yield "run and hf: set one of them, run=runs/<name> or hf=<folder>"
         yield from _origin_problems("hf", self.run, self.hf)
+        yield from _tokenizer_problems(self.run, self.hf)
         if (self.prompt is None) == (self.prompts is None):
             yield 'prompt and prompts: set one of them, prompt="..." or prompts=<file with one a line>'
         for key in ("max_new_tokens", "samples", "batch_size"):

@@ -246,6 +246,20 @@ def test_a_model_that_is_not_there_is_told_without_torch(argv: list[str]) -> Non
     assert f"error: {key} (/nowhere) holds no {holds}; name a " in done.stderr
 
 
+def test_a_model_of_tokens_alone_is_told_to_have_no_text(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    for argv, folder in ((f"run={tmp_path}", tmp_path / "tokenizer"), (f"hf={tmp_path / 'hf'}", tmp_path / "hf")):
+        (sentence,) = told(argv, "prompt=x", config_name="generate")
+        assert sentence.startswith(
+            f"{folder} holds no tokenizer, without which there is no text; put the tokenizer.model"
+        )
+        folder.mkdir(exist_ok=True)
+        (folder / "tokenizer.json").write_text("{}")
+        assert told(argv, "prompt=x", config_name="generate") == []
+
+
 def test_a_section_error_names_every_key_and_value() -> None:
     with pytest.raises(ConfigError, match=r"global_batch_tokens \(1000\) must be a positive multiple"):
         composed("global_batch_tokens=1000")

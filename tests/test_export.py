@@ -95,6 +95,15 @@ def test_weights_of_a_model_that_computes_something_else_are_refused(
         trained(tmp_path / "r", *small, *changed, f"init_from={exported}")
 
 
+def test_a_model_of_tokens_alone_is_exported_without_a_tokenizer(
+    tmp_path: Path, small: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    random = ["data=random", "data.seq_len=32", "data.vocab_size=1000", "steps=1"]
+    trained(tmp_path / "r", *(o for o in small if not o.startswith("data")), *random, "data.micro_batch_size=2")
+    export.export(tmp_path / "r", ExportConfig(run=str(tmp_path / "r"), out=str(tmp_path / "hf")))
+    assert "logits equal to" in (told := capsys.readouterr().out) and told.splitlines()[0].endswith(", no tokenizer")
+
+
 def with_a_blank_first(tokenizer: Path) -> bytes:
     proto = sentencepiece_proto(tokenizer)
     proto.normalizer_spec.add_dummy_prefix = True
