@@ -28,8 +28,10 @@ $(VENV)/.demo: requirements.txt constraints.txt
 	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement requirements.txt
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.demo requirements-dev.txt
+$(VENV)/.dev: $(VENV)/.demo requirements-dev.txt requirements-transformers4.txt
 	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement requirements-dev.txt
+	@rm -rf $(VENV)/transformers4
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/transformers4 --requirement requirements-transformers4.txt
 	@touch $@
 
 clean:

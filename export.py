@@ -52,7 +52,8 @@ def main(cfg: DictConfig) -> None:
 
 def export(run_path: Path, config: ExportConfig) -> None:
     """Write a run's newest checkpoint as a Hugging Face folder, and let it be seen only if it verifies."""
-    from data.tokenizer import load_tokenizer
+    from data.config import DataError
+    from data.tokenizer import export_problem, load_tokenizer
     from training.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(run_path)
@@ -72,6 +73,8 @@ def export(run_path: Path, config: ExportConfig) -> None:
             "remove it, or pass another out="
         )
     tokenizer = load_tokenizer(run_dir / "tokenizer") if (run_dir / "tokenizer").exists() else None
+    if tokenizer is not None and (problem := export_problem(tokenizer)):
+        raise DataError(problem)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -216,36 +219,36 @@ def judge(found: dict[str, Any]) -> None:
             f"the export's tokenizer differs on {found['wrong_count']} texts, so it was not kept: "
             f"{found['wrong_texts'][0]}"
         )
+    texts = f"token ids and decoding equal on {found['texts']:,} texts" if "texts" in found else "no tokenizer"
     print(
         f"verified with transformers {found['transformers']} ({found['class']}): no missing or unexpected keys, "
-        "logits equal "
-        f"to {found['logits_difference']:.1e}, token ids and decoding equal on {found.get('texts', 0):,} texts"
+        f"logits equal to {found['logits_difference']:.1e}, {texts}"
     )
 
 
 def bring_in(folder: Path, out: str | None) -> None:
     """Turn a Hugging Face folder into a run folder with one checkpoint, from which to train, generate or export."""
     from conf.schema import plain
-    from data.tokenizer import adds_bos, load_tokenizer, save_tokenizer
+    from data.tokenizer import adds_bos, save_tokenizer
     from model.hf import read_hf
     from training.checkpoint import Checkpoints
     from training.progress import Progress
     from training.run_folder import locked
 
-    config, weights = read_hf(folder)
     run_dir = Path(out) if out else Path("runs") / folder.resolve().name
     if (run_dir / "checkpoints").exists():
         raise ModelError(f"{run_dir} is a run already; pass another out=")
+    tokenizer = tokenizer_of(folder)
+    config, weights = read_hf(folder)
     with locked(run_dir):
-        has_tokenizer = any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
-        if has_tokenizer:
-            save_tokenizer(load_tokenizer(folder), run_dir / "tokenizer")
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, run_dir / "tokenizer")
         state = {
             "config": {"name": run_dir.name, "model": plain(asdict(config))},
             "data": {
                 "parts": [],
                 "sources": [],
-                "add_bos": has_tokenizer and adds_bos(folder),
+                "add_bos": tokenizer is not None and adds_bos(folder),
                 "add_eos": False,
             },
             "progress": Progress().state_dict(),
@@ -253,6 +256,23 @@ def bring_in(folder: Path, out: str | None) -> None:
         }
         path = Checkpoints(run_dir, keep=0).save(0, {f"model.{name}": t for name, t in weights.items()}, state)
     print(f"brought {config.n_params:,} parameters of {folder} into {path}; train from them with init_from={run_dir}")
+
+
+def tokenizer_of(folder: Path) -> "Tokenizer | None":
+    """Open the tokenizer of a Hugging Face folder, and say before any weights are read what will not be possible."""
+    from data.config import TOKENIZER_FILES
+    from data.tokenizer import export_problem, load_tokenizer
+
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        print(
+            f"{folder} holds no tokenizer, neither {' nor '.join(TOKENIZER_FILES)}: generate.py will not be able to "
+            "write with what is brought in, and its export will have none"
+        )
+        return None
+    tokenizer = load_tokenizer(folder)
+    if problem := export_problem(tokenizer):
+        print(problem)
+    return tokenizer
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig
 
-from conf.command import run, sentences
+from conf.command import data_settings, run, sentences
 from conf.schema import PrepareConfig, to_config
+from data.config import Source
 
 if TYPE_CHECKING:
     from data.inputs import BadRecords
@@ -20,11 +21,14 @@ SAMPLE_TOKENS = 120
 @hydra.main(version_base="1.3", config_path="conf", config_name="prepare_data")
 def main(cfg: DictConfig) -> None:
     with sentences():
-        work(to_config(cfg))
+        work(to_config(cfg), data_settings("data.name", "data.path"))
 
 
-def work(config: PrepareConfig) -> None:
-    """Prepare a corpus, or the part of it that this process does, and show what became of it."""
+def work(config: PrepareConfig, settings: str = "with the data settings of this command") -> None:
+    """Prepare a corpus, or the part of it that this process does, and show what became of it.
+
+    `settings` are those by which train.py finds it.
+    """
     from data.prepare import existing, sample_texts
     from data.shards import read_about
 
@@ -37,7 +41,8 @@ def work(config: PrepareConfig) -> None:
     print_table(read_about(path))
     for source, text in sample_texts(config.data, 3, max_tokens=SAMPLE_TOKENS):
         print(f"\n--- a document of {source}, decoded again\n{text.rstrip()}")
-    print(f"\nnext: python train.py data={config.data.name}")
+    model = "" if config.data.source is Source.builtin else "model=125m "  # for 4,096 pieces the smallest will do
+    print(f"\nnext: python train.py {model}{settings}")
 
 
 def write(config: PrepareConfig) -> bool:

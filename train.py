@@ -17,11 +17,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from conf.command import is_sentence, run, sentences
+from conf.command import data_settings, is_sentence, run, sentences
 from conf.schema import TrainConfig, parse_ranges, to_config
-from data.config import refuse_unprepared
+from data.config import refuse_missing
 from parallel.launch import launch
-from training.origin import refuse_no_folder
+from training.origin import refuse_no_origin
 from training.run_folder import committed, refuse_early
 
 if TYPE_CHECKING:
@@ -46,10 +46,10 @@ def main(cfg: DictConfig) -> float | None:
             from assembly.dry_run import rehearse
 
             return rehearse(config)
-        refuse_unprepared(config.data)
+        refuse_missing(config.data, data_settings())
         refuse_early(run_dir, run_config, config.checkpoint)
         if config.init_from is not None and not committed(run_dir / "checkpoints"):
-            refuse_no_folder(Path(config.init_from))
+            refuse_no_origin(Path(config.init_from))
         return launch(work, config, run_config, run_dir, config=config.parallel, says_enough=is_sentence)
 
 

@@ -120,12 +120,19 @@ def read_hf_weights(folder: Path, *, model: ModelConfig) -> dict[str, Any]:
     return pad_vocabulary(weights, model.vocab_size)
 
 
+def flops_per_token(config: TrainConfig) -> tuple[float, float]:
+    """Give the FLOPs of a token as MFU counts them, and by InternLM's formula, which counts what is recomputed."""
+    recompute = config.parallel.activation_checkpointing.value != "none"
+    seq_len = config.data.seq_len
+    return config.model.flops_per_token(seq_len), config.model.internlm_flops_per_token(seq_len, recompute=recompute)
+
+
 def clock(config: TrainConfig, mesh: Mesh) -> Any:
     """Give the run's throughput meter: FLOPs of a token by both counts, and the device's peak."""
-    recompute = config.parallel.activation_checkpointing.value != "none"
+    causal, internlm = flops_per_token(config)
     return Throughput(
         world_size=mesh.world_size,
-        internlm_flops=config.model.internlm_flops_per_token(config.data.seq_len, recompute=recompute),
-        causal_flops=config.model.flops_per_token(config.data.seq_len),
+        internlm_flops=internlm,
+        causal_flops=causal,
         peak=config.logger.peak_tflops or peak_tflops(mesh.device),
     )

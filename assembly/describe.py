@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from assembly.build import DTYPES
+from assembly.build import DTYPES, flops_per_token
 from conf.schema import TrainConfig
 from data.corpus import Corpus
 from data.tokenizer import export_problem, save_tokenizer
@@ -36,19 +36,20 @@ def describe(config: TrainConfig, mesh: Mesh, corpus: Corpus, progress: Progress
     attention = alone if alone == packed else f"{alone}, and {packed} for packs of several documents"
     fp8 = config.precision.fp8.value
     precision = config.precision.compute.value + ("" if fp8 == "none" else f" with {fp8} 8-bit products")
+    causal, internlm = flops_per_token(config)
+    start = f"step {progress.step}" + (", the last: nothing is left to train" if progress.step >= config.steps else "")
     for line in (
         f"run        {run_dir}",
         f"model      {model.name}: {model.n_params:,} parameters, {model.n_layers} layers x {model.d_model}, "
         f"vocabulary {model.vocab_size:,}",
-        f"           {model.flops_per_token(data.seq_len) / 1e9:.4g} GFLOP a token (causal), "
-        f"{model.internlm_flops_per_token(data.seq_len) / 1e9:.4g} by InternLM's formula",
+        f"           {causal / 1e9:.4g} GFLOP a token (causal), {internlm / 1e9:.4g} by InternLM's formula",
         f"data       {data.name}: {train_tokens:,} training tokens in packs of {data.pack_tokens}, "
         f"sources {', '.join(corpus.sources)}",
         f"batch      {config.global_batch_tokens:,} tokens = {config.grad_accum_steps(mesh.dp_size)} micro-batches of "
         f"{config.micro_batch_tokens:,}; {config.steps:,} steps; epochs: {by_source}",
         f"packing    {data.packing.value}: {padding:.2%} of the tokens are padding, {cut:.2%} of the documents are cut",
         f"device     {device}, {precision}, attention {attention}",
-        f"start      step {progress.step}",
+        f"start      {start}",
     ):
         logger.info("%s", line)
     if mesh.rank == 0 and corpus.tokenizer is not None and (problem := export_problem(corpus.tokenizer)):

@@ -6,6 +6,7 @@ override and every point is checked before `hydra.main` starts and before torch 
 
 import errno
 import os
+import shlex
 import shutil
 import sys
 import typing
@@ -19,6 +20,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.plugins import Plugins
@@ -65,6 +67,13 @@ def run(main: Callable[[], Any], config_name: str) -> None:
             main()
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def data_settings(*keys: str) -> str:
+    """Give the data settings of the command that runs, all or some, as they are typed for another command."""
+    hydra = HydraConfig.get()
+    typed = [o for o in hydra.overrides.task if o.startswith("data.") and (not keys or o.partition("=")[0] in keys)]
+    return shlex.join([f"data={hydra.runtime.choices['data']}", *typed])
 
 
 def _as_option(argument: str) -> str:

@@ -17,7 +17,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data.config import MOST_SHARDS, DataConfig, RampConfig, Source, TokenizerConfig, packs_of_step
+from data.config import MOST_SHARDS, TOKENIZER_FILES, DataConfig, RampConfig, Source, TokenizerConfig, packs_of_step
 from model.config import ModelConfig
 from parallel.axes import layout_problems
 from parallel.config import DryRunConfig, LauncherConfig, ParallelConfig, ParallelError, Where
@@ -111,10 +111,8 @@ class TrainConfig:
         wrong_batch = list(self._batch_problems())
         yield from wrong_batch
         yield from self._pair_problems()
-        if not wrong_batch and not any(
-            True for part in (self.model, self.data, self.parallel) for _ in part.problems()
-        ):
-            yield from self._layout_problems()
+        if not any(True for part in (self.model, self.data, self.parallel) for _ in part.problems()):
+            yield from self._layout_problems([] if wrong_batch else self._batches())
 
     @property
     def world_size(self) -> int:
@@ -128,23 +126,26 @@ class TrainConfig:
             return int(joined.get("WORLD_SIZE", "1")) if joined else local_processes(self.parallel, self.launcher)
         return self.launcher.nodes * self.launcher.ranks_per_node
 
-    def _layout_problems(self) -> Iterator[str]:
+    def _batches(self) -> list[int]:
+        """Give the micro-batches of a step over all ranks, one number for each size a step may have."""
+        if self.dry_run.enabled:
+            return []  # it says itself what a batch should be
+        full, start = self.global_batch_tokens, self.ramp.start_tokens
+        tokens = {full} if start is None else {full, *range(start, full, self.ramp.increment_tokens)}
+        return [size // self.micro_batch_tokens for size in sorted(tokens)]
+
+    def _layout_problems(self, micro_batches: list[int]) -> Iterator[str]:
         try:
             world_size = self.world_size
         except (ParallelError, ValueError) as error:
             yield str(error)
             return
-        full, start = self.global_batch_tokens, self.ramp.start_tokens
-        steps = {full} if start is None else {full, *range(start, full, self.ramp.increment_tokens)}
         yield from layout_problems(
             self.parallel,
             world_size,
             model=self.model,
             pack_len=self.data.pack_tokens,
-            # A dry run says itself what a batch should be.
-            micro_batches=[]
-            if self.dry_run.enabled
-            else [tokens // self.micro_batch_tokens for tokens in sorted(steps)],
+            micro_batches=micro_batches,
         )
 
     def _batch_problems(self) -> Iterator[str]:
@@ -241,6 +242,20 @@ def _origin_problems(key: str, run: str | None, hf: str | None) -> Iterator[str]
         yield f"{key} ({hf}) holds no config.json; name a Hugging Face folder such as runs/demo/hf"
 
 
+def _tokenizer_problems(run: str | None, hf: str | None) -> Iterator[str]:
+    """Tell before torch is imported if a model that is there has no text to read or write."""
+    if run is not None:
+        folders = [checkpoint.parent.parent / "tokenizer" for checkpoint in checkpoints_of(Path(run))[:1]]
+    else:
+        folders = [Path(hf)] if hf is not None and (Path(hf) / "config.json").is_file() else []
+    for folder in folders:
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            yield (
+                f"{folder} holds no tokenizer, without which there is no text; put the {' or '.join(TOKENIZER_FILES)} "
+                "there that the model's tokens were made with"
+            )
+
+
 @dataclass(kw_only=True, slots=True)
 class ExportConfig:
     run: str | None = None  # a run folder or one of its checkpoints
@@ -277,6 +292,7 @@ class GenerateConfig:
         if (self.run is None) == (self.hf is None):
             yield "run and hf: set one of them, run=runs/<name> or hf=<folder>"
         yield from _origin_problems("hf", self.run, self.hf)
+        yield from _tokenizer_problems(self.run, self.hf)
         if (self.prompt is None) == (self.prompts is None):
             yield 'prompt and prompts: set one of them, prompt="..." or prompts=<file with one a line>'
         for key in ("max_new_tokens", "samples", "batch_size"):

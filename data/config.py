@@ -11,6 +11,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 MOST_SHARDS = 1000  # parts that one corpus may be prepared in
 
 
@@ -139,11 +140,32 @@ class DataConfig:
             )
 
 
-def refuse_unprepared(config: DataConfig) -> None:
-    """Raise `DataError` if training would read what prepare_data.py writes and it is not there."""
-    is_prepared = config.source not in (Source.tokens, Source.random)
-    if is_prepared and not (Path(config.path) / "corpus.json").exists():
-        raise DataError(f"there is no prepared data in {config.path}; run: python prepare_data.py data={config.name}")
+def refuse_missing(config: DataConfig, settings: str | None = None) -> None:
+    """Raise `DataError` if what training reads is not there; `settings` are those that prepare_data.py needs for it."""
+    if config.source is Source.random:
+        return
+    if config.source is Source.tokens:
+        for key, path in (("input", config.input), ("valid_input", config.valid_input)):
+            if path is not None and not (Path(path).is_file() or any(Path(path).rglob("*.bin"))):
+                raise DataError(f"data.{key} ({path}) is no folder with .bin files, nor one of them")
+        if config.tokenizer is not None:
+            refuse_no_tokenizer(config.tokenizer, "data.tokenizer")
+    elif not (Path(config.path) / "corpus.json").exists():
+        command = f"python prepare_data.py {settings or 'with the same data settings'}"
+        raise DataError(f"there is no prepared data in {config.path}; run: {command}")
+
+
+def refuse_no_tokenizer(name: str | Path, key: str = "tokenizer.model") -> None:
+    """Raise `DataError` if a tokenizer's name can only be that of a file or folder and it holds none."""
+    path = Path(name)
+    if path.is_dir():
+        if not any((path / file).exists() for file in TOKENIZER_FILES):
+            raise DataError(f"{path} holds no tokenizer: neither {' nor '.join(TOKENIZER_FILES)} is there")
+    elif not path.is_file() and (path.suffix in (".model", ".json") or len(path.parts) > 2):
+        raise DataError(
+            f"{key} ({name}) does not exist; name a .model, a tokenizer.json, a folder that holds one, or a "
+            "Hugging Face name"
+        )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 
 from data.batches import Batch, collate
-from data.config import DataConfig, DataError, Packing, Source, refuse_unprepared
+from data.config import DataConfig, DataError, Packing, Source, refuse_missing
 from data.foreign import token_files
 from data.order import Mixture, Pool
 from data.packing import Layout, Piece, RandomTokens, Tokens, layout_of
@@ -143,6 +143,7 @@ class Corpus:
 
 def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
     """Open what prepare_data.py wrote for a model of `vocab_size`; raises `DataError` on anything amiss."""
+    refuse_missing(config)
     match config.source:
         case Source.random:
             return _random_corpus(config, vocab_size)
@@ -154,7 +155,6 @@ def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
 
 def _prepared_corpus(config: DataConfig, vocab_size: int) -> Corpus:
     folder = Path(config.path)
-    refuse_unprepared(config)
     about = read_about(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
     if tokenizer.fingerprint != about["tokenizer"]["fingerprint"]:

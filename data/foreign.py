@@ -15,8 +15,6 @@ from data.shards import NOT_LEARNT, Shard
 def token_files(folder: Path, name: str) -> dict[str, list["Shard | InternLMFile"]]:
     """Find a folder's files of tokens, by source: its sub-folders name them, as InternLM's type folders do."""
     paths = [folder] if folder.is_file() else sorted(folder.rglob("*.bin"))
-    if not paths:
-        raise DataError(f"data.input ({folder}) is no folder with .bin files")
     files: dict[str, list[Shard | InternLMFile]] = {}
     for path in paths:
         place = path.relative_to(folder)

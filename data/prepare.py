@@ -67,15 +67,17 @@ def existing(data: DataConfig, tokenizer: TokenizerConfig, *, add: bool = False)
     if not folder.exists():
         return False
     if not (folder / "corpus.json").exists():
-        raise DataError(f"{folder} exists and is no corpus; pass another data.name, or remove it")
+        raise DataError(f"{folder} exists and is no corpus; pass another data.name or data.path, or remove it")
     about = read_about(folder)
     if differing := differences(about["made_by"], made_by(data, tokenizer)):
-        raise DataError(f"{folder} was made with other settings: {differing}; pass another data.name, or remove it")
+        raise DataError(
+            f"{folder} was made with other settings: {differing}; pass another data.name or data.path, or remove it"
+        )
     new = _new_items(data, about)
     if new and not add:
         raise DataError(
             f"{len(new)} files of data.input came after {folder} was made, {new[0].path} first; pass add=true to add "
-            "them to it, or another data.name"
+            "them to it, or another data.name or data.path"
         )
     return not new
 
@@ -92,7 +94,7 @@ def _new_items(data: DataConfig, about: dict[str, Any]) -> list[Item]:
         if item.path in about["input"] and about["input"][item.path] != item.size:
             raise DataError(
                 f"{item.path} has {item.size} bytes and had {about['input'][item.path]} when {data.path} was made of "
-                "it; pass another data.name, or remove the corpus"
+                "it; pass another data.name or data.path, or remove the corpus"
             )
     return [item for item in found if item.path not in about["input"]]
 
@@ -338,14 +340,14 @@ def _tokenizer(
         return load_tokenizer(folder)
     print(f"training a tokenizer of {config.vocab_size} pieces", flush=True)
     texts = _tokenizer_texts(data, todo, config.train_bytes)
-    return train_tokenizer(texts, folder / "tokenizer.model", vocab_size=config.vocab_size, threads=workers)
+    return train_tokenizer(iter(texts), folder / "tokenizer.model", vocab_size=config.vocab_size, threads=workers)
 
 
-def _tokenizer_texts(data: DataConfig, todo: list[Item], limit: int) -> Iterator[str]:
-    """Yield about `limit` bytes of training text: all of it, or documents taken evenly by their hash.
+def _tokenizer_texts(data: DataConfig, todo: list[Item], limit: int) -> list[str]:
+    """Give about `limit` bytes of training text: all of it, or documents taken evenly by their hash.
 
-    Of a corpus much larger than that only the beginning of each file is read. Bad records are told when the text
-    is encoded, not here.
+    Of a corpus much larger than that only the beginning of each file is read. Bad records that are left out are told
+    when the text is encoded, not here.
     """
     total, enough = sum(item.size for item in todo), SAMPLED_FROM * limit
 
@@ -355,8 +357,8 @@ def _tokenizer_texts(data: DataConfig, todo: list[Item], limit: int) -> Iterator
         return max(enough * item.size / total, LEAST_SAMPLE)
 
     kept: list[tuple[int, str]] = []
-    share, size = 1 << 64, 0
-    for document in _documents_of(todo, data, BadRecords(OnBadRecord.skip), most=most):
+    share, size, bad = 1 << 64, 0, BadRecords(data.on_bad_record)
+    for document in _documents_of(todo, data, bad, most=most):
         digest = xxhash.xxh3_64_intdigest(document.text.encode(), seed=1)
         if document.split == "train" and digest < share:
             kept.append((digest, document.text))
@@ -366,7 +368,10 @@ def _tokenizer_texts(data: DataConfig, todo: list[Item], limit: int) -> Iterator
             kept = [(digest, text) for digest, text in kept if digest < share]
             size = sum(len(text.encode()) for _, text in kept)
     share = int(share * min(1.0, limit / max(1, size)))
-    yield from (text for digest, text in kept if digest < share or len(kept) == 1)
+    if not kept:
+        why = f": {bad.count} bad records were left out, the first {bad.places[0]}" if bad.count else ""
+        raise DataError(f"there is no training text in data.source ({data.source.value}){why}")
+    return [text for digest, text in kept if digest < share or len(kept) == 1]
 
 
 def sample_texts(data: DataConfig, number: int, *, max_tokens: int) -> Iterator[tuple[str, str]]:
@@ -376,8 +381,10 @@ def sample_texts(data: DataConfig, number: int, *, max_tokens: int) -> Iterator[
     train = read_about(folder)["splits"]["train"]
     shards = [(source, Shard(folder / counts["shards"][0])) for source, counts in train.items()]
     shards = [(source, shard) for source, shard in shards if shard.n_documents]
-    for i in range(number):
-        source, shard = shards[i % len(shards)]
-        ids = shard.document((i + 1) * shard.n_documents // (number + 1)).astype(np.int64)
-        ids = (ids & 0x7FFFFFFF).tolist()
+    chosen = [
+        (i % len(shards), (i + 1) * shards[i % len(shards)][1].n_documents // (number + 1)) for i in range(number)
+    ]
+    for which, index in dict.fromkeys(chosen):  # a small corpus has fewer
+        source, shard = shards[which]
+        ids = (shard.document(index).astype(np.int64) & 0x7FFFFFFF).tolist()
         yield source, tokenizer.decode(ids[:max_tokens]) + (" ..." if len(ids) > max_tokens else "")

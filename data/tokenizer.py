@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import numpy as np
 import sentencepiece
 import xxhash
 
-from data.config import DataError
+from data.config import TOKENIZER_FILES, DataError, refuse_no_tokenizer
 from data.cuts import SPACE, cut, cuts_at_spaces, last_space, none_inside
 from data.words import LONGEST_TEXT, WordEncoder
 
@@ -188,19 +189,13 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     Of a folder with both it is tokenizer.model, unless that cannot be exported.
     """
     path = Path(name)
+    refuse_no_tokenizer(path)
     if path.is_dir():
-        files = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).exists()]
-        if not files:
-            raise DataError(f"{path} holds no tokenizer: neither tokenizer.model nor tokenizer.json is there")
+        files = [path / file for file in TOKENIZER_FILES if (path / file).exists()]
         first = load_tokenizer(files[0])
         return load_tokenizer(files[-1]) if export_problem(first) else first
     if path.is_file():
         return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
-    if path.suffix in (".model", ".json") or len(path.parts) > 2:
-        raise DataError(
-            f"tokenizer.model ({name}) does not exist; name a .model, a tokenizer.json, a folder that holds one, or a "
-            "Hugging Face name"
-        )
     return _from_hub(str(name))
 
 
@@ -268,7 +263,10 @@ def train_tokenizer(texts: Iterator[str], path: Path, *, vocab_size: int, thread
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise DataError(f"no tokenizer of {vocab_size} pieces can be trained on this text: {error}") from None
+        reason = re.sub(r"^\w+: \S+ \[.*?\] ", "", str(error))  # without its place in SentencePiece's code
+        raise DataError(
+            f"no tokenizer of {vocab_size} pieces (tokenizer.vocab_size) can be trained on this text: {reason}"
+        ) from None
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(model.getvalue())
     return SentencePieceTokenizer(path)

@@ -123,6 +123,19 @@ def test_the_tutorial_experiment_has_the_tutorials_hyper_parameters() -> None:
                 "ramp.increment_tokens (0) must be a positive multiple of a micro-batch (2048 tokens)",
             ],
         ),
+        (
+            [
+                "data.micro_batch_size=5",
+                "parallel.tp=3",
+                "parallel.local_processes=3",
+                "parallel.device=cpu",
+                "parallel.sequence_parallel=false",
+            ],
+            [
+                "global_batch_tokens (16384) must be a positive multiple of data.micro_batch_size (5) x data.seq_len (256) = 1280",
+                "parallel.tp (3) must divide model.n_heads (4), model.n_kv_heads (4), model.d_ff (704), model.vocab_size (4096); choose from 1, 2, 4",
+            ],
+        ),
         (["data.pack_len=300"], ["data.pack_len (300) must be a multiple of data.seq_len (256)"]),
     ],
 )
@@ -233,6 +246,20 @@ def test_a_model_that_is_not_there_is_told_without_torch(argv: list[str]) -> Non
     assert f"error: {key} (/nowhere) holds no {holds}; name a " in done.stderr
 
 
+def test_a_model_of_tokens_alone_is_told_to_have_no_text(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    for argv, folder in ((f"run={tmp_path}", tmp_path / "tokenizer"), (f"hf={tmp_path / 'hf'}", tmp_path / "hf")):
+        (sentence,) = told(argv, "prompt=x", config_name="generate")
+        assert sentence.startswith(
+            f"{folder} holds no tokenizer, without which there is no text; put the tokenizer.model"
+        )
+        folder.mkdir(exist_ok=True)
+        (folder / "tokenizer.json").write_text("{}")
+        assert told(argv, "prompt=x", config_name="generate") == []
+
+
 def test_a_section_error_names_every_key_and_value() -> None:
     with pytest.raises(ConfigError, match=r"global_batch_tokens \(1000\) must be a positive multiple"):
         composed("global_batch_tokens=1000")
@@ -255,11 +282,40 @@ def test_skip_batches_are_ranges_with_both_ends() -> None:
         ("train.py --help", 0, ""),
         ("train.py --cfg job", 0, ""),
         ("train.py steps=-1", 2, "steps (-1) must be"),
-        ("train.py data.path=nowhere", 1, "there is no prepared data in nowhere; run: python prepare_data.py"),
+        (
+            "train.py data.path=nowhere",
+            1,
+            "there is no prepared data in nowhere; run: python prepare_data.py data=builtin data.path=nowhere\n",
+        ),
+        (
+            "train.py experiment=7b_pile_small data.name=x",
+            1,
+            "there is no prepared data in corpora/x; run: python prepare_data.py data=pile_small data.name=x\n",
+        ),
+        (
+            "train.py model=125m data=tokens data.input=/nowhere",
+            1,
+            "data.input (/nowhere) is no folder with .bin files",
+        ),
+        (
+            "train.py model=125m data=tokens data.input=Makefile data.valid_input=/nowhere",
+            1,
+            "data.valid_input (/nowhere) is no folder with .bin files",
+        ),
+        (
+            "train.py model=125m data=tokens data.input=Makefile data.tokenizer=/nowhere/x.model",
+            1,
+            "data.tokenizer (/nowhere/x.model) does not exist; name a .model",
+        ),
         (
             "train.py data=random data.seq_len=256 data.vocab_size=4096 data.micro_batch_size=1 init_from=/nowhere",
             1,
             "init_from (/nowhere) is no folder; name a run",
+        ),
+        (
+            "train.py data=random data.seq_len=256 data.vocab_size=4096 data.micro_batch_size=1 init_from=docs",
+            1,
+            "init_from (docs) holds neither a checkpoint nor a config.json; name a run",
         ),
         ("prepare_data.py data=locl", 2, "did you mean 'local'?"),
         ("prepare_data.py data=local data.input=/nowhere", 1, "data.input (/nowhere) names no file"),

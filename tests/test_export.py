@@ -1,7 +1,7 @@
 """What is exported loads elsewhere as it was here, and what is not right is not exported."""
 
 import json
-import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import export
 from conf.schema import ExportConfig, stored_model
+from data.config import DataError
 from data.tokenizer import load_tokenizer, sentencepiece_proto
 from model.config import ModelConfig, ModelError
 from model.hf import llama_config, read_hf, read_hf_config
@@ -20,6 +21,8 @@ from model.transformer import Transformer
 from tests.conftest import ROOT, trained
 from training.checkpoint import open_checkpoint
 from training.config import CheckpointError, Dtype
+
+TRANSFORMERS_4 = Path(sys.prefix) / "transformers4"
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +95,63 @@ def test_weights_of_a_model_that_computes_something_else_are_refused(
         trained(tmp_path / "r", *small, *changed, f"init_from={exported}")
 
 
+def test_a_model_of_tokens_alone_is_exported_without_a_tokenizer(
+    tmp_path: Path, small: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    random = ["data=random", "data.seq_len=32", "data.vocab_size=1000", "steps=1"]
+    trained(tmp_path / "r", *(o for o in small if not o.startswith("data")), *random, "data.micro_batch_size=2")
+    export.export(tmp_path / "r", ExportConfig(run=str(tmp_path / "r"), out=str(tmp_path / "hf")))
+    assert "logits equal to" in (told := capsys.readouterr().out) and told.splitlines()[0].endswith(", no tokenizer")
+
+
+def with_a_blank_first(tokenizer: Path) -> bytes:
+    proto = sentencepiece_proto(tokenizer)
+    proto.normalizer_spec.add_dummy_prefix = True
+    return proto.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        (
+            "tokenizer.txt",
+            b"",
+            r"hf holds no tokenizer, neither tokenizer.model nor tokenizer.json: generate.py will not",
+        ),
+        ("tokenizer.json", b"{", r"tokenizer.json is not a tokenizer.json: "),
+        ("tokenizer.model", b"{", r"tokenizer.model is not a SentencePiece model: "),
+        (
+            "tokenizer.model",
+            None,
+            r"tokenizer.model is not a BPE model with .* export.py can make no equal tokenizer.json",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_tokenizer_is_told_before_the_weights_are_read(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+    name: str, content: bytes | None, told: str,
+) -> None:  # fmt: skip
+    folder = shutil.copytree(exported, tmp_path / "hf", ignore=shutil.ignore_patterns("tokenizer*"))
+    (folder / name).write_bytes(with_a_blank_first(exported / name) if content is None else content)
+
+    def no_more(folder: Path) -> None:
+        raise RuntimeError("weights are read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("model.hf.read_hf", no_more)
+        with pytest.raises((DataError, RuntimeError)) as raised:
+            export.bring_in(folder, str(tmp_path / "run"))
+    assert re.search(told, capsys.readouterr().out + str(raised.value)) and not (tmp_path / "run").exists()
+    if content is None:
+        export.bring_in(folder, str(tmp_path / "run"))
+        monkeypatch.setattr(export, "write_weights", no_more)
+        with pytest.raises(DataError, match=told):
+            export.export(tmp_path / "run", ExportConfig(run=str(tmp_path / "run"), out=str(tmp_path / "out")))
+
+
 def test_a_folder_whose_tokenizer_model_puts_a_blank_first_goes_out_again(exported: Path, tmp_path: Path) -> None:
     llama = shutil.copytree(exported, tmp_path / "llama")
-    proto = sentencepiece_proto(llama / "tokenizer.model")
-    proto.normalizer_spec.add_dummy_prefix = True
-    (llama / "tokenizer.model").write_bytes(proto.SerializeToString())
+    (llama / "tokenizer.model").write_bytes(with_a_blank_first(llama / "tokenizer.model"))
     fast = json.loads((llama / "tokenizer.json").read_text())  # as Llama 2's
     fast["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, fast["normalizer"]]}
     fast["decoder"]["decoders"].append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
@@ -119,6 +174,17 @@ def test_training_starts_from_a_hugging_face_folder(
         if rows == 1000:
             mean = tensor[:rows].bfloat16().float().mean(dim=0)
             torch.testing.assert_close(weights[name][rows:], mean.expand(24, -1), rtol=0, atol=1e-7)
+
+
+def test_of_a_model_that_was_brought_in_no_more_than_the_model_is_taken(
+    exported: Path, tmp_path: Path, small: list[str]
+) -> None:
+    export.bring_in(exported, str(tmp_path / "in"))
+    for origin, words in ((tmp_path / "in", "was brought in and"), (exported, "is a Hugging Face folder and")):
+        with pytest.raises(CheckpointError, match=rf"init_content \(model, scheduler\): .* {words} holds a model only"):
+            trained(
+                tmp_path / "r", *small, "model.vocab_size=1000", f"init_from={origin}", "init_content=[model,scheduler]"
+            )
 
 
 def damage(folder: Path, what: str) -> None:
@@ -264,14 +330,31 @@ def test_internlm1_is_a_llama_with_biases() -> None:
     assert read_hf_config(about, Path("x")).attention_bias
 
 
-@pytest.mark.skipif(
-    "TRANSFORMERS_4_PYTHON" not in os.environ,
-    reason="TRANSFORMERS_4_PYTHON names no interpreter with transformers 4",
-)
-def test_transformers_4_loads_the_same_model(
+WRITE = """
+import json, sys, torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+inputs = tokenizer("def main(", return_tensors="pt", return_token_type_ids=False)
+new = model.generate(**inputs, do_sample=False, max_new_tokens=8)
+logits = model(new).logits
+print(json.dumps([transformers.__version__, tokenizer.decode(new[0]), logits.flatten().tolist()]))
+"""
+
+
+@pytest.mark.skipif(not TRANSFORMERS_4.is_dir(), reason=f"make test puts transformers 4.57 into {TRANSFORMERS_4}")
+def test_transformers_4_verifies_an_export_and_computes_what_5_does(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(sys, "executable", os.environ["TRANSFORMERS_4_PYTHON"])
-    export.export(run_dir, ExportConfig(run=str(run_dir), out=str(tmp_path / "hf")))
-    assert "verified with transformers 4." in capsys.readouterr().out
-    shutil.rmtree(tmp_path / "hf")
+    command = [sys.executable, "-P", "-c", WRITE, str(tmp_path / "hf")]
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(TRANSFORMERS_4))
+        export.export(run_dir, ExportConfig(run=str(run_dir), out=str(tmp_path / "hf")))
+        assert "verified with transformers 4.57." in capsys.readouterr().out
+        old = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    new = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    (old_version, old_text, old_logits), (new_version, new_text, new_logits) = (
+        json.loads(process.communicate()[0].splitlines()[-1]) for process in (old, new)
+    )
+    assert old_version.startswith("4.57.") and new_version.startswith("5.")
+    assert old_text == new_text and old_text.startswith("def main(")
+    torch.testing.assert_close(torch.tensor(old_logits), torch.tensor(new_logits), rtol=0, atol=1e-5)

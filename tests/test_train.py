@@ -1,6 +1,6 @@
 """Whole runs: that they learn, stop, go on as if they had never stopped, and refuse what is wrong."""
 
-import json
+import logging
 import os
 import shutil
 import signal
@@ -12,18 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT, trained
+from tests.conftest import ROOT, metrics, trained
 from training.checkpoint import open_checkpoint
 from training.config import CheckpointError, TrainingError
 from training.stop import StopRequest
 
 LONG = ["steps=12", "checkpoint.every=3", "valid_every=4", "checkpoint.keep=0"]
-
-
-def metrics(folder: Path) -> list[dict]:
-    """What a run wrote down, without what the clock decides."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if not key.startswith("perf/")} for record in records]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -56,6 +50,31 @@ def test_a_run_learns_and_leaves_what_it_should(tmp_path: Path, small: list[str]
     }
     names = {path.name for path in (tmp_path / "r").iterdir()}
     assert {"metrics.jsonl", "loss.png", "config.yaml", "tokenizer", "checkpoints", "tensorboard"} <= names
+
+
+@pytest.mark.parametrize(("checkpointing", "internlm"), [("none", "0.0003441"), ("full", "0.0003932")])
+def test_a_run_says_first_what_it_trains(
+    tmp_path: Path, small: list[str], caplog: pytest.LogCaptureFixture, checkpointing: str, internlm: str
+) -> None:
+    settings = [*small, "steps=1", f"parallel.activation_checkpointing={checkpointing}"]
+    caplog.set_level(logging.INFO)
+    trained(tmp_path / "r", *settings)
+    weights = open_checkpoint(tmp_path / "r").read("model.")
+    n_params = sum(weight.numel() for weight in weights.values())
+    lines = [record.message for record in caplog.records]
+    first = lines.index(f"model      tiny: {n_params:,} parameters, 2 layers x 32, vocabulary 1,024")
+    # Matrices: 2 layers of 9,216 weights and the head's 32,768; attention: 2 layers, 2 products, 16.5 keys of width 32.
+    causal = 6 * (2 * 9_216 + 32_768 + 2 * 2 * 16.5 * 32)
+    # InternLM: 3 or 4 passes of 2 layers of (8 + 6 x 2) x 32^2 + 4 x 32 x 32, and 6 x 32 x 1,024.
+    assert lines[first + 1] == f"           {causal / 1e9:.4g} GFLOP a token (causal), {internlm} by InternLM's formula"
+    assert lines[first + 3].startswith("batch      128 tokens = 2 micro-batches of 64; 1 steps; epochs: code ")
+    assert (
+        lines[first + 5].startswith("device     CPU, 2 threads, fp32, attention ")
+        and lines[first + 6] == "start      step 0"
+    )
+    caplog.clear()
+    trained(tmp_path / "r", *settings)
+    assert "start      step 1, the last: nothing is left to train" in caplog.messages
 
 
 FIRST_STEP = """
@@ -227,32 +246,6 @@ def test_every_way_of_training_reaches_its_end(tmp_path: Path, small: list[str],
     assert metrics(tmp_path / "r")[-2]["train/bad_steps"] == 0
 
 
-def test_init_from_takes_what_it_is_told_to(run_dir: Path, tmp_path: Path, small: list[str]) -> None:
-    source = open_checkpoint(run_dir)
-    start = ["steps=1", "optimizer.lr=1e-12", f"init_from={run_dir}"]
-    trained(tmp_path / "model", *small, *start)
-    trained(tmp_path / "all", *small, *start, "steps=11", "init_content=[all]")
-    weights, everything = open_checkpoint(tmp_path / "model"), open_checkpoint(tmp_path / "all")
-    for name, tensor in source.read("model.").items():
-        torch.testing.assert_close(weights.read("model.")[name], tensor, rtol=0, atol=1e-8)
-    assert (weights.state["progress"]["step"], weights.read("optimizer.")["norm.weight.step"]) == (1, 1)
-    assert (everything.state["progress"]["step"], everything.read("optimizer.")["norm.weight.step"]) == (
-        11,
-        11,
-    )
-    with pytest.raises(CheckpointError, match="is no folder"):
-        trained(tmp_path / "none", *small, f"init_from={tmp_path / 'nothing'}")
-    with pytest.raises(CheckpointError, match=r"is of another model: model.d_model \(32, now 64\)"):
-        trained(tmp_path / "other", *small, f"init_from={run_dir}", "model.d_model=64")
-
-
-def test_a_run_that_goes_on_needs_no_init_from(run_dir: Path, tmp_path: Path, small: list[str]) -> None:
-    shutil.copytree(run_dir, tmp_path / "r")
-    argv = [sys.executable, "train.py", *small, "name=r", "init_from=/nowhere", f"hydra.run.dir={tmp_path / 'r'}"]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
-
-
 def test_a_run_without_finite_gradients_ends_and_names_the_layer(tmp_path: Path, small: list[str]) -> None:
     with pytest.raises(
         TrainingError,
@@ -297,7 +290,7 @@ def test_torchrun_and_the_command_alone_start_the_same_run(tmp_path: Path, small
         (
             ["data.path=nowhere"],
             {},
-            "error: there is no prepared data in nowhere; run: python prepare_data.py data=local",
+            "error: there is no prepared data in nowhere; run: python prepare_data.py data=local data.path=",
         ),
         (["model.vocab_size=512"], {}, "has 1000 pieces, more than model.vocab_size (512)"),
         (

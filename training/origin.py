@@ -6,12 +6,13 @@ from training.config import CheckpointError
 from training.run_folder import checkpoints_of
 
 
-def refuse_no_folder(init_from: Path) -> None:
-    """Raise `CheckpointError` if there is no folder to begin from."""
+def refuse_no_origin(init_from: Path) -> None:
+    """Raise `CheckpointError` if there is nothing to begin from."""
+    what = "name a run, a checkpoint, or a Hugging Face folder"
     if not init_from.is_dir():
-        raise CheckpointError(
-            f"init_from ({init_from}) is no folder; name a run, a checkpoint, or a Hugging Face folder"
-        )
+        raise CheckpointError(f"init_from ({init_from}) is no folder; {what}")
+    if not (init_from / "config.json").exists() and not checkpoints_of(init_from):
+        raise CheckpointError(f"init_from ({init_from}) holds neither a checkpoint nor a config.json; {what}")
 
 
 def checkpoints_in(path: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from training.checkpoint import PER_RANK, Checkpoint, Checkpoints, open_checkpoint
 from training.config import CheckpointConfig, CheckpointError, Resume
 from training.optimizer import AdamW
-from training.origin import refuse_no_folder
+from training.origin import refuse_no_origin
 from training.progress import Progress
 from training.ranks import Ranks
 from training.run_folder import refuse_changes, refuse_other_model
@@ -149,25 +149,30 @@ def _initialise(
     path, content = Path(run_config["init_from"]), set(run_config["init_content"])
     if "all" in content:
         content = {"model", "optimizer", "scheduler", "sampler"}
-    refuse_no_folder(path)
+    refuse_no_origin(path)
     if (path / "config.json").exists():
         if content != {"model"}:
             raise CheckpointError(
-                f"init_content ({', '.join(sorted(content))}): a Hugging Face folder holds a model only"
+                f"init_content ({', '.join(sorted(content))}): {path} is a Hugging Face folder and holds a model only"
             )
         kept.take_weights(read_hf(path), path)
         logger.info("weights from %s", path)
         return
     other = open_checkpoint(path, ranks)
     refuse_other_model(other.state["config"], run_config, other.path)
+    if content != {"model"} and not any(name.startswith("optimizer.") for name in other.tensors):
+        raise CheckpointError(
+            f"init_content ({', '.join(sorted(content))}): {other.path} was brought in and holds a model only"
+        )
     before = other.state["progress"]
     for word in ("model", "optimizer"):
         if word in content:
             kept.take(other, f"{word}.")
     if "scheduler" in content:
         kept.progress.updates = before["updates"]
-        kept.scaler.load_state_dict(other.state["scaler"])
+        if other.state["config"]["precision"]["compute"] == run_config["precision"]["compute"]:
+            kept.scaler.load_state_dict(other.state["scaler"])  # of another precision it would be no scale
     if "sampler" in content:
-        for key in ("step", "samples", "tokens"):
+        for key in ("step", "samples", "first_sample", "tokens"):
             setattr(kept.progress, key, before[key])
     logger.info("%s from %s", ", ".join(sorted(content)), other.path)

@@ -60,7 +60,7 @@ def test_an_unfit_corpus_is_told_when_opened(
 
 
 def test_missing_and_too_little_data_are_told(config: DataConfig, tokenizer: Tokenizer) -> None:
-    with pytest.raises(DataError, match="run: python prepare_data.py data=mine"):
+    with pytest.raises(DataError, match="run: python prepare_data.py with the same data settings"):
         open_corpus(config, vocab_size=1200)
     made(config, tokenizer)
     with pytest.raises(DataError, match=r"none of its sources fills one pack of 100000"):

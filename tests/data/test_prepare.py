@@ -3,10 +3,7 @@
 import dataclasses
 import fcntl
 import gzip
-import json
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import prepare_data
 from data import read as reading
 from data.config import DataConfig, DataError, OnBadRecord, TokenizerConfig
 from data.corpus import open_corpus
@@ -25,7 +21,7 @@ from data.part import shares
 from data.prepare import existing, prepare
 from data.shards import Shard, ShardWriter
 from data.tokenizer import Tokenizer
-from tests.data.corpora import RECORDS, ROOT, contents, lines, local, made, texts_of
+from tests.data.corpora import RECORDS, contents, lines, local, made, texts_of
 
 
 def test_a_corpus_holds_every_document_whole(config: DataConfig, tokenizer: Tokenizer) -> None:
@@ -348,35 +344,6 @@ def test_a_long_document_that_is_held_out_is_not_trained_on(
         made(config, tokenizer)
     about = made(dataclasses.replace(config, on_bad_record=OnBadRecord.skip), tokenizer)
     assert about["splits"]["train"]["mine"]["documents"] == 2 and about["splits"]["valid"]["mine"]["documents"] == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["data=local", "shards=8", "launcher=slurm"], ["--multirun", "shard=range(8)"]),
-        (["shards=8", "shard=3"], []),
-        (["shards=1"], []),
-        (["shards=8", "--cfg", "job"], []),
-        (["data=local"], []),
-    ],
-)
-def test_shards_are_a_sweep_over_the_parts(arguments: list[str], expected: list[str]) -> None:
-    assert prepare_data.spread(arguments) == expected
-
-
-def test_a_corpus_in_parts_is_one_command(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    (tmp_path / "texts").mkdir()
-    for name in "abc":
-        (tmp_path / "texts" / f"{name}.jsonl").write_bytes(lines([{"text": f"{name} {i}"} for i in range(40)]))
-    command = [sys.executable, "prepare_data.py", "data=local", f"data.input={tmp_path / 'texts'}", "shards=3"]
-    places = [f"data.path={tmp_path / 'tokens'}", f"hydra.sweep.dir={tmp_path / 'jobs'}"]
-    settings = [*places, f"tokenizer.model={tokenizer.path}", "workers=1"]
-    done = subprocess.run([*command, *settings], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    about = json.loads((tmp_path / "tokens" / "corpus.json").read_text())
-    assert sum(s["documents"] for split in about["splits"].values() for s in split.values()) == 120
-    assert len(about["splits"]["train"]["local"]["shards"]) == 3
-    assert "split  source" in done.stdout and done.stdout.count("is there when all are") == 2
 
 
 def test_a_tokenizer_of_a_large_corpus_is_trained_on_the_beginning_of_each_file(

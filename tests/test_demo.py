@@ -1,0 +1,78 @@
+"""`make demo` from the corpus to its closing block, on a smaller model: stopped, gone on with, and run again."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+SETTINGS = (
+    "steps=12", "logger.every=1", "valid_tokens=4096", "valid_every=0", "parallel.threads=2",
+    "model.d_model=32", "model.n_layers=2", "model.n_heads=4", "model.n_kv_heads=4", "model.d_ff=64",
+)  # fmt: skip
+LEFT_OUT = (".*", "__pycache__", "runs", "corpora", "exports", "tests", "docs")
+
+
+def demo(checkout: Path, *, stop_in_training: bool = False) -> tuple[int, str]:
+    """Run the demo as make does, in a session of its own as a terminal has; give its exit code and what it printed."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.demo", *SETTINGS],
+        cwd=checkout,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    metrics = checkout / "runs" / "demo" / "metrics.jsonl"
+    while stop_in_training and process.poll() is None and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.02)
+    if stop_in_training:
+        os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does
+    printed = process.communicate(timeout=500)[0]
+    return process.returncode, printed
+
+
+def made(checkout: Path) -> dict[str, tuple[int, bytes]]:
+    """Files of the corpus, the checkpoints and the export, each with the time when it was written."""
+    folders = [checkout / "corpora", checkout / "runs" / "demo" / "checkpoints", checkout / "runs" / "demo" / "hf"]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_demo_is_stopped_goes_on_names_what_it_made_and_makes_nothing_twice(tmp_path: Path) -> None:
+    checkout = shutil.copytree(ROOT, tmp_path / "checkout", ignore=shutil.ignore_patterns(*LEFT_OUT))
+
+    code, printed = demo(checkout, stop_in_training=True)
+    assert code == 130 and "saved runs/demo/checkpoints/" in printed and "Traceback" not in printed, printed
+    assert "step 12/12" not in printed and "=== 3/4" not in printed
+
+    code, first = demo(checkout)
+    assert code == 0 and "resumed from runs/demo/checkpoints/" in first and "step 12/12" in first, first
+    title, *lines = first[first.index("=== made in") :].splitlines()
+    told = {line[:18].strip(): line[18:] for line in lines}
+    assert 0.1 < float(re.findall(r"peak memory (\S+) GiB", title)[0]) < 3
+    records = [json.loads(line) for line in (checkout / told["run folder"] / "metrics.jsonl").read_text().splitlines()]
+    bits = [record["valid/bits_per_byte"] for record in records if "valid/bits_per_byte" in record]
+    assert len(bits) == 1 and told["validation text"].startswith(f"{bits[0]:.3f} bits a byte by the model, ")
+    assert (checkout / told["loss curve"]).read_bytes().startswith(b"\x89PNG")
+    assert (checkout / told["exported model"] / "model.safetensors").exists()
+    samples = (checkout / told["three samples"]).read_text()
+    assert samples.count("--- prompt") == 3 and samples in first
+
+    before, metrics = made(checkout), (checkout / "runs" / "demo" / "metrics.jsonl").read_text()
+    code, second = demo(checkout)
+    assert code == 0 and made(checkout) == before, second
+    assert (checkout / "runs" / "demo" / "metrics.jsonl").read_text() == metrics
+    for words in ("was prepared before with the same settings", "nothing is left to train", "is the export of"):
+        assert words in second
+    assert second.splitlines()[-6:] == first.splitlines()[-6:]

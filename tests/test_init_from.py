@@ -1,0 +1,103 @@
+"""Where a run begins that begins with what another one has: its weights, and what else is asked for."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.tokenizer import load_tokenizer
+from tests.conftest import ROOT, metrics, trained
+from tests.data.corpora import RECORDS, lines, local, made
+from training.checkpoint import open_checkpoint
+from training.config import CheckpointError
+
+
+def test_init_from_takes_what_it_is_told_to(run_dir: Path, tmp_path: Path, small: list[str]) -> None:
+    source = open_checkpoint(run_dir)
+    start = ["steps=1", "optimizer.lr=1e-12", f"init_from={run_dir}"]
+    trained(tmp_path / "model", *small, *start)
+    trained(tmp_path / "all", *small, *start, "steps=11", "init_content=[all]")
+    weights, everything = open_checkpoint(tmp_path / "model"), open_checkpoint(tmp_path / "all")
+    for name, tensor in source.read("model.").items():
+        torch.testing.assert_close(weights.read("model.")[name], tensor, rtol=0, atol=1e-8)
+    assert (weights.state["progress"]["step"], weights.read("optimizer.")["norm.weight.step"]) == (1, 1)
+    assert (everything.state["progress"]["step"], everything.read("optimizer.")["norm.weight.step"]) == (
+        11,
+        11,
+    )
+    with pytest.raises(CheckpointError, match="is no folder"):
+        trained(tmp_path / "none", *small, f"init_from={tmp_path / 'nothing'}")
+    with pytest.raises(CheckpointError, match=r"is of another model: model.d_model \(32, now 64\)"):
+        trained(tmp_path / "other", *small, f"init_from={run_dir}", "model.d_model=64")
+
+
+def test_init_content_takes_one_thing_and_the_rest_begins_anew(run_dir: Path, tmp_path: Path, small: list[str]) -> None:
+    # So little is learnt, and moments are so long, that what a run began with can be read from its end.
+    still = [
+        *small,
+        "steps=11",
+        "valid_tokens=64",
+        "optimizer.lr=1e-12",
+        "optimizer.beta1=0.9999999",
+        "optimizer.beta2=0.9999999",
+    ]
+    trained(tmp_path / "none", *still, "skip_batches=[0-9]")  # 10 batches on, without an update
+    source, fresh = open_checkpoint(run_dir), open_checkpoint(tmp_path / "none")
+    first = {"none": metrics(tmp_path / "none")[0]}
+    for content, step, updates, optimizer_step in (
+        ("optimizer", 1, 11, 21),
+        ("scheduler", 1, 21, 11),
+        ("sampler", 11, 1, 1),
+    ):
+        trained(tmp_path / content, *still, f"init_from={run_dir}", f"init_content=[{content}]")
+        found, first[content] = open_checkpoint(tmp_path / content), metrics(tmp_path / content)[0]
+        progress, tensors = found.state["progress"], found.read("")
+        assert (first[content]["step"], progress["step"], progress["samples"]) == (step, 11, 44)
+        assert (progress["updates"], tensors["optimizer.norm.weight.step"]) == (updates, optimizer_step)
+        for name in tensors:
+            if name.startswith("model.") or name.endswith(("exp_avg", "exp_avg_sq")):
+                origin = source if content == "optimizer" and name.startswith("optimizer.") else fresh
+                torch.testing.assert_close(tensors[name], origin.read_names([name])[name], rtol=1e-4, atol=1e-6)
+    assert source.read("optimizer.norm.weight.exp_avg")[""].abs().max() > 1e-5, "moments are told from none"
+    rates = {content: record["optim/lr"] / 1e-12 for content, record in first.items()}
+    assert rates == pytest.approx({"none": 1, "optimizer": 1, "sampler": 1, "scheduler": 0.1182}, abs=1e-4)
+    assert first["sampler"]["train/loss"] == pytest.approx(first["none"]["train/loss"], rel=1e-6), "the same batch"
+    assert first["scheduler"]["train/loss"] == pytest.approx(first["optimizer"]["train/loss"], rel=1e-6)
+
+
+def test_a_scale_is_not_taken_from_a_run_of_another_precision(run_dir: Path, tmp_path: Path, small: list[str]) -> None:
+    half = [*small, "precision=fp16", "steps=1", "init_content=[scheduler]"]
+    trained(tmp_path / "fp16", *half, f"init_from={run_dir}", "precision.initial_scale=1024")
+    trained(tmp_path / "again", *half, f"init_from={tmp_path / 'fp16'}")
+    scales = [open_checkpoint(tmp_path / name).state["scaler"]["scale"] for name in ("fp16", "again")]
+    assert scales == [1024, 1024]
+
+
+def test_a_run_goes_on_with_files_that_were_added_and_another_takes_its_place(
+    tmp_path: Path, small: list[str], corpus_dir: Path
+) -> None:
+    tokenizer, corpus = load_tokenizer(corpus_dir / "tokenizer"), local(tmp_path, "texts")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.jsonl").write_bytes(lines(RECORDS))
+    made(corpus, tokenizer)
+    settings = [*small, f"data.path={corpus.path}"]
+    trained(tmp_path / "r", *settings, "steps=4")
+    (tmp_path / "texts" / "b.jsonl").write_bytes(lines([{"text": f"came later {i} " * 9} for i in range(40)]))
+    made(corpus, tokenizer, add=True)
+    with pytest.raises(CheckpointError, match=r"files of tokens were added .*accept_changes=\[data.added\]"):
+        trained(tmp_path / "r", *settings, "steps=4")
+    trained(tmp_path / "r", *settings, "steps=6", "checkpoint.accept_changes=[steps,data.added]")
+    trained(tmp_path / "s", *settings, "steps=8", f"init_from={tmp_path / 'r'}", "init_content=[sampler]")
+    for name, samples in (("r", 24), ("s", 32)):
+        progress = open_checkpoint(tmp_path / name).state["progress"]
+        assert (progress["first_sample"], progress["samples"]) == (16, samples)
+
+
+def test_a_run_that_goes_on_needs_no_init_from(run_dir: Path, tmp_path: Path, small: list[str]) -> None:
+    shutil.copytree(run_dir, tmp_path / "r")
+    argv = [sys.executable, "train.py", *small, "name=r", "init_from=/nowhere", f"hydra.run.dir={tmp_path / 'r'}"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
