@@ -23,7 +23,7 @@ from parallel.config import (
     ParallelError,
     ReduceDtype,
 )
-from parallel.fp8 import MULTIPLE, Fp8Linear
+from parallel.fp8 import MULTIPLE, Fp8Linear, cast_before_gathering
 from parallel.mesh import Mesh
 from parallel.plan import attend_to_whole_rows, divide, divided_dim
 
@@ -78,6 +78,8 @@ def parallelize(
         if sharded:
             shard(stage, mesh, config)
         stage.to_empty(device=mesh.device)
+    if sharded:
+        cast_before_gathering(model)
     # Where gradients are summed over ranks, they are added up in reduce_dtype.
     if grad_dtype is not None and grad_dtype != dtype and not sharded:
         for param in model.parameters():

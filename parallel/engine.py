@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from parallel.apply import reduce_after, sharded_modules
 from parallel.bad_layer import Watch
 from parallel.config import ParallelConfig
+from parallel.fp8 import Fp8Linear, agree_on_scales
 from parallel.mesh import Mesh
 from parallel.plan import divided_dim, head_parts
 
@@ -98,6 +99,7 @@ class Engine:
         self.counted = [param for name, param in self.params.items() if name not in copies and is_first_copy(param)]
         self.optimizer = optimizer
         self.mesh = mesh
+        self.casts = [m.cast for m in model.modules() if isinstance(m, Fp8Linear) and m.cast is not None]
         self.pipeline = self._open_pipeline()
         self.linear_loss = linear_loss
         self.token_weights = token_weights
@@ -143,6 +145,7 @@ class Engine:
     def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
         """Score batches without training; gives totals_S4 as in `StepResult`."""
         sums = self._no_sums()
+        self._agree_on_scales()
         for batch in batches:
             tokens_BT, told = self._inputs(batch, 0.0, sums)
             if self.pipeline is None:
@@ -176,6 +179,7 @@ class Engine:
 
     def _run(self, batches: Sequence[MicroBatch], weights: Sequence[float], sums: Sums) -> None:
         """Run forward and backward passes, and add to `sums`."""
+        self._agree_on_scales()
         inputs = [self._inputs(batch, weight, sums) for batch, weight in zip(batches, weights, strict=True)]
         if self.pipeline is not None:
             self.pipeline.train(inputs)
@@ -183,6 +187,11 @@ class Engine:
         for index, (tokens_BT, told) in enumerate(inputs, 1):
             reduce_after(self.model, self.config.zero_stage, last=index == len(inputs))
             self.model(tokens_BT, **told).backward()
+
+    def _agree_on_scales(self) -> None:
+        """Before weights are gathered in 8 bits: they may have changed."""
+        if self.casts and self.mesh.layout is not None:
+            agree_on_scales(self.casts, self.mesh.layout.get_group("dp_shard"))
 
     def _inputs(self, batch: MicroBatch, weight: float, sums: Sums) -> "Inputs":
         """Bring a micro-batch to the device; its head gives the weighted loss and adds to `sums`."""

@@ -13,8 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -100,7 +99,7 @@ class Watch(TorchDispatchMode):
             self.observers = observers
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
+        if any(map(is_traceable_wrapper_subclass_type, types)):  # DTensor is one
             return NotImplemented  # its parts come by here on their own
         kwargs = kwargs or {}
         result = func(*args, **kwargs)

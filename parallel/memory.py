@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from parallel.ledger import in_backward
@@ -93,7 +94,9 @@ class Memory:
     def rename(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Say what tensors that are followed already are for."""
         for tensor in tensors:
-            part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            part: Any = tensor
+            while is_traceable_wrapper_subclass(part):
+                part = getattr(part, part.__tensor_flatten__()[0][0])
             self.note(part, kind)
             self._storages[id(part.untyped_storage())].kind = kind
 

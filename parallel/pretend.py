@@ -25,6 +25,7 @@ IS_CUDA, DEVICE = torch.Tensor.is_cuda.__get__, torch.Tensor.device.__get__  # t
 Launched = Callable[[tuple[Any, ...]], object]
 REAL_DEVICE: Any = FakeTensor.device.fget
 TO_EMPTY = nn.Module.to_empty
+MAKE_WRAPPER: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -38,6 +39,7 @@ def pretended_gpu(kernels: Iterable[str] = (), launched: Launched = lambda _: No
         stack.enter_context(_no_kernels(tuple(kernels), launched))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(mock.patch.object(FakeTensor, "device", property(_device)))
+        stack.enter_context(mock.patch.object(torch.Tensor, "_make_wrapper_subclass", _wrapper))
         stack.enter_context(mock.patch.object(nn.Module, "to_empty", _to_empty))
         stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", lambda *_: HOPPER))
         for name in ("__init__", "__getitem__", "_concatenate", "_flatten", "_unflatten"):
@@ -89,6 +91,10 @@ def _ones(shape: list[int]) -> Any:
 
 def _on_cpu(part: Any) -> Any:
     return CPU if isinstance(part, torch.device) and part.type == "cuda" else part
+
+
+def _wrapper(*args: Any, **kwargs: Any) -> Any:
+    return MAKE_WRAPPER(*args, **{key: _on_cpu(part) for key, part in kwargs.items()})
 
 
 def _to_empty(module: nn.Module, *, device: torch.device, recurse: bool = True) -> nn.Module:

@@ -3,7 +3,7 @@
 import faulthandler
 import pickle
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -60,6 +60,10 @@ class Case:
     attention: Attention = Attention.auto
     layout: dict[str, Any] = field(default_factory=dict)
     bad_rank: int | None = None  # whose gradient is made infinite in step 2
+    fp8: str = "none"
+
+
+Of = Callable[[Case, Mesh, ParallelConfig], Any]  # what a rank makes of a case
 
 
 @dataclass
@@ -90,7 +94,7 @@ def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
     optimizer = OptimizerConfig(lr=3e-3, max_grad_norm=0.3, eps=1e-5)
     with torch.device("meta"):
         model = Transformer(replace(MODELS[case.model], attention=case.attention))
-    stages = parallelize(model, mesh, config, case.dtype)
+    stages = parallelize(model, mesh, config, case.dtype, fp8=case.fp8)
     model.init_weights(3, write_shard)
     adamw = AdamW(model, optimizer, copies=model.copies)
     adamw.follow([(3e-3, 0.95)] * (N_STEPS + 1))
@@ -154,7 +158,7 @@ def alone(case: Case) -> Outcome:
     return outcome(case, Mesh(device=torch.device("cpu")), ParallelConfig())
 
 
-def rank_main(rank: int, folder: Path, cases: dict[str, Case], device_type: str) -> None:
+def rank_main(rank: int, folder: Path, cases: dict[str, Case], device_type: str, of: Of) -> None:
     """Run every case that has a place for this rank; leave what came out, or the traceback, in `folder`."""
     torch.set_num_threads(1)
     device = torch.device("cpu") if device_type == "cpu" else torch.device(device_type, rank)
@@ -169,7 +173,7 @@ def rank_main(rank: int, folder: Path, cases: dict[str, Case], device_type: str)
         with (folder / f"{name}.stack.{rank}").open("w") as stack:
             faulthandler.dump_traceback_later(180 if compiles else 60, exit=True, file=stack)
             try:
-                result: Any = _on_layout(rank, folder / f"{name}.store", case, device)
+                result: Any = _on_layout(rank, folder / f"{name}.store", case, device, of)
             except Exception:
                 result = traceback.format_exc()
             faulthandler.cancel_dump_traceback_later()
@@ -177,7 +181,7 @@ def rank_main(rank: int, folder: Path, cases: dict[str, Case], device_type: str)
             (folder / f"{name}.{rank}").write_bytes(pickle.dumps(result))
 
 
-def _on_layout(rank: int, store: Path, case: Case, device: torch.device) -> Outcome:
+def _on_layout(rank: int, store: Path, case: Case, device: torch.device, of: Of) -> Any:
     on_cuda = device.type == "cuda"
     dist.init_process_group(
         "nccl" if on_cuda else "gloo", store=dist.FileStore(str(store), case.world_size),  # type: ignore[attr-defined]
@@ -189,25 +193,27 @@ def _on_layout(rank: int, store: Path, case: Case, device: torch.device) -> Outc
         assert not list(config.problems())
         axes = resolve_axes(config, case.world_size)
         mesh = open_mesh(axes, zero_stage=config.zero_stage, device=device)
-        return outcome(case, mesh, config)
+        return of(case, mesh, config)
     finally:
         leave()
 
 
-def run(folder: Path, cases: dict[str, Case], n_ranks: int = 8, device_type: str = "cpu") -> dict[str, Outcome | str]:
-    """Run cases in one group of processes, which import torch once for all."""
+def run(
+    folder: Path, cases: dict[str, Case], n_ranks: int = 8, device_type: str = "cpu", of: Of = outcome
+) -> dict[str, Any]:
+    """Run cases in one group of processes, which import torch once for all; gives what `of` does, or a traceback."""
     import multiprocessing
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     ranks: Sequence[Any] = [
-        context.Process(target=rank_main, args=(r, folder, cases, device_type)) for r in range(n_ranks)
+        context.Process(target=rank_main, args=(r, folder, cases, device_type, of)) for r in range(n_ranks)
     ]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join()
-    found: dict[str, Outcome | str] = {}
+    found: dict[str, Any] = {}
     for name in cases:
         told = [pickle.loads(path.read_bytes()) for path in sorted(folder.glob(f"{name}.[0-7]"))]
         stacks = [f"{path.name}\n{path.read_text()}" for path in sorted(folder.glob(f"{name}.stack.*"))]
