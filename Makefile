@@ -11,10 +11,10 @@ demo: $(VENV)/.demo
 	$(PY) -m benchmarks.demo
 
 test: $(VENV)/.dev
-	$(PY) -m pytest -m "not slow and not slurm"
+	$(PY) -m pytest -n 2 -m "not slow and not slurm"
 
 test-slow: $(VENV)/.dev
-	$(PY) -m pytest -m "slow or slurm"
+	$(PY) -m pytest -n 2 -m "slow or slurm"
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .

@@ -164,6 +164,11 @@ def _check_port(variables: dict[str, str]) -> None:
         raise ParallelError(f"MASTER_PORT ({port}) is in use on {socket.gethostname()}; export another one")
 
 
+def free_port() -> int:
+    """Give a port for ranks to meet on: one that the system hands to nobody before they do."""
+    return next(port for port in random.sample(PORTS, len(PORTS)) if _is_free(port))
+
+
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -219,7 +224,7 @@ class _Ranks:
 
     def _start(self, folder: Path, work: tuple) -> None:
         context = multiprocessing.get_context("spawn")
-        port = next(port for port in random.sample(PORTS, len(PORTS)) if _is_free(port))
+        port = free_port()
         for rank in range(self.n_ranks):
             ours, theirs = context.Pipe(duplex=False)
             values = (rank, self.n_ranks, rank, self.n_ranks, "127.0.0.1", port)

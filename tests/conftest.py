@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# Before torch reads it: a thread that has nothing to do sleeps, and leaves its core to the test beside this one.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -25,6 +28,13 @@ ROOT = Path(__file__).parent.parent
 # Two threads, as on the smallest machine the tests must pass on: results depend on the count.
 torch.set_num_threads(2)
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from tests.by_file import ByFile
+
+    return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

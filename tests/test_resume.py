@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import export
+import generate
+from conf.schema import ExportConfig, GenerateConfig
+from parallel.launch import free_port
 from tests.conftest import ROOT, trained
 from tests.resume_rank import PAIRS, SAVED, STEPS, TIED, WORLD_SIZE
 from training.checkpoint import open_checkpoint
+from training.config import Dtype
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -24,10 +28,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> Path:
     (folder / "stop").write_text(str(SAVED))
     overrides = [o for o in small if not o.startswith(("global_batch_tokens", "data.micro_batch_size", "steps"))]
     overrides += ["global_batch_tokens=256", "valid_tokens=256", "model.n_layers=2"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **meeting}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "tests.resume_rank", str(folder), *overrides],
@@ -77,10 +79,15 @@ def test_the_same_layout_goes_on_bit_for_bit(runs: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["zero3", "hybrid", "tp", "3d", "tied_3d"])
-def test_one_process_exports_and_writes_from_what_several_saved(runs: Path, layout: str, tmp_path: Path) -> None:
-    export = [sys.executable, "export.py", f"run={runs / layout}", f"out={tmp_path / 'hf'}"]
-    generate = [sys.executable, "generate.py", f"run={runs / layout}", "prompt=def", "max_new_tokens=4", "device=cpu"]
-    for command, words in ((export, "exported step 3"), (generate, "def")):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert words in done.stdout
+def test_one_process_exports_and_writes_from_what_several_saved(
+    runs: Path, layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, hf = str(runs / layout), str(tmp_path / "hf")
+    export.export(runs / layout, ExportConfig(run=run, out=hf, dtype=Dtype.fp32))
+    assert f"exported step {SAVED} of {run}" in capsys.readouterr().out
+    sources = (
+        GenerateConfig(run=run, max_new_tokens=8, device="cpu"),
+        GenerateConfig(hf=hf, max_new_tokens=8, device="cpu"),
+    )
+    texts = [generate.write(generate.load(source), source, [(0, "def", 0)])[0] for source in sources]
+    assert texts[0] == texts[1] != ""

@@ -56,6 +56,7 @@ class Case:
     world_size: int
     model: str = "plain"
     reduction: Reduction = Reduction.global_token
+    n_micro_batches: int = N_MICRO_BATCHES  # of a step, before data parallelism divides them
     dtype: torch.dtype = torch.float32
     attention: Attention = Attention.auto
     layout: dict[str, Any] = field(default_factory=dict)
@@ -77,13 +78,13 @@ class Outcome:
     bad_layer: str | None = None
 
 
-def steps_of() -> list[list[Packed]]:
-    """Packs of many lengths, and in each step one micro-batch without a target."""
+def steps_of(n: int = N_MICRO_BATCHES) -> list[list[Packed]]:
+    """Packs of many lengths in steps of `n` micro-batches, one of which has no target."""
     lengths = [[9, 7], [16], [4, 4, 8], [1, 15], [5, 11], [8, 8], [3, 3, 10], [16]]
     return [
         [
-            micro_batch(lengths[(i + s) % 8], 100 * s + i, ignored=16 if i == s % 8 else i, source=i % 2)
-            for i in range(N_MICRO_BATCHES)
+            micro_batch(lengths[(i + s) % 8], 100 * s + i, ignored=16 if i == s % n else i, source=i % 2)
+            for i in range(n)
         ]
         for s in range(N_STEPS)
     ]
@@ -115,7 +116,7 @@ def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
 
 def outcome(case: Case, mesh: Mesh, config: ParallelConfig) -> Outcome:
     """Train, score the last step's micro-batches, and put the weights together."""
-    engine, steps, done = build(case, mesh, config), steps_of(), []
+    engine, steps, done = build(case, mesh, config), steps_of(case.n_micro_batches), []
     mine = [step[mesh.dp_rank :: mesh.dp_size] for step in steps]
     bad_layer = None
     for number, batches in enumerate(mine):
@@ -168,10 +169,10 @@ def rank_main(rank: int, folder: Path, cases: dict[str, Case], device_type: str,
     for name, case in sorted(cases.items(), key=lambda item: -item[1].world_size):
         if rank >= case.world_size:
             continue
-        # A case that hangs says where and ends: before that, compilers may take their time.
-        compiles = device.type == "cuda" and case.layout.get("compile") is not Compile.none
+        # A case that hangs says where and ends: before that, compilers may take their time, and gloo end a collective.
+        slow = device.type == "cpu" or case.layout.get("compile") is not Compile.none
         with (folder / f"{name}.stack.{rank}").open("w") as stack:
-            faulthandler.dump_traceback_later(180 if compiles else 60, exit=True, file=stack)
+            faulthandler.dump_traceback_later(180 if slow else 60, exit=True, file=stack)
             try:
                 result: Any = _on_layout(rank, folder / f"{name}.store", case, device, of)
             except Exception:

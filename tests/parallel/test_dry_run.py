@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -173,6 +173,7 @@ def test_each_stage_of_a_pipeline_holds_its_layers_and_passes_activations_on() -
             assert 0 <= reading.table["pp", kind][1] - passed <= 8
 
 
+@cache
 def pipeline_of_2(schedule: str, stage: int) -> tuple[TrainConfig, list[Reading]]:
     config = configure(
         "parallel=hybrid_zero", "parallel.pp=2", f"parallel.pipeline_schedule={schedule}",

@@ -1,5 +1,6 @@
 """Every layout takes the steps that one process takes: losses, norms and weights, in float32, to 5e-6."""
 
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -11,6 +12,10 @@ from parallel.config import SPLIT_BACKWARD, ActivationCheckpointing, ParallelCon
 from parallel.plan import PLAN, entries_for
 from tests.parallel.layouts import MODELS, Case, Outcome, alone, run
 from training.config import Reduction
+
+# Tensor- and context-parallel ranks all take each micro-batch, and meet in every part of a layer; two or more of these
+# are left for a data-parallel rank.
+few = partial(Case, n_micro_batches=4)
 
 ZERO = {
     "ddp_2": Case(2, layout={"dp_replicate": 2}),
@@ -26,23 +31,23 @@ ZERO = {
     ),
     "row_mean_4": Case(4, reduction=Reduction.row_mean, layout={"dp_shard": 4, "zero_stage": 1}),
     "one_rank_is_bad_4": Case(4, layout={"dp_shard": 4, "zero_stage": 2}, bad_rank=2),
-    "one_rank_is_bad_tp_4": Case(4, layout={"dp_shard": 2, "tp": 2, "zero_stage": 1}, bad_rank=3),
+    "one_rank_is_bad_tp_4": few(4, layout={"dp_shard": 2, "tp": 2, "zero_stage": 1}, bad_rank=3),
     "one_rank_is_bad_pp_4": Case(4, layout={"pp": 2, "dp_shard": 2, "zero_stage": 1}, bad_rank=1),
 }
 TENSOR = {
-    "tp_2": Case(2, layout={"tp": 2}),
-    "tp_4_biased": Case(4, "biased", layout={"tp": 4}),
-    "tp_2_no_sp": Case(2, "biased", layout={"tp": 2, "sequence_parallel": False}),
-    "tp_2_tied": Case(2, "tied", layout={"tp": 2}),
-    "tp_zero1_4": Case(4, "biased", layout={"dp_shard": 2, "tp": 2, "zero_stage": 1}),
+    "tp_2": few(2, layout={"tp": 2}),
+    "tp_4_biased": few(4, "biased", layout={"tp": 4}),
+    "tp_2_no_sp": few(2, "biased", layout={"tp": 2, "sequence_parallel": False}),
+    "tp_2_tied": few(2, "tied", layout={"tp": 2}),
+    "tp_zero1_4": few(4, "biased", layout={"dp_shard": 2, "tp": 2, "zero_stage": 1}),
     "tp_zero3_8": Case(8, "biased", layout={"dp_replicate": 2, "dp_shard": 2, "tp": 2, "zero_stage": 3}),
-    "tp_ddp_4": Case(4, layout={"dp_replicate": 2, "tp": 2, "sequence_parallel": False}),
+    "tp_ddp_4": few(4, layout={"dp_replicate": 2, "tp": 2, "sequence_parallel": False}),
 }
 CONTEXT = {
-    "cp_2_ddp": Case(2, "biased", layout={"cp": 2}),
-    "cp_4_zero1": Case(4, layout={"cp": 4, "zero_stage": 1}),
-    "cp_8_kv_repeated": Case(8, "biased", layout={"cp": 8, "zero_stage": 3}),
-    "cp_tp_zero2_8": Case(8, "biased", layout={"dp_shard": 2, "cp": 2, "tp": 2, "zero_stage": 2}),
+    "cp_2_ddp": few(2, "biased", layout={"cp": 2}),
+    "cp_4_zero1": few(4, layout={"cp": 4, "zero_stage": 1}),
+    "cp_8_kv_repeated": few(8, "biased", layout={"cp": 8, "zero_stage": 3}),
+    "cp_tp_zero2_8": few(8, "biased", layout={"dp_shard": 2, "cp": 2, "tp": 2, "zero_stage": 2}),
 }
 PIPELINE = {
     "pp_2": Case(2, "biased", layout={"pp": 2}),
@@ -57,7 +62,7 @@ PIPELINE = {
     ),
     "zbv_2": Case(2, layout={"pp": 2, "virtual_stages": 2, "pipeline_schedule": Schedule["zbv"]}),
     "pp_tp_zero1_8": Case(8, "biased", layout={"pp": 2, "dp_shard": 2, "tp": 2, "zero_stage": 1}),
-    "zero_bubble_tp_cp_8": Case(
+    "zero_bubble_tp_cp_8": few(
         8, "biased", layout={"pp": 2, "cp": 2, "tp": 2, "zero_stage": 1, "pipeline_schedule": Schedule["zero_bubble"]}
     ),
     "pp_tied_2": Case(2, "tied", layout={"pp": 2}),
@@ -117,21 +122,22 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="module")
-def references() -> dict[tuple[str, Reduction], Outcome]:
-    found: dict[tuple[str, Reduction], Outcome] = {}
-    for case in CASES.values():
-        if (case.model, case.reduction) not in found:
-            found[case.model, case.reduction] = alone(Case(1, case.model, case.reduction))
-    return found
+def references() -> dict[tuple[str, Reduction, int], Outcome]:
+    return {key: alone(Case(1, *key)) for key in {key_of(case) for case in CASES.values()}}
+
+
+def key_of(case: Case) -> tuple[str, Reduction, int]:
+    """What decides the steps of one process."""
+    return case.model, case.reduction, case.n_micro_batches
 
 
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.bad_rank is None and n not in BF16])
 def test_a_layout_equals_one_process(
-    name: str, outcomes: dict[str, Outcome | str], references: dict[tuple[str, Reduction], Outcome]
+    name: str, outcomes: dict[str, Outcome | str], references: dict[tuple[str, Reduction, int], Outcome]
 ) -> None:
     here = outcomes[name]
     assert isinstance(here, Outcome), here
-    one = references[CASES[name].model, CASES[name].reduction]
+    one = references[key_of(CASES[name])]
     assert max(one.norms) > 0.3, "the clip must be at work"
     assert here.losses == pytest.approx(one.losses, rel=1e-6)
     assert here.norms == pytest.approx(one.norms, rel=5e-6)
@@ -145,11 +151,11 @@ def test_a_layout_equals_one_process(
 
 @pytest.mark.parametrize("name", list(BF16))
 def test_bf16_on_a_layout_learns_as_one_process_does_in_float32(
-    name: str, outcomes: dict[str, Outcome | str], references: dict[tuple[str, Reduction], Outcome]
+    name: str, outcomes: dict[str, Outcome | str], references: dict[tuple[str, Reduction, int], Outcome]
 ) -> None:
     here = outcomes[name]
     assert isinstance(here, Outcome), here
-    one = references[CASES[name].model, CASES[name].reduction]
+    one = references[key_of(CASES[name])]
     assert here.losses == pytest.approx(one.losses, rel=5e-3)
     assert here.norms == pytest.approx(one.norms, rel=3e-2)
 

@@ -9,7 +9,7 @@ import torch
 
 from model.config import Attention
 from parallel.config import ActivationCheckpointing, Compile
-from tests.parallel.layouts import Case, Outcome, run
+from tests.parallel.layouts import N_MICRO_BATCHES, Case, Outcome, run
 from tests.parallel.test_layouts import BF16, CASES
 
 N_GPUS = torch.cuda.device_count()
@@ -17,7 +17,8 @@ N_GPUS = torch.cuda.device_count()
 
 def _eager(case: Case) -> Case:
     # The only attention that adds up in one order, and in float32 throughout.
-    return replace(case, attention=Attention.reference, layout={**case.layout, "compile": Compile.none})
+    layout = {**case.layout, "compile": Compile.none}
+    return replace(case, attention=Attention.reference, layout=layout, n_micro_batches=N_MICRO_BATCHES)
 
 
 def _compiled(**layout: Any) -> Case:

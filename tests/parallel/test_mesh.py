@@ -9,15 +9,10 @@ import time
 import psutil
 import pytest
 
+from parallel.launch import free_port
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def start(*arguments: str, **variables: object) -> subprocess.Popen[str]:

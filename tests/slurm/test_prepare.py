@@ -7,23 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.data.corpora import ROOT, contents, lines
-from tests.slurm.cluster import cluster, why_not
+from tests.slurm.cluster import why_not
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(why_not()), reason=why_not() or "installed")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with cluster(tmp_path_factory.mktemp("slurm")) as variables, pytest.MonkeyPatch.context() as patch:
-        for name, value in variables.items():
-            patch.setenv(name, value)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +81,7 @@ def test_what_a_killed_task_leaves_is_gone_on_with_by_the_same_command(corpus: P
     os.kill(task, signal.SIGKILL)
     _, told = run.communicate(timeout=120)
     assert run.returncode == 1 and "error: 1 of 2 points did not finish: shard=1" in told
+    until(lambda: not subprocess.check_output(["squeue", "--noheader"]))  # what answered is still ending
     left = json.loads(journal.read_text())
     assert not left["complete"] and left["counts"]["documents"] > 0 and not (corpus / "killed").exists()
     done = subprocess.run(command(corpus, "killed", *SLURM), cwd=ROOT, capture_output=True, text=True)

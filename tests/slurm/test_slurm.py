@@ -23,7 +23,7 @@ from parallel import slurm
 from parallel.config import LauncherConfig, ParallelConfig, ParallelError, Where
 from parallel.jobs import Job, Outcome, Point, run_jobs
 from tests.conftest import ROOT, trained
-from tests.slurm.cluster import cluster, lost, why_not
+from tests.slurm.cluster import lost, why_not
 from tests.test_train import assert_same_run
 from training.checkpoint import open_checkpoint
 from training.status import crashed_the_same_way_twice, read_status
@@ -31,14 +31,6 @@ from training.status import crashed_the_same_way_twice, read_status
 SLOWLY = "tests.slurm.work:train_slowly_at_first"
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(why_not()), reason=why_not() or "installed")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with cluster(tmp_path_factory.mktemp("slurm")) as variables, pytest.MonkeyPatch.context() as patch:
-        for name, value in variables.items():
-            patch.setenv(name, value)
-        yield
 
 
 def launcher(**settings: Any) -> LauncherConfig:
@@ -155,11 +147,12 @@ def steps_of(run_dir: Path) -> int:
 @pytest.mark.timeout(600)
 def test_runs_that_slurm_takes_away_go_on_bit_for_bit(tmp_path: Path, small: list[str]) -> None:
     """One on two nodes is requeued by hand, one by its time limit, one makes way for another; one is cancelled."""
-    settings = [*small, "steps=12", "checkpoint.every=0", "valid_every=5", "parallel.threads=2"]
+    settings = [*small, "steps=30", "checkpoint.every=0", "valid_every=5", "parallel.threads=2"]
     hybrid = ["parallel=hybrid_zero", "parallel.dp_shard=2", "data.micro_batch_size=1", "parallel.threads=1"]
     two_nodes = [*settings, "launcher.nodes=2", "launcher.tasks_per_node=2", *hybrid]
-    short = ["launcher.time=00:01:00", "launcher.save_before_s=10", "+launcher.sbatch.nodelist=node1"]
+    short = ["launcher.time=00:20:00", "launcher.save_before_s=10", "+launcher.sbatch.nodelist=node1"]
     gpus = ["launcher.gpus_per_node=2", "launcher.tasks_per_node=1", "+launcher.sbatch.nodelist=node2"]
+    urgent = ["sbatch", "--partition=high", "--nodelist=node2", "--gres=gpu:2", "--time=1", "--output=/dev/null"]
     points = [
         training(tmp_path / "hybrid", two_nodes, SLOWLY),
         training(tmp_path / "undisturbed", two_nodes),
@@ -170,13 +163,15 @@ def test_runs_that_slurm_takes_away_go_on_bit_for_bit(tmp_path: Path, small: lis
     with running(points, tmp_path) as found:
         until((tmp_path / "cancelled" / "begun0").exists)
         subprocess.run(["scancel", job_of(tmp_path / "cancelled")], check=True)
+        until(lambda: steps_of(tmp_path / "limited"))
+        limited = job_of(tmp_path / "limited")
+        scontrol("update", f"JobId={limited}", "EndTime=now+40")  # Slurm looks at limits every 30 s
         for name in ("hybrid", "preempted"):
             until(lambda name=name: steps_of(tmp_path / name))
         scontrol("requeue", job_of(tmp_path / "hybrid"))
-        urgent = ["sbatch", "--partition=high", "--nodelist=node2", "--gres=gpu:2", "--time=1", "--output=/dev/null"]
         subprocess.run([*urgent, "--wrap=sleep 1"], check=True, capture_output=True)
-        until(lambda: attempts(tmp_path / "limited") == [0, 1])
-        scontrol("update", f"JobId={job_of(tmp_path / 'limited')}", "TimeLimit=00:20:00")
+        until(lambda: " Restarts=1 " in scontrol("show", "job", "--oneliner", limited))
+        subprocess.run(["scontrol", "update", f"JobId={limited}", "TimeLimit=00:20:00"])  # if it is not over already
     assert found["cancelled"].state == "stopped" and (tmp_path / "cancelled" / "saved").exists()
     assert not (tmp_path / "cancelled" / "begun1").exists()
     trained(tmp_path / "whole", *settings)
@@ -184,7 +179,7 @@ def test_runs_that_slurm_takes_away_go_on_bit_for_bit(tmp_path: Path, small: lis
         assert attempts(tmp_path / name)[:2] == [0, 1] and found[name].state == "finished", (name, found[name])
         assert "resumed from" in (tmp_path / name / "train.log").read_text()
         assert_same_run(tmp_path / name, tmp_path / reference)
-        assert open_checkpoint(tmp_path / name).step == 12
+        assert open_checkpoint(tmp_path / name).step == 30
     assert {f"train.rank{rank}.log" for rank in (1, 2, 3)} <= {path.name for path in (tmp_path / "hybrid").iterdir()}
 
 

@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,30 +15,25 @@ RESTARTS = "SLURM_RESTART_COUNT"
 
 
 def end(how: str) -> Any:
-    """End on rank 1 in some way while rank 0 waits for it, as in a collective."""
+    """End on one rank in some way while the other waits for it, as in a collective."""
     rank, attempt = int(os.environ["RANK"]), os.environ.get(RESTARTS, "0")
-    begun = Path(tempfile.gettempdir()) / f"job-{os.environ['SLURM_JOB_ID']}-{attempt}"  # rank 0 has said so
+    begun = Path(os.environ["SUBMITIT_FOLDER"]) / f"begun-{os.environ['SLURM_JOB_ID']}-{attempt}"  # the other has
     if rank == 0:
         print(f"attempt {attempt}", flush=True)
-    if how in ("crash", "kill"):
-        if rank == 0:
-            begun.touch()
-        while rank == 1 and not begun.exists():
-            time.sleep(0.1)
-        if rank == 1:
-            begun.unlink()
     if how == "answer":
         names = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "SLURM_JOB_NUM_NODES", "FROM_SETUP", "FROM_SRUN")
         return [os.environ[name] for name in names]
-    if rank == 1 and how == "crash":
+    if rank != (0 if how == "hang" else 1):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Slurm need not wait before it kills
+        begun.touch()
+        time.sleep(600)
+    while not begun.exists():
+        time.sleep(0.1)
+    if how == "crash":
         raise ValueError("boom")
-    if rank == 1 and how == "kill":
+    if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    if rank == 0 and how == "hang":
-        time.sleep(2)
-        raise RuntimeError("timed out waiting for the others")
-    time.sleep(120)
-    return how
+    raise RuntimeError("timed out waiting for the others")
 
 
 def wait_for_cancel(run_dir: Path) -> None:
