@@ -14,6 +14,7 @@ from assembly.dry_run import dry_run
 from conf.command import CONF
 from conf.schema import TrainConfig, register, to_config
 from parallel.dry_run import Reading
+from training.config import Fp8
 
 ROOT = Path(__file__).parent.parent.parent
 WORLD, MICRO_BATCHES, LAYERS = 1024, 3, 3
@@ -46,7 +47,9 @@ class Sizes:
         width = config.model.d_model
         vocab_size, d_ff = (-(-n // shard) * shard for n in (config.model.vocab_size, config.model.d_ff))
         assert width % shard == 0 and config.model.attention_bias and config.model.n_kv_heads == config.model.n_heads
-        block = 4 * (width * width + width) + width * (2 * d_ff + config.model.d_ff) + 2 * width
+        matrices = 4 * width * width + width * (2 * d_ff + config.model.d_ff)
+        block = matrices + 4 * width + 2 * width
+        self.in_8_bits = config.model.n_layers * matrices if config.precision.fp8 is Fp8.tensorwise else 0
         self.rest = vocab_size * width + width
         self.all = config.model.n_layers * block + vocab_size * width + self.rest
         self.groups = config.model.n_layers + 2
@@ -73,12 +76,14 @@ def table(
         blocks, rest = gathers
         expected["dp_shard", "all_gather"] = (
             blocks * (sizes.groups - 1) + rest,
-            BF16 * (blocks * (sizes.all - sizes.rest) + rest * sizes.rest),
+            BF16 * (blocks * (sizes.all - sizes.rest) + rest * sizes.rest) - blocks * sizes.in_8_bits,
         )
         expected["dp_shard", "reduce_scatter"] = (
             scatters * sizes.groups,
             scatters * reduce_bytes * sizes.all,
         )
+        if sizes.in_8_bits:  # the largest number of each matrix of a block
+            expected["dp_shard", "all_reduce"] = (1, 4 * 7 * LAYERS)
     count, n_bytes = expected.get((dp, "all_reduce"), (0, 0))
     expected[dp, "all_reduce"] = (count + 2, n_bytes + figures(WORLD))
     return expected
@@ -97,6 +102,9 @@ def table(
         (["parallel=hybrid_zero", "parallel.zero_stage=2"], 8, (1, 1), MICRO_BATCHES, 4),
         (["parallel=zero3"], WORLD, (2 * MICRO_BATCHES, MICRO_BATCHES), MICRO_BATCHES, 4),
         (["parallel=hybrid_zero", "parallel.zero_stage=3"], 8, (2 * MICRO_BATCHES, MICRO_BATCHES), MICRO_BATCHES, 4),
+        (["parallel=zero1", "precision=fp8"], WORLD, (1, 1), 1, 4),
+        (["parallel=hybrid_zero", "precision=fp8"], 8, (1, 1), 1, 4),
+        (["parallel=zero3", "precision=fp8"], WORLD, (2 * MICRO_BATCHES, MICRO_BATCHES), MICRO_BATCHES, 4),
     ],
     ids=str,
 )
@@ -146,8 +154,15 @@ def test_a_tensor_parallel_step_sends_activations_and_no_logits(sequence_paralle
 
 
 @pytest.mark.slow
-def test_8_bit_products_under_tensor_parallel_send_what_others_do() -> None:
-    assert read("parallel=tp_zero1", "precision=fp8")[1][0].table == read("parallel=tp_zero1")[1][0].table
+def test_8_bit_weights_under_tensor_parallel_are_gathered_in_8_bits_and_the_rest_is_sent_as_ever() -> None:
+    _, (bf16,) = read("parallel=tp_zero1")
+    config, (reading,) = read("parallel=tp_zero1", "precision=fp8")
+    tp, shard, width = 2, WORLD // 2, config.model.d_model
+    vectors = 3 * fill(width // tp, shard) + 3 * width  # biases and norms
+    matrices = part_of(config, tp=tp, shard=shard, layers=LAYERS, embed=False, head=False) - LAYERS * vectors
+    count, n_bytes = bf16.table["dp_shard", "all_gather"]
+    changed = {("dp_shard", "all_gather"): (count, n_bytes - matrices), ("dp_shard", "all_reduce"): (1, 4 * 7 * LAYERS)}
+    assert reading.table == {**bf16.table, **changed}
 
 
 def test_a_context_parallel_step_turns_tokens_into_heads() -> None:
@@ -270,8 +285,18 @@ def test_memory_is_what_each_kind_takes() -> None:
     assert sharded.at_peak["activations"] == pytest.approx(alone.at_peak["activations"], rel=0.02)
 
 
-def test_flops_are_those_of_the_model() -> None:
-    config, (reading,) = read(world_size=1)
+def test_weights_that_are_gathered_in_8_bits_take_a_byte_and_are_not_kept_turned_beside() -> None:
+    _, (alone,) = read("precision=fp8", world_size=1)
+    config, (sharded,) = read("parallel=zero1", "precision=fp8", "parallel.reduce_dtype=bf16", world_size=8)
+    sizes, numbers, small = Sizes(config, 8), config.model.n_params, 512 * 30 * LAYERS
+    assert sharded.at_peak["parameters"] == pytest.approx(2 * numbers * (1 + 1 / 8) - sizes.in_8_bits, abs=2 * small)
+    kept = alone.at_peak["activations"] - sharded.at_peak["activations"]
+    assert kept == pytest.approx(sizes.in_8_bits, rel=0.05)
+
+
+@pytest.mark.parametrize(("overrides", "world_size"), [([], 1), (["parallel=zero1", "precision=fp8"], 8)], ids=str)
+def test_flops_are_those_of_the_model(overrides: list[str], world_size: int) -> None:
+    config, (reading,) = read(*overrides, world_size=world_size)
     model, tokens = config.model, MICRO_BATCHES * 4096
     # A token sees half of the others: 2 products forward and, because a fused kernel makes the scores again, 5 backward.
     kv_dim = model.n_kv_heads * model.head_dim

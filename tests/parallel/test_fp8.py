@@ -1,5 +1,6 @@
 """8-bit products against exact ones."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.multiprocessing.spawn import spawn
 from model.config import Init, ModelConfig
 from model.transformer import Transformer
 from parallel.apply import multiply_in_fp8
-from parallel.fp8 import E4M3, E5M2, Fp8Linear, to_fp8_both_ways
+from parallel.fp8 import E4M3, E5M2, Fp8Linear, GatheredWeight, to_fp8_both_ways
 from parallel.plan import divide
 
 
@@ -50,26 +51,75 @@ def test_the_product_and_its_gradients_are_as_exact_on_the_card() -> None:
     compare("cuda")
 
 
-def test_a_number_of_tokens_that_8_bit_products_do_not_take_is_multiplied_exactly() -> None:
-    linear = nn.Linear(32, 16)
-    x = torch.randn(3, 5, 32)
-    expected = linear(x)
+def test_a_number_of_tokens_that_8_bit_products_do_not_take_is_filled_up_with_zeros() -> None:
+    linear = nn.Linear(32, 16, dtype=torch.bfloat16)
     linear.__class__ = Fp8Linear
-    assert torch.equal(linear(x), expected)
+    found = []
+    for n_tokens in (15, 16):
+        x = torch.ones(3, 5, 32, dtype=torch.bfloat16).cumsum(-1).flatten(0, 1)
+        x = torch.cat([x, x.new_zeros(n_tokens - 15, 32)]).requires_grad_()
+        out = linear(x)
+        assert out.shape == (n_tokens, 16)
+        found.append((out[:15], *torch.autograd.grad(out[:15].square().sum(), (x, linear.weight))))
+    for part, whole in zip(*found, strict=True):
+        assert torch.equal(part, whole[: len(part)])
+
+
+def gathered(linear: nn.Linear) -> nn.Linear:
+    """Give the same layer with the weight that FSDP would make of it."""
+    weight_MK = linear.weight.detach()
+    amax = weight_MK.abs().amax().float()
+    in_8_bits = to_fp8_both_ways(weight_MK, torch.finfo(E4M3).max / amax, E4M3)[0]
+    other = nn.Linear(linear.in_features, linear.out_features, dtype=weight_MK.dtype, device=weight_MK.device)
+    other.bias = linear.bias
+    other.weight = nn.Parameter(GatheredWeight(in_8_bits, amax, weight_MK.dtype))
+    other.__class__ = Fp8Linear
+    return other
+
+
+def compare_gathered(device: str) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 64, dtype=torch.bfloat16, device=device)
+    linear.__class__ = Fp8Linear
+    x = torch.randn(2, 32, 96, dtype=torch.bfloat16, device=device, requires_grad=True)
+    found = []
+    for layer in (linear, gathered(linear)):
+        out = layer(x)
+        found.append((out, *torch.autograd.grad(out.square().sum(), (x, layer.weight))))
+    assert all(torch.equal(part, other) for part, other in zip(*found, strict=True))
+    assert type(found[1][2]) is Tensor and found[1][2].dtype == torch.bfloat16
+
+
+def test_a_weight_that_was_gathered_in_8_bits_multiplies_as_one_that_is_cast_now() -> None:
+    compare_gathered("cpu")
+
+
+@pytest.mark.gpu
+def test_a_weight_that_was_gathered_in_8_bits_multiplies_as_one_that_is_cast_now_on_the_card() -> None:
+    compare_gathered("cuda")
+
+
+def test_nothing_but_a_product_computes_with_a_weight_that_was_gathered_in_8_bits() -> None:
+    weight = gathered(nn.Linear(32, 16)).weight
+    assert isinstance(weight.view(-1), GatheredWeight)
+    with pytest.raises(NotImplementedError, match="mul.Tensor of a matrix that was gathered in 8 bits"):
+        weight.mul(2)
 
 
 # Of dynamo's own look at the inputs of what it compiles
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf", "ignore:.*should not be instantiated"
 )
-def test_the_product_is_compiled_without_a_break() -> None:
+@pytest.mark.parametrize("of", [nn.Module.train, gathered])
+def test_the_product_is_compiled_without_a_break(of: Callable[[Any], nn.Module]) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(32, 16, dtype=torch.bfloat16)
     linear.__class__ = Fp8Linear
+    layer = of(linear)
     x = torch.randn(2, 16, 32, dtype=torch.bfloat16, requires_grad=True)
     grads = []
-    for forward in (linear, torch.compile(linear, fullgraph=True, backend="aot_eager")):
-        grads.append(torch.autograd.grad(forward(x).square().sum(), (x, *linear.parameters())))
+    for forward in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        grads.append(torch.autograd.grad(forward(x).square().sum(), (x, *layer.parameters())))
     for eager, compiled in zip(*grads, strict=True):
         torch.testing.assert_close(eager, compiled, rtol=2e-2, atol=1e-2)
 
