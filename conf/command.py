@@ -198,7 +198,7 @@ def _point_problems(overrides: list[Override], args: Any, config_name: str) -> I
     varied = [o for o in all_overrides if o.is_sweep_override()]
     keys = {override.get_key_element() for override in varied}
     folders: dict[str, str] = {}  # and the point that has it
-    for point in _points(all_overrides):
+    for number, point in enumerate(_points(all_overrides)):
         label = " ".join(part for part in point if part.partition("=")[0] in keys)
         where = f" (at {label})" if varied else ""
         try:
@@ -211,8 +211,9 @@ def _point_problems(overrides: list[Override], args: Any, config_name: str) -> I
             if varied and not many:
                 yield f"{varied[0].key_or_group} has several values; add -m to run one after another"
                 return
-            folder = os.path.join(str(cfg.hydra.sweep.dir), str(cfg.hydra.sweep.subdir)) if many else ""
             with read_write(cfg), open_dict(cfg):
+                cfg.hydra.job.num = number
+                folder = os.path.join(str(cfg.hydra.sweep.dir), str(cfg.hydra.sweep.subdir)) if many else ""
                 del cfg["hydra"]
             if args.help or args.cfg:
                 continue

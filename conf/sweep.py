@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conf.command import SweepError, is_sentence
 from conf.schema import TrainConfig, to_config
+from data.config import DataError, refuse_missing
 from parallel.config import Device, ParallelConfig
 from training.run_folder import changed_keys, is_free_key
 from training.status import crashed_the_same_way_twice, note_death, note_queued, read_status
@@ -34,6 +35,7 @@ def run_points(
 
     wanted, outcomes = [], {}
     with screen():
+        refuse_missing_of_all([(label, to_config(cfg)) for label, cfg, _ in points])
         for label, cfg, run_dir in points:
             config = to_config(cfg)
             run_config: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
@@ -66,6 +68,19 @@ def run_points(
     told = SweepError(f"{len(unfinished)} of {len(points)} points did not finish: {', '.join(unfinished)}")
     ends = [outcomes[run_dir] for _, _, run_dir in points]
     return [end.value if end.state == "finished" else told for end in ends]
+
+
+def refuse_missing_of_all(points: list[tuple[str, Any]]) -> None:
+    """Raise `SweepError`, a line for each point whose data are not there, before any of them is started."""
+    missing = []
+    for label, config in points:
+        try:
+            if isinstance(config, TrainConfig) and not config.dry_run.enabled:
+                refuse_missing(config.data)
+        except DataError as error:
+            missing.append(f"{error} (at {label})")
+    if missing:
+        raise SweepError("\n".join(missing))
 
 
 def is_finished(run_dir: Path, run_config: dict[str, Any]) -> bool:

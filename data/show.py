@@ -52,7 +52,7 @@ def show_pack(corpus: Corpus, sample: int, pack: int) -> None:
         print(marked(corpus.tokenizer, tokens[here], learnt[here]))
         at += piece.length
     if at < len(tokens):
-        print(f"--- {len(tokens) - at} tokens of padding")
+        print(f"--- {len(tokens) - at} {'tokens of padding' if pieces else 'random tokens'}")
 
 
 def marked(tokenizer: Tokenizer | None, tokens: np.ndarray, learnt: np.ndarray) -> str:

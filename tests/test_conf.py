@@ -146,7 +146,7 @@ def test_a_wrong_command_line_is_told_in_full(argv: list[str], sentences: list[s
 def test_two_points_do_not_share_a_folder() -> None:
     (sentence,) = told("-m", "optimizer.lr=1,2", "hydra.sweep.subdir=x")
     assert sentence.startswith("optimizer.lr=1 and optimizer.lr=2 would share runs/tiny_builtin/x")
-    assert told("-m", "optimizer.lr=1,2") == []
+    assert told("-m", "optimizer.lr=1,2") == told("-m", "optimizer.lr=1,2", "hydra.sweep.subdir=${hydra.job.num}") == []
 
 
 def test_a_sweep_that_the_configuration_names_is_checked_like_one_that_is_typed() -> None:

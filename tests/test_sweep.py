@@ -65,6 +65,18 @@ def test_a_failing_point_does_not_stop_the_others_and_only_what_is_missing_runs_
     assert losses == sorted(losses), "the best is first"
 
 
+def test_no_point_is_started_if_the_data_of_one_are_not_there(tmp_path: Path, small: list[str]) -> None:
+    kept = [o for o in small if not o.startswith("data.path=")]
+    corpus = next(o for o in small if o.startswith("data.path="))
+    done = sweep(tmp_path, *kept, f"{corpus},nowhere", "hydra.sweep.subdir=${hydra.job.num}")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line == (
+        "error: there is no prepared data in nowhere; run: python prepare_data.py with the same data settings "
+        "(at data.path=nowhere)"
+    )
+    assert not [path for path in tmp_path.iterdir() if path.name != "multirun.yaml"]
+
+
 def test_the_points_of_a_sweep_stand_side_by_side_in_tensorboard_and_in_one_group_in_wandb(
     tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
