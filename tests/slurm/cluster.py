@@ -13,9 +13,10 @@ from pathlib import Path
 
 import psutil
 
+from parallel.launch import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 NODES = ("node1", "node2")
-MARK = "# of this test's Slurm"
 WAIT_S = 30
 
 # cred_expire is also how long a requeued job waits before it starts again (120 s otherwise).
@@ -72,8 +73,8 @@ def cluster(root: Path) -> Iterator[dict[str, str]]:
         (root / name).mkdir(mode=0o755)
     variables = {"SLURM_CONF": str(root / "slurm.conf")}
     _write_conf(root)
-    hosts = Path("/etc/hosts")
-    hosts.write_text(f"{_others(hosts)}127.0.0.1 {' '.join(NODES)} {MARK}\n")
+    hosts, line = Path("/etc/hosts"), f"127.0.0.1 {' '.join(NODES)} # of the Slurm in {root}\n"
+    hosts.write_text(hosts.read_text() + line)
     try:
         _start_munge(root)
         environment = {**os.environ, **variables}
@@ -86,7 +87,7 @@ def cluster(root: Path) -> Iterator[dict[str, str]]:
         time.sleep(1)
     finally:
         _end([*root.glob("slurmd-*.pid"), *root.glob("slurmctld.pid"), *root.glob("munge/pid")])
-        hosts.write_text(_others(hosts))
+        hosts.write_text(hosts.read_text().replace(line, ""))
 
 
 @contextmanager
@@ -120,10 +121,12 @@ def _start_node(root: Path, node: str) -> None:
 
 
 def _write_conf(root: Path) -> None:
-    host, port = socket.gethostname().split(".")[0], 16817
-    lines = [CONF.format(host=host, port=port, root=root)]
-    for number, node in enumerate(NODES, 1):
-        where = f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port + number}"
+    host, ports = socket.gethostname().split(".")[0], set[int]()
+    while len(ports) <= len(NODES):  # not always the same: a run that was killed may have left its Slurm
+        ports.add(free_port())
+    lines = [CONF.format(host=host, port=ports.pop(), root=root)]
+    for node in NODES:
+        where = f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports.pop()}"
         lines.append(f"{where} CPUs=8 RealMemory=8000 Gres=gpu:2 State=UNKNOWN\n")
     (root / "slurm.conf").write_text("".join(lines))
     (root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
@@ -152,10 +155,6 @@ def _wait_until_idle(root: Path, environment: dict[str, str]) -> None:
         time.sleep(0.2)
     logs = "\n".join(path.read_text()[-2000:] for path in root.glob("*.log"))
     raise AssertionError(f"Slurm did not come up\n{logs}")
-
-
-def _others(hosts: Path) -> str:
-    return "".join(line for line in hosts.read_text().splitlines(keepends=True) if MARK not in line)
 
 
 def _end(pid_files: list[Path]) -> None:

@@ -23,7 +23,7 @@ from parallel import slurm
 from parallel.config import LauncherConfig, ParallelConfig, ParallelError, Where
 from parallel.jobs import Job, Outcome, Point, run_jobs
 from tests.conftest import ROOT, trained
-from tests.slurm.cluster import lost, why_not
+from tests.slurm.cluster import cluster, lost, why_not
 from tests.test_train import assert_same_run
 from training.checkpoint import open_checkpoint
 from training.status import crashed_the_same_way_twice, read_status
@@ -221,6 +221,13 @@ def test_a_run_is_not_requeued_after_the_same_crash_twice_nor_more_often_than_it
     assert 0 < open_checkpoint(tmp_path / "signalled").step < 8
     told = "[signalled] not requeued: it was requeued 0 times, and launcher.max_requeues is 0"
     assert told in capsys.readouterr().out
+
+
+def test_a_slurm_that_a_killed_run_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / "another").mkdir()
+    with cluster(tmp_path / "another"):
+        assert Path("/etc/hosts").read_text().count(" node1 node2 ") >= 2
+    assert " node1 node2 " in Path("/etc/hosts").read_text()
 
 
 def test_what_slurm_would_refuse_is_told_in_its_words_before_anything_is_queued(
