@@ -146,6 +146,7 @@ def test_a_wrong_command_line_is_told_in_full(argv: list[str], sentences: list[s
 
 def test_a_point_is_asked_for_once() -> None:
     assert told("-m", "optimizer.lr=1e-3,2,0.001") == ["optimizer.lr=0.001 is asked for 2 times; name each value once"]
+    assert told("-m", "optimizer.lr=1,2", "hydra.sweep.subdir=${hydra.job.num}") == []
 
 
 def test_a_sweep_that_the_configuration_names_is_checked_like_one_that_is_typed() -> None:
