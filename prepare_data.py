@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from conf.command import data_settings, run, sentences
@@ -21,7 +22,7 @@ SAMPLE_TOKENS = 120
 @hydra.main(version_base="1.3", config_path="conf", config_name="prepare_data")
 def main(cfg: DictConfig) -> None:
     with sentences():
-        work(to_config(cfg), data_settings("data.name", "data.path"))
+        work(to_config(cfg), data_settings(HydraConfig.get(), "data.name", "data.path"))
 
 
 def work(config: PrepareConfig, settings: str = "with the data settings of this command") -> None:

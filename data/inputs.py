@@ -80,6 +80,13 @@ def _local_items(config: DataConfig) -> Iterator[Item]:
     yield from (replace(item, split="train") for item in found) if config.valid_input else found
 
 
+def refuse_no_files(config: DataConfig) -> None:
+    """Raise `DataError` if a corpus is still to be made, of files, and there are none."""
+    if config.source is Source.local and not (Path(config.path) / "corpus.json").exists():
+        for _ in _local_items(config):
+            pass
+
+
 def local_files(pattern: str, name: str, key: str) -> list[Item]:
     """List the readable files of a path, a folder, a glob or an fsspec address; a sub-folder names the source."""
     if "://" in pattern:
