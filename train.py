@@ -173,10 +173,9 @@ def loop(
             report.throughput.begin()
             batches = next(batches_of_steps)
             report.throughput.data_ready()
-            skip = any(progress.step in part for part in left_out)
             samples = config.packs_of_step(progress.step)
             progress.take(samples=samples, tokens=samples * config.data.pack_tokens)
-            if skip:
+            if any(progress.step in part for part in left_out):
                 progress.skipped_steps += 1
                 logger.info("step %d/%d  left out, as skip_batches asks", progress.step, config.steps)
             else:

@@ -93,9 +93,12 @@ def train_batches(
     )
     batches = iter(loader)
     step = first_step
-    while True:
-        yield [_told(next(batches)) for _ in of_step(step, 0)]
-        step += 1
+    try:
+        while True:
+            yield [_told(next(batches)) for _ in of_step(step, 0)]
+            step += 1
+    finally:
+        del batches  # and its workers end: an error that is told keeps this frame, and they heed no signal
 
 
 def _as_it_is(batch: Batch | DataError) -> Batch | DataError:

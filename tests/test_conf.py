@@ -102,6 +102,7 @@ def test_the_tutorial_experiment_has_the_tutorials_hyper_parameters() -> None:
         (["local"], ["local is no key=value; did you mean data=local or launcher=local?"]),
         (["+experiment=demo"], ["+experiment=demo: leave out the +, as in experiment=demo"]),
         (["skip_batches=[2,3-1]"], ["skip_batches (2,3-1) must look like [17,100-120]"]),
+        (["skip_batches=[0]"], ["skip_batches (0) must look like [17,100-120]"]),
         (
             ["name=../x"],
             ["name (../x) must be letters, digits and ._=,+- (and / between folders), because it names runs/<name>"],
