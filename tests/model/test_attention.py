@@ -1,6 +1,7 @@
 """FlashAttention's functions are called as they are declared, and what is not installed is told in a sentence."""
 
 import sys
+from itertools import pairwise
 from types import ModuleType
 
 import pytest
@@ -45,7 +46,7 @@ def flash_attn_varlen_func(
         assert cu_seqlens.dtype == torch.int32 and cu_seqlens.is_contiguous() and isinstance(longest, int)
         assert cu_seqlens[0] == 0 and cu_seqlens[-1] == len(q) and longest >= cu_seqlens.diff().max()
     ends = cu_seqlens_q.tolist()
-    return torch.cat([one_segment(q[a:b], k[a:b], v[a:b]) for a, b in zip(ends, ends[1:], strict=False)])
+    return torch.cat([one_segment(q[a:b], k[a:b], v[a:b]) for a, b in pairwise(ends)])
 
 
 @pytest.mark.parametrize("lengths", [[16] * 4, [5, 27, 1, 31]], ids=["equal", "uneven"])
