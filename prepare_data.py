@@ -3,17 +3,15 @@
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from conf.command import data_settings, run, sentences
 from conf.schema import PrepareConfig, to_config
 from data.config import Source
-
-if TYPE_CHECKING:
-    from data.inputs import BadRecords
 
 SAMPLE_TOKENS = 120
 
@@ -21,7 +19,7 @@ SAMPLE_TOKENS = 120
 @hydra.main(version_base="1.3", config_path="conf", config_name="prepare_data")
 def main(cfg: DictConfig) -> None:
     with sentences():
-        work(to_config(cfg), data_settings("data.name", "data.path"))
+        work(to_config(cfg), data_settings(HydraConfig.get(), "data.name", "data.path"))
 
 
 def work(config: PrepareConfig, settings: str = "with the data settings of this command") -> None:
@@ -38,7 +36,9 @@ def work(config: PrepareConfig, settings: str = "with the data settings of this 
     elif not write(config):
         print(f"part {config.shard} of {config.shards} is done; {path} is there when all are")
         return
-    print_table(read_about(path))
+    about = read_about(path)
+    report(about["left_out"])
+    print_table(about)
     for source, text in sample_texts(config.data, 3, max_tokens=SAMPLE_TOKENS):
         print(f"\n--- a document of {source}, decoded again\n{text.rstrip()}")
     model = "" if config.data.source is Source.builtin else "model=125m "  # for 4,096 pieces the smallest will do
@@ -72,7 +72,7 @@ def write(config: PrepareConfig) -> bool:
                 bar.set_postfix_str(f"{counts.tokens / 1e6:.2f}M tokens, {speed:.2f} MB/s", refresh=False)
             bar.update(counts.documents - bar.n)
 
-        about, bad = prepare(
+        about, left_out = prepare(
             config.data,
             config.tokenizer,
             workers=workers,
@@ -82,16 +82,18 @@ def write(config: PrepareConfig) -> bool:
             add=config.add,
             save_every_s=config.save_every_s,
         )
-    report(bad)
+    if about is None:
+        report(left_out.as_json())
     return about is not None
 
 
-def report(bad: "BadRecords") -> None:
-    if bad.empty:
-        print(f"{bad.empty} records without text were left out")
-    if bad.count:
-        print(f"{bad.count} bad records were left out, among them:")
-        for place in bad.places:
+def report(left_out: dict[str, Any]) -> None:
+    """Say what was not taken: counts, and the first places."""
+    if left_out["empty"]:
+        print(f"{left_out['empty']} records without text were left out")
+    if left_out["count"]:
+        print(f"{left_out['count']} bad records were left out, among them:")
+        for place in left_out["places"]:
             print(f"  {place}")
 
 

@@ -18,11 +18,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from conf.command import data_settings, is_sentence, run, sentences
+from conf.ready import refuse_unready
 from conf.schema import TrainConfig, parse_ranges, to_config
-from data.config import refuse_missing
 from parallel.launch import launch
-from training.origin import refuse_no_origin
-from training.run_folder import committed, refuse_early
 
 if TYPE_CHECKING:
     from data.corpus import Corpus
@@ -46,10 +44,7 @@ def main(cfg: DictConfig) -> float | None:
             from assembly.dry_run import rehearse
 
             return rehearse(config)
-        refuse_missing(config.data, data_settings())
-        refuse_early(run_dir, run_config, config.checkpoint)
-        if config.init_from is not None and not committed(run_dir / "checkpoints"):
-            refuse_no_origin(Path(config.init_from))
+        refuse_unready(config, run_config, run_dir, data_settings(HydraConfig.get()))
         return launch(work, config, run_config, run_dir, config=config.parallel, says_enough=is_sentence)
 
 
@@ -178,10 +173,9 @@ def loop(
             report.throughput.begin()
             batches = next(batches_of_steps)
             report.throughput.data_ready()
-            skip = any(progress.step in part for part in left_out)
             samples = config.packs_of_step(progress.step)
             progress.take(samples=samples, tokens=samples * config.data.pack_tokens)
-            if skip:
+            if any(progress.step in part for part in left_out):
                 progress.skipped_steps += 1
                 logger.info("step %d/%d  left out, as skip_batches asks", progress.step, config.steps)
             else:

@@ -22,8 +22,9 @@ from data.config import DataConfig, OnBadRecord, Source, TokenizerConfig
 from data.hf_tokenizer import fast_from_sentencepiece
 from data.inputs import BadRecords, items
 from data.journal import Counts
-from data.prepare import all_documents, prepare
+from data.prepare import prepare
 from data.read import blocks
+from data.texts import all_documents
 from data.tokenizer import SentencePieceTokenizer, encode_documents, load_tokenizer, train_tokenizer
 
 PILE_BYTES = 825e9

@@ -10,17 +10,20 @@ import shlex
 import shutil
 import sys
 import typing
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_origin
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.plugins import Plugins
@@ -32,7 +35,7 @@ from conf.schema import SCHEMAS, ConfigError, did_you_mean, register, to_config
 from data.config import DataError
 from model.config import ModelError
 from parallel.config import LauncherConfig, ParallelError, RankError, Where
-from parallel.launch import joined_environment
+from parallel.launch import VARIABLES, joined_environment
 from training.config import CheckpointError, TrainingError
 
 
@@ -55,8 +58,9 @@ def run(main: Callable[[], Any], config_name: str) -> None:
     sys.argv[1:] = [_as_addition(_as_option(argument), config_name) for argument in sys.argv[1:]]
     problems = list(command_line_problems(sys.argv[1:], config_name))
     if problems:
-        if joined_environment(os.environ).get("RANK", "0") == "0":
-            _say(problems)
+        is_first = joined_environment(os.environ).get("RANK", "0") == "0"
+        # What is wrong with a rank's own variables is said by that rank, because the first may have right ones.
+        _say([problem for problem in problems if is_first or problem.startswith(VARIABLES)])
         sys.exit(2)
     args = get_args_parser().parse_args()
     if args.help:
@@ -69,9 +73,8 @@ def run(main: Callable[[], Any], config_name: str) -> None:
         sys.exit(130)
 
 
-def data_settings(*keys: str) -> str:
-    """Give the data settings of the command that runs, all or some, as they are typed for another command."""
-    hydra = HydraConfig.get()
+def data_settings(hydra: Any, *keys: str) -> str:
+    """Give the data settings of a command, all or some, from Hydra's configuration, as typed for another command."""
     typed = [o for o in hydra.overrides.task if o.startswith("data.") and (not keys or o.partition("=")[0] in keys)]
     return shlex.join([f"data={hydra.runtime.choices['data']}", *typed])
 
@@ -193,57 +196,93 @@ def _has_group(group: str, config_name: str) -> bool:
 
 def _point_problems(overrides: list[Override], args: Any, config_name: str) -> Iterator[str]:
     """Compose every point of the command line and check it as the command itself would."""
-    base = _without_sweep(overrides, config_name)
-    all_overrides = [*_params(base, args), *overrides]
-    varied = [o for o in all_overrides if o.is_sweep_override()]
-    keys = {override.get_key_element() for override in varied}
-    folders: dict[str, str] = {}  # and the point that has it
-    for number, point in enumerate(_points(all_overrides)):
-        label = " ".join(part for part in point if part.partition("=")[0] in keys)
-        where = f" (at {label})" if varied else ""
+    fixed = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
+    # What the groups choose is composed once for all points that choose it.
+    composed = cache(lambda *groups: _composed(config_name, [*fixed, *groups]))
+    settled = {o.get_key_element(): o for o in [*_params(composed(), args), *overrides]}  # the last of a key
+    varied = [override for override in settled.values() if override.is_sweep_override()]
+    points = _points(varied)
+    problems: dict[str, list[str]] = {}  # and the points that have it
+    for point in points:
+        groups = [part for part in point if _names_group(part)]
+        base = composed(*groups)
         try:
-            composed = base if base is not None and not varied else None
-            cfg = composed or compose(config_name, overrides=point, return_hydra_config=True)
-            many = args.multirun or str(cfg.hydra.mode) == "RunMode.MULTIRUN"
+            if isinstance(base, ConfigError):
+                raise base
+            cfg, many = base[0], _is_many(base, args)
             if many and joined_environment(os.environ):
                 yield "a sweep starts its ranks itself: python train.py -m ..., without torchrun or srun"
                 return
             if varied and not many:
                 yield f"{varied[0].key_or_group} has several values; add -m to run one after another"
                 return
-            with read_write(cfg), open_dict(cfg):
-                cfg.hydra.job.num = number
-                folder = os.path.join(str(cfg.hydra.sweep.dir), str(cfg.hydra.sweep.subdir)) if many else ""
-                del cfg["hydra"]
             if args.help or args.cfg:
                 continue
-            config = to_config(cfg)
-            if varied and folder in folders:
-                yield f"{folders[folder]} and {label} would share {folder}; let hydra.sweep.subdir tell them apart"
-            folders[folder] = label
-            if many and config_name in ("train", "prepare_data"):
-                yield from (f"{problem}{where}" for problem in _launcher_problems(config.launcher))
-        except (HydraException, OmegaConfBaseException) as error:
-            yield f"{_first_line(error)} (at {' '.join(point)})"
+            values = [part for part in point if part not in groups and not part.startswith("hydra.")]
+            config = to_config(_with_values(cfg, values))
+            is_job = many and config_name in ("train", "prepare_data") and not OmegaConf.select(cfg, "dry_run.enabled")
+            found = list(_launcher_problems(config.launcher)) if is_job else []
         except ConfigError as error:
-            yield from (f"{line}{where}" for line in str(error).splitlines())
+            found = str(error).splitlines()
+        for problem in found:
+            problems.setdefault(problem, []).append(" ".join(point))
+    yield from told_once(problems, len(points))
+    times = Counter(map(" ".join, points))
+    yield from (f"{label} is asked for {n} times; name each value once" for label, n in times.items() if n > 1)
 
 
-def _without_sweep(overrides: list[Override], config_name: str) -> DictConfig | None:
-    """Compose what all points have in common; None if that cannot be, which is then said of every point."""
-    fixed = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
+def told_once(problems: dict[str, list[str]], n_points: int) -> Iterator[str]:
+    """Tell every problem once, and at which points it is, unless at all."""
+    for problem, labels in problems.items():
+        others = f" and {len(labels) - 1} other points" if len(labels) > 1 else ""
+        yield problem if len(labels) == n_points else f"{problem} (at {labels[0]}{others})"
+
+
+Composed = tuple[DictConfig, DictConfig] | ConfigError  # the command's configuration and Hydra's, or why there is none
+
+
+def _composed(config_name: str, overrides: list[str]) -> Composed:
     try:
-        return compose(config_name, overrides=fixed, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException):
-        return None
+        cfg = compose(config_name, overrides=overrides, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        return ConfigError(_with_key(error))
+    hydra_cfg = cfg.hydra
+    with read_write(cfg), open_dict(cfg):
+        del cfg["hydra"]
+    return cfg, hydra_cfg
 
 
-def _params(base: DictConfig | None, args: Any) -> list[Override]:
+def _is_many(composed: Composed, args: Any) -> bool:
+    """Say whether a command line asks for a sweep, in which every point is a job."""
+    return args.multirun or (not isinstance(composed, ConfigError) and str(composed[1].mode) == "RunMode.MULTIRUN")
+
+
+def _params(base: Composed, args: Any) -> list[Override]:
     """Give what the configuration itself sweeps over, in hydra.sweeper.params."""
-    if base is None or not (args.multirun or str(base.hydra.mode) == "RunMode.MULTIRUN"):
+    if isinstance(base, ConfigError) or not _is_many(base, args):
         return []
-    params = base.hydra.sweeper.get("params") or {}
+    params = base[1].sweeper.get("params") or {}
     return OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
+
+
+def _names_group(override: str) -> bool:
+    key = override.partition("=")[0]
+    return "/" in key or (CONF / key).is_dir()
+
+
+def _with_values(cfg: DictConfig, values: list[str]) -> DictConfig:
+    """Give a composed configuration with values set in it as Hydra sets them; raises `ConfigError`."""
+    cfg = deepcopy(cfg)
+    try:
+        ConfigLoaderImpl._apply_overrides_to_config([_parsed(value) for value in values], cfg)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_with_key(error)) from None
+    return cfg
+
+
+@cache
+def _parsed(override: str) -> Override:
+    return OverridesParser.create().parse_override(override)
 
 
 def _points(overrides: list[Override]) -> list[list[str]]:
@@ -335,8 +374,19 @@ def _type_problem(schema: type, key: str, value: Any) -> Iterator[str]:
         yield f"{key} ({value}): {_first_line(error)}"
 
 
-def _first_line(error: BaseException) -> str:
-    """The innermost message of a chain, without Hydra's continuation lines."""
+def _innermost(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
+    return error
+
+
+def _with_key(error: BaseException) -> str:
+    """The innermost message after the key that it is about."""
+    key = getattr(_innermost(error), "full_key", None)
+    return f"{key}: {_first_line(error)}" if key else _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    """The innermost message of a chain, without Hydra's continuation lines."""
+    error = _innermost(error)
     return " ".join(str(error).split("\n    full_key")[0].split())

@@ -51,7 +51,7 @@ class TrainConfig:
     steps: int = MISSING
     global_batch_tokens: int = MISSING  # tokens of a step over all devices
     ramp: RampConfig = MISSING
-    skip_batches: list[str] = field(default_factory=list)  # batches to load only: [17,100-120]
+    skip_batches: list[str] = field(default_factory=list)  # the log's steps that are not trained on: [17,100-120]
     valid_every: int = 0  # steps between validations; 0: only at the end
     valid_tokens: int | None = None  # of a validation (null: the whole split)
     profile: bool = False  # measure a few steps instead of training: runs/<name>/profile
@@ -336,12 +336,12 @@ def register() -> None:
 
 
 def parse_ranges(parts: list[str]) -> list[range]:
-    """Read ["17", "100-120"] as ranges, ends included; raises ValueError."""
+    """Read ["17", "100-120"] as ranges of steps from 1 on, ends included; raises ValueError."""
     ranges = []
     for part in parts:
         first, _, last = part.partition("-")
         ranges.append(range(int(first), int(last or first) + 1))
-        if not ranges[-1]:
+        if not ranges[-1] or ranges[-1][0] < 1:
             raise ValueError(part)
     return ranges
 

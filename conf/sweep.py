@@ -3,21 +3,26 @@
 import hashlib
 import json
 import logging
+import math
+import os
 import shutil
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from conf.command import SweepError, is_sentence
-from conf.schema import TrainConfig, to_config
-from data.config import DataError, refuse_missing
-from parallel.config import Device, ParallelConfig
+from conf.command import SweepError, data_settings, is_sentence, told_once
+from conf.ready import refuse_or_need
+from conf.schema import PrepareConfig, TrainConfig, to_config
+from data.config import DataError
+from parallel.config import Device, LauncherConfig, ParallelConfig, Where
+from parallel.launch import local_processes
+from training.config import CheckpointError
 from training.run_folder import changed_keys, is_free_key
-from training.status import crashed_the_same_way_twice, note_death, note_queued, read_status
+from training.status import crashed_the_same_way_twice, note_end, note_queued, read_status
 
 CODE = Path(__file__).parent.parent
 ROOMS = ("assembly", "conf", "model", "parallel", "data", "training", "hydra_plugins")
@@ -25,62 +30,135 @@ ROOMS = ("assembly", "conf", "model", "parallel", "data", "training", "hydra_plu
 logger = logging.getLogger(__name__)
 
 
-def run_points(
-    command: str, points: Sequence[tuple[str, DictConfig, Path]], sweep_dir: Path
-) -> list[float | Exception | None]:
-    """Run a command at points (what is told, configuration, folder) and give rank 0's value, or an error, of each."""
+class Composed(NamedTuple):
+    """A point of a sweep: what is told of it, its configuration, its folder, and Hydra's own configuration."""
+
+    label: str
+    cfg: DictConfig
+    run_dir: Path
+    hydra: DictConfig
+
+
+def run_points(command: str, points: Sequence[Composed], sweep_dir: Path) -> list[float | Exception | None]:
+    """Run a command at points and give rank 0's value, or an error, of each.
+
+    The value of a point that was given up is infinite. Raises `SweepError` before the first one starts if any cannot.
+    Dry runs are no jobs: they are done here.
+    """
+    if any(_is_dry(point.cfg) for point in points):
+        return [_rehearse(point.label, point.cfg) for point in points]
+    checked = _checked(points)
     from parallel.jobs import Job, Outcome, Point, run_jobs
     from training.compare import compare
     from training.logs import screen
 
-    wanted, outcomes = [], {}
+    wanted, begun, outcomes = [], [], {}
     with screen():
-        refuse_missing_of_all([(label, to_config(cfg)) for label, cfg, _ in points])
-        for label, cfg, run_dir in points:
-            config = to_config(cfg)
-            run_config: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-            if is_finished(run_dir, run_config):
-                outcomes[run_dir] = Outcome("finished", read_status(run_dir)["valid_loss"])
+        for (label, _, run_dir, hydra), config, run_config, needed in checked:
+            if needed is None:
+                outcomes[run_dir] = Outcome("finished", _value(run_dir, read_status(run_dir)["valid_loss"]))
                 logger.info("finished already: %s", run_dir)
                 continue
-            parallel, args = ParallelConfig(device=Device.cpu, local_processes=1), (config,)
+            _share_cores(config, len(points))
             if isinstance(config, TrainConfig):
-                note_queued(run_dir, run_config)
                 parallel, args = config.parallel, (config, run_config, run_dir)
+            else:
+                parallel = ParallelConfig(device=Device.cpu, local_processes=1)
+                args = (config, data_settings(hydra, "data.name", "data.path"))
             again = partial(crashed_the_same_way_twice, run_dir)
             job = Job(f"{command}:work", args, parallel, is_sentence, config.launcher, hopeless=again)
-            wanted.append(Point(label, run_dir, config.launcher, run_config, job))
+            wanted.append(Point(label, run_dir, config.launcher, run_config, job, needed))
+
+        def begin(point: Point) -> None:
+            begun.append(point)
+            if command == "train":
+                note_queued(point.run_dir, point.described)
 
         def report(point: Point, outcome: Outcome) -> None:
             outcomes[point.run_dir] = outcome
             if outcome.state == "finished":
-                value = f", validation loss {outcome.value:.4f}" if isinstance(outcome.value, float) else ""
-                logger.info("finished: %s%s", point.label or point.run_dir, value)
+                loss = outcome.value = _value(point.run_dir, outcome.value)
+                told = f", validation loss {loss:.4f}" if isinstance(loss, float) and loss < math.inf else ""
+                state = "given up" if loss == math.inf else "finished"
+                logger.info("%s: %s%s", state, point.label or point.run_dir, told)
             else:
-                note_death(point.run_dir, outcome.reason)
+                note_end(point.run_dir, outcome.state, outcome.reason)
                 print(f"error: {point.label or point.run_dir} {outcome.state}: {outcome.reason}", file=sys.stderr)
 
-        if wanted:
-            run_jobs(wanted, sweep_dir.resolve() / ".jobs", keep_code(sweep_dir / ".code"), report)
-        if command == "train" and any(label for label, _, _ in points):
+        try:
+            if wanted:
+                run_jobs(wanted, sweep_dir.resolve() / ".jobs", keep_code(sweep_dir / ".code"), report, begin)
+        except BaseException:
+            for point in begun:
+                note_end(point.run_dir, "stopped", "")
+            raise
+        if command == "train" and any(point.label for point in points):
             compare(sweep_dir, tell=True)
-    unfinished = [label or str(run_dir) for label, _, run_dir in points if outcomes[run_dir].state != "finished"]
+    unfinished = [p.label or str(p.run_dir) for p in points if outcomes[p.run_dir].state != "finished"]
     told = SweepError(f"{len(unfinished)} of {len(points)} points did not finish: {', '.join(unfinished)}")
-    ends = [outcomes[run_dir] for _, _, run_dir in points]
+    ends = [outcomes[point.run_dir] for point in points]
     return [end.value if end.state == "finished" else told for end in ends]
 
 
-def refuse_missing_of_all(points: list[tuple[str, Any]]) -> None:
-    """Raise `SweepError`, a line for each point whose data are not there, before any of them is started."""
-    missing = []
-    for label, config in points:
+def _value(run_dir: Path, valid_loss: float | None) -> float | None:
+    return math.inf if read_status(run_dir).get("state") == "given up" else valid_loss
+
+
+def _is_dry(cfg: DictConfig) -> bool:
+    return bool(OmegaConf.select(cfg, "dry_run.enabled"))
+
+
+def _rehearse(label: str, cfg: DictConfig) -> None:
+    """Print what a point would be; raises `SweepError` if it is no dry run, as its siblings are."""
+    from assembly.dry_run import rehearse
+
+    if not _is_dry(cfg):
+        raise SweepError(f"dry_run ({label}) must be the same at all points of a sweep")
+    if label:
+        print(f"\n== {label}", flush=True)
+    rehearse(to_config(cfg))
+
+
+def _checked(
+    points: Sequence[Composed],
+) -> list[tuple[Composed, Any, dict[str, Any], list[tuple[Path, str]] | None]]:
+    """Give every point with its configuration, typed and plain, and what else than its folder nodes of Slurm must see.
+
+    That is None of a point that has finished. Raises `SweepError` with everything that keeps points from starting.
+    """
+    checked = []
+    problems: dict[str, list[str]] = {}
+    folders: dict[Path, str] = {}
+    for point in points:
+        label, cfg, run_dir, hydra = point
+        other = folders.setdefault(run_dir, label)
+        if other != label:
+            raise SweepError(f"{other} and {label} would share {run_dir}; let hydra.sweep.subdir tell them apart")
+        config = to_config(cfg)
+        run_config: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+        needed = None
         try:
-            if isinstance(config, TrainConfig) and not config.dry_run.enabled:
-                refuse_missing(config.data)
-        except DataError as error:
-            missing.append(f"{error} (at {label})")
-    if missing:
-        raise SweepError("\n".join(missing))
+            if not is_finished(run_dir, run_config):
+                needed = refuse_or_need(config, run_config, run_dir, data_settings(hydra))
+        except (DataError, CheckpointError) as error:
+            problems.setdefault(str(error), []).append(label)
+        checked.append((point, config, run_config, needed))
+    if problems:
+        raise SweepError("\n".join(told_once(problems, len(points))))
+    return checked
+
+
+def _share_cores(config: Any, n_points: int) -> None:
+    """Leave points that run on this machine at one time a share of its cores each."""
+    launcher: LauncherConfig = config.launcher
+    share = len(os.sched_getaffinity(0)) // (launcher.parallel_jobs or n_points)
+    if launcher.where is not Where.local:
+        return
+    if isinstance(config, PrepareConfig):
+        config.workers = config.workers or max(1, share)
+    else:
+        ranks = local_processes(config.parallel, launcher)
+        config.parallel.threads = config.parallel.threads or max(1, share // ranks)
 
 
 def is_finished(run_dir: Path, run_config: dict[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ MARKERS = {"internlm": ("<eoh>", "<eoa>"), "chatml": ("<|im_start|>", "<|im_end|
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 ROLES = {role: role for role in ("system", "user", "assistant")} | {"human": "user", "gpt": "assistant"}
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
+KEYS_TOLD, KEY_CHARS = 10, 40
 
 
 def read_template(name: str) -> str:
@@ -81,9 +83,9 @@ def messages_of(record: Any, style: Literal["alpaca", "chat"], key: str = "messa
         return _taught([{"role": "user", "content": parts[0]}, {"role": "assistant", "content": parts[1]}])
     turns = lookup(record, key)
     if not isinstance(turns, list):
-        raise ValueError(f"{key} is not a list")
+        raise ValueError(f"data.messages_key ({key}) is no list in it; it has {shape(record)}")
     if not turns:
-        raise ValueError(f"{key} is empty")
+        raise ValueError(f"data.messages_key ({key}) is an empty list in it")
     messages = []
     for turn in turns:
         role, content = ("role", "content") if lookup(turn, "from") is None else ("from", "value")
@@ -101,10 +103,18 @@ def lookup(record: Any, dotted: str) -> Any:
     return record
 
 
+def shape(record: Any) -> str:
+    """Say what a record has, for the message that something is missing."""
+    if not isinstance(record, dict) or not record:
+        return "nothing" if record == {} else type(record).__name__
+    keys = [str(key) if len(str(key)) <= KEY_CHARS else "..." for key in islice(record, KEYS_TOLD)]
+    return ", ".join([*keys, "..."] if len(record) > KEYS_TOLD else keys)
+
+
 def _string(record: Any, field: str) -> str:
     value = lookup(record, field)
     if not isinstance(value, str):
-        raise ValueError(f"{field} is missing or not a string")
+        raise ValueError(f"{field} is missing or not a string; there is {shape(record)}")
     if re.search("[\ud800-\udfff]", value):
         raise ValueError(f"{field} holds half a surrogate pair, which is no character")
     return value
@@ -152,7 +162,7 @@ class ChatEncoder:
             if template == TEMPLATES[name] and missing:
                 raise DataError(
                     f"data.chat_template ({name}) writes {' and '.join(missing)}, no special token of "
-                    f"{tokenizer.path}; choose another data.chat_template, or a tokenizer that has it"
+                    f"{tokenizer.path.name}; choose another data.chat_template, or a tokenizer that has it"
                 )
         self.template = template
         self.marked = GENERATION.search(template) is not None

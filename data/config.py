@@ -45,6 +45,11 @@ class OnBadRecord(Enum):
     skip = "skip"
 
 
+class HeldOutBy(Enum):
+    content = "content"  # a hash of the text decides, so that a document stays where it is when others are added
+    rows = "rows"  # as InternLM's tutorial: datasets' train_test_split, which another number of rows shuffles anew
+
+
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     name: str = MISSING
@@ -67,6 +72,7 @@ class DataConfig:
     text_lines: bool = False  # .txt: every non-blank line is a document, as InternLM reads it
     raw_json: bool = False  # encode the whole record, JSON syntax included, as InternLM did
     valid_fraction: float = 0.01
+    valid_by: HeldOutBy = HeldOutBy.content
     valid_seed: int = 42
     max_documents: int | None = None
     # of a record, its long strings not counted, or of a conversation: that is in memory at once
@@ -106,6 +112,9 @@ class DataConfig:
             yield "data.input is not set; name the folder of .bin files that data.source=tokens reads"
         if self.valid_input is not None and self.source not in (Source.local, Source.tokens):
             yield f"data.valid_input ({self.valid_input}) needs data.source local or tokens, not {self.source.value}"
+        if self.valid_by is HeldOutBy.rows and (self.source is not Source.huggingface or self.streaming):
+            other = "data.streaming (true)" if self.streaming else f"data.source ({self.source.value})"
+            yield f"data.valid_by (rows) needs a dataset that is there whole, not {other}; pass data.valid_by=content"
         for name, weight in self.mix.items():
             if not (weight >= 0 and weight < float("inf")):
                 yield f"data.mix.{name} ({weight}) must be 0 or more"

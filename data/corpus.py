@@ -10,7 +10,7 @@ import xxhash
 
 from data.batches import Batch, collate
 from data.config import DataConfig, DataError, Packing, Source, refuse_missing
-from data.foreign import token_files
+from data.foreign import refuse_overlap, token_files
 from data.order import Mixture, Pool
 from data.packing import Layout, Piece, RandomTokens, Tokens, layout_of
 from data.shards import Shard, read_about
@@ -204,6 +204,7 @@ def _foreign_corpus(config: DataConfig, vocab_size: int) -> Corpus:
     assert config.input is not None
     train = token_files(Path(config.input), config.name)
     valid = token_files(Path(config.valid_input), config.name) if config.valid_input else {}
+    refuse_overlap(train, valid, config.input, config.valid_input or "")
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     if tokenizer is not None:
         _check_vocabulary(tokenizer, vocab_size)

@@ -4,17 +4,16 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import xxhash
 
-from data.chat import lookup, messages_of
+from data.chat import lookup, messages_of, shape
 from data.config import DataConfig, Style
 from data.inputs import BadRecords, source_name
+from data.rows import records
 
 SOURCE_CHARS = 100  # of a source's name, which files are named by
-KEYS_TOLD, KEY_CHARS = 10, 40
 HALF_A_PAIR = "its text holds half a surrogate pair, which is no character"
 
 
@@ -39,7 +38,7 @@ class Block:
 
     Attributes:
         first: the number of the first record; lines count from 1, records from 0.
-        payload: lines of JSON or text as bytes, a text, or records.
+        payload: lines of JSON or text as bytes, a text, records, or rows as an Arrow stream.
     """
 
     kind: str
@@ -84,9 +83,14 @@ def _documents(block: Block, config: DataConfig, bad: BadRecords) -> Iterator[Do
             if text is not None:
                 whole = (block.begins, block.ends, block.digest)
                 yield Document(text, block.source, block.path, None, block.split, None, *whole)
-        case "records":
-            for number, record in enumerate(block.payload, block.first):
-                yield from from_record(record, f"{block.path}[{number}]", block, config, bad)
+        case "records" | "rows":
+            found = block.payload if block.kind == "records" else records(block.payload)
+            for number, record in enumerate(found, block.first):
+                place = f"{block.path}[{number}]"
+                if isinstance(record, ValueError):
+                    bad.add(place, unreadable(record))
+                else:
+                    yield from from_record(record, place, block, config, bad)
         case "text_lines" | "lines":
             one = block.payload.find(b"\n", 0, -1) < 0  # perhaps too long to be copied
             for number, line in enumerate([block.payload] if one else io.BytesIO(block.payload), block.first):
@@ -106,7 +110,7 @@ def _from_line(line: bytes, place: str, block: Block, config: DataConfig, bad: B
     text = _decoded(line, place, bad)
     if text is None:
         return
-    if block.kind == "text_lines" or config.raw_json:
+    if is_plain(block, config):
         yield Document(text if config.raw_json else text.strip(), block.source, place, split=block.split)
         return
     try:
@@ -114,7 +118,12 @@ def _from_line(line: bytes, place: str, block: Block, config: DataConfig, bad: B
     except (ValueError, RecursionError) as error:
         bad.add(place, not_json(error))
         return
-    yield from from_record(record, place, block, config, bad)
+    yield from from_record(record, place, block, config, bad, line=text)
+
+
+def is_plain(block: Block, config: DataConfig) -> bool:
+    """Say whether a line is a document without being parsed."""
+    return block.kind == "text_lines" or (config.raw_json and not config.source_key)
 
 
 def not_json(error: Exception, place: Callable[[int], int] = int) -> str:
@@ -129,8 +138,17 @@ def not_json(error: Exception, place: Callable[[int], int] = int) -> str:
             return f"not JSON that can be read: {error}"  # a number of thousands of digits
 
 
-def from_record(record: Any, place: str, block: Block, config: DataConfig, bad: BadRecords) -> Iterator[Document]:
-    """Yield the document of a record, if it has a source, and a text that UTF-8 can hold."""
+def unreadable(error: ValueError) -> str:
+    return f"not UTF-8 at byte {error.start} of a cell" if isinstance(error, UnicodeDecodeError) else not_json(error)
+
+
+def from_record(
+    record: Any, place: str, block: Block, config: DataConfig, bad: BadRecords, *, line: str | None = None
+) -> Iterator[Document]:
+    """Yield the document of a record, if it has a source, and a text that UTF-8 can hold.
+
+    `line` is how the record is written, where it is written in one.
+    """
     messages = None
     if config.style is not Style.text:
         try:
@@ -139,11 +157,15 @@ def from_record(record: Any, place: str, block: Block, config: DataConfig, bad: 
             bad.add(place, str(error))
             return
     if config.raw_json:
-        text: Any = json.dumps(record)
+        try:
+            text: Any = json.dumps(record) if line is None else line
+        except TypeError as error:  # of Parquet: bytes, dates
+            bad.add(place, f"cannot be written as JSON, as data.raw_json asks: {error}")
+            return
     else:
         text = lookup(record, config.text_key) if messages is None else json.dumps(messages, ensure_ascii=False)
     if not isinstance(text, str):
-        bad.add(place, f"data.text_key ({config.text_key}) is no string in it; it has {_shape(record)}")
+        bad.add(place, f"data.text_key ({config.text_key}) is no string in it; it has {shape(record)}")
         return
     named = (lookup(record, config.source_key) if config.source_key else None) or None
     if named is not None and (isinstance(named, dict | list) or len(str(named)) > SOURCE_CHARS):
@@ -156,10 +178,3 @@ def from_record(record: Any, place: str, block: Block, config: DataConfig, bad: 
         return
     source = block.source if named is None else source_name(str(named))
     yield Document(text, source, place, split=block.split, messages=messages)
-
-
-def _shape(record: Any) -> str:
-    if not isinstance(record, dict):
-        return type(record).__name__
-    keys = [str(key) if len(str(key)) <= KEY_CHARS else "..." for key in islice(record, KEYS_TOLD)]
-    return ", ".join([*keys, "..."] if len(record) > KEYS_TOLD else keys)

@@ -5,6 +5,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from data.chat import ChatEncoder, read_template
-from data.config import DataConfig, Style, TokenizerConfig
+from data.config import DataConfig, DataError, Style, TokenizerConfig
 from data.documents import Block, Document, digest_of, documents
 from data.inputs import BadRecords
 from data.shards import NOT_LEARNT
@@ -58,6 +59,7 @@ class BlockEncoder:
         self.tokenizer: Tokenizer = load_tokenizer(tokenizer)
         chat = data.style is not Style.text
         self.chat = ChatEncoder(read_template(data.chat_template), self.tokenizer) if chat else None
+        self.token_bytes = self.tokenizer.token_bytes() if chat else None
 
     def __call__(self, block: Block) -> Encoded:
         result = Encoded(BadRecords(self.data.on_bad_record), ends=block.ends)
@@ -71,13 +73,19 @@ class BlockEncoder:
             assert document.split is not None
             group = (document.split, document.source)
             result.order.append(group)
-            by_group.setdefault(group, []).append((ids, len(document.text.encode())))
+            by_group.setdefault(group, []).append((ids, self._text_bytes(document, ids)))
         for group, parts in by_group.items():
             lengths, sizes = (
                 np.array(values, dtype=np.int64) for values in zip(*[(len(i), n) for i, n in parts], strict=True)
             )
             result.groups[group] = Group(np.concatenate([ids for ids, _ in parts]), lengths, sizes)
         return result
+
+    def _text_bytes(self, document: Document, ids: np.ndarray) -> int:
+        """Count the bytes of a document's text; of a conversation, those that its template writes."""
+        if self.token_bytes is None:
+            return len(document.text.encode())
+        return int(self.token_bytes[ids & ~np.uint32(NOT_LEARNT)].sum())
 
     def _allowed(self, document: Document, bad: BadRecords) -> bool:
         if document.split == "train" and self.held_out and digest_of(document, self.data) in self.held_out:
@@ -152,8 +160,14 @@ def encoded(
     if workers == 1:
         yield from map(BlockEncoder(*arguments), found)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (arguments,)) as pool:
-        yield from _ahead(found, lambda block: pool.submit(_encode, block), 2 * workers)
+    try:
+        with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (arguments,)) as pool:
+            yield from _ahead(found, lambda block: pool.submit(_encode, block), 2 * workers)
+    except BrokenProcessPool:
+        raise DataError(
+            f"one of the {workers} processes that encode was killed, which the system does when memory runs out; "
+            "run the same again to go on, with fewer workers if it was that"
+        ) from None
 
 
 def _ahead(found: Iterable[Block], submit: Callable[[Block], Future[Encoded]], n_waiting: int) -> Iterator[Encoded]:

@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 
 from data.config import DataError
-from data.shards import NOT_LEARNT, Shard
+from data.shards import NOT_LEARNT, Shard, file_hash
 
 
 def token_files(folder: Path, name: str) -> dict[str, list["Shard | InternLMFile"]]:
@@ -21,6 +21,19 @@ def token_files(folder: Path, name: str) -> dict[str, list["Shard | InternLMFile
         source = place.parts[0] if len(place.parts) > 1 else name
         files.setdefault(source, []).append(_open(path))
     return files
+
+
+def refuse_overlap(train: dict[str, list[Any]], valid: dict[str, list[Any]], folder: str, valid_folder: str) -> None:
+    """Raise `DataError` if a file is in both splits, under one name or two."""
+    by_content: dict[str, Any] = {file.fingerprint(): file for files in train.values() for file in files}
+    for file in (file for files in valid.values() for file in files):
+        same = by_content.get(file.fingerprint())
+        paths = [Path(f"{each.stem}.bin") for each in (same, file) if each is not None]
+        if len(paths) == 2 and (paths[0].samefile(paths[1]) or file_hash(paths[0]) == file_hash(paths[1])):
+            raise DataError(
+                f"{paths[1]} of data.valid_input ({valid_folder}) would be trained on as {paths[0]} of data.input "
+                f"({folder}); take it out of the one or the other"
+            )
 
 
 def _open(path: Path) -> "Shard | InternLMFile":
@@ -66,10 +79,12 @@ class InternLMFile:
         self.offsets = np.concatenate([[0], np.cumsum(counts)])
         self.n_documents, self.n_tokens = len(counts), int(self.offsets[-1])
         self.file: int | None = None
+        self.hashed = ""
 
     def fingerprint(self) -> str:
         """Give the hash of the index, and the size of what it points into."""
-        return f"{int(self.starts[-1])}/{xxhash.xxh3_128_hexdigest(self.meta.read_bytes())}"
+        self.hashed = self.hashed or f"{int(self.starts[-1])}/{xxhash.xxh3_128_hexdigest(self.meta.read_bytes())}"
+        return self.hashed
 
     def document(self, index: int) -> np.ndarray:
         """Give a document's ids, uint32, with the highest bit set where they are not to be learnt."""
@@ -80,13 +95,15 @@ class InternLMFile:
             ids = np.array(
                 json.loads(os.pread(self.file, end - start, start).split(b"\n", 1)[0])["tokens"], dtype=np.int64
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise DataError(f"{self.path}: document {index}, at byte {start}, is no line of tokens: {error}") from None
         if len(ids) != self.offsets[index + 1] - self.offsets[index]:
             expected = self.offsets[index + 1] - self.offsets[index]
             raise DataError(
                 f"{self.path}: document {index} has {len(ids)} tokens where {self.meta.name} says {expected}"
             )
+        if ((ids <= -NOT_LEARNT) | (ids >= NOT_LEARNT)).any():
+            raise DataError(f"{self.path}: document {index}, at byte {start}, holds an id over {NOT_LEARNT - 1}")
         return np.where(ids < 0, -ids | NOT_LEARNT, ids).astype(np.uint32)
 
     def read_parts(self, out: np.ndarray, places: list[int], starts: list[int], counts: list[int]) -> None:

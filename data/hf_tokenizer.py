@@ -70,7 +70,9 @@ def fast_from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any:
         raise DataError(problem)
     proto = sentencepiece_proto(tokenizer.path)
     kinds = proto.SentencePiece
-    vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    # a character that SentencePiece takes for unused is written in bytes
+    written = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    vocab = {piece: i for piece, i in written.items() if len(piece) > 1 or not tokenizer.model.is_unused(i)}
     merges = []
     for piece in proto.pieces:
         if piece.type == kinds.NORMAL:

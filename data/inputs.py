@@ -2,14 +2,14 @@
 
 import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from data.config import DataConfig, DataError, OnBadRecord, Source
+from data.config import DataConfig, DataError, HeldOutBy, OnBadRecord, Source
 from data.unpack import PACKED, kind_of, open_raw
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
@@ -35,6 +35,9 @@ class BadRecords:
     def clear(self) -> None:
         self.count, self.empty, self.places = 0, 0, []
 
+    def as_json(self) -> dict[str, Any]:
+        return {"count": self.count, "empty": self.empty, "places": self.places}
+
     def merge(self, other: "BadRecords") -> None:
         self.count += other.count
         self.empty += other.empty
@@ -57,15 +60,20 @@ def source_name(name: str) -> str:
     return re.sub(r"[^a-z0-9.+-]+", "_", name.lower()).strip("_.") or "unnamed"
 
 
-def items(config: DataConfig, bad: BadRecords) -> list[Item]:
-    """List what a corpus is made of, in order; what is held out whole comes first."""
+def items(config: DataConfig, bad: BadRecords, *, known: Container[str] = ()) -> list[Item]:
+    """List what a corpus is made of, in order; what is held out whole comes first.
+
+    Of files with the same bytes one is kept: one that is `known`, which is in the corpus already, or the first.
+    """
     match config.source:
         case Source.builtin:
             return [Item("the standard library", "code")]
         case Source.huggingface:
             return _dataset_items(config)
         case _:
-            return _without_copies([*_local_items(config)], bad)
+            found = [*_local_items(config)]
+            copies = _copies(sorted(found, key=lambda item: item.path not in known), bad)
+            return [item for item in found if id(item) not in copies]
 
 
 def _local_items(config: DataConfig) -> Iterator[Item]:
@@ -80,16 +88,23 @@ def _local_items(config: DataConfig) -> Iterator[Item]:
     yield from (replace(item, split="train") for item in found) if config.valid_input else found
 
 
+def refuse_no_files(config: DataConfig) -> None:
+    """Raise `DataError` if a corpus is still to be made, of files, and there are none."""
+    if config.source is Source.local and not (Path(config.path) / "corpus.json").exists():
+        for _ in _local_items(config):
+            pass
+
+
 def local_files(pattern: str, name: str, key: str) -> list[Item]:
     """List the readable files of a path, a folder, a glob or an fsspec address; a sub-folder names the source."""
     if "://" in pattern:
-        root, paths = _remote_files(pattern)
+        root, paths = _remote_files(pattern, key)
     else:
-        base = Path(pattern)
-        found = base.rglob("*") if base.is_dir() else map(Path, glob.glob(pattern, recursive=True))
+        base = Path(pattern).absolute()  # so that files are known again from another working directory
+        found = base.rglob("*") if base.is_dir() else map(Path, glob.glob(str(base), recursive=True))
         paths = {str(path): path.stat().st_size for path in found if path.is_file()}
         # of a glob, sources are the folders under what comes before its first wildcard
-        root = pattern if base.is_dir() else str(Path(*_before_wildcard(base.parts)))
+        root = str(base if base.is_dir() else Path(*_before_wildcard(base.parts)))
     files = []
     for path in sorted(path for path in paths if kind_of(path) in SUFFIXES):
         folders = Path(path.removeprefix(root).lstrip("/")).parts[:-1] if path.startswith(root) else ()
@@ -109,7 +124,7 @@ def _before_wildcard(parts: tuple[str, ...]) -> Iterator[str]:
         yield part
 
 
-def _remote_files(address: str) -> tuple[str, dict[str, int]]:
+def _remote_files(address: str, key: str) -> tuple[str, dict[str, int]]:
     """List the files of an address such as s3://bucket/texts/*.jsonl.zst, with their sizes."""
     import fsspec
 
@@ -122,37 +137,52 @@ def _remote_files(address: str) -> tuple[str, dict[str, int]]:
             found = system.find(path, detail=True) if system.isdir(path) else {path: system.info(path)}
             root = path if system.isdir(path) else path.rpartition("/")[0]
     except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"data.input ({address}) cannot be listed: {error}") from None
+        raise DataError(f"{key} ({address}) cannot be listed: {error}") from None
     sizes = {name: int(info.get("size") or 0) for name, info in found.items() if info["type"] == "file"}
     return system.unstrip_protocol(root), {system.unstrip_protocol(name): size for name, size in sizes.items()}
 
 
-def _without_copies(found: list[Item], bad: BadRecords) -> list[Item]:
-    """Leave out files that have the bytes of an earlier one; only files of one size are compared."""
-    kept: list[Item] = []
-    by_size: dict[int, list[Item]] = {}
+def _copies(found: list[Item], bad: BadRecords) -> set[int]:
+    """Give the ids of items that have the bytes of an earlier one; few files are read for it."""
+    groups = [[item for item in found if item.size]]
+    for key in (_size, _head, _digest):
+        groups = [alike for group in groups for alike in _alike(group, key)]
+    for first, *others in groups:
+        for item in others:
+            if item.path != first.path:
+                bad.add(item.path, f"has the same bytes as {first.path}")
+            else:
+                bad.add(item.path, "is in data.valid_input as well" if first.split == "valid" else "is named twice")
+    return {id(item) for _, *others in groups for item in others}
+
+
+def _alike(found: list[Item], key: Callable[[Item], Any]) -> list[list[Item]]:
+    """Give the items that share a key with others."""
+    groups: dict[Any, list[Item]] = {}
     for item in found:
-        same = [
-            other for other in by_size.get(item.size, []) if item.size and _digest(other.path) == _digest(item.path)
-        ]
-        if same:
-            bad.add(item.path, f"has the same bytes as {same[0].path}")
-        else:
-            kept.append(item)
-            by_size.setdefault(item.size, []).append(item)
-    return kept
+        groups.setdefault(key(item), []).append(item)
+    return [group for group in groups.values() if len(group) > 1]
 
 
-def _digest(path: str) -> bytes:
+def _size(item: Item) -> int:
+    return item.size
+
+
+def _head(item: Item) -> bytes:
+    with open_raw(item.path) as file:
+        return file.read(1 << 12)
+
+
+def _digest(item: Item) -> bytes:
     digest = xxhash.xxh3_128()
-    with open_raw(path) as file:
+    with open_raw(item.path) as file:
         while raw := file.read(1 << 20):
             digest.update(raw)
     return digest.digest()
 
 
 def _dataset_items(config: DataConfig) -> list[Item]:
-    """Load a dataset, split by `train_test_split(valid_fraction, seed=valid_seed)`, or whole if it streams."""
+    """Load a dataset: whole, or by rows as `train_test_split(valid_fraction, seed=valid_seed)` splits it."""
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -164,8 +194,8 @@ def _dataset_items(config: DataConfig) -> list[Item]:
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"data.dataset ({name}) cannot be loaded: {reason}") from None
-    if config.streaming or not config.valid_fraction or len(dataset) < 2:
-        return [Item(name, source, split=None if config.streaming else "train", dataset=dataset)]
+    if config.valid_by is HeldOutBy.content or not config.valid_fraction or len(dataset) < 2:
+        return [Item(name, source, dataset=dataset)]
     split = dataset.train_test_split(test_size=config.valid_fraction, seed=config.valid_seed)
     parts = (("valid", split["test"]), ("train", split["train"]))
     return [Item(f"{name}/{part}", source, part, dataset=rows) for part, rows in parts]

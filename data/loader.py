@@ -28,9 +28,18 @@ class _MicroBatches(Dataset[Batch | DataError]):
 
 def _start_worker(_worker: int) -> None:
     keep_freed_memory()
+    end_with_parent()
     # Ctrl-C and a scheduler's SIGTERM reach every process; the main one decides when the workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_with_parent() -> None:
+    """Have the system end this process with the one that started it: what it inherited holds a killed run's folder."""
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    except (OSError, AttributeError):
+        return  # another system than Linux
 
 
 def keep_freed_memory() -> None:
@@ -84,9 +93,12 @@ def train_batches(
     )
     batches = iter(loader)
     step = first_step
-    while True:
-        yield [_told(next(batches)) for _ in of_step(step, 0)]
-        step += 1
+    try:
+        while True:
+            yield [_told(next(batches)) for _ in of_step(step, 0)]
+            step += 1
+    finally:
+        del batches  # and its workers end: an error that is told keeps this frame, and they heed no signal
 
 
 def _as_it_is(batch: Batch | DataError) -> Batch | DataError:

@@ -20,8 +20,9 @@ import xxhash
 
 from data.config import DataConfig
 from data.cuts import cut
-from data.documents import HALF_A_PAIR, Block, Document, from_record, not_json, split_of
+from data.documents import HALF_A_PAIR, Block, Document, from_record, is_plain, not_json, split_of, unreadable
 from data.inputs import BadRecords
+from data.rows import characters, fields, leaves, value
 from data.tokenizer import PIECE_CHARS
 
 LONG_STRING = 1 << 12  # characters, as it is written
@@ -57,6 +58,7 @@ class Aside:
     def _write(self, text: str, digest: Any) -> None:
         raw = text.encode("utf-8", "surrogatepass")
         digest.update(raw)
+        self.file.seek(0, 2)  # another string may have been read meanwhile
         self.file.write(raw)
 
     def read(self, name: str, errors: str = "strict") -> Iterator[str]:
@@ -177,28 +179,33 @@ class Shortened:
         self.kept.append(text)
         self.size += len(text)
         if self.size > self.most:
-            raise UnreadableError(
-                f"a record of more than data.max_record_mb ({self.most >> 20}) MB, its strings of over {LONG_STRING} "
-                "characters not counted"
-            )
+            raise UnreadableError(_too_long(self.most))
+
+
+def _too_long(most: int) -> str:
+    return (
+        f"a record of more than data.max_record_mb ({most >> 20}) MB, its strings of over {LONG_STRING} "
+        "characters not counted"
+    )
 
 
 def long_line(
     raw: Iterator[bytes], block: Block, config: DataConfig, bad: BadRecords, last_cut: Callable[[str], int]
 ) -> Iterator[Block]:
     """Yield the blocks of a line, of which `block` says what it is and, as its path, where."""
-    chunks = decoded(raw)
+    chunks, whole = decoded(raw), config.raw_json or is_plain(block, config)
     try:
         with scratch(config) as file:
             strings = Aside(file)
-            if block.kind == "text_lines" or config.raw_json:
-                name = strings.add(chunks if config.raw_json else _stripped(chunks))
-                documents = [Document(name, block.source, block.path, split=block.split)]
+            line = strings.add(chunks if config.raw_json else _stripped(chunks)) if whole else None
+            if is_plain(block, config):
+                documents = [Document(str(line), block.source, block.path, split=block.split)]
             else:
+                chunks = strings.read(line) if line else chunks
                 found = Shortened(chunks, strings, config.max_record_mb << 20, alone=True)
                 for _ in chunks:  # to the end of the line, which may be no UTF-8
                     pass
-                documents = _parsed(found, block, config, bad)
+                documents = _parsed(found, block, config, bad, line)
             yield from _parts(documents, strings, block, config, bad, last_cut)
     except UnreadableError as error:
         bad.add(block.path, str(error))
@@ -218,7 +225,40 @@ def long_member(
         return found.rest
 
 
-def _parsed(found: Shortened, block: Block, config: DataConfig, bad: BadRecords) -> list[Document]:
+def long_row(
+    row: dict[str, Any], n_bytes: int, block: Block, config: DataConfig, bad: BadRecords, last_cut: Callable[[str], int]
+) -> Iterator[Block]:
+    """Yield the blocks of a row of Arrow's cells that takes `n_bytes`; Python never holds a long string of it whole."""
+    raws = map(characters, leaves(row.values()))
+    most = config.max_record_mb << 20
+    if n_bytes - sum(raw.size for raw in raws if raw is not None and raw.size > LONG_STRING) > most:
+        bad.add(block.path, _too_long(most))
+        return
+    try:
+        with scratch(config) as file:
+            strings = Aside(file)
+            documents = list(from_record(_shortened(row, strings), block.path, block, config, bad))
+            yield from _parts(documents, strings, block, config, bad, last_cut)
+    except (UnreadableError, ValueError) as error:
+        bad.add(block.path, str(error) if isinstance(error, UnreadableError) else unreadable(error))
+
+
+def _shortened(cells: dict[str, Any], strings: Aside) -> dict[str, Any]:
+    """Give what cells hold, their long strings laid aside."""
+    record = {}
+    for name, cell in cells.items():
+        raw, inside = characters(cell), fields(cell)
+        if raw is not None and raw.size > LONG_STRING:
+            pieces = (raw[at : at + READ_BYTES].to_pybytes() for at in range(0, raw.size, READ_BYTES))
+            record[name] = strings.add(decoded(pieces, keep_mark=True))
+        else:
+            record[name] = value(cell) if inside is None else _shortened(inside, strings)
+    return record
+
+
+def _parsed(
+    found: Shortened, block: Block, config: DataConfig, bad: BadRecords, line: str | None = None
+) -> list[Document]:
     """Give the document of a record, if it has one; raises `UnreadableError` if it is no JSON."""
     if found.text.encode().isspace():
         return []
@@ -226,7 +266,7 @@ def _parsed(found: Shortened, block: Block, config: DataConfig, bad: BadRecords)
         record = json.loads(found.text)
     except (ValueError, RecursionError) as error:
         raise UnreadableError(not_json(error, found.place)) from None
-    return list(from_record(record, block.path, block, config, bad))
+    return list(from_record(record, block.path, block, config, bad, line=line))
 
 
 def _parts(
@@ -285,11 +325,12 @@ def long_text(
     yield Block("text", document.place, document.source, split, 0, rest, begins, True, whole)
 
 
-def decoded(raw: Iterator[bytes]) -> Iterator[str]:
-    """Yield text without a byte-order mark; raises `UnreadableError` with the place."""
+def decoded(raw: Iterator[bytes], *, keep_mark: bool = False) -> Iterator[str]:
+    """Yield text without a byte-order mark, unless that is kept; raises `UnreadableError` with the place."""
     decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
     for number, chunk in enumerate(chain(raw, [b""])):
-        chunk = chunk.removeprefix(codecs.BOM_UTF8) if number == 0 else chunk
+        if number == 0 and not keep_mark:
+            chunk = chunk.removeprefix(codecs.BOM_UTF8)
         kept = len(decoder.getstate()[0])
         try:
             text = decoder.decode(chunk, not chunk)

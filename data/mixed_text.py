@@ -12,7 +12,7 @@ SCRIPTS = (
     "Привет, мир!", "مرحبا بالعالم",
     "नमस्ते दुनिया", "Γειά σου Κόσμε", "naïve café über straße", "e\u0301 combined", "👩‍👩‍👧 family 😀", "𝕏 𝒜 ∑ ∫ √",
     "1234567890 3.14159 -2e-7 0xDEADBEEF", "x=y;z+=1//2**3", "<div class='a'>&amp;</div>",
-    "C:\\path\\to\\file", "\u00a0\u2003wide",
+    "C:\\path\\to\\file", "\u00a0\u2003wide", "a\0zero",
 )  # fmt: skip
 FRAMES = (
     "{}",

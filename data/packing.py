@@ -1,8 +1,6 @@
 """Documents cut into packs of equal length: what each pack holds, and where."""
 
-import os
 from abc import ABC, abstractmethod
-from bisect import bisect_left, insort
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from data.best_fit import LINE, Plan
 from data.config import Packing
 from data.shards import NOT_LEARNT
 
@@ -29,6 +28,7 @@ class Tokens(Protocol):
         ...
 
     def read(self, start: int, n_tokens: int) -> np.ndarray: ...
+    def fingerprint(self) -> str: ...
     def all_offsets(self) -> np.ndarray: ...
     def ends_between(self, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
@@ -253,84 +253,27 @@ class BestFit(Pieces):
 
     def __init__(self, files: list[Tokens], pack_len: int) -> None:
         self.files, self.pack_len = files, pack_len
-        self.plans = [_plan(file, pack_len) for file in files]
-        self.limits = np.cumsum([0, *(len(firsts) - 1 for _, firsts in self.plans)])
+        self.plans = [Plan(file, pack_len) for file in files]
+        self.limits = np.cumsum([0, *(plan.n_packs for plan in self.plans)])
         self.n_packs = int(self.limits[-1])
 
     def table(self, packs: np.ndarray) -> Table:
         numbers = np.searchsorted(self.limits, packs, side="right") - 1
-        places = packs - self.limits[numbers]
-        first, last = np.empty_like(packs), np.empty_like(packs)
+        places, n_pieces = packs - self.limits[numbers], np.empty_like(packs)
+        lines: dict[int, np.ndarray] = {}
         for number in set(numbers.tolist()):
             here = numbers == number
-            firsts = self.plans[number][1]
-            first[here], last[here] = firsts[places[here]], firsts[places[here] + 1]
-        n_pieces = last - first
-        files, lines = np.repeat(numbers, n_pieces), _expand(first, n_pieces)
-        found = np.empty((len(lines), 3), dtype=np.int64)
-        for number in set(numbers.tolist()):
-            here = files == number
-            found[here] = self.plans[number][0][lines[here]]
+            n_pieces[here], lines[number] = self.plans[number].lines(places[here])
+        files = np.repeat(numbers, n_pieces)
+        found = np.empty((len(files), LINE), dtype=np.int64)
+        for number, its in lines.items():
+            found[files == number] = its
         return Table(n_pieces, files, found[:, 0], found[:, 1], found[:, 2].astype(bool))
 
     def waste(self) -> tuple[float, float]:
         total = sum(file.n_tokens for file in self.files)
-        whole = sum(int(pieces[:, 2].sum()) for pieces, _ in self.plans)
-        cut = sum(int((pieces[:, 2] == 0).sum()) for pieces, _ in self.plans)
-        return 1 - total / max(1, self.n_packs * self.pack_len), min(1.0, cut / max(1, whole))
-
-
-def _plan(file: Tokens, pack_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Give a file's pieces, int64 (n_pieces, 3): start, length, end of a document; and each pack's first piece."""
-    paths = [Path(f"{file.stem}.fit-{pack_len}.{part}.npy") for part in ("pieces", "packs")]
-    if all(path.exists() for path in paths):
-        return np.load(paths[0], mmap_mode="r"), np.load(paths[1], mmap_mode="r")
-    plan = best_fit(file.all_offsets(), pack_len)
-    if os.access(file.stem.parent, os.W_OK):
-        for path, part in zip(paths, plan, strict=True):
-            partial = path.with_suffix(f".{os.getpid()}.partial")
-            with partial.open("wb") as out:
-                np.save(out, part)
-            partial.rename(path)
-    return plan
-
-
-def best_fit(offsets: np.ndarray, pack_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pack documents from `offsets`, int64 (n + 1,), into packs of `pack_len` tokens."""
-    lengths = np.diff(offsets)
-    whole, rests = np.divmod(lengths, pack_len)
-    # Parts of pack_len tokens are packs of their own; what is left of each document is fitted in.
-    long = np.repeat(np.arange(len(lengths)), whole)
-    within = np.arange(len(long)) - np.repeat(np.cumsum(whole) - whole, whole)
-    ends = (within + 1) * pack_len == lengths[long]
-    full = np.stack([offsets[long] + within * pack_len, np.full(len(long), pack_len), ends], axis=1)
-    small = np.flatnonzero(rests)
-    small = small[np.argsort(-rests[small], kind="stable")]
-    packs: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # packs with so many tokens left
-    rooms: list[int] = []  # the keys of by_room, in order
-    for document, length in zip(small.tolist(), rests[small].tolist(), strict=True):
-        at = bisect_left(rooms, length)
-        if at == len(rooms):
-            pack, room = len(packs), pack_len
-            packs.append([])
-        else:
-            room = rooms[at]
-            pack = by_room[room].pop()
-            if not by_room[room]:
-                del by_room[room], rooms[at]
-        packs[pack].append(document)
-        if room > length:
-            if room - length not in by_room:
-                by_room[room - length] = []
-                insort(rooms, room - length)
-            by_room[room - length].append(pack)
-    fitted = np.array([document for pack in packs for document in pack], dtype=np.int64)
-    rest = np.stack([offsets[fitted + 1] - rests[fitted], rests[fitted], np.ones(len(fitted), dtype=np.int64)], axis=1)
-    counts = np.concatenate(
-        [np.ones(len(full), dtype=np.int64), np.array([len(pack) for pack in packs], dtype=np.int64)]
-    )
-    return np.concatenate([full, rest]).astype(np.int64), np.concatenate([[0], np.cumsum(counts)])
+        documents, cut = sum(plan.n_documents for plan in self.plans), sum(plan.n_cut for plan in self.plans)
+        return 1 - total / max(1, self.n_packs * self.pack_len), cut / max(1, documents)
 
 
 class RandomTokens:

@@ -77,8 +77,8 @@ class Part:
         for block in found:
             item, number, bad = places.popleft()
             self.whole = False
+            self.bad.merge(bad)  # it comes before the block
             self._add(block)
-            self.bad.merge(bad)
             self.journal.item, self.journal.block = item, number + 1
             self.whole = block.ends
             on_progress(self.journal.counts)
@@ -151,7 +151,7 @@ class Part:
         for writer in self.writers.values():
             writer.sync()
         self.journal.open = {f"{w.stem.parent.name}/{w.stem.name}": w.written for w in self.writers.values()}
-        self.journal.bad = {"count": self.bad.count, "empty": self.bad.empty, "places": self.bad.places}
+        self.journal.bad = self.bad.as_json()
         self.journal.save(self.path)
         for writer in self.done_since:
             writer.forget()

@@ -8,7 +8,6 @@ ends with the same bytes. Several processes may each do a part; the last one to 
 import fcntl
 import json
 import logging
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,16 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
-from data.chat import read_template
+from data.chat import ChatEncoder, read_template
 from data.config import DataConfig, DataError, OnBadRecord, Source, Style, TokenizerConfig
-from data.documents import Document, digest_of, documents
 from data.inputs import BadRecords, Item, items
 from data.journal import Counts, Journal, changed_input, write_whole
 from data.part import Part, group_of
-from data.read import blocks
 from data.shards import FORMAT_VERSION, Header, Shard, read_about
+from data.texts import held_out_digests, tokenizer_texts
 from data.tokenizer import CHAT_TEMPLATE, Tokenizer, export_problem, load_tokenizer, save_tokenizer, train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -35,8 +32,6 @@ logger = logging.getLogger(__name__)
 # What training reads of a DataConfig and preparing does not, and what only decides when to stop
 OTHER_KEYS = {"name", "path", "seq_len", "pack_len", "packing", "micro_batch_size", "seed", "workers"}
 OTHER_KEYS |= {"mix", "tokenizer", "on_bad_record"}
-SAMPLED_FROM = 32  # times the text of a tokenizer is what it is drawn from
-LEAST_SAMPLE = 1 << 20  # characters of each file
 
 
 def made_by(data: DataConfig, tokenizer: TokenizerConfig) -> dict[str, Any]:
@@ -87,7 +82,7 @@ def _new_items(data: DataConfig, about: dict[str, Any]) -> list[Item]:
     if data.source is not Source.local:
         return []
     try:
-        found = items(data, BadRecords(OnBadRecord.skip))
+        found = items(data, BadRecords(OnBadRecord.skip), known=about["input"])
     except DataError:
         return []  # the text need not be kept once it is tokens
     for item in found:
@@ -96,29 +91,19 @@ def _new_items(data: DataConfig, about: dict[str, Any]) -> list[Item]:
                 f"{item.path} has {item.size} bytes and had {about['input'][item.path]} when {data.path} was made of "
                 "it; pass another data.name or data.path, or remove the corpus"
             )
-    return [item for item in found if item.path not in about["input"]]
-
-
-def all_documents(data: DataConfig, bad: BadRecords) -> Iterator[Document]:
-    """Yield the documents of a corpus, each with its split."""
-    yield from _documents_of(items(data, bad), data, bad)
-
-
-def _documents_of(
-    found: list[Item], data: DataConfig, bad: BadRecords, *, most: Callable[[Item], float] = lambda item: math.inf
-) -> Iterator[Document]:
-    """Yield the documents of some items, of each about the first `most` characters."""
-    number = 0
-    for item in found:
-        size, limit = 0, most(item)
-        for block in blocks(item, data, bad):
-            for document in documents(block, data, bad):
-                if data.max_documents is not None and number >= data.max_documents:
-                    return
-                number, size = number + 1, size + len(document.text)
-                yield document
-            if size >= limit:
-                break
+    new = [item for item in found if item.path not in about["input"]]
+    held_out = {item.path for item in found if item.split == "valid"}
+    if more := sorted(held_out - set(about["held_out"])):
+        raise DataError(
+            f"{more[0]} came to data.valid_input after {data.path} was made, and its documents may have been trained "
+            "on; take it out again, or pass another data.name or data.path"
+        )
+    if new and (gone := sorted(set(about["held_out"]) - held_out)):
+        raise DataError(
+            f"{gone[0]} is held out from {data.path} and is not there any more, so nothing tells whether new documents "
+            "are in it too; put it back, or pass another data.name or data.path"
+        )
+    return new
 
 
 def prepare(
@@ -147,7 +132,9 @@ def prepare(
                 if existing(data, tokenizer_config, add=add):
                     return read_about(folder), bad
             about = read_about(folder) if add and folder.exists() else None
-            everything = items(data, bad)
+            everything = items(data, bad, known=about["input"] if about else ())
+            if shard:
+                bad.clear()  # the first part tells it
             todo = everything if about is None else _new_items(data, about)
             _begin(data, tokenizer_config, partial, todo, shards, workers, about)
         part = Part(data, tokenizer_config, partial, shard, bad, generation=about["generations"] if about else 0)
@@ -205,7 +192,7 @@ def _begin(
     """Lay the ground: go on with what an earlier run left, if it was this very work, or begin anew."""
     plan = {
         "made_by": made_by(data, config) | {"shards": shards, "add": about is not None},
-        "items": [item.path for item in todo],
+        "items": [[item.path, item.size] for item in todo],
     }
     if (partial / "plan.json").exists():
         before = json.loads((partial / "plan.json").read_text())
@@ -228,24 +215,9 @@ def _begin(
                 f"tokenizer.{wanted} (true): {tokenizer.path.name} has no such token; pass tokenizer.{wanted}=false"
             )
     if data.style is not Style.text:
+        ChatEncoder(read_template(data.chat_template), tokenizer)  # which says if they do not go together
         (partial / "tokenizer" / CHAT_TEMPLATE).write_text(read_template(data.chat_template), encoding="utf-8")
     write_whole(partial / "plan.json", json.dumps(plan))
-
-
-def held_out_digests(data: DataConfig, everything: list[Item]) -> frozenset[int]:
-    """Hash what is held out whole, so that no training document is also one of validation.
-
-    Where documents are held out by their hash, equal ones are on the same side without this.
-    """
-    quiet = BadRecords(OnBadRecord.skip)
-    held_out = (item for item in everything if item.split == "valid")
-    found = (
-        document
-        for item in held_out
-        for block in blocks(item, data, quiet)
-        for document in documents(block, data, quiet)
-    )
-    return frozenset(digest_of(document, data) for document in found if document.begins)
 
 
 def _commit(
@@ -262,12 +234,14 @@ def _commit(
     if not all(path.exists() and Journal.load(path).complete for path in journals):
         return None
     stems = [stem for path in journals for stem in Journal.load(path).closed]
+    left_out = BadRecords(data.on_bad_record)
+    for path in journals:
+        left_out.merge(BadRecords(data.on_bad_record, **Journal.load(path).bad))
     if before is None and not any(stem.startswith("train/") for stem in stems):
         shutil.rmtree(partial)
-        raise DataError(f"there is no training document in data.source ({data.source.value}); nothing was written")
-    about = describe(
-        data, config, partial, stems, {item.path: item.size for item in todo if item.dataset is None}, before
-    )
+        why = f": {left_out.count} bad records were left out, the first {left_out.places[0]}" if left_out.count else ""
+        raise DataError(f"there is no training document in data.source ({data.source.value}){why}")
+    about = describe(data, config, partial, stems, [item for item in todo if item.dataset is None], left_out, before)
     write_whole(partial / "corpus.json", json.dumps(about, indent=2) + "\n")
     _publish(partial, folder)
     return about
@@ -275,8 +249,9 @@ def _commit(
 
 def _publish(partial: Path, folder: Path) -> None:
     """Move what is finished to its place; if this is interrupted it can be done again."""
-    for path in [*partial.glob("journal-*.json"), *partial.glob(".*.partial"), partial / "plan.json"]:
-        path.unlink(missing_ok=True)
+    only_to_go_on = ("*/*.lengths", "journal-*.json", ".*.partial", "plan.json")
+    for path in [path for pattern in only_to_go_on for path in partial.glob(pattern)]:
+        path.unlink()
     if not folder.exists():
         partial.rename(folder)
         return
@@ -293,10 +268,13 @@ def describe(
     config: TokenizerConfig,
     folder: Path,
     stems: list[str],
-    read: dict[str, int],
+    read: list[Item],
+    left_out: BadRecords,
     before: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Say in JSON what a corpus holds and how it was made; `before` is what it held without these files."""
+    everything_left_out = BadRecords(data.on_bad_record, **(before["left_out"] if before else {}))
+    everything_left_out.merge(left_out)
     splits: dict[str, dict[str, dict[str, Any]]] = before["splits"] if before else {"train": {}, "valid": {}}
     for stem in sorted(stems):
         split, source = group_of(stem)
@@ -310,7 +288,9 @@ def describe(
         "format_version": FORMAT_VERSION,
         "made_by": made_by(data, config),
         "generations": before["generations"] + 1 if before else 1,
-        "input": (before["input"] if before else {}) | read,
+        "input": (before["input"] if before else {}) | {item.path: item.size for item in read},
+        "held_out": before["held_out"] if before else [item.path for item in read if item.split == "valid"],
+        "left_out": everything_left_out.as_json(),
         "tokenizer": {
             "fingerprint": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
@@ -339,39 +319,8 @@ def _tokenizer(
         save_tokenizer(tokenizer, folder)
         return load_tokenizer(folder)
     print(f"training a tokenizer of {config.vocab_size} pieces", flush=True)
-    texts = _tokenizer_texts(data, todo, config.train_bytes)
+    texts = tokenizer_texts(data, todo, config.train_bytes)
     return train_tokenizer(iter(texts), folder / "tokenizer.model", vocab_size=config.vocab_size, threads=workers)
-
-
-def _tokenizer_texts(data: DataConfig, todo: list[Item], limit: int) -> list[str]:
-    """Give about `limit` bytes of training text: all of it, or documents taken evenly by their hash.
-
-    Of a corpus much larger than that only the beginning of each file is read. Bad records that are left out are told
-    when the text is encoded, not here.
-    """
-    total, enough = sum(item.size for item in todo), SAMPLED_FROM * limit
-
-    def most(item: Item) -> float:
-        if total <= enough:
-            return enough if item.dataset is not None else math.inf
-        return max(enough * item.size / total, LEAST_SAMPLE)
-
-    kept: list[tuple[int, str]] = []
-    share, size, bad = 1 << 64, 0, BadRecords(data.on_bad_record)
-    for document in _documents_of(todo, data, bad, most=most):
-        digest = xxhash.xxh3_64_intdigest(document.text.encode(), seed=1)
-        if document.split == "train" and digest < share:
-            kept.append((digest, document.text))
-            size += len(document.text.encode())
-        while size > 2 * limit and len(kept) > 1:
-            share //= 2
-            kept = [(digest, text) for digest, text in kept if digest < share]
-            size = sum(len(text.encode()) for _, text in kept)
-    share = int(share * min(1.0, limit / max(1, size)))
-    if not kept:
-        why = f": {bad.count} bad records were left out, the first {bad.places[0]}" if bad.count else ""
-        raise DataError(f"there is no training text in data.source ({data.source.value}){why}")
-    return [text for digest, text in kept if digest < share or len(kept) == 1]
 
 
 def sample_texts(data: DataConfig, number: int, *, max_tokens: int) -> Iterator[tuple[str, str]]:

@@ -2,19 +2,18 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from data.chat import lookup
 from data.config import DataConfig, DataError, Source, Style
 from data.cuts import last_space
-from data.documents import Block, Document, from_record, not_json
+from data.documents import Block, Document, not_json
 from data.inputs import BadRecords, Item
-from data.long import UnreadableError, decoded, long_line, long_member, long_text, scratch
-from data.unpack import DAMAGE, PACKED, kind_of, unpacked
+from data.long import UnreadableError, decoded, long_line, long_member, long_row, long_text, scratch
+from data.rows import plain, serialized
+from data.unpack import PACKED, DamageError, kind_of, unpacked
 
 BLOCK_BYTES = 1 << 20  # of text in a block, or the record that is longer
 BLOCK_RECORDS = 256
@@ -30,10 +29,13 @@ def blocks(
 
     A document that is too long to hold is cut where `last_cut` of the tokenizer allows it.
     """
-    if item.dataset is not None:
-        yield from _dataset_blocks(item, config, skip)
-        return
-    found = _builtin_blocks(item) if config.source is Source.builtin else _file_blocks(item, config, bad, last_cut)
+    match config.source:
+        case Source.builtin:
+            found = _builtin_blocks(item)
+        case Source.huggingface:
+            found = _dataset_blocks(item, config, bad, last_cut)
+        case _:
+            found = _file_blocks(item, config, bad, last_cut)
     number, told = -1, bad.count
     try:
         for number, block in enumerate(found):
@@ -41,46 +43,22 @@ def blocks(
                 yield block
             else:
                 bad.clear()  # it was told when it was read before
-    except DAMAGE as error:
-        bad.add(item.path, f"the compressed file is damaged or cut short ({error})")
+    except DamageError as error:
+        bad.add(item.path, str(error))
     except OSError as error:
-        if error.errno is not None or "://" in item.path:  # bz2 and gzip say OSError without a number of damage
-            raise DataError(f"{item.path} cannot be read: {error}") from None
-        bad.add(item.path, f"the compressed file is damaged or cut short ({error})")
+        raise DataError(f"{item.path} cannot be read: {error}") from None
     if number < 0 and bad.count == told:
         bad.add(item.path, "holds no document")
 
 
 def _file_blocks(item: Item, config: DataConfig, bad: BadRecords, last_cut: Callable[[str], int]) -> Iterator[Block]:
     kind = kind_of(item.path)
-    if kind == ".parquet":
-        yield from _long_apart(_parquet_blocks(item, config, bad), config, bad, last_cut)
-        return
     if kind == ".txt" and not config.text_lines:
         yield from _text_blocks(item, config, bad, last_cut)
         return
+    readers = {".parquet": _parquet_blocks, ".json": _json_blocks}
     with unpacked(item.path) as file:
-        yield from (_json_blocks if kind == ".json" else _line_blocks)(file, item, config, bad, last_cut)
-
-
-def _long_apart(
-    found: Iterator[Block], config: DataConfig, bad: BadRecords, last_cut: Callable[[str], int]
-) -> Iterator[Block]:
-    """Yield blocks of records, and for one whose text is too long to hand around a block for each part of it."""
-    for block in found:
-        at, first = 0, block.first
-        plain = config.style is Style.text and not config.raw_json
-        for k, record in enumerate(block.payload if plain else []):
-            text = lookup(record, config.text_key)
-            if not isinstance(text, str) or len(text) <= TEXT_BYTES:
-                continue
-            if k > at:
-                yield replace(block, first=first, payload=block.payload[at:k])
-            at, first = k + 1, block.first + k + 1
-            for document in from_record(record, f"{block.path}[{first - 1}]", block, config, bad):
-                yield from long_text(document, partial(iter, [document.text]), config, bad, last_cut)
-        if at < len(block.payload):
-            yield replace(block, first=first, payload=block.payload[at:])
+        yield from readers.get(kind, _line_blocks)(file, item, config, bad, last_cut)
 
 
 def _most(config: DataConfig) -> int:
@@ -95,25 +73,29 @@ def _line_blocks(
     kind = "text_lines" if kind_of(item.path) == ".txt" else "lines"
     number, parts, size = 1, [], 0
     rest: list[bytes] = []  # what was read after a long line
-    while raw := (rest.pop() if rest else b"") or file.read(BLOCK_BYTES):
-        end = raw.rfind(b"\n") + 1
-        parts.append(raw[:end] if end else raw)
-        size += len(parts[-1])
-        if end:
-            lines = b"".join(parts)
-            parts, size = [raw[end:]], len(raw) - end
-            yield Block(kind, item.path, item.source, item.split, number, lines)
-            number += lines.count(b"\n")
-        elif size > _most(config):
-            line = _to_line_end(b"".join(parts), file, rest)
-            block = Block(kind, f"{item.path}:{number}", item.source, item.split, number, None)
-            if config.style is Style.text:
-                yield from long_line(line, block, config, bad, last_cut)
-            else:
-                bad.add(block.path, f"a conversation of more than data.max_record_mb ({config.max_record_mb}) MB")
-            for _ in line:
-                pass
-            number, parts, size = number + 1, [], 0
+    try:
+        while raw := (rest.pop() if rest else b"") or file.read(BLOCK_BYTES):
+            end = raw.rfind(b"\n") + 1
+            parts.append(raw[:end] if end else raw)
+            size += len(parts[-1])
+            if end:
+                lines = b"".join(parts)
+                parts, size = [raw[end:]], len(raw) - end
+                yield Block(kind, item.path, item.source, item.split, number, lines)
+                number += lines.count(b"\n")
+            elif size > _most(config):
+                line = _to_line_end(b"".join(parts), file, rest)
+                block = Block(kind, f"{item.path}:{number}", item.source, item.split, number, None)
+                if config.style is Style.text:
+                    yield from long_line(line, block, config, bad, last_cut)
+                else:
+                    bad.add(block.path, f"a conversation of more than data.max_record_mb ({config.max_record_mb}) MB")
+                for _ in line:
+                    pass
+                number, parts, size = number + 1, [], 0
+    except DamageError as error:
+        bad.add(f"{item.path}:{number}", str(error))
+        size = 0  # the line that is not whole is part of what is damaged
     if size:
         yield Block(kind, item.path, item.source, item.split, number, b"".join(parts))
 
@@ -133,6 +115,7 @@ def _text_blocks(item: Item, config: DataConfig, bad: BadRecords, last_cut: Call
     """Yield a file that is one document: whole, or in parts."""
     with unpacked(item.path) as file:
         raw = file.read(TEXT_BYTES + 1)
+        _ = file.read(1)  # where it is damaged, what comes before is no document
     if len(raw) <= TEXT_BYTES:
         if raw:
             yield Block("text", item.path, item.source, item.split, 0, raw)
@@ -168,7 +151,7 @@ class _Window:
                 size += len(parts[-1])
         except StopIteration:
             self.over = True
-        except (UnreadableError, OSError, *DAMAGE) as error:
+        except (UnreadableError, DamageError) as error:
             self.over, self.failure = True, error
         self.text, self.at = "".join(parts), 0
 
@@ -187,6 +170,13 @@ class _Window:
         while self.record_at() == len(self.text) and not self.over:
             self.more()
         return self.text[self.record_at() :][:1] == "]"
+
+    def goes_on(self) -> bool:
+        """Say whether anything but blanks follows the end of the list; raises what ended the text before its end."""
+        if self.failure is not None:
+            raise self.failure
+        rest = chain([self.text[self.record_at() + 1 :]], self.texts)
+        return any(text and not text.isspace() for text in rest)
 
     def record(self, most: int) -> tuple[Any, int] | None:
         """Give the next record and its length, or None if that is over `most`.
@@ -249,44 +239,110 @@ def _json_blocks(
                 texts = chain([window.text[window.record_at() :]], window.texts)
                 window.text, window.at = (yield from long_member(texts, block, config, bad, last_cut)), 0
                 number += 1
-    except (UnreadableError, OSError, *DAMAGE) as error:
+        if begins and window.goes_on():
+            raise UnreadableError("there is more after the list that a .json file holds; one record a line is .jsonl")
+    except (UnreadableError, DamageError) as error:
         failure = error
     if records:
         yield Block("records", item.path, item.source, item.split, number, records)
-    if isinstance(failure, UnreadableError):
+    if failure is not None:
         bad.add(f"{item.path}[{number + len(records)}]", str(failure))
-    elif failure is not None:
-        raise failure
 
 
-def _parquet_blocks(item: Item, config: DataConfig, bad: BadRecords) -> Iterator[Block]:
+def _parquet_blocks(
+    file: IO[bytes], item: Item, config: DataConfig, bad: BadRecords, last_cut: Callable[[str], int]
+) -> Iterator[Block]:
     import pyarrow
     from pyarrow import parquet
 
-    with scratch(config) as plain, unpacked(item.path) as file:
+    with scratch(config) as plain:
         if Path(item.path).suffix in PACKED:  # a Parquet file is read from its end
             while raw := file.read(BLOCK_BYTES):
                 plain.write(raw)
             file = plain
         try:
-            table = parquet.ParquetFile(file)
+            # without these a whole group of rows, which may be the whole file, is in memory
+            table = parquet.ParquetFile(file, pre_buffer=False, buffer_size=BLOCK_BYTES)
+        except (pyarrow.ArrowException, OSError) as error:
+            _refuse_no_damage(item, error)
+            bad.add(item.path, f"is no Parquet file that can be read: {_first_line(error)}")
+            return
+        try:
             columns = _columns(config, table.schema_arrow.names)
-            if missing := [name for name in columns if name not in table.schema_arrow.names]:
-                bad.add(item.path, f"has no column {missing[0]}; it has {', '.join(table.schema_arrow.names)}")
-                return
-            number = 0
-            about = table.metadata
-            n_bytes = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
-            n_rows = BLOCK_BYTES * about.num_rows // max(1, n_bytes)  # that fill a block
-            for batch in table.iter_batches(batch_size=min(max(1, n_rows), BLOCK_RECORDS), columns=columns):
-                yield Block("records", item.path, item.source, item.split, number, batch.to_pylist())
+        except ValueError as error:
+            bad.add(item.path, str(error))
+            return
+        for number, batch in _batches(table, columns, item, bad):
+            yield from _row_blocks(batch, number, item, config, bad, last_cut)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(".")
+
+
+def _batches(table: Any, columns: list[str], item: Item, bad: BadRecords) -> Iterator[tuple[int, Any]]:
+    """Yield a Parquet file's rows, of which a block or so is in memory, with the number of the first."""
+    import pyarrow
+
+    end = 0
+    for group in range(table.num_row_groups):
+        about = table.metadata.row_group(group)
+        found = [about.column(i) for i in range(about.num_columns)]
+        n_bytes = sum(c.total_uncompressed_size for c in found if c.path_in_schema.split(".")[0] in columns)
+        number, end = end, end + about.num_rows
+        try:
+            for batch in table.iter_batches(_rows(about.num_rows, n_bytes), [group], columns, use_threads=False):
+                yield number, batch
                 number += batch.num_rows
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, UnicodeDecodeError) as error:
-            bad.add(item.path, f"is no Parquet file that can be read: {str(error).splitlines()[0]}")
+        except (pyarrow.ArrowException, OSError) as error:
+            _refuse_no_damage(item, error)
+            bad.add(f"{item.path}[{number}]", f"rows up to {end - 1} are damaged: {_first_line(error)}")
+
+
+def _rows(n_rows: int, n_bytes: int) -> int:
+    """Give how many rows fill a block."""
+    return min(max(1, BLOCK_BYTES * n_rows // max(1, n_bytes)), BLOCK_RECORDS)
+
+
+def _refuse_no_damage(item: Item, error: Exception) -> None:
+    """Raise again what the disk or the network says; of damage Arrow says OSError without a number."""
+    if isinstance(error, OSError) and (error.errno is not None or "://" in item.path):
+        raise error
+
+
+def _row_blocks(
+    batch: Any, first: int, item: Item, config: DataConfig, bad: BadRecords, last_cut: Callable[[str], int]
+) -> Iterator[Block]:
+    """Yield the rows of an Arrow batch: as they lie, about a block of them at a time, and a long one in parts."""
+    batch = plain(batch)
+    for start, stop in _runs(batch):
+        rows, number = batch.slice(start, stop - start), first + start
+        n_bytes, place = rows.nbytes, f"{item.path}[{number}]"
+        if stop - start > 1 or n_bytes <= _most(config):
+            yield Block("rows", item.path, item.source, item.split, number, serialized(rows))
+        elif config.style is not Style.text:
+            bad.add(place, f"a conversation of more than data.max_record_mb ({config.max_record_mb}) MB")
+        else:
+            row = dict(zip(rows.schema.names, rows.columns, strict=True))
+            block = Block("row", place, item.source, item.split, number, None)
+            yield from long_row(row, n_bytes, block, config, bad, last_cut)
+
+
+def _runs(batch: Any) -> Iterator[tuple[int, int]]:
+    """Divide a batch into runs of about a block; a row that is longer is one of its own."""
+    start = size = 0
+    for row in range(batch.num_rows if batch.nbytes > 2 * BLOCK_BYTES else 0):
+        n_bytes = batch.slice(row, 1).nbytes
+        if row > start and size + n_bytes > BLOCK_BYTES:
+            yield start, row
+            start, size = row, 0
+        size += n_bytes
+    if start < batch.num_rows:
+        yield start, batch.num_rows
 
 
 def _columns(config: DataConfig, names: list[str]) -> list[str]:
-    """Name the columns that make a document; for the whole record, all."""
+    """Name the columns that make a document; for the whole record, all. Raises `ValueError` if one is missing."""
     match config.style:
         case Style.text if config.raw_json:
             return names
@@ -295,27 +351,41 @@ def _columns(config: DataConfig, names: list[str]) -> list[str]:
         case Style.chat:
             wanted = [config.messages_key]
         case Style.alpaca:
-            wanted = ["instruction", "output"] + (["input"] if "input" in names else [])
-    wanted += [config.source_key] if config.source_key else []
-    return list(dict.fromkeys(key.split(".")[0] for key in wanted))
+            wanted = ["instruction", "output"]
+    wanted = [key.split(".")[0] for key in wanted]
+    if missing := [name for name in wanted if name not in names]:
+        raise ValueError(f"has no column {missing[0]}; it has {', '.join(names)}")
+    perhaps = ["input"] * (config.style is Style.alpaca) + [(config.source_key or "").split(".")[0]]
+    return list(dict.fromkeys([*wanted, *(name for name in perhaps if name in names)]))
 
 
-def _dataset_blocks(item: Item, config: DataConfig, skip: int) -> Iterator[Block]:
+def _dataset_blocks(item: Item, config: DataConfig, bad: BadRecords, last_cut: Callable[[str], int]) -> Iterator[Block]:
+    number = 0
+    for table in _tables(item, config):
+        for batch in table.combine_chunks().to_batches():
+            yield from _row_blocks(batch, number, item, config, bad, last_cut)
+            number += batch.num_rows
+
+
+def _tables(item: Item, config: DataConfig) -> Iterator[Any]:
+    """Yield a dataset's rows as Arrow tables; of one that streams, which has no size, `BLOCK_RECORDS` at a time."""
+    import pyarrow
     from datasets.exceptions import DatasetsError
 
-    first = skip * BLOCK_RECORDS
+    rows, number, n_rows = item.dataset, 0, BLOCK_RECORDS
+    if not config.streaming:
+        n_rows = _rows(rows.data.num_rows, rows.data.nbytes)
     try:
-        names = item.dataset.column_names
-        wanted = _columns(config, names) if names else []
-        rows = item.dataset.select_columns([name for name in wanted if name in names]) if wanted else item.dataset
-        rows = rows.skip(first)
-        for batch in rows.iter(BLOCK_RECORDS):
-            records = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
-            yield Block("records", item.path, item.source, item.split, first, records)
-            first += len(records)
-    except (OSError, DatasetsError) as error:
+        names = rows.column_names and _columns(config, rows.column_names)
+    except ValueError as error:
+        raise DataError(f"data.dataset ({item.path}) {error}") from None
+    try:
+        for table in (rows.select_columns(names) if names else rows).with_format("arrow").iter(n_rows):
+            yield table
+            number += len(table)
+    except (OSError, ValueError, pyarrow.ArrowException, DatasetsError) as error:
         raise DataError(
-            f"data.dataset ({item.path}): record {first} cannot be read: {error}; run again to go on"
+            f"data.dataset ({item.path}): record {number} cannot be read: {error}; run again to go on"
         ) from None
 
 

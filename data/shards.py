@@ -178,6 +178,7 @@ class Shard:
     def __init__(self, stem: Path, *, verify: bool = False) -> None:
         self.stem = stem
         self.files: dict[str, int] = {}
+        self.hashed = ""
         self.offsets: np.ndarray | None = None  # of every stride-th document
         self.stride = SPARSE
         has_header = Path(f"{stem}.json").exists()
@@ -239,7 +240,8 @@ class Shard:
         """Give the hash of the tokens and documents; of another program's, of the index and the size."""
         if self.header is not None:
             return f"{self.header.bin_hash}/{self.header.idx_hash}"
-        return f"{self.n_tokens}/{file_hash(Path(f'{self.stem}.idx'))}"
+        self.hashed = self.hashed or f"{self.n_tokens}/{file_hash(Path(f'{self.stem}.idx'))}"
+        return self.hashed
 
     def read_parts(self, out: np.ndarray, places: list[int], starts: list[int], counts: list[int]) -> None:
         """Read `counts` tokens from `starts` on to `places` in `out`, int32 (n,), with the bits of what is stored."""
@@ -256,7 +258,8 @@ class Shard:
                     f"read at token {start}"
                 )
             if len(narrow):
-                out[place : place + count] = narrow[:count]
+                # an id of 64 bits that is none in 32 must not become one
+                out[place : place + count] = narrow[:count].clip(max=(1 << 31) - 1) if size > 4 else narrow[:count]
 
     def read(self, start: int, n_tokens: int) -> np.ndarray:
         """Give `n_tokens` tokens from `start` on; int32, with the bits of what is stored in 32 of them."""

@@ -1,10 +1,11 @@
 """What a step trains on: python -m data.show run=runs/demo step=1234
 
-Prints the documents of the step, decoded. What stands in ⟦ ⟧ is read and not learnt: the first token of a
-document, prompts, padding. `samples=n` shows the first n packs only; `first_sample=` is needed for a run that
-files were added to, and is in the state of its checkpoints.
+Prints the documents of the step, decoded; steps are numbered as the log has them, from 1. What stands in ⟦ ⟧ is read
+and not learnt: the first token of a document, prompts, padding. `samples=n` shows the first n packs only.
 """
 
+import json
+import os
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -19,16 +20,16 @@ from data.config import DataConfig, DataError, RampConfig, packs_of_step
 from data.corpus import Corpus, open_corpus
 from data.tokenizer import Tokenizer
 
-KEYS = ("run", "step", "samples", "first_sample")
+KEYS = ("run", "step", "samples")
+USAGE = "python -m data.show run=runs/demo step=1234"
 
 
-def show(run: Path, step: int, *, samples: int | None = None, first_sample: int = 0) -> None:
-    """Print the packs of a step of a run, the first step being 0."""
+def show(run: Path, step: int, *, samples: int | None = None) -> None:
+    """Print the packs of a step of a run, the first step being 1; raises `DataError` if they are not known any more."""
     config, packs_of = _run_config(run)
     corpus = open_corpus(config["data"], vocab_size=config["vocab_size"])
-    corpus.train.begin_at(first_sample)
-    first = sum(packs_of(before) for before in range(step))
-    count = packs_of(step)
+    first, count = sum(packs_of(before) for before in range(step - 1)), packs_of(step - 1)
+    corpus.train.begin_at(_first_sample(run, corpus, step, first))
     print(f"step {step} of {run}: samples {first} to {first + count - 1}, each {config['data'].pack_tokens} tokens")
     shown = np.arange(first, first + (count if samples is None else min(count, samples)))
     for sample, pack in zip(shown.tolist(), corpus.train.locate(shown).tolist(), strict=True):
@@ -66,6 +67,25 @@ def marked(tokenizer: Tokenizer | None, tokens: np.ndarray, learnt: np.ndarray) 
     return "".join(parts)
 
 
+def _first_sample(run: Path, corpus: Corpus, step: int, sample: int) -> int:
+    """Give where the order of the data begins, which is not at 0 if files were added to it."""
+    stored = sorted(run.glob(f"checkpoints/step-{'[0-9]' * 8}/state.json"))[-1:]
+    if not stored:
+        return 0
+    state = json.loads(stored[0].read_text())
+    if state["data"]["parts"] != corpus.parts:
+        raise DataError(
+            f"the data or the tokenizer changed after {stored[0].parent} was saved, so what step {step} trained on is "
+            "not known; go on with the run first, or bring back what was there"
+        )
+    first = state["progress"]["first_sample"]
+    if sample < first:
+        raise DataError(
+            f"step {step} was before files were added to the data of {run}, so what it trained on is not known"
+        )
+    return first
+
+
 def _run_config(run: Path) -> tuple[dict[str, Any], Any]:
     path = run / "config.yaml"
     if not path.exists():
@@ -86,19 +106,24 @@ def _run_config(run: Path) -> tuple[dict[str, Any], Any]:
 
 def main(arguments: list[str]) -> None:
     given = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
-    unknown = [key for key in given if key not in KEYS]
-    if unknown or "run" not in given or not all(given[key].isdigit() for key in KEYS[1:] if key in given):
-        raise DataError(
-            f"usage: python -m data.show run=runs/demo step=1234; keys are {', '.join(KEYS)}, not {unknown}"
-        )
+    for key in given:
+        if key not in KEYS:
+            raise DataError(f"{key} is not a setting; there are {', '.join(KEYS)}: {USAGE}")
+    if "run" not in given:
+        raise DataError(f"run is not set; name a run folder: {USAGE}")
+    for key in KEYS[1:]:
+        if key in given and not (given[key].isdecimal() and int(given[key])):
+            raise DataError(f"{key} ({given[key]}) must be a whole number from 1 on: {USAGE}")
     samples = int(given["samples"]) if "samples" in given else None
-    step, first_sample = int(given.get("step", 0)), int(given.get("first_sample", 0))
-    show(Path(given["run"]), step, samples=samples, first_sample=first_sample)
+    show(Path(given["run"]), int(given.get("step", 1)), samples=samples)
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; Python would say so once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -53,6 +53,7 @@ class SentencePieceTokenizer:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.fingerprint = xxhash.xxh3_128_hexdigest(path.read_bytes())
+        sentencepiece.set_min_log_level(2)  # errors: it warns each time that InternLM's piece of a zero byte is unused
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:

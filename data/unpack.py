@@ -1,20 +1,30 @@
 """Files opened for what is in them, whatever they are packed with, here or in an object store."""
 
 import bz2
-import gzip
-import io
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import zstandard
 
-PACKED = (".gz", ".zst", ".xz", ".bz2")
-DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError, lzma.LZMAError)
-PACKED_BYTES = 1 << 17  # read at once of a .zst
+STREAMS: dict[str, Callable[[], Any]] = {
+    ".gz": partial(zlib.decompressobj, 16 + zlib.MAX_WBITS),
+    ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(),
+    ".xz": lzma.LZMADecompressor,
+    ".bz2": bz2.BZ2Decompressor,
+}
+PACKED = tuple(STREAMS)
+PADDED = (".gz", ".xz")  # zeros may follow their streams
+READ_BYTES = 1 << 17
+PACKED_BYTES = 1 << 11  # unpacked at once: of the most repetitive text it is 20 MB
+
+
+class DamageError(Exception):
+    """A packed file that is cut short or is none, in words that its place goes before."""
 
 
 def kind_of(path: str) -> str:
@@ -33,47 +43,61 @@ def open_raw(path: str) -> Any:
 
 
 @contextmanager
-def unpacked(path: str) -> Iterator[IO[bytes]]:
-    """Open a file for its content, unpacked."""
+def unpacked(path: str) -> Iterator[Any]:
+    """Open a file for its content, unpacked; what is packed has `read` alone."""
+    suffix = Path(path).suffix
     with open_raw(path) as raw:
-        match Path(path).suffix:
-            case ".gz":
-                file: Any = gzip.open(raw)  # noqa: SIM115
-            case ".bz2":
-                file = bz2.open(raw)  # noqa: SIM115
-            case ".xz":
-                file = lzma.open(raw)  # noqa: SIM115
-            case ".zst":
-                file = io.BufferedReader(_Zstandard(raw))
-            case _:
-                file = raw
-        with file:
-            yield file
+        yield Unpacked(raw, STREAMS[suffix], padded=suffix in PADDED) if suffix in STREAMS else raw
 
 
-class _Zstandard(io.RawIOBase):
-    """Reads Zstandard frames; unlike `zstandard.open` it tells when the last one is cut short."""
+class Unpacked:
+    """Reads streams that lie one after the other, of each a little at a time.
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.frames = file, zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        self.frame: Any = None
-        self.packed = self.plain = b""
+    What comes before the few kilobytes that a damage lies in is given, and then `read` raises `DamageError`. Python's
+    own readers raise at once, and what follows a first stream of .xz or .bz2 and is none they take for the end.
+    """
 
-    def readable(self) -> bool:
-        return True
+    def __init__(self, file: Any, begin: Callable[[], Any], *, padded: bool) -> None:
+        self.file, self.begin = file, begin
+        self.stream: Any = None
+        self.packed, self.plain = bytearray(), bytearray()
+        self.padding, self.between = b"\0" if padded else b"", b""
+        self.failure: DamageError | None = None
+        self.over = False
 
-    def readinto(self, buffer: Any) -> int:
-        while not self.plain:
-            self.packed = self.packed or self.file.read(PACKED_BYTES)
+    def read(self, size: int) -> bytes:
+        """Give `size` bytes, or those that are left."""
+        while len(self.plain) < size and not self.over:
             if not self.packed:
-                if self.frame is not None:
-                    raise EOFError("it ends within a frame")
-                return 0
-            self.frame = self.frame or self.frames.decompressobj()
-            self.plain = self.frame.decompress(self.packed)
-            self.packed = self.frame.unused_data
-            if self.frame.eof:
-                self.frame = None
-        count = min(len(buffer), len(self.plain))
-        buffer[:count], self.plain = self.plain[:count], self.plain[count:]
-        return count
+                self.packed += self.file.read(READ_BYTES)
+            if self.packed:
+                self._unpack()
+            else:
+                self._end("it ends within a stream" if self.stream is not None else "")
+        if self.failure is not None and not self.plain:
+            raise self.failure
+        data = bytes(self.plain[:size])
+        del self.plain[:size]
+        return data
+
+    def _unpack(self) -> None:
+        piece = bytes(self.packed[:PACKED_BYTES])
+        del self.packed[:PACKED_BYTES]
+        if self.stream is None:
+            piece = piece.lstrip(self.between)
+            if not piece:
+                return
+            self.stream = self.begin()
+        try:
+            self.plain += self.stream.decompress(piece)
+        except (zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError) as error:
+            self._end(str(error))
+            return
+        if self.stream.eof:
+            self.packed[:0] = self.stream.unused_data
+            self.stream, self.between = None, self.padding
+
+    def _end(self, reason: str) -> None:
+        self.over = True
+        if reason:
+            self.failure = DamageError(f"the compressed file is damaged or cut short here ({reason})")

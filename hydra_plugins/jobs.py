@@ -50,7 +50,7 @@ class JobLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run a batch of points; the returned values are rank 0's, in the order of the points."""
-        from conf.sweep import run_points
+        from conf.sweep import Composed, run_points
 
         setup_globals()
         swept = self._swept(job_overrides)
@@ -63,13 +63,13 @@ class JobLauncher(Launcher):
             with read_write(cfg), open_dict(cfg):
                 cfg.hydra.job.num = cfg.hydra.job.id = number
                 run_dir = sweep_dir / str(OmegaConf.select(cfg, "hydra.sweep.subdir") or "")
-                del cfg["hydra"]
+                hydra = cfg.pop("hydra")
             label = " ".join(override for override in overrides if _parts(override)[0] in swept)
-            composed.append((label, cfg, run_dir))
+            composed.append(Composed(label, cfg, run_dir, hydra))
         returns = []
         outcomes = run_points(self.config.hydra.job.config_name, composed, sweep_dir)
         for overrides, point, outcome in zip(job_overrides, composed, outcomes, strict=True):
-            result = PointReturn(overrides=list(overrides), cfg=point[1])
+            result = PointReturn(overrides=list(overrides), cfg=point.cfg)
             result.return_value = outcome
             result.status = JobStatus.FAILED if isinstance(outcome, Exception) else JobStatus.COMPLETED
             returns.append(result)

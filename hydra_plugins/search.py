@@ -40,14 +40,14 @@ class OptunaSweeper(Sweeper):
         self.n_trials, self.n_jobs, self.seed, self.params = n_trials, n_jobs, seed, params
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context, self.config = hydra_context, config
         self.sweep_dir = Path(str(config.hydra.sweep.dir))
-        self.multirun = OmegaConf.to_yaml(config)
         self.jobs = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Run trials until there are `n_trials`; raises `SweepError` if one of them failed."""
+        """Run trials until there are `n_trials`; raises `SweepError` if one failed, or none can be asked for."""
         import optuna
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
@@ -62,19 +62,28 @@ class OptunaSweeper(Sweeper):
         space = {o.get_key_element(): distribution(o) for o in overrides if o.is_sweep_override()}
         fixed = {o.get_key_element(): o.input_line or "" for o in overrides if not o.is_sweep_override()}
         folder = self.sweep_dir
+        for key in ("n_trials", "n_jobs"):
+            if getattr(self, key) < 1:
+                raise SweepError(f"hydra.sweeper.{key} ({getattr(self, key)}) must be at least 1")
+        if not space:
+            raise SweepError("hydra/sweeper=optuna has nothing to vary; pass optimizer.lr='interval(1e-4, 1e-2)', say")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "multirun.yaml").write_text(self.multirun)
+        (folder / "multirun.yaml").write_text(OmegaConf.to_yaml(self.config))
         study = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(folder / "search.journal"))),
             study_name=folder.name,
             sampler=optuna.samplers.TPESampler(seed=self.seed + _n_told(folder)),
             load_if_exists=True,
         )
+        changed = [*self._changed_settings(study, list(fixed.values())), *changed_choices(study, space)]
+        if changed:
+            told = ", ".join(changed)
+            raise SweepError(f"the search in {folder} was begun with other settings: {told}; pass another name=")
         for trial in study.get_trials(states=(TrialState.RUNNING,)):  # of a command that was interrupted
             study.tell(trial.number, state=TrialState.FAIL)
             study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
         failed: list[str] = []
-        left = self.n_trials - len(study.get_trials(states=(TrialState.COMPLETE,)))
+        left = self.n_trials - len(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)))
         while left > 0:
             trials = [study.ask(space) for _ in range(min(self.n_jobs, left))]
             left -= len(trials)
@@ -84,6 +93,8 @@ class OptunaSweeper(Sweeper):
                 value = result._return_value if result.status is JobStatus.COMPLETED else None
                 if isinstance(value, float) and math.isfinite(value):
                     study.tell(trial, value)
+                elif value == math.inf:  # early_stop gave it up
+                    study.tell(trial, state=TrialState.PRUNED)
                 else:
                     study.tell(trial, state=TrialState.FAIL)
                     failed.append(" ".join(f"{key}={trial.params[key]}" for key in space))
@@ -93,6 +104,37 @@ class OptunaSweeper(Sweeper):
         if failed:
             raise SweepError(f"{len(failed)} of {self.n_trials} trials gave no loss: {'; '.join(failed)}")
         return None
+
+    def _changed_settings(self, study: Any, fixed: list[str]) -> list[str]:
+        """Say in what the trials so far differ from those to come, beside what varies; the study keeps it."""
+        from training.run_folder import changed_keys, is_free_key
+
+        assert self.hydra_context is not None and self.config is not None
+        cfg = self.hydra_context.config_loader.load_sweep_config(self.config, fixed)
+        settings: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+        del settings["hydra"]
+        before = study.user_attrs.get("settings", settings)
+        study.set_user_attr("settings", before)
+        changed = changed_keys(before, settings)
+        return [f"{key} ({old}, now {new})" for key, old, new in changed if not is_free_key(key)]
+
+
+def changed_choices(study: Any, space: dict[str, Any]) -> list[str]:
+    """Say which keys of a space Optuna cannot go on with: their choices, or their kind, are others than before."""
+    from optuna.distributions import check_distribution_compatibility
+
+    changed = {}
+    for trial in study.trials:
+        for key, before in trial.distributions.items():
+            try:
+                check_distribution_compatibility(before, space.get(key, before))
+            except ValueError:
+                changed[key] = f"{key} ({_values(before)}, now {_values(space[key])})"
+    return list(changed.values())
+
+
+def _values(of: Any) -> str:
+    return ",".join(map(str, of.choices)) if hasattr(of, "choices") else f"interval({of.low}, {of.high})"
 
 
 def distribution(override: Override) -> Any:

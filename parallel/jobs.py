@@ -107,6 +107,7 @@ class Point:
     launcher: LauncherConfig
     described: dict[str, Any]  # its configuration, to know it again
     job: Job
+    needed: list[tuple[Path, str]] = field(default_factory=list)  # that nodes must see: `slurm.check` says more
 
 
 @dataclass
@@ -178,11 +179,18 @@ class Running:
         return "".join(f"\nrank {rank} hung; it stood at\n{stack}" for rank, stack in stacks)
 
 
-def run_jobs(points: Sequence[Point], folder: Path, code: Path, report: Callable[[Point, Outcome], None]) -> None:
+def run_jobs(
+    points: Sequence[Point],
+    folder: Path,
+    code: Path,
+    report: Callable[[Point, Outcome], None],
+    begin: Callable[[Point], None] = lambda _: None,
+) -> None:
     """Run a job for every point and report each as it ends; no failure of one stops another.
 
-    `folder` takes submitit's files and `code` is the copy of the code that jobs run. When this process is
-    interrupted the jobs are stopped, which saves them.
+    `folder` takes submitit's files and `code` is the copy of the code that jobs run. `begin` is called with every
+    point once none was refused, which raises `ParallelError`. When this process is interrupted the jobs are stopped,
+    which saves them.
     """
     running: list[Running] = []
     prefixed = len(points) > 1
@@ -190,7 +198,15 @@ def run_jobs(points: Sequence[Point], folder: Path, code: Path, report: Callable
         with _sigterm_interrupts():
             on_slurm = [point for point in points if point.launcher.where is Where.slurm]
             queue = [point for point in points if point.launcher.where is Where.local]
-            _submit_to_slurm(on_slurm, running, folder, code, prefixed)
+            for point in queue:
+                free_gpus(point, [])
+            in_queue, groups = _planned(on_slurm, folder)
+            for point in points:
+                begin(point)
+            for point, job_id in in_queue:
+                _follow(point, job_id, "in the queue already", running, folder, prefixed)
+            for group in groups:
+                _submit_to_slurm(group, running, folder, code, prefixed)
             asked_at = 0.0
             while queue or running:
                 while queue and (begun := _start_here(queue[0], running, folder, code, prefixed)):
@@ -248,52 +264,60 @@ def _start_here(point: Point, running: list[Running], folder: Path, code: Path, 
     finally:
         signal.signal(signal.SIGINT, ours)
     assert isinstance(controller, Controller)
+    for path in (controller.paths.result_pickle, folder / f"{controller.job_id}_0_end.json"):
+        path.unlink(missing_ok=True)  # of an earlier process that had this number
     prefix = f"[{point.label}] " if prefixed else ""
     return Running(point, controller.job_id, folder, prefix, controller, gpus)
 
 
 def free_gpus(point: Point, here: list[Running]) -> list[int] | None:
-    """Give the GPUs of a new job on this machine, or None if too few are free."""
+    """Give the GPUs of a new job on this machine, or None if too few are free; raises `ParallelError` if there are not
+    so many at all."""
     n_gpus = visible_gpus()
+    asked = point.launcher.gpus_per_node or 0
+    if asked > n_gpus:
+        raise ParallelError(f"launcher.gpus_per_node ({asked}) must be at most the number of GPUs here ({n_gpus})")
     if not n_gpus:
         return []
     asked = point.launcher.gpus_of_a_job(n_gpus)
-    if asked > n_gpus:
-        raise ParallelError(f"launcher.gpus_per_node ({asked}) must be at most the number of GPUs here ({n_gpus})")
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     ours = [int(name) for name in named] if all(name.isdigit() for name in named) else list(range(n_gpus))
     free = [gpu for gpu in ours if not any(gpu in job.gpus for job in here)]
     return free[:asked] if len(free) >= asked else None
 
 
-def _submit_to_slurm(points: list[Point], running: list[Running], folder: Path, code: Path, prefixed: bool) -> None:
-    """Submit the points, those of equal settings as one array; one whose job still is in the queue is followed.
+def _planned(points: list[Point], folder: Path) -> tuple[list[tuple[Point, str]], list[list[Point]]]:
+    """Give the points whose job still is in the queue, each with it, and the others, those of equal settings together.
 
-    Each is among the `running` ones as soon as it has a job, for whoever interrupts this.
+    Raises `ParallelError` if one of these cannot be submitted.
     """
-
-    def follow(point: Point, job_id: str, how: str) -> None:
-        running.append(Running(point, job_id, folder, f"[{point.label}] " if prefixed else ""))
-        logger.info("job %s is %s: %s", job_id, how, point.label or point.run_dir)
-
+    in_queue: list[tuple[Point, str]] = []
     groups: list[list[Point]] = []
     for point in points:
         job_id = slurm.queued_job(point.run_dir, point.described)
         alike = next((group for group in groups if group[0].launcher == point.launcher), None)
         if job_id is not None:
-            follow(point, job_id, "in the queue already")
+            in_queue.append((point, job_id))
         elif alike is None:
             groups.append([point])
         else:
             alike.append(point)
     for group in groups:
-        slurm.check(group[0].launcher, folder)
-    for group in groups:
-        config = group[0].launcher
-        job_ids = slurm.submit([point.job for point in group], config, folder, _variables_of_jobs(code))
-        for point, job_id in zip(group, job_ids, strict=True):
-            slurm.remember_job(point.run_dir, job_id, point.described)
-            follow(point, job_id, "submitted")
+        slurm.check(group[0].launcher, folder, [need for point in group for need in point.needed])
+    return in_queue, groups
+
+
+def _submit_to_slurm(points: list[Point], running: list[Running], folder: Path, code: Path, prefixed: bool) -> None:
+    """Submit points of equal settings as one array; each is among the `running` ones as soon as it has a job."""
+    jobs, config = [point.job for point in points], points[0].launcher
+    for point, job_id in zip(points, slurm.submit(jobs, config, folder, _variables_of_jobs(code)), strict=True):
+        slurm.remember_job(point.run_dir, job_id, point.described)
+        _follow(point, job_id, "submitted", running, folder, prefixed)
+
+
+def _follow(point: Point, job_id: str, how: str, running: list[Running], folder: Path, prefixed: bool) -> None:
+    running.append(Running(point, job_id, folder, f"[{point.label}] " if prefixed else ""))
+    logger.info("job %s is %s: %s", job_id, how, point.label or point.run_dir)
 
 
 def _variables_of_jobs(code: Path) -> dict[str, str]:

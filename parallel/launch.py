@@ -60,14 +60,18 @@ def local_processes(config: ParallelConfig, launcher: LauncherConfig | None = No
     n_gpus = 0 if config.device is Device.cpu else visible_gpus()
     n_gpus = n_gpus if launcher is None else launcher.gpus_of_a_job(n_gpus)
     asked = config.local_processes
-    if asked is not None and n_gpus and asked > n_gpus:
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    fewest = max(1, math.prod(size for size in sizes.values() if size != -1))
+    n_ranks = asked or (n_gpus if n_gpus and -1 in sizes.values() else fewest)
+    if n_gpus and n_ranks > n_gpus:
+        named = " x ".join(f"parallel.{axis} ({size})" for axis, size in sizes.items() if size > 1)
+        shared = launcher is not None and launcher.parallel_jobs != 1
+        of = "a job's share (launcher.parallel_jobs) of the GPUs here" if shared else "the number of GPUs here"
         raise ParallelError(
-            f"parallel.local_processes ({asked}) must be at most the number of GPUs here ({n_gpus}); "
+            f"{f'parallel.local_processes ({asked})' if asked else named} must be at most {of} ({n_gpus}); "
             "start fewer, or pass parallel.device=cpu"
         )
-    sizes = [getattr(config, axis) for axis in AXES]
-    fewest = max(1, math.prod(size for size in sizes if size != -1))
-    return asked or (n_gpus if n_gpus and -1 in sizes else fewest)
+    return n_ranks
 
 
 def visible_gpus() -> int:

@@ -1,14 +1,17 @@
 """What is asked of Slurm: whether a job could run, to run it, how it is, to stop it, and to run it again."""
 
 import json
+import logging
 import math
 import os
 import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,30 @@ OVER = (
 MEMORY = "slurm_job.json"  # in a run folder: the job that runs it
 ANSWER_S = 120
 STACKS_S = 3
+UNSEEN = "unseen: "
+
+logger = logging.getLogger(__name__)
 
 
-def check(config: LauncherConfig, folder: Path) -> None:
-    """Refuse a job that Slurm would refuse, and a folder that its nodes do not see; raises `ParallelError`."""
+@contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """Hide the job that this process may run in: what it asks for is another, not a step of that one or like it."""
+    inside = "SLURM_JOB_ID" in os.environ
+    names = [name for name in os.environ if name.startswith(("SLURM_", "SLURMD_", "SRUN_")) and name != "SLURM_CONF"]
+    hidden = {name: os.environ.pop(name) for name in names if inside}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+@_outside_of_jobs()
+def check(config: LauncherConfig, folder: Path, needed: Sequence[tuple[Path, str]] = ()) -> None:
+    """Refuse a job that Slurm would refuse, and one whose nodes do not see what it needs; raises `ParallelError`.
+
+    They must see `folder`, this interpreter, and the paths that are `needed`, each with a sentence if this machine does
+    not see it either, and "" otherwise. What a job's own set-up lines may bring is not asked for.
+    """
     if shutil.which("sbatch") is None:
         raise ParallelError("launcher=slurm: there is no sbatch on this machine; log in where jobs are submitted")
     flags = _flags(config)
@@ -32,20 +55,36 @@ def check(config: LauncherConfig, folder: Path) -> None:
         raise ParallelError(f"launcher=slurm: {_words(tried.stderr)}")
     probe = folder.resolve() / ".probe"
     folder.mkdir(parents=True, exist_ok=True)
+    remedy = {
+        probe: f"{folder.resolve()}; run from a folder that they share, or set hydra.sweep.dir to one",
+        Path(sys.executable): f"{sys.executable}, which runs this; install it on a disk that they share",
+    }
+    remedy = {path: f"launcher=slurm: the nodes do not see {rest}" for path, rest in remedy.items()}
+    for path, sentence in needed if not config.setup else ():
+        remedy[path] = sentence or f"launcher=slurm: the nodes do not see {path}; put it on a disk that they share"
     probe.touch()
     try:
-        where = [flag for flag in flags if flag.split("=")[0] in ("--partition", "--account", "--qos", "--constraint")]
-        seen = _ask("srun", *where, "--immediate=2", "--time=1", "--ntasks=1", "--quiet", "test", "-e", str(probe))
-        # Slurm's own refusals have words (all nodes are busy, say); a task's code comes alone.
-        if seen.returncode == 1 and "srun: error: Unable" not in seen.stderr:
-            raise ParallelError(
-                f"launcher=slurm: the nodes do not see {folder.resolve()}; run from a folder that they share, or set "
-                "hydra.sweep.dir to one"
-            )
+        unseen = _unseen(list(remedy), config, flags)
     finally:
         probe.unlink()
+    if unseen:
+        raise ParallelError("\n".join(dict.fromkeys(remedy[path] for path in ([probe] if probe in unseen else unseen))))
+    if unseen is None or config.setup:
+        for sentence in dict.fromkeys(sentence for _, sentence in needed if sentence):
+            logger.warning("on this machine %s; whether the nodes see it could not be asked", sentence)
 
 
+def _unseen(paths: list[Path], config: LauncherConfig, flags: list[str]) -> list[Path] | None:
+    """Ask a node which paths it does not see; None if no node answers, all being busy, say."""
+    where = [flag for flag in flags if flag.split("=")[0] in ("--partition", "--account", "--qos", "--constraint")]
+    step = ["srun", *where, "--immediate=2", "--time=1", "--ntasks=1", "--quiet", *config.srun_args]
+    script = f'for path; do test -e "$path" || echo "{UNSEEN}$path"; done'
+    told = _ask(*step, "sh", "-c", script, "sh", *map(str, paths))
+    lines = told.stdout.splitlines()
+    return None if told.returncode else [path for path in paths if f"{UNSEEN}{path}" in lines]
+
+
+@_outside_of_jobs()
 def submit(
     jobs: Sequence[Callable[[], Any]], config: LauncherConfig, folder: Path, variables: dict[str, str]
 ) -> list[str]:
@@ -73,7 +112,7 @@ def submit(
         "setup": [*exports, "export SLURM_KILL_BAD_EXIT=1", *config.setup],
         # A requeued job goes on in its logs; sbatch's own open-mode does not reach srun.
         "srun_args": ["--open-mode=append", *config.srun_args],
-        "additional_parameters": {"requeue": True, **config.sbatch},
+        "additional_parameters": {"requeue": True, **_options(config)},
     }
     executor.update_parameters(**{name: value for name, value in wanted.items() if value is not None})
     try:
@@ -183,9 +222,15 @@ def _flags(config: LauncherConfig) -> list[str]:
         "cpus-per-task": config.cpus_per_task,
         "mem": f"{config.mem_gb}G" if config.mem_gb else None,
         "time": config.time,
-        **config.sbatch,
+        **_options(config),
     }
-    return [f"--{name}={value}" for name, value in options.items() if value is not None]
+    given = {name: value for name, value in options.items() if value is not None}
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
+
+
+def _options(config: LauncherConfig) -> dict[str, str | bool]:
+    """Give the other options of sbatch; one that is true, such as exclusive, stands alone."""
+    return {name: True if value.lower() == "true" else value for name, value in config.sbatch.items()}
 
 
 def _ask(*command: str) -> subprocess.CompletedProcess[str]:

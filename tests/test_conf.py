@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 
-from conf.command import CONF, command_line_problems
+from conf.command import CONF, command_line_problems, run
 from conf.schema import ConfigError, TrainConfig, parse_ranges, register, to_config
 
 ROOT = Path(__file__).parent.parent
@@ -101,6 +102,7 @@ def test_the_tutorial_experiment_has_the_tutorials_hyper_parameters() -> None:
         (["local"], ["local is no key=value; did you mean data=local or launcher=local?"]),
         (["+experiment=demo"], ["+experiment=demo: leave out the +, as in experiment=demo"]),
         (["skip_batches=[2,3-1]"], ["skip_batches (2,3-1) must look like [17,100-120]"]),
+        (["skip_batches=[0]"], ["skip_batches (0) must look like [17,100-120]"]),
         (
             ["name=../x"],
             ["name (../x) must be letters, digits and ._=,+- (and / between folders), because it names runs/<name>"],
@@ -150,16 +152,45 @@ def test_a_wrong_command_line_is_told_in_full(argv: list[str], sentences: list[s
     assert told(*argv) == sentences
 
 
-def test_two_points_do_not_share_a_folder() -> None:
-    (sentence,) = told("-m", "optimizer.lr=1,2", "hydra.sweep.subdir=x")
-    assert sentence.startswith("optimizer.lr=1 and optimizer.lr=2 would share runs/tiny_builtin/x")
-    assert told("-m", "optimizer.lr=1,2") == told("-m", "optimizer.lr=1,2", "hydra.sweep.subdir=${hydra.job.num}") == []
+def test_a_point_is_asked_for_once() -> None:
+    assert told("-m", "optimizer.lr=1e-3,2,0.001") == ["optimizer.lr=0.001 is asked for 2 times; name each value once"]
+    assert told("-m", "optimizer.lr=1,2", "hydra.sweep.subdir=${hydra.job.num}") == []
 
 
 def test_a_sweep_that_the_configuration_names_is_checked_like_one_that_is_typed() -> None:
-    rates = ("0.0001", "0.0003", "0.001", "0.003")
-    sentences = [f"steps (0) must be at least 1 (at optimizer.lr={rate})" for rate in rates]
-    assert told("experiment=lr_sweep", "steps=0") == sentences
+    assert told("experiment=lr_sweep", "optimizer.lr=1,-1") == [
+        "optimizer.lr (-1.0) must be positive and finite (at optimizer.lr=-1)"
+    ]
+    assert told("experiment=lr_sweep", "steps=0") == ["steps (0) must be at least 1"], "at every point, said once"
+
+
+def test_points_that_share_their_groups_are_what_hydra_composes(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = []
+    monkeypatch.setattr("conf.command.to_config", lambda cfg: checked.append(cfg) or to_config(cfg))
+    values = ("+data.mix.code=1,2", "model=tiny,125m", "name=a,b", "seed=3")
+    assert told("-m", *values, "data.seq_len=${model.max_seq_len}", "data.micro_batch_size=1") == []
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for cfg, (mix, model, name) in zip(checked, product((1, 2), ("tiny", "125m"), "ab"), strict=True):
+            overrides = [f"+data.mix.code={mix}", f"model={model}", f"name={name}", "seed=3"]
+            overrides += ["data.seq_len=${model.max_seq_len}", "data.micro_batch_size=1"]
+            assert cfg == compose("train", overrides=overrides)
+
+
+def test_a_large_sweep_with_a_bad_point_is_composed_once_and_refused_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    composing = []  # a tenth of a second each
+    monkeypatch.setattr("conf.command.compose", lambda *args, **kwargs: composing.append(1) or compose(*args, **kwargs))
+    assert told("-m", "seed=range(20)", "optimizer.lr=1,-1") == [
+        "optimizer.lr (-1.0) must be positive and finite (at seed=0 optimizer.lr=-1 and 19 other points)"
+    ]
+    assert len(composing) == 1
+
+
+def test_a_setting_that_a_launcher_or_a_search_does_not_have_is_told_once() -> None:
+    assert told("-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trails=9", "optimizer.lr=1,2") == [
+        "hydra.sweeper.n_trails: Key 'n_trails' not in 'SearchConf'"
+    ]
 
 
 def test_a_search_is_checked_at_the_corners_of_its_space() -> None:
@@ -192,9 +223,7 @@ def test_a_launcher_or_a_search_that_is_not_installed_is_told(monkeypatch: pytes
     (sentence,) = told("-m", "hydra/launcher=joblib", "steps=1")
     assert sentence.startswith("hydra/launcher=joblib is not installed; choose from basic, jobs, ")
     monkeypatch.setattr("conf.command.find_spec", lambda _: None)
-    assert told("-m", "steps=1,2")[0] == (
-        "launcher=local needs submitit: python -m pip install -r requirements.txt (at steps=1)"
-    )
+    assert told("-m", "steps=1,2") == ["launcher=local needs submitit: python -m pip install -r requirements.txt"]
     assert told("-m", "hydra/sweeper=optuna", "optimizer.lr=interval(1e-4, 1e-2)") == [
         "hydra/sweeper=optuna needs Optuna: python -m pip install -r requirements-search.txt"
     ]
@@ -206,6 +235,24 @@ def test_a_sweep_is_not_started_by_torchrun(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv(name, value)
     (sentence,) = told("-m", "optimizer.lr=1,2", "parallel=ddp")
     assert sentence == "a sweep starts its ranks itself: python train.py -m ..., without torchrun or srun"
+
+
+def test_a_rank_says_what_is_wrong_with_its_own_variables_and_the_first_says_the_rest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "x"}
+    for name, value in {**ranks, "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("parallel.launch.visible_gpus", lambda: 2)
+    for argv, told in (
+        (["parallel=ddp"], "error: LOCAL_WORLD_SIZE (4) ranks were started on a machine with 2 GPUs; "),
+        (["parallel=ddp", "optimizer.lr=-1", "parallel.device=cpu"], ""),
+    ):
+        monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+        with pytest.raises(SystemExit, match="2"):
+            run(lambda: None, "train")
+        said = capsys.readouterr().err
+        assert said.startswith(told) and bool(said) == bool(told)
 
 
 def test_the_tutorials_run_on_four_nodes_is_one_micro_batch_a_gpu() -> None:

@@ -1,25 +1,32 @@
 """Sweeps on this machine: all points or none, each a job, nothing twice, and what came out told."""
 
 import json
+import math
 import os
+import pickle
 import signal
 import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hydra.core.utils import JobStatus
+from omegaconf import OmegaConf
+from submitit.local.local import LocalExecutor
 
-from conf.sweep import keep_code
+from conf.sweep import keep_code, run_points
+from hydra_plugins.search import OptunaSweeper
 from parallel import slurm
-from parallel.config import ParallelError
-from tests.conftest import ROOT, trained
-from training.compare import Run, as_markdown, compare, draw, read_runs, swept_keys, table
-from training.config import CheckpointError, EarlyStopConfig
-from training.early_stop import is_hopeless
-from training.status import Status, crashed_the_same_way_twice, read_status
+from parallel.config import Device, LauncherConfig, ParallelConfig, ParallelError
+from parallel.jobs import Job, Outcome, Point, run_jobs
+from tests.conftest import ROOT
+from tests.test_unready import points
+from training.run_folder import is_held
+from training.status import read_status
 
 pytestmark = pytest.mark.slow
 
@@ -71,8 +78,8 @@ def test_no_point_is_started_if_the_data_of_one_are_not_there(tmp_path: Path, sm
     done = sweep(tmp_path, *kept, f"{corpus},nowhere", "hydra.sweep.subdir=${hydra.job.num}")
     (line,) = done.stderr.splitlines()
     assert done.returncode == 1 and line == (
-        "error: there is no prepared data in nowhere; run: python prepare_data.py with the same data settings "
-        "(at data.path=nowhere)"
+        "error: there is no prepared data in nowhere; run: python prepare_data.py data=local data.seq_len=32 "
+        "data.micro_batch_size=2 data.workers=0 data.path=nowhere (at data.path=nowhere)"
     )
     assert not [path for path in tmp_path.iterdir() if path.name != "multirun.yaml"]
 
@@ -147,6 +154,44 @@ def test_a_search_minimises_the_loss_and_goes_on_where_it_was(tmp_path: Path, sm
     assert len(losses) == 3 and f"{min(losses):.4f} at optimizer.lr=" in done.stdout
 
 
+def test_a_search_does_not_take_its_trials_for_those_of_another(tmp_path: Path, small: list[str]) -> None:
+    pytest.importorskip("optuna")
+    space = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=1", "steps=1"]
+    for wrong, told in {
+        "optimizer.lr=1e-3": "hydra/sweeper=optuna has nothing to vary; pass optimizer.lr='interval(1e-4, 1e-2)', say",
+        "hydra.sweeper.n_jobs=0": "hydra.sweeper.n_jobs (0) must be at least 1",
+    }.items():
+        done = sweep(tmp_path, *small, *space, wrong)
+        assert done.returncode == 1 and done.stderr == f"error: {told}\n"
+    done = sweep(tmp_path, *small, *space, "optimizer.lr=1e-3,1e-2")
+    assert done.returncode == 0, done.stderr
+    for now, told in {
+        "optimizer.lr=1e-3,1e-1": "optimizer.lr (0.001,0.01, now 0.001,0.1)",
+        "seed=3": "seed (0, now 3)",
+    }.items():
+        done = sweep(tmp_path, *small, *space, "optimizer.lr=1e-3,1e-2", now)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert f"was begun with other settings: {told}; pass another name=" in done.stderr
+
+
+def test_a_trial_that_is_given_up_is_a_trial_and_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("optuna")
+    values = iter([2.0, math.inf, math.inf])
+
+    def launch(points: list[Any], **_: int) -> list[Any]:
+        return [SimpleNamespace(status=JobStatus.COMPLETED, _return_value=next(values)) for _ in points]
+
+    monkeypatch.setattr(OptunaSweeper, "_changed_settings", lambda *_: [])
+    for n_trials in (2, 3, 3):
+        search = OptunaSweeper(n_trials, 1, 0, OmegaConf.create())
+        search.sweep_dir, search.config = tmp_path, OmegaConf.create()
+        search.jobs = SimpleNamespace(launch=launch)  # type: ignore[assignment]
+        search.sweep(["optimizer.lr=interval(1e-4, 1e-2)"])
+    assert next(values, None) is None and capsys.readouterr().out.count("best of 1 trials: 2.0000 at ") == 3
+
+
 def test_jobs_run_the_code_as_it_was_when_they_were_asked_for(tmp_path: Path) -> None:
     copy = keep_code(tmp_path)
     assert keep_code(tmp_path) == copy and (copy / "train.py").read_text() == (ROOT / "train.py").read_text()
@@ -156,120 +201,75 @@ def test_jobs_run_the_code_as_it_was_when_they_were_asked_for(tmp_path: Path) ->
     assert told.strip() == str(copy / "train.py")
 
 
-def written(folder: Path, losses: list[float | None], **config: object) -> Path:
-    """A run folder with these training losses, of 100 tokens a step."""
-    folder.mkdir(parents=True)
-    with Status(folder, {"name": "s", "steps": 1, **config}) as status:
-        records = [{"step": i, "tokens": 100 * i, "train/loss": loss} for i, loss in enumerate(losses, 1)]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        status.end(losses[-1], stopped=False, given_up=False)
-    return folder
-
-
-def test_a_point_is_given_up_when_it_is_behind_the_best_at_the_same_tokens(tmp_path: Path) -> None:
-    best = written(tmp_path / "best", [5.0, 4.0, 3.0, 2.0, 1.0])
-    rule = EarlyStopConfig(margin=0.5, after_step=2, every=1)
-    same = written(tmp_path / "same", [5.0, 4.0])
-    assert not is_hopeless(rule, same, 2), "behind the best's end, not behind it at the same tokens"
-    worse = written(tmp_path / "worse", [6.0, 5.5])
-    assert is_hopeless(rule, worse, 2) and not is_hopeless(rule, best, 5)
-    assert not is_hopeless(rule, worse, 1) and not is_hopeless(EarlyStopConfig(), worse, 2)
-    assert is_hopeless(rule, written(tmp_path / "nan", [5.0, None]), 2)
-    assert not is_hopeless(rule, written(tmp_path / "ahead", [9.0] * 9), 9), "nobody has come so far"
-
-
 def test_a_hopeless_point_ends_early_and_is_not_run_again(tmp_path: Path, small: list[str]) -> None:
     rule = ["early_stop.margin=0.2", "early_stop.after_step=5", "early_stop.every=1", "steps=30"]
     done = sweep(tmp_path, *small, *rule, "optimizer.lr=1e-2,1e-9")
     assert done.returncode == 0, done.stderr
     status = read_status(tmp_path / "optimizer.lr=1e-09")
     assert status["state"] == "given up" and "given up at step " in done.stdout
+    assert "\ngiven up: optimizer.lr=1e-09\n" in done.stdout and "\nfinished: optimizer.lr=0.01, " in done.stdout
     step = json.loads((tmp_path / "optimizer.lr=1e-09" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     assert 5 <= step < 30
     assert sweep(tmp_path, *small, *rule, "optimizer.lr=1e-2,1e-9").stdout.count("finished already: ") == 2
 
 
-def test_a_comparison_shows_what_differs_the_best_first_whatever_the_state(tmp_path: Path) -> None:
-    for rate, losses in {1e-4: [5.0, 4.0], 3e-3: [5.0, 3.0], 1e-2: [5.0, None]}.items():
-        written(tmp_path / f"lr={rate}", losses, optimizer={"lr": rate, "beta1": 0.9}, logger={"every": rate})
-    crashed = written(tmp_path / "lr=1", [5.0], optimizer={"lr": 1.0, "beta1": 0.9})
-    with pytest.raises(ValueError, match="boom"), Status(crashed, read_status(crashed)["config"]):
-        with (crashed / "metrics.jsonl").open("a") as file:
-            file.write('{"step": 2, "tokens": 200}\n')
-        raise ValueError("boom\nand more")
-    running = written(tmp_path / "lr=0.1", [5.0], optimizer={"lr": 0.1, "beta1": 0.9})
-    with Status(running, read_status(running)["config"]), (running / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 2, "tok')  # being written
-        told = compare(tmp_path)
-    assert swept_keys(read_runs(tmp_path)) == ["optimizer.lr"]
-    rows = [line.split() for line in told.splitlines()]
-    assert rows[0] == ["lr", "loss", "bits/byte", "tok/s/gpu", "tokens", "step", "state"]
-    assert rows[1][0] == "0.003" and rows[2][0] == "0.0001" and rows[1][-1] == "finished"
-    assert {(row[0], row[-1]) for row in rows[3:]} == {("0.01", "finished"), ("1", "failed"), ("0.1", "failed")}
-    assert "lr=1: ValueError: boom" in (tmp_path / "compare" / "table.txt").read_text()
-    markdown = (tmp_path / "compare" / "table.md").read_text()
-    assert "| 0.003 | " in markdown and "![final loss](final.png)" in markdown
-    assert (tmp_path / "compare" / "loss.png").read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(CheckpointError, match="there is no run in"):
-        read_runs(tmp_path / "compare")
+def test_a_killed_run_with_workers_leaves_its_folder_at_once(tmp_path: Path, small: list[str]) -> None:
+    settings = [*small, "steps=100000", "data.workers=2", "logger.every=1", f"hydra.run.dir={tmp_path}"]
+    argv = [sys.executable, "train.py", *settings]
+    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and any("step  " in line for line in process.stdout)
+        assert is_held(tmp_path)
+        process.kill()
+    time.sleep(1)  # torch's own workers look for their parent every five seconds
+    assert not is_held(tmp_path)
 
 
-def test_a_run_that_a_process_holds_is_running(tmp_path: Path, small: list[str]) -> None:
-    from training.run_folder import locked
+def test_what_an_earlier_process_of_the_same_number_left_is_not_taken_for_a_result(
+    tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, submitted = LocalExecutor.submit, []
 
-    trained(tmp_path / "r", *small, "steps=1")
-    with locked(tmp_path / "r"), Status(tmp_path / "r", {"steps": 1}):
-        assert read_runs(tmp_path)[0].state == "running"
+    def submit_where_another_was(self: LocalExecutor, *work: Any) -> Any:
+        submitted.append(submit(self, *work))
+        submitted[0].paths.result_pickle.write_bytes(pickle.dumps(("success", 0.5)))
+        return submitted[0]
 
-
-def test_a_run_that_is_refused_stays_what_it_was(tmp_path: Path) -> None:
-    written(tmp_path / "r", [1.0], seed=1)
-    before = read_status(tmp_path / "r")
-    with pytest.raises(CheckpointError), Status(tmp_path / "r", {"name": "s", "steps": 1, "seed": 2}):
-        raise CheckpointError("begun with another configuration")
-    assert {**read_status(tmp_path / "r"), "time": 0} == {**before, "time": 0} and before["state"] == "finished"
-
-
-def test_a_line_that_was_cut_short_does_not_hide_how_a_run_went(tmp_path: Path) -> None:
-    written(tmp_path / "r", [2.0, 1.0], seed=1)
-    with (tmp_path / "r" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "train/lo')
-    with pytest.raises(OSError, match="full"), Status(tmp_path / "r", {"steps": 5}):
-        raise OSError("the disk is full")
-    crash = json.loads((tmp_path / "r" / "crashes.jsonl").read_text())
-    assert crash["step"] == 2 and "the disk is full" in crash["error"]
+    monkeypatch.setattr(LocalExecutor, "submit", submit_where_another_was)
+    job = Job("os:getpid", (), ParallelConfig(device=Device.cpu), bool, LauncherConfig(), hopeless=bool)
+    outcomes: list[Outcome] = []
+    run_jobs([Point("p", tmp_path, job.launcher, {}, job)], tmp_path, ROOT, lambda _, outcome: outcomes.append(outcome))
+    submitted[0]._process.wait()
+    assert outcomes[0].state == "finished" and outcomes[0].value != 0.5
 
 
-def test_final_losses_stand_over_a_rate_on_a_logarithmic_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scales = []
-    runs = [
-        Run(str(v), "finished", {"a": v, "b": f"x{v}", "steps": 1}, [(1, 1.0)], [], 1, None, None, "")
-        for v in (0.1, 1.0)
-    ]
-    monkeypatch.setattr(
-        "training.compare._save", lambda figure, _: scales.extend(axes.get_xscale() for axes in figure.axes)
-    )
-    draw(runs, ["a", "b"], tmp_path)
-    assert scales == ["linear", "log", "linear"], "tokens, a factor of ten, words"
-    assert as_markdown(*table(runs, ["b"])).splitlines()[2].startswith("| x0.1 | 1.0000 | - | - | 1 | 1/1 | finished |")
+def test_points_that_never_began_are_not_in_the_queue_once_the_sweep_is_interrupted(
+    tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queued = []
+
+    def interrupt(points: list[Point], _folder: Path, _code: Path, _report: Any, begin: Any) -> None:
+        for point in points:
+            begin(point)
+            queued.append(read_status(point.run_dir)["state"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("parallel.jobs.run_jobs", interrupt)
+    composed = points(tmp_path, *small)
+    with pytest.raises(KeyboardInterrupt):
+        run_points("train", composed, tmp_path)
+    assert queued == ["queued"] * 2
+    assert [read_status(run_dir)["state"] for _, _, run_dir, _ in composed] == ["stopped"] * 2
 
 
-def test_the_same_crash_at_the_same_step_twice_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def crash(attempt: int, error: Exception, rank: int = 0) -> None:
-        monkeypatch.setenv("SLURM_RESTART_COUNT", str(attempt))
-        with pytest.raises(type(error)), Status(tmp_path, {}, rank=rank):
-            raise error
-
-    crash(0, ValueError("boom"), rank=1)
-    crash(0, RuntimeError("connection closed by peer"))
-    assert not crashed_the_same_way_twice(tmp_path), "two ranks in one attempt"
-    crash(1, RuntimeError("another"))
-    assert not crashed_the_same_way_twice(tmp_path)
-    crash(2, RuntimeError("another"))
-    assert crashed_the_same_way_twice(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n')
-    crash(3, RuntimeError("another"))
-    assert not crashed_the_same_way_twice(tmp_path), "it came further"
+def test_jobs_at_one_time_share_the_cores(tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[Any] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
+    monkeypatch.setattr("parallel.jobs.run_jobs", lambda points, *_: threads.append(points[0].job.args[0]) or 1 / 0)
+    for options in (["launcher.parallel_jobs=3"], ["launcher.parallel_jobs=null", "parallel.local_processes=2"], []):
+        with pytest.raises(ZeroDivisionError):
+            layout = ["parallel=ddp"] if options[1:] else []
+            run_points("train", points(tmp_path, *small, *layout, *options), tmp_path)
+    assert [config.parallel.threads for config in threads] == [4, 3, 12]
 
 
 def test_a_job_in_the_queue_is_followed_and_not_doubled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,18 +4,17 @@ A table of what differed between the runs and what came out, and two pictures, i
 """
 
 import argparse
-import fcntl
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from training.config import CheckpointError
 from training.plot import smoothed
-from training.run_folder import changed_keys
+from training.run_folder import changed_keys, is_held
 from training.status import read_status
 
 NOT_COMPARED = ("name", "launcher", "logger", "checkpoint")
@@ -53,20 +52,22 @@ def compare(folder: Path, *, tell: bool = False) -> str:
     header, rows = table(ordered, keys)
     text = as_text(header, rows)
     notes = [f"{run.name}: {run.reason.splitlines()[0]}" for run in ordered if run.state == "failed" and run.reason]
+    if tell:
+        print("\n".join([text, *notes]), flush=True)
     out = folder / FOLDER
     out.mkdir(exist_ok=True)
+    pictures = draw(ordered, keys, out)
     (out / "table.txt").write_text("\n".join([text, *notes]) + "\n")
-    marked = [as_markdown(header, rows), *(f"- {note}" for note in notes)]
-    (out / "table.md").write_text("\n\n".join(marked) + "\n\n![loss](loss.png)\n\n![final loss](final.png)\n")
-    draw(ordered, keys, out)
+    marked = [as_markdown(header, rows), *(f"- {note}" for note in notes), *(f"![{of}]({n})" for n, of in pictures)]
+    (out / "table.md").write_text("\n\n".join(marked) + "\n")
     if tell:
-        print("\n".join([text, *notes, f"in {out}: table.md, table.txt, loss.png, final.png"]), flush=True)
+        print(f"in {out}: {', '.join(['table.md', 'table.txt', *(name for name, _ in pictures)])}", flush=True)
     return text
 
 
 def read_runs(folder: Path) -> list[Run]:
     """Read every run folder below a folder, or the folder itself; raises `CheckpointError` if there is none."""
-    found = sorted(path.parent for path in folder.glob("**/status.json"))
+    found = sorted(path.parent for path in folder.glob("**/status.json") if read_status(path.parent))
     if not found:
         raise CheckpointError(f"there is no run in {folder}; name a sweep's folder, such as runs/lr_sweep")
     return [_read(path, str(path.relative_to(folder)) if path != folder else folder.name) for path in found]
@@ -81,7 +82,7 @@ def _read(path: Path, name: str) -> Run:
         except ValueError:
             break  # being written
     state = status["state"]
-    if state == "running" and not _is_held(path):
+    if state == "running" and not is_held(path):
         state = "failed"
         status["reason"] = "it ended without a word: killed, or out of memory"
 
@@ -101,26 +102,22 @@ def _read(path: Path, name: str) -> Run:
     )
 
 
-def _is_held(path: Path) -> bool:
-    """Say whether a process holds a run folder's lock."""
-    try:
-        with (path / ".lock").open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
 def swept_keys(runs: Sequence[Run]) -> list[str]:
-    """Give the dotted keys in which runs differ, but for those that say where and how they ran."""
+    """Give the dotted keys in which runs differ, but for those that say where and how they ran.
+
+    What goes with a group's name, such as the width of model=125m, is not told beside it.
+    """
     keys: dict[str, None] = {}
     for run in runs[1:]:
         for key, _, _ in changed_keys(runs[0].config, run.config):
             if key.split(".")[0] not in NOT_COMPARED:
                 keys[key] = None
-    return list(keys)
+    return [key for key in keys if not _goes_with_name(runs, key, f"{key.split('.')[0]}.name", keys)]
+
+
+def _goes_with_name(runs: Sequence[Run], key: str, name: str, keys: Container[str]) -> bool:
+    pairs = {(value_of(run, name), str(value_of(run, key))) for run in runs}
+    return key != name and name in keys and len(pairs) == len({named for named, _ in pairs})
 
 
 def value_of(run: Run, key: str) -> Any:
@@ -131,8 +128,8 @@ def value_of(run: Run, key: str) -> Any:
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Give each key its last word, or the whole key where two share one."""
-    words = [key.rsplit(".", 1)[-1] for key in keys]
+    """Give each key its last word, or the whole key where two share one; a group's name has that of the group."""
+    words = [key.removesuffix(".name").rsplit(".", 1)[-1] for key in keys]
     return {key: word if words.count(word) == 1 else key for key, word in zip(keys, words, strict=True)}
 
 
@@ -175,17 +172,23 @@ def as_markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def draw(runs: Sequence[Run], keys: Sequence[str], out: Path) -> None:
-    """Draw loss.png, all losses over tokens, and final.png, the last loss over each swept value."""
+def draw(runs: Sequence[Run], keys: Sequence[str], out: Path) -> list[tuple[str, str]]:
+    """Draw loss.png, all losses over tokens, and final.png, the last loss over each swept value.
+
+    Gives the name of each and what it is of; none while no run has a loss.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
+    pictures = [("loss.png", "loss"), ("final.png", "final loss")]
     drawn = [run for run in runs if run.train]
     if not drawn:
-        return
+        for name, _ in pictures:
+            (out / name).unlink(missing_ok=True)
+        return []
     names = short_names(keys)
     by_value = sorted(drawn, key=lambda run: [_sortable(value_of(run, key)) for key in keys])
     shades = colormaps["viridis"]
@@ -208,11 +211,15 @@ def draw(runs: Sequence[Run], keys: Sequence[str], out: Path) -> None:
     panels = list(keys) or ["seed"]
     figure = Figure(figsize=(5 * len(panels), 4), dpi=120, layout="constrained")
     for axes, key in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        _draw_final(axes, by_value, key, names.get(key, key), colors)
+        _draw_final(axes, by_value, key, names.get(key, key), colors, [other for other in keys if other != key])
     _save(figure, out / "final.png")
+    return pictures
 
 
-def _draw_final(axes: Any, runs: Sequence[Run], key: str, name: str, colors: dict[str, Any]) -> None:
+def _draw_final(
+    axes: Any, runs: Sequence[Run], key: str, name: str, colors: dict[str, Any], others: Sequence[str]
+) -> None:
+    """Draw last losses over the values of a key, with a line through finished runs that agree in all `others`."""
     values = [value_of(run, key) for run in runs]
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     positions = values if numeric else [sorted({str(v) for v in values}).index(str(value)) for value in values]
@@ -221,13 +228,15 @@ def _draw_final(axes: Any, runs: Sequence[Run], key: str, name: str, colors: dic
     elif not numeric:
         words = sorted({str(value) for value in values})
         axes.set_xticks(range(len(words)), words)
-    losses = [run.loss for run in runs]
-    if numeric and len(set(values)) == len(values):
-        finished = [(p, loss) for p, loss, run in zip(positions, losses, runs, strict=True) if run.state == "finished"]
-        axes.plot(*zip(*finished, strict=True) if finished else ([], []), color="0.7", zorder=1)
-    for position, loss, run in zip(positions, losses, runs, strict=True):
+    lines: dict[str, list[tuple[Any, float | None]]] = {}
+    for position, run in zip(positions, runs, strict=True):
+        if run.state == "finished":
+            lines.setdefault(str([value_of(run, other) for other in others]), []).append((position, run.loss))
         mark = "o" if run.state == "finished" else "x"
-        axes.scatter([position], [loss], color=[colors[run.name]], marker=mark, zorder=2)
+        axes.scatter([position], [run.loss], color=[colors[run.name]], marker=mark, zorder=2)
+    for line in lines.values():
+        if numeric:
+            axes.plot(*zip(*sorted(line), strict=True), color="0.7", zorder=1)
     axes.set(xlabel=name, ylabel="last loss (nats a token)", title="o finished   x not")
     axes.grid(alpha=0.3)
 
@@ -247,7 +256,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="a sweep's folder, such as runs/lr_sweep")
     try:
         compare(parser.parse_args().folder, tell=True)
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 

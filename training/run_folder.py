@@ -45,13 +45,34 @@ def locked(run_dir: Path, rank: int = 0) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise CheckpointError(f"{run_dir} is in use by {owner}; wait for it, or pass another name=") from None
+            raise _held_by_another(run_dir) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def refuse_held(run_dir: Path) -> None:
+    """Raise `CheckpointError` if a process holds a run folder."""
+    if is_held(run_dir):
+        raise _held_by_another(run_dir)
+
+
+def _held_by_another(run_dir: Path) -> CheckpointError:
+    owner = (run_dir / ".lock").read_text().strip() or "another process"
+    return CheckpointError(f"{run_dir} is in use by {owner}; wait for it, or pass another name=")
+
+
+def is_held(run_dir: Path) -> bool:
+    """Say whether a process holds a run folder."""
+    try:
+        with (run_dir / ".lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

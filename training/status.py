@@ -7,16 +7,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+from training.run_folder import is_held
+
 NAME = "status.json"
 ENDS = ("finished", "given up", "stopped")
 CRASHES = "crashes.jsonl"  # in which every rank notes its own
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """Give what a run folder tells of itself; {} if it tells nothing."""
+    """Give what a run folder tells of itself; {} if it tells nothing, or was cut short in telling it."""
     try:
         return json.loads((run_dir / NAME).read_text())
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return {}
 
 
@@ -36,7 +38,7 @@ class Status:
         if isinstance(error, Exception):
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             self.record |= {"state": "failed", "reason": reason}
-            attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
+            attempt = ".".join(os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "RESTART_COUNT"))
             crash = {"attempt": attempt, "step": self._step(), "error": reason, "rank": self.rank, "time": time.time()}
             with (self.run_dir / CRASHES).open("a") as file:
                 file.write(json.dumps(crash) + "\n")
@@ -64,25 +66,28 @@ class Status:
         return 0
 
     def _write(self) -> None:
-        if self.rank:
-            return
-        partial = self.run_dir / f".{NAME}"
-        partial.write_text(json.dumps({**self.record, "time": time.time()}))
-        os.replace(partial, self.run_dir / NAME)
+        if not self.rank:
+            _write(self.run_dir, self.record)
+
+
+def _write(run_dir: Path, record: dict[str, Any]) -> None:
+    partial = run_dir / f".{NAME}"
+    partial.write_text(json.dumps({**record, "time": time.time()}))
+    os.replace(partial, run_dir / NAME)
 
 
 def note_queued(run_dir: Path, run_config: dict[str, Any]) -> None:
     """Note a run that is to begin."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    if not (run_dir / NAME).exists():
-        (run_dir / NAME).write_text(json.dumps({"state": "queued", "config": run_config, "time": time.time()}))
+    if not read_status(run_dir):
+        _write(run_dir, {"state": "queued", "config": run_config})
 
 
-def note_death(run_dir: Path, reason: str) -> None:
-    """Note the end of a run that could not note it itself."""
+def note_end(run_dir: Path, state: str, reason: str) -> None:
+    """Note the end of a run that could not note it itself; one that a process holds is another's, and goes on."""
     status = read_status(run_dir)
-    if status.get("state") in ("running", "queued"):
-        (run_dir / NAME).write_text(json.dumps({**status, "state": "failed", "reason": reason}))
+    if status.get("state") in ("running", "queued") and not is_held(run_dir):
+        _write(run_dir, {**status, "state": state, "reason": reason})
 
 
 def crashed_the_same_way_twice(run_dir: Path) -> bool:

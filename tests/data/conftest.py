@@ -31,3 +31,9 @@ def config(tmp_path: Path) -> Iterator[DataConfig]:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.jsonl").write_bytes(lines(RECORDS))
     yield local(tmp_path, "texts", source_key="meta.set")
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.read.BLOCK_BYTES", 100)
+    monkeypatch.setattr("data.shards.SHARD_BYTES", 400)

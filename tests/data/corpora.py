@@ -16,8 +16,9 @@ import zstandard
 from data.config import DataConfig, Source, TokenizerConfig
 from data.documents import Document
 from data.inputs import BadRecords
-from data.prepare import all_documents, prepare
+from data.prepare import prepare
 from data.shards import Shard
+from data.texts import all_documents
 from data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent.parent

@@ -211,7 +211,7 @@ def test_a_tokenizer_without_the_tokens_of_a_built_in_template_is_refused(tokeni
     with pytest.raises(DataError) as told:
         ChatEncoder(TEMPLATES["internlm"], tokenizer)
     assert str(told.value) == (
-        f"data.chat_template (internlm) writes <eoh> and <eoa>, no special token of {tokenizer.path}; "
+        f"data.chat_template (internlm) writes <eoh> and <eoa>, no special token of {tokenizer.path.name}; "
         "choose another data.chat_template, or a tokenizer that has it"
     )
     half = changed(tokenizer, tmp_path / "half.model", ["<|im_start|>"])
@@ -281,23 +281,23 @@ def test_records_of_each_style_become_the_same_messages() -> None:
 @pytest.mark.parametrize(
     ("record", "style", "reason"),
     [
-        ({}, "chat", "messages is not a list"),
-        ([], "chat", "messages is not a list"),
-        ({"messages": "hello"}, "chat", "messages is not a list"),
-        ({"messages": []}, "chat", "messages is empty"),
-        ({"messages": ["hello"]}, "chat", "role is missing or not a string"),
-        ({"messages": [{"content": "a"}]}, "chat", "role is missing or not a string"),
-        ({"messages": [{"role": "user", "content": None}]}, "chat", "content is missing or not a string"),
-        ({"messages": [{"from": "gpt", "content": "a"}]}, "chat", "value is missing or not a string"),
+        ({"texts": []}, "chat", "data.messages_key (messages) is no list in it; it has texts"),
+        ([], "chat", "data.messages_key (messages) is no list in it; it has list"),
+        ({"messages": "hello"}, "chat", "data.messages_key (messages) is no list in it; it has messages"),
+        ({"messages": []}, "chat", "data.messages_key (messages) is an empty list in it"),
+        ({"messages": ["hello"]}, "chat", "role is missing or not a string; there is str"),
+        ({"messages": [{"content": "a"}]}, "chat", "role is missing or not a string; there is content"),
+        ({"messages": [{"role": "user", "content": None}]}, "chat", "content is missing or not a string; there is role, content"),
+        ({"messages": [{"from": "gpt", "content": "a"}]}, "chat", "value is missing or not a string; there is from, content"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "chat", "'tool' is not a role; there are system, user, assistant, human, gpt"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "chat", "content holds half a surrogate pair, which is no character"),
         ({"messages": TURNS[:2]}, "chat", "the assistant says nothing"),
         ({"messages": two("a", " \n")}, "chat", "the assistant says nothing"),
-        ({"instruction": "a"}, "alpaca", "output is missing or not a string"),
-        ({"instruction": 3, "output": "b"}, "alpaca", "instruction is missing or not a string"),
-        ({"instruction": "a", "input": ["b"], "output": "b"}, "alpaca", "input is missing or not a string"),
+        ({"instruction": "a"}, "alpaca", "output is missing or not a string; there is instruction"),
+        ({"instruction": 3, "output": "b"}, "alpaca", "instruction is missing or not a string; there is instruction, output"),
+        ({"instruction": "a", "input": ["b"], "output": "b"}, "alpaca", "input is missing or not a string; there is instruction, input, output"),
         ({"instruction": "a", "output": ""}, "alpaca", "the assistant says nothing"),
-        ("text", "alpaca", "instruction is missing or not a string"),
+        ("text", "alpaca", "instruction is missing or not a string; there is str"),
     ],
 )  # fmt: skip
 def test_a_bad_record_gives_its_reason(record: Any, style: Any, reason: str) -> None:

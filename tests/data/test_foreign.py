@@ -211,9 +211,38 @@ def test_a_damaged_file_of_internlms_is_named(tmp_path: Path, damage: Callable[[
         tokens_and_labels(corpus)
 
 
-@pytest.mark.parametrize("wrong", [103_168, -5])
-def test_an_id_of_theirs_outside_the_vocabulary_is_told_with_its_place(tmp_path: Path, wrong: int) -> None:
-    write_megatron(tmp_path / "a", [[1, 2, 3], [4, 5, wrong, 7]], 4, "<i4")
+@pytest.mark.parametrize(
+    ("wrong", "told", "code", "dtype"),
+    [(103_168, 103_168, 4, "<i4"), (-5, -5, 4, "<i4"), ((1 << 32) + 5, (1 << 31) - 1, 5, "<i8"), (-5, -5, 5, "<i8")],
+)
+def test_an_id_of_theirs_outside_the_vocabulary_is_told_with_its_place(
+    tmp_path: Path, wrong: int, told: int, code: int, dtype: str
+) -> None:
+    write_megatron(tmp_path / "a", [[1, 2, 3], [4, 5, wrong, 7]], code, dtype)
     corpus = open_corpus(config(tmp_path), vocab_size=103_168)
-    with pytest.raises(DataError, match=rf"a.bin: token 5, in document 1, is id {wrong}, outside model.vocab_size"):
+    with pytest.raises(DataError, match=rf"a.bin: token 5, in document 1, is id {told}, outside model.vocab_size"):
         tokens_and_labels(corpus)
+
+
+@pytest.mark.parametrize(("wrong", "sentence"), [(1 << 31, "holds an id over 2147483647"), (1 << 63, "is no line of")])
+def test_an_id_of_internlms_that_no_vocabulary_has_is_told(tmp_path: Path, wrong: int, sentence: str) -> None:
+    write_internlm(tmp_path / "a.bin", [[1, 2], [3, -7]], np.int64)
+    raw = (tmp_path / "a.bin").read_bytes()
+    (tmp_path / "a.bin").write_bytes(raw.replace(b"-7", str(wrong).encode()))
+    with pytest.raises(DataError, match=rf"a.bin: document 1, at byte \d+, {sentence}"):
+        tokens_and_labels(open_corpus(config(tmp_path), vocab_size=100))
+
+
+def test_tokens_that_are_held_out_and_trained_on_are_refused(tmp_path: Path) -> None:
+    for stem in ("train/en/a", "train/valid/b", "held/c"):
+        (tmp_path / stem).parent.mkdir(parents=True, exist_ok=True)
+        documents = DOCUMENTS[:2] if stem == "train/en/a" else [[5, 6], [7, 8, 9, 10, 11]]
+        write_megatron(tmp_path / stem, documents, 4, "<i4")
+    train = config(tmp_path / "train")
+    for held_out, file in (("train/valid", "train/valid/b"), ("held", "held/c"), ("train", "train/en/a")):
+        overlapping = dataclasses.replace(train, valid_input=str(tmp_path / held_out))
+        with pytest.raises(DataError, match=rf"{file}.bin of data.valid_input \(.*\) would be trained on as .*.bin of"):
+            open_corpus(overlapping, vocab_size=103_168)
+    write_megatron(tmp_path / "held" / "c", [[5, 7], [7, 8, 9, 10, 11]], 4, "<i4")  # the same lengths, other tokens
+    held_out = dataclasses.replace(train, valid_input=str(tmp_path / "held"))
+    assert open_corpus(held_out, vocab_size=103_168).valid.n_packs

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from data.tokenizer import Tokenizer
-from tests.data.corpora import PACKED, ROOT, contents, lines
+from tests.data.corpora import PACKED, ROOT, contents, lines, parquet
 
 KILLED = """
 import sys, time
@@ -35,10 +35,10 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_and_makes_the_same_bytes(
 ) -> None:
     draw = random.Random(0)
     (tmp_path / "texts").mkdir()
-    for name in ("a.jsonl", "b.jsonl.gz", "c.txt", "d.jsonl.zst"):
+    for name in ("a.jsonl", "b.jsonl.gz", "c.txt", "d.jsonl.zst", "e.parquet"):
         records = [{"text": f"{i} " + "some words " * draw.randrange(60), "set": f"s{i % 3}"} for i in range(250)]
         pack = PACKED["." + name.split(".")[2]] if name.count(".") == 2 else bytes
-        (tmp_path / "texts" / name).write_bytes(pack(lines(records)))
+        (tmp_path / "texts" / name).write_bytes(pack(parquet(records) if ".parquet" in name else lines(records)))
 
     def start(path: str, workers: int) -> subprocess.Popen[str]:
         arguments = [str(tmp_path / "texts"), str(tmp_path / path), str(tokenizer.path), str(workers)]

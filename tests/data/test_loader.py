@@ -1,6 +1,7 @@
 """The order of batches is a function of the seed and the step alone."""
 
 import dataclasses
+import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -152,8 +153,11 @@ def test_a_capped_validation_is_spread_over_the_split(documents: Corpus) -> None
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_id_outside_the_vocabulary_is_told_with_its_place(documents: Corpus, workers: int) -> None:
     documents.train.vocab_size = 44
-    with pytest.raises(DataError, match=r"1.bin: token 4, in document 0, is id 44, outside model.vocab_size \(44\)"):
+    with pytest.raises(
+        DataError, match=r"1.bin: token 4, in document 0, is id 44, outside model.vocab_size \(44\)"
+    ) as told:
         take(documents, 1, workers=workers)
+    assert told.tb and not multiprocessing.active_children(), "the process could not end while one is left"
 
 
 def test_a_mixture_takes_sources_in_their_share_and_reports_their_epochs(tmp_path: Path) -> None:

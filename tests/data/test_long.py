@@ -3,9 +3,13 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -13,7 +17,7 @@ from hypothesis import strategies as st
 from data import read as reading
 from data.config import DataConfig, OnBadRecord, Style
 from data.inputs import BadRecords
-from data.prepare import all_documents
+from data.texts import all_documents
 from data.tokenizer import Tokenizer
 from tests.data.corpora import ROOT, lines, local
 
@@ -110,7 +114,7 @@ def test_a_record_read_in_pieces_is_what_it_is_read_whole(
     config = local(folder, f"a{kind}", text_key=text_key, source_key="meta.set", raw_json=raw, valid_fraction=0.5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("data.documents.SOURCE_CHARS", 2)  # a name is no long string, however it is written
-        patch.setattr("data.documents.KEY_CHARS", 2)
+        patch.setattr("data.chat.KEY_CHARS", 2)
         whole = found_in(config)
         patch.setattr(reading, "BLOCK_BYTES", block)
         patch.setattr(reading, "TEXT_BYTES", 30)
@@ -125,7 +129,8 @@ import sys
 from pathlib import Path
 from data.config import DataConfig, OnBadRecord, Source, TokenizerConfig
 from data.inputs import BadRecords
-from data.prepare import all_documents, prepare
+from data.prepare import prepare
+from data.texts import all_documents
 def peak():
     status = Path("/proc/self/status").read_text()  # getrusage would count the process that started this one
     return int(status.split("VmHWM:")[1].split()[0]) >> 10
@@ -143,16 +148,39 @@ for text in (small, large):
 """
 
 
-def measured(folder: Path, name: str, n_bytes: int, tokenizer: Tokenizer, how: str) -> tuple[int, int]:
-    """Give the bytes of the text in a record, and by how many MiB more memory it takes than a short one."""
-    line = r"some words of a \"text\" 今天 " * 20 + r"\n"
-    opens, closes = ("[", "]") if name == ".json" else ("", "")
+LINE = r"some words of a \"text\" 今天 " * 20 + r"\n"
+
+
+def write(path: Path, n_bytes: int) -> None:
+    """Write a file with one record of about so many bytes."""
+    opens, closes = ("[", "]") if path.suffix == ".json" else ("", "")
+    with path.open("w", encoding="utf-8") as out:
+        out.write(opens + '{"other": [1, 2], "text": "')
+        for _ in range(n_bytes // len(LINE.encode())):
+            out.write(LINE)
+        out.write('", "meta": {"set": "s"}}' + closes)
+
+
+def write_cell(path: Path, n_bytes: int) -> None:
+    """Write a Parquet file whose second row is about so long."""
+    texts = ["first", LINE * (n_bytes // len(LINE.encode())), "last"]
+    pq.write_table(pyarrow.table({"text": texts, "meta": [{"set": "s"}] * 3}), path)
+
+
+def write_rows(path: Path, n_bytes: int) -> None:
+    """Write a Parquet file of about so many bytes with all its rows in one group."""
+    draw = np.random.default_rng(0)
+    texts = [draw.bytes(900).hex() for _ in range(max(1, n_bytes // 1800))]
+    table = pyarrow.table({"text": texts, "meta": [{"set": "s"}] * len(texts)})
+    pq.write_table(table, path, row_group_size=len(texts), compression="none")
+
+
+def measured(
+    folder: Path, name: str, n_bytes: int, tokenizer: Tokenizer, how: str, made_by: Callable[[Path, int], None] = write
+) -> tuple[int, int]:
+    """Give the bytes of the text in a file, and by how many MiB more memory it takes than a short one."""
     for size, file in ((1000, "small"), (n_bytes, "large")):
-        with (folder / f"{file}{name}").open("w", encoding="utf-8") as out:
-            out.write(opens + '{"other": [1, 2], "text": "')
-            for _ in range(size // len(line.encode())):
-                out.write(line)
-            out.write('", "meta": {"set": "s"}}' + closes)
+        made_by(folder / f"{file}{name}", size)
     paths = [str(folder / f"small{name}"), str(folder / f"large{name}"), str(folder / "corpus"), str(tokenizer.path)]
     done = subprocess.run([sys.executable, "-c", MEASURED, *paths, how], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -166,10 +194,29 @@ def test_a_long_record_takes_little_memory_to_read(tmp_path: Path, tokenizer: To
     assert text_bytes > 70_000_000 and more < 100
 
 
+@pytest.mark.parametrize("how", ["read", "raw"])
+def test_a_cell_of_parquet_takes_what_pyarrow_takes_to_read_it(tmp_path: Path, tokenizer: Tokenizer, how: str) -> None:
+    text_bytes, more = measured(tmp_path, ".parquet", 80_000_000, tokenizer, how, write_cell)
+    assert text_bytes > 70_000_000 and more < 3 * 80 + 50, "its page, that as a dictionary, and the cell"
+
+
+def test_a_parquet_file_takes_little_memory_to_read_however_its_rows_are_grouped(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    text_bytes, more = measured(tmp_path, ".parquet", 200_000_000, tokenizer, "read", write_rows)
+    assert text_bytes > 190_000_000 and more < 50
+
+
 @pytest.mark.slow
 def test_a_record_of_200_mb_takes_little_memory_to_prepare(tmp_path: Path, tokenizer: Tokenizer) -> None:
     text_bytes, more = measured(tmp_path, ".jsonl", 200_000_000, tokenizer, "prepare")
     assert text_bytes > 180_000_000 and more < 100
+
+
+@pytest.mark.slow
+def test_a_cell_of_200_mb_takes_no_more_memory_to_prepare_than_to_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    text_bytes, more = measured(tmp_path, ".parquet", 200_000_000, tokenizer, "prepare", write_cell)
+    assert text_bytes > 180_000_000 and more < 3 * 200 + 50
 
 
 def test_a_record_that_is_long_without_its_strings_is_left_out_and_the_rest_is_not(

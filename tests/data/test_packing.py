@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.batches import IGNORED, Batch, collate
-from data.config import Packing
-from data.packing import BestFit, Layout, RandomTokens, Shuffled, best_fit, layout_of
+from data.best_fit import HEADER, best_fit
+from data.config import DataError, Packing
+from data.packing import BestFit, Layout, RandomTokens, Shuffled, layout_of
 from data.shards import Shard, ShardWriter
 
 LENGTHS = (5, 3, 9, 2, 7)
@@ -146,16 +147,43 @@ def test_best_fit_cuts_no_document_that_fits_and_wastes_no_more_than_first_fit(
     assert len(sizes) - sum(length // pack_len for length in lengths) <= 11 / 9 * len(bins) + 1
 
 
-def test_best_fits_plan_is_kept_beside_the_tokens(shard: Shard) -> None:
+def test_best_fits_plan_is_kept_beside_the_tokens(shard: Shard, monkeypatch: pytest.MonkeyPatch) -> None:
     first = BestFit([shard], 8)
-    assert sorted(path.name for path in shard.stem.parent.glob("*.npy")) == [
-        "en.fit-8.packs.npy",
-        "en.fit-8.pieces.npy",
-    ]
-    again = BestFit([shard], 8)
-    assert [first.pieces(i) for i in range(first.n_packs)] == [again.pieces(i) for i in range(again.n_packs)]
     assert first.n_packs == 4, "9 is cut into 8 and 1; 7 with 1, 5 with 3, 2"
     assert BestFit([shard], 16).n_packs == 2
+    assert {path.name for path in shard.stem.parent.glob("*fit*")} == {"en.fit-8", "en.fit-16"}
+    with monkeypatch.context() as patch:
+        patch.setattr("data.best_fit.best_fit", lambda *arguments: pytest.fail("it is made again"))
+        again = BestFit([shard], 8)
+    assert [first.pieces(i) for i in range(4)] == [again.pieces(i) for i in range(4)] and first.waste() == again.waste()
+    monkeypatch.setattr("os.access", lambda *arguments: False)
+    (shard.stem.parent / "en.fit-8").unlink()
+    unkept = BestFit([shard], 8)
+    assert [first.pieces(i) for i in range(4)] == [unkept.pieces(i) for i in range(4)]
+    assert not (shard.stem.parent / "en.fit-8").exists()
+
+
+@pytest.mark.parametrize("size", [0, 7, HEADER.size, -1])
+def test_a_plan_of_other_tokens_and_a_damaged_one_are_made_again(tmp_path: Path, size: int) -> None:
+    before = BestFit([write(tmp_path / "en", LENGTHS)], 8)
+    path = tmp_path / "en.fit-8"
+    (tmp_path / "other").mkdir()
+    expected = BestFit([write(tmp_path / "other" / "en", LENGTHS[:3])], 8)
+    now = BestFit([write(tmp_path / "en", LENGTHS[:3])], 8)
+    assert now.n_packs == expected.n_packs != before.n_packs
+    plan = [piece[1:] for pack in range(now.n_packs) for piece in now.pieces(pack)]
+    assert plan == [piece[1:] for pack in range(now.n_packs) for piece in expected.pieces(pack)]
+    path.write_bytes(path.read_bytes()[:size])
+    again = BestFit(now.files, 8)
+    assert [piece[1:] for pack in range(again.n_packs) for piece in again.pieces(pack)] == plan
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 8)
+    with pytest.raises(DataError, match=r"en.fit-8 was cut short while it was in use"):
+        again.pieces(again.n_packs - 1)
+
+
+def test_a_document_that_is_cut_twice_is_one_document_that_is_cut(tmp_path: Path) -> None:
+    assert BestFit([write(tmp_path / "en", (20, 4, 4, 8))], 8).waste() == (pytest.approx(0.1), 0.25)
 
 
 def test_best_fit_cuts_fewer_documents_than_concatenation(tmp_path: Path) -> None:

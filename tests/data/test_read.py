@@ -1,10 +1,10 @@
 """Every format is read, and what cannot be is named and lost alone."""
 
 import bz2
-import dataclasses
 import gzip
 import json
 import lzma
+import random
 from itertools import islice
 from pathlib import Path
 
@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from data import read as reading
 from data.builtin import builtin_documents
-from data.config import DataError, OnBadRecord, Source
-from data.inputs import BadRecords, Item, items, source_name
-from data.prepare import all_documents
+from data.config import DataError, OnBadRecord
+from data.inputs import BadRecords, Item, source_name
 from data.shards import Shard
+from data.texts import all_documents
 from data.tokenizer import Tokenizer
 from tests.data.corpora import PACKED, PLAIN, RECORDS, lines, local, made, parquet, read
 
@@ -208,30 +208,6 @@ def test_the_builtin_text_is_the_same_each_time_and_keeps_files_together() -> No
     assert docstring.key == source.key
 
 
-def test_a_hugging_face_dataset_is_split_as_the_tutorial_splits_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import datasets
-
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "train.jsonl").write_bytes(lines(RECORDS))
-    config = local(tmp_path, "none", source=Source.huggingface, dataset=str(tmp_path / "set"), source_key="meta.set")
-    found = list(all_documents(config, BadRecords(OnBadRecord.error)))
-    split = datasets.Dataset.from_list(RECORDS).train_test_split(test_size=0.2, seed=42)
-    for part, rows in (("train", split["train"]), ("valid", split["test"])):
-        assert [document.text for document in found if document.split == part] == rows["text"][:]
-    assert {document.source for document in found} == {"wikipedia_en", "c++"}
-    assert len(list(all_documents(dataclasses.replace(config, max_documents=7), BadRecords(OnBadRecord.error)))) == 7
-
-
-def test_a_dataset_that_cannot_be_had_is_a_sentence(tmp_path: Path) -> None:
-    config = local(tmp_path, "none", source=Source.huggingface, dataset=str(tmp_path / "nothing"))
-    with pytest.raises(DataError, match=r"data.dataset \(.*nothing\) cannot be loaded"):
-        list(all_documents(config, BadRecords(OnBadRecord.error)))
-
-
 def test_odd_characters_come_through_as_they_are(tmp_path: Path) -> None:
     texts = [
         "a\0b",
@@ -291,7 +267,61 @@ def test_ten_places_are_told_and_all_are_counted(tmp_path: Path) -> None:
     assert bad.count == 25 and [place.split(":")[1] for place in bad.places] == [str(n) for n in range(1, 11)]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.parquet"])
+def test_raw_lines_have_the_source_that_they_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So do those that are too long to hold."""
+    raw = lines(RECORDS[:9]) + lines([{"text": "x" * 900, "meta": {"set": "C++"}}])
+    (tmp_path / "a.jsonl").write_bytes(raw + b"no json\n")
+    config = local(tmp_path, "a.jsonl", source_key="meta.set", raw_json=True, on_bad_record=OnBadRecord.skip)
+    for size in (1 << 20, 100):
+        monkeypatch.setattr(reading, "BLOCK_BYTES", size)
+        monkeypatch.setattr(reading, "TEXT_BYTES", size)
+        bad = BadRecords(OnBadRecord.skip)
+        found = list(all_documents(config, bad))
+        assert "".join(d.text for d in found).encode() == raw
+        assert [d.source for d in found[:9]] == [source_name(record["meta"]["set"]) for record in RECORDS[:9]]
+        assert {d.source for d in found[9:]} == {"c++"} and bad.count == 1 and "a.jsonl:11: not JSON" in bad.places[0]
+
+
+@pytest.mark.parametrize("packed", [kind for kind in PACKED if kind])
+@pytest.mark.parametrize("plain", [".jsonl", ".json", ".txt"])
+def test_of_a_file_that_is_cut_short_what_comes_before_is_read_and_the_place_is_told(
+    tmp_path: Path, plain: str, packed: str
+) -> None:
+    draw = random.Random(0)
+    records = [{"text": f"{i} " + "".join(draw.choices("abcdefghij ", k=300))} for i in range(9000)]
+    raw = PACKED[packed](PLAIN.get(plain, lines)(records))
+    (tmp_path / f"a{plain}{packed}").write_bytes(raw[: len(raw) * 9 // 10])
+    bad = BadRecords(OnBadRecord.skip)
+    found = [d.text for d in all_documents(local(tmp_path, f"a{plain}{packed}", valid_fraction=0.0), bad)]
+    assert bad.count == 1 and "the compressed file is damaged or cut short here (it ends within" in bad.places[0]
+    if plain == ".txt":
+        assert not found, "a document without its end is none"
+    else:
+        place = f"{len(found) + 1}:" if plain == ".jsonl" else f"{len(found)}]:"
+        assert found == [record["text"] for record in records[: len(found)]] and len(found) > 4500
+        assert bad.places[0].startswith(f"{tmp_path}/a{plain}{packed}{':' if plain == '.jsonl' else '['}{place}")
+
+
+@pytest.mark.parametrize("more", [b" [1]", b"{}", b"x", b" " * 3_000_000 + b"]"])
+def test_what_follows_a_list_is_told(tmp_path: Path, more: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(json.dumps(RECORDS[:3]).encode() + b"\n" * 2_000_000)
+    assert len(read(local(tmp_path, "a.json"))) == 3
+    with (tmp_path / "a.json").open("ab") as file:
+        file.write(more)
+    bad = BadRecords(OnBadRecord.skip)
+    assert len(list(all_documents(local(tmp_path, "a.json"), bad))) == 3
+    assert bad.places == [
+        f"{tmp_path}/a.json[3]: there is more after the list that a .json file holds; one record a line is .jsonl"
+    ]
+
+
+def test_an_address_that_cannot_be_listed_is_told_with_the_key_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(DataError, match=r"data.valid_input \(nowhere://x\) cannot be listed"):
+        read(local(tmp_path, "a.txt", valid_input="nowhere://x"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.parquet", "a.parquet.xz"])
 def test_a_long_record_is_one_document_with_the_ids_of_the_whole(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -319,20 +349,6 @@ def test_a_long_record_is_one_document_with_the_ids_of_the_whole(
         shard = Shard(Path(config.path) / about["splits"]["train"]["mine"]["shards"][0], verify=True)
         found = [shard.document(i).tolist() for i in range(shard.n_documents)]
         assert found == [[*tokenizer.encode(record["text"]), tokenizer.eos_id] for record in records]
-
-
-def test_a_dataset_is_read_as_it_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(reading, "BLOCK_RECORDS", 7)
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "train.jsonl").write_bytes(lines(RECORDS))
-    config = local(tmp_path, "none", source=Source.huggingface, dataset=str(tmp_path / "set"), streaming=True)
-    found = read(config)
-    assert [d.text for d in found] == [record["text"] for record in RECORDS]
-    assert {d.split for d in found} == {"train", "valid"}, "by their content: nothing else is known of a stream"
-    (item,) = items(config, BadRecords(OnBadRecord.error))
-    later = [r for block in reading.blocks(item, config, BadRecords(OnBadRecord.error), skip=3) for r in block.payload]
-    assert later == [{"text": record["text"]} for record in RECORDS[21:]]
 
 
 def test_an_address_of_this_machine_is_read(tmp_path: Path) -> None:

@@ -90,10 +90,13 @@ def test_of_conversations_every_answer_is_learnt(tmp_path: Path, symbols: Tokeni
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": TURNS, "id": i}) + "\n" for i in range(5)))
     data = config(tmp_path, Style.chat, "a.jsonl", chat_template=template)
     data.valid_fraction, data.seq_len = 0.0, 256
-    made(data, symbols)
+    counts = made(data, symbols)["splits"]["train"]["chat"]
     end = {"internlm": "<eoa>\n", "chatml": "<|im_end|>\n"}[template]
-    _, runs = learnt(data, 1204)
+    whole, runs = learnt(data, 1204)
     assert runs == ["It is 42." + end, "Naïve café.\n\n    indented" + end] * 5
+    written = len(whole.replace(" \u2047 ", "").encode())  # padding is the unknown token
+    marks = sum(whole.count(name) * len(name) for name in special_ids(symbols))
+    assert written - marks <= counts["text_bytes"] <= written < 5 * len(json.dumps(TURNS, ensure_ascii=False).encode())
 
 
 def test_a_bad_conversation_is_named_or_counted(tmp_path: Path, symbols: Tokenizer) -> None:
@@ -105,7 +108,21 @@ def test_a_bad_conversation_is_named_or_counted(tmp_path: Path, symbols: Tokeniz
     data.on_bad_record = OnBadRecord.skip
     settings = TokenizerConfig(model=str(symbols.path), vocab_size=1)
     about, found = prepare(data, settings, workers=1, on_progress=lambda counts: None)
-    assert about is not None and found.count == 3 and found.places[1].endswith("a.jsonl:3: messages is not a list")
+    assert (
+        about is not None
+        and found.count == 3
+        and found.places[1].endswith("a.jsonl:3: data.messages_key (messages) is no list in it; it has messages")
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_tokenizer_that_the_template_does_not_go_with_is_refused_before_anything_is_read(
+    tmp_path: Path, tokenizer: Tokenizer, workers: int
+) -> None:
+    (tmp_path / "a.jsonl").write_text("no record is read\n")
+    with pytest.raises(DataError, match=r"data.chat_template \(internlm\) writes <eoh> and <eoa>, no special token of"):
+        made(config(tmp_path, Style.chat, "a.jsonl"), tokenizer, workers)
+    assert not (tmp_path / "tokens").exists()
 
 
 def test_the_experiment_starts_from_a_model_and_learns_the_answers(tmp_path: Path, symbols: Tokenizer) -> None:

@@ -1,5 +1,7 @@
 """What is shown of a step is what it trains on."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,16 +21,19 @@ from tests.conftest import ROOT
 CONFIG = DataConfig(name="t", path="none", source=Source.local, seq_len=8, micro_batch_size=1, workers=0)
 
 
+def config_of(corpus_dir: Path) -> DataConfig:
+    return DataConfig(
+        name="local", path=str(corpus_dir), source=Source.local, seq_len=32, micro_batch_size=2, workers=0
+    )  # fmt: skip
+
+
 def test_a_step_of_a_run_is_shown_with_its_documents(run_dir: Path, corpus_dir: Path) -> None:
-    command = [sys.executable, "-m", "data.show", f"run={run_dir}", "step=7"]
+    command = [sys.executable, "-m", "data.show", f"run={run_dir}", "step=8"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     head, *packs = done.stdout.split("\n=== ")
-    assert head == f"step 7 of {run_dir}: samples 28 to 31, each 32 tokens\n"
-    config = DataConfig(
-        name="local", path=str(corpus_dir), source=Source.local, seq_len=32, micro_batch_size=2, workers=0
-    )  # fmt: skip
-    corpus = open_corpus(config, vocab_size=1024)
+    assert head == f"step 8 of {run_dir}: samples 28 to 31, each 32 tokens\n"
+    corpus = open_corpus(config_of(corpus_dir), vocab_size=1024)
     assert corpus.tokenizer is not None and len(packs) == 4
     found = corpus.train.locate(np.arange(28, 32))
     batch = corpus.train.batch(found)
@@ -72,10 +77,11 @@ def test_what_is_read_and_not_learnt_is_in_brackets(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["step=3"], "usage: python -m data.show run=runs/demo step=1234"),
+        (["step=3"], "run is not set; name a run folder: python -m data.show run=runs/demo step=1234"),
         (["run=nothing", "step=3"], r"run \(nothing\) holds no config.yaml"),
-        (["run=nothing", "step=x"], "usage: "),
-        (["run=nothing", "stop=3"], r"keys are run, step, samples, first_sample, not \['stop'\]"),
+        (["run=nothing", "step=x"], r"step \(x\) must be a whole number from 1 on: "),
+        (["run=nothing", "step=0"], r"step \(0\) must be a whole number from 1 on: "),
+        (["run=nothing", "stop=3"], "stop is not a setting; there are run, step, samples: "),
     ],
 )
 def test_what_cannot_be_shown_is_told(arguments: list[str], sentence: str) -> None:
@@ -83,6 +89,35 @@ def test_what_cannot_be_shown_is_told(arguments: list[str], sentence: str) -> No
         main(arguments)
 
 
+def test_whoever_reads_the_beginning_alone_sees_no_error(run_dir: Path) -> None:
+    command = f"{sys.executable} -m data.show run={run_dir} step=8 | head -1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("step 8 of ") and not done.stderr
+
+
 def test_a_few_samples_may_be_asked_for(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    show(run_dir, 0, samples=2)
+    show(run_dir, 1, samples=2)
     assert capsys.readouterr().out.count("=== sample") == 2
+
+
+def test_a_run_whose_data_grew_is_shown_from_there_on(
+    run_dir: Path, corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run_dir, tmp_path / "run")
+    path = next((tmp_path / "run").glob("checkpoints/step-*[0-9]/state.json"))
+    state = json.loads(path.read_text())
+    state["progress"]["first_sample"] = 16
+    path.write_text(json.dumps(state))
+    with pytest.raises(DataError, match="step 4 was before files were added to the data"):
+        show(tmp_path / "run", 4)
+    show(tmp_path / "run", 5, samples=1)
+    corpus = open_corpus(config_of(corpus_dir), vocab_size=1024)
+    corpus.train.begin_at(16)
+    (pack,) = corpus.train.locate(np.array([16])).tolist()
+    assert f"=== sample 16: pack {pack} of " in capsys.readouterr().out
+    state["data"]["parts"] += ["another file"]
+    path.write_text(json.dumps(state))
+    with pytest.raises(
+        DataError, match=r"the data or the tokenizer changed after .*step-\d+ was saved, so what step 5"
+    ):
+        show(tmp_path / "run", 5)

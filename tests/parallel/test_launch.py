@@ -148,6 +148,14 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("parallel.launch.visible_gpus", lambda: 2)
     with pytest.raises(ParallelError, match=r"parallel.local_processes \(4\) must be at most the number of GPUs here"):
         ranks.launched(4, os.getpid)
+    with pytest.raises(
+        ParallelError, match=r"parallel.pp \(2\) x parallel.tp \(2\) must be at most the number of GPUs"
+    ):
+        local_processes(ParallelConfig(tp=2, pp=2))
+    with pytest.raises(
+        ParallelError, match=r"parallel.tp \(2\) must be at most a job's share \(launcher.parallel_jobs\)"
+    ):
+        local_processes(ParallelConfig(tp=2), LauncherConfig(parallel_jobs=2))
     for name, value in {**GOOD, "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "4", "RANK": "3"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ParallelError, match=r"LOCAL_WORLD_SIZE \(4\) ranks .* a machine with 2 GPUs"):

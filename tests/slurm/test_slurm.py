@@ -238,7 +238,7 @@ def test_what_slurm_would_refuse_is_told_in_its_words_before_anything_is_queued(
     with pytest.raises(ParallelError, match="Requested node configuration is not available|More processors requested"):
         slurm.check(launcher(nodes=2, gpus_per_node=3), tmp_path)
     slurm.check(launcher(nodes=2, gpus_per_node=2), tmp_path)
-    (tmp_path / "srun").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "srun").write_text('#!/bin/sh\nfor word; do echo "unseen: $word"; done\n')
     (tmp_path / "srun").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(ParallelError, match=f"the nodes do not see {tmp_path}"):
