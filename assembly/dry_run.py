@@ -37,6 +37,7 @@ def dry_run(config: TrainConfig) -> DryRun:
 
     if config.model.attention is not Attention.reference:
         config.model.attention = Attention.sdpa  # keeps what every fused kernel keeps, and can be run without one
+    config.parallel.cuda_graphs = False  # which change when kernels are launched, and none is
     data = config.data
     batch = partial(FakeBatch.of, config.micro_batch_tokens // data.pack_tokens, data.pack_tokens, data.seq_len)
     kernels = ("model.loss_kernel", "training.adamw_kernel")

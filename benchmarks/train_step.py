@@ -52,6 +52,8 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "internlm2_7b": ("equal", ("model=internlm2_7b", *TUTORIAL, *batch(2048, 4, 8), BF16_STATES)),
     "llama3_8b": ("equal", ("model=llama3_8b", *TUTORIAL, *batch(8192, 1, 8), BF16_STATES)),
     "1b": ("equal", ("model=1b", *TUTORIAL, *batch(2048, 8, 4))),
+    "125m_1k": ("equal", ("model=125m", *TUTORIAL, *batch(1024, 1, 1))),
+    "125m_1k_pile": ("pile", ("model=125m", *TUTORIAL, *batch(1024, 1, 1))),
     "125m": ("equal", ("model=125m", *TUTORIAL, *batch(512, 1, 1), "precision=fp32")),
 }
 

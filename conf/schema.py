@@ -30,6 +30,7 @@ from training.config import (
     LoggerConfig,
     LossConfig,
     OptimizerConfig,
+    OptimizerImpl,
     PrecisionConfig,
     SchedulerConfig,
 )
@@ -195,6 +196,16 @@ class TrainConfig:
             yield (
                 f"precision.fp8 (rowwise) needs whole matrices, parallel.tp 1, not {self.parallel.tp}; divide them by "
                 "parallel.dp_shard, or use precision.fp8=tensorwise"
+            )
+        if self.parallel.cuda_graphs and self.precision.compute is Dtype.fp16:
+            yield (
+                "parallel.cuda_graphs (true) needs precision.compute bf16 or fp32, not fp16, whose loss scale the host "
+                "sets; choose parallel.cuda_graphs=false"
+            )
+        if self.parallel.cuda_graphs and self.optimizer.impl in (OptimizerImpl.torch, OptimizerImpl.apex):
+            yield (
+                f"parallel.cuda_graphs (true) needs optimizer.impl auto or triton, not {self.optimizer.impl.value}, "
+                "which takes its rates from the host; choose parallel.cuda_graphs=false"
             )
         attention = self.model.attention.value
         if attention in ("flash_attn", "flash_attn_4", "cudnn") and self.precision.compute is Dtype.fp32:

@@ -123,9 +123,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_h, grad_weight = ctx.saved_tensors  # type: ignore[attr-defined]
-        # Rounded first: a product of two dtypes is three times as slow, and the factor is 1 or a power of 2.
-        grad_weight = grad_weight.to(ctx.weight_dtype)  # type: ignore[attr-defined]
-        return grad_h * grad_loss.to(grad_h.dtype), grad_weight * grad_loss.to(grad_weight.dtype), *[None] * 7
+        scaled = _rows(grad_h).scaled
+        grad_weight = scaled(grad_weight, grad_loss, ctx.weight_dtype)  # type: ignore[attr-defined]
+        return scaled(grad_h, grad_loss, grad_h.dtype), grad_weight, *[None] * 7
 
 
 def _add_product(total_VD: Tensor | None, grad_NV: Tensor, h_ND: Tensor, *, alone: bool) -> Tensor:
@@ -182,6 +182,10 @@ class _TorchRows:
         inside = (labels_N >= 0) & (labels_N < grad.shape[1])
         index, value = torch.where(inside, labels_N, 0).long(), torch.where(inside, -target_factor_N, 0.0)
         return grad.scatter_add_(1, index[:, None], value[:, None])
+
+    @staticmethod
+    def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype) * factor.to(dtype)
 
 
 def _rows(h_ND: Tensor) -> type[_TorchRows] | ModuleType:

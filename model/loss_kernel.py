@@ -66,6 +66,13 @@ def _gradient_kernel(
     tl.store(logits + column, grad, mask=inside)
 
 
+@triton.jit
+def _scaled_kernel(x, factor, out, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    tl.store(out + at, tl.load(x + at, mask=inside).to(tl.float32) * tl.load(factor), mask=inside)
+
+
 def statistics(logits_NV: Tensor, labels_N: Tensor) -> Statistics:
     """Read the logits once."""
     n_rows, n_vocab = logits_NV.shape
@@ -95,3 +102,11 @@ def gradient(
     kernel: Any = _gradient_kernel
     kernel[grid](*factors, UNIFORM=uniform_N is not None, BLOCK=BLOCK, num_warps=8)
     return logits_NV
+
+
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply with a number on the device and round, in one pass; torch makes two, and the product slowly."""
+    out = torch.empty_like(x, dtype=dtype)
+    kernel: Any = _scaled_kernel
+    kernel[(triton.cdiv(x.numel(), BLOCK),)](x, factor, out, x.numel(), BLOCK=BLOCK, num_warps=8)
+    return out

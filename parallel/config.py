@@ -65,6 +65,7 @@ class ParallelConfig:
     local_processes: int | None = None  # ranks that `python train.py` starts here (null: one a GPU)
     threads: int | None = None  # CPU threads a process (null: its share of this machine's cores)
     compile: Compile = Compile.auto
+    cuda_graphs: bool = False  # launch a micro-batch as one, and the update: for small models on one GPU
 
     # the mesh: the axes multiply to the number of processes, and one of them may be -1, which fills it
     pp: int = 1  # pipeline stages
@@ -118,6 +119,12 @@ class ParallelConfig:
                 value = getattr(self, key)
                 shown = value.value if isinstance(value, Enum) else value
                 yield f"parallel.async_tp (true) needs parallel.{key} {needed}, not {shown}"
+        for key in AXES if self.cuda_graphs else ():
+            if getattr(self, key) != 1:
+                value = getattr(self, key)
+                yield f"parallel.cuda_graphs (true) needs one GPU, parallel.{key} 1, not {value}; choose false"
+        if self.cuda_graphs and self.device is Device.cpu:
+            yield "parallel.cuda_graphs (true) needs parallel.device cuda, not cpu; choose false"
         yield from self._pipeline_problems()
 
     def _pipeline_problems(self) -> Iterator[str]:

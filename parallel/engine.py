@@ -1,5 +1,6 @@
 """The step: forward, backward, one global norm, one clip, one update, or none if a number is not finite."""
 
+import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,8 +11,9 @@ from torch.distributed.tensor import DTensor
 
 from parallel.apply import reduce_after, sharded_modules
 from parallel.bad_layer import Watch
-from parallel.config import ParallelConfig
+from parallel.config import ParallelConfig, ParallelError
 from parallel.fp8 import Fp8Linear, agree_on_scales
+from parallel.graphs import Graphs
 from parallel.mesh import Mesh
 from parallel.plan import divided_dim, head_parts
 
@@ -109,6 +111,7 @@ class Engine:
         self.bytes_per_token = None if bytes_per_token is None else bytes_per_token.to(mesh.device)
         # updates, steps without a finite gradient, how many of these were the last ones
         self.counts_3 = torch.tensor(counts, dtype=torch.int64).to(mesh.device)
+        self.graphs = self._open_graphs() if self.config.cuda_graphs else None
 
     def _open_pipeline(self) -> "Pipeline | None":
         if self.mesh.axes.pp == 1:
@@ -118,6 +121,21 @@ class Engine:
         whole: Any = self.model.config
         return Pipeline(self.stages, self.mesh, self.config, whole)
 
+    def _open_graphs(self) -> Graphs:
+        device = self.mesh.device
+        if device.type != "cuda":
+            raise ParallelError(f"parallel.cuda_graphs (true) needs a CUDA device, not {device}; choose false")
+        if importlib.util.find_spec("triton") is None:  # without it the update waits for the device
+            raise ParallelError("parallel.cuda_graphs (true) needs Triton: pip install triton, or choose false")
+        return self.graphs_on(torch.cuda.Stream(device))
+
+    def graphs_on(self, stream: Any) -> Graphs:
+        """Give what runs whole steps, recording them on a stream if there is one."""
+        sums, scalar = self._no_sums(), torch.zeros((), device=self.mesh.device)
+        rates_2 = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        results = (scalar, scalar.clone(), scalar.bool(), rates_2, sums.totals_S4.clone())
+        return Graphs(self.params.values(), self._pass, self._update, sums, results, stream)
+
     def counts(self) -> tuple[int, int, int]:
         """Wait for all steps; gives the updates, the steps without a finite gradient, and how many came last."""
         updates, bad_steps, bad_in_a_row = self.counts_3.tolist()
@@ -126,8 +144,21 @@ class Engine:
     def train_step(self, batches: Sequence[MicroBatch]) -> StepResult:
         """Run the micro-batches of one step and update the weights, unless the gradient is not finite."""
         counts, weights = self._weights(batches)
-        sums = self._no_sums()
-        self._run(batches, weights, sums)
+        if self.graphs is None:
+            sums = self._no_sums()
+            self._run(batches, weights, sums)
+            found = self._update(sums)
+        else:
+            found = self.graphs.step(batches, weights)
+        loss, grad_norm, finite, rates_2, totals_S4 = found
+        if self.scaler.dynamic:  # the next step's scale is a number of the host's
+            self.scaler.update(finite=bool(finite))
+        n_tokens = sum(batch.tokens_BT.numel() for batch in batches) * self.mesh.dp_size
+        self._drop_gradients()
+        return StepResult(loss, grad_norm, finite, rates_2, n_tokens, sum(counts), totals_S4)
+
+    def _update(self, sums: Sums) -> Sequence[Tensor]:
+        """Update the weights from all gradients; gives loss, norm, whether that is finite, rates_2 and totals_S4."""
         loss, grad_norm, totals_S4 = self._over_all_ranks(sums, self._grad_norm())
         loss, grad_norm = loss / self.scaler.scale, grad_norm / self.scaler.scale
         finite = torch.isfinite(grad_norm)
@@ -135,11 +166,7 @@ class Engine:
         clip = ((grad_norm + 1e-6) / self.max_grad_norm).clamp(min=1.0) if self.max_grad_norm > 0 else 1.0
         rates_2 = self.optimizer.step(grad_scale=torch.ones_like(grad_norm) * clip * self.scaler.scale, finite=finite)
         self._count(finite)
-        if self.scaler.dynamic:  # the next step's scale is a number of the host's
-            self.scaler.update(finite=bool(finite))
-        n_tokens = sum(batch.tokens_BT.numel() for batch in batches) * self.mesh.dp_size
-        self._drop_gradients()
-        return StepResult(loss, grad_norm, finite, rates_2, n_tokens, sum(counts), totals_S4)
+        return loss, grad_norm, finite, rates_2, totals_S4
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
@@ -188,12 +215,17 @@ class Engine:
             reduce_after(self.model, self.config.zero_stage, last=index == len(inputs))
             self.model(tokens_BT, **told).backward()
 
+    def _pass(self, batch: MicroBatch, weight: Tensor, sums: Sums) -> None:
+        """Run a micro-batch that is on the device."""
+        tokens_BT, told = self._inputs(batch, weight, sums)
+        self.model(tokens_BT, **told).backward()
+
     def _agree_on_scales(self) -> None:
         """Before weights are gathered in 8 bits: they may have changed."""
         if self.casts and self.mesh.layout is not None:
             agree_on_scales(self.casts, self.mesh.layout.get_group("dp_shard"))
 
-    def _inputs(self, batch: MicroBatch, weight: float, sums: Sums) -> "Inputs":
+    def _inputs(self, batch: MicroBatch, weight: float | Tensor, sums: Sums) -> "Inputs":
         """Bring a micro-batch to the device; its head gives the weighted loss and adds to `sums`."""
         device = self.mesh.device
         labels_N = self._slice(batch.labels_BT).to(device, non_blocking=True).flatten()
@@ -255,7 +287,7 @@ class Engine:
     def _count(self, finite: Tensor) -> None:
         updates, bad_steps, bad_in_a_row = self.counts_3.unbind()
         in_a_row = torch.where(finite, 0, bad_in_a_row + 1)
-        self.counts_3 = torch.stack([updates + finite, bad_steps + ~finite, in_a_row])
+        self.counts_3.copy_(torch.stack([updates + finite, bad_steps + ~finite, in_a_row]))
 
     def _complete_gradients(self) -> None:
         """Give every parameter a gradient that is laid out as it is, and the copies of one the same."""

@@ -118,6 +118,13 @@ def test_the_tutorial_experiment_has_the_tutorials_hyper_parameters() -> None:
             ],
         ),
         (
+            ["parallel.cuda_graphs=true", "precision=fp16", "optimizer.impl=torch"],
+            [
+                "parallel.cuda_graphs (true) needs precision.compute bf16 or fp32, not fp16, whose loss scale the host sets; choose parallel.cuda_graphs=false",
+                "parallel.cuda_graphs (true) needs optimizer.impl auto or triton, not torch, which takes its rates from the host; choose parallel.cuda_graphs=false",
+            ],
+        ),
+        (
             ["ramp.start_tokens=100"],
             [
                 "ramp.every_steps (0) and ramp.increment_tokens (0) must be at least 1 when ramp.start_tokens is set",

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 WARM_UP, PROFILED = 3, 2  # steps
 WINDOW = "profiled steps"
 KINDS = {
-    "loss": ("_statistics_kernel", "_gradient_kernel", "_LinearCrossEntropy"),
+    "loss": ("_statistics_kernel", "_gradient_kernel", "_scaled_kernel", "_LinearCrossEntropy"),
     "optimizer": ("_adamw_kernel", "fused_adam", "FusedAdam", "multi_tensor"),
     "attention": ("flash", "fmha", "cudnn_generated", "sdpa", "scaled_dot_product", "efficient_attention"),
     "communication": ("nccl", "c10d::", "gloo:"),

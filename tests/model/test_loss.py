@@ -169,3 +169,13 @@ def test_the_kernels_equal_the_passes_in_torch() -> None:
     a = loss_kernel.gradient(ours, labels, found.row_max, log_norm, *factors)
     b = _TorchRows.gradient(theirs, labels, expected.row_max, log_norm, *factors)
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_scales_and_rounds_as_torch_does(dtype: torch.dtype) -> None:
+    from model import loss_kernel
+
+    x, factor = torch.randn(333, 77, device="cuda"), torch.tensor(0.3, device="cuda")
+    for given in (x, x.to(dtype)):
+        assert torch.equal(loss_kernel.scaled(given, factor, dtype), (given.float() * factor).to(dtype))

@@ -6,7 +6,7 @@ import pytest
 
 from model.config import ModelConfig
 from parallel.axes import Axes, layout_problems, resolve_axes, stage_layers, stages_of
-from parallel.config import Compile, ParallelConfig, ParallelError, Schedule
+from parallel.config import Compile, Device, ParallelConfig, ParallelError, Schedule
 
 MODEL = ModelConfig(
     name="m", vocab_size=1000, d_model=32, n_layers=4, n_heads=8, n_kv_heads=4, d_ff=96, max_seq_len=64
@@ -58,6 +58,8 @@ def test_a_layout_that_fits_is_told_nothing() -> None:
         (32, {"pp": 4, "dp_shard": 8}, ["parallel.pp (4) must be at most the micro-batches a rank runs in a step (2), or the pipeline is never full; raise global_batch_tokens, lower data.micro_batch_size, or lower the data-parallel axes"]),
         (2, {"dp_shard": 2, "zero_stage": 0}, ["parallel.dp_shard (2) must be 1 with parallel.zero_stage (0), which shards nothing; use parallel.dp_replicate, or zero_stage 1, 2 or 3"]),
         (1, {"async_tp": True, "sequence_parallel": False}, ["parallel.async_tp (true) needs parallel.tp of 2 or more, or -1, not 1", "parallel.async_tp (true) needs parallel.sequence_parallel true, not False"]),
+        (1, {"cuda_graphs": True, "device": Device.cpu}, ["parallel.cuda_graphs (true) needs parallel.device cuda, not cpu; choose false"]),
+        (2, {"cuda_graphs": True, "tp": 2, "sequence_parallel": False}, ["parallel.cuda_graphs (true) needs one GPU, parallel.tp 1, not 2; choose false"]),
         (2, {"pp": 2, "pipeline_schedule": Schedule["zbv"]}, ["parallel.virtual_stages (1) must be exactly 2 with parallel.pipeline_schedule (zbv)"]),
         (2, {"pp": 2, "pipeline_schedule": Schedule["zero_bubble"], "compile": Compile.blocks}, ["parallel.compile (blocks) does not go with parallel.pipeline_schedule (zero_bubble), which computes the gradients of weights later than those of inputs; use parallel.compile=auto, or interleaved_1f1b"]),
     ],

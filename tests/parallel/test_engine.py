@@ -1,5 +1,6 @@
 """The engine's step against autograd and torch.optim on the whole batch at once."""
 
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -37,13 +38,14 @@ def build(
     reduction: Reduction = Reduction.global_token,
     chunk_tokens: int = 16,
     grad_dtype: torch.dtype | None = None,
+    fp8: str = "none",
     mesh: Mesh = CPU,
 ) -> Engine:
     optimizer = optimizer or OptimizerConfig(lr=1e-2)
     with torch.device("meta"):
         model = Transformer(CONFIG)
     dtype = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}[compute]
-    parallelize(model, mesh, parallel or ParallelConfig(), dtype, grad_dtype=grad_dtype)
+    parallelize(model, mesh, parallel or ParallelConfig(), dtype, fp8=fp8, grad_dtype=grad_dtype)
     model.init_weights(seed=3)
     adamw = AdamW(model, optimizer)
     adamw.follow([(optimizer.lr, 0.95)] * 100)
@@ -56,6 +58,7 @@ def build(
         scaler=LossScaler(PrecisionConfig(compute=compute)),
         max_grad_norm=optimizer.max_grad_norm,
         n_sources=2,
+        config=parallel,
         bytes_per_token=torch.arange(64),
     )
 
@@ -237,6 +240,89 @@ def test_low_precision_learns_as_fp32_does(compute: Dtype) -> None:
         losses[dtype] = [float(engine.train_step(batches).loss) for _ in range(15)]
     assert losses[Dtype.fp32][-1] < losses[Dtype.fp32][0] - 1.0
     assert losses[compute] == pytest.approx(losses[Dtype.fp32], rel=2e-2)
+
+
+def steps_of_packs() -> list[list[Packed]]:
+    """Steps whose micro-batches have segments of many counts and lengths, some equal ones."""
+    packs = ([9, 7], [16], [3, 4, 9], [8, 8], [1] * 16, [2, 1, 1, 5, 7])
+    return [[micro_batch(packs[(s + i) % 6], 10 * s + i, source=i % 2) for i in range(1 + s % 3)] for s in range(12)]
+
+
+def compare_with_graphs(plain: Engine, graphed: Engine, steps: list[list[Packed]]) -> None:
+    for number, batches in enumerate(steps):
+        one, other = plain.train_step(batches), graphed.train_step(batches)
+        for field in ("loss", "grad_norm", "finite", "rates_2", "totals_S4"):
+            torch.testing.assert_close(
+                getattr(one, field), getattr(other, field), rtol=0, atol=0, msg=f"{field} {number}"
+            )
+        assert one.n_targets == other.n_targets and one.n_tokens == other.n_tokens
+    for (name, a), b in zip(plain.model.named_parameters(), graphed.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert plain.counts() == graphed.counts()
+
+
+def test_micro_batches_in_fixed_places_give_the_same_steps() -> None:
+    plain, graphed = build(), build()
+    graphed.graphs = graphed.graphs_on(None)
+    steps = steps_of_packs()
+    steps[4] = [micro_batch([16], 0, ignored=16)]  # without a single target
+    compare_with_graphs(plain, graphed, steps)
+    assert sorted(key[2:] for key in graphed.graphs.passes) == [(1, 16), (2, 8), (2, 16), (4, 16), (8, 16), (16, 1)]
+
+
+def test_a_bad_layer_is_named_and_left_behind_by_micro_batches_in_fixed_places() -> None:
+    plain, graphed = build(), build()
+    graphed.graphs = graphed.graphs_on(None)
+    bad = [micro_batch([8], 0)]
+    for engine in (plain, graphed):
+        block = engine.model.get_submodule("blocks.1.mlp.w_up")
+        handle = block.register_forward_hook(lambda _m, _i, out: out.mul(float("inf")))
+        assert not engine.train_step(bad).finite
+        assert engine.first_bad_layer(bad) == "blocks.1.mlp.w_up (forward)"
+        handle.remove()
+    compare_with_graphs(plain, graphed, steps_of_packs())
+
+
+def test_graphs_are_refused_where_there_are_none() -> None:
+    with pytest.raises(ParallelError, match=r"parallel.cuda_graphs \(true\) needs a CUDA device, not cpu"):
+        build(parallel=ParallelConfig(cuda_graphs=True))
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Let the embedding's gradient and the sums by source be added up in one order."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize(
+    ("mode", "compiled", "fp8"),
+    [
+        *((mode, Compile.none, "none") for mode in ActivationCheckpointing),
+        (ActivationCheckpointing.none, Compile.none, "tensorwise"),
+        (ActivationCheckpointing.none, Compile.blocks, "none"),
+    ],
+)
+def test_a_recorded_step_is_the_step(mode: ActivationCheckpointing, compiled: Compile, fp8: str) -> None:
+    cuda = Mesh(device=torch.device("cuda", 0))
+    plain, graphed = (
+        build(
+            mesh=cuda,
+            compute=Dtype.bf16,
+            fp8=fp8,
+            parallel=ParallelConfig(activation_checkpointing=mode, compile=compiled, cuda_graphs=graphs),
+        )
+        for graphs in (False, True)
+    )
+    compare_with_graphs(plain, graphed, steps_of_packs())
+    assert graphed.graphs is not None and graphed.graphs.update.graph is not None
+    assert all(passes.graph is not None for _, passes in graphed.graphs.passes.values())
+    counters.clear()
+    compare_with_graphs(plain, graphed, steps_of_packs())
+    assert not counters["stats"]["unique_graphs"]
 
 
 @pytest.mark.gpu

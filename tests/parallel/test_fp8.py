@@ -13,7 +13,7 @@ from torch.multiprocessing.spawn import spawn
 
 from model.config import Init, ModelConfig
 from model.transformer import Transformer
-from parallel.apply import multiply_in_fp8
+from parallel.apply import compile_blocks, multiply_in_fp8
 from parallel.fp8 import E4M3, E5M2, Fp8Linear, GatheredWeight, to_fp8_both_ways
 from parallel.plan import divide
 
@@ -142,6 +142,7 @@ def one_block(dtype: torch.dtype) -> Transformer:
 
 def passes(model: Transformer) -> tuple[Tensor, dict[str, Tensor]]:
     tokens_BT = torch.randint(64, (2, 32), generator=torch.Generator().manual_seed(2))
+    tokens_BT = tokens_BT.to(next(model.parameters()).device)
     model(tokens_BT, head=lambda h_BTD, _: whole(h_BTD)).square().sum().backward()
     with torch.no_grad():
         out = model(tokens_BT, head=lambda h_BTD, _: whole(h_BTD))
@@ -182,6 +183,24 @@ def test_a_divided_matrix_multiplies_as_the_whole_one_and_adds_its_bias_once(
     assert grads.keys() == exact_grads.keys()
     for name, exact in exact_grads.items():
         assert relative(grads[name], exact) < 1.2 * relative(whole_grads[name], exact) < 0.2, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_scales_of_rows_are_as_exact_as_8_bits_are_on_the_card(compiled: bool) -> None:
+    pytest.importorskip("torchao")
+    exact_out, exact_grads = passes(one_block(torch.float32).cuda())
+    model = one_block(torch.bfloat16).cuda()
+    blocks = list(model.blocks.children())
+    multiply_in_fp8(blocks, "rowwise")
+    assert sum(type(module).__name__ == "Float8Linear" for module in model.modules()) == 7
+    if compiled:
+        compile_blocks(blocks)
+    out, grads = passes(model)
+    assert 1e-3 < relative(out, exact_out) < 0.1
+    assert grads.keys() == exact_grads.keys()
+    for name, exact in exact_grads.items():
+        assert grads[name].dtype == torch.bfloat16 and relative(grads[name], exact) < 0.2, name
 
 
 @pytest.mark.gpu

@@ -1,5 +1,10 @@
 """AdamW against torch.optim's."""
 
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -152,6 +157,61 @@ def test_an_implementation_that_is_not_here_is_refused_in_a_sentence() -> None:
             AdamW(network(), OptimizerConfig(impl=asked))
     with pytest.raises(TrainingError, match="the `apex` that pip installs is another package"):
         resolve_impl(OptimizerImpl.apex, torch.device("cuda"))
+
+
+def multi_tensor_adam(
+    chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], lr: float, beta1: float, beta2: float,
+    epsilon: float, step: int, mode: int, bias_correction: int, weight_decay: float,
+) -> None:  # fmt: skip
+    """What NVIDIA apex's function of this name does with these arguments, in the same order."""
+    assert chunk_size == 2048 * 32 and noop_flag.dtype == torch.int32 and noop_flag.tolist() == [0]
+    assert isinstance(step, int) and bias_correction == 1 and mode == 1  # decoupled weight decay
+    assert len({tensor.dtype for tensors in tensor_lists for tensor in tensors}) == 1  # it asks the first one only
+    for grad, param, exp_avg, exp_avg_sq in zip(*tensor_lists, strict=True):
+        assert all(tensor.is_contiguous() for tensor in (grad, param, exp_avg, exp_avg_sq))
+        exp_avg.mul_(beta1).add_((1 - beta1) * grad)
+        exp_avg_sq.mul_(beta2).add_((1 - beta2) * grad * grad)
+        update = (exp_avg / (1 - beta1**step)) / ((exp_avg_sq / (1 - beta2**step)).sqrt() + epsilon)
+        param.sub_(lr * (update + weight_decay * param))
+
+
+def stand_in_for_apex(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put modules where NVIDIA apex has its own; theirs needs a CUDA build."""
+
+    def multi_tensor_applier(op: Any, noop_flag: Tensor, tensor_lists: Sequence[Sequence[Tensor]], *args: Any) -> None:
+        op(2048 * 32, noop_flag, tensor_lists, *args)
+
+    for name, function in (
+        ("amp_C", multi_tensor_adam),
+        ("apex", None),
+        ("apex.multi_tensor_apply", multi_tensor_applier),
+    ):
+        module = ModuleType(name)
+        if function is not None:
+            setattr(module, function.__name__, function)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_apexs_adam_is_given_what_makes_it_torchs_adamw(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    stand_in_for_apex(monkeypatch)
+    config = OptimizerConfig(lr=1e-2, weight_decay=0.1)
+    low, full = network(dtype), network(dtype).float()
+    optimizer, reference = AdamW(low, config), reference_for(full, config)
+    optimizer.impl = OptimizerImpl.apex
+    rates = [(1e-2 / (step + 1), 0.95 + step / 1000) for step in range(5)]
+    optimizer.follow(rates)
+    for lr, beta2 in rates:
+        for group in reference.param_groups:
+            group["lr"], group["betas"] = lr, (config.beta1, beta2)
+        for param, other in zip(low.parameters(), full.parameters(), strict=True):
+            param.grad = torch.randn_like(param)
+            other.grad = param.grad.float() / 4
+        reference.step()
+        optimizer.step(grad_scale=torch.tensor(4.0), finite=FINITE)
+    kept = optimizer.tensors()
+    for name, other in full.named_parameters():
+        torch.testing.assert_close(kept[f"model.{name}"], other.detach(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.gpu
