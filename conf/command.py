@@ -64,7 +64,10 @@ def run(main: Callable[[], Any], config_name: str) -> None:
         sys.exit(2)
     args = get_args_parser().parse_args()
     if args.help:
-        print(_help(args.overrides, config_name))
+        try:
+            print(_help(args.overrides, config_name), flush=True)
+        except BrokenPipeError:  # `| head` has seen enough; Python would say so once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     try:
         with sentences():

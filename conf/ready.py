@@ -8,8 +8,10 @@ from typing import Any
 from conf.schema import PrepareConfig, TrainConfig
 from data.config import DataError, Source, refuse_missing
 from data.inputs import refuse_no_files
+from data.shards import refuse_unfit
 from parallel.config import Where
-from training.config import CheckpointError
+from parallel.launch import refuse_no_gpu
+from training.config import CheckpointError, Fp8
 from training.origin import refuse_no_origin
 from training.run_folder import committed, refuse_early, refuse_held
 
@@ -21,6 +23,9 @@ def refuse_unready(config: TrainConfig, run_config: dict[str, Any], run_dir: Pat
     """
     for _, refuse in needs(config, run_dir, settings):
         refuse()
+    _refuse_unfit(config)
+    fp8 = config.precision.fp8
+    refuse_no_gpu(config.parallel, None if fp8 is Fp8.none else fp8.value)
     refuse_early(run_dir, run_config, config.checkpoint)
 
 
@@ -33,6 +38,11 @@ def needs(config: TrainConfig, run_dir: Path, settings: str | None) -> Iterator[
     if config.init_from is not None and not committed(run_dir / "checkpoints"):
         origin = Path(config.init_from)
         yield origin, partial(refuse_no_origin, origin)
+
+
+def _refuse_unfit(config: TrainConfig) -> None:
+    if config.data.source in (Source.builtin, Source.local, Source.huggingface):
+        refuse_unfit(config.data, config.model.vocab_size)
 
 
 def refuse_or_need(
@@ -51,6 +61,7 @@ def refuse_or_need(
         refuse_held(run_dir)
         refuse_unready(config, run_config, run_dir, settings)
         return []
+    _refuse_unfit(config)
     refuse_early(run_dir, run_config, config.checkpoint)
     return [(path.absolute(), _said(refuse)) for path, refuse in needs(config, run_dir, settings)]
 

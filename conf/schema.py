@@ -187,6 +187,8 @@ class TrainConfig:
             yield (
                 f"data.vocab_size ({self.data.vocab_size}) must be at most model.vocab_size ({self.model.vocab_size})"
             )
+        if self.init_from == "":
+            yield "init_from is not set; name a run, a checkpoint, or a Hugging Face folder to begin from"
         if self.init_from is None and self.init_content != ["model"]:
             yield f"init_content ({self.init_content}) needs init_from, the checkpoint to take it from"
         for word in self.init_content:

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +19,10 @@ from conf.command import SweepError, data_settings, is_sentence, told_once
 from conf.ready import refuse_or_need
 from conf.schema import PrepareConfig, TrainConfig, to_config
 from data.config import DataError
-from parallel.config import Device, LauncherConfig, ParallelConfig, Where
+from parallel.config import Device, LauncherConfig, ParallelConfig, ParallelError, Where
 from parallel.launch import local_processes
 from training.config import CheckpointError
-from training.run_folder import changed_keys, is_free_key
+from training.run_folder import SWEEP_LOCK, changed_keys, is_free_key, locked
 from training.status import crashed_the_same_way_twice, note_end, note_queued, read_status
 
 CODE = Path(__file__).parent.parent
@@ -53,11 +54,12 @@ def run_points(command: str, points: Sequence[Composed], sweep_dir: Path) -> lis
     from training.logs import screen
 
     wanted, begun, outcomes = [], [], {}
-    with screen():
+    starts_here = any(config.launcher.where is Where.local and needed is not None for _, config, _, needed in checked)
+    with screen(), locked(sweep_dir, name=SWEEP_LOCK) if starts_here else nullcontext():
         for (label, _, run_dir, hydra), config, run_config, needed in checked:
             if needed is None:
                 outcomes[run_dir] = Outcome("finished", _value(run_dir, read_status(run_dir)["valid_loss"]))
-                logger.info("finished already: %s", run_dir)
+                logger.info("%s already: %s", read_status(run_dir)["state"], run_dir)
                 continue
             _share_cores(config, len(points))
             if isinstance(config, TrainConfig):
@@ -140,7 +142,7 @@ def _checked(
         try:
             if not is_finished(run_dir, run_config):
                 needed = refuse_or_need(config, run_config, run_dir, data_settings(hydra))
-        except (DataError, CheckpointError) as error:
+        except (DataError, CheckpointError, ParallelError) as error:
             problems.setdefault(str(error), []).append(label)
         checked.append((point, config, run_config, needed))
     if problems:

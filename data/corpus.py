@@ -13,7 +13,7 @@ from data.config import DataConfig, DataError, Packing, Source, refuse_missing
 from data.foreign import refuse_overlap, token_files
 from data.order import Mixture, Pool
 from data.packing import Layout, Piece, RandomTokens, Tokens, layout_of
-from data.shards import Shard, read_about
+from data.shards import Shard, read_about, refuse_small_vocabulary, refuse_unknown_sources
 from data.tokenizer import Tokenizer, load_tokenizer
 
 RANDOM_PACKS = {"train": 4096, "valid": 8}
@@ -159,7 +159,7 @@ def _prepared_corpus(config: DataConfig, vocab_size: int) -> Corpus:
     tokenizer = load_tokenizer(folder / "tokenizer")
     if tokenizer.fingerprint != about["tokenizer"]["fingerprint"]:
         raise DataError(f"{tokenizer.path} is not the tokenizer that {folder} was made with; prepare the corpus again")
-    _check_vocabulary(tokenizer, vocab_size)
+    refuse_small_vocabulary(str(tokenizer.path), tokenizer.vocab_size, vocab_size)
     files: dict[str, dict[str, list[Shard]]] = {"train": {}, "valid": {}}
     for split, sources in about["splits"].items():
         for source, counts in sources.items():
@@ -172,15 +172,6 @@ def _prepared_corpus(config: DataConfig, vocab_size: int) -> Corpus:
         add_bos=about["tokenizer"]["add_bos"],
         add_eos=about["tokenizer"]["add_eos"],
     )
-
-
-def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    if tokenizer.vocab_size > vocab_size:
-        raise DataError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} pieces, more than model.vocab_size ({vocab_size}); pass "
-            f"model.vocab_size={-(-tokenizer.vocab_size // 128) * 128}, a multiple of 128 that tensor "
-            "parallelism divides; the export leaves out what no token has"
-        )
 
 
 def _own_shard(stem: Path, tokenizer: Tokenizer, vocab_size: int) -> Shard:
@@ -207,7 +198,7 @@ def _foreign_corpus(config: DataConfig, vocab_size: int) -> Corpus:
     refuse_overlap(train, valid, config.input, config.valid_input or "")
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     if tokenizer is not None:
-        _check_vocabulary(tokenizer, vocab_size)
+        refuse_small_vocabulary(str(tokenizer.path), tokenizer.vocab_size, vocab_size)
     files: Any = {"train": train, "valid": valid}
     return _corpus(config, files, tokenizer=tokenizer, vocab_size=vocab_size, add_bos=False, add_eos=False)
 
@@ -222,10 +213,7 @@ def _corpus(
     add_eos: bool,
 ) -> Corpus:
     sources = tuple(sorted({name for split in files.values() for name in split}))
-    if unknown := sorted(set(config.mix) - set(files["train"])):
-        raise DataError(
-            f"data.mix.{unknown[0]}: there is no such source; choose from {', '.join(sorted(files['train']))}"
-        )
+    refuse_unknown_sources(config, set(files["train"]))
     parts = ["tokenizer/" + (tokenizer.fingerprint if tokenizer else "unknown") + f"/{add_bos}/{add_eos}"]
     for split in ("train", "valid"):
         for name in sorted(files[split]):

@@ -22,6 +22,7 @@ from parallel.config import (
     ParallelConfig,
     ParallelError,
     ReduceDtype,
+    no_fp8,
 )
 from parallel.fp8 import MULTIPLE, Fp8Linear, cast_before_gathering
 from parallel.mesh import Mesh
@@ -128,10 +129,7 @@ def check_fp8_device(scaling: str, device: torch.device) -> None:
     """Raise `ParallelError` if a device has no 8-bit products."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else device
-        raise ParallelError(
-            f"precision.fp8 ({scaling}) needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), "
-            f"not {where}; choose precision.fp8=none"
-        )
+        raise no_fp8(scaling, str(where))
 
 
 def overlap_tp(mesh: DeviceMesh) -> None:

@@ -55,6 +55,17 @@ class ParallelError(Exception):
     """A layout that this machine cannot run, told as a sentence for the user."""
 
 
+def no_fp8(scaling: str, where: str) -> ParallelError:
+    return ParallelError(
+        f"precision.fp8 ({scaling}) needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), "
+        f"not {where}; choose precision.fp8=none"
+    )
+
+
+def no_graphs(where: str) -> ParallelError:
+    return ParallelError(f"parallel.cuda_graphs (true) needs a CUDA device, not {where}; choose false")
+
+
 class RankError(Exception):
     """How one of several ranks failed: whole lines for the user, its traceback among them."""
 
@@ -160,6 +171,7 @@ class Where(Enum):
 
 
 TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):(\d{2})(?::(\d{2}))?")  # [days-]hours:minutes[:seconds]
+SLURM_ONLY = ("cpus_per_task", "mem_gb", "partition", "account", "qos", "constraint", "sbatch", "srun_args", "setup")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -217,8 +229,9 @@ class LauncherConfig:
             yield f"launcher.save_before_s ({self.save_before_s}) must be less than launcher.time ({self.time})"
         if self.where is Where.local and self.nodes > 1:
             yield f"launcher.nodes ({self.nodes}) must be 1 with launcher=local; launcher=slurm has more"
-        if self.where is Where.local and self.setup:
-            yield f"launcher.setup ({self.setup}) is for launcher=slurm; on this machine, run the lines before train.py"
+        for key in SLURM_ONLY if self.where is Where.local else ():
+            if getattr(self, key):
+                yield f"launcher.{key} ({getattr(self, key)}) is for launcher=slurm; pass that too, or leave it out"
         if self.gpus_per_node and self.tasks_per_node and self.tasks_per_node > self.gpus_per_node:
             yield (
                 f"launcher.tasks_per_node ({self.tasks_per_node}) must be at most launcher.gpus_per_node "

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel.apply import reduce_after, sharded_modules
 from parallel.bad_layer import Watch
-from parallel.config import ParallelConfig, ParallelError
+from parallel.config import ParallelConfig, ParallelError, no_graphs
 from parallel.fp8 import Fp8Linear, agree_on_scales
 from parallel.graphs import Graphs
 from parallel.mesh import Mesh
@@ -124,7 +124,7 @@ class Engine:
     def _open_graphs(self) -> Graphs:
         device = self.mesh.device
         if device.type != "cuda":
-            raise ParallelError(f"parallel.cuda_graphs (true) needs a CUDA device, not {device}; choose false")
+            raise no_graphs(str(device))
         if importlib.util.find_spec("triton") is None:  # without it the update waits for the device
             raise ParallelError("parallel.cuda_graphs (true) needs Triton: pip install triton, or choose false")
         return self.graphs_on(torch.cuda.Stream(device))

@@ -26,7 +26,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from parallel.config import AXES, Device, LauncherConfig, ParallelConfig, ParallelError, RankError
+from parallel.config import (
+    AXES,
+    Device,
+    LauncherConfig,
+    ParallelConfig,
+    ParallelError,
+    RankError,
+    no_fp8,
+    no_graphs,
+)
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PORTS = range(20000, 32000)  # below the ports that systems hand out by themselves
@@ -88,6 +97,15 @@ def visible_gpus() -> int:
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
         return 0
     return count.value
+
+
+def refuse_no_gpu(config: ParallelConfig, fp8: str | None) -> None:
+    """Raise `ParallelError` if a machine without a GPU is asked for what needs one; `fp8` is its scaling, if any."""
+    if config.device is Device.cpu or not visible_gpus():
+        if fp8 is not None:
+            raise no_fp8(fp8, "cpu")
+        if config.cuda_graphs:
+            raise no_graphs("cpu")
 
 
 def joined_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -97,6 +97,10 @@ def test_the_tutorial_experiment_has_the_tutorials_hyper_parameters() -> None:
             ["launcher=slurm", "optimizer.lr=1e-3,-1"],
             ["optimizer.lr (-1.0) must be positive and finite (at optimizer.lr=-1)"],
         ),
+        (
+            ["experiment=sft_7b", "data.input=a.json"],
+            ["init_from is not set; name a run, a checkpoint, or a Hugging Face folder to begin from"],
+        ),
         (["skip_batches=3"], ["skip_batches (3) must be a list, as in skip_batches=[3]"]),
         (["7b", "foo"], ["7b is no key=value; did you mean model=7b?", "foo is no key=value"]),
         (["local"], ["local is no key=value; did you mean data=local or launcher=local?"]),
@@ -203,6 +207,10 @@ def test_a_search_is_checked_at_the_corners_of_its_space() -> None:
     ("argv", "sentence"),
     [
         (["launcher.nodes=2"], "launcher.nodes (2) must be 1 with launcher=local; launcher=slurm has more"),
+        (
+            ["launcher.partition=gpu"],
+            "launcher.partition (gpu) is for launcher=slurm; pass that too, or leave it out",
+        ),
         (["launcher.time=1h"], "launcher.time (1h) must look like 24:00:00 or 2-12:00:00 (days-hours:minutes:seconds)"),
         (["launcher.time=0:01:00"], "launcher.save_before_s (120) must be less than launcher.time (0:01:00)"),
         (["launcher.parallel_jobs=0"], "launcher.parallel_jobs (0) must be at least 1"),

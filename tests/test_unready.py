@@ -15,7 +15,8 @@ from conf.sweep import Composed, run_points
 from parallel import jobs, slurm
 from parallel.config import ParallelError
 from tests.conftest import ROOT, trained
-from training.run_folder import locked
+from training.config import CheckpointError
+from training.run_folder import SWEEP_LOCK, locked
 from training.status import read_status
 
 RATES = ("1e-3", "1e-2")
@@ -122,3 +123,26 @@ def test_a_dry_run_is_done_at_every_point_and_starts_no_job(
     composed[1].cfg.dry_run.enabled = False
     with pytest.raises(SweepError, match=r"dry_run \(optimizer.lr=1e-2\) must be the same at all points"):
         run_points("train", composed, tmp_path)
+
+
+def test_what_a_corpus_and_a_machine_do_not_go_with_is_told_before_any_point_starts(
+    tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("parallel.launch.visible_gpus", lambda: 0)
+    told = {
+        "model.vocab_size=128": "pieces, more than model.vocab_size (128); pass model.vocab_size=",
+        "+data.mix.fr=1": "data.mix.fr: there is no such source; choose from ",
+        "precision=fp8": "precision.fp8 (tensorwise) needs a GPU of compute capability 8.9 or more",
+        "parallel.cuda_graphs=true": "parallel.cuda_graphs (true) needs a CUDA device, not cpu; choose false",
+    }
+    for override, sentence in told.items():
+        assert sentence in refused(tmp_path, *small, "parallel.device=auto", override), override
+
+
+def test_a_sweep_in_whose_folder_another_is_is_refused(tmp_path: Path, small: list[str]) -> None:
+    with (
+        locked(tmp_path, name=SWEEP_LOCK),
+        pytest.raises(CheckpointError, match=r"is in use by process \d+ on .*; wait"),
+    ):
+        run_points("train", points(tmp_path, *small), tmp_path)
+    assert not list(tmp_path.glob("point*"))

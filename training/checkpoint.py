@@ -233,6 +233,9 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], text: str, ranks
         with _one_process():
             save(dict(tensors), storage_writer=writer, process_group=ranks.group, no_dist=alone)
     except (OSError, RuntimeError, CheckpointException) as error:  # DCP raises one of a rank's on all
+        failures = error.failures.values() if isinstance(error, CheckpointException) else ()
+        if any(isinstance(cause, KeyboardInterrupt) for cause, _ in failures):
+            raise KeyboardInterrupt from None  # a second Ctrl-C, and no failure
         raise CheckpointError(reason_of(error)) from error
     ranks.together(own_files, finish)
 

@@ -15,6 +15,7 @@ from training.config import CheckpointConfig, CheckpointError, Resume
 
 logger = logging.getLogger(__name__)
 
+LOCK, SWEEP_LOCK = ".lock", ".sweep_lock"  # of a run, and of a sweep in whose folder runs are
 STEP = re.compile(r"step-(\d{8})")
 # What makes a model another one: its tensors, the number of heads in them, and what is computed between them
 SHAPE_KEYS = (
@@ -34,18 +35,18 @@ FREE_KEYS = (
 
 
 @contextmanager
-def locked(run_dir: Path, rank: int = 0) -> Iterator[None]:
-    """Hold a run folder for this run, by its rank 0; raises `CheckpointError` if another one has it."""
+def locked(run_dir: Path, rank: int = 0, name: str = LOCK) -> Iterator[None]:
+    """Hold a run's folder, or a sweep's, by its rank 0; raises `CheckpointError` if another process has it."""
     run_dir.mkdir(parents=True, exist_ok=True)
     if rank:
         yield
         return
-    path = run_dir / ".lock"
+    path = run_dir / name
     with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _held_by_another(run_dir) from None
+            raise _held_by_another(run_dir, name) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -55,18 +56,18 @@ def locked(run_dir: Path, rank: int = 0) -> Iterator[None]:
 def refuse_held(run_dir: Path) -> None:
     """Raise `CheckpointError` if a process holds a run folder."""
     if is_held(run_dir):
-        raise _held_by_another(run_dir)
+        raise _held_by_another(run_dir, LOCK)
 
 
-def _held_by_another(run_dir: Path) -> CheckpointError:
-    owner = (run_dir / ".lock").read_text().strip() or "another process"
+def _held_by_another(run_dir: Path, name: str) -> CheckpointError:
+    owner = (run_dir / name).read_text().strip() or "another process"
     return CheckpointError(f"{run_dir} is in use by {owner}; wait for it, or pass another name=")
 
 
 def is_held(run_dir: Path) -> bool:
     """Say whether a process holds a run folder."""
     try:
-        with (run_dir / ".lock").open() as file:
+        with (run_dir / LOCK).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except (FileNotFoundError, NotADirectoryError):
         return False

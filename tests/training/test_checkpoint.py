@@ -209,6 +209,17 @@ def test_a_file_size_limit_inside_the_writer_is_an_error_too(tmp_path: Path) -> 
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
+def test_a_second_interrupt_while_it_is_written_is_no_failed_checkpoint(
+    run: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_data(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.checkpoint.FileSystemWriter.write_data", write_data)
+    with pytest.raises(KeyboardInterrupt):
+        run.save(40, tensors(), {})
+
+
 def test_state_that_is_no_number_is_refused(run: Checkpoints) -> None:
     with pytest.raises(ValueError, match="Out of range float"):
         run.save(40, tensors(), {"loss": float("nan")})
