@@ -135,12 +135,16 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return {p.piece.replace(SPACE, " "): i for i, p in enumerate(proto.pieces) if p.type in kinds}
 
 
+def markers(template: str | None) -> tuple[str, ...]:
+    """Give the special tokens that a built-in template writes, the last of which ends an answer; of others, none."""
+    return next((MARKERS[name] for name in MARKERS if template == TEMPLATES[name]), ())
+
+
 def answer_end(tokenizer: Tokenizer) -> int | None:
     """Give the token that ends an answer in the built-in template that lies beside a tokenizer."""
     path = tokenizer.path.with_name(CHAT_TEMPLATE)
-    template = path.read_text(encoding="utf-8") if path.exists() else None
-    ends = (end for name, (_, end) in MARKERS.items() if template == TEMPLATES[name])
-    return next((special_ids(tokenizer).get(end) for end in ends), None)
+    written = markers(path.read_text(encoding="utf-8") if path.exists() else None)
+    return special_ids(tokenizer).get(written[-1]) if written else None
 
 
 class ChatEncoder:

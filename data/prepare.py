@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from data.chat import ChatEncoder, read_template
+from data.chat import ChatEncoder, markers, read_template
 from data.config import DataConfig, DataError, OnBadRecord, Source, Style, TokenizerConfig
 from data.inputs import BadRecords, Item, items
 from data.journal import Counts, Journal, changed_input, write_whole
@@ -318,9 +318,10 @@ def _tokenizer(
             logger.warning("%s", problem)
         save_tokenizer(tokenizer, folder)
         return load_tokenizer(folder)
+    special = () if data.style is Style.text else markers(read_template(data.chat_template))
     print(f"training a tokenizer of {config.vocab_size} pieces", flush=True)
-    texts = tokenizer_texts(data, todo, config.train_bytes)
-    return train_tokenizer(iter(texts), folder / "tokenizer.model", vocab_size=config.vocab_size, threads=workers)
+    texts, path = tokenizer_texts(data, todo, config.train_bytes), folder / "tokenizer.model"
+    return train_tokenizer(iter(texts), path, vocab_size=config.vocab_size, threads=workers, special=special)
 
 
 def sample_texts(data: DataConfig, number: int, *, max_tokens: int) -> Iterator[tuple[str, str]]:
