@@ -83,7 +83,7 @@ def messages_of(record: Any, style: Literal["alpaca", "chat"], key: str = "messa
         return _taught([{"role": "user", "content": parts[0]}, {"role": "assistant", "content": parts[1]}])
     turns = lookup(record, key)
     if not isinstance(turns, list):
-        raise ValueError(f"data.messages_key ({key}) is no list in it; it has {shape(record)}")
+        raise ValueError(f"data.messages_key ({key}) {not_there(record, key, 'a list')}")
     if not turns:
         raise ValueError(f"data.messages_key ({key}) is an empty list in it")
     messages = []
@@ -109,6 +109,33 @@ def shape(record: Any) -> str:
         return "nothing" if record == {} else type(record).__name__
     keys = [str(key) if len(str(key)) <= KEY_CHARS else "..." for key in islice(record, KEYS_TOLD)]
     return ", ".join([*keys, "..."] if len(record) > KEYS_TOLD else keys)
+
+
+def not_there(record: Any, dotted: str, wanted: str) -> str:
+    """Say what a record holds at a dotted key instead of what is wanted, or which keys it has."""
+    above, _, last = dotted.rpartition(".")
+    parent = lookup(record, above) if above else record
+    if not isinstance(parent, dict) or last not in parent:
+        return f"is missing in it; it has {shape(record)}"
+    return f"is {_kind(parent[last])} in it, not {wanted}"
+
+
+def _kind(value: Any) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true or false"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a string"
+        case list():
+            return "a list"
+        case dict():
+            return "an object"
+        case _:
+            return f"of type {type(value).__name__}"
 
 
 def _string(record: Any, field: str) -> str:

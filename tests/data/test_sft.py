@@ -112,7 +112,7 @@ def test_a_bad_conversation_is_named_or_counted(tmp_path: Path, symbols: Tokeniz
     assert (
         about is not None
         and found.count == 3
-        and found.places[1].endswith("a.jsonl:3: data.messages_key (messages) is no list in it; it has messages")
+        and found.places[1].endswith("a.jsonl:3: data.messages_key (messages) is a string in it, not a list")
     )
 
 
