@@ -19,7 +19,11 @@ SAMPLE_TOKENS = 120
 @hydra.main(version_base="1.3", config_path="conf", config_name="prepare_data")
 def main(cfg: DictConfig) -> None:
     with sentences():
-        work(to_config(cfg), data_settings(HydraConfig.get(), "data.name", "data.path"))
+        try:
+            work(to_config(cfg), data_settings(HydraConfig.get(), "data.name", "data.path"))
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on from here", file=sys.stderr)
+            raise
 
 
 def work(config: PrepareConfig, settings: str = "with the data settings of this command") -> None:

@@ -32,7 +32,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.schema import SCHEMAS, ConfigError, did_you_mean, register, to_config
-from data.config import DataError
+from data.config import TRAINING_ONLY, DataError
 from model.config import ModelError
 from parallel.config import LauncherConfig, ParallelError, RankError, Where
 from parallel.launch import VARIABLES, joined_environment
@@ -77,8 +77,13 @@ def run(main: Callable[[], Any], config_name: str) -> None:
 
 
 def data_settings(hydra: Any, *keys: str) -> str:
-    """Give the data settings of a command, all or some, from Hydra's configuration, as typed for another command."""
-    typed = [o for o in hydra.overrides.task if o.startswith("data.") and (not keys or o.partition("=")[0] in keys)]
+    """Give the data settings of a command, from Hydra's configuration, as typed for another command.
+
+    They are those of `keys`, or all but those that training alone reads.
+    """
+    typed = [o for o in (o.removeprefix("+") for o in hydra.overrides.task) if o.startswith("data.")]
+    named = [(o, o.removeprefix("data.").partition("=")[0]) for o in typed]
+    typed = [o for o, key in named if (f"data.{key}" in keys if keys else key.split(".")[0] not in TRAINING_ONLY)]
     return shlex.join([f"data={hydra.runtime.choices['data']}", *typed])
 
 

@@ -83,7 +83,7 @@ def messages_of(record: Any, style: Literal["alpaca", "chat"], key: str = "messa
         return _taught([{"role": "user", "content": parts[0]}, {"role": "assistant", "content": parts[1]}])
     turns = lookup(record, key)
     if not isinstance(turns, list):
-        raise ValueError(f"data.messages_key ({key}) is no list in it; it has {shape(record)}")
+        raise ValueError(f"data.messages_key ({key}) {not_there(record, key, 'a list')}")
     if not turns:
         raise ValueError(f"data.messages_key ({key}) is an empty list in it")
     messages = []
@@ -111,6 +111,33 @@ def shape(record: Any) -> str:
     return ", ".join([*keys, "..."] if len(record) > KEYS_TOLD else keys)
 
 
+def not_there(record: Any, dotted: str, wanted: str) -> str:
+    """Say what a record holds at a dotted key instead of what is wanted, or which keys it has."""
+    above, _, last = dotted.rpartition(".")
+    parent = lookup(record, above) if above else record
+    if not isinstance(parent, dict) or last not in parent:
+        return f"is missing in it; it has {shape(record)}"
+    return f"is {_kind(parent[last])} in it, not {wanted}"
+
+
+def _kind(value: Any) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true or false"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a string"
+        case list():
+            return "a list"
+        case dict():
+            return "an object"
+        case _:
+            return f"of type {type(value).__name__}"
+
+
 def _string(record: Any, field: str) -> str:
     value = lookup(record, field)
     if not isinstance(value, str):
@@ -135,12 +162,16 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return {p.piece.replace(SPACE, " "): i for i, p in enumerate(proto.pieces) if p.type in kinds}
 
 
+def markers(template: str | None) -> tuple[str, ...]:
+    """Give the special tokens that a built-in template writes, the last of which ends an answer; of others, none."""
+    return next((MARKERS[name] for name in MARKERS if template == TEMPLATES[name]), ())
+
+
 def answer_end(tokenizer: Tokenizer) -> int | None:
     """Give the token that ends an answer in the built-in template that lies beside a tokenizer."""
     path = tokenizer.path.with_name(CHAT_TEMPLATE)
-    template = path.read_text(encoding="utf-8") if path.exists() else None
-    ends = (end for name, (_, end) in MARKERS.items() if template == TEMPLATES[name])
-    return next((special_ids(tokenizer).get(end) for end in ends), None)
+    written = markers(path.read_text(encoding="utf-8") if path.exists() else None)
+    return special_ids(tokenizer).get(written[-1]) if written else None
 
 
 class ChatEncoder:

@@ -12,11 +12,20 @@ from pathlib import Path
 from omegaconf import MISSING
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+# What training reads of a DataConfig and preparing does not
+TRAINING_ONLY = {"seq_len", "pack_len", "packing", "mix", "micro_batch_size", "seed", "workers", "tokenizer"}
 MOST_SHARDS = 1000  # parts that one corpus may be prepared in
 
 
 class DataError(Exception):
     """Text, tokens or a tokenizer that cannot be used, told as a sentence for the user."""
+
+
+def cause_of(error: BaseException) -> str:
+    """Give the first line of what an error of another library came of."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 class Source(Enum):
@@ -115,10 +124,9 @@ class DataConfig:
         if self.valid_by is HeldOutBy.rows and (self.source is not Source.huggingface or self.streaming):
             other = "data.streaming (true)" if self.streaming else f"data.source ({self.source.value})"
             yield f"data.valid_by (rows) needs a dataset that is there whole, not {other}; pass data.valid_by=content"
-        for name, weight in self.mix.items():
-            if not (weight >= 0 and weight < float("inf")):
-                yield f"data.mix.{name} ({weight}) must be 0 or more"
-        if self.mix and not any(weight > 0 for weight in self.mix.values()):
+        wrong = {name: weight for name, weight in self.mix.items() if not 0 <= weight < float("inf")}
+        yield from (f"data.mix.{name} ({weight}) must be 0 or more" for name, weight in wrong.items())
+        if self.mix and not wrong and not any(self.mix.values()):
             yield f"data.mix ({self.mix}) must give some source a weight"
         if self.max_record_mb < 1:
             yield f"data.max_record_mb ({self.max_record_mb}) must be at least 1"
@@ -160,7 +168,10 @@ def refuse_missing(config: DataConfig, settings: str | None = None) -> None:
         if config.tokenizer is not None:
             refuse_no_tokenizer(config.tokenizer, "data.tokenizer")
     elif not (Path(config.path) / "corpus.json").exists():
-        command = f"python prepare_data.py {settings or 'with the same data settings'}"
+        settings = settings or "with the same data settings"
+        if config.source is Source.local and config.input is None and not config.sources:
+            settings += " data.input=..."
+        command = f"python prepare_data.py {settings}"
         raise DataError(f"there is no prepared data in {config.path}; run: {command}")
 
 

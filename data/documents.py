@@ -8,7 +8,7 @@ from typing import Any
 
 import xxhash
 
-from data.chat import lookup, messages_of, shape
+from data.chat import lookup, messages_of, not_there
 from data.config import DataConfig, Style
 from data.inputs import BadRecords, source_name
 from data.rows import records
@@ -165,7 +165,7 @@ def from_record(
     else:
         text = lookup(record, config.text_key) if messages is None else json.dumps(messages, ensure_ascii=False)
     if not isinstance(text, str):
-        bad.add(place, f"data.text_key ({config.text_key}) is no string in it; it has {shape(record)}")
+        bad.add(place, f"data.text_key ({config.text_key}) {not_there(record, config.text_key, 'a string')}")
         return
     named = (lookup(record, config.source_key) if config.source_key else None) or None
     if named is not None and (isinstance(named, dict | list) or len(str(named)) > SOURCE_CHARS):

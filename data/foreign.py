@@ -71,9 +71,14 @@ class InternLMFile:
         )
         if len(wrong):
             line = int(wrong[0])
+            why = ""
+            if self.starts[line] >= size:
+                why = f"; {path.name} was cut short, or is not the one that {self.meta.name} was written for"
+            elif self.starts[line] < 0 or (line and self.starts[line] <= self.starts[line - 1]):
+                why = "; offsets that go back are those of a file over 2 GiB in 32 bits"
             raise DataError(
                 f"{self.meta}: row {line} says that document {line} begins at byte {self.starts[line]} of {size} and "
-                f"has {counts[line]} tokens; offsets that go back are those of a file over 2 GiB in 32 bits"
+                f"has {counts[line]} tokens{why}"
             )
         self.starts = np.append(self.starts, size)
         self.offsets = np.concatenate([[0], np.cumsum(counts)])

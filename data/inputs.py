@@ -2,6 +2,7 @@
 
 import glob
 import re
+from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 
 import xxhash
 
-from data.config import DataConfig, DataError, HeldOutBy, OnBadRecord, Source
+from data.config import DataConfig, DataError, HeldOutBy, OnBadRecord, Source, cause_of
 from data.unpack import PACKED, kind_of, open_raw
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 PLACES_TOLD = 10
+SUFFIXES_TOLD = 5
 
 
 @dataclass(slots=True)
@@ -24,6 +26,7 @@ class BadRecords:
     count: int = 0
     empty: int = 0
     places: list[str] = field(default_factory=list)
+    passed_over: Counter[str] = field(default_factory=Counter)  # files that are of no known kind, by suffix
 
     def add(self, place: str, reason: str) -> None:
         if self.policy is OnBadRecord.error:
@@ -42,6 +45,16 @@ class BadRecords:
         self.count += other.count
         self.empty += other.empty
         self.places += other.places[: PLACES_TOLD - len(self.places)]
+
+    def passed_over_line(self) -> str:
+        """Say which files are of no known kind; nothing if there are none."""
+        if not self.passed_over:
+            return ""
+        by_number = sorted(self.passed_over.items(), key=lambda each: (-each[1], each[0]))
+        told = [f"{count} {suffix or 'without a suffix'}" for suffix, count in by_number[:SUFFIXES_TOLD]]
+        more = ["..."] if len(by_number) > SUFFIXES_TOLD else []
+        n = self.passed_over.total()
+        return f"{n} file{'s were' if n > 1 else ' was'} passed over: {', '.join([*told, *more])}"
 
 
 @dataclass(slots=True)
@@ -71,42 +84,51 @@ def items(config: DataConfig, bad: BadRecords, *, known: Container[str] = ()) ->
         case Source.huggingface:
             return _dataset_items(config)
         case _:
-            found = [*_local_items(config)]
+            found = [*_local_items(config, bad.passed_over)]
             copies = _copies(sorted(found, key=lambda item: item.path not in known), bad)
             return [item for item in found if id(item) not in copies]
 
 
-def _local_items(config: DataConfig) -> Iterator[Item]:
-    name = source_name(config.name)
+def _local_items(config: DataConfig, passed_over: Counter[str]) -> Iterator[Item]:
+    def files(pattern: str, key: str) -> list[Item]:
+        return local_files(pattern, source_name(config.name), key, passed_over)
+
     if config.valid_input is not None:
-        yield from (replace(item, split="valid") for item in local_files(config.valid_input, name, "data.valid_input"))
+        yield from (replace(item, split="valid") for item in files(config.valid_input, "data.valid_input"))
     if config.input is not None:
-        found = local_files(config.input, name, "data.input")
+        found = files(config.input, "data.input")
     else:
         parts = config.sources.items()
-        found = [replace(i, source=source_name(k)) for k, v in parts for i in local_files(v, name, f"data.sources.{k}")]
+        found = [replace(i, source=source_name(k)) for k, v in parts for i in files(v, f"data.sources.{k}")]
     yield from (replace(item, split="train") for item in found) if config.valid_input else found
 
 
 def refuse_no_files(config: DataConfig) -> None:
     """Raise `DataError` if a corpus is still to be made, of files, and there are none."""
     if config.source is Source.local and not (Path(config.path) / "corpus.json").exists():
-        for _ in _local_items(config):
+        for _ in _local_items(config, Counter()):
             pass
 
 
-def local_files(pattern: str, name: str, key: str) -> list[Item]:
-    """List the readable files of a path, a folder, a glob or an fsspec address; a sub-folder names the source."""
+def local_files(pattern: str, name: str, key: str, passed_over: Counter[str]) -> list[Item]:
+    """List the readable files of a path, a folder, a glob or an fsspec address; a sub-folder names the source.
+
+    Counts the others in `passed_over`, but for those of a folder that are hidden.
+    """
     if "://" in pattern:
         root, paths = _remote_files(pattern, key)
     else:
         base = Path(pattern).absolute()  # so that files are known again from another working directory
-        found = base.rglob("*") if base.is_dir() else map(Path, glob.glob(str(base), recursive=True))
+        in_folder = (path for path in base.rglob("*") if not _is_hidden(str(path.relative_to(base))))
+        found = in_folder if base.is_dir() else map(Path, glob.glob(str(base), recursive=True))
         paths = {str(path): path.stat().st_size for path in found if path.is_file()}
         # of a glob, sources are the folders under what comes before its first wildcard
         root = str(base if base.is_dir() else Path(*_before_wildcard(base.parts)))
     files = []
-    for path in sorted(path for path in paths if kind_of(path) in SUFFIXES):
+    for path in sorted(paths):
+        if kind_of(path) not in SUFFIXES:
+            passed_over[kind_of(path)] += 1
+            continue
         folders = Path(path.removeprefix(root).lstrip("/")).parts[:-1] if path.startswith(root) else ()
         files.append(Item(path, source_name(folders[0]) if folders else name, size=paths[path]))
     if not files:
@@ -115,6 +137,10 @@ def local_files(pattern: str, name: str, key: str) -> list[Item]:
             f"each plain or {', '.join(PACKED)}"
         )
     return files
+
+
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in Path(path).parts)
 
 
 def _before_wildcard(parts: tuple[str, ...]) -> Iterator[str]:
@@ -134,7 +160,9 @@ def _remote_files(address: str, key: str) -> tuple[str, dict[str, int]]:
             found = system.glob(path, detail=True)
             root = str(Path(*_before_wildcard(Path(path).parts)))
         else:
-            found = system.find(path, detail=True) if system.isdir(path) else {path: system.info(path)}
+            in_folder = system.find(path, detail=True) if system.isdir(path) else {}
+            found = {k: v for k, v in in_folder.items() if not _is_hidden(k.removeprefix(path).lstrip("/"))}
+            found = found if system.isdir(path) else {path: system.info(path)}
             root = path if system.isdir(path) else path.rpartition("/")[0]
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"{key} ({address}) cannot be listed: {error}") from None
@@ -192,8 +220,7 @@ def _dataset_items(config: DataConfig) -> list[Item]:
             name, config.dataset_config, split=config.dataset_split, streaming=config.streaming
         )
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"data.dataset ({name}) cannot be loaded: {reason}") from None
+        raise DataError(f"data.dataset ({name}) cannot be loaded: {cause_of(error)}") from None
     if config.valid_by is HeldOutBy.content or not config.valid_fraction or len(dataset) < 2:
         return [Item(name, source, dataset=dataset)]
     split = dataset.train_test_split(test_size=config.valid_fraction, seed=config.valid_seed)

@@ -34,6 +34,11 @@ class Part:
         self.unread = BadRecords(bad.policy)  # what could not be read since the last block that was
         self.whole = True  # everything that was begun has been written
 
+    @property
+    def has_written(self) -> bool:
+        """Say whether there is anything of the corpus in its files."""
+        return bool(self.writers or self.journal.closed)
+
     def _cut_back(self) -> None:
         """Remove the files that the journal does not know: they are of after its last entry."""
         for path in self.folder.glob(f"*/*-{self.number:05d}-*"):

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from data.chat import ChatEncoder, read_template
-from data.config import DataConfig, DataError, OnBadRecord, Source, Style, TokenizerConfig
+from data.chat import ChatEncoder, markers, read_template
+from data.config import TRAINING_ONLY, DataConfig, DataError, OnBadRecord, Source, Style, TokenizerConfig
 from data.inputs import BadRecords, Item, items
 from data.journal import Counts, Journal, changed_input, write_whole
 from data.part import Part, group_of
@@ -29,9 +29,8 @@ from data.tokenizer import CHAT_TEMPLATE, Tokenizer, export_problem, load_tokeni
 
 logger = logging.getLogger(__name__)
 
-# What training reads of a DataConfig and preparing does not, and what only decides when to stop
-OTHER_KEYS = {"name", "path", "seq_len", "pack_len", "packing", "micro_batch_size", "seed", "workers"}
-OTHER_KEYS |= {"mix", "tokenizer", "on_bad_record"}
+# What does not decide what a corpus holds: where it is, how it is trained on, when to stop
+OTHER_KEYS = {"name", "path", "on_bad_record", *TRAINING_ONLY}
 
 
 def made_by(data: DataConfig, tokenizer: TokenizerConfig) -> dict[str, Any]:
@@ -68,21 +67,27 @@ def existing(data: DataConfig, tokenizer: TokenizerConfig, *, add: bool = False)
         raise DataError(
             f"{folder} was made with other settings: {differing}; pass another data.name or data.path, or remove it"
         )
-    new = _new_items(data, about)
+    left_out = BadRecords(OnBadRecord.skip)
+    new = _new_items(data, about, left_out)
     if new and not add:
         raise DataError(
             f"{len(new)} files of data.input came after {folder} was made, {new[0].path} first; pass add=true to add "
             "them to it, or another data.name or data.path"
         )
+    if add and not new and left_out.count:
+        items(data, BadRecords(data.on_bad_record), known=about["input"])  # which is an error, or they are told here
+        print("\n".join(f"{place}; it was left out" for place in left_out.places))
+    if add and not new and (passed_over := left_out.passed_over_line()):
+        print(passed_over)
     return not new
 
 
-def _new_items(data: DataConfig, about: dict[str, Any]) -> list[Item]:
+def _new_items(data: DataConfig, about: dict[str, Any], bad: BadRecords) -> list[Item]:
     """List the files that a corpus was not made of; raises `DataError` if one of those it was made of has changed."""
     if data.source is not Source.local:
         return []
     try:
-        found = items(data, BadRecords(OnBadRecord.skip), known=about["input"])
+        found = items(data, bad, known=about["input"])
     except DataError:
         return []  # the text need not be kept once it is tokens
     for item in found:
@@ -135,13 +140,17 @@ def prepare(
             everything = items(data, bad, known=about["input"] if about else ())
             if shard:
                 bad.clear()  # the first part tells it
-            todo = everything if about is None else _new_items(data, about)
+            elif passed_over := bad.passed_over_line():
+                print(passed_over)
+            todo = everything if about is None else _new_items(data, about, BadRecords(OnBadRecord.skip))
             _begin(data, tokenizer_config, partial, todo, shards, workers, about)
         part = Part(data, tokenizer_config, partial, shard, bad, generation=about["generations"] if about else 0)
         try:
             part.write(todo, held_out_digests(data, everything), shards, workers, on_progress, save_every_s)
         except (DataError, KeyboardInterrupt):
             part.save_if_whole()
+            if shards == 1 and tokenizer_config.model is not None and not part.has_written:
+                shutil.rmtree(partial)  # there is nothing to go on with
             raise
         finally:
             part.close_files()
@@ -208,6 +217,23 @@ def _begin(
         print(f"what an earlier run left of {data.path} is removed, because it was made with {differing}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
+    try:
+        _write_tokenizer(data, config, partial, todo, workers, about)
+    except BaseException:
+        shutil.rmtree(partial)  # nothing in it could be gone on with
+        raise
+    write_whole(partial / "plan.json", json.dumps(plan))
+
+
+def _write_tokenizer(
+    data: DataConfig,
+    config: TokenizerConfig,
+    partial: Path,
+    todo: list[Item],
+    workers: int,
+    about: dict[str, Any] | None,
+) -> None:
+    """Write the tokenizer, with the chat template of conversations; raises `DataError` if they do not go together."""
     tokenizer = _tokenizer(data, todo, config, partial / "tokenizer", workers, about)
     for wanted, token in (("add_bos", tokenizer.bos_id), ("add_eos", tokenizer.eos_id)):
         if getattr(config, wanted) and token is None:
@@ -217,7 +243,6 @@ def _begin(
     if data.style is not Style.text:
         ChatEncoder(read_template(data.chat_template), tokenizer)  # which says if they do not go together
         (partial / "tokenizer" / CHAT_TEMPLATE).write_text(read_template(data.chat_template), encoding="utf-8")
-    write_whole(partial / "plan.json", json.dumps(plan))
 
 
 def _commit(
@@ -318,9 +343,10 @@ def _tokenizer(
             logger.warning("%s", problem)
         save_tokenizer(tokenizer, folder)
         return load_tokenizer(folder)
+    special = () if data.style is Style.text else markers(read_template(data.chat_template))
     print(f"training a tokenizer of {config.vocab_size} pieces", flush=True)
-    texts = tokenizer_texts(data, todo, config.train_bytes)
-    return train_tokenizer(iter(texts), folder / "tokenizer.model", vocab_size=config.vocab_size, threads=workers)
+    texts, path = tokenizer_texts(data, todo, config.train_bytes), folder / "tokenizer.model"
+    return train_tokenizer(iter(texts), path, vocab_size=config.vocab_size, threads=workers, special=special)
 
 
 def sample_texts(data: DataConfig, number: int, *, max_tokens: int) -> Iterator[tuple[str, str]]:

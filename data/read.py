@@ -4,16 +4,15 @@ import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import IO, Any
 
-from data.config import DataConfig, DataError, Source, Style
+from data.config import DataConfig, DataError, Source, Style, cause_of
 from data.cuts import last_space
 from data.documents import Block, Document, not_json
 from data.inputs import BadRecords, Item
 from data.long import UnreadableError, decoded, long_line, long_member, long_row, long_text, scratch
 from data.rows import plain, serialized
-from data.unpack import PACKED, DamageError, kind_of, unpacked
+from data.unpack import DamageError, kind_of, packing_of, unpacked
 
 BLOCK_BYTES = 1 << 20  # of text in a block, or the record that is longer
 BLOCK_RECORDS = 256
@@ -256,7 +255,7 @@ def _parquet_blocks(
     from pyarrow import parquet
 
     with scratch(config) as plain:
-        if Path(item.path).suffix in PACKED:  # a Parquet file is read from its end
+        if packing_of(item.path):  # a Parquet file is read from its end
             while raw := file.read(BLOCK_BYTES):
                 plain.write(raw)
             file = plain
@@ -385,7 +384,7 @@ def _tables(item: Item, config: DataConfig) -> Iterator[Any]:
             number += len(table)
     except (OSError, ValueError, pyarrow.ArrowException, DatasetsError) as error:
         raise DataError(
-            f"data.dataset ({item.path}): record {number} cannot be read: {error}; run again to go on"
+            f"data.dataset ({item.path}): record {number} cannot be read: {cause_of(error)}; run again to go on"
         ) from None
 
 

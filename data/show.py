@@ -7,6 +7,7 @@ and not learnt: the first token of a document, prompts, padding. `samples=n` sho
 import json
 import os
 import sys
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ USAGE = "python -m data.show run=runs/demo step=1234"
 def show(run: Path, step: int, *, samples: int | None = None) -> None:
     """Print the packs of a step of a run, the first step being 1; raises `DataError` if they are not known any more."""
     config, packs_of = _run_config(run)
+    if (last := _last_step(run)) < step:
+        print(f"{run} has not been at step {step} yet: it has come to step {last}")
     corpus = open_corpus(config["data"], vocab_size=config["vocab_size"])
     first, count = sum(packs_of(before) for before in range(step - 1)), packs_of(step - 1)
     corpus.train.begin_at(_first_sample(run, corpus, step, first))
@@ -65,6 +68,15 @@ def marked(tokenizer: Tokenizer | None, tokens: np.ndarray, learnt: np.ndarray) 
         text = " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
         parts.append(text if start < end and learnt[start] else f"⟦{text}⟧")
     return "".join(parts)
+
+
+def _last_step(run: Path) -> int:
+    """Give the last step that a run has written down; a line may have been cut short."""
+    path = run / "metrics.jsonl"
+    for line in reversed(path.read_text().splitlines() if path.exists() else []):
+        with suppress(ValueError):
+            return json.loads(line)["step"]
+    return 0
 
 
 def _first_sample(run: Path, corpus: Corpus, step: int, sample: int) -> int:

@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -234,11 +234,14 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
             shutil.copyfile(tokenizer.path.with_name(other), folder / other)
 
 
-def train_tokenizer(texts: Iterator[str], path: Path, *, vocab_size: int, threads: int) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterator[str], path: Path, *, vocab_size: int, threads: int, special: Sequence[str] = ()
+) -> Tokenizer:
     """Train a SentencePiece BPE tokenizer that gives back every text it is given, and write it to `path`.
 
     Identity normaliser, byte fallback, no dummy prefix, no whitespace removed, digits apart. Lines
-    are its sentences, so no piece holds a newline: a newline is its byte.
+    are its sentences, so no piece holds a newline: a newline is its byte. The names of `special` tokens
+    are spelt in a text, as those of all control tokens are.
     """
     lines = (line for text in texts for line in text.split("\n") if line)
     model = io.BytesIO()
@@ -261,6 +264,7 @@ def train_tokenizer(texts: Iterator[str], path: Path, *, vocab_size: int, thread
             bos_id=1,
             eos_id=2,
             pad_id=-1,
+            control_symbols=list(special),
             minloglevel=2,
         )
     except RuntimeError as error:

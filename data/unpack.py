@@ -18,6 +18,8 @@ STREAMS: dict[str, Callable[[], Any]] = {
     ".bz2": bz2.BZ2Decompressor,
 }
 PACKED = tuple(STREAMS)
+BEGINNINGS = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".xz": b"\xfd7zXZ\0", ".bz2": b"BZh"}
+NAMES = {".gz": "gzip", ".zst": "Zstandard", ".xz": "xz", ".bz2": "bzip2"}
 PADDED = (".gz", ".xz")  # zeros may follow their streams
 READ_BYTES = 1 << 17
 PACKED_BYTES = 1 << 11  # unpacked at once: of the most repetitive text it is 20 MB
@@ -28,9 +30,15 @@ class DamageError(Exception):
 
 
 def kind_of(path: str) -> str:
-    """Give the suffix that says what a file holds: .jsonl of a.jsonl.gz."""
-    name = Path(path)
+    """Give the suffix that says what a file holds: .jsonl of A.JSONL.gz."""
+    name = Path(path.lower())
     return Path(name.stem).suffix if name.suffix in PACKED else name.suffix
+
+
+def packing_of(path: str) -> str:
+    """Give the suffix that says what a file is packed with, or nothing."""
+    suffix = Path(path).suffix.lower()
+    return suffix if suffix in PACKED else ""
 
 
 def open_raw(path: str) -> Any:
@@ -45,9 +53,9 @@ def open_raw(path: str) -> Any:
 @contextmanager
 def unpacked(path: str) -> Iterator[Any]:
     """Open a file for its content, unpacked; what is packed has `read` alone."""
-    suffix = Path(path).suffix
+    packing = packing_of(path)
     with open_raw(path) as raw:
-        yield Unpacked(raw, STREAMS[suffix], padded=suffix in PADDED) if suffix in STREAMS else raw
+        yield Unpacked(raw, packing) if packing else raw
 
 
 class Unpacked:
@@ -57,11 +65,12 @@ class Unpacked:
     own readers raise at once, and what follows a first stream of .xz or .bz2 and is none they take for the end.
     """
 
-    def __init__(self, file: Any, begin: Callable[[], Any], *, padded: bool) -> None:
-        self.file, self.begin = file, begin
+    def __init__(self, file: Any, packing: str) -> None:
+        self.file, self.packing, self.begin = file, packing, STREAMS[packing]
         self.stream: Any = None
+        self.head: bytes | None = None
         self.packed, self.plain = bytearray(), bytearray()
-        self.padding, self.between = b"\0" if padded else b"", b""
+        self.padding, self.between = b"\0" if packing in PADDED else b"", b""
         self.failure: DamageError | None = None
         self.over = False
 
@@ -82,6 +91,7 @@ class Unpacked:
 
     def _unpack(self) -> None:
         piece = bytes(self.packed[:PACKED_BYTES])
+        self.head = piece if self.head is None else self.head
         del self.packed[:PACKED_BYTES]
         if self.stream is None:
             piece = piece.lstrip(self.between)
@@ -99,5 +109,8 @@ class Unpacked:
 
     def _end(self, reason: str) -> None:
         self.over = True
-        if reason:
+        head, known = self.head or b"", BEGINNINGS[self.packing]
+        if reason and not head.startswith(known[: len(head)]):
+            self.failure = DamageError(f"this is no {NAMES[self.packing]} file, as its suffix ({self.packing}) says")
+        elif reason:
             self.failure = DamageError(f"the compressed file is damaged or cut short here ({reason})")

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 
-from conf.command import CONF, SweepError
+from conf.command import CONF, SweepError, data_settings
 from conf.schema import register
 from conf.sweep import Composed, run_points
+from data.config import DataConfig, DataError, Source, refuse_missing
 from parallel import jobs, slurm
 from parallel.config import ParallelError
 from tests.conftest import ROOT, trained
@@ -52,6 +53,25 @@ def test_a_sweep_without_its_corpus_is_refused_once_and_without_torch(tmp_path: 
     remedy = f"python prepare_data.py data=builtin data.path={tmp_path / 'no'}"
     assert told == [f"error: there is no prepared data in {tmp_path / 'no'}; run: {remedy}"]
     assert not list(tmp_path.glob("optimizer*"))
+
+
+@pytest.mark.parametrize(
+    ("typed", "remedy"),
+    [
+        ("data.seq_len=8 data.workers=0 +data.mix.a=2 data.packing=concat data.name=x", "data.name=x data.input=..."),
+        ("steps=3 data.input=texts data.text_key=body", "data.input=texts data.text_key=body"),
+        ("+data.sources.a=texts", "data.sources.a=texts"),
+    ],
+)
+def test_the_command_that_prepares_has_what_it_needs_and_no_more(tmp_path: Path, typed: str, remedy: str) -> None:
+    hydra = OmegaConf.create({"overrides": {"task": typed.split()}, "runtime": {"choices": {"data": "local"}}})
+    config = DataConfig(
+        name="x", path=str(tmp_path / "no"), source=Source.local, input="texts" if "data.input" in typed else None,
+        sources={"a": "texts"} if "sources" in typed else {}, seq_len=8, micro_batch_size=1,
+    )  # fmt: skip
+    with pytest.raises(DataError, match=r"; run: python prepare_data.py ") as error:
+        refuse_missing(config, data_settings(hydra))
+    assert str(error.value).endswith(f"; run: python prepare_data.py data=local {remedy}")
 
 
 def test_weights_that_are_not_there_are_told_at_the_points_that_ask_for_them(tmp_path: Path, small: list[str]) -> None:

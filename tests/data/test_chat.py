@@ -281,9 +281,9 @@ def test_records_of_each_style_become_the_same_messages() -> None:
 @pytest.mark.parametrize(
     ("record", "style", "reason"),
     [
-        ({"texts": []}, "chat", "data.messages_key (messages) is no list in it; it has texts"),
-        ([], "chat", "data.messages_key (messages) is no list in it; it has list"),
-        ({"messages": "hello"}, "chat", "data.messages_key (messages) is no list in it; it has messages"),
+        ({"texts": []}, "chat", "data.messages_key (messages) is missing in it; it has texts"),
+        ([], "chat", "data.messages_key (messages) is missing in it; it has list"),
+        ({"messages": "hello"}, "chat", "data.messages_key (messages) is a string in it, not a list"),
         ({"messages": []}, "chat", "data.messages_key (messages) is an empty list in it"),
         ({"messages": ["hello"]}, "chat", "role is missing or not a string; there is str"),
         ({"messages": [{"content": "a"}]}, "chat", "role is missing or not a string; there is content"),

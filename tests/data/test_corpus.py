@@ -138,3 +138,9 @@ def test_a_mixture_that_cannot_be_is_told_before_anything_is_read(
     with pytest.raises(SystemExit):
         command.run(lambda: pytest.fail("it runs"), "train")
     assert sentence in capsys.readouterr().err
+
+
+def test_a_weight_below_zero_is_told_once(config: DataConfig) -> None:
+    assert [*dataclasses.replace(config, mix={"code": -3.0}).problems()] == ["data.mix.code (-3.0) must be 0 or more"]
+    (problem,) = dataclasses.replace(config, mix={"code": 0.0}).problems()
+    assert problem.endswith("must give some source a weight")

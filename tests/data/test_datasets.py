@@ -94,6 +94,13 @@ def test_a_dataset_is_read_on_from_where_it_was(
     assert later == [record["text"] for record in RECORDS[21:]]
 
 
+def test_what_a_dataset_cannot_be_loaded_for_is_told(dataset: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "set" / "train.jsonl").write_bytes(b'{"text": "x"}\n{"text": 3, broken\n')
+    for dataset.streaming in (False, True):
+        with pytest.raises(DataError, match=r"^data.dataset \(.*set\) cannot be loaded: Expected .* at position 11$"):
+            read(dataset)
+
+
 def test_a_dataset_that_cannot_be_had_is_a_sentence(tmp_path: Path) -> None:
     config = local(tmp_path, "none", source=Source.huggingface, dataset=str(tmp_path / "nothing"))
     with pytest.raises(DataError, match=r"data.dataset \(.*nothing\) cannot be loaded"):

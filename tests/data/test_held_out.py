@@ -97,6 +97,23 @@ def test_a_copy_of_a_file_that_is_in_the_corpus_is_not_added_whatever_its_name(
     assert about["left_out"]["count"] == 1 and "0.jsonl: has the same bytes as" in about["left_out"]["places"][0]
 
 
+def test_a_copy_that_is_the_only_new_file_is_told(
+    config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made(config, tokenizer)
+    settings = TokenizerConfig(model=str(tokenizer.path), vocab_size=1200)
+    (tmp_path / "texts" / "0.jsonl").write_bytes((tmp_path / "texts" / "a.jsonl").read_bytes())
+    (tmp_path / "texts" / "b.csv").write_text("a,b")
+    with pytest.raises(DataError, match=r"0.jsonl: has the same bytes as .*a.jsonl; mend it"):
+        existing(config, settings, add=True)
+    config.on_bad_record = OnBadRecord.skip
+    capsys.readouterr()
+    assert existing(config, settings, add=True)
+    copy, passed_over = capsys.readouterr().out.splitlines()
+    assert copy.endswith(f"0.jsonl: has the same bytes as {tmp_path}/texts/a.jsonl; it was left out")
+    assert passed_over == "1 file was passed over: 1 .csv"
+
+
 def test_what_is_held_out_neither_grows_nor_goes(config: DataConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "v.jsonl").write_bytes(lines([{"text": "held out"}]))

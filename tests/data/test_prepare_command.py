@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 import prepare_data
 from conf.schema import PrepareConfig
@@ -78,7 +79,35 @@ def test_of_what_no_tokenizer_can_be_trained_is_told_and_why(
     config = dataclasses.replace(config, on_bad_record=policy, source_key=None, valid_fraction=0.0)
     with pytest.raises(DataError, match=sentence):
         prepare(config, TokenizerConfig(vocab_size=400), workers=1, on_progress=lambda counts: None)
-    assert not Path(config.path).exists()
+    assert not any(Path(config.path).parent.iterdir()), "nothing is left of it"
+
+
+def test_of_what_is_refused_at_its_first_record_nothing_is_left(config: DataConfig, tokenizer: Tokenizer) -> None:
+    settings = TokenizerConfig(model=str(tokenizer.path), vocab_size=1200)
+    config = dataclasses.replace(config, text_key="body")
+    with pytest.raises(DataError, match="is missing in it"):
+        prepare(config, settings, workers=1, on_progress=lambda counts: None)
+    assert not any(Path(config.path).parent.iterdir())
+
+
+def test_files_that_are_passed_over_are_told_once(
+    config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.csv", "b.csv", "a.lz4"):
+        (tmp_path / "texts" / name).write_text("a,b")
+    assert closing_output(config, tokenizer, capsys)[0].splitlines()[0] == "3 files were passed over: 2 .csv, 1 .lz4"
+
+
+def test_whoever_stops_it_is_told_how_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = OmegaConf.create({})
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_data, "to_config", _interrupted)
+        prepare_data.main.__wrapped__(cfg)  # type: ignore[attr-defined]
+    assert capsys.readouterr().err == "stopped; the same command goes on from here\n"
+
+
+def _interrupted(cfg: object) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(

@@ -96,9 +96,11 @@ def test_sources_are_folders_or_a_key(tmp_path: Path) -> None:
 BAD = [
     ("a.jsonl", b'{"text": "fine"}\n{"text": \n', r"a.jsonl:2: not JSON"),
     ("a.jsonl", b'{"text": "\xff"}\n', r"a.jsonl:1: not UTF-8 at byte 10"),
-    ("a.jsonl", b'{"body": "x"}\n', r"a.jsonl:1: data.text_key \(text\) is no string in it; it has body"),
-    ("a.jsonl", b'{"text": 3}\n', r"is no string"),
-    ("a.jsonl", b'["text"]\n', r"is no string in it; it has list"),
+    ("a.jsonl", b'{"body": "x"}\n', r"a.jsonl:1: data.text_key \(text\) is missing in it; it has body"),
+    ("a.jsonl", b'{"text": 3}\n', r"data.text_key \(text\) is a number in it, not a string"),
+    ("a.jsonl", b'{"text": null}\n', r"is null in it, not a string"),
+    ("a.jsonl", b'{"text": ["x"]}\n', r"is a list in it, not a string"),
+    ("a.jsonl", b'["text"]\n', r"is missing in it; it has list"),
     ("a.jsonl", b'{"text": "\\ud800"}\n', r"half a surrogate pair"),
     ("a.jsonl", b"", r"a.jsonl: holds no document"),
     ("a.json", b'{"text": "x"}', r"must hold a list of records"),
@@ -107,15 +109,15 @@ BAD = [
     ("a.json", b'[{"text": "x"}, {"text": "y', r"a.json\[1\]: not JSON: Unterminated string"),
     ("a.json", b'[{"text": "\xff"}]', r"a.json\[0\]: not UTF-8"),
     ("a.jsonl.gz", gzip.compress(lines(RECORDS))[:-20], r"damaged or cut short"),
-    ("a.jsonl.gz", b"not gzip", r"damaged or cut short"),
-    ("a.jsonl.zst", b"not zstandard", r"damaged or cut short"),
+    ("a.jsonl.gz", b"not gzip", r"this is no gzip file, as its suffix \(.gz\) says"),
+    ("a.jsonl.zst", b"not zstandard", r"this is no Zstandard file, as its suffix \(.zst\) says"),
     ("a.jsonl.zst", zstandard.compress(lines(RECORDS))[:-9], r"damaged or cut short|not JSON"),
     ("a.jsonl.xz", lzma.compress(lines(RECORDS))[:-40], r"damaged or cut short"),
     ("a.jsonl.bz2", bz2.compress(lines(RECORDS))[:-40], r"damaged or cut short"),
-    ("a.jsonl.bz2", b"not bzip2", r"damaged or cut short"),
+    ("a.jsonl.bz2", b"not bzip2", r"this is no bzip2 file, as its suffix \(.bz2\) says"),
     ("a.parquet", parquet(RECORDS)[:-9], r"a.parquet: is no Parquet file"),
     ("a.parquet", parquet([{"body": "x"}]), r"a.parquet: has no column text; it has body"),
-    ("a.parquet", parquet([{"text": 3}]), r"a.parquet\[0\]: data.text_key \(text\) is no string"),
+    ("a.parquet", parquet([{"text": 3}]), r"a.parquet\[0\]: data.text_key \(text\) is a number in it, not a string"),
     ("a.txt", b"fine \xff", r"a.txt: not UTF-8 at byte 5"),
 ]
 
@@ -313,6 +315,21 @@ def test_what_follows_a_list_is_told(tmp_path: Path, more: bytes) -> None:
     assert bad.places == [
         f"{tmp_path}/a.json[3]: there is more after the list that a .json file holds; one record a line is .jsonl"
     ]
+
+
+def test_what_is_not_read_is_counted_by_suffix_and_hidden_files_are_none(tmp_path: Path) -> None:
+    (tmp_path / "texts" / ".git").mkdir(parents=True)
+    names = ["a.csv", "b.CSV.gz", "a.jsonl.lz4", "README", "a.TXT", "a.txt", ".a.txt", ".git/a.txt"]
+    for name in [*names, "a.1", "a.2", "a.3"]:
+        (tmp_path / "texts" / name).write_text(name)
+    (tmp_path / "texts" / "b.JSONL.GZ").write_bytes(gzip.compress(lines(RECORDS[:1])))
+    for pattern in ("texts", "texts/*", f"file://{tmp_path}/texts"):
+        bad = BadRecords(OnBadRecord.error)
+        config = local(tmp_path, pattern) if "://" not in pattern else local(tmp_path, "none", input=pattern)
+        assert [d.text for d in all_documents(config, bad)] == ["a.TXT", "a.txt", RECORDS[0]["text"]]
+        assert bad.passed_over_line() == ("7 files were passed over: 2 .csv, 1 without a suffix, 1 .1, 1 .2, 1 .3, ...")
+    assert len(read(local(tmp_path, "texts/.a.txt"))) == 1, "a hidden file that is named is read"
+    assert BadRecords(OnBadRecord.error).passed_over_line() == ""
 
 
 def test_an_address_that_cannot_be_listed_is_told_with_the_key_that_names_it(tmp_path: Path) -> None:

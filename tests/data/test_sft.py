@@ -13,12 +13,13 @@ import export
 import generate
 from conf.schema import ExportConfig, GenerateConfig
 from data.batches import IGNORED
-from data.chat import special_ids
+from data.chat import MARKERS, TEMPLATES, ChatEncoder, answer_end, special_ids
 from data.config import DataConfig, DataError, OnBadRecord, Packing, Source, Style, TokenizerConfig
 from data.corpus import open_corpus
+from data.hf_tokenizer import write_hf_tokenizer
 from data.prepare import prepare
 from data.shards import NOT_LEARNT, Shard
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from tests.conftest import trained
 from tests.data.corpora import made
 from tests.data.test_chat import SYMBOLS, TURNS, changed
@@ -111,7 +112,7 @@ def test_a_bad_conversation_is_named_or_counted(tmp_path: Path, symbols: Tokeniz
     assert (
         about is not None
         and found.count == 3
-        and found.places[1].endswith("a.jsonl:3: data.messages_key (messages) is no list in it; it has messages")
+        and found.places[1].endswith("a.jsonl:3: data.messages_key (messages) is a string in it, not a list")
     )
 
 
@@ -123,6 +124,24 @@ def test_a_tokenizer_that_the_template_does_not_go_with_is_refused_before_anythi
     with pytest.raises(DataError, match=r"data.chat_template \(internlm\) writes <eoh> and <eoa>, no special token of"):
         made(config(tmp_path, Style.chat, "a.jsonl"), tokenizer, workers)
     assert not (tmp_path / "tokens").exists()
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_tokenizer_trained_for_conversations_has_what_the_template_writes(tmp_path: Path, template: str) -> None:
+    words = [f"{'abcdefghij'[i % 10]}{'klmnopqrst'[i // 10]}" for i in range(100)]
+    turns = [[{**turn, "content": " ".join([turn["content"], *words])} for turn in TURNS[1:3]]] * 9
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": its}) + "\n" for its in turns))
+    data = config(tmp_path, Style.chat, "a.jsonl", chat_template=template)
+    data.valid_fraction = 0.0
+    prepare(data, TokenizerConfig(vocab_size=360), workers=1, on_progress=lambda counts: None)
+    own = load_tokenizer(Path(data.path) / "tokenizer")
+    assert set(MARKERS[template]) < set(special_ids(own)) and answer_end(own) == special_ids(own)[MARKERS[template][1]]
+    write_hf_tokenizer(own, tmp_path, add_bos=False, max_len=64)
+    theirs: Any = AutoTokenizer.from_pretrained(tmp_path)
+    ids, _ = ChatEncoder(TEMPLATES[template], own).encode(turns[0])
+    assert theirs.apply_chat_template(turns[0], return_dict=True)["input_ids"] == ids.tolist()
+    assert all((ids == special_ids(own)[name]).any() for name in MARKERS[template])
+    assert special_ids(own)["</s>"] not in own.encode("<eoa></s>") and own.decode(own.encode("<eoa>")) == "<eoa>"
 
 
 def test_the_experiment_starts_from_a_model_and_learns_the_answers(tmp_path: Path, symbols: Tokenizer) -> None:

@@ -100,6 +100,14 @@ def test_a_few_samples_may_be_asked_for(run_dir: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out.count("=== sample") == 2
 
 
+def test_that_a_run_has_not_been_at_a_step_is_said(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show(run_dir, 8, samples=1)
+    assert "has not been" not in capsys.readouterr().out
+    show(run_dir, 9999, samples=1)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith(f"{run_dir} has not been at step 9999 yet: it has come to step ")
+
+
 def test_a_run_whose_data_grew_is_shown_from_there_on(
     run_dir: Path, corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

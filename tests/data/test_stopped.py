@@ -199,7 +199,7 @@ def test_what_is_left_out_is_told_by_the_corpus_and_where_nothing_is_left(tokeni
     with pytest.raises(
         DataError,
         match=r"no training document in data.source \(local\): 12 bad records were left out, the first .*a.jsonl:1: "
-        r"data.text_key \(text\) is no string in it; it has body",
+        r"data.text_key \(text\) is missing in it; it has body",
     ):
         made(config, tokenizer)
     (tmp_path / "texts" / "b.jsonl").write_bytes(lines([{"text": f"text {i}"} for i in range(20)]))
