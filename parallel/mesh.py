@@ -4,7 +4,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from parallel.axes import Axes, resolve_axes
 from parallel.config import Device, ParallelConfig, ParallelError
 
 T = TypeVar("T")
+GRACE_S = 10  # that a rank which serves the others waits for them before it ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,11 +197,16 @@ def _agree_on_world_size(store: Any, rank: int, world_size: int) -> None:
     """Raise `ParallelError` if ranks were started with other numbers of them; they would wait in vain."""
     store.set(f"world_size/{rank}", str(world_size))
     others = range(world_size) if rank == 0 else range(1)
-    for other, value in zip(others, store.multi_get([f"world_size/{other}" for other in others]), strict=True):
-        if int(value) != world_size:
+    sizes = [int(value) for value in store.multi_get([f"world_size/{other}" for other in others])]
+    store.set(f"world_size_read/{rank}", "")
+    for other, size in zip(others, sizes, strict=True):
+        if size != world_size:
+            if rank == 0:  # which may serve the store: the others are to read of it too before it ends
+                with suppress(dist.DistError):
+                    store.wait([f"world_size_read/{other}" for other in others], timedelta(seconds=GRACE_S))
             raise ParallelError(
                 f"WORLD_SIZE ({world_size}) of RANK {rank} must be that of every rank, and RANK {other} has "
-                f"{int(value)}; start all of them with the same"
+                f"{size}; start all of them with the same"
             )
 
 

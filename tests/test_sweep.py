@@ -78,8 +78,8 @@ def test_no_point_is_started_if_the_data_of_one_are_not_there(tmp_path: Path, sm
     done = sweep(tmp_path, *kept, f"{corpus},nowhere", "hydra.sweep.subdir=${hydra.job.num}")
     (line,) = done.stderr.splitlines()
     assert done.returncode == 1 and line == (
-        "error: there is no prepared data in nowhere; run: python prepare_data.py data=local data.seq_len=32 "
-        "data.micro_batch_size=2 data.workers=0 data.path=nowhere (at data.path=nowhere)"
+        "error: there is no prepared data in nowhere; run: python prepare_data.py data=local data.path=nowhere "
+        "data.input=... (at data.path=nowhere)"
     )
     assert not [path for path in tmp_path.iterdir() if path.name != "multirun.yaml"]
 
