@@ -31,8 +31,8 @@ def work(config: PrepareConfig, settings: str = "with the data settings of this 
 
     `settings` are those by which train.py finds it.
     """
+    from data.about import read_about
     from data.prepare import existing, sample_texts
-    from data.shards import read_about
 
     path = Path(config.data.path)
     if existing(config.data, config.tokenizer, add=config.add):

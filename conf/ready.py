@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import PrepareConfig, TrainConfig
+from data.about import refuse_unfit
 from data.config import DataError, Source, refuse_missing
 from data.inputs import refuse_no_files
-from data.shards import refuse_unfit
 from parallel.config import Where
 from parallel.launch import refuse_no_gpu
 from training.config import CheckpointError, Fp8

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from data.about import read_about, refuse_small_vocabulary, refuse_unknown_sources
 from data.batches import Batch, collate
 from data.config import DataConfig, DataError, Packing, Source, refuse_missing
 from data.foreign import refuse_overlap, token_files
 from data.order import Mixture, Pool
 from data.packing import Layout, Piece, RandomTokens, Tokens, layout_of
-from data.shards import Shard, read_about, refuse_small_vocabulary, refuse_unknown_sources
+from data.shards import Shard
 from data.tokenizer import Tokenizer, load_tokenizer
 
 RANDOM_PACKS = {"train": 4096, "valid": 8}

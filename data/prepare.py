@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from data.about import read_about
 from data.chat import ChatEncoder, markers, read_template
 from data.config import TRAINING_ONLY, DataConfig, DataError, OnBadRecord, Source, Style, TokenizerConfig
 from data.inputs import BadRecords, Item, items
 from data.journal import Counts, Journal, changed_input, write_whole
 from data.part import Part, group_of
-from data.shards import FORMAT_VERSION, Header, Shard, read_about
+from data.shards import FORMAT_VERSION, Header, Shard
 from data.texts import held_out_digests, tokenizer_texts
 from data.tokenizer import CHAT_TEMPLATE, Tokenizer, export_problem, load_tokenizer, save_tokenizer, train_tokenizer
 

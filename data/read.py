@@ -1,6 +1,5 @@
 """Text cut into blocks by one process, so that many can make documents and tokens of them."""
 
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
@@ -8,8 +7,9 @@ from typing import IO, Any
 
 from data.config import DataConfig, DataError, Source, Style, cause_of
 from data.cuts import last_space
-from data.documents import Block, Document, not_json
+from data.documents import Block, Document
 from data.inputs import BadRecords, Item
+from data.json_list import Window
 from data.long import UnreadableError, decoded, long_line, long_member, long_row, long_text, scratch
 from data.rows import plain, serialized
 from data.unpack import DamageError, kind_of, packing_of, unpacked
@@ -17,8 +17,6 @@ from data.unpack import DamageError, kind_of, packing_of, unpacked
 BLOCK_BYTES = 1 << 20  # of text in a block, or the record that is longer
 BLOCK_RECORDS = 256
 TEXT_BYTES = 1 << 22  # a longer document is handed on in parts
-LONGEST_ESCAPE = 16  # characters, of two that make one
-PARSER = json.JSONDecoder()
 
 
 def blocks(
@@ -131,86 +129,11 @@ def _decoded_file(path: str) -> Iterator[str]:
         yield from decoded(iter(partial(file.read, BLOCK_BYTES), b""))
 
 
-class _Window:
-    """The part of a text that is being read."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.texts = decoded(iter(partial(file.read, BLOCK_BYTES), b""))
-        self.text, self.at = "", 0
-        self.over = False
-        self.failure: Exception | None = None  # because of which it is over before its end
-
-    def more(self) -> None:
-        """Read on, to twice as much of what is not complete."""
-        parts = [self.text[self.at :]]
-        size, wanted = len(parts[0]), 2 * len(parts[0])
-        try:
-            while not parts[1:] or size < wanted:
-                parts.append(next(self.texts))
-                size += len(parts[-1])
-        except StopIteration:
-            self.over = True
-        except (UnreadableError, DamageError) as error:
-            self.over, self.failure = True, error
-        self.text, self.at = "".join(parts), 0
-
-    def record_at(self) -> int:
-        """Give the place after a comma."""
-        at = self._skip_space(self.at)
-        return self._skip_space(at + 1) if self.text[at : at + 1] == "," else at
-
-    def _skip_space(self, at: int) -> int:
-        while self.text[at : at + 1].isspace():
-            at += 1
-        return at
-
-    def ends(self) -> bool:
-        """Say whether there is no further record in the list."""
-        while self.record_at() == len(self.text) and not self.over:
-            self.more()
-        return self.text[self.record_at() :][:1] == "]"
-
-    def goes_on(self) -> bool:
-        """Say whether anything but blanks follows the end of the list; raises what ended the text before its end."""
-        if self.failure is not None:
-            raise self.failure
-        rest = chain([self.text[self.record_at() + 1 :]], self.texts)
-        return any(text and not text.isspace() for text in rest)
-
-    def record(self, most: int) -> tuple[Any, int] | None:
-        """Give the next record and its length, or None if that is over `most`.
-
-        Raises `UnreadableError`, or what ended the text before its end.
-        """
-        while True:
-            start = self.record_at()
-            try:
-                if "," not in self.text[self.at : start]:
-                    raise json.JSONDecodeError("a comma is missing", self.text, start)
-                record, end = PARSER.raw_decode(self.text, start)
-                if self.over or len(self.text) - end > 2:  # a number may go on: 1 by e+2
-                    self.at = end
-                    return record, end - start
-            except (ValueError, RecursionError) as error:
-                if self.over or _is_certain(error, len(self.text)):
-                    raise self.failure or UnreadableError(not_json(error, lambda at, start=start: at - start)) from None
-            if len(self.text) - start > most:
-                return None
-            self.more()
-
-
-def _is_certain(error: Exception, n_chars: int) -> bool:
-    """Say whether json would find the same error if more of the text were there."""
-    if not isinstance(error, json.JSONDecodeError):
-        return True
-    return error.pos < n_chars - LONGEST_ESCAPE and not error.msg.startswith("Unterminated")
-
-
 def _json_blocks(
     file: IO[bytes], item: Item, config: DataConfig, bad: BadRecords, last_cut: Callable[[str], int]
 ) -> Iterator[Block]:
     """Yield the records of a top-level list, of which only a few are in memory at a time."""
-    window = _Window(file)
+    window = Window(decoded(iter(partial(file.read, BLOCK_BYTES), b"")))
     while not (begins := window.text.strip()[:1]) and not window.over:
         window.more()
     if begins and begins != "[":

@@ -153,6 +153,7 @@ def test_a_step_is_the_same_to_the_bit_on_two_gpus_and_compiled_as_near_as_round
         assert not isinstance(found[f"{name}_blocks"], str), found[f"{name}_blocks"]
         before, after = found[f"{name}_blocks"]
         for figures, others in zip(before.figures, after.figures, strict=True):
-            # Of a source's totals the sum of losses alone: which of near logits is the largest may be by a rounding.
-            every = 4 if len(figures) > 2 else 1
-            assert figures[::every] == pytest.approx(others[::every], rel=1e-2)
+            guesses = range(1, len(figures), 4) if len(figures) > 2 else ()  # right ones, of each source's totals
+            for place, (one, other) in enumerate(zip(figures, others, strict=True)):
+                # Which of two near logits is the larger may be a rounding: of two tokens that is let pass.
+                assert one == (pytest.approx(other, abs=2) if place in guesses else pytest.approx(other, rel=1e-2))
