@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig
 
-from conf.command import run, sentences
+from conf.cli import report_user_errors, run
 from conf.schema import ExportConfig, stored_model, to_config
 from model.config import ModelConfig, ModelError
 
@@ -42,7 +42,7 @@ library_name: transformers
 @hydra.main(version_base="1.3", config_path="conf", config_name="export")
 def main(cfg: DictConfig) -> None:
     config: ExportConfig = to_config(cfg)
-    with sentences():
+    with report_user_errors():
         if config.from_hf is not None:
             bring_in(Path(config.from_hf), config.out)
         else:
@@ -52,7 +52,7 @@ def main(cfg: DictConfig) -> None:
 
 def export(run_path: Path, config: ExportConfig) -> None:
     """Write a run's newest checkpoint as a Hugging Face folder, and let it be seen only if it verifies."""
-    from data.config import DataError
+    from corpus.config import DataError
     from data.tokenizer import export_problem, load_tokenizer
     from training.checkpoint import open_checkpoint
 
@@ -109,9 +109,9 @@ def write(
     config: ExportConfig,
 ) -> None:
     """Write weights, configuration, tokenizer and card into a folder."""
-    from data.chat import answer_end
+    from corpus.chat import answer_end
     from data.hf_tokenizer import write_hf_tokenizer
-    from model.hf import llama_config
+    from model.hf.llama import llama_config
 
     dtype = write_weights(folder, checkpoint, config, vocab_size=model.vocab_size)
     bos, eos = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
@@ -138,7 +138,7 @@ def write_weights(folder: Path, checkpoint: "Checkpoint", config: ExportConfig, 
     import torch
     from safetensors.torch import save_file
 
-    from model.hf import to_llama_name
+    from model.hf.llama import to_llama_name
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.dtype.value]
     names = [name for name in checkpoint.tensors if name.startswith("model.")]
@@ -180,7 +180,7 @@ def verify(folder: Path, config: ModelConfig, tokenizer: "Tokenizer | None") -> 
     from safetensors.torch import save_file
 
     from data.mixed_text import mixed_lines
-    from model.hf import read_hf
+    from model.hf.llama import read_hf
     from model.transformer import Transformer
 
     model = Transformer(config)
@@ -230,10 +230,10 @@ def bring_in(folder: Path, out: str | None) -> None:
     """Turn a Hugging Face folder into a run folder with one checkpoint, from which to train, generate or export."""
     from conf.schema import plain
     from data.tokenizer import adds_bos, save_tokenizer
-    from model.hf import read_hf
+    from model.hf.llama import read_hf
+    from tracking.run_folder import locked
     from training.checkpoint import Checkpoints
-    from training.progress import Progress
-    from training.run_folder import locked
+    from training.state import TrainState
 
     run_dir = Path(out) if out else Path("runs") / folder.resolve().name
     if (run_dir / "checkpoints").exists():
@@ -251,7 +251,7 @@ def bring_in(folder: Path, out: str | None) -> None:
                 "add_bos": tokenizer is not None and adds_bos(folder),
                 "add_eos": False,
             },
-            "progress": Progress().state_dict(),
+            "progress": TrainState().state_dict(),
             "scaler": {},
         }
         path = Checkpoints(run_dir, keep=0).save(0, {f"model.{name}": t for name, t in weights.items()}, state)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TextIO
 import hydra
 from omegaconf import DictConfig
 
-from conf.command import run, sentences
+from conf.cli import report_user_errors, run
 from conf.schema import GenerateConfig, stored_model, to_config
 from model.config import ModelError
 
@@ -32,7 +32,7 @@ class Loaded:
 @hydra.main(version_base="1.3", config_path="conf", config_name="generate")
 def main(cfg: DictConfig) -> None:
     config: GenerateConfig = to_config(cfg)
-    with sentences():
+    with report_user_errors():
         texts = read_prompts(config)
         loaded = load(config)
         jobs = [(number, text, sample) for number, text in enumerate(texts) for sample in range(config.samples)]
@@ -50,9 +50,9 @@ def load(config: GenerateConfig) -> Loaded:
     """Open the model and its tokenizer, and find what its texts begin and end with."""
     import torch
 
-    from data.chat import answer_end
+    from corpus.chat import answer_end
     from data.tokenizer import adds_bos, load_tokenizer
-    from model.hf import read_hf, read_stop_ids
+    from model.hf.llama import read_hf, read_stop_ids
     from model.transformer import Transformer
     from training.checkpoint import open_checkpoint
 

@@ -9,16 +9,16 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from conf.command import data_settings, run, sentences
+from conf.cli import data_settings, report_user_errors, run
 from conf.schema import PrepareConfig, to_config
-from data.config import Source
+from corpus.config import Source
 
 SAMPLE_TOKENS = 120
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="prepare_data")
 def main(cfg: DictConfig) -> None:
-    with sentences():
+    with report_user_errors():
         try:
             work(to_config(cfg), data_settings(HydraConfig.get(), "data.name", "data.path"))
         except KeyboardInterrupt:
@@ -31,8 +31,8 @@ def work(config: PrepareConfig, settings: str = "with the data settings of this 
 
     `settings` are those by which train.py finds it.
     """
+    from corpus.prepare import existing, sample_texts
     from data.about import read_about
-    from data.prepare import existing, sample_texts
 
     path = Path(config.data.path)
     if existing(config.data, config.tokenizer, add=config.add):
@@ -56,7 +56,7 @@ def write(config: PrepareConfig) -> bool:
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from data.prepare import Counts, prepare
+    from corpus.prepare import Counts, prepare
 
     workers = config.workers or len(os.sched_getaffinity(0))
     start, before = 0.0, 0

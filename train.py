@@ -17,17 +17,17 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from conf.command import data_settings, is_sentence, run, sentences
-from conf.ready import refuse_unready
+from conf.cli import data_settings, is_user_error, report_user_errors, run
 from conf.schema import TrainConfig, parse_ranges, to_config
-from parallel.launch import launch
+from launch.ranks import launch
+from training.preflight import refuse_unready
 
 if TYPE_CHECKING:
-    from data.corpus import Corpus
+    from data.dataset import Corpus
     from parallel.engine import Engine
     from parallel.mesh import Mesh
-    from training.progress import Progress
     from training.report import Report
+    from training.state import TrainState
     from training.stop import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -39,25 +39,25 @@ def main(cfg: DictConfig) -> float | None:
     run_config: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
 
-    with sentences():
+    with report_user_errors():
         if config.dry_run.enabled:
-            from assembly.dry_run import rehearse
+            from dry_run.run import run_dry_run
 
-            return rehearse(config)
+            return run_dry_run(config)
         refuse_unready(config, run_config, run_dir, data_settings(HydraConfig.get()))
-        return launch(work, config, run_config, run_dir, config=config.parallel, says_enough=is_sentence)
+        return launch(work, config, run_config, run_dir, config=config.parallel, is_user_error=is_user_error)
 
 
 def work(config: TrainConfig, run_config: dict[str, Any], run_dir: Path) -> float | None:
     """Be one rank of a run and give its validation loss; a stop that was asked for exits with a signal's code."""
     # Near the end of a device's memory, freed pieces between others are lost without it. Read as CUDA starts.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    from launch.slurm import requeue_slurm_job
     from parallel.mesh import distributed
-    from parallel.out_of_memory import told_when_memory_ends
-    from parallel.slurm import go_on_later
-    from training.logs import log_to
-    from training.run_folder import locked
-    from training.status import Status
+    from tracking.logs import log_to
+    from tracking.run_folder import locked
+    from tracking.status import Status
+    from training.out_of_memory import explain_oom
     from training.stop import StopRequest
 
     with (
@@ -66,12 +66,12 @@ def work(config: TrainConfig, run_config: dict[str, Any], run_dir: Path) -> floa
         log_to(run_dir, mesh.rank),
         Status(run_dir, run_config, rank=mesh.rank) as status,
         StopRequest(mesh.maximum) as stop,
-        told_when_memory_ends(config),
+        explain_oom(config),
     ):
         valid_loss = train(config, run_config, mesh, run_dir, stop)
         status.end(valid_loss, stopped=bool(stop), given_up=stop.given_up)
     if stop.for_a_requeue:
-        go_on_later(run_dir, rank=mesh.rank, max_requeues=config.launcher.max_requeues)
+        requeue_slurm_job(run_dir, rank=mesh.rank, max_requeues=config.launcher.max_requeues)
     if stop and not stop.given_up:
         sys.exit(stop.exit_code)
     return valid_loss
@@ -81,40 +81,47 @@ def train(
     config: TrainConfig, run_config: dict[str, Any], mesh: "Mesh", run_dir: Path, stop: "StopRequest"
 ) -> float | None:
     """Run the steps that are left of a run and give its validation loss."""
-    from assembly.build import batches_to_come, build_engine, build_model, clock, rates_to_come, read_hf_weights
-    from assembly.describe import describe, keep_inputs
-    from data.corpus import open_corpus
+    from data.dataset import open_corpus
+    from tracking.loggers import Loggers
+    from tracking.run_folder import truncate_metrics
     from training.checkpoint import Checkpoints
-    from training.optimizer import AdamW
+    from training.describe import describe, save_run_inputs
+    from training.optim.optimizer import AdamW
     from training.profile import profile_steps
-    from training.progress import Progress
     from training.report import Report
-    from training.resume import Kept, resume_or_start
-    from training.run_folder import truncate_metrics
+    from training.resume import Restorable, resume_or_start
     from training.scaler import LossScaler
-    from training.sinks import Sinks
+    from training.setup import (
+        build_engine,
+        build_model,
+        build_throughput,
+        build_train_batches,
+        lr_schedule,
+        read_hf_weights,
+    )
+    from training.state import TrainState
 
     # Data: checked first, because it is wrong most often and opened in no time.
     corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
 
     model, stages = build_model(config, mesh)
     optimizer, scaler, progress = (
-        AdamW(model, config.optimizer, copies=model.copies),
+        AdamW(model, config.optimizer, tied_params=model.tied_params),
         LossScaler(config.precision),
-        Progress(),
+        TrainState(),
     )
-    kept = Kept(optimizer, scaler, progress, mesh.rank)
+    kept = Restorable(optimizer, scaler, progress, mesh.rank)
     checkpoints = Checkpoints(run_dir, keep=config.checkpoint.keep, group=mesh.host)
     resume_or_start(
         kept,
         checkpoints,
         config.checkpoint,
         run_config=run_config,
-        parts=corpus.parts,
+        fingerprints=corpus.fingerprints,
         read_hf=partial(read_hf_weights, model=config.model),
     )
     corpus.train.begin_at(progress.first_sample)
-    optimizer.follow(rates_to_come(config, progress))
+    optimizer.set_schedule(lr_schedule(config, progress))
     engine = build_engine(
         config,
         mesh,
@@ -126,25 +133,25 @@ def train(
         n_sources=len(corpus.sources),
         bytes_per_token=corpus.bytes_per_token,
     )
-    mesh.on_first(keep_inputs, config, run_config, run_dir, corpus)
+    mesh.on_rank_zero(save_run_inputs, config, run_config, run_dir, corpus)
     describe(config, mesh, corpus, progress, run_dir)
     validated = progress.validated_step == progress.step
-    mesh.on_first(truncate_metrics, run_dir / "metrics.jsonl", progress.step, validated)
+    mesh.on_rank_zero(truncate_metrics, run_dir / "metrics.jsonl", progress.step, validated)
 
     def save() -> None:
         progress.read(engine.counts())
-        about = {"parts": corpus.parts, "sources": corpus.sources}
+        about = {"parts": corpus.fingerprints, "sources": corpus.sources}
         about |= {"add_bos": corpus.add_bos, "add_eos": corpus.add_eos}
         state = {"config": run_config, "data": about, **kept.state()}
         logger.info("saved %s", checkpoints.save(progress.step, kept.tensors(), state))
 
     # The batches' workers end here, however the steps end.
-    with closing(batches_to_come(config, mesh, corpus, progress)) as batches_of_steps:
+    with closing(build_train_batches(config, mesh, corpus, progress)) as batches_of_steps:
         if config.profile:
             profile_steps(lambda: engine.train_step(next(batches_of_steps)), mesh.device, run_dir / "profile")
             return None
-        with Sinks(run_dir, config.logger, run_config=run_config, step=progress.step, rank=mesh.rank) as sinks:
-            report = Report(sinks, clock(config, mesh), sources=corpus.sources, steps=config.steps)
+        with Loggers(run_dir, config.logger, run_config=run_config, step=progress.step, rank=mesh.rank) as sinks:
+            report = Report(sinks, build_throughput(config, mesh), sources=corpus.sources, steps=config.steps)
             loop(config, engine, corpus, batches_of_steps, progress, report, stop, save)
     return progress.valid_loss
 
@@ -154,16 +161,16 @@ def loop(
     engine: "Engine",
     corpus: "Corpus",
     batches_of_steps: Iterator[Any],
-    progress: "Progress",
+    progress: "TrainState",
     report: "Report",
     stop: "StopRequest",
     save: Callable[[], None],
 ) -> None:
     """Take batches and steps until the run is over or asked to stop; what is due comes after each step."""
-    from training.early_stop import is_hopeless
+    from tracking.early_stop import is_hopeless
+    from tracking.run_folder import StopFile
     from training.garbage import collected_between_steps
-    from training.progress import check_bad_steps
-    from training.run_folder import StopFile
+    from training.state import check_bad_steps
 
     left_out = parse_ranges(config.skip_batches)
     stop_file = StopFile(config.checkpoint.stop_file)
@@ -187,8 +194,8 @@ def loop(
                     bad = progress.read(engine.counts())  # waits for the device: the host runs ahead in between
                     report.throughput.end(result.n_tokens)
                     if bad:
-                        limit = config.optimizer.max_bad_steps
-                        check_bad_steps(progress, limit, partial(engine.first_bad_layer, batches))
+                        limit = config.optimizer.max_nonfinite_steps
+                        check_bad_steps(progress, limit, partial(engine.find_nonfinite_module, batches))
                     collect_garbage()
                     lr, beta2 = result.rates_2.tolist()
                     epochs = corpus.train.epochs(progress.samples)
@@ -211,7 +218,7 @@ def validate_if_due(
     config: TrainConfig,
     engine: "Engine",
     corpus: "Corpus",
-    progress: "Progress",
+    progress: "TrainState",
     report: "Report",
     stop: "StopRequest",
 ) -> None:

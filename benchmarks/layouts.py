@@ -7,10 +7,10 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from assembly.dry_run import dry_run
-from conf.command import CONF
+from conf.cli import CONF
 from conf.schema import register, to_config
-from parallel.dry_run import GIB, Reading
+from dry_run.reading import GIB, Reading
+from dry_run.run import dry_run
 
 WORLD_SIZE, NODE = 1024, 8
 LAYOUTS = {

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.config import DataConfig, Packing, Source
-from data.corpus import PackSet
+from corpus.config import Source
+from data.config import DataConfig, Packing
+from data.dataset import PackedDataset
 from data.loader import keep_freed_memory
 from data.packing import Layout, layout_of
 from data.shards import FORMAT_VERSION, INDEX_HEADER, MAGIC, Header, Shard, ShardWriter
@@ -43,11 +44,11 @@ def write(folder: Path, n_tokens: int) -> list[Shard]:
     return shards
 
 
-def packs(layout: Layout, packing: Packing) -> PackSet:
+def packs(layout: Layout, packing: Packing) -> PackedDataset:
     config = DataConfig(
         name="b", path="b", source=Source.local, packing=packing, seq_len=SEQ_LEN, micro_batch_size=BATCH
     )  # fmt: skip
-    return PackSet([layout], [0], config, vocab_size=VOCAB_SIZE)
+    return PackedDataset([layout], [0], config, vocab_size=VOCAB_SIZE)
 
 
 def read_speed(layout: Layout, packing: Packing, seconds: float) -> float:

@@ -21,7 +21,7 @@ from benchmarks.train_step import build, configure, draw_weights
 from conf.schema import TrainConfig
 from model.transformer import Transformer
 from parallel.mesh import Mesh
-from training.schedule import learning_rate
+from training.schedules import learning_rate
 
 
 def rates(config: TrainConfig) -> list[float]:
@@ -71,7 +71,7 @@ def plainly(config: TrainConfig, device: torch.device) -> list[float]:
 
 def by_engine(config: TrainConfig, device: torch.device) -> list[float]:
     engine = build(config, Mesh(device=device))
-    engine.optimizer.follow([(lr, config.optimizer.beta2) for lr in rates(config)])  # type: ignore[attr-defined]
+    engine.optimizer.set_schedule([(lr, config.optimizer.beta2) for lr in rates(config)])  # type: ignore[attr-defined]
     source = micro_batches(config.model.vocab_size, config.data.micro_batch_size, config.data.seq_len, "pile")
     return [float(engine.train_step(list(islice(source, config.grad_accum_steps()))).loss) for _ in range(config.steps)]
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.timing import copy_tbps, median_ms, where
 from training.config import Dtype, OptimizerConfig, OptimizerImpl, TrainingError
-from training.optimizer import AdamW
+from training.optim.optimizer import AdamW
 
 
 def layers(count: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -50,7 +50,7 @@ def main() -> None:
             except TrainingError as error:
                 print(f"{name:44} {error}")
                 continue
-            ours.follow([(1e-4, 0.95)] * 100_000)
+            ours.set_schedule([(1e-4, 0.95)] * 100_000)
             step = partial(ours.step, **scalars)
 
         def update(model: nn.Module = model, grads: list = grads, step=step) -> None:

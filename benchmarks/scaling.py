@@ -22,12 +22,12 @@ from functools import cache
 
 from hydra import compose, initialize_config_dir
 
-from assembly.dry_run import dry_run
-from conf.command import CONF
+from conf.cli import CONF
 from conf.schema import register, to_config
-from parallel.config import DryRunConfig
-from parallel.dry_run import Reading
-from parallel.estimate import compute_s, regrouped, step_time
+from dry_run.config import DryRunConfig
+from dry_run.reading import Reading
+from dry_run.run import dry_run
+from dry_run.step_time import compute_s, regrouped, step_time
 
 N_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 PUBLISHED = {  # (tp, zero1): tokens per GPU and second

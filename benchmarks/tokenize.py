@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from data.config import DataConfig, OnBadRecord, Source, TokenizerConfig
+from corpus.config import OnBadRecord, Source, TokenizerConfig
+from corpus.inputs import BadRecords, items
+from corpus.journal import Counts
+from corpus.prepare import prepare
+from corpus.read import blocks
+from corpus.texts import all_documents
+from data.config import DataConfig
 from data.hf_tokenizer import fast_from_sentencepiece
-from data.inputs import BadRecords, items
-from data.journal import Counts
-from data.prepare import prepare
-from data.read import blocks
-from data.texts import all_documents
 from data.tokenizer import SentencePieceTokenizer, encode_documents, load_tokenizer, train_tokenizer
 
 PILE_BYTES = 825e9

@@ -17,21 +17,21 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from assembly.build import build_engine, build_model
 from benchmarks.batches import micro_batches
 from benchmarks.timing import synchronize, where
-from conf.command import CONF
+from conf.cli import CONF
 from conf.schema import TrainConfig, register, to_config
 from model.config import ModelConfig
 from model.transformer import Transformer, init_std
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 from training.metrics import peak_tflops
-from training.optimizer import AdamW
-from training.progress import Progress
+from training.optim.optimizer import AdamW
 from training.scaler import LossScaler
+from training.setup import build_engine, build_model
+from training.state import TrainState
 
-TUTORIAL = ("optimizer.decay=all", "loss.reduction=row_mean")
+TUTORIAL = ("optimizer.decay=all", "loss.reduction=micro_batch_mean")
 SEVEN = ("model=7b", *TUTORIAL)
 BF16_STATES = "optimizer.state_dtype=bf16"
 
@@ -80,9 +80,9 @@ def draw_weights(model: Transformer, seed: int = 0) -> None:
 def build(config: TrainConfig, mesh: Mesh) -> Engine:
     """Make the engine as train.py does, with weights drawn fast and a constant rate."""
     model, stages = build_model(config, mesh, draw_weights)
-    optimizer = AdamW(model, config.optimizer, copies=model.copies)
-    optimizer.follow([(config.optimizer.lr, config.optimizer.beta2)] * 10_000)
-    return build_engine(config, mesh, model, stages, optimizer, LossScaler(config.precision), Progress(), n_sources=1)
+    optimizer = AdamW(model, config.optimizer, tied_params=model.tied_params)
+    optimizer.set_schedule([(config.optimizer.lr, config.optimizer.beta2)] * 10_000)
+    return build_engine(config, mesh, model, stages, optimizer, LossScaler(config.precision), TrainState(), n_sources=1)
 
 
 def products(model: ModelConfig) -> list[tuple[int, int, int]]:

@@ -17,24 +17,26 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data.config import MOST_SHARDS, TOKENIZER_FILES, DataConfig, RampConfig, Source, TokenizerConfig, packs_of_step
+from corpus.config import MOST_SHARDS, Source, TokenizerConfig
+from data.config import TOKENIZER_FILES, DataConfig, RampConfig, packs_of_step
+from dry_run.config import DryRunConfig
+from launch.config import LauncherConfig, Where
+from launch.ranks import check_joined, joined_environment, nproc_per_node
 from model.config import ModelConfig
 from parallel.axes import layout_problems
-from parallel.config import DryRunConfig, LauncherConfig, ParallelConfig, ParallelError, Where
-from parallel.launch import check_joined, joined_environment, local_processes
+from parallel.config import ParallelConfig, ParallelError
+from tracking.config import EarlyStopConfig, LoggerConfig
+from tracking.run_folder import checkpoints_of
 from training.config import (
     CheckpointConfig,
     Dtype,
-    EarlyStopConfig,
     Fp8,
-    LoggerConfig,
     LossConfig,
     OptimizerConfig,
     OptimizerImpl,
     PrecisionConfig,
     SchedulerConfig,
 )
-from training.run_folder import checkpoints_of
 
 CONTENT = ("model", "optimizer", "scheduler", "sampler", "all")
 NAME = re.compile(r"[A-Za-z0-9._=,+-]+(/[A-Za-z0-9._=,+-]+)*")
@@ -124,7 +126,7 @@ class TrainConfig:
         if joined:
             check_joined(joined, self.parallel)
         if joined or self.launcher.where is Where.local:
-            return int(joined.get("WORLD_SIZE", "1")) if joined else local_processes(self.parallel, self.launcher)
+            return int(joined.get("WORLD_SIZE", "1")) if joined else nproc_per_node(self.parallel, self.launcher)
         return self.launcher.nodes * self.launcher.ranks_per_node
 
     def _batches(self) -> list[int]:

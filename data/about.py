@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data.config import DataConfig, DataError
+from corpus.config import DataError
+from data.config import DataConfig
 
 
 def read_about(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from data.config import DataError
+from corpus.config import DataError
 
 if TYPE_CHECKING:
     from data.packing import Tokens

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from data.config import DataError
+from corpus.config import DataError
 from data.tokenizer import (
     CHAT_TEMPLATE,
     SPACE,

@@ -8,15 +8,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from corpus.config import DataError
 from data.batches import IGNORED, Batch
-from data.config import DataConfig, DataError
-from data.corpus import Corpus, PackSet
+from data.config import DataConfig
+from data.dataset import Corpus, PackedDataset
 
 
 class _MicroBatches(Dataset[Batch | DataError]):
     """Micro-batches by their samples. An error is handed over, so that it is told where all others are."""
 
-    def __init__(self, packs: PackSet) -> None:
+    def __init__(self, packs: PackedDataset) -> None:
         self.packs = packs
 
     def __getitem__(self, samples: list[int]) -> Batch | DataError:

@@ -10,7 +10,7 @@ import numpy as np
 
 from data.best_fit import LINE, Plan
 from data.config import Packing
-from data.shards import NOT_LEARNT
+from data.shards import LOSS_MASKED
 
 COUNTED_DOCUMENTS = 1 << 20  # whose waste and cuts stand for those of a larger corpus
 
@@ -95,7 +95,7 @@ class Rows:
             for place, _, count in zip(*parts, strict=True):
                 here = slice(place, place + count)
                 learnt[here] = flat[here] >= 0
-                flat[here] &= NOT_LEARNT - 1
+                flat[here] &= LOSS_MASKED - 1
 
 
 class Layout(Protocol):

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data.config import DataError
+from corpus.config import DataError
 
 FORMAT_VERSION = 2
-NOT_LEARNT = 1 << 31  # in tokens of type uint32
+LOSS_MASKED = 1 << 31  # in tokens of type uint32
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 SHARD_BYTES = 1 << 30  # a shard that has reached this takes no further document
 
@@ -90,7 +90,7 @@ class ShardWriter:
     def add_many(self, ids: np.ndarray, lengths: np.ndarray, text_bytes: int, *, ends: bool = True) -> None:
         """Append documents of uint32 ids that lie end to end; the last one goes on in the next call unless `ends`."""
         now = self.written
-        tokens = ids & ~np.uint32(NOT_LEARNT) if self.masked else ids
+        tokens = ids & ~np.uint32(LOSS_MASKED) if self.masked else ids
         now.max_token = max(now.max_token, int(tokens.max(initial=0)))
         if now.max_token >= self.vocab_size:
             raise DataError(f"{self.stem}.bin: token {now.max_token} is outside the vocabulary ({self.vocab_size})")

@@ -16,9 +16,10 @@ import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from corpus.config import DataError
 from data.batches import IGNORED
-from data.config import DataConfig, DataError, RampConfig, packs_of_step
-from data.corpus import Corpus, open_corpus
+from data.config import DataConfig, RampConfig, packs_of_step
+from data.dataset import Corpus, open_corpus
 from data.tokenizer import Tokenizer
 
 KEYS = ("run", "step", "samples")
@@ -85,7 +86,7 @@ def _first_sample(run: Path, corpus: Corpus, step: int, sample: int) -> int:
     if not stored:
         return 0
     state = json.loads(stored[0].read_text())
-    if state["data"]["parts"] != corpus.parts:
+    if state["data"]["parts"] != corpus.fingerprints:
         raise DataError(
             f"the data or the tokenizer changed after {stored[0].parent} was saved, so what step {step} trained on is "
             "not known; go on with the run first, or bring back what was there"

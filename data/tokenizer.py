@@ -14,9 +14,10 @@ import numpy as np
 import sentencepiece
 import xxhash
 
-from data.config import TOKENIZER_FILES, DataError, refuse_no_tokenizer
-from data.cuts import SPACE, cut, cuts_at_spaces, last_space, none_inside
-from data.words import LONGEST_TEXT, WordEncoder
+from corpus.config import DataError
+from data.cached_bpe import LONGEST_TEXT, WordEncoder
+from data.config import TOKENIZER_FILES, refuse_no_tokenizer
+from data.safe_split import SPACE, cut, cuts_at_spaces, last_space, none_inside
 
 PIECE_CHARS = LONGEST_TEXT >> 2
 ANCHOR = "\U000ffffd"  # merges with nothing: what is beside it is encoded as within a text

@@ -69,16 +69,16 @@ class Transformer(nn.Module):
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
 
     @property
-    def copies(self) -> dict[str, str]:
+    def tied_params(self) -> dict[str, str]:
         """What must stay equal to another parameter, by name: a tied head with a matrix of its own."""
         return {"head.weight": "embed.weight"} if self.config.tie_embeddings and self.head is not None else {}
 
-    def part_ends(self) -> None:
+    def untie_head(self) -> None:
         """Give a tied head a copy of the embedding, where they are in different places."""
         if self.config.tie_embeddings:
             self.head = nn.Linear(self.config.d_model, self.config.vocab_size, bias=False)
 
-    def keep(self, layers: Collection[int]) -> None:
+    def keep_layers(self, layers: Collection[int]) -> None:
         """Drop all but some layers, under their names: the embedding stays with the first, norm and head with the last.
 
         Without the embedding a model takes hidden states for tokens, without the norm it gives hidden states.
@@ -89,13 +89,13 @@ class Transformer(nn.Module):
         if self.config.n_layers - 1 not in layers:
             self.norm = self.head = None
 
-    def part(self, layers: Collection[int]) -> "Transformer":
+    def make_stage(self, layers: Collection[int]) -> "Transformer":
         """Give some of the layers as a model of their own, which shares their weights."""
         part = Transformer.__new__(Transformer)
         nn.Module.__init__(part)
         part.config = self.config
         part.embed, part.blocks, part.norm, part.head = self.embed, self.blocks, self.norm, self.head
-        part.keep(layers)
+        part.keep_layers(layers)
         return part
 
     def forward(
@@ -155,7 +155,7 @@ class Transformer(nn.Module):
             if std is None:
                 write(param, torch.full(param.shape, 1.0 if name.endswith("norm.weight") else 0.0))
                 continue
-            digest = hashlib.sha256(f"{seed}/{self.copies.get(name, name)}".encode()).digest()
+            digest = hashlib.sha256(f"{seed}/{self.tied_params.get(name, name)}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             write(param, torch.empty(param.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
 

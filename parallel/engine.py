@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from parallel.apply import reduce_after, sharded_modules
-from parallel.bad_layer import Watch
 from parallel.config import ParallelConfig, ParallelError, no_graphs
 from parallel.fp8 import Fp8Linear, agree_on_scales
 from parallel.graphs import Graphs
 from parallel.mesh import Mesh
-from parallel.plan import divided_dim, head_parts
+from parallel.nonfinite import Watch
+from parallel.parallelize import set_gradient_sync, sharded_modules
+from parallel.tensor_parallel import divided_dim, head_parts
 
 if TYPE_CHECKING:
     from parallel.pipeline import Inputs, Pipeline
@@ -97,7 +97,7 @@ class Engine:
         self.config = config or ParallelConfig()
         self.stages = list(stages) or [model]
         self.params = dict(model.named_parameters())  # as they are between steps: this process' shards
-        copies: Any = model.copies
+        copies: Any = model.tied_params
         self.counted = [param for name, param in self.params.items() if name not in copies and is_first_copy(param)]
         self.optimizer = optimizer
         self.mesh = mesh
@@ -138,8 +138,8 @@ class Engine:
 
     def counts(self) -> tuple[int, int, int]:
         """Wait for all steps; gives the updates, the steps without a finite gradient, and how many came last."""
-        updates, bad_steps, bad_in_a_row = self.counts_3.tolist()
-        return updates, bad_steps, bad_in_a_row
+        updates, nonfinite_steps, nonfinite_in_a_row = self.counts_3.tolist()
+        return updates, nonfinite_steps, nonfinite_in_a_row
 
     def train_step(self, batches: Sequence[MicroBatch]) -> StepResult:
         """Run the micro-batches of one step and update the weights, unless the gradient is not finite."""
@@ -184,7 +184,7 @@ class Engine:
                 module.reshard()
         return self._over_all_ranks(sums, torch.zeros_like(sums.loss))[2]
 
-    def first_bad_layer(self, batches: Sequence[MicroBatch]) -> str:
+    def find_nonfinite_module(self, batches: Sequence[MicroBatch]) -> str:
         """Run a step's passes again, without an update, and name the first module whose numbers are not finite.
 
         Every rank must ask: the first is that of all ranks.
@@ -193,7 +193,7 @@ class Engine:
         try:
             for name, param in self.params.items():
                 watch.note_weight(name, local(param))
-            if not self.mesh.agree_max(bool(watch.bad)):
+            if not self.mesh.all_reduce_max(bool(watch.bad)):
                 with watch:
                     self._run(batches, self._weights(batches)[1], self._no_sums())
                 for name, param in reversed(self.params.items()):
@@ -212,7 +212,7 @@ class Engine:
             self.pipeline.train(inputs)
             return
         for index, (tokens_BT, told) in enumerate(inputs, 1):
-            reduce_after(self.model, self.config.zero_stage, last=index == len(inputs))
+            set_gradient_sync(self.model, self.config.zero_stage, last=index == len(inputs))
             self.model(tokens_BT, **told).backward()
 
     def _pass(self, batch: MicroBatch, weight: Tensor, sums: Sums) -> None:
@@ -222,8 +222,8 @@ class Engine:
 
     def _agree_on_scales(self) -> None:
         """Before weights are gathered in 8 bits: they may have changed."""
-        if self.casts and self.mesh.layout is not None:
-            agree_on_scales(self.casts, self.mesh.layout.get_group("dp_shard"))
+        if self.casts and self.mesh.param_mesh is not None:
+            agree_on_scales(self.casts, self.mesh.param_mesh.get_group("dp_shard"))
 
     def _inputs(self, batch: MicroBatch, weight: float | Tensor, sums: Sums) -> "Inputs":
         """Bring a micro-batch to the device; its head gives the weighted loss and adds to `sums`."""
@@ -250,7 +250,7 @@ class Engine:
     def _slice(self, x_BT: Tensor) -> Tensor:
         """Give this rank's tokens of each row."""
         size = x_BT.shape[1] // self.mesh.axes.cp
-        return x_BT.narrow(1, size * self.mesh.place("cp"), size)
+        return x_BT.narrow(1, size * self.mesh.coordinate("cp"), size)
 
     def _add_totals(
         self, totals_S4: Tensor, labels_N: Tensor, source_N: Tensor, nll_N: Tensor, correct_N: Tensor
@@ -275,7 +275,7 @@ class Engine:
         if self.mesh.world_size == 1:
             return loss, grad_norm, totals_S4
         figures = torch.cat([loss.double()[None], totals_S4.flatten(), grad_norm.double()[None].square()])
-        if self.mesh.place("tp"):  # peers have the same loss, but gradients of their own
+        if self.mesh.coordinate("tp"):  # peers have the same loss, but gradients of their own
             figures[:-1] = 0
         self.mesh.sum_(figures)
         return figures[0].float(), figures[-1].sqrt().float(), figures[1:-1].view_as(totals_S4)
@@ -285,9 +285,9 @@ class Engine:
         return Sums(torch.zeros((), device=device), torch.zeros(self.n_sources, 4, dtype=torch.float64, device=device))
 
     def _count(self, finite: Tensor) -> None:
-        updates, bad_steps, bad_in_a_row = self.counts_3.unbind()
-        in_a_row = torch.where(finite, 0, bad_in_a_row + 1)
-        self.counts_3.copy_(torch.stack([updates + finite, bad_steps + ~finite, in_a_row]))
+        updates, nonfinite_steps, nonfinite_in_a_row = self.counts_3.unbind()
+        in_a_row = torch.where(finite, 0, nonfinite_in_a_row + 1)
+        self.counts_3.copy_(torch.stack([updates + finite, nonfinite_steps + ~finite, in_a_row]))
 
     def _complete_gradients(self) -> None:
         """Give every parameter a gradient that is laid out as it is, and the copies of one the same."""

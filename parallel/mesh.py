@@ -32,8 +32,8 @@ class Mesh:
     rank: int = 0
     # (pp, dp_replicate, dp_shard, tp): what parameters are laid out on. Who shares the tokens of a sequence still has
     # samples' gradients to sum, so cp is a part of dp_shard here (of dp_replicate if nothing is sharded).
-    layout: DeviceMesh | None = None
-    tokens: DeviceMesh | None = None  # (pp, dp, cp, tp): who sees which tokens
+    param_mesh: DeviceMesh | None = None
+    batch_mesh: DeviceMesh | None = None  # (pp, dp, cp, tp): who sees which tokens
     host: dist.ProcessGroup | None = None  # all processes, without waiting for their devices
 
     @property
@@ -46,16 +46,16 @@ class Mesh:
 
     @property
     def dp_rank(self) -> int:
-        return self.place("dp")
+        return self.coordinate("dp")
 
     @property
     def maximum(self) -> Callable[[int], int] | None:
         """The largest of all ranks' values; None for a rank alone."""
-        return None if self.world_size == 1 else self.agree_max
+        return None if self.world_size == 1 else self.all_reduce_max
 
-    def place(self, axis: str) -> int:
+    def coordinate(self, axis: str) -> int:
         """This process's coordinate on `pp`, `dp`, `cp` or `tp`."""
-        return 0 if self.tokens is None else self.tokens.get_local_rank(axis)
+        return 0 if self.batch_mesh is None else self.batch_mesh.get_local_rank(axis)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over all processes, in place."""
@@ -63,7 +63,7 @@ class Mesh:
             dist.all_reduce(tensor)
         return tensor
 
-    def agree_max(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """Give the largest of the values the processes pass; every process must ask."""
         tensor = torch.tensor([value])
         if self.world_size > 1:
@@ -75,12 +75,14 @@ class Mesh:
         if self.world_size == 1:
             return list(counts)
         found = torch.zeros(len(counts), self.dp_size, dtype=torch.int64)
-        if self.place("cp") == self.place("tp") == self.place("pp") == 0:  # peers have the same micro-batches
+        if (
+            self.coordinate("cp") == self.coordinate("tp") == self.coordinate("pp") == 0
+        ):  # peers have the same micro-batches
             found[:, self.dp_rank] = torch.tensor(counts)
         dist.all_reduce(found, group=self.host)
         return found.flatten().tolist()
 
-    def on_first(self, call: Callable[..., object], *args: Any) -> None:
+    def on_rank_zero(self, call: Callable[..., object], *args: Any) -> None:
         """Call something on the first process alone."""
         if self.rank == 0:
             call(*args)
@@ -116,14 +118,14 @@ def open_mesh(axes: Axes, *, zero_stage: int, device: torch.device) -> Mesh:
     ranks = torch.arange(axes.world_size)
     sharded = zero_stage > 0
     dp_cp = (axes.dp_replicate * (1 if sharded else axes.cp), axes.dp_shard * (axes.cp if sharded else 1))
-    layout = DeviceMesh(
+    param_mesh = DeviceMesh(
         device.type, ranks.view(axes.pp, *dp_cp, axes.tp), mesh_dim_names=("pp", "dp_replicate", "dp_shard", "tp")
     )
-    tokens = DeviceMesh(
+    batch_mesh = DeviceMesh(
         device.type, ranks.view(axes.pp, axes.dp, axes.cp, axes.tp), mesh_dim_names=("pp", "dp", "cp", "tp")
     )
     host: Any = dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else dist.group.WORLD
-    return Mesh(device=device, axes=axes, rank=dist.get_rank(), layout=layout, tokens=tokens, host=host)
+    return Mesh(device=device, axes=axes, rank=dist.get_rank(), param_mesh=param_mesh, batch_mesh=batch_mesh, host=host)
 
 
 def _device(config: ParallelConfig) -> torch.device:

@@ -21,10 +21,10 @@ from torch.distributed.pipelining import (
 )
 from torch.distributed.pipelining._backward import stage_backward_weight
 
-from parallel.apply import reduce_after, sharded_modules
 from parallel.axes import stages_of
 from parallel.config import ParallelConfig
 from parallel.mesh import Mesh
+from parallel.parallelize import set_gradient_sync, sharded_modules
 
 SCHEDULES = {
     "interleaved_1f1b": ScheduleInterleaved1F1B,
@@ -65,7 +65,7 @@ class Stage(PipelineStage):
 
     def backward_maybe_with_nosync(self, backward_type: Any, bwd_kwargs: dict, last_backward: bool = False) -> Any:
         if isinstance(self.model, FSDPModule):
-            reduce_after(self.model, self.zero_stage, last=last_backward)
+            set_gradient_sync(self.model, self.zero_stage, last=last_backward)
             if backward_type == "weight":
                 self._weight_gradients(bwd_kwargs["param_groups"])
                 return (), None
@@ -113,12 +113,12 @@ class Pipeline:
     """
 
     def __init__(self, stages: Sequence[nn.Module], mesh: Mesh, config: ParallelConfig, model: Any) -> None:
-        assert mesh.layout is not None
+        assert mesh.param_mesh is not None
         self.mesh, self.config, self.d_model, self.tied = mesh, config, model.d_model, model.tie_embeddings
-        self.stages = dict(zip(stages_of(mesh.place("pp"), mesh.axes.pp, config), stages, strict=True))
+        self.stages = dict(zip(stages_of(mesh.coordinate("pp"), mesh.axes.pp, config), stages, strict=True))
         self.n_stages = mesh.axes.pp * config.virtual_stages
         self.rank_of = {s: rank for rank in range(mesh.axes.pp) for s in stages_of(rank, mesh.axes.pp, config)}
-        self.group = mesh.layout.get_group("pp")
+        self.group = mesh.param_mesh.get_group("pp")
         self.dtype = next(stages[0].parameters()).dtype
         self._schedules: dict[tuple[int, torch.Size], Any] = {}
 

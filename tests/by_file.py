@@ -7,7 +7,7 @@ from xdist.workermanage import WorkerController
 # Of a minute and more, or nearly: the other worker would wait for one of them that was begun last.
 LONGEST = (
     "tests/parallel/test_layouts.py", "tests/slurm", "tests/test_resume.py", "tests/test_train.py",
-    "tests/parallel/test_dry_run.py", "tests/test_sweep.py", "tests/test_export.py",
+    "tests/dry_run/test_dry_run.py", "tests/launch/test_sweep.py", "tests/test_export.py",
 )  # fmt: skip
 
 

@@ -16,11 +16,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import train
-from conf.command import CONF
+from conf.cli import CONF
 from conf.schema import register, to_config
 from data.mixed_text import mixed_lines
 from parallel.mesh import distributed
-from training.run_folder import locked
+from tracking.run_folder import locked
 from training.stop import StopRequest
 
 ROOT = Path(__file__).parent.parent

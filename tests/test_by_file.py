@@ -11,9 +11,13 @@ from tests.conftest import ROOT, pytest_xdist_make_scheduler
 
 pytest.importorskip("xdist")
 
-READ = ["tests/data/test_read.py::first", "tests/data/test_read.py::second", "tests/data/test_read.py::third"]
+READ = ["tests/corpus/test_read.py::first", "tests/corpus/test_read.py::second", "tests/corpus/test_read.py::third"]
 LAYOUTS = ["tests/parallel/test_layouts.py::all[a-b]"]
-SLURM = ["tests/slurm/test_prepare.py::one", "tests/slurm/test_slurm.py::two", "tests/slurm/test_slurm.py::three"]
+SLURM = [
+    "tests/slurm/test_prepare.py::one",
+    "tests/slurm/test_slurm.py::two",
+    "tests/slurm/test_slurm.py::three",
+]
 
 
 def begun() -> list[list[str]]:

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 import export
 from conf.schema import ExportConfig, stored_model
-from data.config import DataError
+from corpus.config import DataError
 from data.tokenizer import load_tokenizer, sentencepiece_proto
 from model.config import ModelConfig, ModelError
-from model.hf import llama_config, read_hf, read_hf_config
+from model.hf.llama import llama_config, read_hf, read_hf_config
 from model.transformer import Transformer
 from tests.conftest import ROOT, trained
 from training.checkpoint import open_checkpoint
@@ -138,7 +138,7 @@ def test_what_is_wrong_with_a_tokenizer_is_told_before_the_weights_are_read(
         raise RuntimeError("weights are read")
 
     with monkeypatch.context() as patch:
-        patch.setattr("model.hf.read_hf", no_more)
+        patch.setattr("model.hf.llama.read_hf", no_more)
         with pytest.raises((DataError, RuntimeError)) as raised:
             export.bring_in(folder, str(tmp_path / "run"))
     assert re.search(told, capsys.readouterr().out + str(raised.value)) and not (tmp_path / "run").exists()
@@ -229,7 +229,7 @@ def test_a_wrong_export_is_not_kept(
         damage(folder, what)
         return result
 
-    monkeypatch.setattr("model.hf.read_hf", read_before_damage)
+    monkeypatch.setattr("model.hf.llama.read_hf", read_before_damage)
     with pytest.raises(ModelError, match=sentence):
         export.export(run_dir, ExportConfig(run=str(run_dir), out=str(tmp_path / "hf")))
     assert not list(tmp_path.iterdir())

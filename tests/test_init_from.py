@@ -10,7 +10,7 @@ import torch
 
 from data.tokenizer import load_tokenizer
 from tests.conftest import ROOT, metrics, trained
-from tests.data.corpora import RECORDS, lines, local, made
+from tests.corpora import RECORDS, lines, local, made
 from training.checkpoint import open_checkpoint
 from training.config import CheckpointError
 

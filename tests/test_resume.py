@@ -12,7 +12,7 @@ import torch
 import export
 import generate
 from conf.schema import ExportConfig, GenerateConfig
-from parallel.launch import free_port
+from launch.ranks import free_port
 from tests.conftest import ROOT, trained
 from tests.resume_rank import PAIRS, SAVED, STEPS, TIED, WORLD_SIZE
 from training.checkpoint import open_checkpoint

@@ -235,7 +235,7 @@ def test_a_ramp_takes_smaller_batches_first(tmp_path: Path, small: list[str]) ->
 @pytest.mark.parametrize(
     "options",
     [["precision=bf16"], ["precision=fp16"], ["parallel.activation_checkpointing=full"], ["data.packing=internlm_one", "data.pack_len=64"],
-     ["loss.reduction=row_mean", "optimizer.decay=all"], ["scheduler=wsd"], ["scheduler=constant", "optimizer.beta2_c=0.8"],
+     ["loss.reduction=micro_batch_mean", "optimizer.decay=all"], ["scheduler=wsd"], ["scheduler=constant", "optimizer.beta2_c=0.8"],
      ["model.embed_grad_scale=0.1", "model.tie_embeddings=true"], ["loss.label_smoothing=0.1"], ["data=random", "data.vocab_size=1000"]],
     ids=str,
 )  # fmt: skip
@@ -243,17 +243,17 @@ def test_every_way_of_training_reaches_its_end(tmp_path: Path, small: list[str],
     kept = [o for o in small if not (options[0] == "data=random" and o.startswith(("data=", "data.path")))]
     valid_loss = trained(tmp_path / "r", *kept, *options)
     assert valid_loss is not None and 4 < valid_loss < 7.5
-    assert metrics(tmp_path / "r")[-2]["train/bad_steps"] == 0
+    assert metrics(tmp_path / "r")[-2]["train/nonfinite_steps"] == 0
 
 
 def test_a_run_without_finite_gradients_ends_and_names_the_layer(tmp_path: Path, small: list[str]) -> None:
     with pytest.raises(
         TrainingError,
-        match=r"3 steps in a row .* the first bad layer is \S+ \((weight|forward|backward|gradient)\)",
+        match=r"3 steps in a row .* first in \S+ \((weight|forward|backward|gradient)\)",
     ):
-        trained(tmp_path / "r", *small, "optimizer.lr=1e30", "optimizer.max_bad_steps=3", "steps=30")
+        trained(tmp_path / "r", *small, "optimizer.lr=1e30", "optimizer.max_nonfinite_steps=3", "steps=30")
     records = metrics(tmp_path / "r")
-    assert records[-1]["train/bad_steps"] >= 2 and records[-1]["train/grad_norm"] is None
+    assert records[-1]["train/nonfinite_steps"] >= 2 and records[-1]["train/grad_norm"] is None
 
 
 def test_a_sweep_runs_each_point_in_its_own_folder(tmp_path: Path, small: list[str]) -> None:
@@ -277,7 +277,7 @@ def test_torchrun_and_the_command_alone_start_the_same_run(tmp_path: Path, small
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     ways = {"joined": torchrun, "started": [sys.executable]}
     for name, way in ways.items():
-        argv = [*way, "train.py", *settings, f"hydra.run.dir={tmp_path / name}", "parallel.local_processes=2"]
+        argv = [*way, "train.py", *settings, f"hydra.run.dir={tmp_path / name}", "parallel.nproc_per_node=2"]
         done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("step 3/3") == 1 and (tmp_path / name / "train.rank1.log").exists()

@@ -23,7 +23,7 @@ class Decay(Enum):
     all = "all"  # on every parameter, as InternLM does
 
 
-class Shape(Enum):
+class ScheduleType(Enum):
     cosine = "cosine"
     wsd = "wsd"
     constant = "constant"
@@ -50,7 +50,7 @@ class OptimizerImpl(Enum):
 
 class Reduction(Enum):
     global_token = "global_token"  # mean over all target tokens of a step
-    row_mean = "row_mean"  # mean over micro-batches of their means, as InternLM does
+    micro_batch_mean = "micro_batch_mean"  # mean over micro-batches of their means, as InternLM does
 
 
 class Resume(Enum):
@@ -73,7 +73,7 @@ class OptimizerConfig:
     state_dtype: Dtype = Dtype.fp32  # of the moments: fp32 or bf16
     impl: OptimizerImpl = OptimizerImpl.auto
     max_grad_norm: float = 1.0  # one norm over all parameters; 0: no clipping
-    max_bad_steps: int = 10  # steps in a row without a finite gradient before the run is stopped
+    max_nonfinite_steps: int = 10  # steps in a row without a finite gradient before the run is stopped
 
     def problems(self) -> Iterator[str]:
         if not 0 < self.lr < math.inf:
@@ -88,15 +88,15 @@ class OptimizerConfig:
             yield f"optimizer.eps ({self.eps}) must be positive"
         if self.state_dtype is Dtype.fp16:
             yield "optimizer.state_dtype (fp16) must be fp32 or bf16, because second moments underflow in fp16"
-        if self.max_bad_steps < 1:
-            yield f"optimizer.max_bad_steps ({self.max_bad_steps}) must be at least 1"
+        if self.max_nonfinite_steps < 1:
+            yield f"optimizer.max_nonfinite_steps ({self.max_nonfinite_steps}) must be at least 1"
 
 
 @dataclass(kw_only=True, slots=True)
 class SchedulerConfig:
     """Learning rate as a factor on optimizer.lr, so that sweeping the rate keeps the shape."""
 
-    shape: Shape = Shape.cosine
+    type: ScheduleType = ScheduleType.cosine
     warmup_ratio: float = 0.01  # of the run's steps
     init_steps: int = 0  # steps at learning rate 0 before the warm-up
     min_lr_ratio: float = 0.1  # the last rate over the highest
@@ -106,7 +106,7 @@ class SchedulerConfig:
         for key in ("warmup_ratio", "min_lr_ratio", "decay_ratio"):
             if not 0 <= getattr(self, key) <= 1:
                 yield f"scheduler.{key} ({getattr(self, key)}) must be in [0, 1]"
-        if self.shape is Shape.wsd and self.warmup_ratio + self.decay_ratio > 1:
+        if self.type is ScheduleType.wsd and self.warmup_ratio + self.decay_ratio > 1:
             yield (
                 f"scheduler.warmup_ratio ({self.warmup_ratio}) + scheduler.decay_ratio "
                 f"({self.decay_ratio}) must be at most 1"
@@ -185,36 +185,3 @@ class CheckpointConfig:
         for key in ("every", "keep"):
             if getattr(self, key) < 0:
                 yield f"checkpoint.{key} ({getattr(self, key)}) must be 0 or more"
-
-
-@dataclass(kw_only=True, slots=True)
-class LoggerConfig:
-    """metrics.jsonl, the console and loss.png are always written."""
-
-    every: int = 1  # steps between console lines and records
-    tensorboard: bool = True
-    wandb: bool = False
-    wandb_project: str = "pretraining"
-    peak_tflops: float | None = None  # of one device, for MFU (null: from its name, if known)
-
-    def problems(self) -> Iterator[str]:
-        if self.every < 1:
-            yield f"logger.every ({self.every}) must be at least 1"
-        if self.peak_tflops is not None and not self.peak_tflops > 0:
-            yield f"logger.peak_tflops ({self.peak_tflops}) must be positive, or null"
-
-
-@dataclass(kw_only=True, slots=True)
-class EarlyStopConfig:
-    """Gives up a point of a sweep whose smoothed loss is above the best point's at the same tokens by a margin."""
-
-    margin: float | None = None  # nats a token (null: no point is given up)
-    after_step: int = 100
-    every: int = 10  # steps between comparisons
-
-    def problems(self) -> Iterator[str]:
-        if self.margin is not None and not self.margin > 0:
-            yield f"early_stop.margin ({self.margin}) must be positive, or null for no early stop"
-        for key in ("after_step", "every"):
-            if getattr(self, key) < 1:
-                yield f"early_stop.{key} ({getattr(self, key)}) must be at least 1"

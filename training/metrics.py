@@ -49,7 +49,7 @@ def loss_metrics(totals: Sequence[Sequence[float]], sources: Sequence[str], pref
 
 
 class Throughput:
-    """Speed by the clock, from the start of a step's data to the end of its update.
+    """Speed by the build_throughput, from the start of a step's data to the end of its update.
 
     The host runs ahead of the device between the steps whose figures are read: these are the mean of the
     steps since the last ones.

@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from tracking.loggers import Loggers
 from training.metrics import Throughput, loss_metrics, step_line, valid_lines
-from training.progress import Progress
-from training.sinks import Sinks
+from training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +24,10 @@ class StepFigures(Protocol):
 class Report:
     """Writes a run's steps and validations down, with the clock of its `throughput`."""
 
-    def __init__(self, sinks: Sinks, throughput: Throughput, *, sources: Sequence[str], steps: int) -> None:
+    def __init__(self, sinks: Loggers, throughput: Throughput, *, sources: Sequence[str], steps: int) -> None:
         self.sinks, self.throughput, self.sources, self.steps = sinks, throughput, sources, steps
 
-    def step(self, progress: Progress, result: StepFigures, epochs: Mapping[int, float], **optim: float) -> None:
+    def step(self, progress: TrainState, result: StepFigures, epochs: Mapping[int, float], **optim: float) -> None:
         """Write the record of a step and its line.
 
         `epochs` says how often each source has been seen, `optim` what the update was made with.
@@ -43,13 +43,13 @@ class Report:
             **{f"optim/{key}": value for key, value in optim.items()},
         }
         record |= {
-            "train/bad_steps": progress.bad_steps,
+            "train/nonfinite_steps": progress.nonfinite_steps,
             **self.throughput.metrics(self.steps - progress.step),
         }
         self.sinks.write(record)
         logger.info("%s", step_line(record, self.steps))
 
-    def validation(self, progress: Progress, totals_S4: Tensor) -> None:
+    def validation(self, progress: TrainState, totals_S4: Tensor) -> None:
         """Write a validation down, by source, and draw the curve."""
         metrics = loss_metrics(totals_S4.tolist(), self.sources, "valid")
         progress.valid_loss, progress.validated_step = metrics.get("valid/loss"), progress.step

@@ -10,29 +10,29 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from tracking.origin import refuse_no_origin
+from tracking.run_folder import refuse_changes, refuse_other_model
 from training.checkpoint import PER_RANK, Checkpoint, Checkpoints, open_checkpoint
 from training.config import CheckpointConfig, CheckpointError, Resume
-from training.optimizer import AdamW
-from training.origin import refuse_no_origin
-from training.progress import Progress
+from training.optim.optimizer import AdamW
 from training.ranks import Ranks
-from training.run_folder import refuse_changes, refuse_other_model
 from training.scaler import LossScaler
+from training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 FIRST_RNG = f"{PER_RANK}cpu"
 
 
-class Kept:
+class Restorable:
     """Everything of a run that a checkpoint keeps, as far as this rank holds it."""
 
-    def __init__(self, optimizer: AdamW, scaler: LossScaler, progress: Progress, rank: int = 0) -> None:
+    def __init__(self, optimizer: AdamW, scaler: LossScaler, progress: TrainState, rank: int = 0) -> None:
         self.optimizer, self.scaler, self.progress = optimizer, scaler, progress
         self.rng_name = f"{PER_RANK}cpu.{rank}" if rank else FIRST_RNG
 
     def tensors(self) -> dict[str, Tensor]:
-        return {**self.optimizer.tensors(), self.rng_name: torch.get_rng_state()}
+        return {**self.optimizer.state_tensors(), self.rng_name: torch.get_rng_state()}
 
     def state(self) -> dict[str, Any]:
         return {"progress": self.progress.state_dict(), "scaler": self.scaler.state_dict()}
@@ -42,9 +42,9 @@ class Kept:
 
         A rank that was not there when it was saved takes the first one's random state.
         """
-        tensors = self.optimizer.tensors()
+        tensors = self.optimizer.state_tensors()
         checkpoint.load_into(tensors)
-        self.optimizer.refresh(tensors)
+        self.optimizer.load_tensors(tensors)
         rng_name = self.rng_name if self.rng_name in checkpoint.tensors else FIRST_RNG
         torch.set_rng_state(checkpoint.read_names([rng_name])[rng_name])
         self.scaler.load_state_dict(checkpoint.state["scaler"])
@@ -53,14 +53,14 @@ class Kept:
 
     def take(self, checkpoint: Checkpoint, prefix: str) -> None:
         """Read the tensors that begin with `prefix` from another run's checkpoint."""
-        tensors = self.optimizer.tensors()
+        tensors = self.optimizer.state_tensors()
         checkpoint.load({name: tensor for name, tensor in tensors.items() if name.startswith(prefix)})
-        self.optimizer.refresh(tensors)
+        self.optimizer.load_tensors(tensors)
 
     @torch.no_grad()
     def take_weights(self, weights: dict[str, Tensor], origin: Path) -> None:
         """Copy whole weights, by our names, each rank its part; none may be missing or of another shape."""
-        tensors = self.optimizer.tensors()
+        tensors = self.optimizer.state_tensors()
         for name, tensor in tensors.items():
             if not name.startswith("model."):
                 continue
@@ -72,7 +72,7 @@ class Kept:
                     "pass the model= that it is of"
                 )
             _copy_part(tensor, found)
-        self.optimizer.refresh(tensors)
+        self.optimizer.load_tensors(tensors)
 
 
 def _copy_part(tensor: Tensor, whole: Tensor) -> None:
@@ -86,12 +86,12 @@ def _copy_part(tensor: Tensor, whole: Tensor) -> None:
 
 
 def resume_or_start(
-    kept: Kept,
+    kept: Restorable,
     checkpoints: Checkpoints,
     config: CheckpointConfig,
     *,
     run_config: dict[str, Any],
-    parts: list[str],
+    fingerprints: list[str],
     read_hf: Callable[[Path], dict[str, Tensor]],
 ) -> None:
     """Bring a run to where it starts, and say where that is.
@@ -116,7 +116,7 @@ def resume_or_start(
             "pass another name= to start anew"
         )
     refuse_changes(checkpoint.state["config"], run_config, config.accept_changes, run_dir)
-    changed = _check_data(checkpoint.state["data"]["parts"], parts, config, run_dir)
+    changed = _check_data(checkpoint.state["data"]["parts"], fingerprints, config, run_dir)
     kept.restore(checkpoint)
     if changed:
         kept.progress.first_sample = kept.progress.samples
@@ -143,7 +143,7 @@ def _check_data(before: list[str], now: list[str], config: CheckpointConfig, run
 
 
 def _initialise(
-    kept: Kept, run_config: dict[str, Any], read_hf: Callable[[Path], dict[str, Tensor]], ranks: Ranks
+    kept: Restorable, run_config: dict[str, Any], read_hf: Callable[[Path], dict[str, Tensor]], ranks: Ranks
 ) -> None:
     """Take what `init_content` names from `init_from`: weights, moments, the schedule's place, the data's place."""
     path, content = Path(run_config["init_from"]), set(run_config["init_content"])

@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from corpus.config import DataError, Source
 from data.batches import Batch
-from data.config import DataConfig, DataError, Packing, Source
-from data.corpus import Corpus, PackSet, open_corpus
+from data.config import DataConfig, Packing
+from data.dataset import Corpus, PackedDataset, open_corpus
 from data.loader import train_batches, valid_batches
 from data.packing import layout_of
 from data.shards import Shard, ShardWriter
@@ -35,7 +36,7 @@ CONFIG = DataConfig(
 @pytest.fixture(scope="module", autouse=True)
 def _windows_of_an_order_that_a_few_packs_leave() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.order.WINDOW", 16)
+        patch.setattr("data.sampler.WINDOW", 16)
         yield
 
 
@@ -71,7 +72,7 @@ def corpus() -> Corpus:
     corpus = open_corpus(CONFIG, vocab_size=100)
     layout = corpus.train.layouts[0]
     layout.n_packs = 20
-    corpus.train = PackSet([layout], [0], CONFIG, vocab_size=100)
+    corpus.train = PackedDataset([layout], [0], CONFIG, vocab_size=100)
     return corpus
 
 
@@ -122,10 +123,10 @@ def shards(folder: Path, lengths: list[list[int]]) -> list[Shard]:
     return found
 
 
-def pack_set(files: list[Shard], weights: list[float] | None = None, **changes: object) -> PackSet:
+def pack_set(files: list[Shard], weights: list[float] | None = None, **changes: object) -> PackedDataset:
     config = dataclasses.replace(CONFIG, **changes)  # type: ignore[arg-type]
     layouts = [layout_of([file], config.packing, 16, seed=config.seed, train=True) for file in files]
-    return PackSet(layouts, list(range(len(files))), config, vocab_size=10_000, weights=weights)
+    return PackedDataset(layouts, list(range(len(files))), config, vocab_size=10_000, weights=weights)
 
 
 @pytest.fixture
@@ -172,7 +173,7 @@ def test_a_mixture_takes_sources_in_their_share_and_reports_their_epochs(tmp_pat
     assert pack_set(packs_files(packs)).epochs(117 * 3) == {0: 3.0, 1: 3.0, 2: 3.0}
 
 
-def packs_files(packs: PackSet) -> list[Shard]:
+def packs_files(packs: PackedDataset) -> list[Shard]:
     return [layout.files[0] for layout in packs.layouts]  # type: ignore[attr-defined]
 
 

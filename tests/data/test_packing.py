@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from corpus.config import DataError
 from data.batches import IGNORED, Batch, collate
 from data.best_fit import HEADER, best_fit
-from data.config import DataError, Packing
+from data.config import Packing
 from data.packing import BestFit, Layout, RandomTokens, Shuffled, layout_of
 from data.shards import Shard, ShardWriter
 

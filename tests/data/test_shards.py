@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.config import DataError
+from corpus.config import DataError
 from data.shards import INDEX_HEADER, Shard, ShardWriter
 
 

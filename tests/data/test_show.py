@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from corpus.config import DataError, Source
 from data.batches import IGNORED
-from data.config import DataConfig, DataError, Source
-from data.corpus import Corpus, PackSet, open_corpus
+from data.config import DataConfig
+from data.dataset import Corpus, PackedDataset, open_corpus
 from data.packing import Concat
-from data.shards import NOT_LEARNT, Shard, ShardWriter
+from data.shards import LOSS_MASKED, Shard, ShardWriter
 from data.show import main, marked, show, show_pack
 from data.tokenizer import Tokenizer
 from tests.conftest import ROOT
@@ -56,11 +57,11 @@ def test_what_is_read_and_not_learnt_is_in_brackets(
 ) -> None:
     writer = ShardWriter(tmp_path / "sft", vocab_size=1200, tokenizer="t", masked=True)
     prompt, answer = (np.array(tokenizer.encode(text), dtype=np.uint32) for text in ("Why? ", "Because."))
-    ids = np.concatenate([prompt | np.uint32(NOT_LEARNT), answer])
+    ids = np.concatenate([prompt | np.uint32(LOSS_MASKED), answer])
     writer.add(ids, 0)
     writer.close()
     layout = Concat([Shard(tmp_path / "sft")], len(ids) + 3)
-    packs = PackSet([layout], [0], CONFIG, vocab_size=1200)
+    packs = PackedDataset([layout], [0], CONFIG, vocab_size=1200)
     corpus = Corpus(("sft",), ["p"], tokenizer, False, False, None, packs, packs)
     show_pack(corpus, 5, 0)
     assert capsys.readouterr().out.splitlines()[1:] == [

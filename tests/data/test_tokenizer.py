@@ -9,11 +9,12 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from corpus.config import DataError
 from data import tokenizer as module
-from data.config import DataConfig, DataError
-from data.cuts import cut, last_space
+from data.config import DataConfig
 from data.hf_tokenizer import write_hf_tokenizer
 from data.mixed_text import mixed_lines
+from data.safe_split import cut, last_space
 from data.tokenizer import (
     Tokenizer,
     adds_bos,
@@ -24,8 +25,8 @@ from data.tokenizer import (
     train_tokenizer,
 )
 from tests.conftest import trained
-from tests.data.corpora import made
-from tests.data.test_sft import SMALL
+from tests.corpora import made
+from tests.corpus.test_sft import SMALL
 
 # U+2581 is how SentencePiece writes a space, so it cannot stand for itself; surrogates are no characters.
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"))

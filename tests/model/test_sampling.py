@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from model.config import Init, ModelConfig
-from model.hf import llama_config, to_llama_name
+from model.hf.llama import llama_config, to_llama_name
 from model.kv_cache import KVCache
 from model.sampling import Sampling, generate, next_logits
 from model.transformer import Transformer

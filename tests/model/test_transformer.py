@@ -10,10 +10,10 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from conf.command import CONF
+from conf.cli import CONF
 from conf.schema import register, to_config
 from model.config import Attention, Init, ModelConfig, ModelError
-from model.hf import llama_config, to_llama_name
+from model.hf.llama import llama_config, to_llama_name
 from model.layers import rotary_angles, rotate
 from model.transformer import Transformer
 

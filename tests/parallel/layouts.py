@@ -17,14 +17,14 @@ from torch import Tensor
 from model.config import Attention, Init, ModelConfig
 from model.loss import linear_cross_entropy
 from model.transformer import Transformer
-from parallel.apply import parallelize, write_shard
 from parallel.axes import resolve_axes
 from parallel.config import Compile, ParallelConfig
 from parallel.engine import Engine
 from parallel.mesh import Mesh, leave, open_mesh
+from parallel.parallelize import parallelize, write_shard
 from tests.parallel.packed import Packed, micro_batch
 from training.config import OptimizerConfig, PrecisionConfig, Reduction
-from training.optimizer import AdamW
+from training.optim.optimizer import AdamW
 from training.scaler import LossScaler
 from training.token_weights import token_weights
 
@@ -97,8 +97,8 @@ def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
         model = Transformer(replace(MODELS[case.model], attention=case.attention))
     stages = parallelize(model, mesh, config, case.dtype, fp8=case.fp8)
     model.init_weights(3, write_shard)
-    adamw = AdamW(model, optimizer, copies=model.copies)
-    adamw.follow([(3e-3, 0.95)] * (N_STEPS + 1))
+    adamw = AdamW(model, optimizer, tied_params=model.tied_params)
+    adamw.set_schedule([(3e-3, 0.95)] * (N_STEPS + 1))
     return Engine(
         model,
         adamw,
@@ -124,7 +124,7 @@ def outcome(case: Case, mesh: Mesh, config: ParallelConfig) -> Outcome:
         handles = _break(engine, mesh, case.bad_rank) if broken else []
         done.append(engine.train_step(batches))
         if broken:
-            bad_layer = engine.first_bad_layer(batches)
+            bad_layer = engine.find_nonfinite_module(batches)
         for handle in handles:
             handle.remove()
     valid = engine.evaluate(mine[-1])

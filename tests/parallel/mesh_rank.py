@@ -5,9 +5,9 @@ import time
 
 import torch
 
-from conf.command import is_sentence, sentences
+from conf.cli import is_user_error, report_user_errors
+from launch.ranks import launch
 from parallel.config import Device, ParallelConfig
-from parallel.launch import launch
 from parallel.mesh import distributed
 
 
@@ -24,9 +24,9 @@ if __name__ == "__main__":
     config = ParallelConfig(
         device=Device.cpu,
         dp_replicate=-1,
-        local_processes=2,
+        nproc_per_node=2,
         init_timeout_s=float(init_s),
         step_timeout_s=float(step_s),
     )
-    with sentences():
-        launch(meet, config, *map(int, hanging or ["-1"]), config=config, says_enough=is_sentence)
+    with report_user_errors():
+        launch(meet, config, *map(int, hanging or ["-1"]), config=config, is_user_error=is_user_error)

@@ -6,10 +6,10 @@ import sys
 import time
 from pathlib import Path
 
-from conf.command import is_sentence, sentences
-from data.config import DataError
+from conf.cli import is_user_error, report_user_errors
+from corpus.config import DataError
+from launch.ranks import VARIABLES, launch
 from parallel.config import ParallelConfig
-from parallel.launch import VARIABLES, launch
 from training.stop import StopRequest
 
 
@@ -49,9 +49,9 @@ def steps(folder: Path) -> None:
 
 
 def launched(n: int, work, *args):
-    return launch(work, *args, config=ParallelConfig(local_processes=n), says_enough=is_sentence)
+    return launch(work, *args, config=ParallelConfig(nproc_per_node=n), is_user_error=is_user_error)
 
 
 if __name__ == "__main__":
-    with sentences():
+    with report_user_errors():
         launched(2, steps, Path(sys.argv[1]))

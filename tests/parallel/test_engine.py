@@ -11,13 +11,13 @@ from torch._dynamo.utils import counters
 from model.config import Init, ModelConfig
 from model.loss import linear_cross_entropy
 from model.transformer import Transformer
-from parallel.apply import compile_blocks, parallelize, recomputed_blocks
 from parallel.config import ActivationCheckpointing, Compile, ParallelConfig, ParallelError
 from parallel.engine import Engine
 from parallel.mesh import Mesh
+from parallel.parallelize import compile_blocks, parallelize, recomputed_blocks
 from tests.parallel.packed import Packed, micro_batch
 from training.config import Dtype, OptimizerConfig, PrecisionConfig, Reduction
-from training.optimizer import AdamW
+from training.optim.optimizer import AdamW
 from training.scaler import LossScaler
 from training.token_weights import token_weights
 
@@ -48,7 +48,7 @@ def build(
     parallelize(model, mesh, parallel or ParallelConfig(), dtype, fp8=fp8, grad_dtype=grad_dtype)
     model.init_weights(seed=3)
     adamw = AdamW(model, optimizer)
-    adamw.follow([(optimizer.lr, 0.95)] * 100)
+    adamw.set_schedule([(optimizer.lr, 0.95)] * 100)
     return Engine(
         model,
         adamw,
@@ -156,7 +156,7 @@ def test_a_layer_is_named_although_it_is_compiled() -> None:
     engine.train_step([micro_batch([8], 0)])
     with torch.no_grad():
         engine.model.get_parameter("blocks.1.mlp.w_up.weight").fill_(3e38)
-    assert engine.first_bad_layer([micro_batch([8], 0)]) == "blocks.1.mlp.w_up (forward)"
+    assert engine.find_nonfinite_module([micro_batch([8], 0)]) == "blocks.1.mlp.w_up (forward)"
 
 
 def test_gradients_add_up_in_fp32_if_asked_to() -> None:
@@ -195,12 +195,12 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_layer_is_named() -> N
     batches = [micro_batch([8], 0)]
     block = engine.model.get_submodule("blocks.1.mlp.w_up")
     handle = block.register_forward_hook(lambda _m, _i, out: out.mul(float("inf")))
-    before = {name: t.clone() for name, t in engine.optimizer.tensors().items()}  # type: ignore[attr-defined]
+    before = {name: t.clone() for name, t in engine.optimizer.state_tensors().items()}  # type: ignore[attr-defined]
     result = engine.train_step(batches)
     assert not result.finite
-    for name, tensor in engine.optimizer.tensors().items():  # type: ignore[attr-defined]
+    for name, tensor in engine.optimizer.state_tensors().items():  # type: ignore[attr-defined]
         assert torch.equal(tensor, before[name]), name
-    assert engine.first_bad_layer(batches) == "blocks.1.mlp.w_up (forward)"
+    assert engine.find_nonfinite_module(batches) == "blocks.1.mlp.w_up (forward)"
     assert engine.counts() == (0, 1, 1)
     handle.remove()
     assert engine.train_step(batches).finite
@@ -211,7 +211,7 @@ def test_a_bad_weight_is_named_first() -> None:
     engine = build()
     with torch.no_grad():
         engine.model.get_parameter("blocks.2.attention.wq.weight")[0, 0] = float("nan")
-    assert engine.first_bad_layer([micro_batch([8], 0)]) == "blocks.2.attention.wq.weight (weight)"
+    assert engine.find_nonfinite_module([micro_batch([8], 0)]) == "blocks.2.attention.wq.weight (weight)"
 
 
 def test_a_step_without_targets_is_no_nan() -> None:
@@ -278,7 +278,7 @@ def test_a_bad_layer_is_named_and_left_behind_by_micro_batches_in_fixed_places()
         block = engine.model.get_submodule("blocks.1.mlp.w_up")
         handle = block.register_forward_hook(lambda _m, _i, out: out.mul(float("inf")))
         assert not engine.train_step(bad).finite
-        assert engine.first_bad_layer(bad) == "blocks.1.mlp.w_up (forward)"
+        assert engine.find_nonfinite_module(bad) == "blocks.1.mlp.w_up (forward)"
         handle.remove()
     compare_with_graphs(plain, graphed, steps_of_packs())
 

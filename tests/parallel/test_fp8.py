@@ -13,9 +13,9 @@ from torch.multiprocessing.spawn import spawn
 
 from model.config import Init, ModelConfig
 from model.transformer import Transformer
-from parallel.apply import compile_blocks, multiply_in_fp8
 from parallel.fp8 import E4M3, E5M2, Fp8Linear, GatheredWeight, to_fp8_both_ways
-from parallel.plan import divide
+from parallel.parallelize import apply_fp8, compile_blocks
+from parallel.tensor_parallel import apply_tp
 
 
 def relative(found: Tensor, exact: Tensor) -> float:
@@ -157,8 +157,8 @@ def divided_rank(rank: int, folder: Path, sequence_parallel: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = one_block(torch.bfloat16)
-    divide(model, init_device_mesh("cpu", (2,)), sequence_parallel=sequence_parallel)
-    multiply_in_fp8(list(model.blocks.children()), "tensorwise")
+    apply_tp(model, init_device_mesh("cpu", (2,)), sequence_parallel=sequence_parallel)
+    apply_fp8(list(model.blocks.children()), "tensorwise")
     assert sum(isinstance(module, Fp8Linear) for module in model.modules()) == 7
     found = passes(model)
     torch.save(found, folder / f"found{rank}")
@@ -177,7 +177,7 @@ def test_a_divided_matrix_multiplies_as_the_whole_one_and_adds_its_bias_once(
     assert torch.equal(out, same_out) and all(torch.equal(grads[name], same_grads[name]) for name in grads)
     exact_out, exact_grads = passes(one_block(torch.float32))
     undivided = one_block(torch.bfloat16)
-    multiply_in_fp8(list(undivided.blocks.children()), "tensorwise")
+    apply_fp8(list(undivided.blocks.children()), "tensorwise")
     whole_out, whole_grads = passes(undivided)
     assert 1e-3 < relative(out, exact_out) < 1.2 * relative(whole_out, exact_out) < 0.1
     assert grads.keys() == exact_grads.keys()
@@ -192,7 +192,7 @@ def test_scales_of_rows_are_as_exact_as_8_bits_are_on_the_card(compiled: bool) -
     exact_out, exact_grads = passes(one_block(torch.float32).cuda())
     model = one_block(torch.bfloat16).cuda()
     blocks = list(model.blocks.children())
-    multiply_in_fp8(blocks, "rowwise")
+    apply_fp8(blocks, "rowwise")
     assert sum(type(module).__name__ == "Float8Linear" for module in model.modules()) == 7
     if compiled:
         compile_blocks(blocks)

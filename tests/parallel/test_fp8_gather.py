@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from dry_run.trace import Watch, n_bytes
 from model.config import Attention
-from parallel import apply
+from parallel import parallelize as apply
 from parallel.config import ActivationCheckpointing, Compile, ParallelConfig
 from parallel.engine import Engine, local
-from parallel.ledger import Watch, n_bytes
 from parallel.mesh import Mesh
 from tests.parallel.layouts import Case, build, run, steps_of
 from tests.parallel.packed import Packed, micro_batch
@@ -94,7 +94,7 @@ def steps(case: Case, mesh: Mesh, config: ParallelConfig, *, before: bool) -> Fo
     graphs = [counters["stats"]["unique_graphs"]]
     figures.append(figures_of_step(engine, second))
     optimizers: Any = engine.optimizer, other.optimizer
-    kept, loaded = (optimizer.tensors() for optimizer in optimizers)
+    kept, loaded = (optimizer.state_tensors() for optimizer in optimizers)
     for name, tensor in loaded.items():
         local(tensor).copy_(local(kept[name]))
     optimizers[1].refresh(loaded)

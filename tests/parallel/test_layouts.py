@@ -9,7 +9,7 @@ import torch
 
 from model.transformer import Transformer
 from parallel.config import SPLIT_BACKWARD, ActivationCheckpointing, ParallelConfig, Schedule
-from parallel.plan import PLAN, entries_for
+from parallel.tensor_parallel import PLAN, entries_for
 from tests.parallel.layouts import MODELS, Case, Outcome, alone, run
 from training.config import Reduction
 
@@ -29,7 +29,7 @@ ZERO = {
     "zero3_recomputed_2": Case(
         2, "biased", layout={"dp_shard": 2, "zero_stage": 3, "activation_checkpointing": ActivationCheckpointing.full}
     ),
-    "row_mean_4": Case(4, reduction=Reduction.row_mean, layout={"dp_shard": 4, "zero_stage": 1}),
+    "row_mean_4": Case(4, reduction=Reduction.micro_batch_mean, layout={"dp_shard": 4, "zero_stage": 1}),
     "one_rank_is_bad_4": Case(4, layout={"dp_shard": 4, "zero_stage": 2}, bad_rank=2),
     "one_rank_is_bad_tp_4": few(4, layout={"dp_shard": 2, "tp": 2, "zero_stage": 1}, bad_rank=3),
     "one_rank_is_bad_pp_4": Case(4, layout={"pp": 2, "dp_shard": 2, "zero_stage": 1}, bad_rank=1),

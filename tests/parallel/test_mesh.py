@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from parallel.launch import free_port
+from launch.ranks import free_port
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from parallel.launch import free_port
+from launch.ranks import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 NODES = ("node1", "node2")

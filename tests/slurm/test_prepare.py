@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.corpora import ROOT, contents, lines
+from tests.corpora import ROOT, contents, lines
 from tests.slurm.cluster import why_not
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(why_not()), reason=why_not() or "installed")]

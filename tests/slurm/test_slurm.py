@@ -17,16 +17,17 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from conf.command import CONF, is_sentence
+from conf.cli import CONF, is_user_error
 from conf.schema import register, to_config
-from parallel import slurm
-from parallel.config import LauncherConfig, ParallelConfig, ParallelError, Where
-from parallel.jobs import Job, Outcome, Point, run_jobs
+from launch import slurm
+from launch.config import LauncherConfig, Where
+from launch.jobs import Job, Outcome, Point, run_jobs
+from parallel.config import ParallelConfig, ParallelError
 from tests.conftest import ROOT, trained
 from tests.slurm.cluster import cluster, lost, why_not
 from tests.test_train import assert_same_run
+from tracking.status import crashed_the_same_way_twice, read_status
 from training.checkpoint import open_checkpoint
-from training.status import crashed_the_same_way_twice, read_status
 
 SLOWLY = "tests.slurm.work:train_slowly_at_first"
 
@@ -44,7 +45,7 @@ def never() -> bool:
 def point(work: str, *args: Any, run_dir: Path, **settings: Any) -> Point:
     config = launcher(**settings)
     run_dir.mkdir(parents=True, exist_ok=True)
-    job = Job(f"tests.slurm.work:{work}", args, ParallelConfig(), is_sentence, config, hopeless=never)
+    job = Job(f"tests.slurm.work:{work}", args, ParallelConfig(), is_user_error, config, hopeless=never)
     return Point(run_dir.name, run_dir, config, {"name": run_dir.name}, job)
 
 
@@ -116,7 +117,7 @@ def training(run_dir: Path, settings: list[str], work: str = "train:work", *args
     config = to_config(cfg)
     run_dir.mkdir()
     again = partial(crashed_the_same_way_twice, run_dir)
-    job = Job(work, (config, stored, run_dir, *args), config.parallel, is_sentence, config.launcher, hopeless=again)
+    job = Job(work, (config, stored, run_dir, *args), config.parallel, is_user_error, config.launcher, hopeless=again)
     return Point(run_dir.name, run_dir, config.launcher, {"name": run_dir.name}, job)
 
 
@@ -126,7 +127,7 @@ def running(points: list[Point], folder: Path) -> Iterator[dict[str, Outcome]]:
     found: dict[str, Outcome] = {}
     waiting = threading.Thread(target=lambda: found.update(outcomes_of(points, folder)), daemon=True)
     with pytest.MonkeyPatch.context() as patch:  # signal handlers are the main thread's
-        patch.setattr("parallel.jobs._sigterm_interrupts", partial(pytest.MonkeyPatch.context))
+        patch.setattr("launch.jobs._sigterm_interrupts", partial(pytest.MonkeyPatch.context))
         waiting.start()
         yield found
         waiting.join(240)
@@ -150,7 +151,7 @@ def test_runs_that_slurm_takes_away_go_on_bit_for_bit(tmp_path: Path, small: lis
     settings = [*small, "steps=30", "checkpoint.every=0", "valid_every=5", "parallel.threads=2"]
     hybrid = ["parallel=hybrid_zero", "parallel.dp_shard=2", "data.micro_batch_size=1", "parallel.threads=1"]
     two_nodes = [*settings, "launcher.nodes=2", "launcher.tasks_per_node=2", *hybrid]
-    short = ["launcher.time=00:20:00", "launcher.save_before_s=10", "+launcher.sbatch.nodelist=node1"]
+    short = ["launcher.time=00:20:00", "launcher.signal_delay_s=10", "+launcher.sbatch.nodelist=node1"]
     gpus = ["launcher.gpus_per_node=2", "launcher.tasks_per_node=1", "+launcher.sbatch.nodelist=node2"]
     urgent = ["sbatch", "--partition=high", "--nodelist=node2", "--gres=gpu:2", "--time=1", "--output=/dev/null"]
     points = [
@@ -197,7 +198,7 @@ def test_a_run_whose_node_is_lost_goes_on_from_its_last_checkpoint_bit_for_bit(
     log = (tmp_path / "run" / "train.log").read_text()
     assert f"resumed from {tmp_path / 'run' / 'checkpoints' / 'step-00000003'}\n" in log
     assert log.count("step 4/8") == 2, "the step after it was lost"
-    here = [sys.executable, "train.py", *settings, "parallel.local_processes=2", f"hydra.run.dir={tmp_path / 'whole'}"]
+    here = [sys.executable, "train.py", *settings, "parallel.nproc_per_node=2", f"hydra.run.dir={tmp_path / 'whole'}"]
     subprocess.run(here, cwd=ROOT, check=True, capture_output=True)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
@@ -251,7 +252,7 @@ def test_what_slurm_would_refuse_is_told_in_its_words_before_anything_is_queued(
 def test_a_sweep_of_two_tasks_a_point_runs_every_point_and_the_next_time_only_what_is_missing(
     tmp_path: Path, small: list[str]
 ) -> None:
-    settings = [*small, "steps=3", "optimizer.max_bad_steps=1", "name=s", f"hydra.sweep.dir={tmp_path}"]
+    settings = [*small, "steps=3", "optimizer.max_nonfinite_steps=1", "name=s", f"hydra.sweep.dir={tmp_path}"]
     two_tasks = ["launcher.tasks_per_node=2", "parallel=zero1", "parallel.threads=1", "launcher.poll_s=0.5"]
     argv = [sys.executable, "train.py", *settings, "launcher=slurm", *two_tasks]
     done = subprocess.run([*argv, "optimizer.lr=1e-3,1e30"], cwd=ROOT, capture_output=True, text=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from parallel.slurm import go_on_later
+from launch.slurm import requeue_slurm_job
 from training.stop import StopRequest
 
 RESTARTS = "SLURM_RESTART_COUNT"
@@ -43,7 +43,7 @@ def wait_for_cancel(run_dir: Path) -> None:
         while not stop:
             time.sleep(0.05)
     (run_dir / "saved").touch()
-    go_on_later(run_dir, rank=0, max_requeues=1)
+    requeue_slurm_job(run_dir, rank=0, max_requeues=1)
     sys.exit(stop.exit_code)
 
 
@@ -66,18 +66,18 @@ def _train(
 ) -> float | None:
     """Train, with a step that is slow or crashes where these say so of an attempt and the steps behind it."""
     from train import work
-    from training.progress import Progress
+    from training.state import TrainState
 
-    attempt, take = int(os.environ.get(RESTARTS, "0")), Progress.take
+    attempt, take = int(os.environ.get(RESTARTS, "0")), TrainState.take
 
-    def disturbed(self: Progress, **counts: int) -> None:
+    def disturbed(self: TrainState, **counts: int) -> None:
         if crash(attempt, self.step):
             raise ValueError("boom")
         if slow(attempt, self.step):
             time.sleep(4)
         take(self, **counts)
 
-    Progress.take = disturbed
+    TrainState.take = disturbed
     with (run_dir / "attempts").open("a") as file:
         file.write(f"{attempt}\n")
     return work(config, run_config, run_dir)

@@ -19,10 +19,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from training import checkpoint as module
 from training.checkpoint import Checkpoints
 from training.config import CheckpointError, OptimizerConfig, PrecisionConfig
-from training.optimizer import AdamW
-from training.progress import Progress
-from training.resume import Kept
+from training.optim.optimizer import AdamW
+from training.resume import Restorable
 from training.scaler import LossScaler
+from training.state import TrainState
 
 WHOLE = {
     "model.a": torch.arange(40, dtype=torch.float32).view(10, 4),
@@ -85,7 +85,7 @@ def pairs(folder: Path, rank: int) -> None:
 
 def rng(folder: Path, rank: int) -> None:
     """Save a random state a rank and take it back, here and with another number of ranks."""
-    kept = Kept(_optimizer(), LossScaler(PrecisionConfig()), Progress(), rank)
+    kept = Restorable(_optimizer(), LossScaler(PrecisionConfig()), TrainState(), rank)
     checkpoints = Checkpoints(folder / "rng", keep=1, group=dist.group.WORLD)
     torch.manual_seed(rank)
     checkpoints.save(1, kept.tensors(), kept.state())
@@ -95,7 +95,7 @@ def rng(folder: Path, rank: int) -> None:
     torch.manual_seed(99)
     kept.restore(newest)
     assert torch.equal(torch.rand(3), expected)
-    late = Kept(_optimizer(), LossScaler(PrecisionConfig()), Progress(), rank + 10)
+    late = Restorable(_optimizer(), LossScaler(PrecisionConfig()), TrainState(), rank + 10)
     late.restore(newest)
     first = torch.rand(3)
     torch.manual_seed(0)

@@ -10,11 +10,12 @@ import torch
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from training.config import LoggerConfig, Reduction
-from training.logs import log_to
+from tracking.config import LoggerConfig
+from tracking.loggers import Loggers
+from tracking.logs import log_to
+from tracking.plot import plot_loss, smoothed
+from training.config import Reduction
 from training.metrics import Throughput, duration, loss_metrics, peak_tflops, step_line, valid_lines
-from training.plot import plot_loss, smoothed
-from training.sinks import Sinks
 from training.token_weights import token_weights
 
 TOTALS = [[6.0, 3.0, 4.0, 12.0], [2.0, 1.0, 4.0, 4.0], [0.0, 0.0, 0.0, 0.0]]
@@ -38,7 +39,7 @@ def test_a_loss_beyond_reason_has_a_finite_perplexity() -> None:
 
 def test_token_weights_are_a_mean_over_tokens_or_over_rows() -> None:
     assert token_weights([3, 1, 0], Reduction.global_token) == [0.25] * 3
-    assert token_weights([3, 1, 0], Reduction.row_mean) == pytest.approx([1 / 9, 1 / 3, 0])
+    assert token_weights([3, 1, 0], Reduction.micro_batch_mean) == pytest.approx([1 / 9, 1 / 3, 0])
     assert token_weights([0], Reduction.global_token) == [0.0]
 
 
@@ -105,7 +106,7 @@ def test_durations_are_written_as_people_do() -> None:
 
 def test_records_reach_the_file_and_tensorboard_through_a_resume(tmp_path: Path) -> None:
     for first, step in ((1, 0), (3, 2)):
-        with Sinks(tmp_path, LoggerConfig(), run_config={"name": "x"}, step=step) as sinks:
+        with Loggers(tmp_path, LoggerConfig(), run_config={"name": "x"}, step=step) as sinks:
             for i in range(first, 5):
                 sinks.write(record(i, **{"train/loss": float("nan") if i == 4 else float(first * 10 + i)}))
     written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -122,7 +123,7 @@ def test_wandb_runs_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("WANDB_SILENT", "true")
     for _ in range(2):
         config = LoggerConfig(tensorboard=False, wandb=True)
-        with Sinks(tmp_path, config, run_config={"name": "x"}, step=0) as sinks:
+        with Loggers(tmp_path, config, run_config={"name": "x"}, step=0) as sinks:
             sinks.write(record(1))
     runs = list((tmp_path / "wandb").glob("offline-run-*"))
     run_id = (tmp_path / "wandb_id").read_text()
@@ -134,7 +135,7 @@ def test_a_full_disk_for_tensorboard_does_not_stop_the_run(tmp_path: Path, caplo
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    with Sinks(tmp_path, LoggerConfig(), run_config={"name": "x"}, step=0) as sinks:
+    with Loggers(tmp_path, LoggerConfig(), run_config={"name": "x"}, step=0) as sinks:
         writer = sinks.tensorboard
         assert writer is not None
         writer.add_scalar = full
@@ -152,9 +153,9 @@ def test_displays_that_fail_in_any_way_do_not_stop_the_run(
         raise RuntimeError("no network")
 
     monkeypatch.setattr("wandb.init", broken)
-    monkeypatch.setattr("training.sinks.plot_loss", broken)
+    monkeypatch.setattr("tracking.loggers.plot_loss", broken)
     monkeypatch.setattr("torch.utils.tensorboard.writer.SummaryWriter", broken)
-    with Sinks(tmp_path, LoggerConfig(wandb=True), run_config={"name": "x"}, step=0) as sinks:
+    with Loggers(tmp_path, LoggerConfig(wandb=True), run_config={"name": "x"}, step=0) as sinks:
         sinks.write(record(1))
         sinks.plot()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import Decay, Dtype, OptimizerConfig, OptimizerImpl, TrainingError
-from training.optimizer import AdamW, join, resolve_impl, split
+from training.optim.optimizer import AdamW, join, resolve_impl, split
 
 ONE, FINITE = torch.tensor(1.0), torch.tensor(True)
 
@@ -41,7 +41,7 @@ def test_twenty_updates_equal_torchs_adamw(decay: Decay) -> None:
     ours, theirs = network(), network()
     optimizer, reference = AdamW(ours, config), reference_for(theirs, config)
     rates = [(1e-2 / (step + 1), 0.95 + step / 1000) for step in range(20)]
-    optimizer.follow(rates)
+    optimizer.set_schedule(rates)
     for lr, beta2 in rates:
         for group in reference.param_groups:
             group["lr"], group["betas"] = lr, (config.beta1, beta2)
@@ -62,7 +62,7 @@ def test_gradients_are_divided_by_the_scale_and_dropped() -> None:
     for model, optimizer, factor in ((one, first, 1.0), (other, second, 512.0)):
         for param in model.parameters():
             param.grad = torch.full_like(param, 0.25) * factor
-        optimizer.follow([(0.1, 0.95)])
+        optimizer.set_schedule([(0.1, 0.95)])
         optimizer.step(grad_scale=torch.tensor(factor), finite=FINITE)
         assert all(param.grad is None for param in model.parameters())
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
@@ -72,14 +72,14 @@ def test_gradients_are_divided_by_the_scale_and_dropped() -> None:
 def test_an_update_that_is_not_finite_changes_nothing_and_takes_no_rate() -> None:
     model = network(torch.bfloat16)
     optimizer = AdamW(model, OptimizerConfig())
-    optimizer.follow([(0.1, 0.95), (0.2, 0.96)])
-    before = {name: tensor.clone() for name, tensor in optimizer.tensors().items()}
+    optimizer.set_schedule([(0.1, 0.95), (0.2, 0.96)])
+    before = {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}
     rates = []
     for finite in (False, True):
         for param in model.parameters():
             param.grad = torch.full_like(param, torch.nan if not finite else 0.5)
         rates.append(optimizer.step(grad_scale=ONE, finite=torch.tensor(finite)).tolist())
-        same = all(torch.equal(tensor, before[name]) for name, tensor in optimizer.tensors().items())
+        same = all(torch.equal(tensor, before[name]) for name, tensor in optimizer.state_tensors().items())
         assert same is not finite
     assert rates == [[0.1, 0.95], [0.1, 0.95]]
 
@@ -104,14 +104,14 @@ def test_bf16_weights_follow_fp32_masters_bit_for_bit(state_dtype: Dtype) -> Non
     low, full = network(torch.bfloat16), network(torch.bfloat16).float()
     optimizer, reference = AdamW(low, config), reference_for(full, config, fused=True)
     start = next(low.parameters()).detach().clone()
-    optimizer.follow([(1e-5, config.beta2)] * 50)
+    optimizer.set_schedule([(1e-5, config.beta2)] * 50)
     for _ in range(50):  # 50 updates of 1e-5, each far below a bf16 step of these weights
         for param, other in zip(low.parameters(), full.parameters(), strict=True):
             param.grad = torch.randn_like(param) + 1
             other.grad = param.grad.float()
         reference.step()
         optimizer.step(grad_scale=ONE, finite=FINITE)
-    kept = optimizer.tensors()
+    kept = optimizer.state_tensors()
     for (name, param), other in zip(low.named_parameters(), full.parameters(), strict=True):
         master = kept[f"model.{name}"]
         if state_dtype is Dtype.fp32:
@@ -138,14 +138,14 @@ def test_only_matrices_decay_unless_all_do() -> None:
 def test_everything_to_keep_is_in_the_tensors(dtype: torch.dtype, state_dtype: Dtype) -> None:
     model = network(dtype)
     optimizer = AdamW(model, OptimizerConfig(state_dtype=state_dtype))
-    kept = optimizer.tensors()
+    kept = optimizer.state_tensors()
     assert len(kept) == 4 * len(list(model.parameters()))
     assert all(tensor.dtype == torch.float32 for tensor in kept.values())
     kept["model.0.weight"].fill_(3.001)
     kept["optimizer.0.weight.exp_avg"].fill_(0.5)
-    optimizer.refresh(kept)
+    optimizer.load_tensors(kept)
     assert torch.equal(model[0].weight, torch.full((16, 8), 3.001).to(dtype))  # type: ignore[index, union-attr]
-    again = optimizer.tensors()
+    again = optimizer.state_tensors()
     assert all(torch.equal(again[name], kept[name]) for name in kept)
 
 
@@ -200,7 +200,7 @@ def test_apexs_adam_is_given_what_makes_it_torchs_adamw(monkeypatch: pytest.Monk
     optimizer, reference = AdamW(low, config), reference_for(full, config)
     optimizer.impl = OptimizerImpl.apex
     rates = [(1e-2 / (step + 1), 0.95 + step / 1000) for step in range(5)]
-    optimizer.follow(rates)
+    optimizer.set_schedule(rates)
     for lr, beta2 in rates:
         for group in reference.param_groups:
             group["lr"], group["betas"] = lr, (config.beta1, beta2)
@@ -209,7 +209,7 @@ def test_apexs_adam_is_given_what_makes_it_torchs_adamw(monkeypatch: pytest.Monk
             other.grad = param.grad.float() / 4
         reference.step()
         optimizer.step(grad_scale=torch.tensor(4.0), finite=FINITE)
-    kept = optimizer.tensors()
+    kept = optimizer.state_tensors()
     for name, other in full.named_parameters():
         torch.testing.assert_close(kept[f"model.{name}"], other.detach(), rtol=1e-5, atol=1e-6)
 
@@ -225,7 +225,7 @@ def test_the_kernel_makes_torchs_update_bit_for_bit(dtype: torch.dtype, beta1: f
     full.load_state_dict({name: p.float() for name, p in low.state_dict().items()})
     optimizer, reference = AdamW(low, config), reference_for(full, config)
     rates = [(1e-3 / (step + 1), 0.95 + step / 1000) for step in range(30)]
-    optimizer.follow(rates)
+    optimizer.set_schedule(rates)
     for lr, beta2 in rates:
         for group in reference.param_groups:
             group["lr"], group["betas"] = lr, (config.beta1, beta2)
@@ -235,7 +235,7 @@ def test_the_kernel_makes_torchs_update_bit_for_bit(dtype: torch.dtype, beta1: f
             other.grad = param.grad.float() / scale
         reference.step()
         optimizer.step(grad_scale=scale, finite=torch.tensor(True, device="cuda"))
-    kept = optimizer.tensors()
+    kept = optimizer.state_tensors()
     for (name, param), other in zip(low.named_parameters(), full.named_parameters(), strict=True):
         state: dict[str, Tensor] = reference.state[other[1]]
         for moment in ("exp_avg", "exp_avg_sq"):
@@ -250,22 +250,22 @@ def test_the_kernel_changes_nothing_if_a_gradient_is_not_finite() -> None:
     model = network(torch.bfloat16).cuda()
     optimizer = AdamW(model, OptimizerConfig())
     assert optimizer.impl is OptimizerImpl.triton
-    optimizer.follow([(0.1, 0.95)] * 2)
-    before = {name: tensor.clone() for name, tensor in optimizer.tensors().items()}
+    optimizer.set_schedule([(0.1, 0.95)] * 2)
+    before = {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}
     for param in model.parameters():
         param.grad = torch.full_like(param, torch.nan)
     optimizer.step(grad_scale=ONE.cuda(), finite=~FINITE.cuda())
-    assert all(torch.equal(tensor, before[name]) for name, tensor in optimizer.tensors().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in optimizer.state_tensors().items())
 
 
 def test_a_copy_of_a_parameter_is_kept_under_the_others_name_and_read_into_both() -> None:
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(6, 4), "head": torch.nn.Linear(4, 6, bias=False)})
-    optimizer = AdamW(model, OptimizerConfig(), copies={"head.weight": "embed.weight"})
-    tensors = optimizer.tensors()
+    optimizer = AdamW(model, OptimizerConfig(), tied_params={"head.weight": "embed.weight"})
+    tensors = optimizer.state_tensors()
     assert {name for name in tensors if name.startswith("model.")} == {"model.embed.weight"}
     for tensor in tensors.values():
         tensor.fill_(0.5)
-    optimizer.refresh(tensors)
+    optimizer.load_tensors(tensors)
     for name in ("embed.weight", "head.weight"):
         assert (model.get_parameter(name) == 0.5).all() and (optimizer.exp_avg_sq[name] == 0.5).all(), name

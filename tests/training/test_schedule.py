@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from training.config import OptimizerConfig, SchedulerConfig, Shape
-from training.schedule import learning_rate, second_beta
+from training.config import OptimizerConfig, SchedulerConfig, ScheduleType
+from training.schedules import learning_rate, second_beta
 
 
 def rate(update: int, steps: int = 50000, lr: float = 1e-4, **config: object) -> float:
@@ -55,14 +55,14 @@ def test_the_warm_up_comes_after_the_initial_steps() -> None:
 
 
 def test_wsd_is_flat_and_then_falls_in_a_straight_line() -> None:
-    rates = [rate(u, steps=100, shape=Shape.wsd, warmup_ratio=0.1, decay_ratio=0.2) for u in range(101)]
+    rates = [rate(u, steps=100, type=ScheduleType.wsd, warmup_ratio=0.1, decay_ratio=0.2) for u in range(101)]
     assert rates[10:81] == pytest.approx([1e-4] * 71)
     assert rates[90] == pytest.approx((1e-4 + 1e-5) / 2)
     assert rates[100] == pytest.approx(1e-5)
 
 
 def test_constant_holds_after_the_warm_up() -> None:
-    assert {rate(u, steps=100, shape=Shape.constant) for u in (1, 50, 100, 1000)} == {1e-4}
+    assert {rate(u, steps=100, type=ScheduleType.constant) for u in (1, 50, 100, 1000)} == {1e-4}
 
 
 def test_a_sweep_over_the_rate_scales_the_whole_schedule() -> None:

@@ -1,0 +1,279 @@
+"""Conversations to token ids, by a Jinja chat template, with a mask of what the assistant said."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+import numpy as np
+
+from corpus.config import DataError
+from data.safe_split import SPACE
+from data.tokenizer import ANCHOR, CHAT_TEMPLATE, HuggingFaceTokenizer, Tokenizer, sentencepiece_proto
+
+Messages = list[dict[str, str]]
+
+# What is written between the generation markers is learnt: the answer and the token that ends it.
+TEMPLATES = {
+    "internlm": (
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+        r"{{ '<|Bot|>:' }}{% generation %}{{ message['content'] + '<eoa>\n' }}{% endgeneration %}"
+        "{% else %}"
+        r"{{ ('<|System|>:' if message['role'] == 'system' else '<|User|>:') + message['content'] + '<eoh>\n' }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|Bot|>:' }}{% endif %}"
+    ),
+    "chatml": (
+        r"{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+        "{% if message['role'] == 'assistant' %}"
+        r"{% generation %}{{ message['content'] + '<|im_end|>\n' }}{% endgeneration %}"
+        r"{% else %}{{ message['content'] + '<|im_end|>\n' }}{% endif %}"
+        r"{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+}
+MARKERS = {"internlm": ("<eoh>", "<eoa>"), "chatml": ("<|im_start|>", "<|im_end|>")}
+GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+ROLES = {role: role for role in ("system", "user", "assistant")} | {"human": "user", "gpt": "assistant"}
+PRIVATE_USE = range(0xF0000, 0xFFFFE)
+KEYS_TOLD, KEY_CHARS = 10, 40
+
+
+def read_template(name: str) -> str:
+    """Give a built-in template, or the one of a .jinja file, a tokenizer_config.json, or a folder with either."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = TEMPLATES.get(name) or _stored_template(Path(name))
+    if not isinstance(template, str):
+        raise DataError(
+            f"data.chat_template ({name}) is neither built in ({', '.join(TEMPLATES)}) nor a .jinja file, "
+            "nor a tokenizer_config.json or a folder that holds a chat_template"
+        )
+    try:
+        render_jinja_template(conversations=[], chat_template=template)  # compiles it, by their rules
+    except jinja2.TemplateSyntaxError as error:
+        line = f"line {error.lineno}: {error.message}"
+        raise DataError(f"data.chat_template ({name}) is not a Jinja template: {line}") from None
+    return template
+
+
+def _stored_template(path: Path) -> Any:
+    if path.is_dir():
+        jinja = path / CHAT_TEMPLATE
+        path = jinja if jinja.is_file() else path / "tokenizer_config.json"
+    if not path.is_file() or path.suffix not in (".jinja", ".json"):
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+        template = lookup(json.loads(text), "chat_template") if path.suffix == ".json" else text
+    except ValueError as error:
+        raise DataError(f"data.chat_template ({path}) cannot be read: {error}") from None
+    if isinstance(template, list):  # several, each with its name
+        template = next((lookup(each, "template") for each in template if lookup(each, "name") == "default"), None)
+    return template
+
+
+def messages_of(record: Any, style: Literal["alpaca", "chat"], key: str = "messages") -> Messages:
+    """Give a record's conversation; raise `ValueError` with the reason if there is none to learn from."""
+    if style == "alpaca":
+        parts = [_string(record, field) for field in ("instruction", "output")]
+        if lookup(record, "input"):
+            parts[0] += "\n" + _string(record, "input")
+        return _taught([{"role": "user", "content": parts[0]}, {"role": "assistant", "content": parts[1]}])
+    turns = lookup(record, key)
+    if not isinstance(turns, list):
+        raise ValueError(f"data.messages_key ({key}) {not_there(record, key, 'a list')}")
+    if not turns:
+        raise ValueError(f"data.messages_key ({key}) is an empty list in it")
+    messages = []
+    for turn in turns:
+        role, content = ("role", "content") if lookup(turn, "from") is None else ("from", "value")
+        named = _string(turn, role)
+        if named not in ROLES:
+            raise ValueError(f"{named!r} is not a role; there are {', '.join(ROLES)}")
+        messages.append({"role": ROLES[named], "content": _string(turn, content)})
+    return _taught(messages)
+
+
+def lookup(record: Any, dotted: str) -> Any:
+    """Give a record's value at a dotted key, or None."""
+    for part in dotted.split("."):
+        record = record.get(part) if isinstance(record, dict) else None
+    return record
+
+
+def shape(record: Any) -> str:
+    """Say what a record has, for the message that something is missing."""
+    if not isinstance(record, dict) or not record:
+        return "nothing" if record == {} else type(record).__name__
+    keys = [str(key) if len(str(key)) <= KEY_CHARS else "..." for key in islice(record, KEYS_TOLD)]
+    return ", ".join([*keys, "..."] if len(record) > KEYS_TOLD else keys)
+
+
+def not_there(record: Any, dotted: str, wanted: str) -> str:
+    """Say what a record holds at a dotted key instead of what is wanted, or which keys it has."""
+    above, _, last = dotted.rpartition(".")
+    parent = lookup(record, above) if above else record
+    if not isinstance(parent, dict) or last not in parent:
+        return f"is missing in it; it has {shape(record)}"
+    return f"is {_kind(parent[last])} in it, not {wanted}"
+
+
+def _kind(value: Any) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true or false"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a string"
+        case list():
+            return "a list"
+        case dict():
+            return "an object"
+        case _:
+            return f"of type {type(value).__name__}"
+
+
+def _string(record: Any, field: str) -> str:
+    value = lookup(record, field)
+    if not isinstance(value, str):
+        raise ValueError(f"{field} is missing or not a string; there is {shape(record)}")
+    if re.search("[\ud800-\udfff]", value):
+        raise ValueError(f"{field} holds half a surrogate pair, which is no character")
+    return value
+
+
+def _taught(messages: Messages) -> Messages:
+    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
+        raise ValueError("the assistant says nothing")
+    return messages
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Give the ids of control tokens and user-defined pieces, in a tokenizer.json of all added tokens, by name."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return {token.content: i for i, token in tokenizer.model.get_added_tokens_decoder().items()}
+    proto = sentencepiece_proto(tokenizer.path)
+    kinds = (proto.SentencePiece.CONTROL, proto.SentencePiece.UNKNOWN, proto.SentencePiece.USER_DEFINED)
+    return {p.piece.replace(SPACE, " "): i for i, p in enumerate(proto.pieces) if p.type in kinds}
+
+
+def markers(template: str | None) -> tuple[str, ...]:
+    """Give the special tokens that a built-in template writes, the last of which ends an answer; of others, none."""
+    return next((MARKERS[name] for name in MARKERS if template == TEMPLATES[name]), ())
+
+
+def answer_end(tokenizer: Tokenizer) -> int | None:
+    """Give the token that ends an answer in the built-in template that lies beside a tokenizer."""
+    path = tokenizer.path.with_name(CHAT_TEMPLATE)
+    written = markers(path.read_text(encoding="utf-8") if path.exists() else None)
+    return special_ids(tokenizer).get(written[-1]) if written else None
+
+
+class ChatEncoder:
+    """Encodes conversations by a template.
+
+    What is learnt and what is not are encoded apart, so no token lies in both. A control token becomes its
+    id where the template writes it (`bos_token` and `eos_token` among its variables); where a message holds
+    its name the name is spelt, so nobody ends a turn by typing `</s>`. The limits: a name that the template
+    begins and a content completes (`<` and `/s>`) counts as the template's; pieces that the tokenizer finds
+    in any text, SentencePiece's user-defined and Hugging Face's added ones that are not special, it finds in
+    a content too; special tokens never swallow the blanks beside them (Hugging Face's lstrip and rstrip); a
+    blank that a tokenizer puts before every text is put before the first only.
+    """
+
+    def __init__(self, template: str, tokenizer: Tokenizer) -> None:
+        ids = special_ids(tokenizer)
+        for name, markers in MARKERS.items():
+            missing = [marker for marker in markers if marker not in ids]
+            if template == TEMPLATES[name] and missing:
+                raise DataError(
+                    f"data.chat_template ({name}) writes {' and '.join(missing)}, no special token of "
+                    f"{tokenizer.path.name}; choose another data.chat_template, or a tokenizer that has it"
+                )
+        self.template = template
+        self.marked = GENERATION.search(template) is not None
+        self.spell = _speller(tokenizer)
+        # All other special tokens are found by the tokenizer, which may look at the text around them.
+        self.controls = {name: token for name, token in ids.items() if token not in self.spell(name)}
+        longest_first = sorted(map(re.escape, self.controls), key=len, reverse=True)
+        self.names = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+        by_id = {token: name for name, token in ids.items()}
+        named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        self.variables: dict[str, Any] = {key: by_id[token] for key, token in named.items() if token in by_id}
+        self.anchor = self.spell(ANCHOR)
+        self.prefixes = self.spell("a") != self.spell(ANCHOR + "a")[len(self.anchor) :]
+
+    def encode(self, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
+        """Give a conversation's ids, uint32 (T,), and which of them are learnt, bool (T,).
+
+        Raises `ValueError` for a conversation that the template refuses or marks no answer in, and
+        `DataError` for a template whose answers cannot be told from the rest.
+        """
+        written = self.template + "".join(message["content"] for message in messages)
+        mark = next(char for char in map(chr, PRIVATE_USE) if char not in written)
+        # Marks break the names that contents hold: those still whole after rendering are the template's.
+        messages = [{**m, "content": self.names.sub(lambda n: mark.join([*n[0], ""]), m["content"])} for m in messages]
+        text, spans = self._render(messages)
+        if not self.marked:
+            spans = list(self._answers(messages, text))
+        if not any(start < end for start, end in spans):
+            raise ValueError("the chat template marks no answer in it")
+        ids: list[int] = []
+        learnt: list[bool] = []
+        done = 0
+        for start, end in [*spans, (len(text), len(text))]:
+            for part, is_learnt in ((text[done:start], False), (text[start:end], True)):
+                ids += self._part_ids(part, mark, first=not ids)
+                learnt += [is_learnt] * (len(ids) - len(learnt))
+            done = end
+        return np.array(ids, dtype=np.uint32), np.array(learnt, dtype=bool)
+
+    def _render(self, messages: Messages, prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        options = {"return_assistant_tokens_mask": self.marked, "add_generation_prompt": prompt, **self.variables}
+        try:
+            rendered: Any = render_jinja_template([messages], chat_template=self.template, **options)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:  # its own, and those of what it computes
+            raise ValueError(f"the chat template refuses it: {error}") from None
+        return rendered[0][0], rendered[1][0] if self.marked else []
+
+    def _answers(self, messages: Messages, text: str) -> Iterator[tuple[int, int]]:
+        """Find each answer as what the conversation gains by it, beyond the prompt for it."""
+        for k, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before, _ = self._render(messages[:k], prompt=True)
+                after, _ = self._render(messages[: k + 1])
+                if not (after.startswith(before) and text.startswith(after)):
+                    raise DataError(
+                        "data.chat_template renders a conversation's beginning otherwise than the whole of it, so its "
+                        "answers cannot be found; add {% generation %} and {% endgeneration %} around what is learnt"
+                    )
+                yield len(before), len(after)
+
+    def _part_ids(self, part: str, mark: str, *, first: bool) -> list[int]:
+        ids: list[int] = []
+        for k, text in enumerate(self.names.split(part)):  # text, name, text, ..., text
+            text = text.replace(mark, "")
+            if k % 2:
+                ids.append(self.controls[text])
+            elif self.prefixes and not (first and not ids):
+                after, size = self.spell(ANCHOR + text), len(self.anchor)
+                ids += after[size:] if after[:size] == self.anchor else self.spell(text)
+            else:
+                ids += self.spell(text)
+        return ids
+
+
+def _speller(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    """Give an encoder that spells the names of control tokens, as SentencePiece's own does."""
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer.encode
+    model = type(tokenizer.model).from_str(tokenizer.model.to_str())
+    model.encode_special_tokens = True
+    return lambda text: model.encode(text, add_special_tokens=False).ids

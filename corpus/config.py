@@ -1,0 +1,115 @@
+"""Where text comes from and how it becomes tokens. Torch-free."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+
+class DataError(Exception):
+    """Text, tokens or a tokenizer that cannot be used, told as a sentence for the user."""
+
+
+def cause_of(error: BaseException) -> str:
+    """Give the first line of what an error of another library came of."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+class Source(Enum):
+    builtin = "builtin"  # the Python standard library's sources and documentation
+    local = "local"  # files on this machine
+    huggingface = "huggingface"  # datasets.load_dataset
+    tokens = "tokens"  # tokens that another program wrote; nothing to prepare
+    random = "random"  # random tokens, made when asked for; nothing to prepare
+
+
+class Style(Enum):
+    text = "text"  # a record is a text
+    alpaca = "alpaca"  # a record is an instruction, perhaps an input, and an output
+    chat = "chat"  # a record is a list of messages
+
+
+class OnBadRecord(Enum):
+    error = "error"
+    skip = "skip"
+
+
+class SplitBy(Enum):
+    hash = "hash"  # of a document's text, so that a document stays where it is when others are added
+    train_test_split = "train_test_split"  # as InternLM's tutorial splits a dataset
+
+
+MOST_SHARDS = 1000  # parts that one corpus may be prepared in
+
+
+@dataclass(kw_only=True, slots=True)
+class CorpusConfig:
+    """What decides a corpus's tokens. A run whose tokens are the same may change any of it."""
+
+    name: str = MISSING
+    path: str = MISSING  # the folder prepare_data.py writes and train.py reads
+    source: Source = MISSING
+    input: str | None = None  # local: a file, folder, glob or fsspec address; tokens: a folder
+    valid_input: str | None = None  # local, tokens: held out whole, instead of valid_fraction
+    sources: dict[str, str] = field(default_factory=dict)  # local: name -> input, instead of input
+    dataset: str | None = None  # huggingface: name of a dataset on the hub, or a folder
+    dataset_config: str | None = None
+    dataset_split: str = "train"
+    streaming: bool = False  # huggingface: read it as it arrives, without keeping it
+    style: Style = Style.text
+    text_key: str = "text"  # dotted key of a record's text
+    messages_key: str = "messages"  # chat: dotted key of a record's messages
+    chat_template: str = "internlm"  # alpaca, chat: internlm, chatml, or a file with a Jinja template
+    source_key: str | None = None  # dotted key of a record's source (null: one source per sub-folder)
+    text_lines: bool = False  # .txt: every non-blank line is a document, as InternLM reads it
+    raw_json: bool = False  # encode the whole record, JSON syntax included, as InternLM did
+    valid_fraction: float = 0.01
+    split_by: SplitBy = SplitBy.hash
+    valid_seed: int = 42
+    max_documents: int | None = None
+    max_document_mb: int = 256  # a document is held in memory; a larger one is a bad record
+    on_bad_record: OnBadRecord = OnBadRecord.error
+    vocab_size: int = 32768  # of a tokenizer trained for this corpus; the range of random tokens
+
+    def source_problems(self) -> Iterator[str]:
+        """What is missing to prepare this corpus; training reads what was prepared."""
+        if self.source is Source.local and self.input is None and not self.sources:
+            yield "data.input is not set; name a file, a folder or a glob, such as data.input='texts/*.jsonl.gz'"
+        if self.input is not None and self.sources:
+            yield f"data.input ({self.input}) and data.sources: set one of them"
+        if self.source is Source.huggingface and self.dataset is None:
+            yield "data.dataset is not set; name a dataset, such as data.dataset=ola13/small-the_pile"
+
+    def problems(self) -> Iterator[str]:
+        if self.valid_input is not None and self.source not in (Source.local, Source.tokens):
+            yield f"data.valid_input ({self.valid_input}) needs data.source local or tokens, not {self.source.value}"
+        if self.split_by is SplitBy.train_test_split and (self.source is not Source.huggingface or self.streaming):
+            yield "data.split_by (train_test_split) needs a dataset that is not streamed; use data.split_by=hash"
+        if self.raw_json and self.style is not Style.text:
+            yield f"data.raw_json (true) needs data.style text, not {self.style.value}"
+        if not 0 <= self.valid_fraction < 1:
+            yield f"data.valid_fraction ({self.valid_fraction}) must be in [0, 1)"
+        for key in ("max_document_mb", "vocab_size"):
+            if getattr(self, key) < 1:
+                yield f"data.{key} ({getattr(self, key)}) must be at least 1"
+        if self.max_documents is not None and self.max_documents < 1:
+            yield f"data.max_documents ({self.max_documents}) must be at least 1, or null for all"
+
+
+@dataclass(kw_only=True, slots=True)
+class TokenizerConfig:
+    model: str | None = None  # a SentencePiece .model, a tokenizer.json, a folder, or a Hugging Face name
+    vocab_size: int = MISSING  # of the tokenizer that is trained when no model is given
+    add_bos: bool = False
+    add_eos: bool = True
+    train_bytes: int = 64_000_000  # of text the tokenizer is trained on, drawn evenly from the corpus
+
+    def problems(self) -> Iterator[str]:
+        # 256 bytes, unknown, bos, eos and room for merges
+        if self.model is None and self.vocab_size < 300:
+            yield f"tokenizer.vocab_size ({self.vocab_size}) must be at least 300: 256 bytes, controls and pieces"
+        if self.train_bytes < 1:
+            yield f"tokenizer.train_bytes ({self.train_bytes}) must be at least 1"

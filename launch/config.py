@@ -1,0 +1,86 @@
+"""Where the processes of a run or sweep start. Torch-free."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class RankError(Exception):
+    """How one of several ranks failed: whole lines for the user, its traceback among them."""
+
+
+class Where(Enum):
+    local = "local"
+    slurm = "slurm"
+
+
+TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):(\d{2})(?::(\d{2}))?")  # [days-]hours:minutes[:seconds]
+
+
+SLURM_ONLY = ("cpus_per_task", "mem_gb", "partition", "account", "qos", "constraint", "sbatch", "srun_args", "setup")
+
+
+@dataclass(kw_only=True, slots=True)
+class LauncherConfig:
+    """Where the points of a sweep run, each a job of its own."""
+
+    where: Where = Where.local
+    parallel_jobs: int | None = 1  # points at one time (null: all); on this machine they share its GPUs
+    nodes: int = 1
+    gpus_per_node: int | None = None  # of a job (null: no GPU is asked for; on this machine: its share)
+    tasks_per_node: int | None = None  # ranks (null: one a GPU, or one)
+    cpus_per_task: int | None = None
+    mem_gb: int | None = None  # of a node
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time: str = "24:00:00"  # [days-]hours:minutes[:seconds] that a job may take before it is requeued
+    signal_delay_s: int = 120  # seconds before the time limit at which a run saves; Slurm may take 60 more
+    sbatch: dict[str, str] = field(default_factory=dict)  # other options: {mail-type: END}
+    srun_args: list[str] = field(default_factory=list)
+    setup: list[str] = field(default_factory=list)  # shell lines before srun: [module load cuda]
+    max_requeues: int = 20
+    requeue_crashes: bool = False  # requeue a run that crashed, unless it crashed the same way at the same step
+    poll_s: float = 10.0  # seconds between questions to Slurm
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+    def gpus_of_a_job(self, n_gpus: int) -> int:
+        """GPUs that a job of this machine has out of `n_gpus`: as many as it asks for, or its share."""
+        return self.gpus_per_node or max(1, n_gpus // (self.parallel_jobs or n_gpus)) if n_gpus else 0
+
+    @property
+    def time_s(self) -> int:
+        found = TIME.fullmatch(self.time)
+        assert found, self.time
+        days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+    def problems(self) -> Iterator[str]:
+        for key in ("parallel_jobs", "nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "mem_gb"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                yield f"launcher.{key} ({value}) must be at least 1"
+        for key in ("max_requeues", "signal_delay_s"):
+            if getattr(self, key) < 0:
+                yield f"launcher.{key} ({getattr(self, key)}) must be 0 or more"
+        if not self.poll_s > 0:
+            yield f"launcher.poll_s ({self.poll_s}) must be positive"
+        if not TIME.fullmatch(self.time):
+            yield f"launcher.time ({self.time}) must look like 24:00:00 or 2-12:00:00 (days-hours:minutes:seconds)"
+        elif self.signal_delay_s >= self.time_s:
+            yield f"launcher.signal_delay_s ({self.signal_delay_s}) must be less than launcher.time ({self.time})"
+        if self.where is Where.local and self.nodes > 1:
+            yield f"launcher.nodes ({self.nodes}) must be 1 with launcher=local; launcher=slurm has more"
+        for key in SLURM_ONLY if self.where is Where.local else ():
+            if getattr(self, key):
+                yield f"launcher.{key} ({getattr(self, key)}) is for launcher=slurm; pass that too, or leave it out"
+        if self.gpus_per_node and self.tasks_per_node and self.tasks_per_node > self.gpus_per_node:
+            yield (
+                f"launcher.tasks_per_node ({self.tasks_per_node}) must be at most launcher.gpus_per_node "
+                f"({self.gpus_per_node}): a rank has a GPU of its own"
+            )

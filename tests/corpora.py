@@ -1,0 +1,76 @@
+"""Small texts in every format, and corpora made of them."""
+
+import bz2
+import dataclasses
+import gzip
+import io
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet as pq
+import zstandard
+
+from corpus.config import Source, TokenizerConfig
+from corpus.documents import Document
+from corpus.inputs import BadRecords
+from corpus.prepare import prepare
+from corpus.texts import all_documents
+from data.config import DataConfig
+from data.shards import Shard
+from data.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parent.parent.parent
+
+RECORDS = [
+    {"text": f"Document {i}: {'word ' * (i % 7)}\n", "meta": {"set": "Wikipedia (en)" if i % 3 else "C++"}}
+    for i in range(60)
+]
+
+
+def local(tmp_path: Path, pattern: str, **changes: object) -> DataConfig:
+    config = DataConfig(
+        name="mine", path=str(tmp_path / "corpora" / "mine"), source=Source.local, input=str(tmp_path / pattern),
+        valid_fraction=0.2, seq_len=8, micro_batch_size=1, workers=0,
+    )  # fmt: skip
+    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+
+def lines(records: list[dict]) -> bytes:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+def read(config: DataConfig) -> list[Document]:
+    return list(all_documents(config, BadRecords(config.on_bad_record)))
+
+
+def parquet(records: list[dict]) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pyarrow.Table.from_pylist(records), file, row_group_size=7)
+    return file.getvalue()
+
+
+PLAIN = {".jsonl": lines, ".json": lambda records: json.dumps(records).encode(), ".parquet": parquet}
+
+PACKED = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
+
+
+def made(config: DataConfig, tokenizer: Tokenizer, workers: int = 1, **changes: object) -> Any:
+    settings = TokenizerConfig(model=str(tokenizer.path), vocab_size=1200)
+    return prepare(config, settings, workers=workers, on_progress=lambda counts: None, **changes)[0]  # type: ignore[arg-type]
+
+
+def contents(folder: str | Path) -> dict[str, bytes]:
+    """Give all that a corpus holds but the description of where it was made."""
+    root = Path(folder)
+    files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    files["corpus.json"] = json.dumps(json.loads(files["corpus.json"])["splits"]).encode()
+    return files
+
+
+def texts_of(config: DataConfig, about: dict, tokenizer: Tokenizer) -> list[str]:
+    stems = [stem for split in about["splits"].values() for counts in split.values() for stem in counts["shards"]]
+    files = [Shard(Path(config.path) / stem, verify=True) for stem in stems]
+    return sorted(tokenizer.decode(file.document(i).tolist()) for file in files for i in range(file.n_documents))

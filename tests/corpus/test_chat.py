@@ -1,0 +1,315 @@
+"""Conversations become the ids of their text, and only what the assistant says is learnt."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from corpus.chat import TEMPLATES, ChatEncoder, Messages, messages_of, read_template, special_ids
+from corpus.config import DataError
+from data.hf_tokenizer import write_hf_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer, sentencepiece_proto
+
+SYMBOLS = ["<eoh>", "<eoa>", "<|im_start|>", "<|im_end|>"]
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is 12 + 30?"},
+    {"role": "assistant", "content": "It is 42."},
+    {"role": "user", "content": "晴朗\n  and then 😀?"},
+    {"role": "assistant", "content": "Naïve café.\n\n    indented"},
+]
+INTERNLM_TEXT = (
+    "<|System|>:Be brief.<eoh>\n<|User|>:What is 12 + 30?<eoh>\n<|Bot|>:It is 42.<eoa>\n"
+    "<|User|>:晴朗\n  and then 😀?<eoh>\n<|Bot|>:Naïve café.\n\n    indented<eoa>\n"
+)
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]"
+    "{% else %}{% generation %}{{ m['content'] | trim + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+)
+# Where a content holds a control token's name transformers lets it be one, and here it is text.
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581\0")).filter(
+    lambda text: not re.search("<(unk|/?s)>", text)
+)
+
+
+def unmarked(template: str) -> str:
+    return re.sub(r"\{% (end)?generation %\}", "", template)
+
+
+def changed(source: Tokenizer, path: Path, symbols: list[str], kind: str = "USER_DEFINED", **rules: bool) -> Tokenizer:
+    """Write a SentencePiece model again, with user-defined or control pieces at its end, as InternLM's has them."""
+    proto = sentencepiece_proto(source.path)
+    for name, value in rules.items():
+        setattr(proto.normalizer_spec, name, value)
+    for symbol in symbols:
+        proto.pieces.add(piece=symbol, score=0.0, type=getattr(proto.SentencePiece, kind))
+    path.write_bytes(proto.SerializeToString())
+    return load_tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def pieces(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return changed(tokenizer, tmp_path_factory.mktemp("chat") / "tokenizer.model", SYMBOLS)
+
+
+@pytest.fixture(scope="module")
+def fast(pieces: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("fast")
+    write_hf_tokenizer(pieces, folder, add_bos=True, max_len=4096)
+    return load_tokenizer(folder / "tokenizer.json")
+
+
+@pytest.fixture(scope="module", params=["sentencepiece", "huggingface"])
+def either(request: pytest.FixtureRequest, pieces: Tokenizer, fast: Tokenizer) -> Tokenizer:
+    return pieces if request.param == "sentencepiece" else fast
+
+
+def learnt_texts(tokenizer: Tokenizer, ids: np.ndarray, learnt: np.ndarray) -> list[str]:
+    """Decode each run of learnt ids."""
+    runs = np.split(ids, np.flatnonzero(np.diff(learnt)) + 1)
+    return [tokenizer.decode(run.tolist()) for run in runs[not learnt[0] :: 2]]
+
+
+def test_the_internlm_form_is_exactly_its_text_and_only_answers_are_learnt(either: Tokenizer) -> None:
+    ids, learnt = ChatEncoder(TEMPLATES["internlm"], either).encode(TURNS)
+    assert ids.dtype == np.uint32 and learnt.dtype == bool and ids.shape == learnt.shape
+    assert either.decode(ids.tolist()) == INTERNLM_TEXT
+    assert learnt_texts(either, ids, learnt) == ["It is 42.<eoa>\n", "Naïve café.\n\n    indented<eoa>\n"]
+    eoh, eoa = (special_ids(either)[name] for name in ("<eoh>", "<eoa>"))
+    assert (eoh, eoa) == (1200, 1201)
+    assert (ids == eoh).sum() == 3 and not learnt[ids == eoh].any()
+    assert (ids == eoa).sum() == 2 and learnt[ids == eoa].all()
+
+
+def test_chatml_is_exactly_its_text_and_only_answers_are_learnt(either: Tokenizer) -> None:
+    ids, learnt = ChatEncoder(TEMPLATES["chatml"], either).encode(TURNS)
+    text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in TURNS)
+    assert either.decode(ids.tolist()) == text
+    assert learnt_texts(either, ids, learnt) == ["It is 42.<|im_end|>\n", "Naïve café.\n\n    indented<|im_end|>\n"]
+    assert (ids == special_ids(either)["<|im_start|>"]).sum() == 5
+
+
+def test_both_kinds_of_tokenizer_give_the_same(pieces: Tokenizer, fast: Tokenizer) -> None:
+    turns = [TURNS[1], {"role": "assistant", "content": "a </s> b <eoa> c"}]
+    for template in (*TEMPLATES.values(), INST):
+        for one, other in zip(*(ChatEncoder(template, each).encode(turns) for each in (pieces, fast)), strict=True):
+            assert one.tolist() == other.tolist()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_without_generation_markers_gives_the_same_mask(either: Tokenizer, name: str) -> None:
+    template = unmarked(TEMPLATES[name])
+    assert "generation %}" not in template
+    for turns in (TURNS, TURNS[1:], TURNS[:3], [*TURNS, TURNS[4]]):
+        ids, learnt = ChatEncoder(template, either).encode(turns)
+        ids_marked, learnt_marked = ChatEncoder(TEMPLATES[name], either).encode(turns)
+        assert ids.tolist() == ids_marked.tolist() and learnt.tolist() == learnt_marked.tolist()
+
+
+@given(TEXT, TEXT, TEXT)
+@settings(max_examples=100, deadline=None)
+def test_ids_and_mask_are_those_of_transformers(pieces: Tokenizer, fast: Tokenizer, a: str, b: str, c: str) -> None:
+    """ChatML ends what comes before an answer by a line end, which no piece reaches across."""
+    turns = [{"role": role, "content": text} for role, text in (("user", a), ("assistant", b), ("user", c))]
+    turns.append({"role": "assistant", "content": "Yes."})
+    own = PreTrainedTokenizerFast(tokenizer_file=str(fast.path), bos_token="<s>", eos_token="</s>")
+    theirs: Any = own.apply_chat_template(
+        turns, chat_template=TEMPLATES["chatml"], return_assistant_tokens_mask=True, return_dict=True
+    )
+    for tokenizer in (pieces, fast):
+        ids, learnt = ChatEncoder(TEMPLATES["chatml"], tokenizer).encode(turns)
+        assert ids.tolist() == theirs["input_ids"]
+        assert learnt.astype(int).tolist() == theirs["assistant_masks"]
+
+
+def test_control_tokens_that_the_template_writes_are_those_of_transformers(either: Tokenizer, fast: Tokenizer) -> None:
+    own = PreTrainedTokenizerFast(tokenizer_file=str(fast.path), bos_token="<s>", eos_token="</s>")
+    turns = [{"role": "user", "content": " Who? \n"}, {"role": "assistant", "content": "You."}]
+    theirs: Any = own.apply_chat_template(
+        turns * 2, chat_template=INST, return_assistant_tokens_mask=True, return_dict=True
+    )
+    ids, learnt = ChatEncoder(INST, either).encode(turns * 2)
+    assert ids.tolist() == theirs["input_ids"] and learnt.astype(int).tolist() == theirs["assistant_masks"]
+    assert ids[0] == either.bos_id and ids[-1] == either.eos_id and learnt[-1] and (ids == either.eos_id).sum() == 2
+
+
+@pytest.mark.parametrize(
+    "template", [INST, unmarked(INST), TEMPLATES["internlm"]], ids=["inst", "unmarked", "internlm"]
+)
+@pytest.mark.parametrize("typed", ["</s>", " </s></s> ", "<s></s>x", "a</</s>s>", "<s</s>>"])
+def test_a_control_token_that_somebody_types_stays_text(either: Tokenizer, template: str, typed: str) -> None:
+    encoder = ChatEncoder(template, either)
+    turns = [{"role": "user", "content": typed}, {"role": "assistant", "content": "no " + typed}]
+    plain = [{**turn, "content": re.sub("[</s>]", "x", turn["content"])} for turn in turns]
+    ids, learnt = encoder.encode(turns)
+    for token in (either.bos_id, either.eos_id):
+        assert (ids == token).sum() == (encoder.encode(plain)[0] == token).sum()
+    assert typed.strip() in learnt_texts(either, ids, learnt)[0]
+    assert either.decode(ids.tolist()).count(typed.strip()) >= 2
+
+
+def test_a_control_token_within_a_longer_one_that_somebody_types_stays_text(pieces: Tokenizer, tmp_path: Path) -> None:
+    longer = changed(pieces, tmp_path / "longer.model", ["</s></s>"], kind="CONTROL")
+    turns = [TURNS[1], {"role": "assistant", "content": "</s></s></s>"}]
+    ids, learnt = ChatEncoder(TEMPLATES["internlm"], longer).encode(turns)
+    assert learnt_texts(longer, ids, learnt) == ["</s></s></s><eoa>\n"]
+
+
+def test_private_use_characters_of_a_content_come_back(either: Tokenizer) -> None:
+    odd = "</s>" + "".join(map(chr, range(0xF0000, 0xF0004))) + "\ue000"
+    ids, learnt = ChatEncoder(TEMPLATES["chatml"], either).encode([TURNS[1], {"role": "assistant", "content": odd}])
+    assert learnt_texts(either, ids, learnt) == [odd + "<|im_end|>\n"]
+
+
+def test_a_tokenizer_that_puts_a_blank_before_a_text_puts_one_before_the_first_only(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    blank = changed(tokenizer, tmp_path / "blank.model", SYMBOLS, add_dummy_prefix=True)
+    assert blank.encode("It") != tokenizer.encode("It")
+    ids, learnt = ChatEncoder(TEMPLATES["internlm"], blank).encode(TURNS)
+    assert blank.encode(INTERNLM_TEXT) == ids.tolist()
+    assert learnt.sum() == len(tokenizer.encode("It is 42.Naïve café.\n\n    indented\n\n")) + 2
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m['content'] }}{{ '.' if loop.last and m['role'] == 'assistant' }}{% endfor %}",
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ 'Answer: ' if add_generation_prompt }}",
+        "{% for m in messages %}{{ loop.revindex }} {{ m['content'] }}\n{% endfor %}",
+        "{{ messages | length }} {% for m in messages %}{{ m['content'] }}\n{% endfor %}",
+    ],
+)
+def test_a_template_whose_answers_cannot_be_found_is_refused(pieces: Tokenizer, template: str) -> None:
+    with pytest.raises(DataError, match=r"answers cannot be found; add \{% generation %\}"):
+        ChatEncoder(template, pieces).encode(TURNS)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "the chat template refuses it: roles must alternate"),
+        ("{{ 1 + messages[0]['content'] }}", "the chat template refuses it: unsupported operand .*"),
+        ("{{ messages[0]['content'] }}{% generation %}{% endgeneration %}", "the chat template marks no answer in it"),
+    ],
+)
+def test_a_conversation_that_the_template_cannot_take_gives_its_reason(
+    pieces: Tokenizer, template: str, reason: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{reason}$"):
+        ChatEncoder(template, pieces).encode(TURNS)
+
+
+def test_a_tokenizer_without_the_tokens_of_a_built_in_template_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as told:
+        ChatEncoder(TEMPLATES["internlm"], tokenizer)
+    assert str(told.value) == (
+        f"data.chat_template (internlm) writes <eoh> and <eoa>, no special token of {tokenizer.path.name}; "
+        "choose another data.chat_template, or a tokenizer that has it"
+    )
+    half = changed(tokenizer, tmp_path / "half.model", ["<|im_start|>"])
+    with pytest.raises(DataError, match=r"\(chatml\) writes <\|im_end\|>, no special token of"):
+        ChatEncoder(TEMPLATES["chatml"], half)
+
+
+def test_special_tokens_are_found_by_name(either: Tokenizer) -> None:
+    named = {"<unk>": 0, "<s>": 1, "</s>": 2, "<eoh>": 1200, "<eoa>": 1201, "<|im_start|>": 1202, "<|im_end|>": 1203}
+    assert special_ids(either) == named
+
+
+def test_a_template_is_read_by_name_or_from_where_a_model_keeps_it(tmp_path: Path) -> None:
+    assert read_template("chatml") == TEMPLATES["chatml"]
+    (tmp_path / "my.jinja").write_text("{{ 'jinja' }}")
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "listed"}]
+    for folder, template in (("one", "config"), ("two", named)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    assert read_template(str(tmp_path / "my.jinja")) == "{{ 'jinja' }}"
+    assert read_template(str(tmp_path / "one")) == "config"
+    assert read_template(str(tmp_path / "one" / "tokenizer_config.json")) == "config"
+    assert read_template(str(tmp_path / "two")) == "listed"
+    (tmp_path / "one" / "chat_template.jinja").write_text("beside")
+    assert read_template(str(tmp_path / "one")) == "beside"
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("vicuna", r"is neither built in \(internlm, chatml\) nor a \.jinja file, nor a tokenizer_config"),
+        ("missing.jinja", "is neither built in"),
+        ("", "is neither built in"),
+        ("none.json", "is neither built in"),
+        ("bad.json", "cannot be read: "),
+        ("bad.jinja", "is not a Jinja template: line 2: "),
+    ],
+)
+def test_what_is_no_template_is_told(tmp_path: Path, name: str, sentence: str) -> None:
+    (tmp_path / "none.json").write_text('{"bos_token": "<s>"}')
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "bad.jinja").write_text("ok\n{% for m in %}")
+    with pytest.raises(DataError, match=r"^data\.chat_template \(.*\) " + sentence):
+        read_template(name if name == "vicuna" else str(tmp_path / name))
+
+
+def two(question: str, answer: str) -> Messages:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def test_records_of_each_style_become_the_same_messages() -> None:
+    assert messages_of({"instruction": "Add.", "input": "1 2", "output": "3"}, "alpaca", "messages") == two(
+        "Add.\n1 2", "3"
+    )
+    for blank in ({}, {"input": ""}, {"input": None}):
+        assert messages_of({"instruction": "Go.", "output": "Yes", **blank}, "alpaca", "messages") == two("Go.", "Yes")
+    assert messages_of({"messages": TURNS, "id": 1}, "chat", "messages") == TURNS
+    assert messages_of({"a": {"b": [{**TURNS[1], "name": "x"}, TURNS[2]]}}, "chat", "a.b") == TURNS[1:3]
+    nulls = [{**turn, "from": None, "value": None} for turn in TURNS]  # as a table's columns have them
+    assert messages_of({"messages": nulls}, "chat", "messages") == TURNS
+    shared = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    assert messages_of({"conversations": shared}, "chat", "conversations") == [
+        {"role": "system", "content": "s"}, *two("q", "a"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("record", "style", "reason"),
+    [
+        ({"texts": []}, "chat", "data.messages_key (messages) is missing in it; it has texts"),
+        ([], "chat", "data.messages_key (messages) is missing in it; it has list"),
+        ({"messages": "hello"}, "chat", "data.messages_key (messages) is a string in it, not a list"),
+        ({"messages": []}, "chat", "data.messages_key (messages) is an empty list in it"),
+        ({"messages": ["hello"]}, "chat", "role is missing or not a string; there is str"),
+        ({"messages": [{"content": "a"}]}, "chat", "role is missing or not a string; there is content"),
+        ({"messages": [{"role": "user", "content": None}]}, "chat", "content is missing or not a string; there is role, content"),
+        ({"messages": [{"from": "gpt", "content": "a"}]}, "chat", "value is missing or not a string; there is from, content"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "chat", "'tool' is not a role; there are system, user, assistant, human, gpt"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "chat", "content holds half a surrogate pair, which is no character"),
+        ({"messages": TURNS[:2]}, "chat", "the assistant says nothing"),
+        ({"messages": two("a", " \n")}, "chat", "the assistant says nothing"),
+        ({"instruction": "a"}, "alpaca", "output is missing or not a string; there is instruction"),
+        ({"instruction": 3, "output": "b"}, "alpaca", "instruction is missing or not a string; there is instruction, output"),
+        ({"instruction": "a", "input": ["b"], "output": "b"}, "alpaca", "input is missing or not a string; there is instruction, input, output"),
+        ({"instruction": "a", "output": ""}, "alpaca", "the assistant says nothing"),
+        ("text", "alpaca", "instruction is missing or not a string; there is str"),
+    ],
+)  # fmt: skip
+def test_a_bad_record_gives_its_reason(record: Any, style: Any, reason: str) -> None:
+    with pytest.raises(ValueError) as told:
+        messages_of(record, style, "messages")
+    assert str(told.value) == reason
+
+
+@pytest.mark.skipif("INTERNLM_TOKENIZER" not in os.environ, reason="INTERNLM_TOKENIZER names no V7_sft.model")
+def test_internlms_tokenizer_has_its_tokens_by_name() -> None:
+    internlm = load_tokenizer(os.environ["INTERNLM_TOKENIZER"])
+    assert [special_ids(internlm)[name] for name in ("<eoh>", "<eoa>")] == [103027, 103028]
+    ids, learnt = ChatEncoder(TEMPLATES["internlm"], internlm).encode(TURNS)
+    assert internlm.decode(ids.tolist()) == INTERNLM_TEXT
+    assert learnt_texts(internlm, ids, learnt) == ["It is 42.<eoa>\n", "Naïve café.\n\n    indented<eoa>\n"]

@@ -1,0 +1,173 @@
+"""Instructions and conversations, from a file to steps that learn the answers alone."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+import export
+import generate
+from conf.schema import ExportConfig, GenerateConfig
+from corpus.chat import MARKERS, TEMPLATES, ChatEncoder, answer_end, special_ids
+from corpus.config import DataError, OnBadRecord, Source, Style, TokenizerConfig
+from corpus.prepare import prepare
+from data.batches import IGNORED
+from data.config import DataConfig, Packing
+from data.dataset import open_corpus
+from data.hf_tokenizer import write_hf_tokenizer
+from data.shards import LOSS_MASKED, Shard
+from data.tokenizer import Tokenizer, load_tokenizer
+from tests.conftest import trained
+from tests.corpora import made
+from tests.corpus.test_chat import SYMBOLS, TURNS, changed
+from training.checkpoint import open_checkpoint
+
+ALPACA = [
+    {"instruction": f"Add {i} and 1.", "input": "Briefly." if i % 2 else "", "output": f"It is {i + 1}."}
+    for i in range(40)
+]
+SMALL = [
+    "data.seq_len=32", "data.micro_batch_size=2", "data.workers=0", "global_batch_tokens=128", "precision=fp32", "parallel.device=cpu",
+    "logger=none", "model.d_model=32", "model.n_layers=2", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=64",
+    "model.vocab_size=1280", "model.max_seq_len=64", "steps=2", "valid_every=0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def symbols(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return changed(tokenizer, tmp_path_factory.mktemp("sft") / "tokenizer.model", SYMBOLS)
+
+
+def config(tmp_path: Path, style: Style, name: str, **changes: object) -> DataConfig:
+    return DataConfig(
+        name=style.value, path=str(tmp_path / "tokens"), source=Source.local, input=str(tmp_path / name), style=style,
+        valid_fraction=0.2, seq_len=64, micro_batch_size=1, workers=0, packing=Packing.best_fit, **changes,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def learnt(data: DataConfig, vocab_size: int) -> tuple[str, list[str]]:
+    """Give all that the packs hold, decoded, and what of it is a target, in runs."""
+    corpus = open_corpus(data, vocab_size=vocab_size)
+    assert corpus.tokenizer is not None
+    whole, runs = "", []
+    for pack in range(corpus.train.n_packs):
+        batch = corpus.train.batch(np.array([pack]))
+        tokens, labels = batch.tokens_BT[0].numpy(), batch.labels_BT[0].numpy()
+        whole += corpus.tokenizer.decode(tokens.tolist())
+        targets = labels != IGNORED
+        assert (labels[:-1][targets[:-1]] == tokens[1:][targets[:-1]]).all()
+        runs += [
+            corpus.tokenizer.decode(labels[run].tolist())
+            for run in np.split(np.arange(len(labels)), np.flatnonzero(np.diff(targets)) + 1)
+            if targets[run[0]]
+        ]
+    return whole, runs
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_of_instructions_the_answers_alone_are_learnt(tmp_path: Path, symbols: Tokenizer, name: str) -> None:
+    raw = json.dumps(ALPACA) if name == "a.json" else "".join(json.dumps(record) + "\n" for record in ALPACA)
+    (tmp_path / name).write_text(raw)
+    data = config(tmp_path, Style.alpaca, name)
+    about = made(data, symbols)
+    assert sum(s["documents"] for split in about["splits"].values() for s in split.values()) == len(ALPACA)
+    whole, runs = learnt(data, 1204)
+    asked = re.findall(r"<\|User\|>:Add (\d+) and 1\.(\nBriefly\.)?<eoh>\n<\|Bot\|>:It is (\d+)\.<eoa>\n", whole)
+    assert len(asked) == about["splits"]["train"]["alpaca"]["documents"] > 20
+    assert all(int(a) + 1 == int(b) and bool(brief) == bool(int(a) % 2) for a, brief, b in asked)
+    assert sorted(runs) == sorted(f"It is {answer}.<eoa>\n" for _, _, answer in asked)
+    corpus = open_corpus(data, vocab_size=1204)
+    labels = np.concatenate([corpus.train.batch(np.array([p])).labels_BT[0] for p in range(corpus.train.n_packs)])
+    names = special_ids(symbols)
+    assert (labels == names["<eoa>"]).sum() == (labels == symbols.eos_id).sum() == len(asked)
+    assert not (labels == names["<eoh>"]).any()
+
+
+@pytest.mark.parametrize("template", ["internlm", "chatml"])
+def test_of_conversations_every_answer_is_learnt(tmp_path: Path, symbols: Tokenizer, template: str) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": TURNS, "id": i}) + "\n" for i in range(5)))
+    data = config(tmp_path, Style.chat, "a.jsonl", chat_template=template)
+    data.valid_fraction, data.seq_len = 0.0, 256
+    counts = made(data, symbols)["splits"]["train"]["chat"]
+    end = {"internlm": "<eoa>\n", "chatml": "<|im_end|>\n"}[template]
+    whole, runs = learnt(data, 1204)
+    assert runs == ["It is 42." + end, "Naïve café.\n\n    indented" + end] * 5
+    written = len(whole.replace(" \u2047 ", "").encode())  # padding is the unknown token
+    marks = sum(whole.count(name) * len(name) for name in special_ids(symbols))
+    assert written - marks <= counts["text_bytes"] <= written < 5 * len(json.dumps(TURNS, ensure_ascii=False).encode())
+
+
+def test_a_bad_conversation_is_named_or_counted(tmp_path: Path, symbols: Tokenizer) -> None:
+    bad = [{"messages": TURNS[:2]}, {"messages": "x"}, {}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [{"messages": TURNS}, *bad]))
+    data = config(tmp_path, Style.chat, "a.jsonl")
+    with pytest.raises(DataError, match="a.jsonl:2: the assistant says nothing"):
+        made(data, symbols)
+    data.on_bad_record = OnBadRecord.skip
+    settings = TokenizerConfig(model=str(symbols.path), vocab_size=1)
+    about, found = prepare(data, settings, workers=1, on_progress=lambda counts: None)
+    assert (
+        about is not None
+        and found.count == 3
+        and found.places[1].endswith("a.jsonl:3: data.messages_key (messages) is a string in it, not a list")
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_tokenizer_that_the_template_does_not_go_with_is_refused_before_anything_is_read(
+    tmp_path: Path, tokenizer: Tokenizer, workers: int
+) -> None:
+    (tmp_path / "a.jsonl").write_text("no record is read\n")
+    with pytest.raises(DataError, match=r"data.chat_template \(internlm\) writes <eoh> and <eoa>, no special token of"):
+        made(config(tmp_path, Style.chat, "a.jsonl"), tokenizer, workers)
+    assert not (tmp_path / "tokens").exists()
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_tokenizer_trained_for_conversations_has_what_the_template_writes(tmp_path: Path, template: str) -> None:
+    words = [f"{'abcdefghij'[i % 10]}{'klmnopqrst'[i // 10]}" for i in range(100)]
+    turns = [[{**turn, "content": " ".join([turn["content"], *words])} for turn in TURNS[1:3]]] * 9
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": its}) + "\n" for its in turns))
+    data = config(tmp_path, Style.chat, "a.jsonl", chat_template=template)
+    data.valid_fraction = 0.0
+    prepare(data, TokenizerConfig(vocab_size=360), workers=1, on_progress=lambda counts: None)
+    own = load_tokenizer(Path(data.path) / "tokenizer")
+    assert set(MARKERS[template]) < set(special_ids(own)) and answer_end(own) == special_ids(own)[MARKERS[template][1]]
+    write_hf_tokenizer(own, tmp_path, add_bos=False, max_len=64)
+    theirs: Any = AutoTokenizer.from_pretrained(tmp_path)
+    ids, _ = ChatEncoder(TEMPLATES[template], own).encode(turns[0])
+    assert theirs.apply_chat_template(turns[0], return_dict=True)["input_ids"] == ids.tolist()
+    assert all((ids == special_ids(own)[name]).any() for name in MARKERS[template])
+    assert special_ids(own)["</s>"] not in own.encode("<eoa></s>") and own.decode(own.encode("<eoa>")) == "<eoa>"
+
+
+def test_the_experiment_starts_from_a_model_and_learns_the_answers(tmp_path: Path, symbols: Tokenizer) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(ALPACA))
+    data = config(tmp_path, Style.alpaca, "a.json")
+    made(data, symbols)
+    trained(tmp_path / "base", "data=alpaca", f"data.path={data.path}", *SMALL, "steps=1")
+    overrides = ["experiment=sft_7b", f"data.path={data.path}", f"init_from={tmp_path / 'base'}", *SMALL]
+    assert trained(tmp_path / "sft", *overrides, "optimizer.lr=1e-9") is not None
+    before, after = (open_checkpoint(tmp_path / name).read("model.") for name in ("base", "sft"))
+    assert all(np.allclose(before[name].numpy(), after[name].numpy(), atol=1e-6) for name in before)
+    export.export(tmp_path / "sft", ExportConfig(run=str(tmp_path / "sft")))
+    theirs: Any = AutoTokenizer.from_pretrained(tmp_path / "sft" / "hf")
+    text = theirs.apply_chat_template(TURNS[1:2], tokenize=False, add_generation_prompt=True)
+    assert text == "<|User|>:What is 12 + 30?<eoh>\n<|Bot|>:"
+    generation = json.loads((tmp_path / "sft" / "hf" / "generation_config.json").read_text())
+    ends = [2, special_ids(symbols)["<eoa>"]]
+    assert generation["eos_token_id"] == ends
+    of_run = GenerateConfig(run=str(tmp_path / "sft"), prompt="x", device="cpu")
+    of_export = GenerateConfig(hf=str(tmp_path / "sft" / "hf"), prompt="x", device="cpu")
+    assert generate.load(of_run).stop_ids == generate.load(of_export).stop_ids == set(ends)
+    asked = [{"role": "user", "content": "Add 3 and 1.\nBriefly."}, {"role": "assistant", "content": "It is 4."}]
+    ids = [*theirs.apply_chat_template(asked, return_dict=True)["input_ids"], 2]
+    shard = next(iter((Path(data.path) / "train").glob("*.bin"))).with_suffix("")
+    held = [Shard(shard).document(i) & (LOSS_MASKED - 1) for i in range(Shard(shard).n_documents)]
+    assert ids in [document.tolist() for document in held], "what was trained on is what transformers makes of it"
+    state = open_checkpoint(tmp_path / "sft").state
+    assert state["config"]["init_from"] == str(tmp_path / "base") and state["config"]["data"]["style"] == "alpaca"

@@ -1,0 +1,39 @@
+"""A small tokenizer, trained once."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from data.config import DataConfig
+from data.mixed_text import mixed_lines
+from data.tokenizer import Tokenizer, train_tokenizer
+from tests.corpora import RECORDS, lines, local
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder: Path = tmp_path_factory.mktemp("tokenizer")
+    return train_tokenizer(iter(mixed_lines()), folder / "tokenizer.model", vocab_size=1200, threads=2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """Tests kill processes, not machines: what was written is there without it."""
+    before, os.fsync = os.fsync, lambda _: None
+    yield
+    os.fsync = before
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Iterator[DataConfig]:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.jsonl").write_bytes(lines(RECORDS))
+    yield local(tmp_path, "texts", source_key="meta.set")
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("corpus.read.BLOCK_BYTES", 100)
+    monkeypatch.setattr("data.shards.SHARD_BYTES", 400)

@@ -1,0 +1,156 @@
+"""Encoding by words gives SentencePiece's own ids, for any text and any vocabulary it takes."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import cached_bpe as module
+from data.cached_bpe import WordEncoder
+from data.mixed_text import mixed_lines
+from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, sentencepiece_proto
+
+# Characters that pieces join with, and that SentencePiece or numpy could take for others.
+ALPHABET = "aab \t\n\r  e\u0301é,.(_=今天😀\u2581\0\u00a0\ufeff0" + "the <s>"
+
+
+@pytest.fixture(scope="module", params=["plain", "whitespace", "indents", "symbols"])
+def model(request: pytest.FixtureRequest, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vocabulary whose pieces stay within words, and three whose pieces reach across blanks and line ends."""
+    proto = sentencepiece_proto(tokenizer.path)
+    kinds = proto.SentencePiece
+    pieces = {
+        "plain": [],
+        "whitespace": ["\n\n", "\n▁▁", "▁\n", ",\n", "\n▁▁\n", "a▁b"],
+        "indents": ["▁\n", "▁▁\n", "\n▁\n", "\n▁▁\n", "\n\n"],
+        "symbols": ["e▁t", "<s>x", "aa\n▁a"],
+    }
+    worst = min(piece.score for piece in proto.pieces)
+    for number, piece in enumerate(pieces[request.param]):
+        kind = kinds.USER_DEFINED if request.param == "symbols" else kinds.NORMAL
+        proto.pieces.add(piece=piece, score=worst - 1 - number if kind == kinds.NORMAL else 0.0, type=kind)
+    if request.param in ("whitespace", "indents"):
+        proto.pieces.add(piece="\n", score=worst - 100, type=kinds.NORMAL)  # merges begin with single characters
+    path = tmp_path_factory.mktemp("model") / "t.model"
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+def encoder(path: Path) -> tuple[WordEncoder, sentencepiece.SentencePieceProcessor]:
+    own = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    found = WordEncoder.of(own, sentencepiece_proto(path))
+    assert found is not None
+    return found, own
+
+
+@pytest.fixture(scope="module")
+def both(model: Path) -> tuple[WordEncoder, sentencepiece.SentencePieceProcessor]:
+    return encoder(model)
+
+
+@given(
+    texts=st.lists(
+        st.one_of(st.text(ALPHABET, max_size=60), st.text(st.characters(exclude_categories=["Cs"]))), max_size=6
+    )
+)
+@settings(max_examples=400, deadline=None)
+def test_any_texts_have_sentencepieces_ids(
+    both: tuple[WordEncoder, sentencepiece.SentencePieceProcessor], texts: list[str]
+) -> None:
+    words, own = both
+    found = words.encode(texts)
+    assert [ids.tolist() for ids in found] == [own.encode(text) for text in texts]
+    assert all(ids.dtype == np.uint32 for ids in found)
+
+
+def test_lines_that_are_indented_are_cut_off_where_they_may_be(
+    model: Path, both: tuple[WordEncoder, sentencepiece.SentencePieceProcessor]
+) -> None:
+    words, own = both
+    assert words.cut_before_indents == (
+        own.piece_to_id("\n▁▁") == own.unk_id() and own.piece_to_id("aa\n▁a") == own.unk_id()
+    )
+    draw = random.Random(0)
+    texts = ["".join(draw.choice(["a", "b", " ", " ", "\n", "\n"]) for _ in range(40)) for _ in range(400)]
+    assert [ids.tolist() for ids in words.encode(texts)] == [own.encode(text) for text in texts]
+
+
+def test_lines_and_whole_texts_have_sentencepieces_ids(
+    both: tuple[WordEncoder, sentencepiece.SentencePieceProcessor],
+) -> None:
+    words, own = both
+    lines = mixed_lines()
+    for texts in (lines, ["".join(lines)], ["\n".join(lines[i : i + 20]) for i in range(0, len(lines), 20)]):
+        assert [ids.tolist() for ids in words.encode(texts)] == [own.encode(text) for text in texts]
+
+
+@given(text=st.text(ALPHABET, min_size=1, max_size=80))
+@settings(max_examples=200, deadline=None)
+def test_a_text_may_be_cut_where_it_is_said(
+    both: tuple[WordEncoder, sentencepiece.SentencePieceProcessor], text: str
+) -> None:
+    words, own = both
+    place = words.last_cut(text)
+    assert 0 <= place < len(text)
+    assert own.encode(text[:place]) + own.encode(text[place:]) == own.encode(text)
+
+
+def test_what_is_forgotten_and_what_is_too_long_to_be_remembered_have_the_same_ids(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "REMEMBERED_WORDS", 64)
+    monkeypatch.setattr(module, "LONGEST_WORD", 5)
+    words, own = encoder(tokenizer.path)
+    draw = random.Random(0)
+    lines = mixed_lines()
+    for _ in range(30):
+        texts = draw.sample(lines, 20)
+        assert [ids.tolist() for ids in words.encode(texts)] == [own.encode(text) for text in texts]
+    assert words.n_words < 5000, "it has forgotten more than it knows"
+
+
+def thue_morse(n: int) -> str:
+    return "".join("st"[i.bit_count() % 2] for i in range(n))
+
+
+def test_words_made_to_share_a_hash_keep_their_own_ids(tokenizer: Tokenizer) -> None:
+    """A polynomial modulo 2**64 gives this word and its opposite one value, whatever its base."""
+    words, own = encoder(tokenizer.path)
+    one = thue_morse(2048)
+    chars = np.frombuffer(one.encode("utf-32-le"), dtype=np.uint32)
+    assert words.cuts(chars, np.array([2048])).tolist() == [0], "it is one word"
+    other = one.translate(str.maketrans("st", "ts"))
+    text = f"{one}, {other}, {one}"
+    assert words.encode([text])[0].tolist() == own.encode(text) and own.encode(one) != own.encode(other)
+
+
+@pytest.mark.parametrize(
+    ("section", "setting", "value"),
+    [
+        ("trainer_spec", "model_type", 1),
+        ("trainer_spec", "byte_fallback", False),
+        ("trainer_spec", "treat_whitespace_as_suffix", True),
+        ("normalizer_spec", "add_dummy_prefix", True),
+        ("normalizer_spec", "remove_extra_whitespaces", True),
+        ("normalizer_spec", "escape_whitespaces", False),
+    ],
+)
+def test_a_model_that_does_not_allow_it_is_left_to_sentencepiece(
+    tokenizer: Tokenizer, tmp_path: Path, section: str, setting: str, value: object
+) -> None:
+    proto = sentencepiece_proto(tokenizer.path)
+    setattr(getattr(proto, section), setting, value)
+    for piece in proto.pieces:
+        if setting == "byte_fallback" and piece.type == proto.SentencePiece.BYTE:
+            piece.type = proto.SentencePiece.NORMAL
+    path = tmp_path / "t.model"
+    path.write_bytes(proto.SerializeToString())
+    other = load_tokenizer(path)
+    assert isinstance(other, SentencePieceTokenizer) and other.words is None
+    own = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    lines = mixed_lines()[:200]
+    assert [ids.tolist() for ids in other.encode_many(lines)] == [own.encode(line) for line in lines]

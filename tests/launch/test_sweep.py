@@ -1,0 +1,286 @@
+"""Sweeps on this machine: all points or none, each a job, nothing twice, and what came out told."""
+
+import json
+import math
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hydra.core.utils import JobStatus
+from omegaconf import OmegaConf
+from submitit.local.local import LocalExecutor
+
+from hydra_plugins.sweeper import OptunaSweeper
+from launch import slurm
+from launch.config import LauncherConfig
+from launch.jobs import Job, Outcome, Point, run_jobs
+from launch.sweep import keep_code, run_points
+from parallel.config import Device, ParallelConfig, ParallelError
+from tests.conftest import ROOT
+from tests.test_preflight import points
+from tracking.run_folder import is_held
+from tracking.status import read_status
+
+pytestmark = pytest.mark.slow
+
+BLOCK = 32768  # bytes, of LevelDB's log format
+
+
+def sweep(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    argv = [
+        sys.executable,
+        "train.py",
+        "-m",
+        *overrides,
+        "name=sweep",
+        f"hydra.sweep.dir={folder}",
+        "parallel.threads=1",
+    ]
+    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_failing_point_does_not_stop_the_others_and_only_what_is_missing_runs_again(
+    tmp_path: Path, small: list[str]
+) -> None:
+    settings = [*small, "steps=3", "optimizer.max_nonfinite_steps=1", "launcher.parallel_jobs=2"]
+    done = sweep(tmp_path, *settings, "optimizer.lr=1e30,1e-3,1e-2")
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("no finite gradient") == 1, "told once"
+    assert done.stderr.endswith("error: 1 of 3 points did not finish: optimizer.lr=1e+30\n")
+    states = {path.name: read_status(path)["state"] for path in tmp_path.glob("optimizer*")}
+    assert states == {
+        "optimizer.lr=1e+30": "failed", "optimizer.lr=0.001": "finished", "optimizer.lr=0.01": "finished"
+    }  # fmt: skip
+    assert "[optimizer.lr=0.001] step 3/3" in done.stdout and "1e+30" in done.stdout.split("bits/byte")[-1]
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/metrics.jsonl")}
+
+    done = sweep(tmp_path, *settings, "optimizer.lr=1e-3,1e-2,3e-3")
+    assert done.returncode == 0, done.stderr
+    assert (
+        done.stdout.count("finished already: ") == 2
+        and read_status(tmp_path / "optimizer.lr=0.003")["state"] == "finished"
+    )
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+    losses = [float(line.split()[1]) for line in (tmp_path / "compare" / "table.txt").read_text().splitlines()[1:4]]
+    assert losses == sorted(losses), "the best is first"
+
+
+def test_no_point_is_started_if_the_data_of_one_are_not_there(tmp_path: Path, small: list[str]) -> None:
+    kept = [o for o in small if not o.startswith("data.path=")]
+    corpus = next(o for o in small if o.startswith("data.path="))
+    done = sweep(tmp_path, *kept, f"{corpus},nowhere", "hydra.sweep.subdir=${hydra.job.num}")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line == (
+        "error: there is no prepared data in nowhere; run: python prepare_data.py data=local data.path=nowhere "
+        "data.input=... (at data.path=nowhere)"
+    )
+    assert not [path for path in tmp_path.iterdir() if path.name != "multirun.yaml"]
+
+
+def test_the_points_of_a_sweep_stand_side_by_side_in_tensorboard_and_in_one_group_in_wandb(
+    tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    done = sweep(tmp_path, *small, "logger=wandb", "steps=1", "launcher.parallel_jobs=2", "optimizer.lr=1e-3,1e-2")
+    assert done.returncode == 0, done.stderr
+    points = {"optimizer.lr=0.001", "optimizer.lr=0.01"}
+    assert {path.parts[-3] for path in tmp_path.glob("*/tensorboard/events*")} == points
+    runs = [run for path in tmp_path.glob("*/wandb/*/*.wandb") for run in wandb_runs(path)]
+    assert {run.display_name for run in runs} == points
+    assert {run.run_group for run in runs} == {"sweep"}
+
+
+def wandb_runs(path: Path) -> list[Any]:
+    """Read the runs in what wandb wrote offline: records in LevelDB's log format, after a head of seven bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+
+    data, at, parts, records = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if BLOCK - at % BLOCK < 7:
+            at += BLOCK - at % BLOCK
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            records.append(Record.FromString(parts))
+            parts = b""
+    return [record.run for record in records if record.HasField("run")]
+
+
+def test_an_interrupted_sweep_saves_its_points_and_leaves_no_process(tmp_path: Path, small: list[str]) -> None:
+    argv = [
+        sys.executable,
+        "train.py",
+        "-m",
+        *small,
+        "steps=100000",
+        "optimizer.lr=1e-3,1e-2",
+        "launcher.parallel_jobs=2",
+    ]
+    settings = [f"hydra.sweep.dir={tmp_path}", "parallel.threads=1", "logger.every=5"]
+    process = subprocess.Popen([*argv, *settings], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while sum(path.stat().st_size > 0 for path in tmp_path.glob("optimizer*/metrics.jsonl")) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in told
+    points = list(tmp_path.glob("optimizer*"))
+    assert [read_status(path)["state"] for path in points] == ["stopped"] * 2
+    assert all(list(path.glob("checkpoints/step-*")) for path in points)
+    assert not subprocess.run(["pgrep", "--full", str(tmp_path)], capture_output=True, text=True).stdout
+
+
+def test_a_search_minimises_the_loss_and_goes_on_where_it_was(tmp_path: Path, small: list[str]) -> None:
+    pytest.importorskip("optuna")
+    space = [
+        "hydra/sweeper=optuna",
+        "optimizer.lr=tag(log, interval(1e-4, 1e-2))",
+        "steps=2",
+        "launcher.parallel_jobs=2",
+    ]
+    for trials, new in ((2, 2), (3, 1)):
+        done = sweep(tmp_path, *small, *space, f"hydra.sweeper.n_trials={trials}", "hydra.sweeper.n_jobs=2")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("finished: ") == new and f"best of {trials} trials: " in done.stdout
+    losses = [read_status(path)["valid_loss"] for path in tmp_path.glob("optimizer*")]
+    assert len(losses) == 3 and f"{min(losses):.4f} at optimizer.lr=" in done.stdout
+
+
+def test_a_search_does_not_take_its_trials_for_those_of_another(tmp_path: Path, small: list[str]) -> None:
+    pytest.importorskip("optuna")
+    space = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=1", "steps=1"]
+    for wrong, told in {
+        "optimizer.lr=1e-3": "hydra/sweeper=optuna has nothing to vary; pass optimizer.lr='interval(1e-4, 1e-2)', say",
+        "hydra.sweeper.n_jobs=0": "hydra.sweeper.n_jobs (0) must be at least 1",
+    }.items():
+        done = sweep(tmp_path, *small, *space, wrong)
+        assert done.returncode == 1 and done.stderr == f"error: {told}\n"
+    done = sweep(tmp_path, *small, *space, "optimizer.lr=1e-3,1e-2")
+    assert done.returncode == 0, done.stderr
+    for now, told in {
+        "optimizer.lr=1e-3,1e-1": "optimizer.lr (0.001,0.01, now 0.001,0.1)",
+        "seed=3": "seed (0, now 3)",
+    }.items():
+        done = sweep(tmp_path, *small, *space, "optimizer.lr=1e-3,1e-2", now)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert f"was begun with other settings: {told}; pass another name=" in done.stderr
+
+
+def test_a_trial_that_is_given_up_is_a_trial_and_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("optuna")
+    values = iter([2.0, math.inf, math.inf])
+
+    def launch(points: list[Any], **_: int) -> list[Any]:
+        return [SimpleNamespace(status=JobStatus.COMPLETED, _return_value=next(values)) for _ in points]
+
+    monkeypatch.setattr(OptunaSweeper, "_changed_settings", lambda *_: [])
+    for n_trials in (2, 3, 3):
+        search = OptunaSweeper(n_trials, 1, 0, OmegaConf.create())
+        search.sweep_dir, search.config = tmp_path, OmegaConf.create()
+        search.jobs = SimpleNamespace(launch=launch)  # type: ignore[assignment]
+        search.sweep(["optimizer.lr=interval(1e-4, 1e-2)"])
+    assert next(values, None) is None and capsys.readouterr().out.count("best of 1 trials: 2.0000 at ") == 3
+
+
+def test_jobs_run_the_code_as_it_was_when_they_were_asked_for(tmp_path: Path) -> None:
+    copy = keep_code(tmp_path)
+    assert keep_code(tmp_path) == copy and (copy / "train.py").read_text() == (ROOT / "train.py").read_text()
+    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-c", "import conf.schema, train; print(train.__file__)"]
+    told = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    assert told.strip() == str(copy / "train.py")
+
+
+def test_a_hopeless_point_ends_early_and_is_not_run_again(tmp_path: Path, small: list[str]) -> None:
+    rule = ["early_stop.margin=0.2", "early_stop.after_step=5", "early_stop.every=1", "steps=30"]
+    done = sweep(tmp_path, *small, *rule, "optimizer.lr=1e-2,1e-9")
+    assert done.returncode == 0, done.stderr
+    status = read_status(tmp_path / "optimizer.lr=1e-09")
+    assert status["state"] == "given up" and "given up at step " in done.stdout
+    assert "\ngiven up: optimizer.lr=1e-09\n" in done.stdout and "\nfinished: optimizer.lr=0.01, " in done.stdout
+    step = json.loads((tmp_path / "optimizer.lr=1e-09" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert 5 <= step < 30
+    again = sweep(tmp_path, *small, *rule, "optimizer.lr=1e-2,1e-9").stdout
+    assert again.count("finished already: ") == 1 and again.count("given up already: ") == 1
+
+
+def test_a_killed_run_with_workers_leaves_its_folder_at_once(tmp_path: Path, small: list[str]) -> None:
+    settings = [*small, "steps=100000", "data.workers=2", "logger.every=1", f"hydra.run.dir={tmp_path}"]
+    argv = [sys.executable, "train.py", *settings]
+    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and any("step  " in line for line in process.stdout)
+        assert is_held(tmp_path)
+        process.kill()
+    time.sleep(1)  # torch's own workers look for their parent every five seconds
+    assert not is_held(tmp_path)
+
+
+def test_what_an_earlier_process_of_the_same_number_left_is_not_taken_for_a_result(
+    tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, submitted = LocalExecutor.submit, []
+
+    def submit_where_another_was(self: LocalExecutor, *work: Any) -> Any:
+        submitted.append(submit(self, *work))
+        submitted[0].paths.result_pickle.write_bytes(pickle.dumps(("success", 0.5)))
+        return submitted[0]
+
+    monkeypatch.setattr(LocalExecutor, "submit", submit_where_another_was)
+    job = Job("os:getpid", (), ParallelConfig(device=Device.cpu), bool, LauncherConfig(), hopeless=bool)
+    outcomes: list[Outcome] = []
+    run_jobs([Point("p", tmp_path, job.launcher, {}, job)], tmp_path, ROOT, lambda _, outcome: outcomes.append(outcome))
+    submitted[0]._process.wait()
+    assert outcomes[0].state == "finished" and outcomes[0].value != 0.5
+
+
+def test_points_that_never_began_are_not_in_the_queue_once_the_sweep_is_interrupted(
+    tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queued = []
+
+    def interrupt(points: list[Point], _folder: Path, _code: Path, _report: Any, begin: Any) -> None:
+        for point in points:
+            begin(point)
+            queued.append(read_status(point.run_dir)["state"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launch.jobs.run_jobs", interrupt)
+    composed = points(tmp_path, *small)
+    with pytest.raises(KeyboardInterrupt):
+        run_points("train", composed, tmp_path)
+    assert queued == ["queued"] * 2
+    assert [read_status(run_dir)["state"] for _, _, run_dir, _ in composed] == ["stopped"] * 2
+
+
+def test_jobs_at_one_time_share_the_cores(tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[Any] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
+    monkeypatch.setattr("launch.jobs.run_jobs", lambda points, *_: threads.append(points[0].job.args[0]) or 1 / 0)
+    for options in (["launcher.parallel_jobs=3"], ["launcher.parallel_jobs=null", "parallel.nproc_per_node=2"], []):
+        with pytest.raises(ZeroDivisionError):
+            layout = ["parallel=ddp"] if options[1:] else []
+            run_points("train", points(tmp_path, *small, *layout, *options), tmp_path)
+    assert [config.parallel.threads for config in threads] == [4, 3, 12]
+
+
+def test_a_job_in_the_queue_is_followed_and_not_doubled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = {"7": "PENDING"}
+    monkeypatch.setattr(slurm, "states", lambda ids: {job_id: states[job_id] for job_id in ids})
+    assert slurm.queued_job(tmp_path, {"a": 1}) is None
+    slurm.remember_job(tmp_path, "7", {"a": 1})
+    assert slurm.queued_job(tmp_path, {"a": 1}) == "7"
+    with pytest.raises(ParallelError, match=r"is that of job 7, which is in the queue with another configuration"):
+        slurm.queued_job(tmp_path, {"a": 2})
+    states["7"] = "NODE_FAIL"
+    assert slurm.queued_job(tmp_path, {"a": 2}) is None

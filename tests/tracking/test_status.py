@@ -1,0 +1,76 @@
+"""A run folder tells how its run goes and went, and when it is to end early."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import trained
+from tests.tracking.test_compare import written
+from tracking.compare import read_runs
+from tracking.config import EarlyStopConfig
+from tracking.early_stop import is_hopeless
+from tracking.status import Status, crashed_the_same_way_twice, note_end, read_status
+from training.config import CheckpointError
+
+
+def test_a_point_is_given_up_when_it_is_behind_the_best_at_the_same_tokens(tmp_path: Path) -> None:
+    best = written(tmp_path / "best", [5.0, 4.0, 3.0, 2.0, 1.0])
+    rule = EarlyStopConfig(margin=0.5, after_step=2, every=1)
+    same = written(tmp_path / "same", [5.0, 4.0])
+    assert not is_hopeless(rule, same, 2), "behind the best's end, not behind it at the same tokens"
+    worse = written(tmp_path / "worse", [6.0, 5.5])
+    assert is_hopeless(rule, worse, 2) and not is_hopeless(rule, best, 5)
+    assert not is_hopeless(rule, worse, 1) and not is_hopeless(EarlyStopConfig(), worse, 2)
+    assert is_hopeless(rule, written(tmp_path / "nan", [5.0, None]), 2)
+    assert not is_hopeless(rule, written(tmp_path / "ahead", [9.0] * 9), 9), "nobody has come so far"
+
+
+def test_a_run_that_a_process_holds_is_running(tmp_path: Path, small: list[str]) -> None:
+    from tracking.run_folder import locked
+
+    trained(tmp_path / "r", *small, "steps=1")
+    with locked(tmp_path / "r"), Status(tmp_path / "r", {"steps": 1}):
+        note_end(tmp_path / "r", "failed", "another command wanted it too")
+        assert read_runs(tmp_path)[0].state == "running"
+
+
+def test_a_run_that_is_refused_stays_what_it_was(tmp_path: Path) -> None:
+    written(tmp_path / "r", [1.0], seed=1)
+    before = read_status(tmp_path / "r")
+    with pytest.raises(CheckpointError), Status(tmp_path / "r", {"name": "s", "steps": 1, "seed": 2}):
+        raise CheckpointError("begun with another configuration")
+    assert {**read_status(tmp_path / "r"), "time": 0} == {**before, "time": 0} and before["state"] == "finished"
+
+
+def test_a_line_that_was_cut_short_does_not_hide_how_a_run_went(tmp_path: Path) -> None:
+    written(tmp_path / "r", [2.0, 1.0], seed=1)
+    with (tmp_path / "r" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "train/lo')
+    with pytest.raises(OSError, match="full"), Status(tmp_path / "r", {"steps": 5}):
+        raise OSError("the disk is full")
+    crash = json.loads((tmp_path / "r" / "crashes.jsonl").read_text())
+    assert crash["step"] == 2 and "the disk is full" in crash["error"]
+
+
+def test_the_same_crash_at_the_same_step_twice_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(attempt: int, error: Exception, rank: int = 0, job: int = 1) -> None:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(attempt))
+        monkeypatch.setenv("SLURM_JOB_ID", str(job))
+        with pytest.raises(type(error)), Status(tmp_path, {}, rank=rank):
+            raise error
+
+    crash(0, ValueError("boom"), rank=1)
+    crash(0, RuntimeError("connection closed by peer"))
+    assert not crashed_the_same_way_twice(tmp_path), "two ranks in one attempt"
+    crash(1, RuntimeError("another"))
+    assert not crashed_the_same_way_twice(tmp_path)
+    crash(2, RuntimeError("another"))
+    assert crashed_the_same_way_twice(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n')
+    crash(3, RuntimeError("another"))
+    assert not crashed_the_same_way_twice(tmp_path), "it came further"
+    crash(4, RuntimeError("another"))
+    assert crashed_the_same_way_twice(tmp_path)
+    crash(0, RuntimeError("mended, and something else"), job=2)
+    assert not crashed_the_same_way_twice(tmp_path), "the first attempt of another job"
