@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from model.config import Init, ModelConfig
-from model.hf.llama import llama_config, to_llama_name
+from model.hf.llama import Llama
 from model.kv_cache import KVCache
 from model.sampling import Sampling, generate, next_logits
 from model.transformer import Transformer
@@ -70,9 +70,9 @@ def test_cached_logits_equal_the_full_forward(model: Transformer) -> None:
 
 
 def test_greedy_decoding_equals_transformers(model: Transformer) -> None:
-    about = llama_config(model.config, bos_id=None, eos_id=None, pad_id=0, dtype="float32")
+    about = Llama().write_config(model.config, dtype="float32", bos_token_id=None, eos_token_id=None, pad_token_id=0)
     theirs: Any = LlamaForCausalLM(LlamaConfig(**about))
-    theirs.load_state_dict({to_llama_name(n): p.detach() for n, p in model.named_parameters()})
+    theirs.load_state_dict({Llama().names(model.config)[n]: p.detach() for n, p in model.named_parameters()})
     for prompt, new in zip(PROMPTS, run(model, GREEDY), strict=True):
         ids = torch.tensor([prompt])
         out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
