@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +49,7 @@ def export(path: Path, config: ExportConfig) -> None:
     """Write the newest checkpoint of a run as a Hugging Face folder, verified before it gets its name."""
     from corpus.config import DataError
     from data.tokenizer import export_problem
+    from model.counts import count_params
     from training.checkpoint import open_checkpoint
     from training.load import run_dir_of, tokenizer_in
 
@@ -73,8 +73,9 @@ def export(path: Path, config: ExportConfig) -> None:
         model = without_padding(checkpoint, tokenizer)
         write_weights(partial, checkpoint, model, config.dtype.value)
         write_settings(partial, checkpoint, model, tokenizer, config.dtype.value)
-        (partial / "README.md").write_text(model_card(checkpoint, model, run_dir, out))
-        (partial / "export.json").write_text(json.dumps(origin))
+        card = CARD.format(name=model.name, params=count_params(model), step=checkpoint.step, run=run_dir, out=out)
+        (partial / "README.md").write_text(card)
+        write_json(partial / "export.json", origin)
         print(verify(partial, tokenizer))
         partial.rename(out)
     finally:
@@ -83,10 +84,7 @@ def export(path: Path, config: ExportConfig) -> None:
 
 
 def without_padding(checkpoint: "Checkpoint", tokenizer: "Tokenizer | None") -> ModelConfig:
-    """Return a checkpoint's model with the vocabulary of its tokenizer, without padding to what tp can divide.
-
-    An imported model keeps its own.
-    """
+    """Return a checkpoint's model with the vocabulary of its tokenizer; an imported one keeps its own."""
     model = stored_model(checkpoint.state["config"])
     if tokenizer is None or not checkpoint.state["data"]["parts"]:
         return model
@@ -103,8 +101,11 @@ def write_weights(folder: Path, checkpoint: "Checkpoint", model: ModelConfig, dt
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype_name]
     names = {f"model.{ours}": theirs for ours, theirs in export_family(model).names(model).items()}
     sizes = {name: checkpoint.tensors[name].size.numel() * dtype.itemsize for name in names}
-    shards = list(split_shards(sizes))
-    files: dict[str, str] = {}
+    shards, index = [list[str]()], {}
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[one] for one in shards[-1]) + size > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(name)
     for number, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
@@ -114,21 +115,10 @@ def write_weights(folder: Path, checkpoint: "Checkpoint", model: ModelConfig, dt
             if not tensors[names[name]].isfinite().all():
                 raise ModelError(f"{name} has values outside dtype ({dtype_name}); export with dtype=bf16")
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        files |= dict.fromkeys(tensors, file)
+        index |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
-        write_json(folder / "model.safetensors.index.json", index)
-
-
-def split_shards(sizes: dict[str, int]) -> Iterator[list[str]]:
-    """Yield names in order, as many at a time as fit into a shard."""
-    shard: list[str] = []
-    for name, size in sizes.items():
-        if shard and sum(sizes[one] for one in shard) + size > SHARD_BYTES:
-            yield shard
-            shard = []
-        shard.append(name)
-    yield shard
+        about = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
+        write_json(folder / "model.safetensors.index.json", about)
 
 
 def write_settings(
@@ -151,21 +141,12 @@ def write_settings(
     write_json(folder / "generation_config.json", {"_from_model_config": False, **named})
 
 
-def model_card(checkpoint: "Checkpoint", model: ModelConfig, run_dir: Path, out: Path) -> str:
-    from model.counts import count_params
-
-    return CARD.format(name=model.name, params=count_params(model), step=checkpoint.step, run=run_dir, out=out)
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def verify(folder: Path, tokenizer: "Tokenizer | None") -> str:
-    """Compare keys, logits and token ids with those that transformers has of a folder, in a fresh process.
-
-    Returns what was found equal; raises `ModelError` for what was not.
-    """
+    """Return what transformers finds equal in a fresh process; raises `ModelError` for what is not."""
     import torch
     from safetensors.torch import save_file
 
@@ -188,15 +169,19 @@ def verify(folder: Path, tokenizer: "Tokenizer | None") -> str:
     if done.returncode:
         raise ModelError(f"transformers cannot load the export: {done.stderr.strip().splitlines()[-1]}")
     found = json.loads(done.stdout.splitlines()[-1])
-    if any(found["keys"].values()):
-        raise ModelError(f"the export has wrong keys: {found['keys']}")
-    if not found["logits_difference"] <= LOGITS_TOLERANCE:
-        raise ModelError(f"the logits of the export differ by {found['logits_difference']:.2e}")
+    difference, wrong = (
+        found["logits_difference"],
+        [f"{kind} {names}" for kind, names in found["keys"].items() if names],
+    )
+    if not difference <= LOGITS_TOLERANCE:
+        wrong.append(f"logits differ by {difference:.2e}")
     if found["wrong_texts"]:
-        raise ModelError(f"the tokenizer of the export differs, first on {found['wrong_texts'][0]}")
+        wrong.append(f"token ids differ on {found['wrong_texts'][0]}")
+    if wrong:
+        raise ModelError(f"nothing was exported: {'; '.join(wrong)}")
     return (
         f"verified with transformers {found['transformers']} ({found['class']}): no missing or unexpected keys, "
-        f"logits equal to {found['logits_difference']:.1e}, "
+        f"logits equal to {difference:.1e}, "
         + (f"token ids and decoding equal on {len(texts):,} texts" if texts else "no tokenizer")
     )
 

@@ -1,6 +1,7 @@
 """Write text with a model: python generate.py run=runs/demo prompt="def main("; or hf=folder, or prompts=file."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,8 +28,9 @@ def main(cfg: DictConfig) -> None:
         saved, model = load_model(config)
         jobs = [(number, text, sample) for number, text in enumerate(prompts) for sample in range(config.samples)]
         if len(jobs) == 1:
-            print(prompts[0], end="", flush=True)
-            write(model, saved, config, jobs, lambda text: print(text, end="", flush=True))
+            print_now = partial(print, end="", flush=True)
+            print_now(prompts[0])
+            write(model, saved, config, jobs, print_now)
             print()
             return
         for start in range(0, len(jobs), config.batch_size):
@@ -133,15 +135,14 @@ class TextStream:
         return self._show(0)
 
     def _decode(self, *, whole: bool = False) -> None:
-        before, now = (
-            self.tokenizer.decode(self.ids[self.start : self.end]),
-            self.tokenizer.decode(self.ids[self.start :]),
-        )
+        decode = self.tokenizer.decode
+        before, now = decode(self.ids[self.start : self.end]), decode(self.ids[self.start :])
         if self.stopped or (now.endswith(INCOMPLETE) and not whole):
             return
-        # Wrong bytes after right ones change how the right ones are decoded: these are then left out.
-        self.text += now.removeprefix(before) if now.startswith(before) else self.tokenizer.decode(self.ids[self.end :])
-        self.start, self.end = self.end, len(self.ids)
+        # Wrong bytes change how right ones before them are decoded, which then are no context.
+        new = now.removeprefix(before) if now.startswith(before) else decode(self.ids[self.end :])
+        self.start, self.end = self.end if new else self.start, len(self.ids)
+        self.text += new
         found = [at for stop in self.stops if (at := self.text.find(stop)) >= 0]
         if found:
             self.text, self.stopped = self.text[: min(found)], True

@@ -47,8 +47,7 @@ class Segments:
 def missing(backend: Attention) -> str | None:
     """Return what to install for a backend; None if nothing is missing.
 
-    Found by distribution: flash-attn from 2.8 on has a folder `flash_attn/cute` of its own, which is not
-    FlashAttention 4, and whose files and flash-attn-4's overwrite each other.
+    By distribution: flash-attn 2.8 has a `flash_attn/cute` too, which flash-attn-4 overwrites, or the other way round.
     """
     two, four = _version("flash-attn"), _version("flash-attn-4")
     if backend is Attention.flash_attn and (two is None or two < (2, 0)):
@@ -83,10 +82,9 @@ def resolve_backend(asked: Attention, device: torch.device, dtype: torch.dtype, 
         return Attention.cudnn if equal else Attention.varlen
     if asked in (Attention.sdpa, Attention.reference):
         return asked
-    if device.type != "cuda":
-        raise ModelError(f"model.attention ({asked.value}) needs a CUDA device; use model.attention=sdpa on {device}")
-    if not low_precision:
-        raise ModelError(f"model.attention ({asked.value}) needs bf16 or fp16, not {dtype}; use model.attention=sdpa")
+    if device.type != "cuda" or not low_precision:
+        needs = f"needs bf16 or fp16 on a CUDA device, not {dtype} on {device}"
+        raise ModelError(f"model.attention ({asked.value}) {needs}; use model.attention=sdpa")
     if remedy := missing(asked):
         raise ModelError(f"model.attention ({asked.value}) is not installed: {remedy}")
     return asked

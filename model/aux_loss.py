@@ -8,10 +8,10 @@ from torch.autograd.function import FunctionCtx
 
 
 class AuxLosses:
-    """Adds `weight` times each layer's auxiliary losses to what the backward pass minimises, and sums them by name.
+    """Adds `weight` times each auxiliary loss to what the backward pass minimises, and sums them by name.
 
-    A loss is attached to the hidden states of its layer, so that its gradient joins theirs on the way back: also in a
-    pipeline stage, which never sees the loss of the head. `weight` is a number or a scalar on the device.
+    A loss is attached to the hidden states of its layer, so that its gradient joins theirs on the way back, also in a
+    pipeline stage, which never sees the loss of the head.
     """
 
     def __init__(self, weight: float | Tensor) -> None:

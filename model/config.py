@@ -6,7 +6,7 @@ from enum import Enum
 
 from omegaconf import MISSING
 
-# Layers by name; a name of the form `module:Class` is a class of the user's own.
+# Layers by name; a name like `module:Class` is a class of the user's own.
 MLPS = {"swiglu": "model.layers:SwiGLU"}
 ATTENTION_LAYERS = {"gqa": "model.attention:SelfAttention"}
 
@@ -52,8 +52,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     init: Init = field(default=Init.internlm, metadata=SAME)
     attention: Attention = field(default=Attention.auto, metadata=SAME)  # the backend that computes it
-    # Factor on the embedding's gradient (GLM-130B, arXiv:2210.02414)
-    embed_grad_scale: float = field(default=1.0, metadata=SAME)
+    embed_grad_scale: float = field(default=1.0, metadata=SAME)  # of its gradient (GLM-130B, arXiv:2210.02414)
 
     @property
     def head_dim(self) -> int:
@@ -73,9 +72,6 @@ class ModelConfig:
         for key, known in (("mlp", MLPS), ("attention_layer", ATTENTION_LAYERS)):
             if (name := getattr(self, key)) not in known and ":" not in name:
                 yield f"model.{key} ({name}) must be one of {', '.join(known)}, or module:Class"
-        for key in ("rope_theta", "norm_eps"):
-            if not getattr(self, key) > 0:
-                yield f"model.{key} ({getattr(self, key)}) must be positive"
         if not 0 < self.embed_grad_scale <= 1:
             yield f"model.embed_grad_scale ({self.embed_grad_scale}) must be in (0, 1]"
 

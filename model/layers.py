@@ -1,8 +1,7 @@
-"""The parts of a block that are not attention: norm, rotary angles, MLP; and what a module says of its weights.
+"""The parts of a block that are not attention: norm, rotary angles, MLP; and what a module knows of its weights.
 
-A new MLP is a class like `SwiGLU`, built from the configuration: `model.mlp=my_file:MyMLP` chooses it. Its forward pass
-takes x_BTD and returns a tensor of that shape, or the tensor and a dict of auxiliary losses, scalars by name. It may
-have `WEIGHTS` and `forward_flops(seq_len)`, as `SelfAttention` has.
+A new MLP is a class like `SwiGLU`, chosen by `model.mlp=my_file:MyMLP`. It may return auxiliary losses too, as
+`(out_BTD, {"name": scalar})`, and have a `forward_flops`, as `SelfAttention` has.
 """
 
 from dataclasses import dataclass
@@ -21,14 +20,11 @@ class ByDepth(float):
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """What a module knows of a layer or parameter of its own; `WEIGHTS` has it by attribute name.
-
-    Without an entry a weight is drawn with the default deviations, has no Hugging Face name, and is not split.
-    """
+    """What a module knows of a layer of its own; an entry of its `WEIGHTS`, by attribute name."""
 
     tp: Literal["colwise", "rowwise", "norm"]  # how tensor parallelism splits it: outputs, inputs, or not at all
-    hf: str | None = None  # name in Llama and its relatives on Hugging Face; in a block, what follows model.layers.<i>
-    internlm: float = 0.006  # standard deviation under each `Init`
+    hf: str | None = None  # name in Llama of Hugging Face; in a block, what follows model.layers.<i>
+    internlm: float = 0.006  # initial standard deviation, for each `Init`
     internlm_v1: float = 0.006
     llama: float = 0.02
 

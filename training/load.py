@@ -1,9 +1,7 @@
-"""A saved model and its tokenizer, on the CPU or a GPU:
+"""A saved model and its tokenizer, from a run folder, a checkpoint in it, or a Hugging Face folder:
 
-    from training.load import load
-    model, tokenizer = load("runs/demo")
-
-The path is a run folder, a checkpoint in it, or a Hugging Face folder.
+from training.load import load
+model, tokenizer = load("runs/demo")
 """
 
 from collections.abc import Callable
@@ -35,7 +33,7 @@ class Saved:
     read: Callable[[], dict[str, Tensor]] = field(repr=False)  # fp32 weights by name, on the CPU
 
     def build(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Transformer:
-        """Return the model with its weights, on `device` (a GPU if there is one), as `dtype` (fp32)."""
+        """Return the model with its weights, ready for inference."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = Transformer.on_meta(self.config)
         weights = {name: weight.to(device, dtype or torch.float32) for name, weight in self.read().items()}
@@ -46,10 +44,7 @@ class Saved:
 def load(
     path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> tuple[Transformer, Tokenizer]:
-    """Return the model and the tokenizer that are saved at a path, on a GPU if there is one, in fp32 by default.
-
-    Raises `CheckpointError` or `ModelError` if there is no model, `ModelError` if there is no tokenizer.
-    """
+    """Return the model and the tokenizer that are saved at a path, on a GPU if there is one, in fp32 by default."""
     saved = open_saved(Path(path))
     if saved.tokenizer is None:
         raise ModelError(f"{path} has no tokenizer; open_saved(path).build() returns the model alone")

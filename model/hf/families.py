@@ -13,6 +13,7 @@ from model.hf.internlm2 import InternLM2
 from model.hf.llama import Llama
 from model.transformer import Transformer
 
+HEADS = ("lm_head.weight", "output.weight")  # stored beside a tied embedding, and equal to it
 FAMILIES: tuple[Llama, ...] = (Llama(), InternLM2())  # the smaller first
 
 
@@ -43,7 +44,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         for name, tensor in family.split(stored, whole, config):
             if name in ours:
                 weights[ours[name]] = tensor.float()
-            elif not name.endswith("rotary_emb.inv_freq") and not (config.tie_embeddings and name == "lm_head.weight"):
+            elif not name.endswith("rotary_emb.inv_freq") and not (config.tie_embeddings and name in HEADS):
                 raise ModelError(f"{folder}: the model has no place for tensor {name}")
     for name, param in Transformer.on_meta(config).named_parameters():
         found = weights[name].shape if name in weights else None
@@ -66,7 +67,7 @@ def read_stop_ids(folder: Path) -> set[int]:
     """Return the tokens that end a text by a folder's generation_config.json, if there is one."""
     path = folder / "generation_config.json"
     ids = read_json(path).get("eos_token_id") if path.exists() else None
-    return set(ids) if isinstance(ids, list) else set() if ids is None else {ids}
+    return set() if ids is None else set(ids) if isinstance(ids, list) else {ids}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -74,8 +75,6 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise ModelError(f"{path} is missing: {path.parent} is not a Hugging Face model") from None
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON: {error}") from None
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -113,10 +113,9 @@ def test_auto_backend_by_installed_distributions(
 
 @pytest.mark.parametrize("backend", ["flash_attn_4", "flash_attn", "varlen", "cudnn"])
 def test_cuda_backend_is_refused_on_the_cpu_and_in_fp32(backend: str) -> None:
-    with pytest.raises(ModelError, match=rf"model\.attention \({backend}\) needs a CUDA device"):
-        resolve_backend(Attention(backend), torch.device("cpu"), torch.bfloat16, equal=True)
-    with pytest.raises(ModelError, match=rf"model\.attention \({backend}\) needs bf16 or fp16"):
-        resolve_backend(Attention(backend), CUDA, torch.float32, equal=True)
+    for device, dtype in ((torch.device("cpu"), torch.bfloat16), (CUDA, torch.float32)):
+        with pytest.raises(ModelError, match=rf"model\.attention \({backend}\) needs bf16 or fp16 on a CUDA device"):
+            resolve_backend(Attention(backend), device, dtype, equal=True)
 
 
 BACKENDS = [Attention.flash_attn_4, Attention.flash_attn, Attention.varlen, Attention.cudnn, Attention.sdpa]
