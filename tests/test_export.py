@@ -189,7 +189,12 @@ def damage(folder: Path, what: str) -> None:
 
 @pytest.mark.parametrize(
     ("what", "wrong"),
-    [("missing", "missing_keys"), ("bias", "unexpected_keys"), ("weight", "logits differ"), ("tokenizer", "token ids differ")],
+    [
+        ("missing", "missing_keys"),
+        ("bias", "unexpected_keys"),
+        ("weight", "logits differ"),
+        ("tokenizer", "token ids differ"),
+    ],
 )
 def test_wrong_export_is_not_kept(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, wrong: str
