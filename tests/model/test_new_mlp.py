@@ -112,8 +112,9 @@ def test_counts_follow_the_new_mlp() -> None:
 
 def test_new_mlp_trains_and_cannot_be_exported(tmp_path: Path, small: list[str]) -> None:
     trained(tmp_path / "r", *small, f"model.mlp={NAME}", "steps=3", "logger.every=1")
-    losses = [record["train/loss"] for record in metrics(tmp_path / "r") if "train/loss" in record]
-    assert len(losses) == 3 and all(map(math.isfinite, losses))
+    records = [record for record in metrics(tmp_path / "r") if "train/loss" in record]
+    assert len(records) == 3 and all(math.isfinite(record["train/loss"]) for record in records)
+    assert all(record["train/balance"] >= 2 for record in records), "at least 1 per layer"
     assert "model.blocks.1.mlp.experts.2.w_up.weight" in open_checkpoint(tmp_path / "r").tensors
     with pytest.raises(ModelError, match=r"model\.mlp"):
         export.export(tmp_path / "r", ExportConfig(run=str(tmp_path / "r"), out=str(tmp_path / "hf")))
