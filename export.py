@@ -1,4 +1,4 @@
-"""Give a run to the world, or bring a model in: python export.py run=runs/demo, python export.py from_hf=folder."""
+"""Export a run to Hugging Face, or import from it: python export.py run=runs/demo, python export.py from_hf=folder."""
 
 import json
 import shutil
@@ -13,19 +13,15 @@ import hydra
 from omegaconf import DictConfig
 
 from conf.cli import report_user_errors, run
-from conf.schema import ExportConfig, stored_model, to_config
+from conf.schema import ExportConfig, plain, stored_model, to_config
 from model.config import ModelConfig, ModelError
 
 if TYPE_CHECKING:
-    import torch
-
     from data.tokenizer import Tokenizer
     from training.checkpoint import Checkpoint
 
 SHARD_BYTES = 5_000_000_000
-VOCABULARY_WEIGHTS = ("model.embed.weight", "model.head.weight")
 LOGITS_TOLERANCE = 1e-4
-VERIFY = Path(__file__).parent / "model" / "verify_hf.py"
 CARD = """---
 library_name: transformers
 ---
@@ -44,35 +40,30 @@ def main(cfg: DictConfig) -> None:
     config: ExportConfig = to_config(cfg)
     with report_user_errors():
         if config.from_hf is not None:
-            bring_in(Path(config.from_hf), config.out)
+            import_hf(Path(config.from_hf), config.out)
         else:
-            assert config.run is not None
-            export(Path(config.run), config)
+            export(Path(str(config.run)), config)
 
 
-def export(run_path: Path, config: ExportConfig) -> None:
-    """Write a run's newest checkpoint as a Hugging Face folder, and let it be seen only if it verifies."""
+def export(path: Path, config: ExportConfig) -> None:
+    """Write the newest checkpoint of a run as a Hugging Face folder, verified before it gets its name."""
     from corpus.config import DataError
-    from data.tokenizer import export_problem, load_tokenizer
+    from data.tokenizer import export_problem
+    from model.counts import count_params
     from training.checkpoint import open_checkpoint
+    from training.load import run_dir_of, tokenizer_in
 
-    checkpoint = open_checkpoint(run_path)
-    run_dir = checkpoint.path.parent.parent
+    checkpoint = open_checkpoint(path)
+    run_dir = run_dir_of(checkpoint)
     out = Path(config.out) if config.out else run_dir / "hf"
-    origin = {
-        "checkpoint": json.loads((checkpoint.path / "manifest.json").read_text()),
-        "dtype": config.dtype.value,
-    }
+    manifest = json.loads((checkpoint.path / "manifest.json").read_text())
+    origin = {"checkpoint": manifest, "dtype": config.dtype.value}
     if out.exists():
-        made = out / "export.json"
-        if made.exists() and json.loads(made.read_text()) == origin:
+        if (made := out / "export.json").exists() and json.loads(made.read_text()) == origin:
             print(f"{out} is the export of {checkpoint.path} already")
             return
-        raise ModelError(
-            f"{out} exists and is no export of {checkpoint.path} in {config.dtype.value}; "
-            "remove it, or pass another out="
-        )
-    tokenizer = load_tokenizer(run_dir / "tokenizer") if (run_dir / "tokenizer").exists() else None
+        raise ModelError(f"{out} exists and is another export or none; remove it, or pass another out=")
+    tokenizer = tokenizer_in(run_dir / "tokenizer")
     if tokenizer is not None and (problem := export_problem(tokenizer)):
         raise DataError(problem)
     partial = out.with_name(f".{out.name}.partial")
@@ -80,9 +71,12 @@ def export(run_path: Path, config: ExportConfig) -> None:
     partial.mkdir(parents=True)
     try:
         model = without_padding(checkpoint, tokenizer)
-        write(partial, out, checkpoint, model, tokenizer, config)
-        (partial / "export.json").write_text(json.dumps(origin))
-        verify(partial, model, tokenizer)
+        write_weights(partial, checkpoint, model, config.dtype.value)
+        write_settings(partial, checkpoint, model, tokenizer, config.dtype.value)
+        card = CARD.format(name=model.name, params=count_params(model), step=checkpoint.step, run=run_dir, out=out)
+        (partial / "README.md").write_text(card)
+        write_json(partial / "export.json", origin)
+        print(verify(partial, tokenizer))
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -90,189 +84,137 @@ def export(run_path: Path, config: ExportConfig) -> None:
 
 
 def without_padding(checkpoint: "Checkpoint", tokenizer: "Tokenizer | None") -> ModelConfig:
-    """Give a checkpoint's model with the vocabulary of its tokenizer: ids beyond it stand for nothing.
-
-    They fill a vocabulary up to what tensor parallelism can divide. A model that was brought in keeps what it had.
-    """
+    """Return a checkpoint's model with the vocabulary of its tokenizer; an imported one keeps its own."""
     model = stored_model(checkpoint.state["config"])
     if tokenizer is None or not checkpoint.state["data"]["parts"]:
         return model
     return replace(model, vocab_size=min(model.vocab_size, tokenizer.vocab_size))
 
 
-def write(
-    folder: Path,
-    out: Path,
-    checkpoint: "Checkpoint",
-    model: ModelConfig,
-    tokenizer: "Tokenizer | None",
-    config: ExportConfig,
-) -> None:
-    """Write weights, configuration, tokenizer and card into a folder."""
-    from corpus.chat import answer_end
-    from data.hf_tokenizer import write_hf_tokenizer
-    from model.hf.llama import llama_config
-
-    dtype = write_weights(folder, checkpoint, config, vocab_size=model.vocab_size)
-    bos, eos = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
-    about = llama_config(model, bos_id=bos, eos_id=eos, pad_id=eos, dtype=str(dtype).removeprefix("torch."))
-    (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
-    ids: dict[str, Any] = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
-    if tokenizer is not None and (end := answer_end(tokenizer)) is not None:
-        ids["eos_token_id"] = [end] if eos is None else [eos, end]
-    generation = {
-        "_from_model_config": False,
-        **{key: token for key, token in ids.items() if token is not None},
-    }
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    if tokenizer is not None:
-        add_bos = checkpoint.state["data"]["add_bos"]
-        write_hf_tokenizer(tokenizer, folder, add_bos=add_bos, max_len=model.max_seq_len)
-    run_dir = checkpoint.path.parent.parent
-    card = CARD.format(name=model.name, params=model.n_params, step=checkpoint.step, run=run_dir, out=out)
-    (folder / "README.md").write_text(card)
-
-
-def write_weights(folder: Path, checkpoint: "Checkpoint", config: ExportConfig, *, vocab_size: int) -> "torch.dtype":
-    """Write the master weights in the asked-for dtype, in shards of about 5 GB, one in memory at a time."""
+def write_weights(folder: Path, checkpoint: "Checkpoint", model: ModelConfig, dtype_name: str) -> None:
+    """Write the weights in a dtype, in shards of about 5 GB, one in memory at a time."""
     import torch
     from safetensors.torch import save_file
 
-    from model.hf.llama import to_llama_name
+    from model.hf.families import export_family
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.dtype.value]
-    names = [name for name in checkpoint.tensors if name.startswith("model.")]
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name in names:
-        n_bytes = checkpoint.tensors[name].size.numel() * dtype.itemsize
-        if shards[-1] and size + n_bytes > SHARD_BYTES:
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype_name]
+    names = {f"model.{ours}": theirs for ours, theirs in export_family(model).names(model).items()}
+    sizes = {name: checkpoint.tensors[name].size.numel() * dtype.itemsize for name in names}
+    shards, index = [list[str]()], {}
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[one] for one in shards[-1]) + size > SHARD_BYTES:
             shards.append([])
-            size = 0
         shards[-1].append(name)
-        size += n_bytes
-    index: dict[str, str] = {}
-    total = 0
     for number, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
         for name, tensor in checkpoint.read_names(shard).items():
-            if name in VOCABULARY_WEIGHTS:
-                tensor = tensor[:vocab_size]
-            if not torch.isfinite(tensor.to(dtype)).all():
-                raise ModelError(
-                    f"{checkpoint.path}: {name} holds values outside dtype ({config.dtype.value}); "
-                    "export with dtype=bf16"
-                )
-            tensors[to_llama_name(name.removeprefix("model."))] = tensor.to(dtype).contiguous()
+            rows = model.vocab_size if name in ("model.embed.weight", "model.head.weight") else len(tensor)
+            tensors[names[name]] = tensor[:rows].to(dtype).contiguous()
         save_file(tensors, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file)
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if len(shards) > 1:
-        about = {"metadata": {"total_size": total}, "weight_map": index}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(about, indent=2) + "\n")
-    return dtype
+        about = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
+        write_json(folder / "model.safetensors.index.json", about)
 
 
-def verify(folder: Path, config: ModelConfig, tokenizer: "Tokenizer | None") -> None:
-    """Load the folder with transformers in a fresh process and compare keys, logits and token ids with ours."""
+def write_settings(
+    folder: Path, checkpoint: "Checkpoint", model: ModelConfig, tokenizer: "Tokenizer | None", dtype_name: str
+) -> None:
+    """Write the configuration and the tokenizer."""
+    from corpus.chat import answer_end
+    from data.hf_tokenizer import write_hf_tokenizer
+    from model.hf.families import export_family
+
+    bos, eos = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
+    ids: dict[str, Any] = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
+    dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype_name]
+    write_json(folder / "config.json", export_family(model).write_config(model, dtype=dtype, **ids))
+    if tokenizer is not None:
+        if (end := answer_end(tokenizer)) is not None:
+            ids["eos_token_id"] = [end] if eos is None else [eos, end]
+        write_hf_tokenizer(tokenizer, folder, add_bos=checkpoint.state["data"]["add_bos"], max_len=model.max_seq_len)
+    named = {key: token for key, token in ids.items() if token is not None}
+    write_json(folder / "generation_config.json", {"_from_model_config": False, **named})
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def verify(folder: Path, tokenizer: "Tokenizer | None") -> str:
+    """Return what transformers finds equal in a fresh process; raises `ModelError` for what is not."""
     import torch
     from safetensors.torch import save_file
 
     from data.mixed_text import mixed_lines
-    from model.hf.llama import read_hf
-    from model.transformer import Transformer
+    from model.hf import verify
+    from training.load import open_saved
 
-    model = Transformer(config)
-    model.load_state_dict(read_hf(folder)[1])
-    tokens_BT = torch.randint(
-        config.vocab_size, (2, min(64, config.max_seq_len)), generator=torch.Generator().manual_seed(0)
-    )
+    model = open_saved(folder).build("cpu")
+    shape = 2, min(64, model.config.max_seq_len)
+    tokens_BT = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits_BTV = model(tokens_BT)
     texts = [] if tokenizer is None else [(line, tokenizer.encode(line)) for line in mixed_lines()]
     with tempfile.TemporaryDirectory() as scratch:
         logits_file, expected = Path(scratch) / "logits.safetensors", Path(scratch) / "expected.json"
         save_file({"tokens": tokens_BT, "logits": logits_BTV.contiguous()}, logits_file)
-        expected.write_text(json.dumps({"logits": str(logits_file), "texts": texts}))
-        command = [sys.executable, "-P", str(VERIFY.resolve()), str(folder.resolve()), str(expected)]
+        write_json(expected, {"logits": str(logits_file), "texts": texts})
+        command = [sys.executable, "-P", str(verify.__file__), str(folder.resolve()), str(expected)]
         done = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
     if done.returncode:
-        raise ModelError(
-            f"transformers cannot load what was written, so nothing was exported: "
-            f"{done.stderr.strip().splitlines()[-1]}"
-        )
-    judge(json.loads(done.stdout.splitlines()[-1]))
-
-
-def judge(found: dict[str, Any]) -> None:
-    """Say what a fresh process found, and raise `ModelError` if any of it is wrong."""
-    wrong_keys = {kind: names for kind, names in found["keys"].items() if names}
-    if wrong_keys:
-        raise ModelError(f"the export has wrong keys, so it was not kept: {wrong_keys}")
-    if not found["logits_difference"] <= LOGITS_TOLERANCE:
-        raise ModelError(
-            f"the export's logits differ by {found['logits_difference']:.2e} from ours, so it was not kept"
-        )
-    if found.get("wrong_count"):
-        raise ModelError(
-            f"the export's tokenizer differs on {found['wrong_count']} texts, so it was not kept: "
-            f"{found['wrong_texts'][0]}"
-        )
-    texts = f"token ids and decoding equal on {found['texts']:,} texts" if "texts" in found else "no tokenizer"
-    print(
+        raise ModelError(f"transformers cannot load the export: {done.stderr.strip().splitlines()[-1]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    difference, wrong = (
+        found["logits_difference"],
+        [f"{kind} {names}" for kind, names in found["keys"].items() if names],
+    )
+    if not difference <= LOGITS_TOLERANCE:
+        wrong.append(f"logits differ by {difference:.2e}")
+    if found["wrong_texts"]:
+        wrong.append(f"token ids differ on {found['wrong_texts'][0]}")
+    if wrong:
+        raise ModelError(f"nothing was exported: {'; '.join(wrong)}")
+    return (
         f"verified with transformers {found['transformers']} ({found['class']}): no missing or unexpected keys, "
-        f"logits equal to {found['logits_difference']:.1e}, {texts}"
+        f"logits equal to {difference:.1e}, "
+        + (f"token ids and decoding equal on {len(texts):,} texts" if texts else "no tokenizer")
     )
 
 
-def bring_in(folder: Path, out: str | None) -> None:
-    """Turn a Hugging Face folder into a run folder with one checkpoint, from which to train, generate or export."""
-    from conf.schema import plain
-    from data.tokenizer import adds_bos, save_tokenizer
-    from model.hf.llama import read_hf
+def import_hf(folder: Path, out: str | None) -> None:
+    """Turn a Hugging Face folder into a run folder with one checkpoint, to train, generate or export from."""
+    from data.tokenizer import adds_bos, export_problem, save_tokenizer
+    from model.hf.families import read_config, read_weights
     from tracking.run_folder import locked
     from training.checkpoint import Checkpoints
+    from training.load import tokenizer_in
     from training.state import TrainState
 
     run_dir = Path(out) if out else Path("runs") / folder.resolve().name
     if (run_dir / "checkpoints").exists():
         raise ModelError(f"{run_dir} is a run already; pass another out=")
-    tokenizer = tokenizer_of(folder)
-    config, weights = read_hf(folder)
+    tokenizer = tokenizer_in(folder)
+    if tokenizer is None:
+        print(f"{folder} has no tokenizer: generate.py cannot use {run_dir}, and its export will have none")
+    elif problem := export_problem(tokenizer):
+        print(problem)
+    config, weights = read_config(folder)[0], read_weights(folder)
+    add_bos = tokenizer is not None and adds_bos(folder)
+    state = {
+        "config": {"name": run_dir.name, "model": plain(asdict(config))},
+        "data": {"parts": [], "sources": [], "add_bos": add_bos, "add_eos": False},
+        "progress": TrainState().state_dict(),
+        "scaler": {},
+    }
     with locked(run_dir):
         if tokenizer is not None:
             save_tokenizer(tokenizer, run_dir / "tokenizer")
-        state = {
-            "config": {"name": run_dir.name, "model": plain(asdict(config))},
-            "data": {
-                "parts": [],
-                "sources": [],
-                "add_bos": tokenizer is not None and adds_bos(folder),
-                "add_eos": False,
-            },
-            "progress": TrainState().state_dict(),
-            "scaler": {},
-        }
         path = Checkpoints(run_dir, keep=0).save(0, {f"model.{name}": t for name, t in weights.items()}, state)
-    print(f"brought {config.n_params:,} parameters of {folder} into {path}; train from them with init_from={run_dir}")
-
-
-def tokenizer_of(folder: Path) -> "Tokenizer | None":
-    """Open the tokenizer of a Hugging Face folder, and say before any weights are read what will not be possible."""
-    from data.config import TOKENIZER_FILES
-    from data.tokenizer import export_problem, load_tokenizer
-
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        print(
-            f"{folder} holds no tokenizer, neither {' nor '.join(TOKENIZER_FILES)}: generate.py will not be able to "
-            "write with what is brought in, and its export will have none"
-        )
-        return None
-    tokenizer = load_tokenizer(folder)
-    if problem := export_problem(tokenizer):
-        print(problem)
-    return tokenizer
+    n_params = sum(weight.numel() for weight in weights.values())
+    print(f"imported {n_params:,} parameters of {folder} into {path}; train from them with init_from={run_dir}")
 
 
 if __name__ == "__main__":

@@ -1,180 +1,156 @@
-"""Let a model write: python generate.py run=runs/demo prompt="def main("; or hf=folder, or prompts=file."""
+"""Write text with a model: python generate.py run=runs/demo prompt="def main("; or hf=folder, or prompts=file."""
 
-import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 import hydra
 from omegaconf import DictConfig
 
 from conf.cli import report_user_errors, run
-from conf.schema import GenerateConfig, stored_model, to_config
+from conf.schema import GenerateConfig, to_config
 from model.config import ModelError
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
     from model.transformer import Transformer
+    from training.load import Saved
 
-UNFINISHED = "\ufffd"  # what the bytes of half a character decode to
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A model that can write, with what its texts begin and end with."""
-
-    model: "Transformer"
-    tokenizer: "Tokenizer"
-    add_bos: bool
-    stop_ids: set[int]  # of the end of a text, and of an answer
+INCOMPLETE = "\ufffd"  # what the bytes of half a character decode to
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="generate")
 def main(cfg: DictConfig) -> None:
     config: GenerateConfig = to_config(cfg)
     with report_user_errors():
-        texts = read_prompts(config)
-        loaded = load(config)
-        jobs = [(number, text, sample) for number, text in enumerate(texts) for sample in range(config.samples)]
+        prompts = read_prompts(config)
+        saved, model = load_model(config)
+        jobs = [(number, text, sample) for number, text in enumerate(prompts) for sample in range(config.samples)]
         if len(jobs) == 1:
-            write(loaded, config, jobs, stream=sys.stdout)
+            print_now = partial(print, end="", flush=True)
+            print_now(prompts[0])
+            write(model, saved, config, jobs, print_now)
             print()
             return
-        for at in range(0, len(jobs), config.batch_size):
-            part = jobs[at : at + config.batch_size]
-            for (number, text, sample), new in zip(part, write(loaded, config, part), strict=True):
+        for start in range(0, len(jobs), config.batch_size):
+            batch = jobs[start : start + config.batch_size]
+            for (number, text, sample), new in zip(batch, write(model, saved, config, batch), strict=True):
                 print(f"--- prompt {number + 1}, sample {sample + 1}\n{text}{new}\n", flush=True)
 
 
-def load(config: GenerateConfig) -> Loaded:
-    """Open the model and its tokenizer, and find what its texts begin and end with."""
+def load_model(config: GenerateConfig) -> "tuple[Saved, Transformer]":
     import torch
 
-    from corpus.chat import answer_end
-    from data.tokenizer import adds_bos, load_tokenizer
-    from model.hf.llama import read_hf, read_stop_ids
-    from model.transformer import Transformer
-    from training.checkpoint import open_checkpoint
+    from training.load import open_saved
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ModelError("device (cuda): torch sees no CUDA device here; use device=cpu")
-    if config.hf is not None:
-        folder = Path(config.hf)
-        model_config, weights = read_hf(folder)
-        tokenizer, add_bos, stop_ids = load_tokenizer(folder), adds_bos(folder), read_stop_ids(folder)
-    else:
-        checkpoint = open_checkpoint(Path(str(config.run)))
-        tokenizer = load_tokenizer(checkpoint.path.parent.parent / "tokenizer")
-        model_config, weights = stored_model(checkpoint.state["config"]), checkpoint.read("model.")
-        add_bos = bool(checkpoint.state["data"]["add_bos"])
-        end = answer_end(tokenizer)
-        stop_ids = set() if end is None else {end}
-    if tokenizer.eos_id is not None:
-        stop_ids.add(tokenizer.eos_id)
-    with torch.device("meta"):
-        model = Transformer(model_config)
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    saved = open_saved(Path(str(config.run or config.hf)))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.dtype.value]
-    model.load_state_dict({name: w.to(device, dtype) for name, w in weights.items()}, assign=True)
-    return Loaded(model, tokenizer, add_bos, stop_ids)
+    return saved, saved.build(None if config.device == "auto" else config.device, dtype)
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:
-    """Give the prompt, or the lines of the file of prompts that are not blank."""
+    """Return the prompt, or the lines of the file of prompts that are not blank."""
     if config.prompt is not None:
         return [config.prompt]
     path = Path(str(config.prompts))
-    if not path.is_file():
-        raise ModelError(f"prompts ({path}) is no file; name one that holds one prompt a line")
     try:
-        text = path.read_text(encoding="utf-8")
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except OSError as error:
+        raise ModelError(f"prompts ({path}): {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ModelError(f"prompts ({path}) is not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
-        raise ModelError(f"prompts ({path}) holds no prompt")
+        raise ModelError(f"prompts ({path}) has no prompt; write one per line")
     return lines
 
 
 def write(
-    loaded: Loaded,
+    model: "Transformer",
+    saved: "Saved",
     config: GenerateConfig,
     jobs: list[tuple[int, str, int]],
-    stream: TextIO | None = None,
+    show: Callable[[str], object] = lambda _: None,
 ) -> list[str]:
-    """Continue the prompts of some jobs together and give the new texts, each up to its end or stop string."""
+    """Continue the prompts of (number, prompt, sample) jobs together; return the new texts.
+
+    A text ends at a stop token or before a stop string. `show` gets the first job's text piece by piece.
+    """
     from model.sampling import Sampling, generate
 
-    model, tokenizer = loaded.model, loaded.tokenizer
-    bos = [tokenizer.bos_id] if loaded.add_bos and tokenizer.bos_id is not None else []
-    prompts = [bos + tokenizer.encode(text) for _, text, _ in jobs]
+    tokenizer = saved.tokenizer
+    assert tokenizer is not None  # checked with the configuration
+    bos = [tokenizer.bos_id] if saved.add_bos and tokenizer.bos_id is not None else []
+    # An empty prompt continues the end of a text.
+    prompts = [bos + tokenizer.encode(text) or [tokenizer.eos_id or 0] for _, text, _ in jobs]
     for (_, text, _), ids in zip(jobs, prompts, strict=True):
-        if not ids:
-            ids.append(tokenizer.eos_id or 0)  # an empty prompt: what comes after the end of a text
         if len(ids) >= model.config.max_seq_len:
-            raise ModelError(
-                f"the prompt {text[:40]!r}... has {len(ids)} tokens, "
-                f"and the model reads at most {model.config.max_seq_len}; shorten it"
-            )
-    new_ids: list[list[int]] = [[] for _ in jobs]
-    printer = Printer(stream, jobs[0][1], config.stop)
+            most = model.config.max_seq_len - 1
+            raise ModelError(f"prompt ({text[:40]}...) has {len(ids)} tokens, more than {most}; shorten it")
+    streams = [TextStream(tokenizer, ids, config.stop) for ids in prompts]
 
     def on_token(row: int, token: int) -> bool:
-        new_ids[row].append(token)
-        text = decode_after(tokenizer, prompts[row], new_ids[row])
-        printer.show(until(text, config.stop))
-        return any(stop in text for stop in config.stop)
+        piece = streams[row].add(token)
+        if row == 0:
+            show(piece)
+        return streams[row].stopped
 
-    sampling = Sampling(config.repetition_penalty, config.temperature, config.top_k, config.top_p)
-    done = generate(
+    generate(
         model,
         prompts,
-        sampling,
+        Sampling(config.repetition_penalty, config.temperature, config.top_k, config.top_p),
         max_new_tokens=config.max_new_tokens,
-        stop_ids=loaded.stop_ids,
+        stop_ids=saved.stop_ids,
         seeds=[config.seed + 1_000_003 * number + sample for number, _, sample in jobs],
         vocab_size=tokenizer.vocab_size,
         use_cache=config.cache,
         on_token=on_token,
     )
-    texts = [until(decode_after(tokenizer, p, ids), config.stop) for p, ids in zip(prompts, done, strict=True)]
-    printer.finish(texts[0])
-    return texts
+    last = [stream.finish() for stream in streams]
+    show(last[0])
+    return [stream.text for stream in streams]
 
 
-def decode_after(tokenizer: "Tokenizer", prompt: list[int], new: list[int]) -> str:
-    """Decode new tokens as they follow the prompt: the first may hold a space or the rest of a character."""
-    before = tokenizer.decode(prompt[-4:])
-    return tokenizer.decode(prompt[-4:] + new)[len(before) :]
+class TextStream:
+    """Decodes a text token by token, and holds back unfinished characters and what may begin a stop string."""
 
+    def __init__(self, tokenizer: "Tokenizer", prompt: list[int], stops: list[str]) -> None:
+        self.tokenizer, self.stops, self.ids = tokenizer, stops, list(prompt)
+        # ids[start:end] are decoded again as context: what a token is written as depends on those before it.
+        self.start, self.end = 0, len(prompt)
+        self.text, self.stopped = "", False
+        self.shown = 0  # characters
 
-def until(text: str, stops: list[str]) -> str:
-    """Cut a text before the first of its stop strings."""
-    return text[: min([text.find(stop) for stop in stops if stop in text], default=len(text))]
+    def add(self, token: int) -> str:
+        """Take the next token; return the text that can be shown since the last time."""
+        self.ids.append(token)
+        self._decode()
+        return self._show(max(map(len, self.stops), default=1) - 1)
 
+    def finish(self) -> str:
+        """Return what was held back, unfinished characters too."""
+        self._decode(whole=True)
+        return self._show(0)
 
-class Printer:
-    """Shows one text while it grows: never half a character, nor a stop string that may be beginning."""
-
-    def __init__(self, stream: TextIO | None, prompt: str, stops: list[str]) -> None:
-        self.stream, self.shown = stream, 0
-        self.held = max(map(len, stops), default=1) - 1
-        self._print(prompt)
-
-    def show(self, text: str) -> None:
-        if self.stream is None or text.endswith(UNFINISHED):
+    def _decode(self, *, whole: bool = False) -> None:
+        decode = self.tokenizer.decode
+        before, now = decode(self.ids[self.start : self.end]), decode(self.ids[self.start :])
+        if self.stopped or (now.endswith(INCOMPLETE) and not whole):
             return
-        end = len(text) - self.held
-        if end > self.shown:
-            self._print(text[self.shown : end])
-            self.shown = end
+        # Wrong bytes change how right ones before them are decoded, which then are no context.
+        new = now.removeprefix(before) if now.startswith(before) else decode(self.ids[self.end :])
+        self.start, self.end = self.end if new else self.start, len(self.ids)
+        self.text += new
+        found = [at for stop in self.stops if (at := self.text.find(stop)) >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
 
-    def finish(self, text: str) -> None:
-        self._print(text[self.shown :])
-
-    def _print(self, text: str) -> None:
-        if self.stream is not None:
-            print(text, end="", file=self.stream, flush=True)
+    def _show(self, held: int) -> str:
+        end = max(self.shown, len(self.text) - (0 if self.stopped else held))
+        piece, self.shown = self.text[self.shown : end], end
+        return piece
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""How fast each attention backend is, forward and backward: python -m benchmarks.attention
+"""Speed of each attention backend, forward and backward: python -m benchmarks.attention
 
-TFLOP/s count the causal half alone, and 2.5 times the forward's for the backward pass. The floor is the same
+TFLOP/s count the causal half alone, and the backward pass as 2.5 times the forward pass. The floor is the same
 number of FLOPs at the rate of a large product on this device.
 """
 
@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.loader import lengths
 from benchmarks.timing import median_ms, product_tflops, where
-from model.attention import attend, installed, segments_of
+from model.attention import Segments, attend, missing
 from model.config import Attention
 
 # name: documents of a micro-batch, row length, heads, key-value heads
@@ -50,16 +50,16 @@ def main() -> None:
         for kind in arguments.backends.split(","):
             backend = Attention(kind)
             on_cuda_only = backend not in (Attention.sdpa, Attention.reference)
-            if not installed(backend) or (on_cuda_only and device.type != "cuda"):
+            if missing(backend) or (on_cuda_only and device.type != "cuda"):
                 continue
             q, k, v = (
                 torch.randn(total // row_len, row_len, n, 128, device=device, dtype=dtype, requires_grad=True)
                 for n in (heads, kv_heads, kv_heads)
             )
-            segments = segments_of(cu_seqlens, max(documents), total // row_len, row_len, backend)
+            segments = Segments.of(cu_seqlens, max(documents), (total // row_len, row_len), backend, dtype)
 
-            def forward(q=q, k=k, v=v, segments=segments, backend=backend) -> torch.Tensor:
-                return attend(q, k, v, segments=segments, backend=backend)
+            def forward(q=q, k=k, v=v, segments=segments) -> torch.Tensor:
+                return attend(q, k, v, segments=segments)
 
             out = forward()
             grad = torch.randn_like(out)

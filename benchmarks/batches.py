@@ -14,7 +14,7 @@ CORPUS = Path("corpora/builtin")
 
 
 def stream(vocab_size: int) -> np.ndarray:
-    """Give the tokens of the prepared built-in corpus, one document after the other."""
+    """Return the tokens of the prepared built-in corpus, one document after the other."""
     stems = [path.with_suffix("") for path in sorted((CORPUS / "train").glob("*.json"))]
     if not stems:
         raise SystemExit("the built-in corpus is not prepared: python prepare_data.py data=builtin")
@@ -25,7 +25,7 @@ def stream(vocab_size: int) -> np.ndarray:
 
 
 def micro_batches(vocab_size: int, rows: int, row_len: int, documents: str) -> Iterator[Batch]:
-    """Yield micro-batches without end; `documents` is `equal`, of a row each, or `pile`, with The Pile's lengths."""
+    """Yield micro-batches without end; `documents` is `equal` (one per row) or `pile` (The Pile's lengths)."""
     tokens, random, at = stream(vocab_size), np.random.default_rng(0), 0
     total = rows * row_len
     while True:

@@ -1,4 +1,4 @@
-"""How fast the head and its loss are, forward and backward: python -m benchmarks.loss [--tokens 8192]
+"""Speed of the head and its loss, forward and backward: python -m benchmarks.loss [--tokens 8192]
 
 The floor is the head's three products alone, at the rate at which this device does them.
 """

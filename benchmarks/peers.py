@@ -1,6 +1,6 @@
-"""The same step in other people's code, in the same run: python -m benchmarks.peers [--seconds 15]
+"""The same step in other projects' code, in the same run: python -m benchmarks.peers [--seconds 15]
 
-InternLM-7B's shape, 2 micro-batches of 4 x 2,048 tokens a step. Each peer gets what makes it fast: its blocks
+InternLM-7B's shape, 2 micro-batches of 4 x 2,048 tokens per step. Each peer gets what makes it fast: its blocks
 compiled, cuDNN's attention where it can be had, Liger's loss for Transformers, all weights, gradients and moments in
 bf16, torch's fused AdamW. Ours keeps fp32 masters and, unless said otherwise, fp32 moments.
 """
@@ -84,7 +84,7 @@ def torchtitan_llama(config: ModelConfig) -> Callable[[Tensor, Tensor], Tensor]:
 def speed(
     build: Callable[[ModelConfig], Callable[[Tensor, Tensor], Tensor]], config: ModelConfig, seconds: float
 ) -> float:
-    """Give a peer's tokens a second."""
+    """Return the tokens per second of a peer."""
     forward = build(config)
     model: nn.Module = forward.model  # type: ignore[attr-defined]
     params = list(model.parameters())
@@ -118,7 +118,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cuda", 0)
     config = configure(CASES["7b_16k"][1]).model
-    print(f"{where(device)}; {ACCUMULATED * ROWS * ROW_LEN:,} tokens a step")
+    print(f"{where(device)}; {ACCUMULATED * ROWS * ROW_LEN:,} tokens per step")
     peers: dict[str, float] = {}
     for name, build in (("torchtitan", torchtitan_llama), ("transformers, Liger", transformers_llama)):
         try:

@@ -1,8 +1,8 @@
 """The engine's step against a plain PyTorch one: python -m benchmarks.plain [--model 125m] [--tokens 512]
 
-The plain one is what nanoGPT does, with this model's parts: one file, F.scaled_dot_product_attention, whole logits into
-F.cross_entropy, clip_grad_norm_, torch.optim.AdamW(fused=True). Both take turns on the same batch; the fastest of each
-counts, because other programs only make a step slower.
+The plain one is what nanoGPT does, with the parts of this model: F.scaled_dot_product_attention, whole logits into
+F.cross_entropy, clip_grad_norm_, torch.optim.AdamW(fused=True). Both take turns on the same batch; the fastest step of
+each counts, because other programs only make a step slower.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def main() -> None:
 
     pairs = [(timed(lambda: engine.train_step(batches)), timed(step)) for _ in range(arguments.turns + 1)][1:]
     ours, theirs = (min(times) for times in zip(*pairs, strict=True))
-    print(f"{where(device)}; {config.model.name}, {arguments.tokens} tokens a step, fp32")
+    print(f"{where(device)}; {config.model.name}, {arguments.tokens} tokens per step, fp32")
     print(f"ours   {ours:8.3f} s  {arguments.tokens / ours:7.0f} tokens/s")
     print(f"plain  {theirs:8.3f} s  {arguments.tokens / theirs:7.0f} tokens/s, ours takes {ours / theirs:.2f} of it")
 

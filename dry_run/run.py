@@ -5,6 +5,7 @@ from functools import partial
 from conf.schema import TrainConfig
 from dry_run.reading import DryRun, FakeBatch, report
 from model.config import Attention
+from model.counts import count_params
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 from training.optim.optimizer import AdamW
@@ -19,7 +20,7 @@ def run_dry_run(config: TrainConfig) -> None:
     for line in report(
         dry_run(config),
         name=model.name,
-        n_params=model.n_params,
+        n_params=count_params(model),
         global_batch_tokens=config.global_batch_tokens,
         micro_batch_tokens=config.micro_batch_tokens,
     ):

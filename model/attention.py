@@ -1,8 +1,10 @@
 """Attention: one function, `attend`, over interchangeable backends, and the layer around it."""
 
-import importlib.util
 import warnings
 from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,103 +12,110 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.config import Attention, ModelConfig, ModelError
-from model.layers import rotate
-
-INSTALL = {
-    # FlashAttention 4 alone makes a package `flash_attn` too, without this module.
-    Attention.flash_attn: ("flash_attn.flash_attn_interface", "pip install -r requirements-gpu.txt (flash-attn)"),
-    Attention.flash_attn_4: ("flash_attn.cute", "pip install -r requirements-gpu.txt (flash-attn-4)"),
-}
+from model.layers import ByDepth, Weight, rotate
 
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Which tokens of a batch see each other: causally, those of one segment.
+    """Which tokens of a batch see each other: causally, those of one segment; and the backend that computes it.
 
     `cu_seqlens` int32 (n_segments + 1,) counts over the flattened batch; no segment crosses a row.
     """
 
+    backend: Attention
     cu_seqlens: Tensor
     max_seq_len: int
     equal: bool  # every segment has max_seq_len tokens
-    mask_B1TT: Tensor | None  # True where a query may look; only for backends that need it, made once a batch
+    mask_B1TT: Tensor | None  # True where a query may look; only for backends that need it
+
+    @staticmethod
+    def of(cu_seqlens: Tensor, max_seq_len: int, shape: tuple[int, int], wanted: Attention, dtype: torch.dtype):
+        """Prepare a batch of (rows, row_len) tokens, once for all layers; raises `ModelError` as `resolve_backend`."""
+        rows, row_len = shape
+        equal = (len(cu_seqlens) - 1) * max_seq_len == rows * row_len
+        backend = resolve_backend(wanted, cu_seqlens.device, dtype, equal=equal)
+        mask = None
+        if backend is Attention.reference or (not equal and backend in (Attention.sdpa, Attention.cudnn)):
+            index_N = torch.arange(rows * row_len, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+            segment_BT = torch.bucketize(index_N, cu_seqlens, right=True).view(rows, row_len)
+            causal_TT = torch.ones(row_len, row_len, dtype=torch.bool, device=cu_seqlens.device).tril()
+            mask = ((segment_BT[:, :, None] == segment_BT[:, None, :]) & causal_TT)[:, None]
+        return Segments(backend, cu_seqlens, max_seq_len, equal, mask)
 
 
-def segments_of(cu_seqlens: Tensor, max_seq_len: int, rows: int, row_len: int, backend: Attention) -> Segments:
-    """Prepare a batch's segments for a backend, once for all layers."""
-    equal = (len(cu_seqlens) - 1) * max_seq_len == rows * row_len
-    masked = backend is Attention.reference or (not equal and backend in (Attention.sdpa, Attention.cudnn))
-    mask = None
-    if masked:
-        index_N = torch.arange(rows * row_len, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-        segment_BT = torch.bucketize(index_N, cu_seqlens, right=True).view(rows, row_len)
-        causal_TT = torch.ones(row_len, row_len, dtype=torch.bool, device=cu_seqlens.device).tril()
-        mask = ((segment_BT[:, :, None] == segment_BT[:, None, :]) & causal_TT)[:, None]
-    return Segments(cu_seqlens, max_seq_len, equal, mask)
+@cache
+def missing(backend: Attention) -> str | None:
+    """Return what to install for a backend; None if nothing is missing.
+
+    By distribution: flash-attn 2.8 has a `flash_attn/cute` too, which flash-attn-4 overwrites, or the other way round.
+    """
+    two, four = _version("flash-attn"), _version("flash-attn-4")
+    if backend is Attention.flash_attn and (two is None or two < (2, 0)):
+        return 'pip install "flash-attn>=2.8,<3"'
+    if backend is Attention.flash_attn_4 and four is None:
+        return "pip install flash-attn-4"
+    if backend is Attention.flash_attn_4 and two is not None and two >= (2, 8):
+        return "pip uninstall flash-attn, which shares files with it; pip install --force-reinstall flash-attn-4"
+    return None
 
 
-def installed(backend: Attention) -> bool:
-    """Say whether the package a backend needs can be imported."""
-    package = INSTALL.get(backend, ("torch", ""))[0]
+def _version(distribution: str) -> tuple[int, ...] | None:
     try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:
-        return False
+        return tuple(int(part) for part in metadata.version(distribution).split(".")[:2])
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def resolve_backend(asked: Attention, device: torch.device, dtype: torch.dtype, *, equal: bool) -> Attention:
-    """Choose the backend of a batch: `auto` takes the fastest that is installed and right for it.
+    """Return the backend of a batch: `auto` takes the fastest that is installed and right for it.
 
-    Raises `ModelError` if the one asked for cannot run here, with the install line.
+    Raises `ModelError` if the one asked for cannot run here, with the remedy.
     """
     low_precision = dtype in (torch.bfloat16, torch.float16)
     if asked is Attention.auto:
         if device.type != "cuda" or not low_precision:
             return Attention.sdpa
-        if torch.cuda.get_device_capability(device)[0] >= 9 and installed(Attention.flash_attn_4):
+        if torch.cuda.get_device_capability(device)[0] >= 9 and not missing(Attention.flash_attn_4):
             return Attention.flash_attn_4
-        if installed(Attention.flash_attn):
+        if not missing(Attention.flash_attn):
             return Attention.flash_attn
         return Attention.cudnn if equal else Attention.varlen
     if asked in (Attention.sdpa, Attention.reference):
         return asked
-    if device.type != "cuda":
-        raise ModelError(f"model.attention ({asked.value}) needs a CUDA device; use model.attention=sdpa on {device}")
-    if not low_precision:
-        raise ModelError(f"model.attention ({asked.value}) needs bf16 or fp16, not {dtype}; use model.attention=sdpa")
-    if not installed(asked):
-        raise ModelError(f"model.attention ({asked.value}) is not installed: {INSTALL[asked][1]}")
+    if device.type != "cuda" or not low_precision:
+        needs = f"needs bf16 or fp16 on a CUDA device, not {dtype} on {device}"
+        raise ModelError(f"model.attention ({asked.value}) {needs}; use model.attention=sdpa")
+    if remedy := missing(asked):
+        raise ModelError(f"model.attention ({asked.value}) is not installed: {remedy}")
     return asked
 
 
-def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, *, segments: Segments, backend: Attention) -> Tensor:
-    """Causal attention inside each segment, scaled by 1 / sqrt(K); gives out_BTHK."""
-    match backend:
+def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, *, segments: Segments) -> Tensor:
+    """Causal attention inside each segment, scaled by 1 / sqrt(K); returns out_BTHK."""
+    match segments.backend:
         case Attention.reference:
-            assert segments.mask_B1TT is not None
-            return _reference(q_BTHK, k_BTGK, v_BTGK, segments.mask_B1TT)
-        case Attention.sdpa:
-            return _sdpa(q_BTHK, k_BTGK, v_BTGK, segments)
+            return _reference(q_BTHK, k_BTGK, v_BTGK, segments)
         case Attention.cudnn:
-            # With a mask cuDNN is slower than the memory-efficient kernel: it is asked only when none is needed.
-            kernels = [SDPBackend.CUDNN_ATTENTION] if segments.equal else [SDPBackend.EFFICIENT_ATTENTION]
-            with sdpa_kernel(kernels):
+            # With a mask cuDNN is slower than the memory-efficient kernel.
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if segments.equal else SDPBackend.EFFICIENT_ATTENTION):
                 return _sdpa(q_BTHK, k_BTGK, v_BTGK, segments)
         case Attention.varlen:
             return _varlen(q_BTHK, k_BTGK, v_BTGK, segments)
         case Attention.flash_attn | Attention.flash_attn_4:
-            return _flash(q_BTHK, k_BTGK, v_BTGK, segments, backend)
-    raise AssertionError(f"{backend} was not resolved")
+            return _flash(q_BTHK, k_BTGK, v_BTGK, segments)
+        case _:
+            return _sdpa(q_BTHK, k_BTGK, v_BTGK, segments)
 
 
 def _repeat_kv(x_BTGK: Tensor, n_heads: int) -> Tensor:
     return x_BTGK.repeat_interleave(n_heads // x_BTGK.shape[2], dim=2)
 
 
-def _reference(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask_B1TS: Tensor) -> Tensor:
-    k, v = (_repeat_kv(x, q_BTHK.shape[2]).float() for x in (k_BSGK, v_BSGK))
+def _reference(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, segments: Segments) -> Tensor:
+    assert segments.mask_B1TT is not None
+    k, v = (_repeat_kv(x, q_BTHK.shape[2]).float() for x in (k_BTGK, v_BTGK))
     scores = torch.einsum("bthk,bshk->bhts", q_BTHK.float(), k) * q_BTHK.shape[-1] ** -0.5
-    weights = scores.masked_fill(~mask_B1TS, float("-inf")).softmax(dim=-1)
+    weights = scores.masked_fill(~segments.mask_B1TT, float("-inf")).softmax(dim=-1)
     return torch.einsum("bhts,bshk->bthk", weights, v).type_as(q_BTHK)
 
 
@@ -131,35 +140,39 @@ def _varlen(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, segments: Segments) 
 
     cu, longest, n_heads = segments.cu_seqlens, segments.max_seq_len, q_BTHK.shape[2]
     q, k, v = (x.flatten(0, 1) for x in (q_BTHK, _repeat_kv(k_BTGK, n_heads), _repeat_kv(v_BTGK, n_heads)))
-    out = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))  # no look to the right: causal
+    out = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))  # causal
     return (out if isinstance(out, Tensor) else out[0]).view(q_BTHK.shape)
 
 
-def _flash(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, segments: Segments, backend: Attention) -> Tensor:
-    if backend is Attention.flash_attn_4:
+def _flash(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, segments: Segments) -> Tensor:
+    if segments.backend is Attention.flash_attn_4:
         from flash_attn.cute import flash_attn_func, flash_attn_varlen_func  # type: ignore[import-not-found]
 
-        # Its compiler warns of an argument that is not used here, once a shape.
+        # Its compiler warns of an unused argument, once per shape.
         warnings.filterwarnings("ignore", message="Argument aux_data")
     else:
         from flash_attn import flash_attn_func, flash_attn_varlen_func  # type: ignore[import-not-found]
-    longest = segments.max_seq_len
+    cu, longest = segments.cu_seqlens, segments.max_seq_len
     if segments.equal:
         out = flash_attn_func(*(x.reshape(-1, longest, *x.shape[2:]) for x in (q_BTHK, k_BTGK, v_BTGK)), causal=True)
     else:
-        out = flash_attn_varlen_func(
-            *(x.flatten(0, 1) for x in (q_BTHK, k_BTGK, v_BTGK)),
-            cu_seqlens_q=segments.cu_seqlens,
-            cu_seqlens_k=segments.cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_k=longest,
-            causal=True,
-        )
+        lengths = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest, "max_seqlen_k": longest}
+        out = flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q_BTHK, k_BTGK, v_BTGK)), **lengths, causal=True)
     return (out if isinstance(out, Tensor) else out[0]).reshape(q_BTHK.shape)
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention with rotary positions (Ainslie et al. 2023, arXiv:2305.13245)."""
+    """Grouped-query attention with rotary positions (Ainslie et al. 2023, arXiv:2305.13245).
+
+    An attention layer has `project`, before `attend`, and `output`, after it; that may return auxiliary losses too.
+    """
+
+    WEIGHTS: ClassVar = {  # standard deviations: internlm, internlm_v1, llama
+        "wq": Weight("colwise", "self_attn.q_proj", 0.006, 0.006, 0.02),
+        "wk": Weight("colwise", "self_attn.k_proj", 0.006, 0.006, 0.02),
+        "wv": Weight("colwise", "self_attn.v_proj", 0.006, 0.006, 0.02),
+        "wo": Weight("rowwise", "self_attn.o_proj", ByDepth(0.006), ByDepth(0.006), ByDepth(0.02)),
+    }
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -171,8 +184,16 @@ class SelfAttention(nn.Module):
         self.wo = nn.Linear(config.d_model, config.d_model, bias=bias)
 
     def project(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Give q_BTHK, k_BTGK, v_BTGK, the first two turned to their positions."""
+        """Return q_BTHK, k_BTGK, v_BTGK, the first two rotated to their positions."""
         # The number of heads is read off the weights, which may hold a share of them.
         q_BTHK = rotate(self.wq(x_BTD).unflatten(-1, (-1, self.head_dim)), cos, sin)
         k_BTGK = rotate(self.wk(x_BTD).unflatten(-1, (-1, self.head_dim)), cos, sin)
         return q_BTHK, k_BTGK, self.wv(x_BTD).unflatten(-1, (-1, self.head_dim))
+
+    def output(self, out_BTHK: Tensor) -> Tensor:
+        return self.wo(out_BTHK.flatten(-2))
+
+    def forward_flops(self, seq_len: int) -> int:
+        """Two per weight, and per query two products with (seq_len + 1) / 2 keys on average."""
+        weights = sum(linear.weight.numel() for linear in (self.wq, self.wk, self.wv, self.wo))
+        return 2 * weights + 2 * self.wo.in_features * (seq_len + 1)

@@ -1,30 +1,18 @@
-"""What a model is: its shape, its initialisation, and the counts that follow from them.
+"""The shape of a model and the choices within it. Imports no torch, so that a wrong value is found early."""
 
-Free of torch, so that a wrong value is refused before torch is imported.
-"""
-
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from enum import Enum
-from pathlib import Path
-from typing import Any
 
 from omegaconf import MISSING
 
+# Layers by name; a name like `module:Class` is a class of the user's own.
+MLPS = {"swiglu": "model.layers:SwiGLU"}
+ATTENTION_LAYERS = {"gqa": "model.attention:SelfAttention"}
+
 
 class ModelError(Exception):
-    """A model that cannot be built, loaded or converted, told as a sentence for the user."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file of a Hugging Face folder."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing: {path.parent} is no Hugging Face model folder") from None
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON: {error}") from None
+    """A model that cannot be built, loaded or converted. The message is for the user."""
 
 
 class Init(Enum):
@@ -43,63 +31,32 @@ class Attention(Enum):
     reference = "reference"
 
 
+SAME = {"same_model": True}  # a field whose change leaves a model's weights what they are
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    name: str = MISSING  # part of the run folder, such as runs/7b_pile_small
+    name: str = field(default=MISSING, metadata={**SAME, "free": True})  # part of the run folder: runs/7b_pile_small
     vocab_size: int = MISSING
     d_model: int = MISSING
     n_layers: int = MISSING
     n_heads: int = MISSING
     n_kv_heads: int = MISSING
     d_ff: int = MISSING
+    mlp: str = "swiglu"
+    attention_layer: str = "gqa"
     attention_bias: bool = False  # on q, k, v and o, as InternLM-1 has it
-    max_seq_len: int = MISSING  # the longest sequence the model is meant for
+    max_seq_len: int = field(default=MISSING, metadata=SAME)  # the longest sequence the model is meant for
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
-    init: Init = Init.internlm
-    attention: Attention = Attention.auto
-    embed_grad_scale: float = 1.0  # factor on the embedding's gradient (GLM-130B, arXiv:2210.02414)
+    init: Init = field(default=Init.internlm, metadata=SAME)
+    attention: Attention = field(default=Attention.auto, metadata=SAME)  # the backend that computes it
+    embed_grad_scale: float = field(default=1.0, metadata=SAME)  # of its gradient (GLM-130B, arXiv:2210.02414)
 
     @property
     def head_dim(self) -> int:
         return self.d_model // self.n_heads
-
-    @property
-    def n_params(self) -> int:
-        """Parameters of the whole model, embedding and head included."""
-        kv_dim = self.n_kv_heads * self.head_dim
-        attention = 2 * self.d_model * (self.d_model + kv_dim)
-        if self.attention_bias:
-            attention += 2 * (self.d_model + kv_dim)
-        layer = attention + 3 * self.d_model * self.d_ff + 2 * self.d_model
-        embeddings = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
-        return embeddings + self.n_layers * layer + self.d_model
-
-    def flops_per_token(self, seq_len: int) -> float:
-        """Forward and backward FLOPs of a token, causal attention counted once, nothing recomputed.
-
-        Six per weight that is multiplied (the embedding is looked up, not multiplied), and two
-        products of `(seq_len + 1) / 2` keys on average, forward and twice backward.
-        """
-        kv_dim = self.n_kv_heads * self.head_dim
-        layer = 2 * self.d_model * (self.d_model + kv_dim) + 3 * self.d_model * self.d_ff
-        matmul = self.n_layers * layer + self.vocab_size * self.d_model
-        attention = self.n_layers * 2 * self.d_model * (seq_len + 1) / 2
-        return 6 * (matmul + attention)
-
-    def internlm_flops_per_token(self, seq_len: int, *, recompute: bool = False) -> float:
-        """FLOPs of a token by InternLM's published formula, which its TFLOP/s figures use.
-
-        Full attention, no grouped queries, and with `recompute` a second forward pass
-        (`get_megatron_flops` in InternLM v0.2.1).
-        """
-        factor = 4 if recompute else 3
-        # Its mlp_ratio is the one before the width was rounded up to a multiple of 256.
-        rounded = -(-int(self.d_model * 8 / 3) // 256) * 256
-        mlp_ratio = 8 / 3 if self.d_ff == rounded else self.d_ff / self.d_model
-        layer = factor * ((8 + 6 * mlp_ratio) * self.d_model**2 + 4 * seq_len * self.d_model)
-        return layer * self.n_layers + 6 * self.d_model * self.vocab_size
 
     def problems(self) -> Iterator[str]:
         for key in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "max_seq_len"):
@@ -109,14 +66,16 @@ class ModelConfig:
         if self.d_model % self.n_heads:
             yield f"model.d_model ({self.d_model}) must be divisible by model.n_heads ({self.n_heads})"
         elif self.head_dim % 2:
-            yield (
-                f"model.d_model / model.n_heads ({self.head_dim}) must be even, because rotary embeddings turn pairs"
-            )
+            yield f"model.d_model / model.n_heads ({self.head_dim}) must be even for rotary embeddings"
         if self.n_heads % self.n_kv_heads:
             yield f"model.n_heads ({self.n_heads}) must be divisible by model.n_kv_heads ({self.n_kv_heads})"
-        if self.rope_theta <= 0:
-            yield f"model.rope_theta ({self.rope_theta}) must be positive"
-        if self.norm_eps <= 0:
-            yield f"model.norm_eps ({self.norm_eps}) must be positive"
+        for key, known in (("mlp", MLPS), ("attention_layer", ATTENTION_LAYERS)):
+            if (name := getattr(self, key)) not in known and ":" not in name:
+                yield f"model.{key} ({name}) must be one of {', '.join(known)}, or module:Class"
         if not 0 < self.embed_grad_scale <= 1:
             yield f"model.embed_grad_scale ({self.embed_grad_scale}) must be in (0, 1]"
+
+
+def shape_keys() -> list[str]:
+    """Return the fields that make a model another one, whose weights are of no use to the first."""
+    return [one.name for one in fields(ModelConfig) if not one.metadata.get("same_model")]

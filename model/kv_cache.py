@@ -22,16 +22,15 @@ class KVCache:
         self.extent = 0  # positions any row has reached
         self.mask_B1TS = torch.zeros(rows, 1, 0, 0, dtype=torch.bool, device=device)
 
-    def read(self, positions_BT: Tensor) -> None:
-        """Say where the tokens of the next forward pass stand; once for all layers."""
+    def set_positions(self, positions_BT: Tensor) -> None:
+        """Set where the tokens of the next forward pass stand; once for all layers."""
         self.positions_BT = positions_BT
         self.extent = max(self.extent, int(positions_BT.max()) + 1)
-        assert self.extent <= self.keys.shape[2], f"{self.extent} tokens in a cache of {self.keys.shape[2]}"
         steps_S = torch.arange(self.extent, device=positions_BT.device)
         self.mask_B1TS = (steps_S <= positions_BT[..., None])[:, None]
 
     def update(self, layer: int, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new keys and values and give all of a layer's so far, (B, S, G, K)."""
+        """Write the new keys and values and return all of a layer's so far, (B, S, G, K)."""
         self.keys[layer][self.row_B1, self.positions_BT] = k_BTGK
         self.values[layer][self.row_B1, self.positions_BT] = v_BTGK
         return self.keys[layer][:, : self.extent], self.values[layer][:, : self.extent]

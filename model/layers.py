@@ -1,8 +1,36 @@
-"""The parts of a block that are not attention: norm, rotary angles, gated MLP."""
+"""The parts of a block that are not attention: norm, rotary angles, MLP; and what a module knows of its weights.
+
+A new MLP is a class like `SwiGLU`, chosen by `model.mlp=my_file:MyMLP`. It may return auxiliary losses too, as
+`(out_BTD, {"name": scalar})`, and have a `forward_flops`, as `SelfAttention` has.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.config import Init, ModelConfig
+
+
+class ByDepth(float):
+    """A standard deviation that is divided by sqrt(2 (layer + 1)), the first layer being 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """What a module knows of a layer of its own; an entry of its `WEIGHTS`, by attribute name."""
+
+    tp: Literal["colwise", "rowwise", "norm"]  # how tensor parallelism splits it: outputs, inputs, or not at all
+    hf: str | None = None  # name in Llama of Hugging Face; in a block, what follows model.layers.<i>
+    internlm: float = 0.006  # initial standard deviation, for each `Init`
+    internlm_v1: float = 0.006
+    llama: float = 0.02
+
+    def std(self, init: Init, layer: int) -> float:
+        std: float = getattr(self, init.value)
+        return std / (2 * (layer + 1)) ** 0.5 if isinstance(std, ByDepth) else std
 
 
 class RMSNorm(nn.Module):
@@ -20,18 +48,24 @@ class RMSNorm(nn.Module):
 class SwiGLU(nn.Module):
     """`w_down(silu(w_gate x) * w_up x)` (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, d_model: int, d_ff: int) -> None:
+    WEIGHTS: ClassVar = {  # standard deviations: internlm, internlm_v1, llama
+        "w_gate": Weight("colwise", "mlp.gate_proj", 0.006, 0.006, 0.02),
+        "w_up": Weight("colwise", "mlp.up_proj", 0.006, ByDepth(0.006), 0.02),
+        "w_down": Weight("rowwise", "mlp.down_proj", ByDepth(0.006), 0.0015, ByDepth(0.02)),
+    }
+
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.w_gate = nn.Linear(d_model, d_ff, bias=False)
-        self.w_up = nn.Linear(d_model, d_ff, bias=False)
-        self.w_down = nn.Linear(d_ff, d_model, bias=False)
+        self.w_gate = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.w_up = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.w_down = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.w_down(F.silu(self.w_gate(x_BTD)) * self.w_up(x_BTD))
 
 
 def rotary_angles(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Give cos and sin of every position's angles, fp32, (B, T, 1, K / 2).
+    """Return cos and sin of each position's angles, fp32, (B, T, 1, K / 2).
 
     Computed where they are used, so that there is no table to place, cast or outgrow
     (Su et al. 2021, arXiv:2104.09864).
@@ -42,6 +76,6 @@ def rotary_angles(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Te
 
 
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each head's halves against each other, in fp32 (the half-split layout of Llama and InternLM)."""
+    """Rotate the two halves of each head by the angles, in fp32 (the half-split layout of Llama and InternLM)."""
     first, second = x_BTHK.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(x_BTHK)

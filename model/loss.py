@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-IGNORED = -100
+from data.batches import IGNORED
 
 
 class Shard(Protocol):
-    """Which part of the vocabulary this process' head has, and how to reduce over all parts, in place."""
+    """The rows of the head that this process has, and reductions over all shards, in place."""
 
-    first: int  # the vocabulary's number of row 0 here
-    n_vocab: int  # of all parts together
+    first: int  # index in the vocabulary of row 0 here
+    n_vocab: int  # of all shards together
 
     def max_(self, tensor: Tensor) -> object: ...
     def sum_(self, tensor: Tensor) -> object: ...
@@ -32,104 +32,71 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give `sum(loss_weights * loss of each token)`, and of each token its nll and whether it was guessed.
+    """Return `sum(loss_weights * loss of each token)`, and per token its nll and whether it was guessed.
 
     The loss is fp32, as `F.cross_entropy`'s with `label_smoothing`, plus `z_loss` times the square of the
     logits' log-sum-exp (arXiv:2204.02311, sec. 5); nll_N has neither, and is 0 where the label is -100.
     Gradients are computed chunk by chunk in the forward pass, so at most `chunk_tokens` x V logits
-    exist (the idea of arXiv:2410.10989, sec. 3.2). With a `shard`, the weight is that part's rows, and the
-    gradient of h is that part's share, to be summed over all parts.
+    exist (the idea of arXiv:2410.10989, sec. 3.2). With a `shard`, the weight is that shard's rows, and the
+    gradient of h is that shard's share, to be summed over all shards.
     """
-    return _LinearCrossEntropy.apply(
-        h_ND,
-        weight_VD,
-        labels_N,
-        loss_weights_N,
-        chunk_tokens,
-        label_smoothing,
-        z_loss,
-        shard,
-        torch.is_grad_enabled(),
-    )  # type: ignore[return-value]
-
-
-class Statistics(NamedTuple):
-    """What is known of each row of logits after one pass; fp32, indices int64."""
-
-    row_max: Tensor
-    argmax: Tensor
-    sum_exp: Tensor  # of exp(logit - row_max)
-    target: Tensor  # the label's logit, 0 where the label is not among these
-    total: Tensor  # sum of the logits
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        h_ND: Tensor,
-        weight_VD: Tensor,
-        labels_N: Tensor,
-        loss_weights_N: Tensor,
-        chunk_tokens: int,
-        smoothing: float,
-        z_loss: float,
-        shard: Shard | None,
-        with_gradients: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        n_tokens, n_vocab = h_ND.shape[0], weight_VD.shape[0] if shard is None else shard.n_vocab
-        first = 0 if shard is None else shard.first
-        rows = _rows(h_ND)
-        nll_N = torch.empty(n_tokens, dtype=torch.float32, device=h_ND.device)
-        correct_N = torch.empty(n_tokens, dtype=torch.bool, device=h_ND.device)
-        loss = torch.zeros((), dtype=torch.float32, device=h_ND.device)
-        grad_h = torch.empty_like(h_ND) if with_gradients else None
-        grad_weight = None
+    n_tokens, n_vocab = h_ND.shape[0], weight_VD.shape[0] if shard is None else shard.n_vocab
+    first = 0 if shard is None else shard.first
+    passes = _passes(h_ND)
+    nll_N = torch.empty(n_tokens, dtype=torch.float32, device=h_ND.device)
+    correct_N = torch.empty(n_tokens, dtype=torch.bool, device=h_ND.device)
+    loss = torch.zeros((), dtype=torch.float32, device=h_ND.device)
+    grad_h = torch.empty_like(h_ND, requires_grad=False) if torch.is_grad_enabled() else None
+    grad_weight = None
+    with torch.no_grad():
         for start in range(0, n_tokens, chunk_tokens):
-            part = slice(start, start + chunk_tokens)
-            h, labels = h_ND[part], labels_N[part]
+            chunk = slice(start, start + chunk_tokens)
+            h, labels = h_ND[chunk], labels_N[chunk]
             kept = labels != IGNORED
-            token_weight = torch.where(kept, loss_weights_N[part], 0.0)
+            token_weight = torch.where(kept, loss_weights_N[chunk], 0.0)
             logits = h @ weight_VD.T
-            logits = logits if rows is not _TorchRows else logits.float()
-            here = rows.statistics(logits, labels - first)
+            logits = logits if passes is not _TorchPasses else logits.float()
+            here = passes.statistics(logits, labels - first)
             everywhere = here if shard is None else _reduced(here, shard)
             log_norm = everywhere.row_max + everywhere.sum_exp.log()
             nll = log_norm - everywhere.target
-            nll_N[part] = nll * kept
-            correct_N[part] = everywhere.argmax == labels
-            token_loss = (1 - smoothing) * nll + smoothing * (log_norm - everywhere.total / n_vocab)
+            nll_N[chunk] = nll * kept
+            correct_N[chunk] = everywhere.argmax == labels
+            token_loss = (1 - label_smoothing) * nll + label_smoothing * (log_norm - everywhere.total / n_vocab)
             loss += (token_weight * (token_loss + z_loss * log_norm.square())).sum()
-            if grad_h is None:
-                continue
-            # d loss / d logit = weight * (softmax * (1 + 2 z log_norm) - (1 - smoothing) * onehot - smoothing / V)
-            grad = rows.gradient(
-                logits,
-                labels - first,
-                here.row_max,
-                log_norm,
-                token_weight * (1 + 2 * z_loss * log_norm),
-                token_weight * (1 - smoothing),
-                token_weight * (smoothing / n_vocab) if smoothing else None,
-            ).to(h.dtype)
-            torch.mm(grad, weight_VD, out=grad_h[part])
-            grad_weight = _add_product(grad_weight, grad, h, alone=chunk_tokens >= n_tokens)
-        if grad_h is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_h, grad_weight)  # type: ignore[attr-defined]
-        ctx.weight_dtype = weight_VD.dtype  # type: ignore[attr-defined]
-        ctx.mark_non_differentiable(nll_N, correct_N)  # type: ignore[attr-defined]
-        return loss, nll_N, correct_N
+            if grad_h is not None:
+                factors = Factors(
+                    softmax=token_weight * (1 + 2 * z_loss * log_norm),
+                    target=token_weight * (1 - label_smoothing),
+                    uniform=token_weight * (label_smoothing / n_vocab) if label_smoothing else None,
+                )
+                grad = passes.gradient(logits, labels - first, here.row_max, log_norm, factors).to(h.dtype)
+                torch.mm(grad, weight_VD, out=grad_h[chunk])
+                grad_weight = _add_product(grad_weight, grad, h, alone=chunk_tokens >= n_tokens)
+    if grad_h is not None:
+        loss = _WithGradients.apply(h_ND, weight_VD, loss, grad_h, grad_weight)
+    return loss, nll_N, correct_N  # type: ignore[return-value]
+
+
+class _WithGradients(torch.autograd.Function):
+    """A loss whose gradients are known already."""
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def forward(ctx: FunctionCtx, h: Tensor, weight: Tensor, loss: Tensor, *gradients: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)  # type: ignore[attr-defined]
+        ctx.weight_dtype = weight.dtype  # type: ignore[attr-defined]
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_h, grad_weight = ctx.saved_tensors  # type: ignore[attr-defined]
-        scaled = _rows(grad_h).scaled
+        scaled = _passes(grad_h).scaled
         grad_weight = scaled(grad_weight, grad_loss, ctx.weight_dtype)  # type: ignore[attr-defined]
-        return scaled(grad_h, grad_loss, grad_h.dtype), grad_weight, *[None] * 7
+        return scaled(grad_h, grad_loss, grad_h.dtype), grad_weight, None, None, None
 
 
 def _add_product(total_VD: Tensor | None, grad_NV: Tensor, h_ND: Tensor, *, alone: bool) -> Tensor:
-    """Add a chunk's share to the weight's gradient: in fp32, unless one product is all of it."""
+    """Add a chunk's share to the weight's gradient: in fp32, unless there is one chunk only."""
     if alone:
         return grad_NV.T @ h_ND
     if not h_ND.is_cuda or h_ND.dtype == torch.float32:
@@ -141,24 +108,42 @@ def _add_product(total_VD: Tensor | None, grad_NV: Tensor, h_ND: Tensor, *, alon
     return torch.ops.aten.addmm.dtype_out(total_VD, grad_NV.T, h_ND, torch.float32, out=total_VD)
 
 
+class Statistics(NamedTuple):
+    """What one pass over a chunk of logits computes per row; fp32, argmax int64."""
+
+    row_max: Tensor
+    argmax: Tensor
+    sum_exp: Tensor  # of exp(logit - row_max)
+    target: Tensor  # the label's logit, 0 where the label is not among these
+    total: Tensor  # sum of the logits
+
+
+class Factors(NamedTuple):
+    """Per row, d loss / d logit = softmax * softmax(logit) - target * onehot - uniform."""
+
+    softmax: Tensor
+    target: Tensor
+    uniform: Tensor | None
+
+
 def _reduced(here: Statistics, shard: Shard) -> Statistics:
-    """Make the statistics of a part of the vocabulary those of all of it."""
+    """Turn the statistics of a shard of the vocabulary into those of all of it."""
     row_max = here.row_max.clone()
     shard.max_(row_max)
     sums = torch.stack([here.sum_exp * (here.row_max - row_max).exp(), here.target, here.total])
     shard.sum_(sums)
-    # Of equal logits the first is the guess, as within a part; fp32 counts exactly to 2**24.
+    # Of equal logits the first is the guess, as within a shard; fp32 counts exactly to 2**24.
     guess = torch.where(here.row_max == row_max, -(here.argmax + shard.first).float(), float("-inf"))
     shard.max_(guess)
     return Statistics(row_max, (-guess).long(), *sums)
 
 
-class _TorchRows:
-    """One pass over the logits and one for their gradient, in place, on any device."""
+class _TorchPasses:
+    """One pass over the logits and one for their gradient, in place, on any device; as `model.loss_kernel`."""
 
     @staticmethod
     def statistics(logits_NV: Tensor, labels_N: Tensor) -> Statistics:
-        """Leave exp(logit - row_max) in the logits' place."""
+        """Leave exp(logit - row_max) in place of the logits."""
         inside = (labels_N >= 0) & (labels_N < logits_NV.shape[1])
         target = logits_NV.gather(1, torch.where(inside, labels_N, 0).long()[:, None])[:, 0]
         row_max, argmax = logits_NV.max(dim=-1)
@@ -167,20 +152,12 @@ class _TorchRows:
         return Statistics(row_max, argmax, sum_exp, torch.where(inside, target, 0.0), total)
 
     @staticmethod
-    def gradient(
-        exp_NV: Tensor,
-        labels_N: Tensor,
-        row_max_N: Tensor,
-        log_norm_N: Tensor,
-        softmax_factor_N: Tensor,
-        target_factor_N: Tensor,
-        uniform_N: Tensor | None,
-    ) -> Tensor:
-        grad = exp_NV.mul_(((row_max_N - log_norm_N).exp() * softmax_factor_N)[:, None])
-        if uniform_N is not None:
-            grad.sub_(uniform_N[:, None])
+    def gradient(exp_NV: Tensor, labels_N: Tensor, row_max_N: Tensor, log_norm_N: Tensor, factors: Factors) -> Tensor:
+        grad = exp_NV.mul_(((row_max_N - log_norm_N).exp() * factors.softmax)[:, None])
+        if factors.uniform is not None:
+            grad.sub_(factors.uniform[:, None])
         inside = (labels_N >= 0) & (labels_N < grad.shape[1])
-        index, value = torch.where(inside, labels_N, 0).long(), torch.where(inside, -target_factor_N, 0.0)
+        index, value = torch.where(inside, labels_N, 0).long(), torch.where(inside, -factors.target, 0.0)
         return grad.scatter_add_(1, index[:, None], value[:, None])
 
     @staticmethod
@@ -188,9 +165,9 @@ class _TorchRows:
         return x.to(dtype) * factor.to(dtype)
 
 
-def _rows(h_ND: Tensor) -> type[_TorchRows] | ModuleType:
+def _passes(h_ND: Tensor) -> type[_TorchPasses] | ModuleType:
     if h_ND.is_cuda and importlib.util.find_spec("triton") is not None:
         from model import loss_kernel
 
         return loss_kernel
-    return _TorchRows
+    return _TorchPasses

@@ -7,7 +7,7 @@ import triton  # type: ignore[import-not-found]
 import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor
 
-from model.loss import Statistics
+from model.loss import Factors, Statistics
 
 BLOCK = 4096
 
@@ -44,25 +44,17 @@ def _statistics_kernel(logits, labels, row_max, argmax, sum_exp, target, total, 
 
 @triton.jit
 def _gradient_kernel(
-    logits,
-    labels,
-    log_norm,
-    softmax_factor,
-    target_factor,
-    uniform,
-    n_vocab,
-    UNIFORM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    logits, labels, log_norm, softmax, target, uniform, n_vocab, UNIFORM: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * n_vocab
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < n_vocab
     x = tl.load(logits + column, mask=inside).to(tl.float32)
-    grad = tl.exp(x - tl.load(log_norm + row)) * tl.load(softmax_factor + row)
+    grad = tl.exp(x - tl.load(log_norm + row)) * tl.load(softmax + row)
     if UNIFORM:
         grad -= tl.load(uniform + row)
-    grad = tl.where(column == tl.load(labels + row), grad - tl.load(target_factor + row), grad)
+    grad = tl.where(column == tl.load(labels + row), grad - tl.load(target + row), grad)
     tl.store(logits + column, grad, mask=inside)
 
 
@@ -76,37 +68,26 @@ def _scaled_kernel(x, factor, out, n, BLOCK: tl.constexpr):
 def statistics(logits_NV: Tensor, labels_N: Tensor) -> Statistics:
     """Read the logits once."""
     n_rows, n_vocab = logits_NV.shape
-    found = torch.empty(4, n_rows, dtype=torch.float32, device=logits_NV.device)
-    row_max, sum_exp, target, total = found
+    row_max, sum_exp, target, total = torch.empty(4, n_rows, dtype=torch.float32, device=logits_NV.device)
     argmax = torch.empty(n_rows, dtype=torch.int64, device=logits_NV.device)
-    arguments = (logits_NV, labels_N, row_max, argmax, sum_exp, target, total, n_vocab)
-    kernel: Any = _statistics_kernel
-    kernel[(n_rows,)](*arguments, BLOCK=BLOCK, num_warps=8)
+    kernel: Any = _statistics_kernel[(n_rows,)]  # type: ignore[index]
+    kernel(logits_NV, labels_N, row_max, argmax, sum_exp, target, total, n_vocab, BLOCK=BLOCK, num_warps=8)
     return Statistics(row_max, argmax, sum_exp, target, total)
 
 
-def gradient(
-    logits_NV: Tensor,
-    labels_N: Tensor,
-    row_max_N: Tensor,
-    log_norm_N: Tensor,
-    softmax_factor_N: Tensor,
-    target_factor_N: Tensor,
-    uniform_N: Tensor | None,
-) -> Tensor:
-    """Put the gradient in the logits' place."""
+def gradient(logits_NV: Tensor, labels_N: Tensor, _row_max_N: Tensor, log_norm_N: Tensor, factors: Factors) -> Tensor:
+    """Put the gradient in place of the logits."""
     n_rows, n_vocab = logits_NV.shape
-    uniform = softmax_factor_N if uniform_N is None else uniform_N
-    factors = (logits_NV, labels_N, log_norm_N, softmax_factor_N, target_factor_N, uniform, n_vocab)
-    grid = (n_rows, triton.cdiv(n_vocab, BLOCK))
-    kernel: Any = _gradient_kernel
-    kernel[grid](*factors, UNIFORM=uniform_N is not None, BLOCK=BLOCK, num_warps=8)
+    softmax, target, uniform = factors
+    others = (softmax, target, softmax if uniform is None else uniform, n_vocab)
+    kernel: Any = _gradient_kernel[(n_rows, triton.cdiv(n_vocab, BLOCK))]  # type: ignore[index]
+    kernel(logits_NV, labels_N, log_norm_N, *others, UNIFORM=uniform is not None, BLOCK=BLOCK, num_warps=8)
     return logits_NV
 
 
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply with a number on the device and round, in one pass; torch makes two, and the product slowly."""
+    """Multiply by a scalar on the device and round, in one pass; torch makes two, and the product slowly."""
     out = torch.empty_like(x, dtype=dtype)
-    kernel: Any = _scaled_kernel
-    kernel[(triton.cdiv(x.numel(), BLOCK),)](x, factor, out, x.numel(), BLOCK=BLOCK, num_warps=8)
+    kernel: Any = _scaled_kernel[(triton.cdiv(x.numel(), BLOCK),)]  # type: ignore[index]
+    kernel(x, factor, out, x.numel(), BLOCK=BLOCK, num_warps=8)
     return out

@@ -1,47 +1,57 @@
-"""The decoder: embedding, blocks, norm, head."""
+"""The decoder: embedding, blocks, norm, head.
+
+Shape letters, here and in `parallel/` and `data/`: B batch (packs), T tokens of a row, N tokens of a flattened batch,
+D d_model, H query heads, G key/value heads, K head_dim, F d_ff, V vocabulary.
+"""
 
 import hashlib
-from collections.abc import Callable, Collection
-from typing import Any
+import pkgutil
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import Segments, SelfAttention, attend, masked_attend, resolve_backend, segments_of
-from model.config import Attention, Init, ModelConfig
+from model.attention import Segments, attend, masked_attend
+from model.aux_loss import AuxLosses
+from model.config import ATTENTION_LAYERS, MLPS, Attention, ModelConfig, ModelError
 from model.kv_cache import KVCache
-from model.layers import RMSNorm, SwiGLU, rotary_angles
+from model.layers import RMSNorm, Weight, rotary_angles
 
 
 class Block(nn.Module):
-    """A layer: what comes before attention, attention, and what comes after.
+    """A layer: what comes before attention (`project`), attention, and what comes after (`finish`).
 
     Attention stands alone because its lengths change from batch to batch: the parts around it have one
     shape, and can be compiled once.
     """
 
+    WEIGHTS: ClassVar = {
+        "attention_norm": Weight("norm", "input_layernorm"),
+        "mlp_norm": Weight("norm", "post_attention_layernorm"),
+    }
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = SelfAttention(config)
+        self.attention: Any = layer_class("attention_layer", config.attention_layer, ATTENTION_LAYERS)(config)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mlp = SwiGLU(config.d_model, config.d_ff)
-        self.attend = attend  # replaced where the tokens of a row are divided
+        self.mlp = layer_class("mlp", config.mlp, MLPS)(config)
+        self.attend = attend  # replaced by context parallelism
 
     def forward(
         self,
         x_BTD: Tensor,
         cos_sin: tuple[Tensor, Tensor],
-        segments: Segments | None,
-        backend: Attention,
+        segments: Segments,
         cache: KVCache | None,
         layer: int,
-    ) -> Tensor:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the new hidden states, and the auxiliary losses of attention and MLP by name."""
         q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD, *cos_sin)
         if cache is None:
-            assert segments is not None
-            out_BTHK = self.attend(q_BTHK, k_BTGK, v_BTGK, segments=segments, backend=backend)
+            out_BTHK = self.attend(q_BTHK, k_BTGK, v_BTGK, segments=segments)
         else:
             k_BSGK, v_BSGK = cache.update(layer, k_BTGK, v_BTGK)
             out_BTHK = masked_attend(q_BTHK, k_BSGK, v_BSGK, cache.mask_B1TS)
@@ -50,13 +60,21 @@ class Block(nn.Module):
     def project(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.attention.project(self.attention_norm(x_BTD), cos, sin)
 
-    def finish(self, x_BTD: Tensor, out_BTHK: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.attention.wo(out_BTHK.flatten(-2))
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+    def finish(self, x_BTD: Tensor, out_BTHK: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        out_BTD, attention_losses = _with_losses(self.attention.output(out_BTHK))
+        x_BTD = x_BTD + out_BTD
+        out_BTD, mlp_losses = _with_losses(self.mlp(self.mlp_norm(x_BTD)))
+        return x_BTD + out_BTD, {**attention_losses, **mlp_losses}
 
 
 class Transformer(nn.Module):
     """A pre-norm decoder as InternLM and Llama have it. Built on the current default device."""
+
+    WEIGHTS: ClassVar = {  # standard deviations: internlm, internlm_v1, llama
+        "embed": Weight("rowwise", "model.embed_tokens", 0.0052, 0.0052, 0.02),  # a lookup's input is the vocabulary
+        "norm": Weight("norm", "model.norm"),
+        "head": Weight("colwise", "lm_head", 0.0052, 0.0052, 0.02),
+    }
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -68,20 +86,26 @@ class Transformer(nn.Module):
         self.norm: RMSNorm | None = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
 
+    @classmethod
+    def on_meta(cls, config: ModelConfig) -> "Transformer":
+        """Build a model whose parameters have shapes and no memory."""
+        with torch.device("meta"):
+            return cls(config)
+
     @property
     def tied_params(self) -> dict[str, str]:
-        """What must stay equal to another parameter, by name: a tied head with a matrix of its own."""
+        """Parameters that must stay equal to another, by name: a tied head with a matrix of its own."""
         return {"head.weight": "embed.weight"} if self.config.tie_embeddings and self.head is not None else {}
 
     def untie_head(self) -> None:
-        """Give a tied head a copy of the embedding, where they are in different places."""
+        """Give a tied head a copy of the embedding, for when they are in different places."""
         if self.config.tie_embeddings:
             self.head = nn.Linear(self.config.d_model, self.config.vocab_size, bias=False)
 
     def keep_layers(self, layers: Collection[int]) -> None:
-        """Drop all but some layers, under their names: the embedding stays with the first, norm and head with the last.
+        """Drop all other layers; names stay. The embedding goes with the first layer, norm and head with the last.
 
-        Without the embedding a model takes hidden states for tokens, without the norm it gives hidden states.
+        Without the embedding a model takes hidden states for tokens, without the norm it returns hidden states.
         """
         self.blocks = nn.ModuleDict({str(layer): self.blocks[str(layer)] for layer in sorted(layers)})
         if 0 not in layers:
@@ -90,13 +114,13 @@ class Transformer(nn.Module):
             self.norm = self.head = None
 
     def make_stage(self, layers: Collection[int]) -> "Transformer":
-        """Give some of the layers as a model of their own, which shares their weights."""
-        part = Transformer.__new__(Transformer)
-        nn.Module.__init__(part)
-        part.config = self.config
-        part.embed, part.blocks, part.norm, part.head = self.embed, self.blocks, self.norm, self.head
-        part.keep_layers(layers)
-        return part
+        """Return some of the layers as a model of their own, which shares their weights."""
+        stage = Transformer.__new__(Transformer)
+        nn.Module.__init__(stage)
+        stage.config = self.config
+        stage.embed, stage.blocks, stage.norm, stage.head = self.embed, self.blocks, self.norm, self.head
+        stage.keep_layers(layers)
+        return stage
 
     def forward(
         self,
@@ -108,12 +132,14 @@ class Transformer(nn.Module):
         row_len: int | None = None,
         cache: KVCache | None = None,
         head: Callable[[Tensor, Tensor], Any] | None = None,
+        aux: AuxLosses | None = None,
     ) -> Any:
-        """Give logits_BTV, or what `head(h_BTD, weight_VD)` makes of the last hidden states.
+        """Return logits_BTV, or what `head(h_BTD, weight_VD)` makes of the last hidden states.
 
-        `cu_seqlens` (int32) and `max_seq_len` say where the segments of a pack begin, counted over
-        the flattened batch; without them each row is one segment. With a `cache`, the tokens
-        continue the cached ones at `positions_BT`. `row_len` is a row's length where `tokens_BT` are slices of rows.
+        `cu_seqlens` (int32) and `max_seq_len` are the boundaries of a pack's segments, counted over the flattened
+        batch, and the longest; without them each row is one segment. With a `cache`, the tokens continue the cached
+        ones at `positions_BT`. `row_len` is a row's length where `tokens_BT` are slices of rows. Auxiliary losses go
+        to `aux`; without it they are dropped.
         """
         rows, row_len = len(tokens_BT), row_len or tokens_BT.shape[1]
         device = tokens_BT.device
@@ -123,16 +149,15 @@ class Transformer(nn.Module):
             cu_seqlens = torch.arange(0, (rows + 1) * row_len, row_len, device=device, dtype=torch.int32)
             max_seq_len = row_len
         x_BTD = tokens_BT if self.embed is None else self._embed(self.embed, tokens_BT)
-        backend, segments = Attention.sdpa, None
-        if cache is None:
-            equal = (len(cu_seqlens) - 1) * max_seq_len == rows * row_len
-            backend = resolve_backend(self.config.attention, device, x_BTD.dtype, equal=equal)
-            segments = segments_of(cu_seqlens, max_seq_len, rows, row_len, backend)
-        else:
-            cache.read(positions_BT)
+        if cache is not None:
+            cache.set_positions(positions_BT)
+        backend = Attention.sdpa if cache is not None else self.config.attention
+        segments = Segments.of(cu_seqlens, max_seq_len, (rows, row_len), backend, x_BTD.dtype)
         cos_sin = rotary_angles(positions_BT, self.config.head_dim, self.config.rope_theta)
         for layer, block in self.blocks.items():
-            x_BTD = block(x_BTD, cos_sin, segments, backend, cache, int(layer))
+            x_BTD, losses = block(x_BTD, cos_sin, segments, cache, int(layer))
+            if aux is not None:
+                x_BTD = aux.attach(x_BTD, losses)
         output = self.head or self.embed
         if self.norm is None or output is None:
             return x_BTD
@@ -142,16 +167,40 @@ class Transformer(nn.Module):
         x_BTD, scale = embed(tokens_BT), self.config.embed_grad_scale
         return x_BTD if scale == 1 else x_BTD * scale + x_BTD.detach() * (1 - scale)
 
+    def known_weights(self) -> Iterator[tuple[str, Weight]]:
+        """Yield path and description of every layer or parameter that its module's `WEIGHTS` lists."""
+        for path, module in self.named_modules():
+            for name, weight in getattr(module, "WEIGHTS", {}).items():
+                if getattr(module, name) is not None:
+                    yield f"{path}.{name}" if path else name, weight
+
+    def tp_plan(self) -> dict[str, str]:
+        """Return how tensor parallelism splits each module with parameters, by path: colwise, rowwise or norm."""
+        plan = {path: weight.tp for path, weight in self.known_weights()}
+        for path, module in self.named_modules():
+            if path not in plan and next(module.parameters(recurse=False), None) is not None:
+                raise ModelError(f"{path} ({type(module).__name__}) has no tp style in WEIGHTS; use parallel.tp=1")
+        return plan
+
+    def init_stds(self) -> dict[str, float | None]:
+        """Return the standard deviation each parameter is drawn with; None for norms (1) and other vectors (0)."""
+        known, stds = dict(self.known_weights()), dict[str, float | None]()
+        for name, param in self.named_parameters():
+            weight = known.get(name) or known.get(name.rpartition(".")[0]) or Weight("norm")
+            layer = int(name.split(".")[1]) if name.startswith("blocks.") else 0
+            stds[name] = None if param.ndim == 1 else weight.std(self.config.init, layer)
+        return stds
+
     @torch.no_grad()
     def init_weights(self, seed: int, write: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
         """Draw every parameter in fp32 from a generator of its own, seeded by `seed` and its name.
 
-        So the weights depend neither on the device, the dtype, the layout nor the order of drawing; copies are
-        equal.
-        `write(param, whole)` sets a parameter that may be a part of the whole.
+        So the weights do not depend on the device, the dtype, the layout or the order of drawing, and tied
+        parameters are equal. `write(param, whole)` sets a parameter that may be a shard of the whole.
         """
+        stds = self.init_stds()
         for name, param in self.named_parameters():
-            std = init_std(name, self.config)
+            std = stds[name]
             if std is None:
                 write(param, torch.full(param.shape, 1.0 if name.endswith("norm.weight") else 0.0))
                 continue
@@ -160,27 +209,13 @@ class Transformer(nn.Module):
             write(param, torch.empty(param.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
 
 
-def init_std(name: str, config: ModelConfig) -> float | None:
-    """Give the standard deviation a parameter is drawn with; None for norms (1) and biases (0).
+def layer_class(key: str, name: str, known: dict[str, str]) -> type[nn.Module]:
+    """Return the class of a layer that `model.<key>` names; raises `ModelError` if it cannot be imported."""
+    try:
+        return pkgutil.resolve_name(known.get(name, name))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ModelError(f"model.{key} ({name}): {error}") from None
 
-    With d = sqrt(2 (layer + 1)), the first layer being 0:
 
-    | parameter   | internlm  | internlm_v1 | llama    |
-    |-------------|-----------|-------------|----------|
-    | embed, head | 0.0052    | 0.0052      | 0.02     |
-    | wq, wk, wv  | 0.006     | 0.006       | 0.02     |
-    | wo          | 0.006 / d | 0.006 / d   | 0.02 / d |
-    | w_gate      | 0.006     | 0.006       | 0.02     |
-    | w_up        | 0.006     | 0.006 / d   | 0.02     |
-    | w_down      | 0.006 / d | 0.0015      | 0.02 / d |
-    """
-    *path, module, kind = name.split(".")
-    if kind == "bias" or module.endswith("norm"):
-        return None
-    base = 0.02 if config.init is Init.llama else 0.006
-    if module in ("embed", "head"):
-        return 0.02 if config.init is Init.llama else 0.0052
-    scaled = {"wo", "w_up"} if config.init is Init.internlm_v1 else {"wo", "w_down"}
-    if module == "w_down" and config.init is Init.internlm_v1:
-        return 0.0015
-    return base / (2 * (int(path[1]) + 1)) ** 0.5 if module in scaled else base
+def _with_losses(output: Tensor | tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+    return output if isinstance(output, tuple) else (output, {})

@@ -1,7 +1,6 @@
 """Which parameter is divided how over tp, by module path, and how tokens are shared among those who attend to them."""
 
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from functools import partial
 from math import lcm
 from typing import Any
@@ -12,36 +11,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-# columns: the outputs are divided; rows: the inputs, so that outputs are sums over tp (a bias is added once);
-# norm: nothing, but it makes the whole of its tokens, which the columns after it need.
-PLAN = {
-    "embed": "rowwise",  # of a lookup, the vocabulary is the input
-    "blocks.*.attention_norm": "norm",
-    "blocks.*.attention.w[qkv]": "colwise",
-    "blocks.*.attention.wo": "rowwise",
-    "blocks.*.mlp_norm": "norm",
-    "blocks.*.mlp.w_gate": "colwise",
-    "blocks.*.mlp.w_up": "colwise",
-    "blocks.*.mlp.w_down": "rowwise",
-    "norm": "norm",
-    "head": "colwise",
-}
-
-
-def entries_for(path: str) -> list[str]:
-    """Give the entries of the plan that a module's path matches; of one with parameters it must be exactly one."""
-    return [pattern for pattern in PLAN if fnmatchcase(path, pattern)]
-
 
 def apply_tp(model: nn.Module, mesh: DeviceMesh, *, sequence_parallel: bool) -> None:
     """Divide a model over tp. Between the blocks' parts stand plain tensors: all tokens, or this rank's share."""
     between: Placement = Shard(1) if sequence_parallel else Replicate()
     styles: dict[str, ParallelStyle] = {}
-    for path, module in model.named_modules():
-        if not list(module.parameters(recurse=False)):
-            continue
-        (entry,) = entries_for(path)
-        match PLAN[entry]:
+    plan: dict[str, str] = model.tp_plan()  # type: ignore[operator]
+    for path, style in plan.items():
+        module = model.get_submodule(path)
+        match style:
             case "colwise":
                 styles[path] = ColwiseParallel()
             case "rowwise" if isinstance(module, nn.Embedding):

@@ -11,17 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from model.config import shape_keys
 from training.config import CheckpointConfig, CheckpointError, Resume
 
 logger = logging.getLogger(__name__)
 
 LOCK, SWEEP_LOCK = ".lock", ".sweep_lock"  # of a run, and of a sweep in whose folder runs are
 STEP = re.compile(r"step-(\d{8})")
-# What makes a model another one: its tensors, the number of heads in them, and what is computed between them
-SHAPE_KEYS = (
-    "vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "attention_bias", "tie_embeddings",
-    "rope_theta", "norm_eps",
-)  # fmt: skip
 # What may change when a run is resumed: nothing that decides what is learnt
 FREE_KEYS = (
     "name", "logger", "launcher", "early_stop", "dry_run", "checkpoint", "parallel", "valid_every", "valid_tokens",
@@ -106,7 +102,7 @@ def refuse_changes(old: dict[str, Any], new: dict[str, Any], accepted: list[str]
 def refuse_other_model(old: dict[str, Any], new: dict[str, Any], origin: Path) -> None:
     """Refuse weights of a model that has other tensors."""
     before, now = old["model"], new["model"]
-    changed = [key for key in SHAPE_KEYS if before[key] != now[key]]
+    changed = [key for key in shape_keys() if before[key] != now[key]]
     if changed:
         told = ", ".join(f"model.{key} ({before[key]}, now {now[key]})" for key in changed)
         raise CheckpointError(f"{origin} is of another model: {told}; give the values that it was made with")

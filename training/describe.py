@@ -11,6 +11,7 @@ from conf.schema import TrainConfig
 from data.dataset import Corpus
 from data.tokenizer import export_problem, save_tokenizer
 from model.attention import resolve_backend
+from model.counts import count_params
 from parallel.mesh import Mesh
 from training.setup import DTYPES, flops_per_token
 from training.state import TrainState
@@ -40,7 +41,7 @@ def describe(config: TrainConfig, mesh: Mesh, corpus: Corpus, progress: TrainSta
     start = f"step {progress.step}" + (", the last: nothing is left to train" if progress.step >= config.steps else "")
     for line in (
         f"run        {run_dir}",
-        f"model      {model.name}: {model.n_params:,} parameters, {model.n_layers} layers x {model.d_model}, "
+        f"model      {model.name}: {count_params(model):,} parameters, {model.n_layers} layers x {model.d_model}, "
         f"vocabulary {model.vocab_size:,}",
         f"           {causal / 1e9:.4g} GFLOP a token (causal), {internlm / 1e9:.4g} by InternLM's formula",
         f"data       {data.name}: {train_tokens:,} training tokens in packs of {data.pack_tokens}, "

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from model.counts import count_params
 from parallel.config import ParallelError
 from parallel.parallelize import recomputed_blocks
 
@@ -76,7 +77,7 @@ def needs_of(config: Any) -> Needs:
     model, precision, parallel = config.model, config.precision, config.parallel
     compute = precision.compute.value
     return Needs(
-        n_params=model.n_params,
+        n_params=count_params(model),
         n_layers=model.n_layers,
         d_model=model.d_model,
         kv_dim=model.n_kv_heads * model.head_dim,

@@ -11,7 +11,9 @@ from conf.schema import TrainConfig
 from data.dataset import Corpus
 from data.loader import train_batches
 from model.config import ModelConfig, ModelError
-from model.hf.llama import pad_vocabulary, read_hf
+from model.counts import flops_per_token as causal_flops_per_token
+from model.counts import internlm_flops_per_token
+from model.hf.families import pad_vocabulary, read_config, read_weights
 from model.loss import linear_cross_entropy
 from model.transformer import Transformer
 from parallel.engine import Engine
@@ -33,8 +35,7 @@ def build_model(
     `fill(model, seed)` draws the weights in another way than the model does.
     """
     torch.manual_seed(config.seed)
-    with torch.device("meta"):
-        model = Transformer(config.model)
+    model = Transformer.on_meta(config.model)
     precision = config.precision
     stages = parallelize(
         model,
@@ -112,19 +113,20 @@ def read_hf_weights(folder: Path, *, model: ModelConfig) -> dict[str, Any]:
 
     Raises `ModelError` if the folder's model would compute something else with them.
     """
-    found, weights = read_hf(folder)
+    found = read_config(folder)[0]
     keys = ("n_layers", "n_heads", "n_kv_heads", "rope_theta", "norm_eps", "attention_bias", "tie_embeddings")
     wrong = [f"model.{key}={getattr(found, key)}" for key in keys if getattr(found, key) != getattr(model, key)]
     if wrong:
         raise ModelError(f"init_from ({folder}) is of another model than {model.name}; give {' '.join(wrong)}")
-    return pad_vocabulary(weights, model.vocab_size)
+    return pad_vocabulary(read_weights(folder), model.vocab_size)
 
 
 def flops_per_token(config: TrainConfig) -> tuple[float, float]:
     """Give the FLOPs of a token as MFU counts them, and by InternLM's formula, which counts what is recomputed."""
     recompute = config.parallel.activation_checkpointing.value != "none"
     seq_len = config.data.seq_len
-    return config.model.flops_per_token(seq_len), config.model.internlm_flops_per_token(seq_len, recompute=recompute)
+    causal = causal_flops_per_token(config.model, seq_len)
+    return causal, internlm_flops_per_token(config.model, seq_len, recompute=recompute)
 
 
 def build_throughput(config: TrainConfig, mesh: Mesh) -> Any:

@@ -1,7 +1,7 @@
-"""Load a Hugging Face folder as a stranger would and compare it with what was expected.
+"""Load a Hugging Face folder as a stranger would, and print how it differs from what was expected, as JSON.
 
-Run as a script, in a process that cannot see this repository: `verify_hf.py FOLDER EXPECTED.json`,
-where the JSON holds token ids, the logits' file, and texts with their ids. Prints its findings as JSON.
+Run as a script, in a process that cannot import this repository: `verify.py FOLDER EXPECTED.json`, where the JSON
+holds texts with their token ids, and the path of a file with tokens and their logits.
 """
 
 import json
@@ -16,29 +16,26 @@ def main(folder: str, expected_path: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
 
     expected = json.loads(Path(expected_path).read_text())
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=False, output_loading_info=True, torch_dtype=torch.float32
-    )
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, torch_dtype=torch.float32)
     model, info = loaded
-    found: dict[str, Any] = {
-        "transformers": __version__,
-        "class": type(model).__name__,
-        "keys": {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")},
-    }
     reference = load_file(expected["logits"])
     with torch.no_grad():
         logits = model.eval()(reference["tokens"]).logits
-    found["logits_difference"] = float((logits - reference["logits"]).abs().max())
-    if expected["texts"]:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        wrong = []
-        for text, ids in expected["texts"]:
-            got = tokenizer(text, add_special_tokens=False)["input_ids"]
-            if got != ids or tokenizer.decode(ids, skip_special_tokens=True) != text:
-                wrong.append({"text": text, "expected": ids, "found": got})
-        found["texts"], found["wrong_texts"] = len(expected["texts"]), wrong[:5]
-        found["wrong_count"] = len(wrong)
-    print(json.dumps(found))
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder) if expected["texts"] else None
+    wrong = []
+    for text, ids in expected["texts"]:
+        found = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if found != ids or tokenizer.decode(ids, skip_special_tokens=True) != text:
+            wrong.append({"text": text, "expected": ids, "found": found})
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    result = {
+        "transformers": __version__,
+        "class": type(model).__name__,
+        "keys": {kind: sorted(map(str, info[kind])) for kind in kinds},
+        "logits_difference": float((logits - reference["logits"]).abs().max()),
+        "wrong_texts": wrong,
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

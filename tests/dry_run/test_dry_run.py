@@ -14,6 +14,7 @@ from conf.cli import CONF
 from conf.schema import TrainConfig, register, to_config
 from dry_run.reading import Reading
 from dry_run.run import dry_run
+from model.counts import count_params
 from training.config import Fp8
 
 ROOT = Path(__file__).parent.parent.parent
@@ -272,7 +273,7 @@ def test_a_long_step_is_as_its_micro_batches_say() -> None:
 
 def test_memory_is_what_each_kind_takes() -> None:
     config, (alone,) = read(world_size=1)
-    numbers = config.model.n_params
+    numbers = count_params(config.model)
     assert sum(alone.at_peak.values()) == pytest.approx(alone.peak, rel=1e-3), "every byte is of some kind"
     small = 512 * 30 * LAYERS  # each tensor is rounded up to 512 bytes
     assert alone.at_peak["parameters"] == pytest.approx(2 * numbers, abs=small)
@@ -288,7 +289,7 @@ def test_memory_is_what_each_kind_takes() -> None:
 def test_weights_that_are_gathered_in_8_bits_take_a_byte_and_are_not_kept_turned_beside() -> None:
     _, (alone,) = read("precision=fp8", world_size=1)
     config, (sharded,) = read("parallel=zero1", "precision=fp8", "parallel.reduce_dtype=bf16", world_size=8)
-    sizes, numbers, small = Sizes(config, 8), config.model.n_params, 512 * 30 * LAYERS
+    sizes, numbers, small = Sizes(config, 8), count_params(config.model), 512 * 30 * LAYERS
     assert sharded.at_peak["parameters"] == pytest.approx(2 * numbers * (1 + 1 / 8) - sizes.in_8_bits, abs=2 * small)
     kept = alone.at_peak["activations"] - sharded.at_peak["activations"]
     assert kept == pytest.approx(sizes.in_8_bits, rel=0.05)

@@ -1,4 +1,4 @@
-"""The chunked loss against F.cross_entropy."""
+"""The chunked loss against F.cross_entropy, and its Triton kernels against the passes in torch."""
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.loss import linear_cross_entropy
+from model.loss import Factors, _TorchPasses, linear_cross_entropy
 
 N, D, V = 29, 16, 37
+EXTRAS = [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.1, 1e-2)]
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -22,45 +23,36 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, 
     return h, weight, labels, torch.rand(N, generator=generator)
 
 
-def plain_loss(
-    h: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor, smoothing: float, z_loss: float
-) -> Tensor:
-    """The loss as the books have it, from whole logits."""
-    logits = h @ weight.T
-    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
-    losses = losses + z_loss * logits.logsumexp(-1).square() * (labels != -100)
-    return (loss_weights * losses).sum()
-
-
 @pytest.mark.parametrize("chunk_tokens", [1, 7, N, 1000])
-@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.1, 1e-2)])
-def test_value_and_gradients_equal_cross_entropys(chunk_tokens: int, smoothing: float, z_loss: float) -> None:
+@pytest.mark.parametrize(("smoothing", "z_loss"), EXTRAS)
+def test_value_and_gradients_equal_cross_entropy(chunk_tokens: int, smoothing: float, z_loss: float) -> None:
     h, weight, labels, loss_weights = inputs()
     logits = h @ weight.T
-    expected = plain_loss(h, weight, labels, loss_weights, smoothing, z_loss) * 3
+    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+    expected = 3 * (loss_weights * (losses + z_loss * logits.logsumexp(-1).square() * (labels != -100))).sum()
     grads = torch.autograd.grad(expected, (h, weight))
-    loss, nll, correct = linear_cross_entropy(
-        h, weight, labels, loss_weights, chunk_tokens=chunk_tokens, label_smoothing=smoothing, z_loss=z_loss
-    )
+    how = {"chunk_tokens": chunk_tokens, "label_smoothing": smoothing, "z_loss": z_loss}
+    loss, nll, correct = linear_cross_entropy(h, weight, labels, loss_weights, **how)
     torch.testing.assert_close(loss * 3, expected)
     for mine, other in zip(torch.autograd.grad(loss * 3, (h, weight)), grads, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(nll, F.cross_entropy(logits, labels, reduction="none").detach())
-    assert torch.equal(correct, (logits.argmax(-1) == labels))
+    torch.testing.assert_close(nll, F.cross_entropy(h @ weight.T, labels, reduction="none").detach())
+    assert torch.equal(correct, (h @ weight.T).argmax(-1) == labels)
+    with torch.no_grad():
+        same = linear_cross_entropy(h, weight, labels, loss_weights, **how)
+    assert not same[0].requires_grad
+    assert all(torch.equal(a.detach(), b) for a, b in zip((loss, nll, correct), same, strict=True))
 
 
-def test_a_batch_without_targets_has_no_loss_and_no_nan() -> None:
+def test_batch_without_targets_has_zero_loss_and_gradients() -> None:
     h, weight, labels, loss_weights = inputs()
     loss, nll, correct = linear_cross_entropy(h, weight, torch.full_like(labels, -100), loss_weights, chunk_tokens=8)
-    loss.backward()
-    assert h.grad is not None and weight.grad is not None
-    assert (
-        float(loss.detach()) == 0 and not h.grad.any() and not weight.grad.any() and not nll.any() and not correct.any()
-    )
+    grads = torch.autograd.grad(loss, (h, weight))
+    assert not any(x.any() for x in (loss, nll, correct, *grads))
 
 
-class Part:
-    """A part of the vocabulary, whose neighbours are threads: they meet at a barrier and read each other's tensors."""
+class Piece:
+    """A shard of the vocabulary; the others are threads, which meet at a barrier and read each other's tensors."""
 
     def __init__(self, first: int, place: int, board: list[Tensor], meet: Barrier) -> None:
         self.first, self.n_vocab, self.place, self.board, self.meet = first, V, place, board, meet
@@ -80,7 +72,7 @@ class Part:
 
 
 @pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 1e-2)])
-def test_a_vocabulary_in_parts_gives_the_whole_vocabularys_loss_and_gradients(smoothing: float, z_loss: float) -> None:
+def test_sharded_vocabulary_equals_the_whole(smoothing: float, z_loss: float) -> None:
     h, weight, labels, loss_weights = inputs()
     weight.data[30] = weight.data[2]  # a tie between two parts: the first of equals is the guess
     labels[1], labels[2] = 2, 30
@@ -95,7 +87,7 @@ def test_a_vocabulary_in_parts_gives_the_whole_vocabularys_loss_and_gradients(sm
         mine, rows = h.detach().requires_grad_(), weight.detach()[first:end].requires_grad_()
         found = linear_cross_entropy(
             mine, rows, labels, loss_weights,
-            chunk_tokens=8, label_smoothing=smoothing, z_loss=z_loss, shard=Part(first, place, board, meet),
+            chunk_tokens=8, label_smoothing=smoothing, z_loss=z_loss, shard=Piece(first, place, board, meet),
         )  # fmt: skip
         return (*(x.detach() for x in found), *torch.autograd.grad(found[0], (mine, rows)))
 
@@ -107,15 +99,6 @@ def test_a_vocabulary_in_parts_gives_the_whole_vocabularys_loss_and_gradients(sm
         assert torch.equal(correct, whole[2])
     torch.testing.assert_close(sum(p[3] for p in parts), grads[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.cat([p[4] for p in parts]), grads[1], rtol=1e-4, atol=1e-5)
-
-
-def test_without_gradients_the_numbers_are_the_same() -> None:
-    h, weight, labels, loss_weights = inputs()
-    with_grad = linear_cross_entropy(h, weight, labels, loss_weights, chunk_tokens=8)
-    with torch.no_grad():
-        without = linear_cross_entropy(h, weight, labels, loss_weights, chunk_tokens=8)
-    assert not without[0].requires_grad
-    assert all(torch.equal(a.detach(), b) for a, b in zip(with_grad, without, strict=True))
 
 
 def test_bf16_is_close_to_fp32() -> None:
@@ -152,28 +135,27 @@ def test_cuda_equals_the_cpu(dtype: torch.dtype, chunk_tokens: int, smoothing: f
 
 
 @pytest.mark.gpu
-def test_the_kernels_equal_the_passes_in_torch() -> None:
+def test_kernels_equal_the_passes_in_torch() -> None:
     from model import loss_kernel
-    from model.loss import _TorchRows
 
     logits = torch.randn(64, 10_007, device="cuda") * 4
     logits[:, 9000] = logits[:, 17] = logits[:, 5000] + 30  # equal maxima
     labels = torch.randint(-10_007, 20_000, (64,), device="cuda")
-    factors = [torch.rand(64, device="cuda") for _ in range(3)]
+    factors = Factors(*torch.rand(3, 64, device="cuda"))
     ours, theirs = logits.clone(), logits.clone()
-    found, expected = loss_kernel.statistics(ours, labels), _TorchRows.statistics(theirs, labels)
+    found, expected = loss_kernel.statistics(ours, labels), _TorchPasses.statistics(theirs, labels)
     assert torch.equal(found.argmax, torch.full_like(found.argmax, 17))
     for name in ("row_max", "sum_exp", "target", "total"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-3)
     log_norm = expected.row_max + expected.sum_exp.log()
-    a = loss_kernel.gradient(ours, labels, found.row_max, log_norm, *factors)
-    b = _TorchRows.gradient(theirs, labels, expected.row_max, log_norm, *factors)
+    a = loss_kernel.gradient(ours, labels, found.row_max, log_norm, factors)
+    b = _TorchPasses.gradient(theirs, labels, expected.row_max, log_norm, factors)
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_kernel_scales_and_rounds_as_torch_does(dtype: torch.dtype) -> None:
+def test_kernel_scales_and_rounds_as_torch(dtype: torch.dtype) -> None:
     from model import loss_kernel
 
     x, factor = torch.randn(333, 77, device="cuda"), torch.tensor(0.3, device="cuda")

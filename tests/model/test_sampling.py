@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from model.config import Init, ModelConfig
-from model.hf.llama import llama_config, to_llama_name
+from model.hf.llama import Llama
 from model.kv_cache import KVCache
 from model.sampling import Sampling, generate, next_logits
 from model.transformer import Transformer
@@ -53,7 +53,7 @@ def test_cached_decoding_equals_uncached_token_for_token(model: Transformer, sam
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.1, 1.0, 0, 0.95)])
-def test_a_text_does_not_depend_on_its_neighbours(model: Transformer, sampling: Sampling) -> None:
+def test_text_does_not_depend_on_its_neighbours(model: Transformer, sampling: Sampling) -> None:
     together = run(model, sampling)
     assert together == [run(model, sampling, [prompt], seeds=[row])[0] for row, prompt in enumerate(PROMPTS)]
 
@@ -70,9 +70,9 @@ def test_cached_logits_equal_the_full_forward(model: Transformer) -> None:
 
 
 def test_greedy_decoding_equals_transformers(model: Transformer) -> None:
-    about = llama_config(model.config, bos_id=None, eos_id=None, pad_id=0, dtype="float32")
+    about = Llama().write_config(model.config, dtype="float32", bos_token_id=None, eos_token_id=None, pad_token_id=0)
     theirs: Any = LlamaForCausalLM(LlamaConfig(**about))
-    theirs.load_state_dict({to_llama_name(n): p.detach() for n, p in model.named_parameters()})
+    theirs.load_state_dict({Llama().names(model.config)[n]: p.detach() for n, p in model.named_parameters()})
     for prompt, new in zip(PROMPTS, run(model, GREEDY), strict=True):
         ids = torch.tensor([prompt])
         out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
@@ -97,7 +97,7 @@ def test_greedy_decoding_equals_transformers(model: Transformer) -> None:
         ),
     ],
 )
-def test_the_choice_of_tokens_equals_transformers_processors(sampling: Sampling, processors: list) -> None:
+def test_next_logits_equal_transformers_processors(sampling: Sampling, processors: list) -> None:
     logits = torch.randn(64, generator=torch.Generator().manual_seed(1)) * 3
     seen = torch.tensor([3, 5, 5, 8])
     expected = logits[None].clone()
@@ -114,7 +114,7 @@ def test_draws_follow_the_distribution(model: Transformer) -> None:
     assert (counts - expected).abs().sum() / 2 < 0.1
 
 
-def test_a_stop_token_ends_its_text_alone_and_is_left_out(model: Transformer) -> None:
+def test_stop_token_ends_its_text_alone_and_is_left_out(model: Transformer) -> None:
     free = run(model, GREEDY)
     stop = free[0][4]
     stopped = run(model, GREEDY, stop_ids={stop})
@@ -122,7 +122,7 @@ def test_a_stop_token_ends_its_text_alone_and_is_left_out(model: Transformer) ->
     assert all(new == old[: len(new)] for new, old in zip(stopped, free, strict=True))
 
 
-def test_a_listener_can_end_a_text(model: Transformer) -> None:
+def test_on_token_can_end_a_text(model: Transformer) -> None:
     heard: list[tuple[int, int]] = []
 
     def on_token(row: int, token: int) -> bool:
@@ -133,11 +133,11 @@ def test_a_listener_can_end_a_text(model: Transformer) -> None:
     assert lengths == [12, 3, 12] and len(heard) == 27
 
 
-def test_a_text_ends_where_the_model_does(model: Transformer) -> None:
+def test_text_ends_at_max_seq_len(model: Transformer) -> None:
     new = run(model, GREEDY, [[1] * 40], max_new_tokens=100)[0]
     assert len(new) == 8
 
 
-def test_rows_of_a_padded_vocabulary_are_never_chosen(model: Transformer) -> None:
+def test_padded_rows_of_the_vocabulary_are_never_chosen(model: Transformer) -> None:
     free, bounded = (run(model, Sampling(temperature=5.0), vocab_size=size) for size in (None, 7))
     assert max(max(new) for new in free) >= 7 > max(max(new) for new in bounded)

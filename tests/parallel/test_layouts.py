@@ -7,10 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from model.transformer import Transformer
 from parallel.config import SPLIT_BACKWARD, ActivationCheckpointing, ParallelConfig, Schedule
-from parallel.tensor_parallel import PLAN, entries_for
-from tests.parallel.layouts import MODELS, Case, Outcome, alone, run
+from tests.parallel.layouts import Case, Outcome, alone, run
 from training.config import Reduction
 
 # Tensor- and context-parallel ranks all take each micro-batch, and meet in every part of a layer; two or more of these
@@ -174,12 +172,3 @@ def test_a_rank_that_is_not_finite_makes_every_rank_skip_and_is_named(
 def test_only_what_an_old_torch_is_refused_is_left_out() -> None:
     assert all(ALL[name].layout.get("pipeline_schedule") in SPLIT_BACKWARD for name in ALL.keys() - CASES)
     assert len(CASES) == len(ALL) or version("torch") < "2.13"
-
-
-@pytest.mark.parametrize("model", ["plain", "biased"])
-def test_every_parameter_matches_exactly_one_entry_of_the_plan_and_every_entry_a_parameter(model: str) -> None:
-    with torch.device("meta"):
-        paths = {name.rpartition(".")[0] for name, _ in Transformer(MODELS[model]).named_parameters()}
-    found = {path: entries_for(path) for path in paths}
-    assert all(len(entries) == 1 for entries in found.values()), found
-    assert {entry for entries in found.values() for entry in entries} == set(PLAN)

@@ -1,0 +1,37 @@
+"""Auxiliary losses: what a layer wants minimised beside the loss of the head, such as the balance of its experts."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+
+class AuxLosses:
+    """Adds `weight` times each auxiliary loss to what the backward pass minimises, and sums them by name.
+
+    A loss is attached to the hidden states of its layer, so that its gradient joins theirs on the way back, also in a
+    pipeline stage, which never sees the loss of the head.
+    """
+
+    def __init__(self, weight: float | Tensor) -> None:
+        self.weight = weight
+        self.sums: dict[str, Tensor] = {}  # detached, by name, over layers and forward passes
+
+    def attach(self, x_BTD: Tensor, losses: dict[str, Tensor]) -> Tensor:
+        """Return x_BTD with losses whose gradient is `weight` wherever x_BTD has a gradient."""
+        for name, loss in losses.items():
+            attached: Any = _Attach.apply(x_BTD, loss.float() * self.weight)
+            x_BTD = attached
+            self.sums[name] = self.sums.get(name, 0) + loss.detach().float()
+        return x_BTD
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: FunctionCtx, x: Tensor, _loss: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(_ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return grad, torch.ones((), device=grad.device)

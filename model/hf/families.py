@@ -1,0 +1,92 @@
+"""The Hugging Face families that can be read and written. A new one is a class like `Llama` and a line here."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig, ModelError
+from model.hf.internlm2 import InternLM2
+from model.hf.llama import Llama
+from model.transformer import Transformer
+
+HEADS = ("lm_head.weight", "output.weight")  # stored beside a tied embedding, and equal to it
+FAMILIES: tuple[Llama, ...] = (Llama(), InternLM2())  # the smaller first
+
+
+def export_family(config: ModelConfig) -> Llama:
+    """Return the smallest family that can express a model."""
+    for family in FAMILIES:
+        if family.can_express(config):
+            return family
+    raise ModelError(f"model.mlp ({config.mlp}) with {config.attention_layer} attention has no Hugging Face family")
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, Llama]:
+    """Return the configuration and the family of a Hugging Face folder."""
+    about = read_json(folder / "config.json")
+    architecture = (about.get("architectures") or ["none"])[0]
+    known = {name: family for family in FAMILIES for name in family.architectures}
+    if architecture not in known:
+        raise ModelError(f"{folder}: architectures ({architecture}) is not one of {', '.join(known)}")
+    return known[architecture].read_config(about, folder), known[architecture]
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the weights of a Hugging Face folder, fp32, by our names."""
+    config, family = read_config(folder)
+    ours = {theirs: name for name, theirs in family.names(config).items()}
+    weights: dict[str, Tensor] = {}
+    for stored, whole in _tensors(folder):
+        for name, tensor in family.split(stored, whole, config):
+            if name in ours:
+                weights[ours[name]] = tensor.float()
+            elif not name.endswith("rotary_emb.inv_freq") and not (config.tie_embeddings and name in HEADS):
+                raise ModelError(f"{folder}: the model has no place for tensor {name}")
+    for name, param in Transformer.on_meta(config).named_parameters():
+        found = weights[name].shape if name in weights else None
+        if found != param.shape:
+            raise ModelError(f"{folder}: {name} is {found or 'missing'}, and by config.json it is {param.shape}")
+    return weights
+
+
+def pad_vocabulary(weights: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
+    """Pad a smaller vocabulary with rows that are the mean of its own: no text has their ids."""
+    padded = dict(weights)
+    for name in ("embed.weight", "head.weight"):
+        if name in weights and (missing := vocab_size - len(weights[name])) > 0:
+            mean = weights[name].mean(dim=0, keepdim=True)
+            padded[name] = torch.cat([weights[name], mean.expand(missing, -1)])
+    return padded
+
+
+def read_stop_ids(folder: Path) -> set[int]:
+    """Return the tokens that end a text by a folder's generation_config.json, if there is one."""
+    path = folder / "generation_config.json"
+    ids = read_json(path).get("eos_token_id") if path.exists() else None
+    return set() if ids is None else set(ids) if isinstance(ids, list) else {ids}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing: {path.parent} is not a Hugging Face model") from None
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import safe_open
+
+    paths = sorted(folder.glob("*.safetensors"))
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_tensor(name)
+    pickled = [] if paths else sorted(folder.glob("pytorch_model*.bin"))
+    if not paths and not pickled:
+        raise ModelError(f"{folder} has no weights: neither *.safetensors nor pytorch_model*.bin")
+    for path in pickled:
+        yield from torch.load(path, map_location="cpu", weights_only=True).items()

@@ -1,0 +1,79 @@
+"""A saved model and its tokenizer, from a run folder, a checkpoint in it, or a Hugging Face folder:
+
+from training.load import load
+model, tokenizer = load("runs/demo")
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from conf.schema import stored_model
+from corpus.chat import answer_end
+from data.config import TOKENIZER_FILES
+from data.tokenizer import Tokenizer, adds_bos, load_tokenizer
+from model.config import ModelConfig, ModelError
+from model.hf.families import read_config, read_stop_ids, read_weights
+from model.transformer import Transformer
+from training.checkpoint import Checkpoint, open_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A saved model whose weights are not read yet, and what its texts begin and end with."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    add_bos: bool
+    stop_ids: set[int]  # of the end of a text, and of an answer
+    read: Callable[[], dict[str, Tensor]] = field(repr=False)  # fp32 weights by name, on the CPU
+
+    def build(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Transformer:
+        """Return the model with its weights, ready for inference."""
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = Transformer.on_meta(self.config)
+        weights = {name: weight.to(device, dtype or torch.float32) for name, weight in self.read().items()}
+        model.load_state_dict(weights, assign=True)
+        return model.eval()
+
+
+def load(
+    path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> tuple[Transformer, Tokenizer]:
+    """Return the model and the tokenizer that are saved at a path, on a GPU if there is one, in fp32 by default."""
+    saved = open_saved(Path(path))
+    if saved.tokenizer is None:
+        raise ModelError(f"{path} has no tokenizer; open_saved(path).build() returns the model alone")
+    return saved.build(device, dtype), saved.tokenizer
+
+
+def open_saved(path: Path) -> Saved:
+    """Open a run folder, a checkpoint or a Hugging Face folder without reading weights."""
+    if (path / "config.json").exists():
+        tokenizer, stop_ids = tokenizer_in(path), read_stop_ids(path)
+        config, add_bos = read_config(path)[0], tokenizer is not None and adds_bos(path)
+        read = partial(read_weights, path)
+    else:
+        checkpoint = open_checkpoint(path)
+        tokenizer, config = tokenizer_in(run_dir_of(checkpoint) / "tokenizer"), stored_model(checkpoint.state["config"])
+        add_bos = bool(checkpoint.state["data"]["add_bos"])
+        end = None if tokenizer is None else answer_end(tokenizer)
+        stop_ids = set() if end is None else {end}
+        read = partial(checkpoint.read, "model.")
+    if tokenizer is not None and tokenizer.eos_id is not None:
+        stop_ids.add(tokenizer.eos_id)
+    return Saved(config, tokenizer, add_bos, stop_ids, read)
+
+
+def run_dir_of(checkpoint: Checkpoint) -> Path:
+    """Return the run folder of a checkpoint, <run>/checkpoints/step-<n>."""
+    path = checkpoint.path if len(checkpoint.path.parts) > 2 else checkpoint.path.absolute()
+    return path.parents[1]
+
+
+def tokenizer_in(folder: Path) -> Tokenizer | None:
+    return load_tokenizer(folder) if any((folder / name).exists() for name in TOKENIZER_FILES) else None
