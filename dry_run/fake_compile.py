@@ -25,6 +25,8 @@ def fake_compile(trace: Trace, ops: ObserveOps) -> Callable[..., Callable[..., A
     from torch._inductor.decomposition import select_decomp_table
 
     compiled: dict[Any, Callable[..., Any]] = {}
+    decompositions = select_decomp_table()
+    options: Any = {"partition_fn": min_cut_rematerialization_partition, "decompositions": decompositions}
 
     def as_one_kernel(graph: Any, _example: Any) -> Any:
         def run(*args: Any) -> Any:
@@ -47,13 +49,7 @@ def fake_compile(trace: Trace, ops: ObserveOps) -> Callable[..., Callable[..., A
         def call(*args: Any) -> Any:
             params = dict(module.named_parameters())
             if body not in compiled:
-                compiled[body] = aot_function(
-                    functional,
-                    fw_compiler=as_one_kernel,  # type: ignore[arg-type]
-                    bw_compiler=as_one_kernel,  # type: ignore[arg-type]
-                    partition_fn=min_cut_rematerialization_partition,
-                    decompositions=select_decomp_table(),
-                )
+                compiled[body] = aot_function(functional, as_one_kernel, **options)
                 # Activation checkpointing counts saved tensors, and this call's must not be among them.
                 hooks = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
                 with mock.patch.object(ops, "observers", []), hooks:

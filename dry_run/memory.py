@@ -40,18 +40,13 @@ class Memory:
         self.allocations: list[Allocation] = []
         self.now = 0  # in operations
         self.live_bytes = self.peak_bytes = self.peak_at = 0
-        self._kind = "activations"
+        self.kind = "activations"
         self._backward = False
         self._by_storage: dict[int, Allocation] = {}  # by id
 
-    @contextmanager
-    def label(self, kind: str) -> Iterator[None]:
-        """Set the kind of what is allocated in this context."""
-        before, self._kind = self._kind, kind
-        try:
-            yield
-        finally:
-            self._kind = before
+    def label(self, kind: str) -> Any:
+        """Return a context manager and decorator that sets the kind of what is allocated within."""
+        return mock.patch.object(self, "kind", kind)
 
     @contextmanager
     def following_fsdp(self) -> Iterator[None]:
@@ -69,11 +64,8 @@ class Memory:
                 self._allocate(storage, "parameters")
             return result
 
-        post_backward = self.label("gradients")(FSDPParamGroup.post_backward)
-        with (
-            mock.patch.object(torch.UntypedStorage, "resize_", resize_),
-            mock.patch.object(FSDPParamGroup, "post_backward", post_backward),
-        ):
+        patch, post_backward = mock.patch.object, self.label("gradients")(FSDPParamGroup.post_backward)
+        with patch(torch.UntypedStorage, "resize_", resize_), patch(FSDPParamGroup, "post_backward", post_backward):
             yield
 
     def record(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
@@ -84,7 +76,7 @@ class Memory:
                 if allocation.kind == BACKWARD:
                     allocation.kind = "gradients"
         self._backward = backward
-        kind = BACKWARD if backward and self._kind != "logits" else self._kind
+        kind = BACKWARD if backward and self.kind != "logits" else self.kind
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._follow(leaf, "communication" if func.namespace in COLLECTIVES else kind)

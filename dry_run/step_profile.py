@@ -58,9 +58,8 @@ def profile_step(config: TrainConfig, n_micro_batches: int) -> list[StepProfile]
         if n_micro_batches > longest:
             before = profile_rank(config, rank, longest - round_size)
             profile = _extrapolate(before, profile, (n_micro_batches - longest) / round_size)
-        time = profile.time
-        time = replace(time, bubble_s=bubble * (time.compute_s + time.blocking_s))
-        profiles.append(replace(profile, time=time))
+        bubble_s = bubble * (profile.time.compute_s + profile.time.blocking_s)
+        profiles.append(replace(profile, time=replace(profile.time, bubble_s=bubble_s)))
     return profiles
 
 

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from dry_run.config import DryRunConfig
 from dry_run.trace import Collective, Phase
 
-# FSDP's collectives of parameters and gradients, which overlap with compute
-OVERLAPPING_KINDS = {"all_gather", "reduce_scatter", "all_reduce"}
-OVERLAPPING_AXES = {"dp_replicate", "dp_shard", "cp"}
+FSDP_KINDS = ("all_gather", "reduce_scatter", "all_reduce")  # which overlap with compute
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +34,7 @@ def estimate_time(phases: Iterable[Phase], config: DryRunConfig) -> StepTime:
         busy = compute_s(phase, config)
         overlapping = 0.0
         for item in phase.collectives:
-            if item.kind in OVERLAPPING_KINDS and set(item.axis.split("+")) <= OVERLAPPING_AXES:
+            if item.kind in FSDP_KINDS and not {"pp", "tp"}.intersection(item.axis.split("+")):
                 overlapping += collective_s(item, config)
             else:
                 blocking += collective_s(item, config)
@@ -53,14 +51,11 @@ def compute_s(phase: Phase, config: DryRunConfig) -> float:
 def collective_s(item: Collective, config: DryRunConfig) -> float:
     n_ranks = len(item.ranks)
     n_nodes = len({rank // config.devices_per_node for rank in item.ranks})
-    hops, share = n_ranks - 1, (n_ranks - 1) / n_ranks  # share of the bytes that passes over a link
-    if item.kind in ("send", "recv"):
-        hops, share = 1, 1.0
-    elif item.kind == "broadcast":
-        share = 1.0
-    inter_node_hops = min(hops, n_nodes if n_nodes > 1 else 0)
-    latency_us = inter_node_hops * config.inter_node_latency_us
-    latency_us += (hops - inter_node_hops) * config.intra_node_latency_us
+    hops = 1 if item.kind in ("send", "recv") else n_ranks - 1
+    # Share of the bytes that passes over a link
+    share = 1.0 if item.kind in ("send", "recv", "broadcast") else (n_ranks - 1) / n_ranks
+    far = min(hops, n_nodes) if n_nodes > 1 else 0  # hops between nodes
+    latency_us = far * config.inter_node_latency_us + (hops - far) * config.intra_node_latency_us
     gbps = config.intra_node_gbps
     if n_nodes > 1:  # the ranks of a node share all of its network cards
         gbps = min(gbps, config.inter_node_gbps * n_ranks / n_nodes)

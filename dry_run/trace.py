@@ -1,9 +1,5 @@
-"""Trace of what one rank issues in a step: collectives, FLOPs of products, bytes that other operations move.
+"""Trace of what one rank issues in a step: collectives, FLOPs of products, bytes that other operations move."""
 
-It is read off the operations on fake ranks and fake tensors, so a step of a thousand GPUs is traced on none.
-"""
-
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -14,13 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "c10d_functional")  # of collectives
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast", "send", "recv")
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"  # stands for the fused kernel of a GPU
-# Operations that touch no memory
-FREE = ("empty", "new_empty", "_unsafe_view", "detach", "alias", "lift_fresh", "_record_function")
+FREE = ("empty", "new_empty", "_unsafe_view", "detach", "alias", "lift_fresh", "_record_function")  # no traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +84,11 @@ class Trace:
 
     def collectives(self) -> dict[tuple[str, str], tuple[int, int]]:
         """Return count and bytes by (axis, kind)."""
-        sizes: dict[tuple[str, str], list[int]] = defaultdict(list)
-        for phase in self.phases:
-            for collective in phase.collectives:
-                sizes[collective.axis, collective.kind].append(collective.n_bytes)
-        return {key: (len(found), sum(found)) for key, found in sorted(sizes.items())}
+        table: dict[tuple[str, str], tuple[int, int]] = {}
+        for item in (item for phase in self.phases for item in phase.collectives):
+            count, total = table.get((item.axis, item.kind), (0, 0))
+            table[item.axis, item.kind] = count + 1, total + item.n_bytes
+        return dict(sorted(table.items()))
 
     def _record_collective(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
         kind = next((kind for kind in KINDS if kind.replace("_", "") in name.replace("_", "")), None)
@@ -133,10 +128,8 @@ def in_backward() -> bool:
 
 def _attention_flops(args: Any, *, backward: bool) -> int:
     """Count 2 products forward and 5 backward, each over half of the square if attention is causal."""
-    query, key, causal = (args[1], args[2], args[7]) if backward else (args[0], args[1], args[4])
-    batch, heads, length, head_dim = query.shape
-    square = 2 * batch * heads * length * key.shape[2] * head_dim
-    return (5 if backward else 2) * square // (2 if causal else 1)
+    count, n_tensors, causal = (sdpa_backward_flop_count, 4, args[7]) if backward else (sdpa_flop_count, 3, args[4])
+    return count(*(arg.shape for arg in args[:n_tensors])) // (2 if causal else 1)
 
 
 def n_bytes(tree: Any) -> int:
