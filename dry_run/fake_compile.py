@@ -49,7 +49,7 @@ def fake_compile(trace: Trace, ops: ObserveOps) -> Callable[..., Callable[..., A
         def call(*args: Any) -> Any:
             params = dict(module.named_parameters())
             if body not in compiled:
-                compiled[body] = aot_function(functional, as_one_kernel, **options)
+                compiled[body] = aot_function(functional, as_one_kernel, **options)  # type: ignore[arg-type]
                 # Activation checkpointing counts saved tensors, and this call's must not be among them.
                 hooks = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
                 with mock.patch.object(ops, "observers", []), hooks:

@@ -96,7 +96,7 @@ class Memory:
 
     def bytes_at_peak(self) -> dict[str, int]:
         """Return the bytes by kind at the moment of the peak."""
-        found = dict.fromkeys(KINDS, 0)
+        found: dict[str, int] = dict.fromkeys(KINDS, 0)
         for allocation in self.allocations:
             if allocation.begin <= self.peak_at and (allocation.end is None or allocation.end >= self.peak_at):
                 found["activations" if allocation.kind == BACKWARD else allocation.kind] += allocation.n_bytes
