@@ -1,11 +1,11 @@
-# make demo: everything, on built-in text; make test, make lint: what a change must pass; make test-slow: the rest of it,
-# which is many ranks and a Slurm of its own.
-# PYTHON=python3.12 chooses the interpreter, VENV=path the environment it is installed in.
+# make demo: everything, on built-in text
+# make lint, make test, make test-slow: what a change must pass; test-slow starts many ranks and a Slurm of its own
+# PYTHON=python3.12 chooses the interpreter, VENV=path the virtual environment.
 PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3,$(shell $(name) -c 'print("$(name)")' 2>/dev/null)))
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-all lint clean
 
 demo: $(VENV)/.demo
 	$(PY) -m benchmarks.demo
@@ -16,6 +16,9 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(PY) -m pytest -n 2 -m "slow or slurm"
 
+test-all: $(VENV)/.dev  # in one session, which makes fixtures once
+	$(PY) -m pytest -n 2
+
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -23,7 +26,7 @@ lint: $(VENV)/.dev
 
 $(VENV)/.demo: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 14) else "error: Python 3.11, 3.12 or 3.13 is needed, not " + sys.version.split()[0] + "; try: make demo PYTHON=python3.12")'
-	@echo "Installing requirements.txt into $(VENV): a few minutes, once"
+	@echo "Installing requirements.txt into $(VENV): takes minutes, once"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement requirements.txt
 	@touch $@

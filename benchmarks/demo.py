@@ -1,6 +1,6 @@
-"""`make demo`: from built-in text to a model that talks, by the commands a user types, with their times.
+"""`make demo`: from built-in text to generated text, by the commands that a user types, with their times.
 
-python -m benchmarks.demo steps=20 passes settings on to train.py. A second time it uses what the first one made.
+python -m benchmarks.demo [steps=20 ...] passes overrides to train.py. A second run reuses what the first one made.
 """
 
 import gzip
@@ -13,41 +13,36 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from subprocess import Popen, TimeoutExpired
 
-import torch
-
 from data.shards import Shard
 from data.tokenizer import load_tokenizer
 
 RUN, CORPUS = Path("runs/demo"), Path("corpora/builtin")
-LOOK_EVERY_S = 1.0  # at the memory
+MEMORY_EVERY_S = 1.0
 PROMPTS = ("def read(self", "The default value is", "import os")
 
 
 def step(title: str, *command: str, keep: Path | None = None) -> int:
-    """Run one command of the road, show it, and say how long it took; what it prints is put into `keep` as well.
-
-    Gives the most memory that it was seen to use, in bytes.
-    """
+    """Run a command, print its time, and return its peak memory in bytes, sampled; `keep` also gets what it prints."""
     print(f"\n=== {title}\n$ python {' '.join(command)}", flush=True)
-    start, most = time.perf_counter(), 0
+    start, peak = time.perf_counter(), 0
     with keep.open("w") if keep else nullcontext() as file, Popen([sys.executable, *command], stdout=file) as process:
         while process.poll() is None:
             with suppress(TimeoutExpired):
-                process.wait(LOOK_EVERY_S)
-            most = max(most, memory_of_tree(process.pid))
+                process.wait(MEMORY_EVERY_S)
+            peak = max(peak, memory_of_tree(process.pid))
     if keep:
         print(keep.read_text(), end="")
     if process.returncode:
         sys.exit(process.returncode)
     print(f"    ({time.perf_counter() - start:.0f} s)", flush=True)
-    return most
+    return peak
 
 
 def memory_of_tree(root: int) -> int:
-    """Give the bytes that a process and all that it started have, those that they share counted once; 0 if unknown."""
+    """Return the memory of a process and its descendants, shared pages counted once; 0 if unknown. In bytes."""
     parents, total = {}, 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it ended meanwhile
+        with suppress(OSError):  # the process has ended
             parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
     for process in parents:
         above = process
@@ -61,7 +56,7 @@ def memory_of_tree(root: int) -> int:
 
 
 def gzip_bits_per_byte() -> float:
-    """Compress the validation text with gzip -9, and give the bits it needs for a byte."""
+    """Return the bits per byte of the validation text compressed by gzip -9."""
     tokenizer = load_tokenizer(CORPUS / "tokenizer")
     texts = []
     for header in sorted((CORPUS / "valid").glob("*.json")):
@@ -72,30 +67,29 @@ def gzip_bits_per_byte() -> float:
 
 
 def main(overrides: list[str]) -> None:
-    # Ctrl-C reaches the command as well, which saves and ends, and the demo with it.
+    # Ctrl-C reaches the command as well; it saves and exits, and its exit code ends the demo.
     signal.signal(signal.SIGINT, lambda *_: None)
     start = time.perf_counter()
-    precision = "bf16" if torch.cuda.is_available() else "fp32"
     memory = [
         step("1/4 prepare the built-in text", "prepare_data.py", "data=builtin"),
-        step("2/4 train and evaluate", "train.py", "experiment=demo", f"precision={precision}", *overrides),
+        step("2/4 train and evaluate", "train.py", "experiment=demo", *overrides),
         step("3/4 export, and load the export with transformers", "export.py", f"run={RUN}"),
     ]
     (RUN / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     options = (f"prompts={RUN / 'prompts.txt'}", "max_new_tokens=48", "temperature=0.7", "top_p=0.9")
-    title = "4/4 three samples of text"
+    title = "4/4 generate three samples"
     memory.append(step(title, "generate.py", f"hf={RUN / 'hf'}", *options, keep=RUN / "samples.txt"))
     records = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
     ours = next(r["valid/bits_per_byte"] for r in reversed(records) if "valid/bits_per_byte" in r)
-    # No process was larger, whether it was looked at then or not.
+    # The largest process, in case sampling missed its peak
     peak = max(*memory, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
     print(f"\n=== made in {time.perf_counter() - start:.0f} s, peak memory {peak / 2**30:.2f} GiB")
-    print(f"validation text   {ours:.3f} bits a byte by the model, {gzip_bits_per_byte():.3f} by gzip -9")
+    print(f"validation text   {ours:.3f} bits per byte by the model, {gzip_bits_per_byte():.3f} by gzip -9")
     print(f"run folder        {RUN}")
     print(f"loss curve        {RUN / 'loss.png'}")
     print(f"exported model    {RUN / 'hf'}")
     print(f"three samples     {RUN / 'samples.txt'}")
-    print("next              python train.py model=125m data=builtin; README.md has the road")
+    print("next              python train.py model=125m data=builtin; then see README.md")
 
 
 if __name__ == "__main__":

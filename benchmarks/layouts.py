@@ -9,8 +9,9 @@ from hydra import compose, initialize_config_dir
 
 from conf.cli import CONF
 from conf.schema import register, to_config
-from dry_run.reading import GIB, Reading
-from dry_run.run import dry_run
+from dry_run.run import GIB
+from dry_run.step_profile import StepProfile, profile_step
+from parallel.axes import resolve_axes
 
 WORLD_SIZE, NODE = 1024, 8
 LAYOUTS = {
@@ -39,46 +40,45 @@ KINDS = {
 PICTURE = Path("docs/parallel.svg")
 
 
-def read(overrides: list[str]) -> Reading:
-    """Read a step of 4 micro-batches of 2 x 2,048 tokens on the rank that needs the most memory."""
+def profile(overrides: list[str]) -> StepProfile:
+    """Profile a step of 4 micro-batches of 2 x 2,048 tokens on the rank that needs the most memory."""
     settings = [
         "dry_run='true'", f"dry_run.world_size={WORLD_SIZE}", "model=7b", "data=random", "data.seq_len=2048",
         "data.micro_batch_size=2", "parallel.reduce_dtype=bf16",
     ]  # fmt: skip
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = to_config(compose("train", overrides=[*settings, *overrides]))
-    run = dry_run(config)
-    n_micro_batches = max(4, run.axes.pp * config.parallel.virtual_stages)
-    return max(run.read(n_micro_batches), key=lambda reading: reading.peak)
+    n_micro_batches = max(4, resolve_axes(config.parallel, WORLD_SIZE).pp * config.parallel.virtual_stages)
+    return max(profile_step(config, n_micro_batches), key=lambda found: found.peak_bytes)
 
 
-def sent(reading: Reading) -> tuple[int, int]:
-    """Give the bytes of collectives inside a node, and of those that leave it."""
-    items = [item for window in reading.windows for item in window.collectives]
+def sent(profile: StepProfile) -> tuple[int, int]:
+    """Return the bytes of collectives within a node, and of those between nodes."""
+    items = [item for phase in profile.phases for item in phase.collectives]
     leaves = [len({rank // NODE for rank in item.ranks}) > 1 for item in items]
     within = sum(item.n_bytes for item, away in zip(items, leaves, strict=True) if not away)
     return within, sum(item.n_bytes for item in items) - within
 
 
-def rows(readings: dict[str, Reading]) -> list[str]:
+def rows(profiles: dict[str, StepProfile]) -> list[str]:
     lines = [
         "| layout | peak, GiB | parameters | gradients | optimizer | activations | in a node, GB | between nodes, GB |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for name, reading in readings.items():
-        kinds = [f"{reading.at_peak[kind] / GIB:.1f}" for kind in list(KINDS)[:4]]
-        traffic = [f"{n_bytes / 1e9:.2f}" for n_bytes in sent(reading)]
-        lines.append(f"| `{name}` | {reading.peak / GIB:.1f} | {' | '.join([*kinds, *traffic])} |")
+    for name, found in profiles.items():
+        kinds = [f"{found.bytes_at_peak[kind] / GIB:.1f}" for kind in list(KINDS)[:4]]
+        traffic = [f"{n_bytes / 1e9:.2f}" for n_bytes in sent(found)]
+        lines.append(f"| `{name}` | {found.peak_bytes / GIB:.1f} | {' | '.join([*kinds, *traffic])} |")
     return lines
 
 
-def draw(readings: dict[str, Reading]) -> str:
+def draw(profiles: dict[str, StepProfile]) -> str:
     """Draw memory by kind, and bytes inside and between nodes, a row a layout."""
     left, wide, high, gap = 190, 380, 22, 34
-    most_memory = max(reading.peak for reading in readings.values())
-    most_sent = max(sum(sent(reading)) for reading in readings.values())
+    most_memory = max(found.peak_bytes for found in profiles.values())
+    most_sent = max(sum(sent(found)) for found in profiles.values())
     right = left + wide + 60
-    height = 70 + gap * len(readings) + 30
+    height = 70 + gap * len(profiles) + 30
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{right + wide + 90}" height="{height}" '
         'font-family="sans-serif" font-size="12">',
@@ -90,12 +90,12 @@ def draw(readings: dict[str, Reading]) -> str:
     for i, (x, kind, color) in enumerate(legend):
         parts += _label(x + 92 * i - 40, 36, kind, color)
     parts += _label(right + 200, 36, "inside a node", "#72b7b2") + _label(right + 310, 36, "between nodes", "#e45756")
-    for i, (name, reading) in enumerate(readings.items()):
+    for i, (name, found) in enumerate(profiles.items()):
         y = 60 + gap * i
         parts.append(f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">{name}</text>')
-        bars = [(reading.at_peak[kind], color) for kind, color in KINDS.items()]
-        parts += _bar(left, y, wide / most_memory, high, bars, f"{reading.peak / GIB:.0f}")
-        within, between = sent(reading)
+        bars = [(found.bytes_at_peak[kind], color) for kind, color in KINDS.items()]
+        parts += _bar(left, y, wide / most_memory, high, bars, f"{found.peak_bytes / GIB:.0f}")
+        within, between = sent(found)
         bars = [(within, "#72b7b2"), (between, "#e45756")]
         parts += _bar(right, y, wide / most_sent, high, bars, f"{(within + between) / 1e9:.1f}")
     parts.append(
@@ -122,12 +122,12 @@ def _label(x: float, y: int, text: str, color: str) -> list[str]:
 
 def main() -> None:
     register()
-    readings = {}
+    profiles = {}
     for name, overrides in LAYOUTS.items():
-        readings[name] = read(overrides)
-        print(f"{name}: {readings[name].table}", flush=True)
-    print(*rows(readings), sep="\n")
-    PICTURE.write_text(draw(readings))
+        profiles[name] = profile(overrides)
+        print(f"{name}: {profiles[name].collectives}", flush=True)
+    print(*rows(profiles), sep="\n")
+    PICTURE.write_text(draw(profiles))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What speed costs in learning: python -m benchmarks.loss_curves [--model 1b] [--steps 200] [--out docs/images]
+"""What speed costs in loss: python -m benchmarks.loss_curves [--model 1b] [--steps 200] [--out docs/images]
 
-The same batches of the built-in corpus train the same weights several times: in plain eager PyTorch (bf16 weights
-copied from fp32 masters, torch.optim.AdamW on the masters, whole logits in fp32), by the engine in bf16, with bf16
-moments, and with 8-bit products. The curves and the last losses show the difference.
+The same weights are trained on the same batches of the built-in corpus: in plain eager PyTorch (bf16 weights copied
+from fp32 masters, torch.optim.AdamW on the masters, whole logits in fp32), by the engine in bf16, with bf16 moments,
+and with 8-bit products. Prints the last losses and draws the curves.
 """
 
 import argparse
@@ -29,8 +29,8 @@ def rates(config: TrainConfig) -> list[float]:
     return [learning_rate(i, steps=config.steps, lr=of.lr, config=config.scheduler) for i in range(config.steps)]
 
 
-def plainly(config: TrainConfig, device: torch.device) -> list[float]:
-    """Train in eager PyTorch with nothing of the engine's."""
+def train_eager(config: TrainConfig, device: torch.device) -> list[float]:
+    """Train in eager PyTorch without the engine; return the losses."""
     torch.set_default_dtype(torch.bfloat16)
     with device:
         model = Transformer(config.model)
@@ -69,7 +69,7 @@ def plainly(config: TrainConfig, device: torch.device) -> list[float]:
     return torch.stack(losses).tolist()
 
 
-def by_engine(config: TrainConfig, device: torch.device) -> list[float]:
+def train_engine(config: TrainConfig, device: torch.device) -> list[float]:
     engine = build(config, Mesh(device=device))
     engine.optimizer.set_schedule([(lr, config.optimizer.beta2) for lr in rates(config)])  # type: ignore[attr-defined]
     source = micro_batches(config.model.vocab_size, config.data.micro_batch_size, config.data.seq_len, "pile")
@@ -89,7 +89,7 @@ def draw(curves: dict[str, list[float]], title: str, path: Path) -> None:
         below.plot([mine - other for mine, other in zip(losses, first, strict=True)], linewidth=1)
     above.set(ylabel="loss", title=title)
     above.legend()
-    below.set(ylabel="minus the first's", xlabel="step")
+    below.set(ylabel="difference from the first", xlabel="step")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="1b")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rows", type=int, default=4, help="in each of a step's two micro-batches")
+    parser.add_argument("--rows", type=int, default=4, help="per micro-batch; a step has two")
     parser.add_argument("--row-len", type=int, default=2048)
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
     arguments = parser.parse_args()
@@ -109,16 +109,16 @@ def main() -> None:
         "optimizer.lr=3e-4", "optimizer.decay=all", "model.init=llama", "scheduler.warmup_ratio=0.1",
         f"data.micro_batch_size={arguments.rows}", f"global_batch_tokens={n_tokens}",
     )  # fmt: skip
-    ways = {
-        "plain eager PyTorch, fp32 masters": (plainly, ("parallel.compile=none",)),
-        "engine, bf16": (by_engine, ()),
-        "engine, bf16 moments": (by_engine, ("optimizer.state_dtype=bf16",)),
-        "engine, 8-bit products": (by_engine, ("precision.fp8=tensorwise",)),
+    variants = {
+        "plain eager PyTorch, fp32 masters": (train_eager, ("parallel.compile=none",)),
+        "engine, bf16": (train_engine, ()),
+        "engine, bf16 moments": (train_engine, ("optimizer.state_dtype=bf16",)),
+        "engine, fp8 products": (train_engine, ("precision.fp8=tensorwise",)),
     }
-    print(f"{where(device)}; {arguments.model}, {n_tokens:,} tokens a step")
+    print(f"{where(device)}; {arguments.model}, {n_tokens:,} tokens per step")
     curves: dict[str, list[float]] = {}
-    for name, (train, extra) in ways.items():
-        if device.type != "cuda" and "8-bit" in name:
+    for name, (train, extra) in variants.items():
+        if device.type != "cuda" and "fp8" in name:
             continue
         start = time.perf_counter()
         curves[name] = train(configure((*setting, *extra)), device)
@@ -130,7 +130,7 @@ def main() -> None:
         gc.collect()
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "loss_curves.json").write_text(json.dumps(curves))
-    title = f"{arguments.model}, {n_tokens:,} tokens a step, the built-in corpus"
+    title = f"{arguments.model}, {n_tokens:,} tokens per step, the built-in corpus"
     draw(curves, title, arguments.out / "loss_curves.png")
 
 

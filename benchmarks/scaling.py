@@ -25,9 +25,9 @@ from hydra import compose, initialize_config_dir
 from conf.cli import CONF
 from conf.schema import register, to_config
 from dry_run.config import DryRunConfig
-from dry_run.reading import Reading
-from dry_run.run import dry_run
-from dry_run.step_time import compute_s, regrouped, step_time
+from dry_run.step_profile import StepProfile, profile_step
+from dry_run.step_time import compute_s, estimate_time
+from dry_run.trace import Phase
 
 N_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 PUBLISHED = {  # (tp, zero1): tokens per GPU and second
@@ -41,8 +41,8 @@ TOKENS = 16_384  # of a GPU in a step
 
 
 @cache
-def on_16_gpus(tp: int) -> tuple[Reading, DryRunConfig]:
-    """Read a step of this engine on 16 GPUs with `zero1` 8 / tp, so that every axis of the table is there."""
+def on_16_gpus(tp: int) -> tuple[StepProfile, DryRunConfig]:
+    """Profile a step of this engine on 16 GPUs with `zero1` 8 / tp, so that every axis of the table is there."""
     settings = [
         "dry_run=a100", "model=7b", "data=random", "data.seq_len=2048", f"data.micro_batch_size={2 * tp}",
         f"global_batch_tokens={16 * TOKENS}", "parallel.zero_stage=1", f"parallel.dp_shard={8 // tp}",
@@ -51,7 +51,25 @@ def on_16_gpus(tp: int) -> tuple[Reading, DryRunConfig]:
     ]  # fmt: skip
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = to_config(compose("train", overrides=settings))
-    return dry_run(config).read(4)[0], config.dry_run
+    return profile_step(config, 4)[0], config.dry_run
+
+
+def regrouped(phases: list[Phase], axes: dict[str, int]) -> list[Phase]:
+    """Return rank 0's phases on a mesh of other sizes: the same collectives between other ranks."""
+    return [
+        replace(phase, collectives=[replace(item, ranks=ranks_of(item.axis, axes)) for item in phase.collectives])
+        for phase in phases
+    ]
+
+
+def ranks_of(axis: str, axes: dict[str, int]) -> tuple[int, ...]:
+    """Return rank 0's group over the named axes; `axes` are the sizes, outermost first."""
+    ranks, stride = [0], 1
+    for name, size in reversed(axes.items()):
+        if name in axis.split("+"):
+            ranks = [rank + i * stride for i in range(size) for rank in ranks]
+        stride *= size
+    return tuple(ranks)
 
 
 def shards(tp: int, zero1: int, n_gpus: int) -> int:
@@ -70,9 +88,9 @@ def main() -> None:
     reduce_s = (most - node) / (1024 - 16)
     busy_s = first - 8 * reduce_s - 8 * broadcast_s
     exposed_s = node - first - 8 * reduce_s
-    reading, machine = on_16_gpus(1)
-    computing = sum(compute_s(window, machine) for window in reading.windows)
-    products = reading.flops / (machine.peak_tflops * 1e12)
+    profile, machine = on_16_gpus(1)
+    computing = sum(compute_s(phase, machine) for phase in profile.phases)
+    products = profile.flops / (machine.peak_tflops * 1e12)
     efficiency = products / (busy_s - (computing - products / machine.flops_efficiency))
     machine = replace(machine, flops_efficiency=efficiency)
     print(f"calibrated: products reach {efficiency:.1%} of {machine.peak_tflops:g} TFLOP/s,")
@@ -81,13 +99,13 @@ def main() -> None:
     print(f"\n{'tp':>2} {'zero1':>5} {'GPUs':>5} {'published':>10} {'predicted':>10} {'error':>7} {'this engine':>12}")
     errors = []
     for (tp, zero1), row in PUBLISHED.items():
-        windows = on_16_gpus(tp)[0].windows
+        phases = on_16_gpus(tp)[0].phases
         for n_gpus, measured in zip(N_GPUS, row, strict=True):
             parts = shards(tp, zero1, n_gpus)
             axes = {"pp": 1, "dp_replicate": n_gpus // tp // parts, "dp_shard": parts, "cp": 1, "tp": tp}
-            ours = step_time(regrouped(windows, axes), machine)
+            ours = estimate_time(regrouped(phases, axes), machine)
             added = exposed_s * (n_gpus > 8) + reduce_s * n_gpus / tp + broadcast_s * parts
-            predicted = TOKENS / (ours.compute_s + ours.waiting_s + added)
+            predicted = TOKENS / (ours.compute_s + ours.blocking_s + added)
             fitted = (tp, zero1, n_gpus) in CALIBRATED
             error = predicted / measured - 1
             errors += [] if fitted else [abs(error)]

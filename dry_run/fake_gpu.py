@@ -1,57 +1,76 @@
-"""A GPU that is not there: tensors without numbers, kernels that are not launched, code that takes its GPU branch."""
+"""Fake ranks on fake GPUs: tensors have shapes only, kernels and collectives do nothing, code takes its GPU branch."""
 
-import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from parallel.axes import resolve_axes
+from parallel.config import ParallelConfig
+from parallel.mesh import Mesh, leave, open_mesh
+
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
-HOPPER = (9, 0)  # its compute capability
+TRITON_KERNELS = ("model.loss_kernel", "training.optim.adamw_kernel")
 IS_CUDA, DEVICE = torch.Tensor.is_cuda.__get__, torch.Tensor.device.__get__  # type: ignore[attr-defined]
-Launched = Callable[[tuple[Any, ...]], object]
-REAL_DEVICE: Any = FakeTensor.device.fget
+FAKE_DEVICE: Any = FakeTensor.device.fget
 TO_EMPTY = nn.Module.to_empty
 MAKE_WRAPPER: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
 
 
 @contextmanager
-def pretended_gpu(kernels: Iterable[str] = (), launched: Launched = lambda _: None) -> Iterator[None]:
-    """Let tensors have shapes only, and be on a GPU as far as our own code can see.
+def fake_mesh(layout: ParallelConfig, rank: int, world_size: int) -> Iterator[Mesh]:
+    """Open the mesh of one rank in a world whose collectives do nothing."""
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        mesh = open_mesh(resolve_axes(layout, world_size), zero_stage=layout.zero_stage, device=CPU)
+        yield replace(mesh, device=CUDA)
+    finally:
+        leave()
 
-    Where they really are is the CPU, so that torch's own code, which can be run without a GPU, is run as it is.
-    `kernels` are the modules of Triton kernels that the code may want, and `launched` is given their arguments.
+
+@contextmanager
+def fake_gpu(on_launch: Callable[[tuple[Any, ...]], object]) -> Iterator[None]:
+    """Make tensors without storage that are on a GPU as far as this project's code can see.
+
+    To torch they are on the CPU, so that its code runs without a GPU. `on_launch` gets the arguments of Triton kernels.
     """
     with ExitStack() as stack:
-        stack.enter_context(_no_kernels(tuple(kernels), launched))
+        _fake_triton(stack, on_launch)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(mock.patch.object(FakeTensor, "device", property(_device)))
-        stack.enter_context(mock.patch.object(torch.Tensor, "_make_wrapper_subclass", _wrapper))
-        stack.enter_context(mock.patch.object(nn.Module, "to_empty", _to_empty))
-        stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", lambda *_: HOPPER))
-        for name in ("__init__", "__getitem__", "_concatenate", "_flatten", "_unflatten"):
-            stack.enter_context(mock.patch.object(DeviceMesh, name, _with_numbers(vars(DeviceMesh)[name])))
-        stack.enter_context(mock.patch.object(DeviceMesh, "mesh", property(_with_numbers(DeviceMesh.mesh.fget))))
+        patches: list[tuple[Any, str, Any]] = [
+            (FakeTensor, "device", property(_device)),
+            (torch.Tensor, "_make_wrapper_subclass", _make_wrapper),
+            (nn.Module, "to_empty", _to_empty),
+            (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+            (DeviceMesh, "mesh", property(_without_modes(DeviceMesh.mesh.fget))),
+        ]
+        names = ("__init__", "__getitem__", "_concatenate", "_flatten", "_unflatten")
+        patches += [(DeviceMesh, name, _without_modes(vars(DeviceMesh)[name])) for name in names]
+        for target, name, fake in patches:
+            stack.enter_context(mock.patch.object(target, name, fake))
         stack.enter_context(_HostReads())
         stack.enter_context(_OnGpu())
         yield
 
 
-def _with_numbers(method: Any) -> Any:
-    """Let a method of a mesh, which reckons with ranks, see tensors that have numbers."""
+def _without_modes(method: Any) -> Any:
+    """Let a method of a mesh compute with tensors that have numbers: its ranks."""
     function = method.__func__ if isinstance(method, staticmethod) else method
 
     def real(*args: Any, **kwargs: Any) -> Any:
@@ -62,72 +81,67 @@ def _with_numbers(method: Any) -> Any:
 
 
 class _HostReads(TorchDispatchMode):
-    """Gives the host a 1 wherever it reads a number, because there is none."""
+    """Returns 1 wherever the host reads a number."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return 1 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
 
 
 class _OnGpu(TorchFunctionMode):
-    """Answers as a GPU's tensors would, and makes on the CPU what is asked for on the GPU."""
+    """Answers as a GPU's tensors would, and allocates on the CPU what is asked for on the GPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func == IS_CUDA:
-            return _asked_by_us(2) or func(*args)
+            return _called_by_project(2) or func(*args)
         if func == DEVICE:
-            found = func(*args)
-            return CUDA if found == CPU and _asked_by_us(2) else found
+            device = func(*args)
+            return CUDA if device == CPU and _called_by_project(2) else device
         if func is torch.Tensor.tolist:
-            return _ones(list(args[0].shape))
+            return [1] * args[0].numel()
         if func is F.rms_norm:
             return _rms_norm(*args, **kwargs)
-        return func(*map(_on_cpu, args), **{key: _on_cpu(part) for key, part in kwargs.items()})
+        return func(*map(_on_cpu, args), **{key: _on_cpu(value) for key, value in kwargs.items()})
 
 
-def _ones(shape: list[int]) -> Any:
-    return [_ones(shape[1:]) for _ in range(shape[0])] if shape else 1
+def _called_by_project(depth: int) -> bool:
+    return not sys._getframe(depth).f_globals.get("__name__", "").startswith("torch")
 
 
-def _on_cpu(part: Any) -> Any:
-    return CPU if isinstance(part, torch.device) and part.type == "cuda" else part
+def _device(tensor: Any) -> torch.device:
+    device = FAKE_DEVICE(tensor)
+    return CUDA if device == CPU and _called_by_project(2) else device
 
 
-def _wrapper(*args: Any, **kwargs: Any) -> Any:
-    return MAKE_WRAPPER(*args, **{key: _on_cpu(part) for key, part in kwargs.items()})
+def _on_cpu(value: Any) -> Any:
+    return CPU if isinstance(value, torch.device) and value.type == "cuda" else value
+
+
+def _make_wrapper(*args: Any, **kwargs: Any) -> Any:
+    return MAKE_WRAPPER(*args, **{key: _on_cpu(value) for key, value in kwargs.items()})
 
 
 def _to_empty(module: nn.Module, *, device: torch.device, recurse: bool = True) -> nn.Module:
-    """Do what `to_empty` does, which swaps tensors, and a fake tensor cannot be swapped."""
-    for part in module.modules():
-        for name, param in part.named_parameters(recurse=False):
+    """Set new parameters, where the real method swaps tensors: a fake one cannot be swapped."""
+    for child in module.modules():
+        for name, param in child.named_parameters(recurse=False):
             if isinstance(param, FakeTensor):
-                setattr(part, name, nn.Parameter(torch.empty_like(param, device=device)))
+                setattr(child, name, nn.Parameter(torch.empty_like(param, device=device)))
     if any(isinstance(param, DTensor) for param in module.parameters()):
         return TO_EMPTY(module, device=_on_cpu(device), recurse=recurse)
     return module
 
 
-def _device(tensor: Any) -> torch.device:
-    real = REAL_DEVICE(tensor)
-    return CUDA if real == CPU and _asked_by_us(2) else real
-
-
-def _asked_by_us(depth: int) -> bool:
-    return not sys._getframe(depth).f_globals.get("__name__", "").startswith("torch")
-
-
-def _rms_norm(x: Tensor, _shape: Any, weight: Tensor, eps: float | None = None) -> Tensor:
+def _rms_norm(x: Tensor, _shape: Any, weight: Any, eps: float | None = None) -> Tensor:
     if not isinstance(x, DTensor):
         return _RMSNorm.apply(x, weight)  # type: ignore[return-value]
-    assert isinstance(weight, DTensor)
     partial = [Partial() if place.is_shard() else Replicate() for place in x.placements]
     out = _RMSNorm.apply(x.to_local(), weight.to_local(grad_placements=partial))
     return DTensor.from_local(out, x.device_mesh, x.placements, run_check=False)  # type: ignore[arg-type]
 
 
 class _RMSNorm(torch.autograd.Function):
-    """A GPU has one kernel for it, which keeps one number a row; without a GPU it would be ten operations."""
+    """The one kernel of a GPU, which saves a number per row; on the CPU it would be ten operations."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -140,40 +154,24 @@ class _RMSNorm(torch.autograd.Function):
         return torch.add(x, grad), torch.empty_like(weight)
 
 
-@contextmanager
-def _no_kernels(modules: tuple[str, ...], launched: Launched) -> Iterator[None]:
-    """Let the kernels of our Triton modules be launched to no effect, whether Triton is installed or not."""
-    if importlib.util.find_spec("triton") is not None:
-        with mock.patch("triton.runtime.jit.JITFunction.run", lambda _self, *args, **_k: launched(args)):
-            yield
-        return
-
-    class Kernel:
-        def __init__(self, function: Any) -> None:
-            self.function = function
-
-        def __getitem__(self, grid: Any) -> Any:
-            return lambda *args, **_k: launched(args)
-
-    triton, language = ModuleType("triton"), ModuleType("triton.language")
-    vars(triton).update(language=language, jit=Kernel, cdiv=lambda a, b: -(-a // b))
-    vars(language).update(constexpr=None)
-    sys.modules.update({"triton": triton, "triton.language": language})
-    try:
-        for module in modules:
-            importlib.import_module(module)
-    finally:  # torch itself must not find it
-        del sys.modules["triton"], sys.modules["triton.language"]
+def _fake_triton(stack: ExitStack, on_launch: Callable[[tuple[Any, ...]], object]) -> None:
+    """Replace the modules of Triton kernels by ones whose kernels do nothing, whether Triton is installed or not."""
+    kernel = mock.MagicMock()
+    kernel.__getitem__.return_value = lambda *args, **_: on_launch(args)
+    language = SimpleNamespace(constexpr=None)
+    triton: Any = SimpleNamespace(language=language, jit=lambda _: kernel, cdiv=lambda a, b: -(-a // b))
     find_spec = importlib.util.find_spec
 
-    def found(name: str, package: str | None = None) -> ModuleSpec | None:
-        return ModuleSpec(name, None) if name == "triton" and _asked_by_us(2) else find_spec(name, package)
+    def find_triton(name: str, package: str | None = None) -> ModuleSpec | None:
+        return ModuleSpec(name, None) if name == "triton" and _called_by_project(2) else find_spec(name, package)
 
-    try:
-        with mock.patch.object(importlib.util, "find_spec", found):
-            yield
-    finally:
-        for module in modules:  # without kernels, they must not outlast the pretence
-            package, _, name = module.rpartition(".")
-            del sys.modules[module]
-            vars(sys.modules[package]).pop(name, None)
+    for name in TRITON_KERNELS:
+        spec: Any = find_spec(name)
+        module = importlib.util.module_from_spec(spec)
+        with mock.patch.dict(sys.modules, {"triton": triton, "triton.language": language}):
+            spec.loader.exec_module(module)
+        package, _, attribute = name.rpartition(".")
+        stack.enter_context(mock.patch.object(sys.modules[package], attribute, module, create=True))
+        sys.modules[name] = module
+        stack.callback(sys.modules.pop, name)
+    stack.enter_context(mock.patch.object(importlib.util, "find_spec", find_triton))

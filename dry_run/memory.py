@@ -1,4 +1,4 @@
-"""Bytes that a step allocates, by what they are for, read off the operations as the allocator would see them."""
+"""Memory of a step by what it is for, followed storage by storage as the CUDA allocator would see it."""
 
 import weakref
 from collections.abc import Iterable, Iterator
@@ -9,132 +9,117 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from dry_run.trace import in_backward
 
-BLOCK = 512  # the CUDA allocator rounds each request up to it
-COMMUNICATION = ("c10d", "_c10d_functional", "fsdp")
+BLOCK = 512  # bytes; the CUDA allocator rounds each request up to a multiple
+COLLECTIVES = ("c10d", "_c10d_functional", "fsdp")  # namespaces of operations
 BACKWARD = "activation gradients"
-AT_PEAK = ("parameters", "gradients", "optimizer", "activations", "logits", "communication")
+KINDS = ("parameters", "gradients", "optimizer", "activations", "logits", "communication")
 
 
 @dataclass(slots=True, eq=False)
-class Piece:
-    """One allocation, from one operation to another."""
-
+class Allocation:
     n_bytes: int
     kind: str
-    begin: int
-    end: int | None = None  # None: still there
+    begin: int  # in operations
+    end: int | None = None  # None: still allocated
 
 
 class Memory:
-    """Follows every storage of a process from its first tensor to its last.
+    """Follows every storage from its first tensor to its last.
 
-    A piece is of the kind that `holding` was last given. In the backward pass it is one of activations, and
-    called a gradient of parameters once it has outlived the pass.
+    What is allocated is of the kind that `label` set last. In a backward pass it is an activation's gradient, or
+    a parameter's if it outlives the pass.
     """
 
     def __init__(self) -> None:
-        self.pieces: list[Piece] = []
+        self.allocations: list[Allocation] = []
         self.now = 0  # in operations
-        self.live = 0
-        self.peak = 0
-        self.peak_at = 0
-        self._kind = "activations"
+        self.live_bytes = self.peak_bytes = self.peak_at = 0
+        self.kind = "activations"
         self._backward = False
-        self._storages: dict[int, Piece] = {}  # by id of the storage
+        self._by_storage: dict[int, Allocation] = {}  # by id
+
+    def label(self, kind: str) -> Any:
+        """Return a context manager and decorator that sets the kind of what is allocated within."""
+        return mock.patch.object(self, "kind", kind)
 
     @contextmanager
-    def holding(self, kind: str) -> Iterator[None]:
-        """Say what the storages made from here on are for."""
-        before, self._kind = self._kind, kind
-        try:
-            yield
-        finally:
-            self._kind = before
+    def following_fsdp(self) -> Iterator[None]:
+        """Follow what FSDP does without an operation: it frees gathered parameters and allocates them again.
 
-    @contextmanager
-    def following(self) -> Iterator[None]:
-        """Notice also what FSDP does without an operation: it frees gathered parameters and makes room for them."""
+        What it allocates at the end of a module's backward pass is gradients, also outside of autograd's backward pass.
+        """
         resize = torch.UntypedStorage.resize_
 
         def resize_(storage: torch.UntypedStorage, size: int) -> Any:
-            piece = self._storages.pop(id(storage), None)
+            allocation = self._by_storage.get(id(storage))
             result = resize(storage, size)
-            if piece is not None:
-                self._close(piece)
-                self._open(storage, "parameters")
+            if allocation is not None:
+                self._free(id(storage), allocation)
+                self._allocate(storage, "parameters")
             return result
 
-        with mock.patch.object(torch.UntypedStorage, "resize_", resize_):
+        patch, post_backward = mock.patch.object, self.label("gradients")(FSDPParamGroup.post_backward)
+        with patch(torch.UntypedStorage, "resize_", resize_), patch(FSDPParamGroup, "post_backward", post_backward):
             yield
 
-    def saw(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+    def record(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         self.now += 1
-        if self._backward and not in_backward():
-            self._end_backward()
-        self._backward = in_backward()
-        kind = "communication" if func.namespace in COMMUNICATION else self._label()
+        backward = in_backward()
+        if self._backward and not backward:
+            for allocation in self._by_storage.values():
+                if allocation.kind == BACKWARD:
+                    allocation.kind = "gradients"
+        self._backward = backward
+        kind = BACKWARD if backward and self.kind != "logits" else self.kind
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor):
-                self.note(leaf, kind)
-        if func is torch.ops.fsdp.split_with_sizes_copy.default:  # the parameters that were gathered
-            self.rename(kwargs["out"], "parameters")
+            if isinstance(leaf, Tensor):
+                self._follow(leaf, "communication" if func.namespace in COLLECTIVES else kind)
+        if func is torch.ops.fsdp.split_with_sizes_copy.default:  # gathered parameters
+            self.relabel(kwargs["out"], "parameters")
 
-    def note(self, tensor: Tensor, kind: str) -> None:
-        """Follow a tensor's storage from now on, if it is not followed yet; a known one keeps its kind."""
-        storage = tensor.untyped_storage()
-        if id(storage) not in self._storages:
-            self._open(storage, kind)
-
-    def rename(self, tensors: Iterable[Tensor], kind: str) -> None:
-        """Say what tensors that are followed already are for."""
+    def relabel(self, tensors: Iterable[Tensor], kind: str) -> None:
+        """Change the kind of tensors' storages."""
         for tensor in tensors:
-            part: Any = tensor
-            while is_traceable_wrapper_subclass(part):
-                part = getattr(part, part.__tensor_flatten__()[0][0])
-            self.note(part, kind)
-            self._storages[id(part.untyped_storage())].kind = kind
+            inner: Any = tensor
+            while is_traceable_wrapper_subclass(inner):
+                inner = getattr(inner, inner.__tensor_flatten__()[0][0])
+            self._follow(inner, kind).kind = kind
 
-    def forget_peak(self) -> None:
-        """Look for the most from here on."""
-        self.peak, self.peak_at = self.live, self.now
+    def reset_peak(self) -> None:
+        self.peak_bytes, self.peak_at = self.live_bytes, self.now
 
-    def at_peak(self) -> dict[str, int]:
-        """Give the bytes at the moment of the most, by kind."""
-        found: dict[str, int] = dict.fromkeys(AT_PEAK, 0)
-        for piece in self.pieces:
-            if piece.begin <= self.peak_at and (piece.end is None or piece.end >= self.peak_at):
-                found["activations" if piece.kind == BACKWARD else piece.kind] += piece.n_bytes
+    def bytes_at_peak(self) -> dict[str, int]:
+        """Return the bytes by kind at the moment of the peak."""
+        found: dict[str, int] = dict.fromkeys(KINDS, 0)
+        for allocation in self.allocations:
+            if allocation.begin <= self.peak_at and (allocation.end is None or allocation.end >= self.peak_at):
+                found["activations" if allocation.kind == BACKWARD else allocation.kind] += allocation.n_bytes
         return found
 
-    def _label(self) -> str:
-        return BACKWARD if in_backward() and self._kind != "logits" else self._kind
+    def _follow(self, tensor: Tensor, kind: str) -> Allocation:
+        """Return the allocation of a tensor's storage, a new one of this kind if there is none."""
+        storage = tensor.untyped_storage()
+        return self._by_storage.get(id(storage)) or self._allocate(storage, kind)
 
-    def _end_backward(self) -> None:
-        for piece in self._storages.values():
-            if piece.kind == BACKWARD:
-                piece.kind = "gradients"
+    def _allocate(self, storage: torch.UntypedStorage, kind: str) -> Allocation:
+        allocation = Allocation(-(-storage.nbytes() // BLOCK) * BLOCK, kind, self.now)
+        self.allocations.append(allocation)
+        self._by_storage[id(storage)] = allocation
+        weakref.finalize(storage, self._free, id(storage), allocation)
+        self.live_bytes += allocation.n_bytes
+        if self.live_bytes > self.peak_bytes:
+            self.reset_peak()
+        return allocation
 
-    def _open(self, storage: torch.UntypedStorage, kind: str) -> None:
-        piece = Piece(-(-storage.nbytes() // BLOCK) * BLOCK, kind, self.now)
-        self.pieces.append(piece)
-        self._storages[id(storage)] = piece
-        weakref.finalize(storage, self._forget, id(storage), piece)
-        self.live += piece.n_bytes
-        if self.live > self.peak:
-            self.peak, self.peak_at = self.live, self.now
-
-    def _close(self, piece: Piece) -> None:
-        if piece.end is None:
-            piece.end = self.now
-            self.live -= piece.n_bytes
-
-    def _forget(self, key: int, piece: Piece) -> None:
-        self._close(piece)
-        if self._storages.get(key) is piece:
-            del self._storages[key]
+    def _free(self, key: int, allocation: Allocation) -> None:
+        if allocation.end is None:
+            allocation.end = self.now
+            self.live_bytes -= allocation.n_bytes
+        if self._by_storage.get(key) is allocation:
+            del self._by_storage[key]

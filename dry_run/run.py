@@ -1,45 +1,45 @@
-"""A run on ranks and GPUs that are not there: what `dry_run=true` prints."""
+"""A training step on fake ranks and GPUs: what `dry_run=true` prints."""
 
-from functools import partial
+from dataclasses import asdict
+from textwrap import fill
 
 from conf.schema import TrainConfig
-from dry_run.reading import DryRun, FakeBatch, report
-from model.config import Attention
+from dry_run.step_profile import profile_step
 from model.counts import count_params
-from parallel.engine import Engine
-from parallel.mesh import Mesh
-from training.optim.optimizer import AdamW
-from training.scaler import LossScaler
-from training.setup import build_engine, build_model, lr_schedule
-from training.state import TrainState
+from parallel.axes import resolve_axes
+
+GIB = 2**30
+INDENT = " " * 11
 
 
 def run_dry_run(config: TrainConfig) -> None:
-    """Print what a step would be on `dry_run.world_size` GPUs, from the code that would run it."""
-    model = config.model
-    for line in report(
-        dry_run(config),
-        name=model.name,
-        n_params=count_params(model),
-        global_batch_tokens=config.global_batch_tokens,
-        micro_batch_tokens=config.micro_batch_tokens,
-    ):
-        print(line)
-
-
-def dry_run(config: TrainConfig) -> DryRun:
-    """Join model, optimizer and engine for ranks and GPUs that are not there."""
-
-    def build(mesh: Mesh) -> Engine:
-        model, stages = build_model(config, mesh)
-        optimizer, progress = AdamW(model, config.optimizer, tied_params=model.tied_params), TrainState()
-        optimizer.set_schedule(lr_schedule(config, progress)[:1])
-        return build_engine(config, mesh, model, stages, optimizer, LossScaler(config.precision), progress, n_sources=1)
-
-    if config.model.attention is not Attention.reference:
-        config.model.attention = Attention.sdpa  # keeps what every fused kernel keeps, and can be run without one
-    config.parallel.cuda_graphs = False  # which change when kernels are launched, and none is
-    data = config.data
-    batch = partial(FakeBatch.of, config.micro_batch_tokens // data.pack_tokens, data.pack_tokens, data.seq_len)
-    kernels = ("model.loss_kernel", "training.optim.adamw_kernel")
-    return DryRun(build, batch, config.parallel, config.dry_run, kernels=kernels)
+    """Print memory, collectives and estimated time of a step; a batch that does not fill the ranks is filled."""
+    machine, model, axes = config.dry_run, config.model, resolve_axes(config.parallel, config.dry_run.world_size)
+    full = config.micro_batch_tokens * axes.dp
+    n_micro_batches = max(1, config.global_batch_tokens // full)
+    n_tokens = n_micro_batches * full
+    print(f"model      {model.name}: {count_params(model):,} parameters")
+    print(f"layout     {axes} = {axes.world_size:,} GPUs, zero_stage {config.parallel.zero_stage}")
+    ranks = f"{axes.dp:,} data-parallel ranks x {n_micro_batches} micro-batches x {config.micro_batch_tokens:,}"
+    print(f"batch      {n_tokens:,} tokens per step = {ranks}")
+    if n_tokens != config.global_batch_tokens:
+        print(f"{INDENT}global_batch_tokens ({config.global_batch_tokens:,}) must be a multiple of {full:,} to train")
+    profiles = profile_step(config, n_micro_batches)
+    for profile in profiles:
+        peak, limit = profile.peak_bytes / GIB, machine.device_memory_gib
+        above = f", more than dry_run.device_memory_gib ({limit:g})" if peak > limit else ""
+        print(f"rank {profile.rank:<6}{profile.n_params:,} parameters held; peak {peak:.2f} GiB{above}:")
+        kinds = [f"{kind} {n_bytes / GIB:.2f}" for kind, n_bytes in profile.bytes_at_peak.items() if n_bytes]
+        print(f"{INDENT}{', '.join(kinds)}")
+    largest = max(profiles, key=lambda profile: profile.peak_bytes)
+    where = f", on rank {largest.rank}, which needs the most memory" if len(profiles) > 1 else ""
+    print(f"{'collective':<16} {'axis':<22} {'count':>7} {'bytes':>20}   per step{where}")
+    for (axis, kind), (count, n_bytes) in largest.collectives.items():
+        print(f"{kind:<16} {axis:<22} {count:>7,} {n_bytes:>20,}")
+    time = max((profile.time for profile in profiles), key=lambda time: time.total_s)
+    rate = n_tokens / axes.world_size / time.total_s
+    print(f"step time  {time.total_s:.3f} s, {rate:,.0f} tokens/s per GPU, estimated as:")
+    print(f"{INDENT}compute {time.compute_s:.3f}, tensor, context and pipeline collectives {time.blocking_s:.3f},")
+    print(f"{INDENT}exposed data-parallel collectives {time.exposed_s:.3f}, pipeline bubble {time.bubble_s:.3f}")
+    inputs = ", ".join(f"dry_run.{key} {value:g}" for key, value in asdict(machine).items() if key != "enabled")
+    print(fill(inputs, 100, initial_indent=INDENT, subsequent_indent=INDENT))

@@ -1,207 +1,137 @@
-"""What one rank does in a step, read off the operations it issues: collectives, products, memory.
+"""Trace of what one rank issues in a step: collectives, FLOPs of products, bytes that other operations move."""
 
-Works on fake ranks and fake tensors, so that a step of a thousand GPUs can be read on none.
-"""
-
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-KINDS = {
-    "all_gather": ("allgather", "all_gather"),
-    "reduce_scatter": ("reduce_scatter",),
-    "all_reduce": ("allreduce", "all_reduce"),
-    "all_to_all": ("alltoall", "all_to_all"),
-    "broadcast": ("broadcast",),
-    "send": ("send",),
-    "recv": ("recv",),
-}
-# Operations of these namespaces talk to other ranks.
-NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "c10d_functional")
-ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"  # what a fused kernel is without a GPU
-# Operations that touch no memory
-FREE = ("empty", "new_empty", "_unsafe_view", "detach", "alias", "lift_fresh", "_record_function")
+NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "c10d_functional")  # of collectives
+KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast", "send", "recv")
+ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"  # stands for the fused kernel of a GPU
+FREE = ("empty", "new_empty", "_unsafe_view", "detach", "alias", "lift_fresh", "_record_function")  # no traffic
 
 
 @dataclass(frozen=True, slots=True)
 class Collective:
-    """One message between ranks; its bytes are those of the whole tensor, gathered or not yet scattered."""
-
     kind: str
     axis: str  # of the mesh; several are joined by +
     ranks: tuple[int, ...]
-    n_bytes: int
+    n_bytes: int  # of the whole tensor: gathered, or not yet scattered
 
 
 @dataclass(slots=True)
-class Window:
-    """What is issued between two turns from forward to backward, or back."""
+class Phase:
+    """What is issued between two changes from forward to backward, or back."""
 
     backward: bool
     flops: int = 0
-    n_bytes: int = 0  # that other operations than products read and write
+    n_bytes: int = 0  # read and written by other operations than products
     collectives: list[Collective] = field(default_factory=list)
 
 
-def axis_of(ranks: Sequence[int], axes: dict[str, int]) -> str:
-    """Name the mesh axes that a group's ranks differ in; `axes` are the sizes, outermost first."""
-    names, sizes = list(axes), list(axes.values())
-    strides = [prod(sizes[i + 1 :]) for i in range(len(sizes))]
-    varying = [
-        name
-        for name, size, stride in zip(names, sizes, strides, strict=True)
-        if len({rank // stride % size for rank in ranks}) > 1
-    ]
-    return "+".join(varying)
+class ObserveOps(TorchDispatchMode):
+    """Calls `observers` as `observer(func, args, kwargs, result)` after each operation on plain tensors."""
 
-
-def ranks_of(axis: str, axes: dict[str, int]) -> tuple[int, ...]:
-    """Give the ranks of rank 0's group over the named axes; `axes` are the sizes, outermost first."""
-    ranks = [0]
-    sizes = list(axes.values())
-    for i, name in enumerate(axes):
-        if name in axis.split("+"):
-            stride = prod(sizes[i + 1 :])
-            ranks = [rank + step * stride for rank in ranks for step in range(sizes[i])]
-    return tuple(sorted(ranks))
-
-
-class Observer(Protocol):
-    """Whoever is told of every operation on tensors of this rank alone, with its result."""
-
-    def saw(self, func: Any, args: Any, kwargs: Any, result: Any) -> None: ...
-
-
-class Watch(TorchDispatchMode):
-    """Tells observers of every operation."""
-
-    def __init__(self, observers: Sequence[Observer]) -> None:
+    def __init__(self, *observers: Callable[[Any, Any, Any, Any], None]) -> None:
         super().__init__()
         self.observers = list(observers)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Tell nobody of what is done in here."""
-        observers, self.observers = self.observers, []
-        try:
-            yield
-        finally:
-            self.observers = observers
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(map(is_traceable_wrapper_subclass_type, types)):  # DTensor is one
-            return NotImplemented  # its parts come by here on their own
+        if any(map(is_traceable_wrapper_subclass_type, types)):  # such as DTensor
+            return NotImplemented  # operations on its local tensors arrive on their own
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func.namespace != "prim":  # which asks a tensor what it is
+        if func.namespace != "prim":  # queries such as a tensor's device
             for observer in self.observers:
-                observer.saw(func, args, kwargs, result)
+                observer(func, args, kwargs, result)
         return result
 
 
-class Ledger:
-    """Notes collectives and FLOPs of a rank in the order they are issued."""
+class Trace:
+    """Records what is issued, in order, on a mesh of these axes and sizes, outermost first."""
 
     def __init__(self, axes: dict[str, int]) -> None:
         self.axes = axes
-        self.windows = [Window(backward=False)]
-        self._fused = False
-        self._groups: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self.phases = [Phase(backward=False)]
+        self.products_only = False  # record nothing but products and collectives
 
-    @property
-    def collectives(self) -> list[Collective]:
-        return [item for window in self.windows for item in window.collectives]
-
-    def saw(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        if in_backward() != self.windows[-1].backward:
-            self.windows.append(Window(in_backward()))
-        window, packet = self.windows[-1], func._overloadpacket
+    def record(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        if in_backward() != self.phases[-1].backward:
+            self.phases.append(Phase(in_backward()))
+        phase, packet = self.phases[-1], func._overloadpacket
         if func.namespace in NAMESPACES:
-            self._count_collective(window, func, args, kwargs, result)
+            self._record_collective(packet.__name__, args, kwargs, result)
         elif packet.__name__.startswith(ATTENTION):
-            window.flops += _attention_flops(args, backward=packet.__name__.endswith("backward"))
+            phase.flops += _attention_flops(args, backward=packet.__name__.endswith("backward"))
         elif packet in (torch.ops.aten.mm, torch.ops.aten.addmm):
-            left, right = [part for part in args if isinstance(part, Tensor)][-2:]  # beside them may stand a dtype
-            window.flops += 2 * left.numel() * right.shape[1]
+            left, right = [arg for arg in args if isinstance(arg, Tensor)][-2:]  # a dtype may follow them
+            phase.flops += 2 * left.numel() * right.shape[1]
         elif packet in flop_registry:
-            window.flops += flop_registry[packet](*args, **kwargs, out_val=result)
-        elif not self._fused and not func.is_view and not packet.__name__.startswith(FREE):
-            moved = (*tree_leaves(args), *(kwargs[key] for key in kwargs if key != "out"), *tree_leaves(result))
-            window.n_bytes += sum(map(n_bytes, moved))
+            phase.flops += flop_registry[packet](*args, **kwargs, out_val=result)
+        elif not self.products_only and not func.is_view and not packet.__name__.startswith(FREE):
+            self.record_kernel([args, [kwargs[key] for key in kwargs if key != "out"], result])
 
-    @contextmanager
-    def fused(self) -> Iterator[None]:
-        """Let only products be noted in here: the rest is one kernel, which `launched` is told of."""
-        before, self._fused = self._fused, True
-        try:
-            yield
-        finally:
-            self._fused = before
+    def record_kernel(self, args: Sequence[Any]) -> None:
+        """Record a kernel that reads or writes each of its tensors once."""
+        self.phases[-1].n_bytes += n_bytes(args)
 
-    def launched(self, arguments: Sequence[Any]) -> None:
-        """Note a kernel that is no operation of torch's."""
-        self.windows[-1].n_bytes += sum(map(n_bytes, arguments))
+    def collectives(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """Return count and bytes by (axis, kind)."""
+        table: dict[tuple[str, str], tuple[int, int]] = {}
+        for item in (item for phase in self.phases for item in phase.collectives):
+            count, total = table.get((item.axis, item.kind), (0, 0))
+            table[item.axis, item.kind] = count + 1, total + item.n_bytes
+        return dict(sorted(table.items()))
 
-    def table(self) -> dict[tuple[str, str], tuple[int, int]]:
-        """Give count and bytes by (axis, kind)."""
-        sums: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
-        for item in self.collectives:
-            entry = sums[item.axis, item.kind]
-            entry[0] += 1
-            entry[1] += item.n_bytes
-        return {key: (count, total) for key, (count, total) in sorted(sums.items())}
-
-    def _count_collective(self, window: Window, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        name = func._overloadpacket.__name__
-        kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)), None)
-        if kind is None:  # waits and barriers carry nothing
+    def _record_collective(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
+        kind = next((kind for kind in KINDS if kind.replace("_", "") in name.replace("_", "")), None)
+        if kind is None:  # waits and barriers
             return
-        axis, ranks = self._group(args, kwargs)
+        parts = [*args, *kwargs.values()]
+        ranks = tuple(dist.get_process_group_ranks(_group_of(parts)))
         if len(ranks) > 1:
-            parts = [*args, *kwargs.values(), result]
-            whole = max(sum(map(n_bytes, tree_leaves(part))) for part in parts)
-            window.collectives.append(Collective(kind, axis, ranks, whole))
+            whole = max(map(n_bytes, [*parts, result]))
+            self.phases[-1].collectives.append(Collective(kind, axis_of(ranks, self.axes), ranks, whole))
 
-    def _group(self, args: Any, kwargs: Any) -> tuple[str, tuple[int, ...]]:
-        """Find an operation's process group among its arguments: by name, or boxed."""
-        for part in reversed([*args, *kwargs.values()]):  # before its name may stand that of an operation
-            if isinstance(part, str):
-                name, group = part, None
-            elif isinstance(part, torch.ScriptObject) and "ProcessGroup" in str(part._type()):
-                group = dist.ProcessGroup.unbox(part)
-                name = group.group_name
-            else:
-                continue
-            if name not in self._groups:
-                group = group or dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
-                ranks = tuple(dist.get_process_group_ranks(group))
-                self._groups[name] = axis_of(ranks, self.axes), ranks
-            return self._groups[name]
-        raise AssertionError("a collective without a group")
+
+def _group_of(args: Sequence[Any]) -> dist.ProcessGroup:
+    """Find the process group among a collective's arguments: a name, or boxed."""
+    for arg in reversed(args):  # the reduction's name may come before the group's
+        if isinstance(arg, str):
+            return dist.distributed_c10d._resolve_process_group(arg)  # type: ignore[arg-type]
+        if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
+            return dist.ProcessGroup.unbox(arg)
+    raise AssertionError("a collective without a process group")
+
+
+def axis_of(ranks: Sequence[int], axes: dict[str, int]) -> str:
+    """Return the mesh axes that a group's ranks differ in, joined by +; `axes` are the sizes, outermost first."""
+    stride, varying = prod(axes.values()), []
+    for name, size in axes.items():
+        stride //= size
+        if len({rank // stride % size for rank in ranks}) > 1:
+            varying.append(name)
+    return "+".join(varying)
 
 
 def in_backward() -> bool:
-    """Say whether autograd is computing gradients just now."""
+    """Return whether autograd is running a backward pass."""
     return torch._C._current_graph_task_id() != -1
 
 
 def _attention_flops(args: Any, *, backward: bool) -> int:
-    """Count two products forward and five backward, over half of the square if a token sees only those before it."""
-    query, key, causal = (args[1], args[2], args[7]) if backward else (args[0], args[1], args[4])
-    batch, heads, length, head_dim = query.shape
-    square = 2 * batch * heads * length * key.shape[2] * head_dim
-    return (5 if backward else 2) * square // (2 if causal else 1)
+    """Count 2 products forward and 5 backward, each over half of the square if attention is causal."""
+    count, n_tensors, causal = (sdpa_backward_flop_count, 4, args[7]) if backward else (sdpa_flop_count, 3, args[4])
+    return count(*(arg.shape for arg in args[:n_tensors])) // (2 if causal else 1)
 
 
-def n_bytes(leaf: Any) -> int:
-    return leaf.numel() * leaf.element_size() if isinstance(leaf, Tensor) else 0
+def n_bytes(tree: Any) -> int:
+    """Return the bytes of all tensors in a tensor or a nested container."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))

@@ -1,10 +1,10 @@
-"""How pytest-xdist shares tests out: a worker takes whole files, whose fixtures are made once, the longest first."""
+"""Distribution of tests by pytest-xdist: a worker takes whole files, so fixtures are made once, the longest first."""
 
 import torch
 from xdist.scheduler import LoadFileScheduling
 from xdist.workermanage import WorkerController
 
-# Of a minute and more, or nearly: the other worker would wait for one of them that was begun last.
+# About a minute or more each: started last, one of them would keep a single worker busy at the end.
 LONGEST = (
     "tests/parallel/test_layouts.py", "tests/slurm", "tests/test_resume.py", "tests/test_train.py",
     "tests/dry_run/test_dry_run.py", "tests/launch/test_sweep.py", "tests/test_export.py",
@@ -15,8 +15,8 @@ class ByFile(LoadFileScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
         if torch.cuda.is_available():
-            return "tests"  # workers would share the card: one has all
-        return "tests/slurm" if file.startswith("tests/slurm/") else file  # there are its ports and nodes once
+            return "tests"  # workers would share the GPU: one takes all
+        return "tests/slurm" if file.startswith("tests/slurm/") else file  # one set of ports and nodes
 
     def _assign_work_unit(self, node: WorkerController) -> None:
         longest = min(self.workqueue, key=lambda file: LONGEST.index(file) if file in LONGEST else len(LONGEST))

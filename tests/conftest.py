@@ -1,4 +1,4 @@
-"""What every test may use."""
+"""Fixtures and helpers of all tests."""
 
 import json
 import os
@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# Before torch reads it: a thread that has nothing to do sleeps, and leaves its core to the test beside this one.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Set before torch is imported: idle OpenMP threads sleep, and leave their core to the other worker's test.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from training.stop import StopRequest
 
 ROOT = Path(__file__).parent.parent
 
-# Two threads, as on the smallest machine the tests must pass on: results depend on the count.
+# As on the smallest machine: results depend on the number of threads.
 torch.set_num_threads(2)
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
@@ -40,7 +40,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
-            # Kernel compilers warn of their own insides.
+            # Kernel compilers warn about their own code.
             item.add_marker(pytest.mark.filterwarnings("ignore"))
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
@@ -59,14 +59,14 @@ def trained(folder: Path, *overrides: str, stop: StopRequest | None = None) -> f
 
 
 def metrics(folder: Path) -> list[dict]:
-    """What a run wrote down, without what the clock decides."""
+    """Return the records of a run without its measured times."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in record.items() if not key.startswith("perf/")} for record in records]
 
 
 @pytest.fixture(scope="session")
 def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small corpus of two sources, prepared by the command itself."""
+    """A small corpus of two sources, prepared by `prepare_data.py`."""
     root = tmp_path_factory.mktemp("corpus")
     lines = mixed_lines()
     for source, part in (("code", lines[600:]), ("prose", lines[:600])):
@@ -95,7 +95,7 @@ def small(corpus_dir: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def run_dir(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> Path:
-    """A run that is over, with its checkpoint and tokenizer."""
+    """A finished run, with its checkpoint and tokenizer."""
     folder = tmp_path_factory.mktemp("runs") / "done"
     trained(folder, *small)
     return folder

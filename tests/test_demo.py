@@ -1,4 +1,4 @@
-"""`make demo` from the corpus to its closing block, on a smaller model: stopped, gone on with, and run again."""
+"""`make demo` on a smaller model: interrupted, resumed, and run again."""
 
 import json
 import os
@@ -22,7 +22,7 @@ LEFT_OUT = (".*", "__pycache__", "runs", "corpora", "exports", "tests", "docs")
 
 
 def demo(checkout: Path, *, stop_in_training: bool = False) -> tuple[int, str]:
-    """Run the demo as make does, in a session of its own as a terminal has; give its exit code and what it printed."""
+    """Run the demo as make does, in a session of its own as in a terminal; return exit code and output."""
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.demo", *SETTINGS],
         cwd=checkout,
@@ -40,8 +40,8 @@ def demo(checkout: Path, *, stop_in_training: bool = False) -> tuple[int, str]:
     return process.returncode, printed
 
 
-def made(checkout: Path) -> dict[str, tuple[int, bytes]]:
-    """Files of the corpus, the checkpoints and the export, each with the time when it was written."""
+def written_files(checkout: Path) -> dict[str, tuple[int, bytes]]:
+    """Return the files of corpus, checkpoints and export, with the time of their last change."""
     folders = [checkout / "corpora", checkout / "runs" / "demo" / "checkpoints", checkout / "runs" / "demo" / "hf"]
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
@@ -49,7 +49,7 @@ def made(checkout: Path) -> dict[str, tuple[int, bytes]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_demo_is_stopped_goes_on_names_what_it_made_and_makes_nothing_twice(tmp_path: Path) -> None:
+def test_demo_resumes_and_does_nothing_twice(tmp_path: Path) -> None:
     checkout = shutil.copytree(ROOT, tmp_path / "checkout", ignore=shutil.ignore_patterns(*LEFT_OUT))
 
     code, printed = demo(checkout, stop_in_training=True)
@@ -59,19 +59,21 @@ def test_the_demo_is_stopped_goes_on_names_what_it_made_and_makes_nothing_twice(
     code, first = demo(checkout)
     assert code == 0 and "resumed from runs/demo/checkpoints/" in first and "step 12/12" in first, first
     title, *lines = first[first.index("=== made in") :].splitlines()
-    told = {line[:18].strip(): line[18:] for line in lines}
+    closing = {line[:18].strip(): line[18:] for line in lines}
     assert 0.1 < float(re.findall(r"peak memory (\S+) GiB", title)[0]) < 3
-    records = [json.loads(line) for line in (checkout / told["run folder"] / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (checkout / closing["run folder"] / "metrics.jsonl").read_text().splitlines()
+    ]
     bits = [record["valid/bits_per_byte"] for record in records if "valid/bits_per_byte" in record]
-    assert len(bits) == 1 and told["validation text"].startswith(f"{bits[0]:.3f} bits a byte by the model, ")
-    assert (checkout / told["loss curve"]).read_bytes().startswith(b"\x89PNG")
-    assert (checkout / told["exported model"] / "model.safetensors").exists()
-    samples = (checkout / told["three samples"]).read_text()
+    assert len(bits) == 1 and closing["validation text"].startswith(f"{bits[0]:.3f} bits per byte by the model, ")
+    assert (checkout / closing["loss curve"]).read_bytes().startswith(b"\x89PNG")
+    assert (checkout / closing["exported model"] / "model.safetensors").exists()
+    samples = (checkout / closing["three samples"]).read_text()
     assert samples.count("--- prompt") == 3 and samples in first
 
-    before, metrics = made(checkout), (checkout / "runs" / "demo" / "metrics.jsonl").read_text()
+    before, metrics = written_files(checkout), (checkout / "runs" / "demo" / "metrics.jsonl").read_text()
     code, second = demo(checkout)
-    assert code == 0 and made(checkout) == before, second
+    assert code == 0 and written_files(checkout) == before, second
     assert (checkout / "runs" / "demo" / "metrics.jsonl").read_text() == metrics
     for words in ("was prepared before with the same settings", "nothing is left to train", "is the export of"):
         assert words in second

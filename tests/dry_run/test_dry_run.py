@@ -1,7 +1,8 @@
-"""A step on a thousand GPUs sends what its layout's closed forms say, and holds what they say; no GPU is needed."""
+"""Collectives, memory and FLOPs of dry runs equal the closed forms of their layouts, on up to 1,024 fake GPUs."""
 
 import subprocess
 import sys
+from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,19 @@ from hydra import compose, initialize_config_dir
 
 from conf.cli import CONF
 from conf.schema import TrainConfig, register, to_config
-from dry_run.reading import Reading
-from dry_run.run import dry_run
+from dry_run.fake_gpu import TRITON_KERNELS
+from dry_run.run import run_dry_run
+from dry_run.step_profile import StepProfile, profile_rank, profile_step
 from model.counts import count_params
 from training.config import Fp8
 
 ROOT = Path(__file__).parent.parent.parent
-WORLD, MICRO_BATCHES, LAYERS = 1024, 3, 3
+WORLD, MICRO_BATCHES, LAYERS = 1024, 2, 2
 BF16 = 2
 
 
 def configure(*overrides: str, world_size: int = WORLD) -> TrainConfig:
-    """Compose InternLM-7B with fewer layers and `MICRO_BATCHES` of 4,096 tokens a data-parallel rank."""
+    """Compose InternLM-7B with fewer layers and micro-batches of 4,096 tokens."""
     register()
     settings = [
         "dry_run='true'", f"dry_run.world_size={world_size}", "model=7b", f"model.n_layers={LAYERS}", "data=random",
@@ -33,15 +35,17 @@ def configure(*overrides: str, world_size: int = WORLD) -> TrainConfig:
         return to_config(compose("train", overrides=[*settings, *overrides]))
 
 
-def read(*overrides: str, world_size: int = WORLD) -> tuple[TrainConfig, list[Reading]]:
+def profile(*overrides: str, world_size: int = WORLD) -> tuple[TrainConfig, StepProfile]:
+    """Profile a step of `MICRO_BATCHES` per rank, of a layout without a pipeline."""
     config = configure(*overrides, world_size=world_size)
-    return config, dry_run(config).read(MICRO_BATCHES)
+    (found,) = profile_step(config, MICRO_BATCHES)
+    return config, found
 
 
 class Sizes:
-    """Numbers of a model's groups, each of which is gathered and reduced by itself: blocks, embedding, the rest.
+    """Parameter counts of FSDP's groups: each block, the embedding, and the rest.
 
-    A tensor's rows are filled up to a multiple of the ranks that share them.
+    Rows are padded to a multiple of the ranks that share them.
     """
 
     def __init__(self, config: TrainConfig, shard: int) -> None:
@@ -56,18 +60,15 @@ class Sizes:
         self.groups = config.model.n_layers + 2
 
 
-def figures(dp: int) -> int:
-    """Bytes that every step adds up over all ranks: targets of each micro-batch; loss, four sums a source, norm."""
+def metric_bytes(dp: int) -> int:
+    """Bytes that each step reduces over all ranks: targets per micro-batch; loss, four sums per source, norm."""
     return 8 * dp * MICRO_BATCHES + 8 * 6
 
 
-def table(
+def data_parallel_collectives(
     sizes: Sizes, shard: int, *, gathers: tuple[int, int], scatters: int, reduce_bytes: int = 4
 ) -> dict[tuple[str, str], tuple[int, int]]:
-    """The closed form of a data-parallel layout.
-
-    `gathers` says how often a step gathers a block or the embedding, and how often the rest.
-    """
+    """Return the closed form; `gathers` is how often a step gathers each block or the embedding, and the rest."""
     replicas = WORLD // shard
     dp = "+".join(name for name, size in (("dp_replicate", replicas), ("dp_shard", shard)) if size > 1)
     expected = {}
@@ -83,10 +84,10 @@ def table(
             scatters * sizes.groups,
             scatters * reduce_bytes * sizes.all,
         )
-        if sizes.in_8_bits:  # the largest number of each matrix of a block
+        if sizes.in_8_bits:  # the largest value of each matrix of a block
             expected["dp_shard", "all_reduce"] = (1, 4 * 7 * LAYERS)
     count, n_bytes = expected.get((dp, "all_reduce"), (0, 0))
-    expected[dp, "all_reduce"] = (count + 2, n_bytes + figures(WORLD))
+    expected[dp, "all_reduce"] = (count + 2, n_bytes + metric_bytes(WORLD))
     return expected
 
 
@@ -109,41 +110,43 @@ def table(
     ],
     ids=str,
 )
-def test_a_data_parallel_step_of_1024_gpus_sends_what_its_stage_says(
+def test_data_parallel_collectives_on_1024_gpus(
     overrides: list[str], shard: int, gathers: tuple[int, int], scatters: int, reduce_bytes: int
 ) -> None:
-    config, (reading,) = read(*overrides)
-    expected = table(Sizes(config, shard), shard, gathers=gathers, scatters=scatters, reduce_bytes=reduce_bytes)
-    assert reading.table == expected
+    config, found = profile(*overrides)
+    expected = data_parallel_collectives(
+        Sizes(config, shard), shard, gathers=gathers, scatters=scatters, reduce_bytes=reduce_bytes
+    )
+    assert found.collectives == expected
 
 
-def fill(rows: int, shard: int) -> int:
+def padded(rows: int, shard: int) -> int:
     return -(-rows // shard) * shard
 
 
-def part_of(config: TrainConfig, *, tp: int, shard: int, layers: int, embed: bool = True, head: bool = True) -> int:
-    """Numbers of a rank's group: matrices are divided over tp first, and the rows that are left filled up for FSDP."""
+def n_params_of(config: TrainConfig, *, tp: int, shard: int, layers: int, embed: bool = True, head: bool = True) -> int:
+    """Parameters of a tp rank: matrices are split over tp, then rows are padded for FSDP."""
     width, d_ff = config.model.d_model, config.model.d_ff
-    columns = 3 * (fill(width // tp, shard) * width + fill(width // tp, shard))
+    columns = 3 * (padded(width // tp, shard) * width + padded(width // tp, shard))
     rows = width * (width // tp) + width + width * (d_ff // tp)
-    block = columns + rows + 2 * fill(d_ff // tp, shard) * width + 2 * width
-    vocabulary = fill(config.model.vocab_size // tp, shard) * width
+    block = columns + rows + 2 * padded(d_ff // tp, shard) * width + 2 * width
+    vocabulary = padded(config.model.vocab_size // tp, shard) * width
     return layers * block + embed * vocabulary + head * (vocabulary + width)
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
-def test_a_tensor_parallel_step_sends_activations_and_no_logits(sequence_parallel: bool) -> None:
+def test_tensor_parallel_collectives_carry_activations_and_no_logits(sequence_parallel: bool) -> None:
     tp, shard = 2, WORLD // 2
-    config, (reading,) = read("parallel=tp_zero1", f"parallel.sequence_parallel={str(sequence_parallel).lower()}")
-    tokens, width, numbers = 4096, config.model.d_model, part_of(config, tp=tp, shard=shard, layers=LAYERS)
-    # Each part of a block, the embedding and the head send whole activations once forward and once backward.
+    config, found = profile("parallel=tp_zero1", f"parallel.sequence_parallel={str(sequence_parallel).lower()}")
+    tokens, width, numbers = 4096, config.model.d_model, n_params_of(config, tp=tp, shard=shard, layers=LAYERS)
+    # Attention, MLP, embedding and head each send whole activations once forward and once backward.
     sent = MICRO_BATCHES * (4 * LAYERS + 2)
     loss = (3 * MICRO_BATCHES, 5 * 4 * tokens * MICRO_BATCHES)  # largest logit; three sums; the first of the largest
     norms = 2 * LAYERS + 1
     expected = {
         ("dp_shard", "all_gather"): (LAYERS + 2, BF16 * numbers),
         ("dp_shard", "reduce_scatter"): (LAYERS + 2, 4 * numbers),
-        ("dp_shard+tp", "all_reduce"): (2, figures(WORLD // tp)),
+        ("dp_shard+tp", "all_reduce"): (2, metric_bytes(WORLD // tp)),
     }
     whole = sent * BF16 * tokens * width
     if sequence_parallel:
@@ -151,165 +154,188 @@ def test_a_tensor_parallel_step_sends_activations_and_no_logits(sequence_paralle
         expected["tp", "all_reduce"] = (loss[0] + norms, loss[1] + 4 * width * norms)
     else:
         expected["tp", "all_reduce"] = (sent + loss[0], whole + loss[1])
-    assert reading.table == expected
+    assert found.collectives == expected
 
 
 @pytest.mark.slow
-def test_8_bit_weights_under_tensor_parallel_are_gathered_in_8_bits_and_the_rest_is_sent_as_ever() -> None:
-    _, (bf16,) = read("parallel=tp_zero1")
-    config, (reading,) = read("parallel=tp_zero1", "precision=fp8")
+def test_fp8_changes_only_the_gathered_weights_on_tp() -> None:
+    _, bf16 = profile("parallel=tp_zero1")
+    config, found = profile("parallel=tp_zero1", "precision=fp8")
     tp, shard, width = 2, WORLD // 2, config.model.d_model
-    vectors = 3 * fill(width // tp, shard) + 3 * width  # biases and norms
-    matrices = part_of(config, tp=tp, shard=shard, layers=LAYERS, embed=False, head=False) - LAYERS * vectors
-    count, n_bytes = bf16.table["dp_shard", "all_gather"]
+    vectors = 3 * padded(width // tp, shard) + 3 * width  # biases and norms
+    matrices = n_params_of(config, tp=tp, shard=shard, layers=LAYERS, embed=False, head=False) - LAYERS * vectors
+    count, n_bytes = bf16.collectives["dp_shard", "all_gather"]
     changed = {("dp_shard", "all_gather"): (count, n_bytes - matrices), ("dp_shard", "all_reduce"): (1, 4 * 7 * LAYERS)}
-    assert reading.table == {**bf16.table, **changed}
+    assert found.collectives == {**bf16.collectives, **changed}
 
 
-def test_a_context_parallel_step_turns_tokens_into_heads() -> None:
-    config, (reading,) = read("parallel=cp")
+def test_context_parallel_collectives() -> None:
+    config, found = profile("parallel=cp")
     # q, k, v and the output of every layer, forward and backward, half of the tokens here
     count = 8 * LAYERS * MICRO_BATCHES
-    assert reading.table["cp", "all_to_all"] == (count, count * BF16 * 4096 // 2 * config.model.d_model)
-    numbers = part_of(config, tp=1, shard=WORLD, layers=LAYERS)
-    assert reading.table["dp_shard+cp", "reduce_scatter"] == (LAYERS + 2, 4 * numbers)
+    assert found.collectives["cp", "all_to_all"] == (count, count * BF16 * 4096 // 2 * config.model.d_model)
+    numbers = n_params_of(config, tp=1, shard=WORLD, layers=LAYERS)
+    assert found.collectives["dp_shard+cp", "reduce_scatter"] == (LAYERS + 2, 4 * numbers)
 
 
 @pytest.mark.slow
-def test_each_stage_of_a_pipeline_holds_its_layers_and_passes_activations_on() -> None:
+def test_pipeline_stages_hold_their_layers_and_send_activations() -> None:
     config = configure("parallel=3d", "model.n_layers=4")
-    stages = dry_run(config).read(4)
-    assert [reading.rank for reading in stages] == [0, WORLD // 2]
-    for reading, ends in zip(stages, ({"head": False}, {"embed": False}), strict=True):
-        numbers = part_of(config, tp=2, shard=WORLD // 4, layers=2, **ends)
-        assert reading.table["dp_shard", "all_gather"] == (3, BF16 * numbers)
-        assert reading.table["dp_shard", "reduce_scatter"] == (3, 4 * numbers)
+    stages = profile_step(config, 4)
+    assert [found.rank for found in stages] == [0, WORLD // 2]
+    for found, ends in zip(stages, ({"head": False}, {"embed": False}), strict=True):
+        numbers = n_params_of(config, tp=2, shard=WORLD // 4, layers=2, **ends)
+        assert found.collectives["dp_shard", "all_gather"] == (3, BF16 * numbers)
+        assert found.collectives["dp_shard", "reduce_scatter"] == (3, 4 * numbers)
         for kind in ("send", "recv"):
             passed = 4 * BF16 * 4096 * config.model.d_model // 2  # a tp peer has half of the tokens
-            assert 0 <= reading.table["pp", kind][1] - passed <= 8
+            assert 0 <= found.collectives["pp", kind][1] - passed <= 8
 
 
 @cache
-def pipeline_of_2(schedule: str, stage: int) -> tuple[TrainConfig, list[Reading]]:
+def pipeline_of_2(schedule: str, zero_stage: int) -> tuple[TrainConfig, list[StepProfile]]:
     config = configure(
         "parallel=hybrid_zero", "parallel.pp=2", f"parallel.pipeline_schedule={schedule}",
-        f"parallel.zero_stage={stage}", "model.n_layers=4",
+        f"parallel.zero_stage={zero_stage}", "model.n_layers=4",
     )  # fmt: skip
-    return config, dry_run(config).read(4)
+    return config, profile_step(config, 4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("schedule", "stage", "gathers"),
+    ("schedule", "zero_stage", "gathers"),
     [
-        # How often a step gathers a block of the first rank, its embedding; a block of the second rank, norm and head
+        # How often a step gathers: a block and the embedding of the first stage; a block and the head of the second
         ("1f1b", 2, (1, 1, 1, 1)),
-        ("1f1b", 3, (8, 8, 8, 4)),  # forward and backward; the head is needed at once
+        ("1f1b", 3, (8, 8, 8, 4)),  # forward and backward; the head stays gathered between them
         ("zero_bubble", 2, (1, 1, 1, 1)),
-        # For the gradients of weights too; the first rank makes all in one pass, because none wants its inputs'.
+        # For the gradients of weights too, which the first stage computes in the same pass: its inputs need none.
         ("zero_bubble", 3, (8, 8, 12, 8)),
     ],
 )
-def test_a_pipeline_gathers_and_reduces_each_micro_batch_as_its_stage_says(
-    schedule: str, stage: int, gathers: tuple[int, int, int, int]
+def test_pipeline_collectives_per_zero_stage(
+    schedule: str, zero_stage: int, gathers: tuple[int, int, int, int]
 ) -> None:
-    config, readings = pipeline_of_2(schedule, stage)
-    part = partial(part_of, config, tp=1, shard=8)
+    config, profiles = pipeline_of_2(schedule, zero_stage)
+    part = partial(n_params_of, config, tp=1, shard=8)
     blocks = part(layers=2, embed=False, head=False)
     ends = (part(layers=0, head=False), part(layers=0, embed=False))
-    for reading, end, of_block, of_end in zip(readings, ends, gathers[::2], gathers[1::2], strict=True):
-        assert reading.table["dp_shard", "all_gather"] == (
+    for found, end, of_block, of_end in zip(profiles, ends, gathers[::2], gathers[1::2], strict=True):
+        assert found.collectives["dp_shard", "all_gather"] == (
             2 * of_block + of_end,
             BF16 * (of_block * blocks + of_end * end),
         )
-        assert reading.table["dp_shard", "reduce_scatter"] == (4 * 3, 4 * 4 * (blocks + end))
-        assert reading.table["dp_replicate", "all_reduce"] == (3, 4 * (blocks + end) // 8)
+        assert found.collectives["dp_shard", "reduce_scatter"] == (4 * 3, 4 * 4 * (blocks + end))
+        assert found.collectives["dp_replicate", "all_reduce"] == (3, 4 * (blocks + end) // 8)
 
 
 @pytest.mark.slow
-def test_a_pass_for_weights_frees_each_block_while_the_next_is_gathered() -> None:
-    sent = [item.kind for window in pipeline_of_2("zero_bubble", 3)[1][1].windows for item in window.collectives
-            if item.axis == "dp_shard"]  # fmt: skip
+def test_zero_bubble_weight_pass_prefetches_the_next_block() -> None:
+    phases = pipeline_of_2("zero_bubble", 3)[1][1].phases
+    sent = [item.kind for phase in phases for item in phase.collectives if item.axis == "dp_shard"]
     gather, reduce = "all_gather", "reduce_scatter"
     assert sent[-6:] == [gather, gather, reduce, gather, reduce, reduce]
 
 
 @pytest.mark.slow
-def test_a_pipeline_holds_what_its_stage_says() -> None:
+def test_pipeline_memory_per_zero_stage() -> None:
     small = 512 * 30 * 4  # each tensor is rounded up to 512 bytes
-    for stage in (1, 2, 3):
-        config, (first, _) = pipeline_of_2("1f1b", stage)
-        part = partial(part_of, config, tp=1, shard=8, head=False)
+    for zero_stage in (1, 2, 3):
+        config, (first, _) = pipeline_of_2("1f1b", zero_stage)
+        part = partial(n_params_of, config, tp=1, shard=8, head=False)
         numbers = part(layers=2)
-        # The peak is in the backward pass of the last block, which stage 3 alone has gathered then.
-        gathered = part(layers=1, embed=False) if stage == 3 else numbers
-        assert first.at_peak["parameters"] == pytest.approx(2 * (numbers / 8 + gathered), abs=small), stage
-        kept = numbers if stage == 1 else numbers / 8
-        assert first.at_peak["gradients"] == pytest.approx(4 * kept, abs=2 * small), stage
+        # The peak is in the backward pass of the last block, the only one that ZeRO 3 has gathered then.
+        gathered = part(layers=1, embed=False) if zero_stage == 3 else numbers
+        assert first.bytes_at_peak["parameters"] == pytest.approx(2 * (numbers / 8 + gathered), abs=small), zero_stage
+        kept = numbers if zero_stage == 1 else numbers / 8
+        assert first.bytes_at_peak["gradients"] == pytest.approx(4 * kept, abs=2 * small), zero_stage
 
 
-def test_a_micro_batch_that_reduces_once_too_often_is_seen() -> None:
+def test_a_superfluous_reduction_is_found() -> None:
     def always(model: Any, _zero_stage: int, *, last: bool) -> None:
         model.set_requires_gradient_sync(True)
         model.set_reshard_after_backward(last)
 
     with mock.patch("parallel.engine.set_gradient_sync", always):
-        config, (reading,) = read("parallel=hybrid_zero")
-    expected = table(Sizes(config, 8), 8, gathers=(1, 1), scatters=1)
-    assert reading.table != expected
-    assert reading.table["dp_shard", "reduce_scatter"] == tuple(
+        config, found = profile("parallel=hybrid_zero")
+    expected = data_parallel_collectives(Sizes(config, 8), 8, gathers=(1, 1), scatters=1)
+    assert found.collectives != expected
+    assert found.collectives["dp_shard", "reduce_scatter"] == tuple(
         MICRO_BATCHES * figure for figure in expected["dp_shard", "reduce_scatter"]
     )
 
 
 @pytest.mark.slow
-def test_a_long_step_is_as_its_micro_batches_say() -> None:
+def test_extrapolated_step_equals_a_full_one() -> None:
     config = configure("parallel=hybrid_zero", "parallel.zero_stage=3")
-    run = dry_run(config)
-    short, long = run.read_rank(0, 6), run.read(6)[0]
-    assert (long.table, long.flops) == (short.table, short.flops)
-    assert long.time.total_s == pytest.approx(short.time.total_s, rel=1e-6)
+    full, extrapolated = profile_rank(config, 0, 6), profile_step(config, 6)[0]
+    assert (extrapolated.collectives, extrapolated.flops) == (full.collectives, full.flops)
+    assert extrapolated.time.total_s == pytest.approx(full.time.total_s, rel=1e-6)
 
 
-def test_memory_is_what_each_kind_takes() -> None:
-    config, (alone,) = read(world_size=1)
+def test_memory_by_kind() -> None:
+    config, alone = profile(world_size=1)
     numbers = count_params(config.model)
-    assert sum(alone.at_peak.values()) == pytest.approx(alone.peak, rel=1e-3), "every byte is of some kind"
+    assert sum(alone.bytes_at_peak.values()) == pytest.approx(alone.peak_bytes, rel=1e-3)
     small = 512 * 30 * LAYERS  # each tensor is rounded up to 512 bytes
-    assert alone.at_peak["parameters"] == pytest.approx(2 * numbers, abs=small)
-    # the lower halves of the masters, and two fp32 moments
-    assert alone.at_peak["optimizer"] == pytest.approx(10 * numbers, abs=3 * small)
-    assert alone.at_peak["gradients"] == pytest.approx(2 * numbers, abs=small)
-    _, (sharded,) = read("parallel=zero1", "parallel.reduce_dtype=bf16", world_size=8)
-    assert sharded.at_peak["optimizer"] == pytest.approx(10 * numbers / 8, abs=3 * small)
-    assert sharded.at_peak["parameters"] == pytest.approx(2 * numbers * (1 + 1 / 8), abs=2 * small)
-    assert sharded.at_peak["activations"] == pytest.approx(alone.at_peak["activations"], rel=0.02)
+    assert alone.bytes_at_peak["parameters"] == pytest.approx(2 * numbers, abs=small)
+    # the lower 16 bits of the masters, and two fp32 moments
+    assert alone.bytes_at_peak["optimizer"] == pytest.approx(10 * numbers, abs=3 * small)
+    assert alone.bytes_at_peak["gradients"] == pytest.approx(2 * numbers, abs=small)
+    _, sharded = profile("parallel=zero1", "parallel.reduce_dtype=bf16", world_size=8)
+    assert sharded.bytes_at_peak["optimizer"] == pytest.approx(10 * numbers / 8, abs=3 * small)
+    assert sharded.bytes_at_peak["parameters"] == pytest.approx(2 * numbers * (1 + 1 / 8), abs=2 * small)
+    assert sharded.bytes_at_peak["activations"] == pytest.approx(alone.bytes_at_peak["activations"], rel=0.02)
 
 
-def test_weights_that_are_gathered_in_8_bits_take_a_byte_and_are_not_kept_turned_beside() -> None:
-    _, (alone,) = read("precision=fp8", world_size=1)
-    config, (sharded,) = read("parallel=zero1", "precision=fp8", "parallel.reduce_dtype=bf16", world_size=8)
+def test_memory_of_weights_gathered_in_8_bits() -> None:
+    _, alone = profile("precision=fp8", world_size=1)
+    config, sharded = profile("parallel=zero1", "precision=fp8", "parallel.reduce_dtype=bf16", world_size=8)
     sizes, numbers, small = Sizes(config, 8), count_params(config.model), 512 * 30 * LAYERS
-    assert sharded.at_peak["parameters"] == pytest.approx(2 * numbers * (1 + 1 / 8) - sizes.in_8_bits, abs=2 * small)
-    kept = alone.at_peak["activations"] - sharded.at_peak["activations"]
+    assert sharded.bytes_at_peak["parameters"] == pytest.approx(
+        2 * numbers * (1 + 1 / 8) - sizes.in_8_bits, abs=2 * small
+    )
+    kept = alone.bytes_at_peak["activations"] - sharded.bytes_at_peak["activations"]
     assert kept == pytest.approx(sizes.in_8_bits, rel=0.05)
 
 
-@pytest.mark.parametrize(("overrides", "world_size"), [([], 1), (["parallel=zero1", "precision=fp8"], 8)], ids=str)
-def test_flops_are_those_of_the_model(overrides: list[str], world_size: int) -> None:
-    config, (reading,) = read(*overrides, world_size=world_size)
-    model, tokens = config.model, MICRO_BATCHES * 4096
-    # A token sees half of the others: 2 products forward and, because a fused kernel makes the scores again, 5 backward.
+def test_config_is_unchanged_and_fake_modules_are_gone() -> None:
+    config = configure("model.n_layers=1", world_size=1)
+    before = deepcopy(config)
+    run_dry_run(config)
+    assert config == before
+    assert not set(TRITON_KERNELS) & set(sys.modules)
+
+
+def block_flops(config: TrainConfig) -> tuple[int, int]:
+    """Return the FLOPs per token of one product with each matrix of the blocks, and of one causal attention product."""
+    model = config.model
     kv_dim = model.n_kv_heads * model.head_dim
-    layer = 2 * model.d_model * (model.d_model + kv_dim) + 3 * model.d_model * model.d_ff
-    products = 6 * (model.n_layers * layer + model.vocab_size * model.d_model)
-    attention = 7 * model.n_layers * model.d_model * config.data.seq_len
-    assert reading.flops == tokens * (products + attention)
+    matrices = 2 * model.d_model * (model.d_model + kv_dim) + 3 * model.d_model * model.d_ff
+    return 2 * model.n_layers * matrices, model.n_layers * model.d_model * config.data.seq_len
 
 
-def test_the_command_prints_a_dry_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("overrides", "world_size"), [([], 1), (["parallel=zero1", "precision=fp8"], 8)], ids=str)
+def test_flops_equal_the_closed_form(overrides: list[str], world_size: int) -> None:
+    config, found = profile(*overrides, world_size=world_size)
+    matrices, attention = block_flops(config)
+    head = 2 * config.model.vocab_size * config.model.d_model
+    # Of attention 2 products forward and, because a fused kernel recomputes the scores, 5 backward
+    assert found.flops == MICRO_BATCHES * 4096 * (3 * (matrices + head) + 7 * attention)
+
+
+def test_recomputed_blocks_cost_a_forward_pass_and_save_activations() -> None:
+    config, kept = profile("parallel=hybrid_zero", world_size=8)
+    _, recomputed = profile("parallel=hybrid_zero", "parallel.activation_checkpointing=full", world_size=8)
+    matrices, attention = block_flops(config)
+    assert recomputed.flops - kept.flops == MICRO_BATCHES * 4096 * (matrices + 2 * attention)
+    assert recomputed.bytes_at_peak["activations"] < kept.bytes_at_peak["activations"]
+    assert recomputed.collectives == kept.collectives
+
+
+def test_command_prints_the_report(tmp_path: Path) -> None:
     command = [sys.executable, "train.py", "dry_run=true", "parallel=hybrid_zero", "dry_run.world_size=1024"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for words in ("1,024 GPUs", "dp_shard 8", "parameters held; peak", "reduce_scatter", "tokens/s a GPU", "overlap"):
+    for words in ("1,024 GPUs", "dp_shard 8", "parameters held; peak", "reduce_scatter", "tokens/s per GPU", "overlap"):
         assert words in done.stdout

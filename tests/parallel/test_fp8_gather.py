@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from dry_run.trace import Watch, n_bytes
+from dry_run.trace import ObserveOps, n_bytes
 from model.config import Attention
 from parallel import parallelize as apply
 from parallel.config import ActivationCheckpointing, Compile, ParallelConfig
@@ -56,7 +56,7 @@ class Gathered:
 
     n_bytes = 0
 
-    def saw(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+    def observe(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         if func.namespace == "c10d" and "allgather" in func._overloadpacket.__name__:
             self.n_bytes += n_bytes(args[0])
 
@@ -89,7 +89,9 @@ def steps(case: Case, mesh: Mesh, config: ParallelConfig, *, before: bool) -> Fo
         engine, other = (build(case, mesh, config) for _ in range(2))
     gathered = Gathered()
     figures = [engine.evaluate(valid).flatten().tolist()]
-    with nullcontext() if apply.compiles(config, mesh) else Watch([gathered]):  # a compiler refuses to be watched
+    with (
+        nullcontext() if apply.compiles(config, mesh) else ObserveOps(gathered.observe)
+    ):  # a compiler refuses to be observed
         figures.append(figures_of_step(engine, first))
     graphs = [counters["stats"]["unique_graphs"]]
     figures.append(figures_of_step(engine, second))

@@ -1,0 +1,137 @@
+"""Profile of a step on fake ranks, by the code that would run it: memory, collectives, FLOPs, estimated time."""
+
+from contextlib import ExitStack
+from dataclasses import astuple, dataclass, field, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from conf.schema import TrainConfig
+from data.batches import Batch
+from dry_run.fake_compile import fake_compile
+from dry_run.fake_gpu import fake_gpu, fake_mesh
+from dry_run.memory import Memory
+from dry_run.step_time import StepTime, estimate_time
+from dry_run.trace import ObserveOps, Phase, Trace
+from model.config import Attention
+from parallel.axes import resolve_axes
+from parallel.config import AXES
+from parallel.engine import Engine, local
+from parallel.mesh import Mesh
+from training.optim.optimizer import AdamW
+from training.scaler import LossScaler
+from training.setup import build_engine, build_model, lr_schedule
+from training.state import TrainState
+
+
+@dataclass(frozen=True, slots=True)
+class StepProfile:
+    """What one rank holds, issues and takes in one step."""
+
+    rank: int
+    n_params: int  # held by this rank
+    peak_bytes: int
+    bytes_at_peak: dict[str, int]  # by kind
+    collectives: dict[tuple[str, str], tuple[int, int]]  # (axis, kind): count, bytes
+    flops: int
+    time: StepTime
+    phases: list[Phase] = field(repr=False)
+
+
+def profile_step(config: TrainConfig, n_micro_batches: int) -> list[StepProfile]:
+    """Profile a step of `n_micro_batches` per rank, on one rank of every pipeline stage.
+
+    From the third round of the pipeline on each micro-batch adds the same, so a long step is extrapolated.
+    """
+    parallel, world_size = config.parallel, config.dry_run.world_size
+    pp = resolve_axes(parallel, world_size).pp
+    round_size = pp * parallel.virtual_stages
+    longest = 4 * round_size
+    bubble = (pp - 1) / (n_micro_batches * parallel.virtual_stages)  # as a share of the busy time
+    if "z" in parallel.pipeline_schedule.value:  # weight gradients fill two thirds of it (arXiv:2401.10241)
+        bubble /= 3
+    profiles = []
+    for rank in range(0, world_size, world_size // pp):
+        profile = profile_rank(config, rank, min(n_micro_batches, longest))
+        if n_micro_batches > longest:
+            before = profile_rank(config, rank, longest - round_size)
+            profile = _extrapolate(before, profile, (n_micro_batches - longest) / round_size)
+        bubble_s = bubble * (profile.time.compute_s + profile.time.blocking_s)
+        profiles.append(replace(profile, time=replace(profile.time, bubble_s=bubble_s)))
+    return profiles
+
+
+def profile_rank(config: TrainConfig, rank: int, n_micro_batches: int) -> StepProfile:
+    """Run a step of one fake rank."""
+    axes = resolve_axes(config.parallel, config.dry_run.world_size)
+    memory, trace = Memory(), Trace({axis: getattr(axes, axis) for axis in AXES})
+    with ExitStack() as stack:
+        mesh = stack.enter_context(fake_mesh(config.parallel, rank, axes.world_size))
+        stack.enter_context(fake_gpu(trace.record_kernel))
+        stack.enter_context(memory.following_fsdp())
+        ops = stack.enter_context(ObserveOps(memory.record))
+        stack.enter_context(mock.patch.object(torch, "compile", fake_compile(trace, ops)))
+        with memory.label("optimizer"):
+            engine = _build_engine(config, mesh)
+        params = list(engine.model.parameters())
+        memory.relabel(params, "parameters")
+        n_params = sum(local(param).numel() for param in params)
+        memory.reset_peak()  # weights were drawn on the host
+        _label_engine(engine, memory)
+        ops.observers.append(trace.record)
+        engine.train_step([_batch(config) for _ in range(n_micro_batches)])
+    workspace = config.dry_run.workspace_mib * 2**20
+    bytes_at_peak = {**memory.bytes_at_peak(), "workspace": workspace}
+    flops = sum(phase.flops for phase in trace.phases)
+    time = estimate_time(trace.phases, config.dry_run)
+    peak_bytes = memory.peak_bytes + workspace
+    return StepProfile(rank, n_params, peak_bytes, bytes_at_peak, trace.collectives(), flops, time, trace.phases)
+
+
+def _build_engine(config: TrainConfig, mesh: Mesh) -> Engine:
+    """Build model, optimizer and engine as a run does, but for what needs a real GPU."""
+    model = config.model
+    if model.attention is not Attention.reference:
+        model = replace(model, attention=Attention.sdpa)  # saves what every fused kernel saves, and runs on the CPU
+    config = replace(config, model=model, parallel=replace(config.parallel, cuda_graphs=False))
+    module, stages = build_model(config, mesh)
+    state = TrainState()
+    optimizer = AdamW(module, config.optimizer, tied_params=module.tied_params)
+    optimizer.set_schedule(lr_schedule(config, state)[:1])
+    return build_engine(config, mesh, module, stages, optimizer, LossScaler(config.precision), state, n_sources=1)
+
+
+def _label_engine(engine: Engine, memory: Memory) -> None:
+    """Label what the loss and the optimizer allocate, and the parameters that are gathered by then."""
+    linear_loss = memory.label("logits")(engine.linear_loss)
+
+    def loss(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        memory.relabel(engine.model.parameters(), "parameters")
+        return linear_loss(*args, **kwargs)
+
+    engine.linear_loss = loss
+    engine.optimizer.step = memory.label("optimizer")(engine.optimizer.step)  # type: ignore[method-assign]
+
+
+def _batch(config: TrainConfig) -> Batch:
+    """Return a micro-batch of zeros, full of segments of `data.seq_len` tokens."""
+    data, n_tokens = config.data, config.micro_batch_tokens
+    zeros_BT = torch.zeros(n_tokens // data.pack_tokens, data.pack_tokens, dtype=torch.int64)
+    cu_seqlens = torch.zeros(n_tokens // data.seq_len + 1, dtype=torch.int32)
+    return Batch(zeros_BT, zeros_BT, zeros_BT, zeros_BT, cu_seqlens, data.seq_len)
+
+
+def _extrapolate(before: StepProfile, last: StepProfile, times: float) -> StepProfile:
+    """Add `times` the difference from `before` to `last` to `last`."""
+
+    def extend(old: float, new: float) -> float:
+        return new + (new - old) * times
+
+    collectives = {}
+    for key, (count, n_bytes) in last.collectives.items():
+        old_count, old_bytes = before.collectives.get(key, (0, 0))
+        collectives[key] = round(extend(old_count, count)), round(extend(old_bytes, n_bytes))
+    time = StepTime(*map(extend, astuple(before.time), astuple(last.time)))
+    return replace(last, collectives=collectives, flops=round(extend(before.flops, last.flops)), time=time)
