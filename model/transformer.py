@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import Segments, SelfAttention, attend, masked_attend, resolve_backend, segments_of
+from model.aux_loss import AuxLosses
 from model.config import Attention, Init, ModelConfig
 from model.kv_cache import KVCache
 from model.layers import RMSNorm, SwiGLU, rotary_angles
@@ -37,6 +38,7 @@ class Block(nn.Module):
         backend: Attention,
         cache: KVCache | None,
         layer: int,
+        aux: AuxLosses | None = None,
     ) -> Tensor:
         q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD, *cos_sin)
         if cache is None:
@@ -45,14 +47,17 @@ class Block(nn.Module):
         else:
             k_BSGK, v_BSGK = cache.update(layer, k_BTGK, v_BTGK)
             out_BTHK = masked_attend(q_BTHK, k_BSGK, v_BSGK, cache.mask_B1TS)
-        return self.finish(x_BTD, out_BTHK)
+        x_BTD, losses = self.finish(x_BTD, out_BTHK)
+        return aux.attach(x_BTD, losses) if aux is not None and losses else x_BTD
 
     def project(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.attention.project(self.attention_norm(x_BTD), cos, sin)
 
-    def finish(self, x_BTD: Tensor, out_BTHK: Tensor) -> Tensor:
+    def finish(self, x_BTD: Tensor, out_BTHK: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         x_BTD = x_BTD + self.attention.wo(out_BTHK.flatten(-2))
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        out = self.mlp(self.mlp_norm(x_BTD))
+        out_BTD, losses = out if isinstance(out, tuple) else (out, {})
+        return x_BTD + out_BTD, losses
 
 
 class Transformer(nn.Module):
@@ -72,6 +77,15 @@ class Transformer(nn.Module):
     def tied_params(self) -> dict[str, str]:
         """What must stay equal to another parameter, by name: a tied head with a matrix of its own."""
         return {"head.weight": "embed.weight"} if self.config.tie_embeddings and self.head is not None else {}
+
+    def tp_plan(self) -> dict[str, str]:
+        """Return how each module with parameters is split over tensor-parallel ranks, by module path."""
+        rowwise = {"embed", "wo", "w_down"}
+        paths = [path for path, module in self.named_modules() if list(module.parameters(recurse=False))]
+        return {
+            path: "norm" if path.endswith("norm") else "rowwise" if path.split(".")[-1] in rowwise else "colwise"
+            for path in paths
+        }
 
     def untie_head(self) -> None:
         """Give a tied head a copy of the embedding, where they are in different places."""
@@ -108,6 +122,7 @@ class Transformer(nn.Module):
         row_len: int | None = None,
         cache: KVCache | None = None,
         head: Callable[[Tensor, Tensor], Any] | None = None,
+        aux: AuxLosses | None = None,
     ) -> Any:
         """Give logits_BTV, or what `head(h_BTD, weight_VD)` makes of the last hidden states.
 
@@ -132,7 +147,7 @@ class Transformer(nn.Module):
             cache.read(positions_BT)
         cos_sin = rotary_angles(positions_BT, self.config.head_dim, self.config.rope_theta)
         for layer, block in self.blocks.items():
-            x_BTD = block(x_BTD, cos_sin, segments, backend, cache, int(layer))
+            x_BTD = block(x_BTD, cos_sin, segments, backend, cache, int(layer), aux)
         output = self.head or self.embed
         if self.norm is None or output is None:
             return x_BTD
