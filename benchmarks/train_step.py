@@ -24,10 +24,10 @@ from conf.schema import TrainConfig, register, to_config
 from model.config import ModelConfig
 from model.transformer import Transformer, init_std
 from parallel.engine import Engine
+from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
 from training.metrics import peak_tflops
 from training.optim.optimizer import AdamW
-from training.scaler import LossScaler
 from training.setup import build_engine, build_model
 from training.state import TrainState
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from data.batches import Batch
 from dry_run.config import DryRunConfig
 from dry_run.fake_compile import compile_with
 from dry_run.fake_gpu import CPU, CUDA, pretended_gpu
@@ -22,22 +23,14 @@ from dry_run.trace import Ledger, Watch, Window
 from parallel import pipeline
 from parallel.axes import resolve_axes
 from parallel.config import AXES, ParallelConfig
-from parallel.engine import Engine, LinearLoss
+from parallel.engine import Engine
 from parallel.mesh import Mesh, open_mesh
 
 GIB = 2**30
 
 
-@dataclass(slots=True)
-class FakeBatch:
+class FakeBatch(Batch):
     """A micro-batch without numbers, full of segments of one length."""
-
-    tokens_BT: Tensor
-    labels_BT: Tensor
-    positions_BT: Tensor
-    source_BT: Tensor
-    cu_seqlens: Tensor
-    max_seq_len: int
 
     @staticmethod
     def of(rows: int, row_len: int, seq_len: int) -> "FakeBatch":
@@ -138,7 +131,7 @@ class DryRun:
         return Reading(rank, n_params, memory.peak + workspace, at_peak, ledger.table(), flops, time, ledger.windows)
 
 
-def _watched_loss(engine: Engine, memory: Memory) -> LinearLoss:
+def _watched_loss(engine: Engine, memory: Memory) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """Let a loss's tensors be logits, and what the model's modules hold by then, gathered or not, be parameters."""
     linear_loss = memory.holding("logits")(engine.linear_loss)
 

@@ -6,9 +6,9 @@ from conf.schema import TrainConfig
 from dry_run.reading import DryRun, FakeBatch, report
 from model.config import Attention
 from parallel.engine import Engine
+from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
 from training.optim.optimizer import AdamW
-from training.scaler import LossScaler
 from training.setup import build_engine, build_model, lr_schedule
 from training.state import TrainState
 

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from data.batches import Batch
 from dry_run.trace import Watch, n_bytes
 from model.config import Attention
 from parallel import parallelize as apply
 from parallel.config import ActivationCheckpointing, Compile, ParallelConfig
-from parallel.engine import Engine, local
+from parallel.engine import Engine
 from parallel.mesh import Mesh
+from parallel.tensor_parallel import local
 from tests.parallel.layouts import Case, build, run, steps_of
-from tests.parallel.packed import Packed, micro_batch
+from tests.parallel.packed import micro_batch
 
 
 def case(world_size: int, **layout: Any) -> Case:
@@ -61,7 +63,7 @@ class Gathered:
             self.n_bytes += n_bytes(args[0])
 
 
-def figures_of_step(engine: Engine, batches: list[Packed]) -> list[float]:
+def figures_of_step(engine: Engine, batches: list[Batch]) -> list[float]:
     result = engine.train_step(batches)
     return [float(result.loss), float(result.grad_norm)]
 
@@ -125,7 +127,9 @@ def on_cpu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """What came out of the cases that were chosen."""
     items: list[Any] = [item for item in request.session.items if "on_cpu" in getattr(item, "fixturenames", ())]
     cases = {item.callspec.params["name"]: CASES[item.callspec.params["name"]] for item in items}
-    return run(tmp_path_factory.mktemp("ranks"), cases, max(case.world_size for case in cases.values()), of=both_ways)
+    return run(
+        tmp_path_factory.mktemp("ranks"), cases, max(case.world_size for case in cases.values()), function=both_ways
+    )
 
 
 @pytest.mark.slow
@@ -147,7 +151,7 @@ def test_a_step_is_the_same_to_the_bit_on_two_gpus_and_compiled_as_near_as_round
         for name in ("zero1_2", "zero3_recomputed_2")
         for compile in (Compile.none, Compile.blocks)
     }
-    found = run(tmp_path, cases, 2, "cuda", of=both_ways)
+    found = run(tmp_path, cases, 2, "cuda", function=both_ways)
     for name in ("zero1_2", "zero3_recomputed_2"):
         check(found[f"{name}_none"])
         assert not isinstance(found[f"{name}_blocks"], str), found[f"{name}_blocks"]

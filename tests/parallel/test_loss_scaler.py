@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from parallel.loss_scaler import LossScaler
 from training.config import Dtype, PrecisionConfig
-from training.scaler import LossScaler
 
 
 def scales(scaler: LossScaler, steps: list[bool]) -> list[float]:
