@@ -59,7 +59,7 @@ def no_fp8(scaling: str, where: str) -> ParallelError:
 
 
 def no_graphs(where: str) -> ParallelError:
-    return ParallelError(f"parallel.cuda_graphs (true) needs a CUDA device, not {where}; set it to false")
+    return ParallelError(f"parallel.cuda_graphs (true) needs a CUDA device, not {where}; choose false")
 
 
 @dataclass(kw_only=True, slots=True)
