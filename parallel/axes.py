@@ -31,33 +31,20 @@ class Axes:
         return " x ".join(f"{axis} {getattr(self, axis)}" for axis in AXES)
 
 
-def axis_problems(config: ParallelConfig, world_size: int) -> Iterator[str]:
-    """Yield why the axes do not make a mesh of `world_size` ranks."""
-    sizes = {axis: getattr(config, axis) for axis in AXES}
-    wrong = [axis for axis, size in sizes.items() if size < 1 and size != -1]
-    for axis in wrong:
-        yield f"parallel.{axis} ({sizes[axis]}) must be at least 1, or -1 to fill the mesh"
-    open_axes = [f"parallel.{axis}" for axis, size in sizes.items() if size == -1]
-    product = math.prod(size for size in sizes.values() if size != -1)
-    named = " x ".join(f"parallel.{axis} ({size})" for axis, size in sizes.items() if size > 1) or "every axis (1)"
-    if wrong:
-        return
-    if len(open_axes) > 1:
-        yield f"{' and '.join(open_axes)}: only one axis can be -1"
-    elif open_axes and world_size % product:
-        yield f"{named} = {product} must divide the number of ranks ({world_size}), for {open_axes[0]} (-1) to fill it"
-    elif not open_axes and product != world_size:
-        yield f"{named} = {product} must be the number of ranks ({world_size}); start {product}, or set one axis to -1"
-
-
 def resolve_axes(config: ParallelConfig, world_size: int) -> Axes:
     """Return the axes with -1 filled in; raises `ParallelError` if they do not make a mesh of `world_size` ranks."""
-    problems = list(axis_problems(config, world_size))
-    if problems:
-        raise ParallelError("\n".join(problems))
     sizes = {axis: getattr(config, axis) for axis in AXES}
-    filled = world_size // math.prod(size for size in sizes.values() if size != -1)
-    return Axes(**{axis: filled if size == -1 else size for axis, size in sizes.items()})
+    named = " x ".join(f"parallel.{axis} ({size})" for axis, size in sizes.items() if size != 1) or "every axis (1)"
+    n_open, product = list(sizes.values()).count(-1), math.prod(size for size in sizes.values() if size != -1)
+    if n_open > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ParallelError(f"{named}: sizes must be at least 1, and one of them may be -1, to fill the mesh")
+    if n_open and world_size % product:
+        raise ParallelError(f"{named}: {product} must divide the number of ranks ({world_size})")
+    if not n_open and product != world_size:
+        raise ParallelError(
+            f"{named} = {product} must be the number of ranks ({world_size}); start {product}, or set one axis to -1"
+        )
+    return Axes(**{axis: world_size // product if size == -1 else size for axis, size in sizes.items()})
 
 
 def layout_problems(
@@ -67,11 +54,11 @@ def layout_problems(
 
     `micro_batches` are the micro-batches per step over all ranks, one number for each batch size of the run.
     """
-    wrong = list(axis_problems(config, world_size))
-    yield from wrong
-    if wrong:
+    try:
+        axes = resolve_axes(config, world_size)
+    except ParallelError as error:
+        yield str(error)
         return
-    axes = resolve_axes(config, world_size)
     split = {key: getattr(model, key) for key in ("n_heads", "n_kv_heads", "d_ff", "vocab_size")}
     undivided = ", ".join(f"model.{key} ({size})" for key, size in split.items() if size % axes.tp)
     if undivided:
@@ -101,8 +88,8 @@ def _stage_problems(config: ParallelConfig, axes: Axes, model: ModelConfig, micr
     named = f"parallel.pp x virtual_stages ({n_stages})"
     if n_stages > model.n_layers:
         yield f"{named} must be at most model.n_layers ({model.n_layers})"
-    elif layers is not None and (len(layers) != n_stages or sum(layers) != model.n_layers):
-        yield f"parallel.pipeline_layers ({layers}) must be {n_stages} numbers that sum to {model.n_layers}"
+    elif layers is not None and (len(layers) != n_stages or sum(layers) != model.n_layers or min(layers) < 1):
+        yield f"parallel.pipeline_layers ({layers}) must be {n_stages} numbers above 0 that sum to {model.n_layers}"
     for n_batches in micro_batches:
         if n_batches < n_stages:
             yield f"{named} must be at most the micro-batches per rank ({n_batches}); raise global_batch_tokens"

@@ -17,7 +17,7 @@ from model.transformer import Transformer
 from parallel.config import ParallelConfig, ParallelError, no_graphs
 from parallel.counters import StepCounters
 from parallel.fp8 import Fp8Linear, reduce_scales
-from parallel.graphs import Graphs, Weights
+from parallel.graphs import Graphs
 from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
 from parallel.nonfinite import NonfiniteWatch
@@ -52,10 +52,11 @@ class StepResult:
 
 @dataclass(slots=True)
 class Sums:
-    """What this rank sums over the micro-batches of a step."""
+    """What this rank sums over the micro-batches of a step, auxiliary losses by name."""
 
     loss: Tensor
     totals_S4: Tensor
+    aux_weight: Tensor  # scalar: of each auxiliary loss in the backward pass
     aux: dict[str, Tensor] = field(default_factory=dict)
 
     def zero_(self) -> None:
@@ -122,18 +123,19 @@ class Engine:
     def train_step(self, batches: Sequence[Batch]) -> StepResult:
         """Run the micro-batches of a step and update the weights, unless the gradient is not finite."""
         counts, weights = self._weights(batches)
+        # An auxiliary loss is averaged over micro-batches and cp ranks, each of which has it for its own tokens.
+        n_aux = len(counts) * self.mesh.axes.cp
         if self.graphs is None:
-            sums = self._no_sums()
+            sums = self._no_sums(self.scaler.scale / n_aux)
             self._run(batches, weights, sums)
             figures = self._update(sums)
         else:
-            figures = self.graphs.step(batches, weights)
+            figures = self.graphs.step(batches, weights, self.scaler.scale / n_aux)
         loss, grad_norm, finite, rates_2, totals_S4, *aux = figures
         if self.scaler.dynamic:  # the next step's scale is computed on the host
             self.scaler.update(finite=bool(finite))
         self._drop_gradients()
-        n_shares = len(counts) * self.mesh.axes.cp
-        means = {name: total / n_shares for name, total in zip(self.aux_names or (), aux, strict=True)}
+        means = {name: total / n_aux for name, total in zip(self.aux_names or (), aux, strict=True)}
         n_tokens = sum(batch.tokens_BT.numel() for batch in batches) * self.mesh.dp_size
         return StepResult(loss, grad_norm, finite, rates_2, totals_S4, means, n_tokens, sum(counts))
 
@@ -154,7 +156,7 @@ class Engine:
         sums = self._no_sums()
         self._reduce_scales()
         for batch in batches:
-            tokens_BT, kwargs = self._inputs(batch, (0.0, 0.0), sums)
+            tokens_BT, kwargs = self._inputs(batch, 0.0, sums)
             if self.pipeline is None:
                 self.model(tokens_BT, **kwargs)
             else:
@@ -181,21 +183,21 @@ class Engine:
         finally:
             self._drop_gradients()
 
-    def _run(self, batches: Sequence[Batch], weights: Sequence[Weights], sums: Sums) -> None:
+    def _run(self, batches: Sequence[Batch], weights: Sequence[float], sums: Sums) -> None:
         """Run forward and backward passes, and add to `sums`."""
         self._reduce_scales()
         if self.pipeline is None:
-            for index, (batch, batch_weights) in enumerate(zip(batches, weights, strict=True), 1):
+            for index, (batch, weight) in enumerate(zip(batches, weights, strict=True), 1):
                 set_gradient_sync(self.model, self.config.zero_stage, last=index == len(batches))
-                self._run_one(batch, batch_weights, sums)
+                self._run_one(batch, weight, sums)
             return
         inputs = [self._inputs(*pair, sums) for pair in zip(batches, weights, strict=True)]
         self.pipeline.train(inputs)
         for _, kwargs in inputs:
             self._add_aux(kwargs["aux"], sums)
 
-    def _run_one(self, batch: Batch, weights: Weights, sums: Sums) -> None:
-        tokens_BT, kwargs = self._inputs(batch, weights, sums)
+    def _run_one(self, batch: Batch, weight: float | Tensor, sums: Sums) -> None:
+        tokens_BT, kwargs = self._inputs(batch, weight, sums)
         self.model(tokens_BT, **kwargs).backward()
         self._add_aux(kwargs["aux"], sums)
 
@@ -210,7 +212,7 @@ class Engine:
         if self.casts and self.mesh.param_mesh is not None:
             reduce_scales(self.casts, self.mesh.param_mesh.get_group("dp_shard"))
 
-    def _inputs(self, batch: Batch, weights: Weights, sums: Sums) -> "Inputs":
+    def _inputs(self, batch: Batch, weight: float | Tensor, sums: Sums) -> "Inputs":
         """Return this rank's tokens on the device; the head returns the weighted loss and adds to `sums`."""
         device = self.mesh.device
         tokens_BT, labels_BT, positions_BT, source_BT = (
@@ -218,8 +220,7 @@ class Engine:
             for x_BT in (batch.tokens_BT, batch.labels_BT, batch.positions_BT, batch.source_BT)
         )
         labels_N, source_N = labels_BT.flatten(), source_BT.flatten()
-        token_weight, aux_weight = weights
-        weights_N = torch.where(labels_N == IGNORED, 0.0, token_weight).float()
+        weights_N = torch.where(labels_N == IGNORED, 0.0, weight).float()
 
         def head(h_BTD: Tensor, weight_VD: Tensor) -> Tensor:
             h_BTD, weight_VD, shard = local_head(h_BTD, weight_VD)
@@ -234,7 +235,7 @@ class Engine:
             "max_seq_len": batch.max_seq_len,
             "row_len": batch.tokens_BT.shape[1],
             "head": head,
-            "aux": AuxLosses(aux_weight),
+            "aux": AuxLosses(sums.aux_weight),
         }
 
     def _slice(self, x_BT: Tensor) -> Tensor:
@@ -253,15 +254,11 @@ class Engine:
         rows_N4 = torch.stack([nll_N.double(), correct_N.double(), target_N.double(), bytes_N.double()], dim=1)
         totals_S4.index_add_(0, source_N, rows_N4)
 
-    def _weights(self, batches: Sequence[Batch]) -> tuple[list[int], list[Weights]]:
-        """Return the target counts of all ranks' micro-batches, and the weights of each of this rank's.
-
-        An auxiliary loss is averaged over micro-batches and cp ranks, each of which has it for its own tokens.
-        """
+    def _weights(self, batches: Sequence[Batch]) -> tuple[list[int], list[float]]:
+        """Return the target counts of all ranks' micro-batches, and a target token's weight in each of this rank's."""
         counts = self.mesh.all_counts([int((batch.labels_BT != IGNORED).sum()) for batch in batches])
-        aux_weight = self.scaler.scale / (len(counts) * self.mesh.axes.cp)
-        mine = token_weights(counts, self.reduction)[self.mesh.dp_rank :: self.mesh.dp_size]
-        return counts, [(weight * self.scaler.scale, aux_weight) for weight in mine]
+        weights = token_weights(counts, self.reduction)[self.mesh.dp_rank :: self.mesh.dp_size]
+        return counts, [weight * self.scaler.scale for weight in weights]
 
     def _reduce(self, sums: Sums, grad_norm: Tensor) -> Sequence[Tensor]:
         """Return loss, gradient norm, totals_S4 and auxiliary losses of all ranks, from those of each."""
@@ -286,9 +283,9 @@ class Engine:
             self.aux_names = sorted(names)
         return self.aux_names
 
-    def _no_sums(self) -> Sums:
-        device = self.mesh.device
-        return Sums(torch.zeros((), device=device), torch.zeros(self.n_sources, 4, dtype=torch.float64, device=device))
+    def _no_sums(self, aux_weight: float = 0.0) -> Sums:
+        zero = torch.zeros((), device=self.mesh.device)
+        return Sums(zero, zero.new_zeros(self.n_sources, 4, dtype=torch.float64), torch.full_like(zero, aux_weight))
 
     def _complete_gradients(self) -> None:
         """Give every parameter a gradient with its own layout, and tied parameters the sum of theirs."""

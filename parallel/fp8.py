@@ -63,9 +63,6 @@ class GatheredWeight(Tensor):
         self.in_8_bits, self.amax = in_8_bits, amax
         return self
 
-    def __repr__(self, *_: Any, **__: Any) -> str:
-        return f"GatheredWeight({tuple(self.shape)}, {self.dtype})"
-
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:

@@ -15,7 +15,6 @@ from data.batches import Batch
 if TYPE_CHECKING:
     from parallel.engine import Sums
 
-Weights = tuple[float | Tensor, float | Tensor]  # of a target token's loss, and of an auxiliary loss
 FIELDS = ("tokens_BT", "labels_BT", "positions_BT", "source_BT")
 
 
@@ -52,14 +51,14 @@ class Recorded:
 class Graphs:
     """Runs the steps of an engine: one graph per shape of micro-batch, and one for the update.
 
-    `run(batch, weights, sums)` runs a micro-batch's passes and adds to `sums`, which are zeroed here; `update(sums)` is
+    `run(batch, weight, sums)` runs a micro-batch's passes and adds to `sums`, which are zeroed here; `update(sums)` is
     the rest of a step and returns its figures. Neither may need the host.
     """
 
     def __init__(
         self,
         params: Iterable[nn.Parameter],
-        run: Callable[[Batch, Weights, "Sums"], None],
+        run: Callable[[Batch, Tensor, "Sums"], None],
         update: Callable[["Sums"], Sequence[Tensor]],
         sums: "Sums",
         stream: torch.cuda.Stream | None,
@@ -74,34 +73,33 @@ class Graphs:
         self.passes: dict[tuple[int, ...], tuple[Batch, Tensor, Recorded]] = {}
         self.update = Recorded(lambda: self._update(update), stream, self.pool)
 
-    def step(self, batches: Sequence[Batch], weights: Sequence[Weights]) -> list[Tensor]:
+    def step(self, batches: Sequence[Batch], weights: Sequence[float], aux_weight: float) -> list[Tensor]:
         """Run a step's micro-batches and its update; returns copies of the update's figures."""
         for param, grad in zip(self.params, self.grads, strict=True):
             param.grad = grad
-        for batch, batch_weights in zip(batches, weights, strict=True):
-            fixed, weights_2, passes = self._passes_of(batch)
+        self.sums.aux_weight.fill_(aux_weight)
+        for batch, weight in zip(batches, weights, strict=True):
+            fixed, fixed_weight, passes = self._passes_of(batch)
             for name in FIELDS:
                 getattr(fixed, name).copy_(getattr(batch, name), non_blocking=True)
             n = len(batch.cu_seqlens)
             fixed.cu_seqlens[:n].copy_(batch.cu_seqlens, non_blocking=True)
             fixed.cu_seqlens[n:].fill_(batch.tokens_BT.numel())  # empty segments
-            for place, weight in zip(weights_2, batch_weights, strict=True):
-                place.fill_(weight)
+            fixed_weight.fill_(weight)
             passes()
         self.update()
         return [figure.clone() for figure in self.figures]
 
     def _update(self, update: Callable[["Sums"], Sequence[Tensor]]) -> None:
         figures = update(self.sums)
-        if not self.figures:  # the first time, which is not recorded
-            self.figures = [torch.empty_like(figure) for figure in figures]
+        self.figures = self.figures or [torch.empty_like(figure) for figure in figures]  # first in an eager run
         for fixed, figure in zip(self.figures, figures, strict=True):
             fixed.copy_(figure)
         torch._foreach_zero_(self.grads)  # type: ignore[attr-defined]
         self.sums.zero_()
 
     def _passes_of(self, batch: Batch) -> tuple[Batch, Tensor, Recorded]:
-        """Return the fixed batch, weights and graph for a micro-batch: one for all of a shape whose segments fit."""
+        """Return the fixed batch, weight and graph for a micro-batch: one for all of a shape whose segments fit."""
         rows, row_len = batch.tokens_BT.shape
         segments, longest = len(batch.cu_seqlens) - 1, batch.max_seq_len
         if segments * longest != rows * row_len:  # not segments of one length
@@ -112,11 +110,7 @@ class Graphs:
             device = self.sums.loss.device
             fields = {name: torch.empty_like(getattr(batch, name), device=device) for name in FIELDS}
             cu_seqlens = torch.zeros(segments + 1, dtype=batch.cu_seqlens.dtype, device=device)
-            fixed, weights_2 = (
-                Batch(**fields, cu_seqlens=cu_seqlens, max_seq_len=longest),
-                torch.zeros(2, device=device),
-            )
-            weights = (weights_2[0], weights_2[1])
-            recorded = Recorded(lambda: self.run(fixed, weights, self.sums), self.stream, self.pool)
-            self.passes[key] = fixed, weights_2, recorded
+            fixed, weight = Batch(**fields, cu_seqlens=cu_seqlens, max_seq_len=longest), torch.zeros((), device=device)
+            recorded = Recorded(lambda: self.run(fixed, weight, self.sums), self.stream, self.pool)
+            self.passes[key] = fixed, weight, recorded
         return self.passes[key]

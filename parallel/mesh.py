@@ -100,15 +100,12 @@ def distributed(config: ParallelConfig) -> Iterator[Mesh]:
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", str(axes.world_size)))
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
     try:
-        if axes.world_size == 1:
-            yield Mesh(device=device)
-        else:
+        if axes.world_size > 1:
             _join(config, device, axes.world_size)
-            try:
-                yield open_mesh(axes, zero_stage=config.zero_stage, device=device)
-            finally:
-                leave()
+        yield open_mesh(axes, zero_stage=config.zero_stage, device=device)
     finally:
+        if dist.is_initialized():
+            leave()
         torch.set_num_threads(threads)
 
 
@@ -131,11 +128,7 @@ def _device(config: ParallelConfig) -> torch.device:
         raise ParallelError("parallel.device (cuda): torch sees no CUDA device here; use parallel.device=cpu")
     if config.device is Device.cpu or not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank, n_devices = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())), torch.cuda.device_count()
-    if local_rank >= n_devices:
-        raise ParallelError(
-            f"LOCAL_RANK ({local_rank}) has no device: torch sees {n_devices}; start one rank per device"
-        )
+    local_rank = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 

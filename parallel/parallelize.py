@@ -46,14 +46,12 @@ def parallelize(
 ) -> list[Transformer]:
     """Lay out a model that was built on the meta device, and allocate it; returns its stages, which run it.
 
-    The model keeps this rank's parameters, not initialised. Only parameters change dtype. `fp8` is `none` or the name
+    The model keeps this rank's parameters, not initialised. `fp8` is `none` or the name
     of a scaling; `grad_dtype` accumulates the gradients of micro-batches, if it is not `dtype`.
     """
     stages = split_stages(model, mesh, config)
     blocks = list(model.blocks.values())
-    for module in model.modules():
-        for name, param in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(param.to(dtype)))
+    model.to(dtype)
     if mesh.param_mesh is not None and mesh.axes.tp > 1:
         apply_tp(model, mesh.param_mesh["tp"], sequence_parallel=config.sequence_parallel)
         if config.async_tp:

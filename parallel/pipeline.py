@@ -44,7 +44,8 @@ class Hidden(nn.Module):
         self.model = model
 
     def forward(self, *args: Tensor, **kwargs: Any) -> Tensor:
-        return self.model(*args, **kwargs)
+        out = self.model(*args, **kwargs)
+        return out.clone() if out._is_view() else out  # torch's split backward pass detaches it in place
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """Return the parameters that autograd knows: the gathered ones, even while their memory is freed."""

@@ -5,6 +5,7 @@ from functools import partial
 from math import lcm
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -109,30 +110,15 @@ def _ulysses(
     size, n_kv_heads = group.size(), k.shape[2]
     if n_kv_heads % size:  # each rank needs the key-value heads of its queries
         k, v = (x.repeat_interleave(lcm(n_kv_heads, size) // n_kv_heads, dim=2) for x in (k, v))
-    q, k, v = (_split_heads(x, group) for x in (q, k, v))
-    return _split_tokens(attend(q, k, v, **kwargs), group)
+    q, k, v = (_all_to_all(x, group, split_dim=2, cat_dim=1) for x in (q, k, v))
+    return _all_to_all(attend(q, k, v, **kwargs), group, split_dim=1, cat_dim=2)
 
 
-def _split_heads(x_BTHK: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """(B, T / cp, H, K) on each rank -> (B, T, H / cp, K)."""
-    B, T, H, K = x_BTHK.shape
-    size = group.size()
-    by_rank = x_BTHK.view(B, T, size, H // size, K).permute(2, 0, 1, 3, 4)
-    return _all_to_all(by_rank, group).permute(1, 0, 2, 3, 4).reshape(B, size * T, H // size, K)
-
-
-def _split_tokens(x_BTHK: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """(B, T, H / cp, K) on each rank -> (B, T / cp, H, K)."""
-    B, T, H, K = x_BTHK.shape
-    size = group.size()
-    by_rank = x_BTHK.view(B, size, T // size, H, K).permute(1, 0, 2, 3, 4)
-    return _all_to_all(by_rank, group).permute(1, 2, 0, 3, 4).reshape(B, T // size, size * H, K)
-
-
-def _all_to_all(by_rank: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Send item i to rank i, and return the items received, by rank."""
+def _all_to_all(x: Tensor, group: dist.ProcessGroup, *, split_dim: int, cat_dim: int) -> Tensor:
+    """Send chunk i of `split_dim` to rank i, and concatenate the chunks received along `cat_dim`."""
     from torch.distributed._functional_collectives import all_to_all_single_autograd
 
+    chunks = torch.stack(x.chunk(group.size(), split_dim))
     # The public all_to_all_single has no gradient; this one is what DTensor uses.
-    received: Any = all_to_all_single_autograd(by_rank.contiguous().flatten(), None, None, group)
-    return received.view(by_rank.shape)
+    received: Any = all_to_all_single_autograd(chunks.flatten(), None, None, group)
+    return torch.cat(received.view_as(chunks).unbind(), cat_dim)

@@ -47,8 +47,8 @@ def test_fitting_layout_has_no_problems() -> None:
     ("world_size", "fields", "words"),
     [
         (8, {"dp_shard": 4}, ["parallel.dp_shard (4)", "(8)"]),
-        (8, {"dp_shard": -1, "tp": 3}, ["parallel.tp (3)", "(8)", "parallel.dp_shard (-1)"]),
-        (8, {"dp_shard": -1, "tp": -1}, ["parallel.dp_shard and parallel.tp", "-1"]),
+        (8, {"dp_shard": -1, "tp": 3}, ["parallel.dp_shard (-1) x parallel.tp (3)", "3 must", "(8)"]),
+        (8, {"dp_shard": -1, "tp": -1}, ["parallel.dp_shard (-1) x parallel.tp (-1)"]),
         (2, {"tp": 0}, ["parallel.tp (0)"]),
         (16, {"tp": 16}, ["parallel.tp (16)", "model.n_heads (8), model.n_kv_heads (4), model.vocab_size (1000)", "1, 2, 4"]),
         (16, {"cp": 16}, ["parallel.cp (16)", "model.n_heads / parallel.tp (8)", "1, 2, 4, 8"]),
@@ -64,7 +64,7 @@ def test_fitting_layout_has_no_problems() -> None:
         (2, {"pp": 2, "pipeline_schedule": Schedule["zero_bubble"], "compile": Compile.blocks},
          ["parallel.pipeline_schedule (zero_bubble)", "parallel.compile (blocks)"]),
         (8, {"pack_len": 36, "tp": 2, "cp": 4, "steps": (16, 4)}, ["parallel.cp x parallel.tp (8)", "(36)", "data.seq_len"]),
-        (2, {"threads": 0}, ["every axis (1)", "(2)"]),
+        (2, {}, ["every axis (1)", "(2)"]),
     ],
 )  # fmt: skip
 def test_layout_problem_names_keys_and_values(world_size: int, fields: dict[str, Any], words: list[str]) -> None:
@@ -73,8 +73,8 @@ def test_layout_problem_names_keys_and_values(world_size: int, fields: dict[str,
 
 
 def test_all_problems_are_found_at_once() -> None:
-    wrong = problems(6, pp=2, tp=3, steps=(1,), init_timeout_s=0.0)
-    assert len(wrong) == 4 and "init_timeout_s (0.0)" in wrong[0] and "model.n_heads (8)" in wrong[1]
+    wrong = problems(6, pp=2, tp=3, steps=(1,), zero_stage=4)
+    assert len(wrong) == 4 and "zero_stage (4)" in wrong[0] and "model.n_heads (8)" in wrong[1]
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def test_grad_dtype_accumulates_in_fp32() -> None:
         engine = build(compute=compute, grad_dtype=grad_dtype)
         norms[name] = [float(engine.train_step(batches).grad_norm)]
         if grad_dtype is not None:
-            engine._run(batches[:1], [(1.0, 1.0)], engine._no_sums())
+            engine._run(batches[:1], [1.0], engine._no_sums())
             assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in engine.model.parameters())
     assert norms["kept"] == pytest.approx(norms["exact"], rel=1e-2)
 
