@@ -12,14 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import (
-    PipelineStage,
-    Schedule1F1B,
-    ScheduleInterleaved1F1B,
-    ScheduleInterleavedZeroBubble,
-    ScheduleZBVZeroBubble,
-)
+from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining._backward import stage_backward_weight
+from torch.distributed.pipelining.schedules import get_schedule_class
 
 from model.config import ModelConfig
 from model.transformer import Transformer
@@ -28,11 +23,7 @@ from parallel.config import ParallelConfig
 from parallel.mesh import Mesh
 from parallel.parallelize import set_gradient_sync, sharded_modules
 
-SCHEDULES = {
-    "interleaved_1f1b": ScheduleInterleaved1F1B,
-    "zero_bubble": ScheduleInterleavedZeroBubble,
-    "zbv": ScheduleZBVZeroBubble,
-}
+SCHEDULES = {"interleaved_1f1b": "Interleaved1F1B", "zero_bubble": "InterleavedZeroBubble", "zbv": "ZBVZeroBubble"}
 Inputs = tuple[Tensor, Mapping[str, Any]]  # a micro-batch: tokens_BT, and keyword arguments of every stage
 
 
@@ -49,9 +40,8 @@ class Hidden(nn.Module):
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """Return the parameters that autograd knows: the gathered ones, even while their memory is freed."""
-        if not isinstance(self.model, FSDPModule):
-            return self.model.parameters(recurse)
-        return chain.from_iterable(map(gathered, sharded_modules(self.model)))
+        sharded = sharded_modules(self.model)
+        return chain.from_iterable(map(gathered, sharded)) if sharded else self.model.parameters(recurse)
 
 
 class Stage(PipelineStage):
@@ -132,13 +122,11 @@ class Pipeline:
     def evaluate(self, tokens_BT: Tensor, kwargs: Mapping[str, Any]) -> None:
         """Run a micro-batch forward."""
         x = tokens_BT
-        for number in range(self.n_stages):
-            if number not in self.stages:
-                continue
+        for number, stage in self.stages.items():
             if number and number - 1 not in self.stages:
                 x = torch.empty(self._hidden_shape(tokens_BT), dtype=self.dtype, device=self.mesh.device)
                 dist.recv(x, group=self.group, group_src=self.rank_of[number - 1])
-            x = self.stages[number](x, **kwargs)
+            x = stage(x, **kwargs)
             if number + 1 < self.n_stages and number + 1 not in self.stages:
                 dist.send(x.contiguous(), group=self.group, group_dst=self.rank_of[number + 1])
 
@@ -166,21 +154,14 @@ class Pipeline:
         key = (n_batches, tokens_BT.shape)
         if key not in self._schedules:
             hidden = torch.empty(self._hidden_shape(tokens_BT), dtype=self.dtype, device="meta", requires_grad=True)
-            stages: list[Any] = [
-                Stage(
-                    stage,
-                    number,
-                    self.n_stages,
-                    self.mesh.device,
-                    zero_stage=self.config.zero_stage,
-                    input_args=hidden if number else tokens_BT.to("meta"),
-                    output_args=hidden if number + 1 < self.n_stages else torch.empty((), device="meta"),
-                    group=self.group,
-                )
-                for number, stage in self.stages.items()
-            ]
-            settings: Any = {"n_microbatches": n_batches, "loss_fn": lambda loss, _: loss, "scale_grads": False}
+            first, last = tokens_BT.to("meta"), torch.empty((), device="meta")
+            stages: Any = []
+            for number, model in self.stages.items():
+                place = (number, self.n_stages, self.mesh.device)
+                shapes = (hidden if number else first, hidden if number + 1 < self.n_stages else last, self.group)
+                stages.append(Stage(model, *place, *shapes, zero_stage=self.config.zero_stage))
             name = self.config.pipeline_schedule.value
-            schedule = Schedule1F1B(stages[0], **settings) if name == "1f1b" else SCHEDULES[name](stages, **settings)
-            self._schedules[key] = schedule
+            make: Any = get_schedule_class(SCHEDULES.get(name, name))
+            settings = {"n_microbatches": n_batches, "loss_fn": lambda loss, _: loss, "scale_grads": False}
+            self._schedules[key] = make(stages[0] if name == "1f1b" else stages, **settings)
         return self._schedules[key]
