@@ -157,9 +157,17 @@ class Pipeline:
             first, last = tokens_BT.to("meta"), torch.empty((), device="meta")
             stages: Any = []
             for number, model in self.stages.items():
-                place = (number, self.n_stages, self.mesh.device)
-                shapes = (hidden if number else first, hidden if number + 1 < self.n_stages else last, self.group)
-                stages.append(Stage(model, *place, *shapes, zero_stage=self.config.zero_stage))
+                stage = Stage(
+                    model,
+                    number,
+                    self.n_stages,
+                    self.mesh.device,
+                    hidden if number else first,
+                    hidden if number + 1 < self.n_stages else last,
+                    group=self.group,
+                    zero_stage=self.config.zero_stage,
+                )
+                stages.append(stage)
             name = self.config.pipeline_schedule.value
             make: Any = get_schedule_class(SCHEDULES.get(name, name))
             settings = {"n_microbatches": n_batches, "loss_fn": lambda loss, _: loss, "scale_grads": False}
