@@ -1,6 +1,5 @@
 """The training step: forward, backward, one global norm, one clip, one update, or none if the norm is not finite."""
 
-import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +13,7 @@ from data.batches import IGNORED, Batch
 from model.aux_loss import AuxLosses
 from model.loss import linear_cross_entropy
 from model.transformer import Transformer
-from parallel.config import ParallelConfig, ParallelError, no_graphs
+from parallel.config import ParallelConfig, no_graphs
 from parallel.counters import StepCounters
 from parallel.fp8 import Fp8Linear, reduce_scales
 from parallel.graphs import Graphs
@@ -23,8 +22,7 @@ from parallel.mesh import Mesh
 from parallel.nonfinite import NonfiniteWatch
 from parallel.parallelize import set_gradient_sync, sharded_modules
 from parallel.tensor_parallel import local, local_head, sharded_dim
-from parallel.token_weights import token_weights
-from training.config import LossConfig
+from training.config import LossConfig, Reduction
 
 if TYPE_CHECKING:
     from parallel.pipeline import Inputs
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
 
 class Optimizer(Protocol):
     def step(self, *, grad_scale: Tensor, finite: Tensor) -> Tensor:
-        """Update from gradients divided by `grad_scale`, if `finite`; return the learning rate and beta2."""
+        """Update from gradients divided by `grad_scale`, if `finite`; return learning rate and beta2."""
         ...
 
 
@@ -112,12 +110,9 @@ class Engine:
     def _open_graphs(self) -> Graphs:
         if self.mesh.device.type != "cuda":
             raise no_graphs(str(self.mesh.device))
-        if importlib.util.find_spec("triton") is None:  # without it the update waits for the device
-            raise ParallelError("parallel.cuda_graphs (true) needs Triton; pip install triton, or set it to false")
         return self.graphs_on(torch.cuda.Stream(self.mesh.device))
 
     def graphs_on(self, stream: torch.cuda.Stream | None) -> Graphs:
-        """Return a runner of whole steps that records them on a stream, if there is one."""
         return Graphs(self.params.values(), self._run_one, self._update, self._no_sums(), stream)
 
     def train_step(self, batches: Sequence[Batch]) -> StepResult:
@@ -175,9 +170,8 @@ class Engine:
             if not self.mesh.all_reduce_max(bool(watch.events)):
                 with watch:
                     self._run(batches, self._weights(batches)[1], self._no_sums())
-                for name, param in reversed(self.params.items()):
-                    if param.grad is not None:
-                        watch.check_gradient(name, param.grad)
+                for name, param in self.params.items():
+                    watch.check_weight(name, param)
             events = [event for events in self.mesh.gather(watch.events) for event in events]
             return min(events).text if events else "the sum of finite gradients overflowed"
         finally:
@@ -203,12 +197,10 @@ class Engine:
 
     def _add_aux(self, aux: AuxLosses, sums: Sums) -> None:
         for name, loss in aux.sums.items():
-            if name not in sums.aux:
-                sums.aux[name] = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-            sums.aux[name] += loss
+            sums.aux[name] = sums.aux.get(name, torch.zeros((), device=self.mesh.device))
+            sums.aux[name] += loss  # in place, as graphs need it
 
     def _reduce_scales(self) -> None:
-        """Find the scales of weights that are gathered in 8 bits: they may have changed."""
         if self.casts and self.mesh.param_mesh is not None:
             reduce_scales(self.casts, self.mesh.param_mesh.get_group("dp_shard"))
 
@@ -219,14 +211,14 @@ class Engine:
             self._slice(x_BT).to(device, non_blocking=True)
             for x_BT in (batch.tokens_BT, batch.labels_BT, batch.positions_BT, batch.source_BT)
         )
-        labels_N, source_N = labels_BT.flatten(), source_BT.flatten()
+        labels_N = labels_BT.flatten()
         weights_N = torch.where(labels_N == IGNORED, 0.0, weight).float()
 
         def head(h_BTD: Tensor, weight_VD: Tensor) -> Tensor:
             h_BTD, weight_VD, shard = local_head(h_BTD, weight_VD)
             loss, nll_N, correct_N = self.linear_loss(h_BTD.flatten(0, 1), weight_VD, labels_N, weights_N, shard=shard)
             sums.loss += loss.detach()
-            self._add_totals(sums.totals_S4, labels_N, source_N, nll_N, correct_N)
+            sums.totals_S4.index_add_(0, source_BT.flatten(), self._totals(labels_N, nll_N, correct_N))
             return loss
 
         return tokens_BT, {
@@ -239,20 +231,15 @@ class Engine:
         }
 
     def _slice(self, x_BT: Tensor) -> Tensor:
-        """Return this cp rank's tokens of each row."""
         size = x_BT.shape[1] // self.mesh.axes.cp
         return x_BT.narrow(1, size * self.mesh.coordinate("cp"), size)
 
-    def _add_totals(
-        self, totals_S4: Tensor, labels_N: Tensor, source_N: Tensor, nll_N: Tensor, correct_N: Tensor
-    ) -> None:
+    def _totals(self, labels_N: Tensor, nll_N: Tensor, correct_N: Tensor) -> Tensor:
+        """Return each token's nll, and whether it is correct, a target, and its bytes, float64 (N, 4)."""
         target_N = labels_N != IGNORED
-        if self.bytes_per_token is None:
-            bytes_N = torch.zeros_like(nll_N)
-        else:
-            bytes_N = self.bytes_per_token[labels_N.clamp(min=0)] * target_N
-        rows_N4 = torch.stack([nll_N.double(), correct_N.double(), target_N.double(), bytes_N.double()], dim=1)
-        totals_S4.index_add_(0, source_N, rows_N4)
+        lengths = self.bytes_per_token
+        bytes_N = torch.zeros_like(nll_N) if lengths is None else lengths[labels_N.clamp(min=0)] * target_N
+        return torch.stack([x_N.double() for x_N in (nll_N, correct_N, target_N, bytes_N)], dim=1)
 
     def _weights(self, batches: Sequence[Batch]) -> tuple[list[int], list[float]]:
         """Return the target counts of all ranks' micro-batches, and a target token's weight in each of this rank's."""
@@ -318,3 +305,14 @@ def is_first_copy(param: Tensor) -> bool:
     mesh = param.device_mesh
     replicated = [axis for axis, placement in enumerate(param.placements) if sharded_dim(placement) is None]
     return all(mesh.get_local_rank(axis) == 0 for axis in replicated)
+
+
+def token_weights(target_counts: list[int], reduction: Reduction) -> list[float]:
+    """Return the weight of a target token in each micro-batch of a step, for the loss to be a weighted sum.
+
+    `global_token` is the mean over all target tokens, `micro_batch_mean` the mean of micro-batches' means, as InternLM.
+    """
+    total, n_batches = sum(target_counts), len(target_counts)
+    if reduction is Reduction.global_token:
+        return [1 / total if total else 0.0] * n_batches
+    return [1 / (n_batches * count) if count else 0.0 for count in target_counts]

@@ -63,6 +63,9 @@ class GatheredWeight(Tensor):
         self.in_8_bits, self.amax = in_8_bits, amax
         return self
 
+    def __repr__(self, *_: Any, **__: Any) -> str:  # the compiler calls it
+        return f"GatheredWeight({tuple(self.shape)}, {self.dtype})"
+
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
@@ -106,8 +109,7 @@ class _Product(torch.autograd.Function):
         x, x_t, x_scale = _quantize(x_NK, E4M3)
         ctx.gathered = isinstance(weight_MK, GatheredWeight)
         if isinstance(weight_MK, GatheredWeight):
-            # Saved as it is: FSDP frees its memory and gathers it again.
-            weight = saved = weight_MK.in_8_bits
+            weight = saved = weight_MK.in_8_bits  # whose memory FSDP frees, to gather it again
             weight_scale = weight_MK.amax / E4M3_MAX
         else:
             weight, saved, weight_scale = _quantize(weight_MK, E4M3)
@@ -127,10 +129,7 @@ class _Product(torch.autograd.Function):
 
 
 class Fp8Linear(nn.Linear):
-    """A linear layer that multiplies in 8 bits; a plain one becomes it by changing its class.
-
-    Under tp each rank multiplies its part of the matrix, with its own scale.
-    """
+    """A linear layer that multiplies in 8 bits; a plain one becomes it by changing its class."""
 
     cast: "ShardCast | None" = None  # of this rank's shard of the weight, where FSDP gathers it
 
@@ -147,7 +146,7 @@ def _product(x_BTK: Tensor, weight_MK: Tensor) -> Tensor:
 
 
 def _tp_product(x_BTK: Tensor, weight_MK: DTensor) -> Tensor:
-    """Return this rank's columns of the product, or its part of the sum, as the weight's placement has it."""
+    """Return this rank's columns of the product, or its part of the sum; each rank has its own scale."""
     (placement,) = weight_MK.placements
     assert isinstance(x_BTK, DTensor) and isinstance(placement, Shard)
     last = Shard(x_BTK.ndim - 1)

@@ -19,10 +19,7 @@ FIELDS = ("tokens_BT", "labels_BT", "positions_BT", "source_BT")
 
 
 class Recorded:
-    """A function that runs on a stream: eagerly the first time, which compiles its kernels, then recorded and replayed.
-
-    Without a stream it always runs eagerly.
-    """
+    """A function that runs eagerly the first time, to compile its kernels, and then as a graph if there is a stream."""
 
     def __init__(self, function: Callable[[], None], stream: torch.cuda.Stream | None, pool: Any) -> None:
         self.function, self.stream, self.pool = function, stream, pool
@@ -41,9 +38,8 @@ class Recorded:
         else:
             if self.graph is None:
                 self.graph = torch.cuda.CUDAGraph()
-                # thread_local: other threads, such as the one that pins batches, may call CUDA meanwhile.
-                mode: Any = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
-                with torch.cuda.graph(self.graph, **mode):
+                # Other threads, such as the one that pins batches, may call CUDA meanwhile.
+                with torch.cuda.graph(self.graph, self.pool, self.stream, capture_error_mode="thread_local"):
                     self.function()
             self.graph.replay()
 

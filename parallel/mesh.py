@@ -1,8 +1,6 @@
 """The process group and device mesh of a run, opened before anything else and closed after it."""
 
 import os
-import socket
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -138,8 +136,6 @@ def _join(config: ParallelConfig, device: torch.device, world_size: int) -> None
     address, rank = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", os.environ["RANK"]
     timeout = timedelta(seconds=config.init_timeout_s)
     try:
-        if rank != "0":
-            _wait_for_listener(config.init_timeout_s)
         store, *_ = next(rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
         opened = store.add(f"opened/{rank}", 1)  # each point of a sweep opens a group over the same store
@@ -151,28 +147,16 @@ def _join(config: ParallelConfig, device: torch.device, world_size: int) -> None
             world_size=world_size,
             timeout=timedelta(seconds=config.step_timeout_s),
         )
-    except (dist.DistError, OSError) as error:
+    except dist.DistError as error:
         raise ParallelError(
             f"RANK {rank} cannot join the {world_size} ranks (WORLD_SIZE) at {address} (MASTER_ADDR, MASTER_PORT) "
             f"within {config.init_timeout_s:g} s (parallel.init_timeout_s): {str(error).splitlines()[0]}"
         ) from None
 
 
-def _wait_for_listener(timeout_s: float) -> None:
-    """Wait until rank 0 listens: torch's own wait prints pages of C++ frames when it ends."""
-    address, until = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), time.monotonic() + timeout_s
-    while True:
-        try:
-            return socket.create_connection(address, timeout_s).close()
-        except OSError:
-            if time.monotonic() > until:
-                raise
-        time.sleep(0.2)
-
-
 def leave() -> None:
-    """Close the process group, and clear DTensor's cache of layouts, which refer to its groups."""
+    """Close the process group, and clear DTensor's cache, without which a process cannot open a second mesh."""
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache  # late: only several ranks need it
 
     dist.destroy_process_group()
-    _clear_sharding_prop_cache()  # private, but a process cannot open a second mesh without it
+    _clear_sharding_prop_cache()

@@ -39,11 +39,10 @@ class NonfiniteWatch:
         for hook in self.hooks:
             hook.remove()
 
-    def check_weight(self, name: str, weight: Tensor) -> None:
-        self._check(weight, 0, 0, False, name.rpartition(".")[0], f"{name} (weight)")
-
-    def check_gradient(self, name: str, gradient: Tensor) -> None:
-        self._check(gradient, 2, 0, True, name.rpartition(".")[0], f"{name} (gradient)")
+    def check_weight(self, name: str, param: nn.Parameter) -> None:
+        self._check(param, 0, 0, False, name.rpartition(".")[0], f"{name} (weight)")
+        if param.grad is not None:
+            self._check(param.grad, 2, 0, True, name.rpartition(".")[0], f"{name} (gradient)")
 
     def _hook(self, name: str, _module: nn.Module, _inputs: object, output: Tensor) -> None:
         # Private: nothing public tells a forward pass from its recomputation by activation checkpointing.

@@ -16,14 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.transformer import Transformer
 from parallel.axes import stage_layers, stages_of
-from parallel.config import (
-    SPLIT_BACKWARD,
-    Compile,
-    ParallelConfig,
-    ParallelError,
-    ReduceDtype,
-    no_fp8,
-)
+from parallel.config import SPLIT_BACKWARD, Compile, ParallelConfig, ParallelError, ReduceDtype, no_fp8
 from parallel.fp8 import MULTIPLE, Fp8Linear, cast_before_gathering
 from parallel.mesh import Mesh
 from parallel.tensor_parallel import apply_cp, apply_tp, local, sharded_dim
@@ -123,10 +116,7 @@ def check_fp8_device(scaling: str, device: torch.device) -> None:
 
 
 def overlap_tp(mesh: DeviceMesh) -> None:
-    """Let the compiler overlap matrix products with the collectives of tp.
-
-    Both switches are private: torch has no other name for asynchronous tensor parallelism yet.
-    """
+    """Let the compiler overlap matrix products with the collectives of tp; torch has only private switches for it."""
     import torch._inductor.config as inductor_config
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
@@ -137,9 +127,8 @@ def overlap_tp(mesh: DeviceMesh) -> None:
 
 def compile_blocks(blocks: list[nn.Module], backend: str = "inductor") -> None:
     """Compile each block's parts before and after attention: two graphs, shared by all blocks."""
-    # Where the next run finds it, also after a reboot.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "torchinductor"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "torchinductor"))  # kept over a reboot
     dynamo: Any = torch._dynamo.config
     # Each shape of micro-batch, in training and validation, is a graph; none may fall back to eager code.
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
@@ -168,8 +157,7 @@ def apply_zero(model: Transformer, mesh: Mesh, config: ParallelConfig) -> None:
         wrap(module, reshard_after_forward=config.zero_stage == 3)
     wrap(model, reshard_after_forward=False)  # the head, which the backward pass needs at once
     if mesh.axes.pp > 1 and config.zero_stage == 3:
-        # FSDP forgets the order of modules after a backward pass, while here other micro-batches are under way, so each
-        # is told what to prefetch; the last one itself, which is there.
+        # FSDP forgets the order of modules after each backward pass, though other micro-batches are under way.
         for module, following in pairwise([model, *reversed(parts), parts[0]]):
             module.set_modules_to_backward_prefetch([following])  # type: ignore[operator]
     for module in sharded_modules(model):

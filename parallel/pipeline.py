@@ -157,17 +157,9 @@ class Pipeline:
             first, last = tokens_BT.to("meta"), torch.empty((), device="meta")
             stages: Any = []
             for number, model in self.stages.items():
-                stage = Stage(
-                    model,
-                    number,
-                    self.n_stages,
-                    self.mesh.device,
-                    hidden if number else first,
-                    hidden if number + 1 < self.n_stages else last,
-                    group=self.group,
-                    zero_stage=self.config.zero_stage,
-                )
-                stages.append(stage)
+                shapes = (hidden if number else first, hidden if number + 1 < self.n_stages else last)
+                place = (number, self.n_stages, self.mesh.device)
+                stages.append(Stage(model, *place, *shapes, group=self.group, zero_stage=self.config.zero_stage))
             name = self.config.pipeline_schedule.value
             make: Any = get_schedule_class(SCHEDULES.get(name, name))
             settings = {"n_microbatches": n_batches, "loss_fn": lambda loss, _: loss, "scale_grads": False}

@@ -9,11 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from model.transformer import Transformer
-from parallel.config import ParallelError
 
 
 def apply_tp(model: Transformer, mesh: DeviceMesh, *, sequence_parallel: bool) -> None:
@@ -24,23 +23,12 @@ def apply_tp(model: Transformer, mesh: DeviceMesh, *, sequence_parallel: bool) -
     under sequence parallelism.
     """
     between: Placement = Shard(1) if sequence_parallel else Replicate()
-    plan = model.tp_plan()
-    styles: dict[str, ParallelStyle] = {}
-    for path, module in model.named_modules():
-        if not list(module.parameters(recurse=False)):
-            continue
-        match plan.get(path):
-            case "colwise":
-                styles[path] = ColwiseParallel()
-            case "rowwise" if isinstance(module, nn.Embedding):  # the vocabulary is the input of a lookup
-                styles[path] = RowwiseParallel(input_layouts=Replicate(), output_layouts=between)
-            case "rowwise":
-                styles[path] = RowwiseParallel(output_layouts=between)
-            case "norm":
-                styles[path] = _GatheringNorm(between)
-            case style:  # left alone, its ranks would drift apart
-                raise ParallelError(f"parallel.tp: the model's tp_plan has no known style for {path} ({style})")
-    parallelize_module(model, mesh, styles)
+    rowwise = RowwiseParallel(output_layouts=between)
+    styles = {"colwise": ColwiseParallel(), "rowwise": rowwise, "norm": _GatheringNorm(between)}
+    plan: dict[str, ParallelStyle] = {path: styles[style] for path, style in model.tp_plan().items()}
+    if "embed" in plan:  # the vocabulary is the input of a lookup
+        plan["embed"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=between)
+    parallelize_module(model, mesh, plan)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -60,18 +48,13 @@ class _GatheringNorm(ParallelStyle):
         self.between = between
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        return distribute_module(module, device_mesh, _replicate, self._enter, self._leave)  # type: ignore[arg-type]
+        return distribute_module(module, device_mesh, None, self._enter, self._leave)  # type: ignore[arg-type]
 
     def _enter(self, _module: nn.Module, inputs: tuple[Tensor], mesh: DeviceMesh) -> tuple[DTensor]:
         return (DTensor.from_local(inputs[0], mesh, [self.between], run_check=False),)
 
     def _leave(self, _module: nn.Module, output: DTensor, _mesh: DeviceMesh) -> DTensor:
         return output.redistribute(placements=[Replicate()])
-
-
-def _replicate(_name: str, module: nn.Module, mesh: DeviceMesh) -> None:
-    for name, param in module.named_parameters(recurse=False):
-        module.register_parameter(name, nn.Parameter(distribute_tensor(param, mesh, [Replicate()])))
 
 
 class VocabularyShard:

@@ -12,11 +12,10 @@ from model.config import Init, ModelConfig
 from model.transformer import Transformer
 from parallel.config import ActivationCheckpointing, Compile, ParallelConfig, ParallelError
 from parallel.counters import StepCounters
-from parallel.engine import Engine
+from parallel.engine import Engine, token_weights
 from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
 from parallel.parallelize import compile_blocks, parallelize, recomputed_blocks
-from parallel.token_weights import token_weights
 from tests.parallel.packed import micro_batch
 from training.config import Dtype, LossConfig, OptimizerConfig, PrecisionConfig, Reduction
 from training.optim.optimizer import AdamW

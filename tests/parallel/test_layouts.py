@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from model.transformer import Transformer
-from parallel.config import SPLIT_BACKWARD, ActivationCheckpointing, ParallelConfig, ParallelError, Schedule
-from parallel.tensor_parallel import apply_tp
-from tests.parallel.layouts import MODELS, Case, Outcome, alone, run
+from parallel.config import SPLIT_BACKWARD, ActivationCheckpointing, ParallelConfig, Schedule
+from tests.parallel.layouts import Case, Outcome, alone, run
 from training.config import Reduction
 
 # Tensor- and context-parallel ranks all run every micro-batch, so fewer of them do.
@@ -187,15 +185,3 @@ def test_all_ranks_skip_a_step_that_is_nonfinite_on_one(name: str, outcomes: dic
 def test_only_split_backward_on_old_torch_is_left_out() -> None:
     assert all(ALL[name].layout.get("pipeline_schedule") in SPLIT_BACKWARD for name in ALL.keys() - CASES)
     assert len(CASES) == len(ALL) or version("torch") < "2.13"
-
-
-def test_tp_refuses_a_module_without_a_style(monkeypatch: pytest.MonkeyPatch) -> None:
-    with torch.device("meta"):
-        model = Transformer(MODELS["plain"])
-    plan = model.tp_plan()
-    assert set(plan) == {name.rpartition(".")[0] for name, _ in model.named_parameters()}
-    del plan["blocks.1.mlp.w_up"]
-    monkeypatch.setattr(model, "tp_plan", lambda: plan)
-    mesh: Any = None
-    with pytest.raises(ParallelError, match=r"blocks\.1\.mlp\.w_up"):
-        apply_tp(model, mesh, sequence_parallel=True)

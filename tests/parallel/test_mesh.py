@@ -51,10 +51,10 @@ def test_port_in_use() -> None:
     assert f"MASTER_PORT ({port})" in line
 
 
-@pytest.mark.parametrize(("rank", "why"), [(0, "1/2 clients joined"), (1, "Connection refused")])
+@pytest.mark.parametrize(("rank", "why"), [(0, "1/2 clients joined"), (1, "timed out")])
 def test_rank_whose_peer_never_joins_gives_up(rank: int, why: str) -> None:
     port = free_port()
-    (line,) = errors_of(start_rank(rank, 2, port, init_timeout_s=2))
+    line = errors_of(start_rank(rank, 2, port, init_timeout_s=2))[-1]  # after torch's own stack
     for words in (f"RANK {rank}", "(WORLD_SIZE)", f"127.0.0.1:{port}", "(parallel.init_timeout_s)", why):
         assert words in line
 
