@@ -41,9 +41,7 @@ def resolve_axes(config: ParallelConfig, world_size: int) -> Axes:
     if n_open and world_size % product:
         raise ParallelError(f"{named}: {product} must divide the number of ranks ({world_size})")
     if not n_open and product != world_size:
-        raise ParallelError(
-            f"{named} = {product} must be the number of ranks ({world_size}); start {product}, or set one axis to -1"
-        )
+        raise ParallelError(f"{named} = {product} must be the number of ranks ({world_size}); one axis may be -1")
     return Axes(**{axis: world_size // product if size == -1 else size for axis, size in sizes.items()})
 
 
@@ -65,19 +63,14 @@ def layout_problems(
         yield f"parallel.tp ({axes.tp}) must divide {undivided}; choose from {_divisors(math.gcd(*split.values()))}"
     elif model.n_heads % (axes.tp * axes.cp):
         heads = model.n_heads // axes.tp
-        yield (
-            f"parallel.cp ({axes.cp}) must divide model.n_heads / parallel.tp ({heads}); choose from {_divisors(heads)}"
-        )
+        yield f"parallel.cp ({axes.cp}) must divide model.n_heads / parallel.tp ({heads}): {_divisors(heads)}"
     pieces = axes.cp * (axes.tp if config.sequence_parallel else 1)
     if pack_len % pieces:
         named = "parallel.cp" + (" x parallel.tp" if pieces > axes.cp else "")
         yield f"{named} ({pieces}) must divide the tokens of a pack ({pack_len}); change data.seq_len or data.pack_len"
     for n_batches in micro_batches:
         if n_batches % axes.dp:
-            yield (
-                f"dp_replicate x dp_shard ({axes.dp}) must divide the micro-batches per step ({n_batches}); "
-                "change global_batch_tokens, ramp or data.micro_batch_size"
-            )
+            yield f"dp_replicate x dp_shard ({axes.dp}) must divide global_batch_tokens in micro-batches ({n_batches})"
     if axes.pp > 1:
         yield from _stage_problems(config, axes, model, [n // axes.dp for n in micro_batches if n % axes.dp == 0])
 

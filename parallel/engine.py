@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -283,8 +283,7 @@ class Engine:
                 # Under sequence parallelism a norm's gradient is a partial sum over this rank's tokens; FSDP sums it.
                 param.grad = param.grad.redistribute(placements=param.placements)
         if self.pipeline is not None and self.pipeline.tied:
-            gradients: dict[str, Any] = {name: param.grad for name, param in self.params.items()}
-            self.pipeline.sum_tied({name: local(grad) for name, grad in gradients.items()})
+            self.pipeline.sum_tied(self.params)
 
     def _grad_norm(self) -> Tensor:
         """Return the 2-norm over this rank's gradients, times the loss scale; each parameter is counted once."""

@@ -28,20 +28,20 @@ class Recorded:
 
     def __call__(self) -> None:
         if self.stream is None:
-            self.function()
-        elif not self.warm:
+            return self.function()
+        if not self.warm:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 self.function()
             torch.cuda.current_stream().wait_stream(self.stream)
             self.warm = True
-        else:
-            if self.graph is None:
-                self.graph = torch.cuda.CUDAGraph()
-                # Other threads, such as the one that pins batches, may call CUDA meanwhile.
-                with torch.cuda.graph(self.graph, self.pool, self.stream, capture_error_mode="thread_local"):
-                    self.function()
-            self.graph.replay()
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            # Other threads, such as the one that pins batches, may call CUDA meanwhile.
+            with torch.cuda.graph(self.graph, self.pool, self.stream, capture_error_mode="thread_local"):
+                self.function()
+        self.graph.replay()
 
 
 class Graphs:

@@ -112,9 +112,8 @@ def open_mesh(axes: Axes, *, zero_stage: int, device: torch.device) -> Mesh:
     if axes.world_size == 1:
         return Mesh(device=device)
     ranks = torch.arange(axes.world_size)
-    replicate, shard = axes.dp_replicate, axes.dp_shard
-    replicate, shard = (replicate, shard * axes.cp) if zero_stage > 0 else (replicate * axes.cp, shard)
-    param_ranks, batch_ranks = ranks.view(axes.pp, replicate, shard, axes.tp), ranks.view(axes.pp, -1, axes.cp, axes.tp)
+    shard = axes.dp_shard * (axes.cp if zero_stage > 0 else 1)
+    param_ranks, batch_ranks = ranks.view(axes.pp, -1, shard, axes.tp), ranks.view(axes.pp, -1, axes.cp, axes.tp)
     param_mesh = DeviceMesh(device.type, param_ranks, mesh_dim_names=("pp", "dp_replicate", "dp_shard", "tp"))
     batch_mesh = DeviceMesh(device.type, batch_ranks, mesh_dim_names=("pp", "dp", "cp", "tp"))
     host: Any = dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else dist.group.WORLD
@@ -139,14 +138,10 @@ def _join(config: ParallelConfig, device: torch.device, world_size: int) -> None
         store, *_ = next(rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
         opened = store.add(f"opened/{rank}", 1)  # each point of a sweep opens a group over the same store
+        store, timeout = PrefixStore(str(opened), store), timedelta(seconds=config.step_timeout_s)
         # Without device_id: with it, the second group of a process dies while it is split (torch 2.11, NCCL).
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=PrefixStore(str(opened), store),
-            rank=int(rank),
-            world_size=world_size,
-            timeout=timedelta(seconds=config.step_timeout_s),
-        )
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=int(rank), world_size=world_size, timeout=timeout)
     except dist.DistError as error:
         raise ParallelError(
             f"RANK {rank} cannot join the {world_size} ranks (WORLD_SIZE) at {address} (MASTER_ADDR, MASTER_PORT) "

@@ -102,10 +102,8 @@ def apply_fp8(blocks: list[nn.Module], scaling: str) -> None:
     for module in (module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)):
         rows, columns = local(module.weight).shape
         if rows % MULTIPLE or columns % MULTIPLE:
-            raise ParallelError(
-                f"precision.fp8 ({scaling}) needs sizes on a rank in multiples of {MULTIPLE}, not {rows} x {columns}; "
-                "choose precision.fp8=none, or a smaller parallel.tp"
-            )
+            shape = f"{rows} x {columns}, this rank's part of a matrix"
+            raise ParallelError(f"precision.fp8 ({scaling}) needs sizes in multiples of {MULTIPLE}, not {shape}")
         module.__class__ = Fp8Linear
 
 

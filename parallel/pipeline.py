@@ -22,6 +22,7 @@ from parallel.axes import stages_of
 from parallel.config import ParallelConfig
 from parallel.mesh import Mesh
 from parallel.parallelize import set_gradient_sync, sharded_modules
+from parallel.tensor_parallel import local
 
 SCHEDULES = {"interleaved_1f1b": "Interleaved1F1B", "zero_bubble": "InterleavedZeroBubble", "zbv": "ZBVZeroBubble"}
 Inputs = tuple[Tensor, Mapping[str, Any]]  # a micro-batch: tokens_BT, and keyword arguments of every stage
@@ -130,9 +131,10 @@ class Pipeline:
             if number + 1 < self.n_stages and number + 1 not in self.stages:
                 dist.send(x.contiguous(), group=self.group, group_dst=self.rank_of[number + 1])
 
-    def sum_tied(self, gradients: Mapping[str, Tensor]) -> None:
+    def sum_tied(self, params: Mapping[str, nn.Parameter]) -> None:
         """Give both copies of a tied embedding, on the first and last stage, the sum of their gradients, in place."""
-        ends = [gradients[name] for name in ("embed.weight", "head.weight") if name in gradients]
+        grads: Any = [params[name].grad for name in ("embed.weight", "head.weight") if name in params]
+        ends = [local(grad) for grad in grads]
         if len(ends) == 2:
             ends[0] += ends[1]
             ends[1].copy_(ends[0])
