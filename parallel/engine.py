@@ -117,22 +117,21 @@ class Engine:
 
     def train_step(self, batches: Sequence[Batch]) -> StepResult:
         """Run the micro-batches of a step and update the weights, unless the gradient is not finite."""
-        counts, weights = self._weights(batches)
-        # An auxiliary loss is averaged over micro-batches and cp ranks, each of which has it for its own tokens.
-        n_aux = len(counts) * self.mesh.axes.cp
+        counts, weights, aux_weight = self._weights(batches)
         if self.graphs is None:
-            sums = self._no_sums(self.scaler.scale / n_aux)
+            sums = self._no_sums(aux_weight)
             self._run(batches, weights, sums)
             figures = self._update(sums)
         else:
-            figures = self.graphs.step(batches, weights, self.scaler.scale / n_aux)
-        loss, grad_norm, finite, rates_2, totals_S4, *aux = figures
+            figures = self.graphs.step(batches, weights, aux_weight)
+        loss, grad_norm, finite, rates_2, totals_S4, *sums_of_aux = figures
+        share = aux_weight / self.scaler.scale
+        aux = {name: total * share for name, total in zip(self.aux_names or (), sums_of_aux, strict=True)}
         if self.scaler.dynamic:  # the next step's scale is computed on the host
             self.scaler.update(finite=bool(finite))
         self._drop_gradients()
-        means = {name: total / n_aux for name, total in zip(self.aux_names or (), aux, strict=True)}
         n_tokens = sum(batch.tokens_BT.numel() for batch in batches) * self.mesh.dp_size
-        return StepResult(loss, grad_norm, finite, rates_2, totals_S4, means, n_tokens, sum(counts))
+        return StepResult(loss, grad_norm, finite, rates_2, totals_S4, aux, n_tokens, sum(counts))
 
     def _update(self, sums: Sums) -> Sequence[Tensor]:
         """Update the weights; returns loss, norm, whether it is finite, rates_2, totals_S4 and auxiliary losses."""
@@ -166,12 +165,13 @@ class Engine:
         watch = NonfiniteWatch(self.model)
         try:
             for name, param in self.params.items():
-                watch.check_weight(name, param)
+                watch.check_param(name, param)
             if not self.mesh.all_reduce_max(bool(watch.events)):
+                _, weights, aux_weight = self._weights(batches)
                 with watch:
-                    self._run(batches, self._weights(batches)[1], self._no_sums())
+                    self._run(batches, weights, self._no_sums(aux_weight))
                 for name, param in self.params.items():
-                    watch.check_weight(name, param)
+                    watch.check_param(name, param)
             events = [event for events in self.mesh.gather(watch.events) for event in events]
             return min(events).text if events else "the sum of finite gradients overflowed"
         finally:
@@ -241,11 +241,15 @@ class Engine:
         bytes_N = torch.zeros_like(nll_N) if lengths is None else lengths[labels_N.clamp(min=0)] * target_N
         return torch.stack([x_N.double() for x_N in (nll_N, correct_N, target_N, bytes_N)], dim=1)
 
-    def _weights(self, batches: Sequence[Batch]) -> tuple[list[int], list[float]]:
-        """Return the target counts of all ranks' micro-batches, and a target token's weight in each of this rank's."""
+    def _weights(self, batches: Sequence[Batch]) -> tuple[list[int], list[float], float]:
+        """Return all ranks' target counts, this rank's weights of target tokens, and the weight of auxiliary losses.
+
+        An auxiliary loss is a mean over micro-batches and over cp ranks, each of which has it for its own tokens.
+        """
         counts = self.mesh.all_counts([int((batch.labels_BT != IGNORED).sum()) for batch in batches])
         weights = token_weights(counts, self.reduction)[self.mesh.dp_rank :: self.mesh.dp_size]
-        return counts, [weight * self.scaler.scale for weight in weights]
+        scale = self.scaler.scale
+        return counts, [weight * scale for weight in weights], scale / (len(counts) * self.mesh.axes.cp)
 
     def _reduce(self, sums: Sums, grad_norm: Tensor) -> Sequence[Tensor]:
         """Return loss, gradient norm, totals_S4 and auxiliary losses of all ranks, from those of each."""

@@ -39,7 +39,7 @@ class NonfiniteWatch:
         for hook in self.hooks:
             hook.remove()
 
-    def check_weight(self, name: str, param: nn.Parameter) -> None:
+    def check_param(self, name: str, param: nn.Parameter) -> None:
         self._check(param, 0, 0, False, name.rpartition(".")[0], f"{name} (weight)")
         if param.grad is not None:
             self._check(param.grad, 2, 0, True, name.rpartition(".")[0], f"{name} (gradient)")
