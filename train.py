@@ -82,6 +82,7 @@ def train(
 ) -> float | None:
     """Run the steps that are left of a run and give its validation loss."""
     from data.dataset import open_corpus
+    from parallel.loss_scaler import LossScaler
     from tracking.loggers import Loggers
     from tracking.run_folder import truncate_metrics
     from training.checkpoint import Checkpoints
@@ -90,7 +91,6 @@ def train(
     from training.profile import profile_steps
     from training.report import Report
     from training.resume import Restorable, resume_or_start
-    from training.scaler import LossScaler
     from training.setup import (
         build_engine,
         build_model,
@@ -139,7 +139,7 @@ def train(
     mesh.on_rank_zero(truncate_metrics, run_dir / "metrics.jsonl", progress.step, validated)
 
     def save() -> None:
-        progress.read(engine.counts())
+        progress.read(engine.counters.read())
         about = {"parts": corpus.fingerprints, "sources": corpus.sources}
         about |= {"add_bos": corpus.add_bos, "add_eos": corpus.add_eos}
         state = {"config": run_config, "data": about, **kept.state()}
@@ -191,7 +191,7 @@ def loop(
                 if progress.step % config.logger.every and progress.step < config.steps:
                     report.throughput.end(result.n_tokens)
                 else:
-                    bad = progress.read(engine.counts())  # waits for the device: the host runs ahead in between
+                    bad = progress.read(engine.counters.read())  # waits for the device: the host runs ahead in between
                     report.throughput.end(result.n_tokens)
                     if bad:
                         limit = config.optimizer.max_nonfinite_steps

@@ -25,10 +25,10 @@ from model.config import ModelConfig
 from model.counts import flops_per_token, internlm_flops_per_token
 from model.transformer import Transformer
 from parallel.engine import Engine
+from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
 from training.metrics import peak_tflops
 from training.optim.optimizer import AdamW
-from training.scaler import LossScaler
 from training.setup import build_engine, build_model
 from training.state import TrainState
 

@@ -7,6 +7,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from training.scaler import LossScaler
 
 from conf.schema import TrainConfig
 from data.batches import Batch
@@ -21,7 +22,6 @@ from parallel.config import AXES
 from parallel.engine import Engine, local
 from parallel.mesh import Mesh
 from training.optim.optimizer import AdamW
-from training.scaler import LossScaler
 from training.setup import build_engine, build_model, lr_schedule
 from training.state import TrainState
 

@@ -1,12 +1,11 @@
-"""How a model is laid out on devices, where its processes run, and what a dry run assumes. Free of torch."""
+"""How a model is laid out on devices and where its ranks run."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from importlib.metadata import version
 
-AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outer to inner: tp's peers are neighbours
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outer to inner: tp ranks are neighbours
 
 
 class Device(Enum):
@@ -16,15 +15,15 @@ class Device(Enum):
 
 
 class Compile(Enum):
-    auto = "auto"  # blocks on a CUDA device, none elsewhere and where a schedule splits the backward pass
+    auto = "auto"  # blocks on a CUDA device, unless the pipeline schedule splits the backward pass; else none
     blocks = "blocks"  # the parts of each block around attention, by torch.compile
     none = "none"
 
 
 class ActivationCheckpointing(Enum):
     none = "none"
-    full = "full"  # keep only the input of each block, compute it again in the backward pass
-    fraction = "fraction"  # do so for the first `activation_checkpointing_fraction` of the blocks
+    full = "full"  # keep only the input of each block and recompute the rest in the backward pass
+    fraction = "fraction"  # the same for the first `activation_checkpointing_fraction` of the blocks
 
 
 class ReduceDtype(Enum):
@@ -32,32 +31,29 @@ class ReduceDtype(Enum):
     fp32 = "fp32"
 
 
-# By these names because a schedule is known as 1F1B, which is no identifier.
+# Functional syntax, because 1f1b is not an identifier.
 Schedule = Enum(
     "Schedule",
     {
-        "1f1b": "1f1b",  # one stage a rank (Narayanan et al. 2019, PipeDream-flush)
-        "interleaved_1f1b": "interleaved_1f1b",  # virtual_stages a rank (arXiv:2104.04473)
+        "1f1b": "1f1b",  # one stage per rank (Narayanan et al. 2019, PipeDream-flush)
+        "interleaved_1f1b": "interleaved_1f1b",  # virtual_stages per rank (arXiv:2104.04473)
         "zero_bubble": "zero_bubble",  # interleaved, weight gradients fill the bubbles (arXiv:2401.10241)
-        "zbv": "zbv",  # two stages a rank, laid out as a V (arXiv:2405.15362)
+        "zbv": "zbv",  # two stages per rank, in a V (arXiv:2405.15362)
     },
 )
 
-
-# A compiled backward pass is one piece, which gives the gradients of inputs and of weights together.
+# These compute the gradients of weights later than those of inputs, which a compiled backward pass cannot.
 SPLIT_BACKWARD = (Schedule["zero_bubble"], Schedule["zbv"])
-# Before it torch adds up what reaches several outputs of a node, and takes no inputs but tensors.
-SPLIT_BACKWARD_TORCH = (2, 13)
+SPLIT_BACKWARD_TORCH = (2, 13)  # before it, torch sums the gradients of a node's several outputs wrongly
 
 
 class ParallelError(Exception):
-    """A layout that this machine cannot run, told as a sentence for the user."""
+    """A layout that this machine cannot run; the message is for the user."""
 
 
 def no_fp8(scaling: str, where: str) -> ParallelError:
     return ParallelError(
-        f"precision.fp8 ({scaling}) needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), "
-        f"not {where}; choose precision.fp8=none"
+        f"precision.fp8 ({scaling}) needs a GPU of compute capability 8.9 or more, not {where}; set precision.fp8=none"
     )
 
 
@@ -68,93 +64,54 @@ def no_graphs(where: str) -> ParallelError:
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:
     device: Device = Device.auto
-    nproc_per_node: int | None = None  # ranks that `python train.py` starts here (null: one a GPU)
-    threads: int | None = None  # CPU threads a process (null: its share of this machine's cores)
+    nproc_per_node: int | None = None  # ranks that `python train.py` starts here (null: one per GPU)
+    threads: int | None = None  # CPU threads per rank (null: its share of this machine's cores)
     compile: Compile = Compile.auto
-    cuda_graphs: bool = False  # launch a micro-batch as one, and the update: for small models on one GPU
+    cuda_graphs: bool = False  # record and replay a step's kernels: for small models on one GPU
 
-    # the mesh: the axes multiply to the number of processes, and one of them may be -1, which fills it
+    # the mesh: the axes multiply to the number of ranks; one of them may be -1, which fills it
     pp: int = 1  # pipeline stages
     dp_replicate: int = 1  # groups that hold the same shards
     dp_shard: int = 1  # ranks of a group, each with a shard
-    cp: int = 1  # ranks that share the tokens of a sequence
-    tp: int = 1  # ranks that share each matrix
+    cp: int = 1  # ranks that split each sequence
+    tp: int = 1  # ranks that split each matrix
 
     # what dp_shard x cp shards: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too
     zero_stage: int = 0
-    reduce_dtype: ReduceDtype = ReduceDtype.fp32  # in which gradients are summed over data-parallel ranks
-    sequence_parallel: bool = True  # under tp, norms and residuals hold a share of the tokens each
-    async_tp: bool = False  # let matrix products overlap the messages of sequence parallelism, piece by piece
+    reduce_dtype: ReduceDtype = ReduceDtype.fp32  # of gradients as they are summed over data-parallel ranks
+    sequence_parallel: bool = True  # under tp, norms and residuals are split over tokens
+    async_tp: bool = False  # overlap matrix products with the collectives of sequence parallelism
     pipeline_schedule: Schedule = Schedule["1f1b"]
-    virtual_stages: int = 1  # stages a pipeline rank runs
-    pipeline_layers: list[int] | None = None  # layers of each stage in order (null: as even as they go)
+    virtual_stages: int = 1  # pipeline stages per rank
+    pipeline_layers: list[int] | None = None  # layers of each stage in order (null: as even as possible)
 
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     activation_checkpointing_fraction: float = 0.5
 
-    init_timeout_s: float = 300.0  # until every process has joined
-    step_timeout_s: float = 600.0  # of a collective: the ranks that wait for a dead or hanging one end after it
+    init_timeout_s: float = 300.0  # until every rank has joined
+    step_timeout_s: float = 600.0  # of a collective: ranks that wait for a dead or hanging one end after it
 
     def problems(self) -> Iterator[str]:
-        if not 0 <= self.activation_checkpointing_fraction <= 1:
-            yield (
-                f"parallel.activation_checkpointing_fraction ({self.activation_checkpointing_fraction}) "
-                "must be in [0, 1]"
-            )
-        for key, none in (("threads", "all cores"), ("nproc_per_node", "one a GPU")):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                yield f"parallel.{key} ({value}) must be at least 1, or null for {none}"
-        for key in ("init_timeout_s", "step_timeout_s"):
-            if not 0 < getattr(self, key) < math.inf:
-                yield f"parallel.{key} ({getattr(self, key)}) must be positive and finite"
         if self.zero_stage not in (0, 1, 2, 3):
             yield f"parallel.zero_stage ({self.zero_stage}) must be 0, 1, 2 or 3"
         if self.zero_stage == 0 and self.dp_shard != 1:
-            yield (
-                f"parallel.dp_shard ({self.dp_shard}) must be 1 with parallel.zero_stage (0), which shards nothing; "
-                "use parallel.dp_replicate, or zero_stage 1, 2 or 3"
-            )
-        for key, wrong, needed in (
-            ("tp", self.tp == 1, "of 2 or more, or -1"),
-            ("sequence_parallel", not self.sequence_parallel, "true"),
-            ("compile", self.compile is Compile.none, "auto or blocks"),
-            ("device", self.device is Device.cpu, "cuda"),
-        ):
-            if self.async_tp and wrong:
-                value = getattr(self, key)
-                shown = value.value if isinstance(value, Enum) else value
-                yield f"parallel.async_tp (true) needs parallel.{key} {needed}, not {shown}"
-        for key in AXES if self.cuda_graphs else ():
-            if getattr(self, key) != 1:
-                value = getattr(self, key)
-                yield f"parallel.cuda_graphs (true) needs one GPU, parallel.{key} 1, not {value}; choose false"
-        if self.cuda_graphs and self.device is Device.cpu:
-            yield "parallel.cuda_graphs (true) needs parallel.device cuda, not cpu; choose false"
-        yield from self._pipeline_problems()
+            yield f"parallel.dp_shard ({self.dp_shard}) needs zero_stage 1, 2 or 3; with 0 use parallel.dp_replicate"
+        eager, on_cpu = self.compile is Compile.none, self.device is Device.cpu
+        if self.async_tp and (self.tp == 1 or not self.sequence_parallel or eager or on_cpu):
+            yield "parallel.async_tp (true) needs tp of 2 or more, sequence_parallel, compile and a CUDA device"
+        if self.cuda_graphs and (on_cpu or any(getattr(self, axis) != 1 for axis in AXES)):
+            yield "parallel.cuda_graphs (true) needs device cuda and every axis 1; set it to false"
+        if self.pp != 1:
+            yield from self._pipeline_problems()
 
     def _pipeline_problems(self) -> Iterator[str]:
-        schedule, stages = self.pipeline_schedule.value, self.virtual_stages
-        torch = tuple(map(int, version("torch").split(".")[:2]))
-        if self.pp != 1 and self.pipeline_schedule in SPLIT_BACKWARD and torch < SPLIT_BACKWARD_TORCH:
-            yield (
-                f"parallel.pipeline_schedule ({schedule}) needs torch 2.13 or later, not {version('torch')}, "
-                "which splits a backward pass wrongly; install it, or use interleaved_1f1b"
-            )
-        if self.pp != 1 and self.compile is Compile.blocks and self.pipeline_schedule in SPLIT_BACKWARD:
-            yield (
-                f"parallel.compile (blocks) does not go with parallel.pipeline_schedule ({schedule}), which computes "
-                "the gradients of weights later than those of inputs; use parallel.compile=auto, or interleaved_1f1b"
-            )
-        legal = {"1f1b": (1, 1), "interleaved_1f1b": (2, None), "zero_bubble": (1, None), "zbv": (2, 2)}
-        low, high = legal[schedule]
-        if self.pp == 1 and (stages != 1 or schedule not in ("1f1b", "zero_bubble")):
-            yield (
-                f"parallel.virtual_stages ({stages}) and parallel.pipeline_schedule ({schedule}) need parallel.pp of "
-                "at least 2, not 1"
-            )
-        elif stages < low or stages > (high or stages):
-            wanted = f"exactly {low}" if high == low else f"at least {low}"
-            yield (f"parallel.virtual_stages ({stages}) must be {wanted} with parallel.pipeline_schedule ({schedule})")
-        if self.pipeline_layers is not None and any(layers < 1 for layers in self.pipeline_layers):
-            yield f"parallel.pipeline_layers ({self.pipeline_layers}) must give every stage at least 1 layer"
+        stages = self.virtual_stages
+        named = f"parallel.pipeline_schedule ({self.pipeline_schedule.value})"
+        if self.pipeline_schedule in SPLIT_BACKWARD:
+            if tuple(map(int, version("torch").split(".")[:2])) < SPLIT_BACKWARD_TORCH:
+                yield f"{named} needs torch 2.13 or later, not {version('torch')}; use interleaved_1f1b"
+            if self.compile is Compile.blocks:
+                yield f"{named} does not work with parallel.compile (blocks); use compile=auto, or interleaved_1f1b"
+        fits = {"1f1b": stages == 1, "interleaved_1f1b": stages >= 2, "zero_bubble": stages >= 1, "zbv": stages == 2}
+        if not fits[self.pipeline_schedule.value]:
+            yield f"{named} needs virtual_stages 1 (1f1b), 1+ (zero_bubble), 2 (zbv) or 2+ (interleaved), not {stages}"

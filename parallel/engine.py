@@ -1,309 +1,299 @@
-"""The step: forward, backward, one global norm, one clip, one update, or none if a number is not finite."""
+"""The training step: forward, backward, one global norm, one clip, one update, or none if the norm is not finite."""
 
-import importlib.util
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from parallel.config import ParallelConfig, ParallelError, no_graphs
-from parallel.fp8 import Fp8Linear, agree_on_scales
+from data.batches import IGNORED, Batch
+from model.aux_loss import AuxLosses
+from model.loss import linear_cross_entropy
+from model.transformer import Transformer
+from parallel.config import ParallelConfig, no_graphs
+from parallel.counters import StepCounters
+from parallel.fp8 import Fp8Linear, reduce_scales
 from parallel.graphs import Graphs
+from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
-from parallel.nonfinite import Watch
+from parallel.nonfinite import NonfiniteWatch
 from parallel.parallelize import set_gradient_sync, sharded_modules
-from parallel.tensor_parallel import divided_dim, head_parts
+from parallel.tensor_parallel import local, local_head, sharded_dim
+from training.config import LossConfig, Reduction
 
 if TYPE_CHECKING:
-    from parallel.pipeline import Inputs, Pipeline
-
-IGNORED = -100  # the label of a token without a target
-
-
-class MicroBatch(Protocol):
-    """What the engine reads of a batch; CPU tensors, see `data/batches.py`."""
-
-    tokens_BT: Tensor
-    labels_BT: Tensor
-    positions_BT: Tensor
-    source_BT: Tensor
-    cu_seqlens: Tensor
-    max_seq_len: int
+    from parallel.pipeline import Inputs
 
 
 class Optimizer(Protocol):
-    def step(self, *, grad_scale: Tensor, finite: Tensor) -> Tensor: ...
-
-
-class Scaler(Protocol):
-    scale: float
-    dynamic: bool
-
-    def update(self, *, finite: bool) -> None: ...
-
-
-# (h_ND, weight_VD, labels_N, loss_weights_N, shard=) -> weighted loss, nll_N, correct_N
-LinearLoss = Callable[..., tuple[Tensor, Tensor, Tensor]]
-TokenWeights = Callable[[list[int]], list[float]]
+    def step(self, *, grad_scale: Tensor, finite: Tensor) -> Tensor:
+        """Update from gradients divided by `grad_scale`, if `finite`; return learning rate and beta2."""
+        ...
 
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step gave. Tensors are on the device: reading one waits for the step."""
+    """The figures of a step over all ranks. Tensors are on the device: reading one waits for the step."""
 
-    loss: Tensor  # scalar, as the step minimised it
+    loss: Tensor  # scalar: the weighted sum of the tokens' losses
     grad_norm: Tensor  # scalar, over all parameters, before clipping
-    finite: Tensor  # scalar; False: nothing was changed
-    rates_2: Tensor  # the learning rate and beta2 of the update
-    n_tokens: int  # padding and masked ones included
+    finite: Tensor  # scalar; False: the step changed nothing
+    rates_2: Tensor  # learning rate and beta2 of the update
+    totals_S4: Tensor  # float64, per source: sum of nll, correct, targets, bytes
+    aux: dict[str, Tensor]  # auxiliary losses by name: summed over layers, mean over micro-batches
+    n_tokens: int  # including padding and masked ones
     n_targets: int
-    totals_S4: Tensor  # float64, a row a source: sum of nll, correct, targets, bytes
 
 
 @dataclass(slots=True)
 class Sums:
-    """What is added up over micro-batches."""
+    """What this rank sums over the micro-batches of a step, auxiliary losses by name."""
 
     loss: Tensor
     totals_S4: Tensor
+    aux_weight: Tensor  # scalar: of each auxiliary loss in the backward pass
+    aux: dict[str, Tensor] = field(default_factory=dict)
+
+    def zero_(self) -> None:
+        for tensor in (self.loss, self.totals_S4, *self.aux.values()):
+            tensor.zero_()
 
 
 class Engine:
-    """Runs steps of one model and one optimizer on a mesh, without waiting for the device.
+    """Runs steps of a model and an optimizer on a mesh, without waiting for the device.
 
-    `model` is what this rank has of it, `stages` the same as pipeline stages, both as `parallelize` leaves them.
+    `model` holds this rank's parameters, `stages` are its pipeline stages, both as `parallelize` leaves them.
+    `bytes_per_token` (V,) is the length of each token's text, if known; `n_sources` is S.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Transformer,
         optimizer: Optimizer,
         mesh: Mesh,
         *,
-        linear_loss: LinearLoss,
-        token_weights: TokenWeights,
-        scaler: Scaler,
+        parallel: ParallelConfig,
+        loss: LossConfig,
         max_grad_norm: float,
+        stages: Sequence[Transformer] = (),
+        scaler: LossScaler,
+        counters: StepCounters,
         n_sources: int,
-        bytes_per_token: Tensor | None,
-        config: ParallelConfig | None = None,
-        stages: Sequence[nn.Module] = (),
-        counts: Sequence[int] = (0, 0, 0),
+        bytes_per_token: Tensor | None = None,
     ) -> None:
-        self.model = model
-        self.config = config or ParallelConfig()
+        self.model, self.optimizer, self.mesh, self.config = model, optimizer, mesh, parallel
         self.stages = list(stages) or [model]
-        self.params = dict(model.named_parameters())  # as they are between steps: this process' shards
-        copies: Any = model.tied_params
-        self.counted = [param for name, param in self.params.items() if name not in copies and is_first_copy(param)]
-        self.optimizer = optimizer
-        self.mesh = mesh
+        self.scaler, self.counters, self.max_grad_norm = scaler, counters, max_grad_norm
+        self.params = dict(model.named_parameters())  # between steps: this rank's shards
+        self.counted = [p for name, p in self.params.items() if name not in model.tied_params and is_first_copy(p)]
         self.casts = [m.cast for m in model.modules() if isinstance(m, Fp8Linear) and m.cast is not None]
-        self.pipeline = self._open_pipeline()
-        self.linear_loss = linear_loss
-        self.token_weights = token_weights
-        self.scaler = scaler
-        self.max_grad_norm = max_grad_norm
+        self.reduction = loss.reduction
+        self.linear_loss: Callable[..., tuple[Tensor, Tensor, Tensor]] = partial(
+            linear_cross_entropy,
+            chunk_tokens=loss.chunk_tokens,
+            label_smoothing=loss.label_smoothing,
+            z_loss=loss.z_loss,
+        )
         self.n_sources = n_sources
         self.bytes_per_token = None if bytes_per_token is None else bytes_per_token.to(mesh.device)
-        # updates, steps without a finite gradient, how many of these were the last ones
-        self.counts_3 = torch.tensor(counts, dtype=torch.int64).to(mesh.device)
-        self.graphs = self._open_graphs() if self.config.cuda_graphs else None
+        self.aux_names: list[str] | None = None  # of all ranks; known after the first step's passes
+        self.pipeline = None
+        if mesh.axes.pp > 1:
+            from parallel.pipeline import Pipeline
 
-    def _open_pipeline(self) -> "Pipeline | None":
-        if self.mesh.axes.pp == 1:
-            return None
-        from parallel.pipeline import Pipeline
-
-        whole: Any = self.model.config
-        return Pipeline(self.stages, self.mesh, self.config, whole)
+            self.pipeline = Pipeline(self.stages, mesh, parallel, model.config)
+        self.graphs = self._open_graphs() if parallel.cuda_graphs else None
 
     def _open_graphs(self) -> Graphs:
-        device = self.mesh.device
-        if device.type != "cuda":
-            raise no_graphs(str(device))
-        if importlib.util.find_spec("triton") is None:  # without it the update waits for the device
-            raise ParallelError("parallel.cuda_graphs (true) needs Triton: pip install triton, or choose false")
-        return self.graphs_on(torch.cuda.Stream(device))
+        if self.mesh.device.type != "cuda":
+            raise no_graphs(str(self.mesh.device))
+        return self.graphs_on(torch.cuda.Stream(self.mesh.device))
 
-    def graphs_on(self, stream: Any) -> Graphs:
-        """Give what runs whole steps, recording them on a stream if there is one."""
-        sums, scalar = self._no_sums(), torch.zeros((), device=self.mesh.device)
-        rates_2 = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        results = (scalar, scalar.clone(), scalar.bool(), rates_2, sums.totals_S4.clone())
-        return Graphs(self.params.values(), self._pass, self._update, sums, results, stream)
+    def graphs_on(self, stream: torch.cuda.Stream | None) -> Graphs:
+        return Graphs(self.params.values(), self._run_one, self._update, self._no_sums(), stream)
 
-    def counts(self) -> tuple[int, int, int]:
-        """Wait for all steps; gives the updates, the steps without a finite gradient, and how many came last."""
-        updates, nonfinite_steps, nonfinite_in_a_row = self.counts_3.tolist()
-        return updates, nonfinite_steps, nonfinite_in_a_row
-
-    def train_step(self, batches: Sequence[MicroBatch]) -> StepResult:
-        """Run the micro-batches of one step and update the weights, unless the gradient is not finite."""
-        counts, weights = self._weights(batches)
+    def train_step(self, batches: Sequence[Batch]) -> StepResult:
+        """Run the micro-batches of a step and update the weights, unless the gradient is not finite."""
+        counts, weights, aux_weight = self._weights(batches)
         if self.graphs is None:
-            sums = self._no_sums()
+            sums = self._no_sums(aux_weight)
             self._run(batches, weights, sums)
-            found = self._update(sums)
+            figures = self._update(sums)
         else:
-            found = self.graphs.step(batches, weights)
-        loss, grad_norm, finite, rates_2, totals_S4 = found
-        if self.scaler.dynamic:  # the next step's scale is a number of the host's
+            figures = self.graphs.step(batches, weights, aux_weight)
+        loss, grad_norm, finite, rates_2, totals_S4, *sums_of_aux = figures
+        share = aux_weight / self.scaler.scale
+        aux = {name: total * share for name, total in zip(self.aux_names or (), sums_of_aux, strict=True)}
+        if self.scaler.dynamic:  # the next step's scale is computed on the host
             self.scaler.update(finite=bool(finite))
-        n_tokens = sum(batch.tokens_BT.numel() for batch in batches) * self.mesh.dp_size
         self._drop_gradients()
-        return StepResult(loss, grad_norm, finite, rates_2, n_tokens, sum(counts), totals_S4)
+        n_tokens = sum(batch.tokens_BT.numel() for batch in batches) * self.mesh.dp_size
+        return StepResult(loss, grad_norm, finite, rates_2, totals_S4, aux, n_tokens, sum(counts))
 
     def _update(self, sums: Sums) -> Sequence[Tensor]:
-        """Update the weights from all gradients; gives loss, norm, whether that is finite, rates_2 and totals_S4."""
-        loss, grad_norm, totals_S4 = self._over_all_ranks(sums, self._grad_norm())
+        """Update the weights; returns loss, norm, whether it is finite, rates_2, totals_S4 and auxiliary losses."""
+        loss, grad_norm, totals_S4, *aux = self._reduce(sums, self._grad_norm())
         loss, grad_norm = loss / self.scaler.scale, grad_norm / self.scaler.scale
         finite = torch.isfinite(grad_norm)
         # The clip and the loss scale are one division, done inside the update.
         clip = ((grad_norm + 1e-6) / self.max_grad_norm).clamp(min=1.0) if self.max_grad_norm > 0 else 1.0
         rates_2 = self.optimizer.step(grad_scale=torch.ones_like(grad_norm) * clip * self.scaler.scale, finite=finite)
-        self._count(finite)
-        return loss, grad_norm, finite, rates_2, totals_S4
+        self.counters.add(finite)
+        return loss, grad_norm, finite, rates_2, totals_S4, *aux
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
-        """Score batches without training; gives totals_S4 as in `StepResult`."""
+    def evaluate(self, batches: Iterable[Batch]) -> Tensor:
+        """Score batches without training; returns totals_S4 as in `StepResult`."""
         sums = self._no_sums()
-        self._agree_on_scales()
+        self._reduce_scales()
         for batch in batches:
-            tokens_BT, told = self._inputs(batch, 0.0, sums)
+            tokens_BT, kwargs = self._inputs(batch, 0.0, sums)
             if self.pipeline is None:
-                self.model(tokens_BT, **told)
+                self.model(tokens_BT, **kwargs)
             else:
-                self.pipeline.evaluate(tokens_BT, told)
+                self.pipeline.evaluate(tokens_BT, kwargs)
         for stage in self.stages:
             for module in sharded_modules(stage):
                 module.reshard()
-        return self._over_all_ranks(sums, torch.zeros_like(sums.loss))[2]
+        return self.mesh.sum_(sums.totals_S4 * (self.mesh.coordinate("tp") == 0))
 
-    def find_nonfinite_module(self, batches: Sequence[MicroBatch]) -> str:
-        """Run a step's passes again, without an update, and name the first module whose numbers are not finite.
-
-        Every rank must ask: the first is that of all ranks.
-        """
-        watch = Watch(self.model)
+    def find_nonfinite_module(self, batches: Sequence[Batch]) -> str:
+        """Rerun a step's passes without an update, and name the first non-finite module of all ranks; a collective."""
+        watch = NonfiniteWatch(self.model)
         try:
             for name, param in self.params.items():
-                watch.note_weight(name, local(param))
-            if not self.mesh.all_reduce_max(bool(watch.bad)):
+                watch.check_param(name, param)
+            if not self.mesh.all_reduce_max(bool(watch.events)):
+                _, weights, aux_weight = self._weights(batches)
                 with watch:
-                    self._run(batches, self._weights(batches)[1], self._no_sums())
-                for name, param in reversed(self.params.items()):
-                    if param.grad is not None:
-                        watch.note_gradient(name, local(param.grad))
-            found = [event for events in self.mesh.gather(watch.bad) for event in events]
-            return min(found).text if found else "the sum of finite gradients overflowed"
+                    self._run(batches, weights, self._no_sums(aux_weight))
+                for name, param in self.params.items():
+                    watch.check_param(name, param)
+            events = [event for events in self.mesh.gather(watch.events) for event in events]
+            return min(events).text if events else "the sum of finite gradients overflowed"
         finally:
             self._drop_gradients()
 
-    def _run(self, batches: Sequence[MicroBatch], weights: Sequence[float], sums: Sums) -> None:
+    def _run(self, batches: Sequence[Batch], weights: Sequence[float], sums: Sums) -> None:
         """Run forward and backward passes, and add to `sums`."""
-        self._agree_on_scales()
-        inputs = [self._inputs(batch, weight, sums) for batch, weight in zip(batches, weights, strict=True)]
-        if self.pipeline is not None:
-            self.pipeline.train(inputs)
+        self._reduce_scales()
+        if self.pipeline is None:
+            for index, (batch, weight) in enumerate(zip(batches, weights, strict=True), 1):
+                set_gradient_sync(self.model, self.config.zero_stage, last=index == len(batches))
+                self._run_one(batch, weight, sums)
             return
-        for index, (tokens_BT, told) in enumerate(inputs, 1):
-            set_gradient_sync(self.model, self.config.zero_stage, last=index == len(inputs))
-            self.model(tokens_BT, **told).backward()
+        inputs = [self._inputs(*pair, sums) for pair in zip(batches, weights, strict=True)]
+        self.pipeline.train(inputs)
+        for _, kwargs in inputs:
+            self._add_aux(kwargs["aux"], sums)
 
-    def _pass(self, batch: MicroBatch, weight: Tensor, sums: Sums) -> None:
-        """Run a micro-batch that is on the device."""
-        tokens_BT, told = self._inputs(batch, weight, sums)
-        self.model(tokens_BT, **told).backward()
+    def _run_one(self, batch: Batch, weight: float | Tensor, sums: Sums) -> None:
+        tokens_BT, kwargs = self._inputs(batch, weight, sums)
+        self.model(tokens_BT, **kwargs).backward()
+        self._add_aux(kwargs["aux"], sums)
 
-    def _agree_on_scales(self) -> None:
-        """Before weights are gathered in 8 bits: they may have changed."""
+    def _add_aux(self, aux: AuxLosses, sums: Sums) -> None:
+        for name, loss in aux.sums.items():
+            sums.aux[name] = sums.aux.get(name, torch.zeros((), device=self.mesh.device))
+            sums.aux[name] += loss  # in place, as graphs need it
+
+    def _reduce_scales(self) -> None:
         if self.casts and self.mesh.param_mesh is not None:
-            agree_on_scales(self.casts, self.mesh.param_mesh.get_group("dp_shard"))
+            reduce_scales(self.casts, self.mesh.param_mesh.get_group("dp_shard"))
 
-    def _inputs(self, batch: MicroBatch, weight: float | Tensor, sums: Sums) -> "Inputs":
-        """Bring a micro-batch to the device; its head gives the weighted loss and adds to `sums`."""
+    def _inputs(self, batch: Batch, weight: float | Tensor, sums: Sums) -> "Inputs":
+        """Return this rank's tokens on the device; the head returns the weighted loss and adds to `sums`."""
         device = self.mesh.device
-        labels_N = self._slice(batch.labels_BT).to(device, non_blocking=True).flatten()
-        source_N = self._slice(batch.source_BT).to(device, non_blocking=True).flatten()
+        tokens_BT, labels_BT, positions_BT, source_BT = (
+            self._slice(x_BT).to(device, non_blocking=True)
+            for x_BT in (batch.tokens_BT, batch.labels_BT, batch.positions_BT, batch.source_BT)
+        )
+        labels_N = labels_BT.flatten()
         weights_N = torch.where(labels_N == IGNORED, 0.0, weight).float()
 
         def head(h_BTD: Tensor, weight_VD: Tensor) -> Tensor:
-            h_BTD, weight_VD, shard = head_parts(h_BTD, weight_VD)
+            h_BTD, weight_VD, shard = local_head(h_BTD, weight_VD)
             loss, nll_N, correct_N = self.linear_loss(h_BTD.flatten(0, 1), weight_VD, labels_N, weights_N, shard=shard)
             sums.loss += loss.detach()
-            self._add_totals(sums.totals_S4, labels_N, source_N, nll_N, correct_N)
+            sums.totals_S4.index_add_(0, source_BT.flatten(), self._totals(labels_N, nll_N, correct_N))
             return loss
 
-        return self._slice(batch.tokens_BT).to(device, non_blocking=True), {
-            "positions_BT": self._slice(batch.positions_BT).to(device, non_blocking=True),
+        return tokens_BT, {
+            "positions_BT": positions_BT,
             "cu_seqlens": batch.cu_seqlens.to(device, non_blocking=True),
             "max_seq_len": batch.max_seq_len,
             "row_len": batch.tokens_BT.shape[1],
             "head": head,
+            "aux": AuxLosses(sums.aux_weight),
         }
 
     def _slice(self, x_BT: Tensor) -> Tensor:
-        """Give this rank's tokens of each row."""
         size = x_BT.shape[1] // self.mesh.axes.cp
         return x_BT.narrow(1, size * self.mesh.coordinate("cp"), size)
 
-    def _add_totals(
-        self, totals_S4: Tensor, labels_N: Tensor, source_N: Tensor, nll_N: Tensor, correct_N: Tensor
-    ) -> None:
+    def _totals(self, labels_N: Tensor, nll_N: Tensor, correct_N: Tensor) -> Tensor:
+        """Return each token's nll, and whether it is correct, a target, and its bytes, float64 (N, 4)."""
         target_N = labels_N != IGNORED
-        if self.bytes_per_token is None:
-            bytes_N = torch.zeros_like(nll_N)
-        else:
-            bytes_N = self.bytes_per_token[labels_N.clamp(min=0)] * target_N
-        rows_N4 = torch.stack([nll_N.double(), correct_N.double(), target_N.double(), bytes_N.double()], dim=1)
-        totals_S4.index_add_(0, source_N, rows_N4)
+        lengths = self.bytes_per_token
+        bytes_N = torch.zeros_like(nll_N) if lengths is None else lengths[labels_N.clamp(min=0)] * target_N
+        return torch.stack([x_N.double() for x_N in (nll_N, correct_N, target_N, bytes_N)], dim=1)
 
-    def _weights(self, batches: Sequence[MicroBatch]) -> tuple[list[int], list[float]]:
-        """Give the target counts of all micro-batches of a step, and a target token's weight in each of this rank's."""
+    def _weights(self, batches: Sequence[Batch]) -> tuple[list[int], list[float], float]:
+        """Return all ranks' target counts, this rank's weights of target tokens, and the weight of auxiliary losses.
+
+        An auxiliary loss is a mean over micro-batches and over cp ranks, each of which has it for its own tokens.
+        """
         counts = self.mesh.all_counts([int((batch.labels_BT != IGNORED).sum()) for batch in batches])
-        weights = self.token_weights(counts)[self.mesh.dp_rank :: self.mesh.dp_size]
-        return counts, [weight * self.scaler.scale for weight in weights]
+        weights = token_weights(counts, self.reduction)[self.mesh.dp_rank :: self.mesh.dp_size]
+        scale = self.scaler.scale
+        return counts, [weight * scale for weight in weights], scale / (len(counts) * self.mesh.axes.cp)
 
-    def _over_all_ranks(self, sums: Sums, grad_norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Add up what each rank has of a step's loss, of the square of its norm and of its totals."""
-        loss, totals_S4 = sums.loss, sums.totals_S4
+    def _reduce(self, sums: Sums, grad_norm: Tensor) -> Sequence[Tensor]:
+        """Return loss, gradient norm, totals_S4 and auxiliary losses of all ranks, from those of each."""
+        names = self._all_aux_names(sums)
+        aux = [sums.aux[name] if name in sums.aux else torch.zeros_like(grad_norm) for name in names]
         if self.mesh.world_size == 1:
-            return loss, grad_norm, totals_S4
-        figures = torch.cat([loss.double()[None], totals_S4.flatten(), grad_norm.double()[None].square()])
-        if self.mesh.coordinate("tp"):  # peers have the same loss, but gradients of their own
+            return sums.loss, grad_norm, sums.totals_S4, *aux
+        scalars = [x.double()[None] for x in (sums.loss, *aux, grad_norm.square())]
+        figures = torch.cat([sums.totals_S4.flatten(), *scalars])
+        if self.mesh.coordinate("tp"):  # tp ranks have the same losses, but their own parts of the gradient
             figures[:-1] = 0
         self.mesh.sum_(figures)
-        return figures[0].float(), figures[-1].sqrt().float(), figures[1:-1].view_as(totals_S4)
+        totals, (loss, *aux, square) = figures[: -len(scalars)], figures[-len(scalars) :].unbind()
+        return loss.float(), square.sqrt().float(), totals.view_as(sums.totals_S4), *aux
 
-    def _no_sums(self) -> Sums:
-        device = self.mesh.device
-        return Sums(torch.zeros((), device=device), torch.zeros(self.n_sources, 4, dtype=torch.float64, device=device))
+    def _all_aux_names(self, sums: Sums) -> list[str]:
+        """Return the names of the auxiliary losses, which may differ between pipeline stages; found once."""
+        if self.aux_names is None:
+            names = set(sums.aux)
+            if self.mesh.axes.pp > 1 and self.mesh.all_reduce_max(bool(names)):
+                names = names.union(*self.mesh.gather(names))
+            self.aux_names = sorted(names)
+        return self.aux_names
 
-    def _count(self, finite: Tensor) -> None:
-        updates, nonfinite_steps, nonfinite_in_a_row = self.counts_3.unbind()
-        in_a_row = torch.where(finite, 0, nonfinite_in_a_row + 1)
-        self.counts_3.copy_(torch.stack([updates + finite, nonfinite_steps + ~finite, in_a_row]))
+    def _no_sums(self, aux_weight: float = 0.0) -> Sums:
+        zero = torch.zeros((), device=self.mesh.device)
+        return Sums(zero, zero.new_zeros(self.n_sources, 4, dtype=torch.float64), torch.full_like(zero, aux_weight))
 
     def _complete_gradients(self) -> None:
-        """Give every parameter a gradient that is laid out as it is, and the copies of one the same."""
+        """Give every parameter a gradient with its own layout, and tied parameters the sum of theirs."""
         for param in self.params.values():
             if param.grad is None:  # a step without a single target
                 param.grad = torch.zeros_like(param)
             elif isinstance(param, DTensor) and isinstance(param.grad, DTensor):
-                # Under sequence parallelism each rank has what its own tokens do to a norm. FSDP adds it up itself.
+                # Under sequence parallelism a norm's gradient is a partial sum over this rank's tokens; FSDP sums it.
                 param.grad = param.grad.redistribute(placements=param.placements)
         if self.pipeline is not None and self.pipeline.tied:
-            self.pipeline.add_up_tied({name: local(param.grad) for name, param in self.params.items()})
+            self.pipeline.sum_tied(self.params)
 
     def _grad_norm(self) -> Tensor:
-        """The 2-norm over the gradients of this rank's shards, with the loss scale; each parameter is counted once."""
+        """Return the 2-norm over this rank's gradients, times the loss scale; each parameter is counted once."""
         self._complete_gradients()
-        norms = [torch.linalg.vector_norm(local(p.grad), dtype=torch.float32) for p in self.counted]
+        grads = [param.grad for param in self.counted if param.grad is not None]
+        norms = [torch.linalg.vector_norm(local(grad), dtype=torch.float32) for grad in grads]
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self.mesh.device)
 
     def _drop_gradients(self) -> None:
@@ -312,13 +302,20 @@ class Engine:
 
 
 def is_first_copy(param: Tensor) -> bool:
-    """Say whether this process' part of a parameter is, of all that hold the same, the one that is counted."""
+    """Return whether, of all ranks that hold the same shard of a parameter, this one counts it."""
     if not isinstance(param, DTensor):
         return True
     mesh = param.device_mesh
-    whole_on = [axis for axis, placement in enumerate(param.placements) if divided_dim(placement) is None]
-    return all(mesh.get_local_rank(axis) == 0 for axis in whole_on)
+    replicated = [axis for axis, placement in enumerate(param.placements) if sharded_dim(placement) is None]
+    return all(mesh.get_local_rank(axis) == 0 for axis in replicated)
 
 
-def local(tensor: Any) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def token_weights(target_counts: list[int], reduction: Reduction) -> list[float]:
+    """Return the weight of a target token in each micro-batch of a step, for the loss to be a weighted sum.
+
+    `global_token` is the mean over all target tokens, `micro_batch_mean` the mean of micro-batches' means, as InternLM.
+    """
+    total, n_batches = sum(target_counts), len(target_counts)
+    if reduction is Reduction.global_token:
+        return [1 / total if total else 0.0] * n_batches
+    return [1 / (n_batches * count) if count else 0.0 for count in target_counts]

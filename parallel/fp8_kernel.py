@@ -1,4 +1,4 @@
-"""The cast to 8 bits as a Triton kernel: a matrix is read once and written twice, as it is and transposed."""
+"""The cast to 8 bits as a Triton kernel: reads a matrix once and writes it and its transpose."""
 
 from typing import Any
 

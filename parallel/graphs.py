@@ -1,126 +1,112 @@
-"""A step's launches as CUDA graphs: recorded once, and from then on given to the device all at once.
+"""A step's kernels as CUDA graphs: recorded once, and then launched all at once.
 
-Where kernels are short, a step lasts as long as the host takes to launch them one by one. What is recorded reads and
-writes the same memory every time: a micro-batch is copied to where the recorded one lay, gradients stay where they are.
+Where kernels are short, a step lasts as long as the host takes to launch them one by one. A recorded graph reads and
+writes the same memory every time: micro-batches are copied to where the recorded one was, and gradients stay in place.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from data.batches import Batch
+
+if TYPE_CHECKING:
+    from parallel.engine import Sums
+
 FIELDS = ("tokens_BT", "labels_BT", "positions_BT", "source_BT")
 
 
-@dataclass(slots=True)
-class Place:
-    """Memory on the device that micro-batches of one shape are copied to, and what is said of them."""
-
-    tokens_BT: Tensor
-    labels_BT: Tensor
-    positions_BT: Tensor
-    source_BT: Tensor
-    cu_seqlens: Tensor  # behind the last segment come empty ones
-    max_seq_len: int
-    weight: Tensor  # of a target token, scalar
-
-    def fill(self, batch: Any, weight: float) -> None:
-        for name in FIELDS:
-            getattr(self, name).copy_(getattr(batch, name), non_blocking=True)
-        n = len(batch.cu_seqlens)
-        self.cu_seqlens[:n].copy_(batch.cu_seqlens, non_blocking=True)
-        self.cu_seqlens[n:].fill_(batch.tokens_BT.numel())
-        self.weight.fill_(weight)
-
-
 class Recorded:
-    """Something to do on a device over and over.
+    """A function that runs eagerly the first time, to compile its kernels, and then as a graph if there is a stream."""
 
-    It is done by itself the first time, which compiles its kernels, recorded the second, and replayed from then on.
-    Without a stream nothing is recorded.
-    """
-
-    def __init__(self, body: Callable[[], None], stream: Any, pool: Any) -> None:
-        self.body, self.stream, self.pool = body, stream, pool
-        self.graph: Any = None
-        self.done = False
+    def __init__(self, function: Callable[[], None], stream: torch.cuda.Stream | None, pool: Any) -> None:
+        self.function, self.stream, self.pool = function, stream, pool
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.warm = False
 
     def __call__(self) -> None:
         if self.stream is None:
-            self.body()
-        elif not self.done:
+            return self.function()
+        if not self.warm:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                self.body()
+                self.function()
             torch.cuda.current_stream().wait_stream(self.stream)
-            self.done = True
-        else:
-            if self.graph is None:
-                self.graph = torch.cuda.CUDAGraph()
-                # Other threads, such as the one that pins batches, may call what this one may not meanwhile.
-                how: Any = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
-                with torch.cuda.graph(self.graph, **how):
-                    self.body()
-            self.graph.replay()
+            self.warm = True
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            # Other threads, such as the one that pins batches, may call CUDA meanwhile.
+            with torch.cuda.graph(self.graph, self.pool, self.stream, capture_error_mode="thread_local"):
+                self.function()
+        self.graph.replay()
 
 
 class Graphs:
-    """Runs the steps of an engine: a graph for each shape of micro-batches, and one for the update.
+    """Runs the steps of an engine: one graph per shape of micro-batch, and one for the update.
 
-    `run(place, weight, sums)` makes a micro-batch's passes, `update(sums)` the rest of a step, of which it gives what
-    `results` are like; `sums` are added to, and zeroed here. Nothing of them may need the host.
+    `run(batch, weight, sums)` runs a micro-batch's passes and adds to `sums`, which are zeroed here; `update(sums)` is
+    the rest of a step and returns its figures. Neither may need the host.
     """
 
     def __init__(
         self,
         params: Iterable[nn.Parameter],
-        run: Callable[[Any, Tensor, Any], None],
-        update: Callable[[Any], Sequence[Tensor]],
-        sums: Any,
-        results: Sequence[Tensor],
-        stream: Any,
+        run: Callable[[Batch, Tensor, "Sums"], None],
+        update: Callable[["Sums"], Sequence[Tensor]],
+        sums: "Sums",
+        stream: torch.cuda.Stream | None,
     ) -> None:
         self.params = list(params)
-        # An empty pool of its own: what one graph needs for a while is free for the next one.
+        # A pool of its own: memory that one graph needs temporarily is free for the next one.
         self.stream, self.pool = stream, None if stream is None else torch.cuda.graph_pool_handle()
-        self.run, self.sums, self.results = run, sums, list(results)
+        self.run, self.sums = run, sums
+        self.figures: list[Tensor] = []
         dtypes = [getattr(param, "grad_dtype", None) or param.dtype for param in self.params]
         self.grads = [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(self.params, dtypes, strict=True)]
-        self.passes: dict[tuple[Any, ...], tuple[Place, Recorded]] = {}
+        self.passes: dict[tuple[int, ...], tuple[Batch, Tensor, Recorded]] = {}
         self.update = Recorded(lambda: self._update(update), stream, self.pool)
 
-    def step(self, batches: Sequence[Any], weights: Sequence[float]) -> list[Tensor]:
-        """Run a step's micro-batches and its update; gives the results, which are the caller's."""
+    def step(self, batches: Sequence[Batch], weights: Sequence[float], aux_weight: float) -> list[Tensor]:
+        """Run a step's micro-batches and its update; returns copies of the update's figures."""
         for param, grad in zip(self.params, self.grads, strict=True):
             param.grad = grad
+        self.sums.aux_weight.fill_(aux_weight)
         for batch, weight in zip(batches, weights, strict=True):
-            place, passes = self._passes_of(batch)
-            place.fill(batch, weight)
+            fixed, fixed_weight, passes = self._passes_of(batch)
+            for name in FIELDS:
+                getattr(fixed, name).copy_(getattr(batch, name), non_blocking=True)
+            n = len(batch.cu_seqlens)
+            fixed.cu_seqlens[:n].copy_(batch.cu_seqlens, non_blocking=True)
+            fixed.cu_seqlens[n:].fill_(batch.tokens_BT.numel())  # empty segments
+            fixed_weight.fill_(weight)
             passes()
         self.update()
-        return [result.clone() for result in self.results]
+        return [figure.clone() for figure in self.figures]
 
-    def _update(self, update: Callable[[Any], Sequence[Tensor]]) -> None:
-        for result, found in zip(self.results, update(self.sums), strict=True):
-            result.copy_(found)
+    def _update(self, update: Callable[["Sums"], Sequence[Tensor]]) -> None:
+        figures = update(self.sums)
+        self.figures = self.figures or [torch.empty_like(figure) for figure in figures]  # first in an eager run
+        for fixed, figure in zip(self.figures, figures, strict=True):
+            fixed.copy_(figure)
         torch._foreach_zero_(self.grads)  # type: ignore[attr-defined]
-        self.sums.loss.zero_()
-        self.sums.totals_S4.zero_()
+        self.sums.zero_()
 
-    def _passes_of(self, batch: Any) -> tuple[Place, Recorded]:
-        """Find what runs a micro-batch: one place for all packs of a shape whose segments fit into it."""
+    def _passes_of(self, batch: Batch) -> tuple[Batch, Tensor, Recorded]:
+        """Return the fixed batch, weight and graph for a micro-batch: one for all of a shape whose segments fit."""
         rows, row_len = batch.tokens_BT.shape
         segments, longest = len(batch.cu_seqlens) - 1, batch.max_seq_len
-        if segments * longest != rows * row_len:  # which would be equal segments
-            # As many as a power of two, more than rows, and any of them as long as a row: so packs share few graphs.
+        if segments * longest != rows * row_len:  # not segments of one length
+            # A power of two of them, more than rows, each up to a row long: so that packs share few graphs.
             segments, longest = 1 << max(segments - 1, rows).bit_length(), row_len
         key = (rows, row_len, segments, longest)
         if key not in self.passes:
             device = self.sums.loss.device
             fields = {name: torch.empty_like(getattr(batch, name), device=device) for name in FIELDS}
             cu_seqlens = torch.zeros(segments + 1, dtype=batch.cu_seqlens.dtype, device=device)
-            place = Place(**fields, cu_seqlens=cu_seqlens, max_seq_len=longest, weight=torch.zeros((), device=device))
-            self.passes[key] = place, Recorded(lambda: self.run(place, place.weight, self.sums), self.stream, self.pool)
+            fixed, weight = Batch(**fields, cu_seqlens=cu_seqlens, max_seq_len=longest), torch.zeros((), device=device)
+            recorded = Recorded(lambda: self.run(fixed, weight, self.sums), self.stream, self.pool)
+            self.passes[key] = fixed, weight, recorded
         return self.passes[key]

@@ -1,33 +1,35 @@
-"""Which module was the first whose numbers were not finite, in whatever order and on whatever rank they were made."""
+"""Find the first module whose values were not finite, in either pass and on any rank."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from parallel.tensor_parallel import local
+
 
 class Event(NamedTuple):
-    """Something that was not finite. The least event is the one that others followed from."""
+    """Something that was not finite. The smallest event is the cause of the others."""
 
     kind: int  # 0 a weight, 1 an activation or its gradient, 2 a weight's gradient
     micro_batch: int
     backward: bool
-    layer: int  # counted from the end in the backward pass
-    number: int  # of the module in its layer's order, which is that of every rank; counted back in the backward pass
+    layer: int  # negated in the backward pass
+    index: int  # of the module within the model; negated in the backward pass
     text: str
 
 
-class Watch:
-    """A context in which a model's passes are watched."""
+class NonfiniteWatch:
+    """A context that records every non-finite output and gradient of a model's modules."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.bad: list[Event] = []
+        self.events: list[Event] = []
         self.leaves = [(name, m) for name, m in model.named_modules() if name and not list(m.children())]
-        self.order = {name: number for number, (name, _) in enumerate(self.leaves)}
-        self.seen = dict.fromkeys(self.order, 0)
+        self.index = {name: index for index, (name, _) in enumerate(self.leaves)}
+        self.seen = dict.fromkeys(self.index, 0)
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "NonfiniteWatch":
         self.hooks = [module.register_forward_hook(partial(self._hook, name)) for name, module in self.leaves]
         torch.compiler.set_stance("force_eager")  # a compiled block does not call the hooks
         return self
@@ -37,36 +39,29 @@ class Watch:
         for hook in self.hooks:
             hook.remove()
 
-    def note_weight(self, name: str, weight: Tensor) -> None:
-        self._note(weight, 0, 0, False, name.rpartition(".")[0], f"{name} (weight)")
+    def check_param(self, name: str, param: nn.Parameter) -> None:
+        self._check(param, 0, 0, False, name.rpartition(".")[0], f"{name} (weight)")
+        if param.grad is not None:
+            self._check(param.grad, 2, 0, True, name.rpartition(".")[0], f"{name} (gradient)")
 
-    def note_gradient(self, name: str, gradient: Tensor) -> None:
-        self._note(gradient, 2, 0, True, name.rpartition(".")[0], f"{name} (gradient)")
-
-    def _hook(self, name: str, _module: nn.Module, _inputs: object, output: Any) -> None:
-        # Private, because nothing public tells a forward pass from its repetition by activation checkpointing.
+    def _hook(self, name: str, _module: nn.Module, _inputs: object, output: Tensor) -> None:
+        # Private: nothing public tells a forward pass from its recomputation by activation checkpointing.
         if torch._C._current_graph_task_id() != -1:
             return
         micro_batch = self.seen[name]
         self.seen[name] += 1
-        self._note(part(output), 1, micro_batch, False, name, f"{name} (forward)")
+        self._check(output, 1, micro_batch, False, name, f"{name} (forward)")
         if output.requires_grad:
-            output.register_hook(lambda grad: self._note(part(grad), 1, micro_batch, True, name, f"{name} (backward)"))
+            output.register_hook(lambda grad: self._check(grad, 1, micro_batch, True, name, f"{name} (backward)"))
 
-    def _note(self, tensor: Tensor, kind: int, micro_batch: int, backward: bool, module: str, text: str) -> None:
-        if not torch.isfinite(tensor).all():
+    def _check(self, tensor: Tensor, kind: int, micro_batch: int, backward: bool, module: str, text: str) -> None:
+        if not torch.isfinite(local(tensor)).all():
             sign = -1 if backward else 1
-            self.bad.append(
-                Event(kind, micro_batch, backward, sign * layer_of(module), sign * self.order[module], text)
-            )
+            layer, index = sign * layer_of(module), sign * self.index[module]
+            self.events.append(Event(kind, micro_batch, backward, layer, index, text))
 
 
 def layer_of(name: str) -> int:
-    """Give a module's place from the first to the last, the same on every rank."""
+    """Return a module's position from first to last, the same on every rank."""
     parts = name.split(".")
     return int(parts[1]) if parts[0] == "blocks" else -1 if parts[0] == "embed" else 1 << 30
-
-
-def part(tensor: Any) -> Tensor:
-    """Give this process' part of a tensor, without talking to the others."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,4 +1,4 @@
-"""What is done to a model before it is trained, by module path, in the one right order."""
+"""What is done to a model before it is trained, in the one right order."""
 
 import os
 import warnings
@@ -14,52 +14,37 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from model.transformer import Transformer
 from parallel.axes import stage_layers, stages_of
-from parallel.config import (
-    SPLIT_BACKWARD,
-    ActivationCheckpointing,
-    Compile,
-    ParallelConfig,
-    ParallelError,
-    ReduceDtype,
-    no_fp8,
-)
+from parallel.config import SPLIT_BACKWARD, Compile, ParallelConfig, ParallelError, ReduceDtype, no_fp8
 from parallel.fp8 import MULTIPLE, Fp8Linear, cast_before_gathering
 from parallel.mesh import Mesh
-from parallel.tensor_parallel import apply_cp, apply_tp, divided_dim
+from parallel.tensor_parallel import apply_cp, apply_tp, local, sharded_dim
 
 
 def recomputed_blocks(n_blocks: int, config: ParallelConfig) -> int:
-    """Count the blocks, from the first, whose activations are computed again in the backward pass."""
-    match config.activation_checkpointing:
-        case ActivationCheckpointing.none:
-            return 0
-        case ActivationCheckpointing.full:
-            return n_blocks
-        case ActivationCheckpointing.fraction:
-            return round(n_blocks * config.activation_checkpointing_fraction)
+    """Return how many blocks, from the first, recompute their activations in the backward pass."""
+    fraction = {"none": 0.0, "full": 1.0, "fraction": config.activation_checkpointing_fraction}
+    return round(n_blocks * fraction[config.activation_checkpointing.value])
 
 
 def parallelize(
-    model: nn.Module,
+    model: Transformer,
     mesh: Mesh,
     config: ParallelConfig,
     dtype: torch.dtype,
     *,
     fp8: str = "none",
     grad_dtype: torch.dtype | None = None,
-) -> list[nn.Module]:
-    """Give a model built on the meta device its memory plan, its dtype and its place; weights are not set.
+) -> list[Transformer]:
+    """Lay out a model that was built on the meta device, and allocate it; returns its stages, which run it.
 
-    The model keeps what is this rank's; what is given back runs it, piece by piece: itself, or its pipeline stages.
-    Only parameters change dtype: rotary tables stay fp32. `fp8` is `none` or the name of a scaling;
-    `grad_dtype` is what the gradients of micro-batches are added up in, if not `dtype`.
+    The model keeps this rank's parameters, not initialised. `fp8` is `none` or the name
+    of a scaling; `grad_dtype` accumulates the gradients of micro-batches, if it is not `dtype`.
     """
     stages = split_stages(model, mesh, config)
-    blocks = list(model.get_submodule("blocks").children())
-    for module in model.modules():
-        for name, param in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(param.to(dtype)))
+    blocks = list(model.blocks.values())
+    model.to(dtype)
     if mesh.param_mesh is not None and mesh.axes.tp > 1:
         apply_tp(model, mesh.param_mesh["tp"], sequence_parallel=config.sequence_parallel)
         if config.async_tp:
@@ -70,7 +55,7 @@ def parallelize(
     if mesh.batch_mesh is not None and mesh.axes.cp > 1:
         apply_cp(model, mesh.batch_mesh["cp"])
     for block in blocks[: recomputed_blocks(len(blocks), config)]:
-        # The model has no randomness, so there is no generator state to replay.
+        # The model has no randomness, so there is no generator state to restore.
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if compiles(config, mesh):
         compile_blocks(blocks)
@@ -81,23 +66,22 @@ def parallelize(
         stage.to_empty(device=mesh.device)
     if sharded:
         cast_before_gathering(model)
-    # Where gradients are summed over ranks, they are added up in reduce_dtype.
-    if grad_dtype is not None and grad_dtype != dtype and not sharded:
+    elif grad_dtype is not None and grad_dtype != dtype:  # sharded gradients are accumulated in reduce_dtype
         for param in model.parameters():
             param.grad_dtype = grad_dtype  # type: ignore[attr-defined]
     return stages
 
 
 def compiles(config: ParallelConfig, mesh: Mesh) -> bool:
-    """Say whether blocks are compiled."""
+    """Return whether blocks are compiled."""
     if config.compile is Compile.auto:
         split = mesh.axes.pp > 1 and config.pipeline_schedule in SPLIT_BACKWARD
         return mesh.device.type == "cuda" and not split
     return config.compile is Compile.blocks
 
 
-def split_stages(model: Any, mesh: Mesh, config: ParallelConfig) -> list[nn.Module]:
-    """Leave a model the layers of this pipeline rank, and give its stages, which share them."""
+def split_stages(model: Transformer, mesh: Mesh, config: ParallelConfig) -> list[Transformer]:
+    """Leave a model the layers of this pipeline rank, and return its stages, which share their parameters."""
     if mesh.axes.pp == 1:
         return [model]
     model.untie_head()
@@ -108,35 +92,29 @@ def split_stages(model: Any, mesh: Mesh, config: ParallelConfig) -> list[nn.Modu
 
 
 def apply_fp8(blocks: list[nn.Module], scaling: str) -> None:
-    """Let the blocks' matrix products, forward and backward, be computed in 8 bits; weights keep their dtype."""
-    if scaling == "tensorwise":
-        for module in (module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)):
-            weight = module.weight.to_local() if isinstance(module.weight, DTensor) else module.weight
-            if any(size % MULTIPLE for size in weight.shape):
-                raise ParallelError(
-                    f"precision.fp8 (tensorwise) needs matrices whose sizes on a rank are multiples of {MULTIPLE}, not "
-                    f"{weight.shape[0]} x {weight.shape[1]}; choose precision.fp8=none, or a smaller parallel.tp"
-                )
-            module.__class__ = Fp8Linear
-        return
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # type: ignore[import-not-found]
+    """Compute the blocks' matrix products, forward and backward, in 8 bits; weights keep their dtype."""
+    if scaling != "tensorwise":
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # type: ignore[import-not-found]
 
-    for block in blocks:
-        convert_to_float8_training(block, config=Float8LinearConfig.from_recipe_name(scaling))
+        for block in blocks:
+            convert_to_float8_training(block, config=Float8LinearConfig.from_recipe_name(scaling))
+        return
+    for module in (module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)):
+        rows, columns = local(module.weight).shape
+        if rows % MULTIPLE or columns % MULTIPLE:
+            shape = f"{rows} x {columns}, this rank's part of a matrix"
+            raise ParallelError(f"precision.fp8 ({scaling}) needs sizes in multiples of {MULTIPLE}, not {shape}")
+        module.__class__ = Fp8Linear
 
 
 def check_fp8_device(scaling: str, device: torch.device) -> None:
-    """Raise `ParallelError` if a device has no 8-bit products."""
+    """Raise `ParallelError` if a device cannot multiply in 8 bits."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
-        where = torch.cuda.get_device_name(device) if device.type == "cuda" else device
-        raise no_fp8(scaling, str(where))
+        raise no_fp8(scaling, torch.cuda.get_device_name(device) if device.type == "cuda" else str(device))
 
 
 def overlap_tp(mesh: DeviceMesh) -> None:
-    """Have the compiler cut products and their messages over tp into pieces that overlap.
-
-    Both switches are private: torch has no other name for asynchronous tensor parallelism yet.
-    """
+    """Let the compiler overlap matrix products with the collectives of tp; torch has only private switches for it."""
     import torch._inductor.config as inductor_config
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
@@ -146,52 +124,48 @@ def overlap_tp(mesh: DeviceMesh) -> None:
 
 
 def compile_blocks(blocks: list[nn.Module], backend: str = "inductor") -> None:
-    """Compile what stands around attention in each block: two graphs, compiled for the first and used by all."""
-    # Restorable where the next run finds it, and a reboot does not remove it.
+    """Compile each block's parts before and after attention: two graphs, shared by all blocks."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "torchinductor"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "torchinductor"))  # kept over a reboot
     dynamo: Any = torch._dynamo.config
-    # Each micro-batch shape of training and of validation is a graph of its own; none may fall back to eager code.
+    # Each shape of micro-batch, in training and validation, is a graph; none may fall back to eager code.
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     for block in blocks:
         for part in ("project", "finish"):
             setattr(block, part, torch.compile(getattr(block, part), fullgraph=True, dynamic=False, backend=backend))
 
 
-def apply_zero(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> None:
-    """Divide parameters over dp_shard, and sum gradients over it and dp_replicate; each block is gathered by itself.
+def apply_zero(model: Transformer, mesh: Mesh, config: ParallelConfig) -> None:
+    """Shard parameters over dp_shard, and sum gradients over it and dp_replicate; each block is gathered by itself.
 
-    Both axes are given at any size, so that what accumulates over micro-batches is in `reduce_dtype`.
+    Both axes are used at any size, so that gradients are accumulated in `reduce_dtype`.
     """
     assert mesh.param_mesh is not None
-    # A divided embedding's output is one; nothing is done to it in place.
+    # A sharded embedding returns a view; nothing changes it in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    dtypes = {ReduceDtype.bf16: torch.bfloat16, ReduceDtype.fp32: torch.float32}
+    reduce_dtype = torch.float32 if config.reduce_dtype is ReduceDtype.fp32 else torch.bfloat16
     wrap = partial(
         fully_shard,
         mesh=mesh.param_mesh["dp_replicate", "dp_shard"],
-        mp_policy=MixedPrecisionPolicy(reduce_dtype=dtypes[config.reduce_dtype], cast_forward_inputs=False),
+        mp_policy=MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False),
     )
-    embed, head = getattr(model, "embed", None), getattr(model, "head", None)
-    tied = embed is not None and head is None and getattr(model, "norm", None) is not None
-    blocks = list(model.get_submodule("blocks").children())
-    parts = [*([] if embed is None or tied else [embed]), *blocks]
+    tied = model.norm is not None and model.head is None  # the embedding is gathered with the root, for the head
+    parts = [*([] if model.embed is None or tied else [model.embed]), *model.blocks.values()]
     for module in parts:
         wrap(module, reshard_after_forward=config.zero_stage == 3)
     wrap(model, reshard_after_forward=False)  # the head, which the backward pass needs at once
     if mesh.axes.pp > 1 and config.zero_stage == 3:
-        # FSDP forgets the order of modules after a backward pass, and here other micro-batches are under way: each is
-        # told which comes next, the last one itself, which is there.
+        # FSDP forgets the order of modules after each backward pass, though other micro-batches are under way.
         for module, following in pairwise([model, *reversed(parts), parts[0]]):
             module.set_modules_to_backward_prefetch([following])  # type: ignore[operator]
     for module in sharded_modules(model):
-        # Losses are weighted by 1 / the step's targets, so gradients add up; nothing is averaged.
+        # Losses are weighted by 1 / the step's targets, so gradients are summed and not averaged.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
 
 
 def set_gradient_sync(model: nn.Module, zero_stage: int, *, last: bool) -> None:
-    """Say what the backward pass of a micro-batch does with gradients and parameters, as the ZeRO stage has it."""
+    """Set what the backward pass of a micro-batch does with gradients and parameters under a ZeRO stage."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or zero_stage >= 2)
         model.set_requires_all_reduce(last)
@@ -204,14 +178,13 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
 
 @torch.no_grad()
 def write_shard(param: Tensor, whole: Tensor) -> None:
-    """Set a parameter from the whole tensor that it is a part of, without talking to anybody."""
+    """Set this rank's shard of a parameter from the whole tensor, without communication."""
     if isinstance(param, DTensor):
         mesh = param.device_mesh
-        for axis in reversed(range(mesh.ndim)):  # tp was divided first; dp_shard divides what is left
-            dim = divided_dim(param.placements[axis])
+        for axis in reversed(range(mesh.ndim)):  # tp was applied first; dp_shard splits what is left
+            dim = sharded_dim(param.placements[axis])
             if dim is not None:
                 length, size = whole.shape[dim], -(-whole.shape[dim] // mesh.size(axis))
                 start = min(size * mesh.get_local_rank(axis), length)
                 whole = whole.narrow(dim, start, min(size, length - start))
-        param = param.to_local()
-    param.copy_(whole)
+    local(param).copy_(whole)

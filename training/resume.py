@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from parallel.loss_scaler import LossScaler
 from tracking.origin import refuse_no_origin
 from tracking.run_folder import refuse_changes, refuse_other_model
 from training.checkpoint import PER_RANK, Checkpoint, Checkpoints, open_checkpoint
 from training.config import CheckpointConfig, CheckpointError, Resume
 from training.optim.optimizer import AdamW
 from training.ranks import Ranks
-from training.scaler import LossScaler
 from training.state import TrainState
 
 logger = logging.getLogger(__name__)

@@ -14,15 +14,14 @@ from model.config import ModelConfig, ModelError
 from model.counts import flops_per_token as causal_flops_per_token
 from model.counts import internlm_flops_per_token
 from model.hf.families import pad_vocabulary, read_config, read_weights
-from model.loss import linear_cross_entropy
 from model.transformer import Transformer
+from parallel.counters import StepCounters
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 from parallel.parallelize import parallelize, write_shard
 from training.metrics import Throughput, peak_tflops
 from training.schedules import learning_rate, second_beta
 from training.state import TrainState
-from training.token_weights import token_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
@@ -64,26 +63,20 @@ def build_engine(
     n_sources: int,
     bytes_per_token: Any = None,
 ) -> Engine:
-    """Join the model's loss, the way tokens are averaged, and the update into an engine."""
-    loss = config.loss
+    """Return the engine of a model and an optimizer, counting on from `progress`."""
+    counts = (progress.updates, progress.nonfinite_steps, progress.nonfinite_in_a_row)
     return Engine(
         model,
         optimizer,
         mesh,
-        linear_loss=partial(
-            linear_cross_entropy,
-            chunk_tokens=loss.chunk_tokens,
-            label_smoothing=loss.label_smoothing,
-            z_loss=loss.z_loss,
-        ),
-        token_weights=partial(token_weights, reduction=loss.reduction),
+        parallel=config.parallel,
+        loss=config.loss,
         scaler=scaler,
+        counters=StepCounters(mesh.device, counts),
         max_grad_norm=config.optimizer.max_grad_norm,
         n_sources=n_sources,
-        config=config.parallel,
         stages=stages,
         bytes_per_token=None if bytes_per_token is None else torch.from_numpy(bytes_per_token),
-        counts=(progress.updates, progress.nonfinite_steps, progress.nonfinite_in_a_row),
     )
 
 

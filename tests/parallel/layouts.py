@@ -1,4 +1,4 @@
-"""Eight processes that run ten steps on one layout after another, and what one process makes of the same steps."""
+"""Train ten steps on one layout after another in eight processes, and the same steps in one process."""
 
 import faulthandler
 import pickle
@@ -6,7 +6,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.batches import Batch
 from model.config import Attention, Init, ModelConfig
-from model.loss import linear_cross_entropy
-from model.transformer import Transformer
+from model.layers import SwiGLU
+from model.transformer import Block, Transformer
 from parallel.axes import resolve_axes
 from parallel.config import Compile, ParallelConfig
+from parallel.counters import StepCounters
 from parallel.engine import Engine
+from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh, leave, open_mesh
 from parallel.parallelize import parallelize, write_shard
-from tests.parallel.packed import Packed, micro_batch
-from training.config import OptimizerConfig, PrecisionConfig, Reduction
+from tests.parallel.packed import micro_batch
+from training.config import LossConfig, OptimizerConfig, PrecisionConfig, Reduction
 from training.optim.optimizer import AdamW
-from training.scaler import LossScaler
-from training.token_weights import token_weights
 
 MODELS = {
     "plain": ModelConfig(
@@ -51,20 +51,28 @@ N_STEPS, N_MICRO_BATCHES = 10, 8
 
 @dataclass(frozen=True)
 class Case:
-    """A layout, and what to run on it."""
+    """A layout and what to run on it."""
 
     world_size: int
     model: str = "plain"
     reduction: Reduction = Reduction.global_token
-    n_micro_batches: int = N_MICRO_BATCHES  # of a step, before data parallelism divides them
+    n_micro_batches: int = N_MICRO_BATCHES  # per step, over all ranks
     dtype: torch.dtype = torch.float32
     attention: Attention = Attention.auto
     layout: dict[str, Any] = field(default_factory=dict)
     bad_rank: int | None = None  # whose gradient is made infinite in step 2
     fp8: str = "none"
+    regularized: bool = False  # an auxiliary loss in every other layer
 
 
-Of = Callable[[Case, Mesh, ParallelConfig], Any]  # what a rank makes of a case
+RankFunction = Callable[[Case, Mesh, ParallelConfig], Any]
+
+
+class RegularizedMLP(SwiGLU):
+    """An MLP with an auxiliary loss on its input, large enough to change the training."""
+
+    def forward(self, x_BTD: Tensor) -> Any:
+        return super().forward(x_BTD), {"squares": 0.1 * x_BTD.float().square().mean()}
 
 
 @dataclass
@@ -75,11 +83,12 @@ class Outcome:
     valid: list[float]
     finite: list[bool]
     weights: dict[str, Tensor]
+    aux: list[dict[str, float]]
     bad_layer: str | None = None
 
 
-def steps_of(n: int = N_MICRO_BATCHES) -> list[list[Packed]]:
-    """Packs of many lengths in steps of `n` micro-batches, one of which has no target."""
+def steps_of(n: int = N_MICRO_BATCHES) -> list[list[Batch]]:
+    """Return steps of `n` micro-batches of many lengths, one of which has no target."""
     lengths = [[9, 7], [16], [4, 4, 8], [1, 15], [5, 11], [8, 8], [3, 3, 10], [16]]
     return [
         [
@@ -91,10 +100,15 @@ def steps_of(n: int = N_MICRO_BATCHES) -> list[list[Packed]]:
 
 
 def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
-    # eps: Adam divides the rounding of a gradient that is nearly 0 by itself, and would make a difference of it
+    # A rounding error d of a gradient near 0 moves a weight by up to lr * d / eps: with the usual eps of 1e-8 that is a
+    # whole update where d decides the sign.
     optimizer = OptimizerConfig(lr=3e-3, max_grad_norm=0.3, eps=1e-5)
     with torch.device("meta"):
         model = Transformer(replace(MODELS[case.model], attention=case.attention))
+    for number, block in enumerate(model.blocks.values()):
+        if case.regularized and number % 2:
+            assert isinstance(block, Block)
+            block.mlp.__class__ = RegularizedMLP
     stages = parallelize(model, mesh, config, case.dtype, fp8=case.fp8)
     model.init_weights(3, write_shard)
     adamw = AdamW(model, optimizer, tied_params=model.tied_params)
@@ -103,35 +117,36 @@ def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
         model,
         adamw,
         mesh,
-        linear_loss=partial(linear_cross_entropy, chunk_tokens=5),
-        token_weights=partial(token_weights, reduction=case.reduction),
+        parallel=config,
+        loss=LossConfig(chunk_tokens=5, reduction=case.reduction),
         scaler=LossScaler(PrecisionConfig()),
+        counters=StepCounters(mesh.device),
         max_grad_norm=optimizer.max_grad_norm,
         n_sources=2,
-        config=config,
         stages=stages,
         bytes_per_token=torch.arange(64),
     )
 
 
 def outcome(case: Case, mesh: Mesh, config: ParallelConfig) -> Outcome:
-    """Train, score the last step's micro-batches, and put the weights together."""
+    """Train, evaluate the last step's micro-batches, and gather the weights."""
     engine, steps, done = build(case, mesh, config), steps_of(case.n_micro_batches), []
     mine = [step[mesh.dp_rank :: mesh.dp_size] for step in steps]
     bad_layer = None
     for number, batches in enumerate(mine):
-        broken = case.bad_rank is not None and number == 2
-        handles = _break(engine, mesh, case.bad_rank) if broken else []
+        if case.bad_rank is None or number != 2:
+            done.append(engine.train_step(batches))
+            continue
+        handles = _break(engine) if mesh.rank == case.bad_rank else []
         done.append(engine.train_step(batches))
-        if broken:
-            bad_layer = engine.find_nonfinite_module(batches)
+        bad_layer = engine.find_nonfinite_module(batches)
         for handle in handles:
             handle.remove()
     valid = engine.evaluate(mine[-1])
     weights = {name: whole(param.detach()) for name, param in engine.params.items()}
     weights = {name: weight for part in mesh.gather(weights) for name, weight in part.items()}
     if MODELS[case.model].tie_embeddings and "head.weight" in weights:
-        assert torch.equal(weights.pop("head.weight"), weights["embed.weight"]), "the copies went apart"
+        assert torch.equal(weights.pop("head.weight"), weights["embed.weight"]), "the tied copies differ"
     return Outcome(
         losses=[float(d.loss) for d in done],
         norms=[float(d.grad_norm) for d in done],
@@ -139,13 +154,12 @@ def outcome(case: Case, mesh: Mesh, config: ParallelConfig) -> Outcome:
         valid=valid.flatten().tolist(),
         finite=[bool(d.finite) for d in done],
         weights=weights,
+        aux=[{name: float(value) for name, value in d.aux.items()} for d in done],
         bad_layer=bad_layer,
     )
 
 
-def _break(engine: Engine, mesh: Mesh, rank: int | None) -> list[Any]:
-    if mesh.rank != rank:
-        return []
+def _break(engine: Engine) -> list[Any]:
     block = engine.model.get_submodule("blocks.1.mlp.w_up")
     return [block.register_forward_hook(lambda _m, _i, out: out.mul(float("inf")))]
 
@@ -155,26 +169,26 @@ def whole(tensor: Any) -> Tensor:
 
 
 def alone(case: Case) -> Outcome:
-    """The same steps on one process."""
+    """Train the same steps in one process."""
     return outcome(case, Mesh(device=torch.device("cpu")), ParallelConfig())
 
 
-def rank_main(rank: int, folder: Path, cases: dict[str, Case], device_type: str, of: Of) -> None:
-    """Run every case that has a place for this rank; leave what came out, or the traceback, in `folder`."""
+def rank_main(rank: int, folder: Path, cases: dict[str, Case], device_type: str, function: RankFunction) -> None:
+    """Run every case that has this rank; write the result, or the traceback, into `folder`."""
     torch.set_num_threads(1)
     device = torch.device("cpu") if device_type == "cpu" else torch.device(device_type, rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # The large ones first: nobody waits for a rank that has other cases to do.
+    # The large ones first, so that no rank waits for one that has other cases to run.
     for name, case in sorted(cases.items(), key=lambda item: -item[1].world_size):
         if rank >= case.world_size:
             continue
-        # A case that hangs says where and ends: before that, compilers may take their time, and gloo end a collective.
+        # A case that hangs ends with a stack; later than a compiler takes, or gloo to end a collective.
         slow = device.type == "cpu" or case.layout.get("compile") is not Compile.none
         with (folder / f"{name}.stack.{rank}").open("w") as stack:
             faulthandler.dump_traceback_later(180 if slow else 60, exit=True, file=stack)
             try:
-                result: Any = _on_layout(rank, folder / f"{name}.store", case, device, of)
+                result: Any = _on_layout(rank, folder / f"{name}.store", case, device, function)
             except Exception:
                 result = traceback.format_exc()
             faulthandler.cancel_dump_traceback_later()
@@ -182,7 +196,7 @@ def rank_main(rank: int, folder: Path, cases: dict[str, Case], device_type: str,
             (folder / f"{name}.{rank}").write_bytes(pickle.dumps(result))
 
 
-def _on_layout(rank: int, store: Path, case: Case, device: torch.device, of: Of) -> Any:
+def _on_layout(rank: int, store: Path, case: Case, device: torch.device, function: RankFunction) -> Any:
     on_cuda = device.type == "cuda"
     dist.init_process_group(
         "nccl" if on_cuda else "gloo", store=dist.FileStore(str(store), case.world_size),  # type: ignore[attr-defined]
@@ -194,21 +208,21 @@ def _on_layout(rank: int, store: Path, case: Case, device: torch.device, of: Of)
         assert not list(config.problems())
         axes = resolve_axes(config, case.world_size)
         mesh = open_mesh(axes, zero_stage=config.zero_stage, device=device)
-        return of(case, mesh, config)
+        return function(case, mesh, config)
     finally:
         leave()
 
 
 def run(
-    folder: Path, cases: dict[str, Case], n_ranks: int = 8, device_type: str = "cpu", of: Of = outcome
+    folder: Path, cases: dict[str, Case], n_ranks: int = 8, device_type: str = "cpu", function: RankFunction = outcome
 ) -> dict[str, Any]:
-    """Run cases in one group of processes, which import torch once for all; gives what `of` does, or a traceback."""
+    """Run cases in one group of processes, which import torch once; returns rank 0's results, or tracebacks."""
     import multiprocessing
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     ranks: Sequence[Any] = [
-        context.Process(target=rank_main, args=(r, folder, cases, device_type, of)) for r in range(n_ranks)
+        context.Process(target=rank_main, args=(r, folder, cases, device_type, function)) for r in range(n_ranks)
     ]
     for process in ranks:
         process.start()
@@ -216,8 +230,8 @@ def run(
         process.join()
     found: dict[str, Any] = {}
     for name in cases:
-        told = [pickle.loads(path.read_bytes()) for path in sorted(folder.glob(f"{name}.[0-7]"))]
+        results = [pickle.loads(path.read_bytes()) for path in sorted(folder.glob(f"{name}.[0-7]"))]
         stacks = [f"{path.name}\n{path.read_text()}" for path in sorted(folder.glob(f"{name}.stack.*"))]
         silent = "\n".join((f"the ranks ended, with exit codes {[process.exitcode for process in ranks]}", *stacks))
-        found[name] = next((text for text in told if isinstance(text, str)), told[0] if told else silent)
+        found[name] = next((text for text in results if isinstance(text, str)), results[0] if results else silent)
     return found

@@ -1,4 +1,4 @@
-"""A rank of `test_mesh.py`, or the parent of two: python -m tests.parallel.mesh_rank INIT_S STEP_S [RANK_THAT_HANGS]."""
+"""A rank of `test_mesh.py`, or the parent of two: python -m tests.parallel.mesh_rank INIT_S STEP_S [HANGING_RANK]."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ from parallel.mesh import distributed
 
 
 def meet(config: ParallelConfig, hangs: int | None) -> None:
-    """Join the others and add a number up with them."""
+    """Join the other ranks and sum a number over all."""
     with distributed(config) as mesh:
         if mesh.rank == hangs:
             time.sleep(600)

@@ -1,4 +1,4 @@
-"""Weights that are gathered in 8 bits make the steps of weights that are cast when they are there, to the bit."""
+"""Weights gathered in 8 bits train exactly like weights that are cast after they are gathered."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from data.batches import Batch
 from dry_run.trace import ObserveOps, n_bytes
 from model.config import Attention
 from parallel import parallelize as apply
 from parallel.config import ActivationCheckpointing, Compile, ParallelConfig
-from parallel.engine import Engine, local
+from parallel.engine import Engine
 from parallel.mesh import Mesh
+from parallel.tensor_parallel import local
 from tests.parallel.layouts import Case, build, run, steps_of
-from tests.parallel.packed import Packed, micro_batch
+from tests.parallel.packed import micro_batch
 
 
 def case(world_size: int, **layout: Any) -> Case:
@@ -44,11 +46,11 @@ CASES = {
 
 @dataclass
 class Found:
-    figures: list[list[float]]  # before a step, of the steps, after them
+    figures: list[list[float]]  # evaluation, two steps, evaluation, a step
     weights: dict[str, Tensor]  # of rank 0
-    resumed: list[list[float]]  # what comes after the steps, as a run from a checkpoint has it
-    gathered: int  # bytes in the first step
-    graphs: list[int]  # compiled until the end of the first step, and of all
+    resumed: list[list[float]]  # the last evaluation and step, from a checkpoint
+    gathered: int  # bytes, in the first step
+    graphs: list[int]  # compiled by the end of the first step, and of all
 
 
 class Gathered:
@@ -61,18 +63,18 @@ class Gathered:
             self.n_bytes += n_bytes(args[0])
 
 
-def figures_of_step(engine: Engine, batches: list[Packed]) -> list[float]:
+def figures_of_step(engine: Engine, batches: list[Batch]) -> list[float]:
     result = engine.train_step(batches)
     return [float(result.loss), float(result.grad_norm)]
 
 
 @contextmanager
 def allowed(device: torch.device, *, before: bool) -> Iterator[None]:
-    """Let 8-bit products be made where they are slow, and weights be cast before they are gathered or after it."""
+    """Allow 8-bit products on a CPU, and cast weights before they are gathered or after."""
     with ExitStack() as stack:
         if device.type == "cpu":
             stack.enter_context(mock.patch.object(apply, "check_fp8_device"))
-            # Inductor leaves out roundings between operations that it makes one of, and which those are may differ.
+            # Inductor drops roundings between operations that it fuses, and may fuse differently.
             eager = partial(apply.compile_blocks, backend="aot_eager")
             stack.enter_context(mock.patch.object(apply, "compile_blocks", eager))
         if not before:
@@ -81,10 +83,10 @@ def allowed(device: torch.device, *, before: bool) -> Iterator[None]:
 
 
 def steps(case: Case, mesh: Mesh, config: ParallelConfig, *, before: bool) -> Found:
-    """Score, train, score; and go on from what a checkpoint would hold."""
+    """Evaluate, train, evaluate, and resume from what a checkpoint would hold."""
     n_batches = 8 - 8 % mesh.dp_size
     first, second, third = (step[:n_batches][mesh.dp_rank :: mesh.dp_size] for step in steps_of()[:3])
-    valid = [*first, micro_batch([9, 5], 7)]  # the last with as many tokens as no 8-bit product takes
+    valid = [*first, micro_batch([9, 5], 7)]  # the last needs padding
     with allowed(mesh.device, before=before):
         engine, other = (build(case, mesh, config) for _ in range(2))
     gathered = Gathered()
@@ -117,29 +119,31 @@ def check(found: Any) -> None:
     assert before.figures == after.figures
     assert all(torch.equal(before.weights[name], weight) for name, weight in after.weights.items())
     assert before.resumed == before.figures[-2:]
-    assert before.figures[0] != before.figures[-2], "the weights, and so their scales, have changed in between"
+    assert before.figures[0] != before.figures[-2], "the weights, and so their scales, did not change"
     assert before.graphs[0] == before.graphs[1]
     assert before.gathered <= 0.55 * after.gathered  # embedding, head, norms and biases are in bf16
 
 
 @pytest.fixture(scope="module")
 def on_cpu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What came out of the cases that were chosen."""
+    """The results of the selected cases."""
     items: list[Any] = [item for item in request.session.items if "on_cpu" in getattr(item, "fixturenames", ())]
     cases = {item.callspec.params["name"]: CASES[item.callspec.params["name"]] for item in items}
-    return run(tmp_path_factory.mktemp("ranks"), cases, max(case.world_size for case in cases.values()), of=both_ways)
+    return run(
+        tmp_path_factory.mktemp("ranks"), cases, max(case.world_size for case in cases.values()), function=both_ways
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(CASES))
-def test_a_step_is_the_same_to_the_bit(name: str, on_cpu: dict[str, Any]) -> None:
+def test_steps_are_equal(name: str, on_cpu: dict[str, Any]) -> None:
     check(on_cpu[name])
 
 
 @pytest.mark.gpu
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_step_is_the_same_to_the_bit_on_two_gpus_and_compiled_as_near_as_roundings_are(tmp_path: Path) -> None:
+def test_steps_are_equal_on_two_gpus_and_close_when_compiled(tmp_path: Path) -> None:
     cases = {
         f"{name}_{compile.value}": replace(
             CASES[name],
@@ -149,13 +153,13 @@ def test_a_step_is_the_same_to_the_bit_on_two_gpus_and_compiled_as_near_as_round
         for name in ("zero1_2", "zero3_recomputed_2")
         for compile in (Compile.none, Compile.blocks)
     }
-    found = run(tmp_path, cases, 2, "cuda", of=both_ways)
+    found = run(tmp_path, cases, 2, "cuda", function=both_ways)
     for name in ("zero1_2", "zero3_recomputed_2"):
         check(found[f"{name}_none"])
         assert not isinstance(found[f"{name}_blocks"], str), found[f"{name}_blocks"]
         before, after = found[f"{name}_blocks"]
         for figures, others in zip(before.figures, after.figures, strict=True):
-            guesses = range(1, len(figures), 4) if len(figures) > 2 else ()  # right ones, of each source's totals
+            guesses = range(1, len(figures), 4) if len(figures) > 2 else ()  # correct ones, of each source's totals
             for place, (one, other) in enumerate(zip(figures, others, strict=True)):
-                # Which of two near logits is the larger may be a rounding: of two tokens that is let pass.
+                # Rounding may decide which of two close logits is the larger: allowed for two tokens.
                 assert one == (pytest.approx(other, abs=2) if place in guesses else pytest.approx(other, rel=1e-2))

@@ -1,6 +1,7 @@
-"""Every layout takes the steps that one process takes: losses, norms and weights, in float32, to 5e-6."""
+"""Every layout trains like one process: losses, norms, weights and totals agree in float32 to 5e-6."""
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -11,8 +12,7 @@ from parallel.config import SPLIT_BACKWARD, ActivationCheckpointing, ParallelCon
 from tests.parallel.layouts import Case, Outcome, alone, run
 from training.config import Reduction
 
-# Tensor- and context-parallel ranks all take each micro-batch, and meet in every part of a layer; two or more of these
-# are left for a data-parallel rank.
+# Tensor- and context-parallel ranks all run every micro-batch, so fewer of them do.
 few = partial(Case, n_micro_batches=4)
 
 ZERO = {
@@ -28,6 +28,11 @@ ZERO = {
         2, "biased", layout={"dp_shard": 2, "zero_stage": 3, "activation_checkpointing": ActivationCheckpointing.full}
     ),
     "row_mean_4": Case(4, reduction=Reduction.micro_batch_mean, layout={"dp_shard": 4, "zero_stage": 1}),
+    "aux_zero3_recomputed_2": Case(
+        2,
+        regularized=True,
+        layout={"dp_shard": 2, "zero_stage": 3, "activation_checkpointing": ActivationCheckpointing.full},
+    ),
     "one_rank_is_bad_4": Case(4, layout={"dp_shard": 4, "zero_stage": 2}, bad_rank=2),
     "one_rank_is_bad_tp_4": few(4, layout={"dp_shard": 2, "tp": 2, "zero_stage": 1}, bad_rank=3),
     "one_rank_is_bad_pp_4": Case(4, layout={"pp": 2, "dp_shard": 2, "zero_stage": 1}, bad_rank=1),
@@ -39,16 +44,22 @@ TENSOR = {
     "tp_2_tied": few(2, "tied", layout={"tp": 2}),
     "tp_zero1_4": few(4, "biased", layout={"dp_shard": 2, "tp": 2, "zero_stage": 1}),
     "tp_zero3_8": Case(8, "biased", layout={"dp_replicate": 2, "dp_shard": 2, "tp": 2, "zero_stage": 3}),
+    "aux_tp_ddp_4": few(4, regularized=True, layout={"dp_replicate": 2, "tp": 2}),
     "tp_ddp_4": few(4, layout={"dp_replicate": 2, "tp": 2, "sequence_parallel": False}),
 }
 CONTEXT = {
     "cp_2_ddp": few(2, "biased", layout={"cp": 2}),
     "cp_4_zero1": few(4, layout={"cp": 4, "zero_stage": 1}),
     "cp_8_kv_repeated": few(8, "biased", layout={"cp": 8, "zero_stage": 3}),
+    "aux_cp_2": few(2, regularized=True, layout={"cp": 2}),
     "cp_tp_zero2_8": few(8, "biased", layout={"dp_shard": 2, "cp": 2, "tp": 2, "zero_stage": 2}),
 }
 PIPELINE = {
     "pp_2": Case(2, "biased", layout={"pp": 2}),
+    "aux_pp_dp_4": Case(4, regularized=True, layout={"pp": 2, "dp_replicate": 2}),
+    "aux_zbv_2": Case(
+        2, regularized=True, layout={"pp": 2, "virtual_stages": 2, "pipeline_schedule": Schedule["zbv"]}
+    ),
     "pp_2_uneven": Case(2, layout={"pp": 2, "pipeline_layers": [1, 3]}),
     "interleaved_2": Case(
         2, "biased", layout={"pp": 2, "virtual_stages": 2, "pipeline_schedule": Schedule["interleaved_1f1b"]}
@@ -103,44 +114,48 @@ BF16 = {
     "bf16_pp_zero1_4": Case(4, "biased", dtype=torch.bfloat16, layout={"pp": 2, "dp_shard": 2, "zero_stage": 1}),
 }
 ALL = {**BF16, **PIPELINE, **ZERO, **TENSOR, **CONTEXT}
-# What this torch is refused is not run.
+# Without what this version of torch cannot run.
 CASES = {name: case for name, case in ALL.items() if not list(ParallelConfig(**case.layout).problems())}
 
 
-# One group of processes runs all layouts: it is the first test that waits for them.
+# One group of processes runs all layouts, and the first test waits for them.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome | str]:
-    """What came out of the cases that were chosen."""
+    """The results of the selected cases."""
     items: list[Any] = [item for item in request.session.items if "outcomes" in getattr(item, "fixturenames", ())]
     cases = {item.callspec.params["name"]: CASES[item.callspec.params["name"]] for item in items}
     return run(tmp_path_factory.mktemp("ranks"), cases, max(case.world_size for case in cases.values()))
 
 
 @pytest.fixture(scope="module")
-def references() -> dict[tuple[str, Reduction, int], Outcome]:
-    return {key: alone(Case(1, *key)) for key in {key_of(case) for case in CASES.values()}}
+def references() -> Callable[[Case], Outcome]:
+    """Return the steps of one process for a case."""
+    return lambda case: _alone(case.model, case.reduction, case.n_micro_batches, case.regularized)
 
 
-def key_of(case: Case) -> tuple[str, Reduction, int]:
-    """What decides the steps of one process."""
-    return case.model, case.reduction, case.n_micro_batches
+@cache
+def _alone(model: str, reduction: Reduction, n_micro_batches: int, regularized: bool) -> Outcome:
+    return alone(Case(1, model, reduction, n_micro_batches, regularized=regularized))
 
 
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.bad_rank is None and n not in BF16])
-def test_a_layout_equals_one_process(
-    name: str, outcomes: dict[str, Outcome | str], references: dict[tuple[str, Reduction, int], Outcome]
+def test_layout_equals_one_process(
+    name: str, outcomes: dict[str, Outcome | str], references: Callable[[Case], Outcome]
 ) -> None:
     here = outcomes[name]
     assert isinstance(here, Outcome), here
-    one = references[key_of(CASES[name])]
-    assert max(one.norms) > 0.3, "the clip must be at work"
+    one = references(CASES[name])
+    assert max(one.norms) > 0.3, "nothing was clipped"
     assert here.losses == pytest.approx(one.losses, rel=1e-6)
     assert here.norms == pytest.approx(one.norms, rel=5e-6)
     assert here.valid == pytest.approx(one.valid, rel=1e-6)
     for mine, its in zip(here.totals, one.totals, strict=True):
+        assert mine == pytest.approx(its, rel=1e-6)
+    assert all(one.aux) == CASES[name].regularized
+    for mine, its in zip(here.aux, one.aux, strict=True):
         assert mine == pytest.approx(its, rel=1e-6)
     assert here.weights.keys() == one.weights.keys()
     for weight, value in one.weights.items():
@@ -148,20 +163,18 @@ def test_a_layout_equals_one_process(
 
 
 @pytest.mark.parametrize("name", list(BF16))
-def test_bf16_on_a_layout_learns_as_one_process_does_in_float32(
-    name: str, outcomes: dict[str, Outcome | str], references: dict[tuple[str, Reduction, int], Outcome]
+def test_bf16_layout_learns_like_one_process_in_float32(
+    name: str, outcomes: dict[str, Outcome | str], references: Callable[[Case], Outcome]
 ) -> None:
     here = outcomes[name]
     assert isinstance(here, Outcome), here
-    one = references[key_of(CASES[name])]
+    one = references(CASES[name])
     assert here.losses == pytest.approx(one.losses, rel=5e-3)
     assert here.norms == pytest.approx(one.norms, rel=3e-2)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.bad_rank is not None])
-def test_a_rank_that_is_not_finite_makes_every_rank_skip_and_is_named(
-    name: str, outcomes: dict[str, Outcome | str]
-) -> None:
+def test_all_ranks_skip_a_step_that_is_nonfinite_on_one(name: str, outcomes: dict[str, Outcome | str]) -> None:
     here = outcomes[name]
     assert isinstance(here, Outcome), here
     assert here.finite == [number != 2 for number in range(10)]
@@ -169,6 +182,6 @@ def test_a_rank_that_is_not_finite_makes_every_rank_skip_and_is_named(
     assert all(torch.isfinite(weight).all() for weight in here.weights.values())
 
 
-def test_only_what_an_old_torch_is_refused_is_left_out() -> None:
+def test_only_split_backward_on_old_torch_is_left_out() -> None:
     assert all(ALL[name].layout.get("pipeline_schedule") in SPLIT_BACKWARD for name in ALL.keys() - CASES)
     assert len(CASES) == len(ALL) or version("torch") < "2.13"

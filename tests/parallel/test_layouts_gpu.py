@@ -1,4 +1,4 @@
-"""Layouts on two GPUs of one machine, over NCCL, against one of them: exact in float32, and compiled in bf16."""
+"""Layouts on two GPUs over NCCL train like one GPU: eager in float32, and compiled in bf16."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +16,13 @@ N_GPUS = torch.cuda.device_count()
 
 
 def _eager(case: Case) -> Case:
-    # The only attention that adds up in one order, and in float32 throughout.
+    # The only attention that sums in a fixed order, and in float32 throughout.
     layout = {**case.layout, "compile": Compile.none}
     return replace(case, attention=Attention.reference, layout=layout, n_micro_batches=N_MICRO_BATCHES)
 
 
 def _compiled(**layout: Any) -> Case:
-    # Torch's own kernel: FlashAttention 4 has a compiler that takes a minute.
+    # Torch's own kernel: FlashAttention 4 takes a minute to compile.
     return Case(2, "wide", dtype=torch.bfloat16, attention=Attention.varlen, layout=layout)
 
 
@@ -55,12 +55,12 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def references() -> dict[str, Outcome | str]:
-    """What came out of one GPU, where it was asked for."""
+    """The results of one GPU, filled as they are needed."""
     return {}
 
 
 def _pair(name: str, folder: Path, references: dict[str, Outcome | str]) -> tuple[Outcome, Outcome]:
-    """Run a case in two processes of its own, and its model on one GPU if that was not done yet."""
+    """Return the results of a case on two GPUs, and of its model on one."""
     alone = f"one_{ALL[name].model}"
     if alone not in references:
         references |= run(folder, {alone: ALL[alone]}, 1, "cuda")
@@ -71,7 +71,7 @@ def _pair(name: str, folder: Path, references: dict[str, Outcome | str]) -> tupl
 
 
 @pytest.mark.parametrize("name", list(EXACT))
-def test_a_layout_equals_one_gpu(name: str, tmp_path: Path, references: dict[str, Outcome | str]) -> None:
+def test_layout_equals_one_gpu(name: str, tmp_path: Path, references: dict[str, Outcome | str]) -> None:
     here, one = _pair(name, tmp_path, references)
     assert here.losses == pytest.approx(one.losses, rel=2e-6)
     assert here.norms == pytest.approx(one.norms, rel=1e-5)
@@ -82,7 +82,7 @@ def test_a_layout_equals_one_gpu(name: str, tmp_path: Path, references: dict[str
 
 
 @pytest.mark.parametrize("name", list(COMPILED))
-def test_a_compiled_layout_in_bf16_learns_as_one_gpu_does(
+def test_compiled_bf16_layout_learns_like_one_gpu(
     name: str, tmp_path: Path, references: dict[str, Outcome | str]
 ) -> None:
     here, one = _pair(name, tmp_path, references)

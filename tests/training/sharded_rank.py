@@ -16,12 +16,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from parallel.loss_scaler import LossScaler
 from training import checkpoint as module
 from training.checkpoint import Checkpoints
 from training.config import CheckpointError, OptimizerConfig, PrecisionConfig
 from training.optim.optimizer import AdamW
 from training.resume import Restorable
-from training.scaler import LossScaler
 from training.state import TrainState
 
 WHOLE = {

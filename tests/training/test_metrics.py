@@ -14,9 +14,7 @@ from tracking.config import LoggerConfig
 from tracking.loggers import Loggers
 from tracking.logs import log_to
 from tracking.plot import plot_loss, smoothed
-from training.config import Reduction
 from training.metrics import Throughput, duration, loss_metrics, peak_tflops, step_line, valid_lines
-from training.token_weights import token_weights
 
 TOTALS = [[6.0, 3.0, 4.0, 12.0], [2.0, 1.0, 4.0, 4.0], [0.0, 0.0, 0.0, 0.0]]
 
@@ -35,12 +33,6 @@ def test_losses_are_token_weighted_over_sources_and_for_each() -> None:
 
 def test_a_loss_beyond_reason_has_a_finite_perplexity() -> None:
     assert math.isfinite(loss_metrics([[1e9, 0.0, 1.0, 1.0]], ("a",), "train")["train/perplexity"])
-
-
-def test_token_weights_are_a_mean_over_tokens_or_over_rows() -> None:
-    assert token_weights([3, 1, 0], Reduction.global_token) == [0.25] * 3
-    assert token_weights([3, 1, 0], Reduction.micro_batch_mean) == pytest.approx([1 / 9, 1 / 3, 0])
-    assert token_weights([0], Reduction.global_token) == [0.0]
 
 
 def test_speed_follows_internlms_formula(monkeypatch: pytest.MonkeyPatch) -> None:

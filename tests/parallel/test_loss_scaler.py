@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from parallel.loss_scaler import LossScaler
 from training.config import Dtype, PrecisionConfig
-from training.scaler import LossScaler
 
 
 def scales(scaler: LossScaler, steps: list[bool]) -> list[float]:
@@ -19,29 +19,29 @@ def fp16(**settings: float) -> LossScaler:
     return LossScaler(PrecisionConfig(compute=Dtype.fp16, **settings))  # type: ignore[arg-type]
 
 
-def test_two_overflows_are_forgiven_and_each_further_one_halves() -> None:
+def test_scale_halves_from_the_third_overflow() -> None:
     assert scales(fp16(), [False] * 4) == [65536, 65536, 32768, 16384]
 
 
-def test_a_thousand_finite_steps_double_and_forgive_again() -> None:
+def test_growth_doubles_and_resets_the_overflows() -> None:
     scaler = fp16()
     assert scales(scaler, [False, False] + [True] * 999)[-1] == 65536
     assert scales(scaler, [True]) == [131072]
     assert scales(scaler, [False] * 3) == [131072, 131072, 65536]
 
 
-def test_an_overflow_starts_the_count_again() -> None:
+def test_overflow_restarts_the_growth_interval() -> None:
     assert scales(fp16(growth_interval=3), [True, True, False, True, True, True]) == [65536.0] * 5 + [131072.0]
 
 
-def test_the_scale_stays_in_its_bounds() -> None:
+def test_scale_stays_in_bounds() -> None:
     assert scales(fp16(initial_scale=2, hysteresis=1, min_scale=1), [False] * 5)[-1] == 1
     assert scales(fp16(initial_scale=2.0**23, growth_interval=1), [True] * 5)[-1] == 2.0**24
 
 
-def test_without_hysteresis_it_is_torchs_scaler() -> None:
+def test_equals_torch_without_hysteresis() -> None:
     ours = fp16(growth_interval=2, initial_scale=1024)
-    ours.overflows = ours.config.hysteresis  # all forgiveness used
+    ours.overflows = ours.config.hysteresis
     theirs, tracker = torch.tensor([1024.0]), torch.zeros(1, dtype=torch.int32)
     for finite in [True, True, False, False, True, False, True]:
         torch._amp_update_scale_(  # type: ignore[attr-defined]
@@ -54,11 +54,11 @@ def test_without_hysteresis_it_is_torchs_scaler() -> None:
 
 
 @pytest.mark.parametrize("dtype", [Dtype.bf16, Dtype.fp32])
-def test_other_dtypes_are_not_scaled(dtype: Dtype) -> None:
+def test_only_fp16_is_scaled(dtype: Dtype) -> None:
     assert scales(LossScaler(PrecisionConfig(compute=dtype)), [False] * 5 + [True] * 2000)[-1] == 1.0
 
 
-def test_its_state_survives_a_restart() -> None:
+def test_state_dict_round_trip() -> None:
     first = fp16(growth_interval=3)
     scales(first, [False, False, False, True, True])
     second = fp16(growth_interval=3)

@@ -1,13 +1,13 @@
-"""Dynamic loss scale for fp16, whose gradients underflow without one."""
+"""Dynamic loss scaling for fp16, whose gradients underflow without it."""
 
 from training.config import Dtype, PrecisionConfig
 
 
 class LossScaler:
-    """A factor on the loss: grows after a run of finite steps, falls when overflows repeat.
+    """A factor on the loss that grows after a run of finite steps and falls when overflows repeat.
 
-    As InternLM's `DynamicGradScaler`: `hysteresis` overflows are forgiven, each further one lowers
-    the scale, and a growth forgives again. For bf16 and fp32 the scale is 1 and stays so.
+    As InternLM's `DynamicGradScaler`: the first `hysteresis` overflows leave the scale, each further one lowers it, and
+    a growth resets the count. For bf16 and fp32 the scale stays 1.
     """
 
     def __init__(self, config: PrecisionConfig) -> None:
@@ -18,7 +18,7 @@ class LossScaler:
         self.overflows = 0
 
     def update(self, *, finite: bool) -> None:
-        """Take note of a step whose gradients were finite or not."""
+        """Record whether a step's gradients were finite."""
         config = self.config
         if not self.dynamic:
             return
@@ -38,5 +38,4 @@ class LossScaler:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.scale = float(state["scale"])
-        self.finite_steps = int(state["finite_steps"])
-        self.overflows = int(state["overflows"])
+        self.finite_steps, self.overflows = int(state["finite_steps"]), int(state["overflows"])
