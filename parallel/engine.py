@@ -1,21 +1,27 @@
 """The step: forward, backward, one global norm, one clip, one update, or none if a number is not finite."""
 
 import importlib.util
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from model.loss import linear_cross_entropy
 from parallel.config import ParallelConfig, ParallelError, no_graphs
+from parallel.counters import StepCounters
 from parallel.fp8 import Fp8Linear, agree_on_scales
 from parallel.graphs import Graphs
+from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
 from parallel.nonfinite import Watch
 from parallel.parallelize import set_gradient_sync, sharded_modules
 from parallel.tensor_parallel import divided_dim, head_parts
+from parallel.token_weights import token_weights
+from training.config import LossConfig
 
 if TYPE_CHECKING:
     from parallel.pipeline import Inputs, Pipeline
@@ -36,18 +42,6 @@ class MicroBatch(Protocol):
 
 class Optimizer(Protocol):
     def step(self, *, grad_scale: Tensor, finite: Tensor) -> Tensor: ...
-
-
-class Scaler(Protocol):
-    scale: float
-    dynamic: bool
-
-    def update(self, *, finite: bool) -> None: ...
-
-
-# (h_ND, weight_VD, labels_N, loss_weights_N, shard=) -> weighted loss, nll_N, correct_N
-LinearLoss = Callable[..., tuple[Tensor, Tensor, Tensor]]
-TokenWeights = Callable[[list[int]], list[float]]
 
 
 @dataclass(slots=True)
@@ -83,18 +77,17 @@ class Engine:
         optimizer: Optimizer,
         mesh: Mesh,
         *,
-        linear_loss: LinearLoss,
-        token_weights: TokenWeights,
-        scaler: Scaler,
+        parallel: ParallelConfig,
+        loss: LossConfig,
         max_grad_norm: float,
-        n_sources: int,
-        bytes_per_token: Tensor | None,
-        config: ParallelConfig | None = None,
         stages: Sequence[nn.Module] = (),
-        counts: Sequence[int] = (0, 0, 0),
+        scaler: LossScaler,
+        counters: StepCounters,
+        n_sources: int,
+        bytes_per_token: Tensor | None = None,
     ) -> None:
         self.model = model
-        self.config = config or ParallelConfig()
+        self.config = parallel
         self.stages = list(stages) or [model]
         self.params = dict(model.named_parameters())  # as they are between steps: this process' shards
         copies: Any = model.tied_params
@@ -103,14 +96,18 @@ class Engine:
         self.mesh = mesh
         self.casts = [m.cast for m in model.modules() if isinstance(m, Fp8Linear) and m.cast is not None]
         self.pipeline = self._open_pipeline()
-        self.linear_loss = linear_loss
-        self.token_weights = token_weights
+        self.linear_loss = partial(
+            linear_cross_entropy,
+            chunk_tokens=loss.chunk_tokens,
+            label_smoothing=loss.label_smoothing,
+            z_loss=loss.z_loss,
+        )
+        self.token_weights = partial(token_weights, reduction=loss.reduction)
         self.scaler = scaler
         self.max_grad_norm = max_grad_norm
         self.n_sources = n_sources
         self.bytes_per_token = None if bytes_per_token is None else bytes_per_token.to(mesh.device)
-        # updates, steps without a finite gradient, how many of these were the last ones
-        self.counts_3 = torch.tensor(counts, dtype=torch.int64).to(mesh.device)
+        self.counters = counters
         self.graphs = self._open_graphs() if self.config.cuda_graphs else None
 
     def _open_pipeline(self) -> "Pipeline | None":
@@ -136,11 +133,6 @@ class Engine:
         results = (scalar, scalar.clone(), scalar.bool(), rates_2, sums.totals_S4.clone())
         return Graphs(self.params.values(), self._pass, self._update, sums, results, stream)
 
-    def counts(self) -> tuple[int, int, int]:
-        """Wait for all steps; gives the updates, the steps without a finite gradient, and how many came last."""
-        updates, nonfinite_steps, nonfinite_in_a_row = self.counts_3.tolist()
-        return updates, nonfinite_steps, nonfinite_in_a_row
-
     def train_step(self, batches: Sequence[MicroBatch]) -> StepResult:
         """Run the micro-batches of one step and update the weights, unless the gradient is not finite."""
         counts, weights = self._weights(batches)
@@ -165,7 +157,7 @@ class Engine:
         # The clip and the loss scale are one division, done inside the update.
         clip = ((grad_norm + 1e-6) / self.max_grad_norm).clamp(min=1.0) if self.max_grad_norm > 0 else 1.0
         rates_2 = self.optimizer.step(grad_scale=torch.ones_like(grad_norm) * clip * self.scaler.scale, finite=finite)
-        self._count(finite)
+        self.counters.add(finite)
         return loss, grad_norm, finite, rates_2, totals_S4
 
     @torch.no_grad()
@@ -283,11 +275,6 @@ class Engine:
     def _no_sums(self) -> Sums:
         device = self.mesh.device
         return Sums(torch.zeros((), device=device), torch.zeros(self.n_sources, 4, dtype=torch.float64, device=device))
-
-    def _count(self, finite: Tensor) -> None:
-        updates, nonfinite_steps, nonfinite_in_a_row = self.counts_3.unbind()
-        in_a_row = torch.where(finite, 0, nonfinite_in_a_row + 1)
-        self.counts_3.copy_(torch.stack([updates + finite, nonfinite_steps + ~finite, in_a_row]))
 
     def _complete_gradients(self) -> None:
         """Give every parameter a gradient that is laid out as it is, and the copies of one the same."""
