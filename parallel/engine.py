@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -55,6 +55,7 @@ class StepResult:
     n_tokens: int  # padding and masked ones included
     n_targets: int
     totals_S4: Tensor  # float64, a row a source: sum of nll, correct, targets, bytes
+    aux: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
