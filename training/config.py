@@ -1,21 +1,19 @@
-"""How a model is trained, measured and kept: optimizer, schedule, precision, checkpoints, logs.
-
-Free of torch, so that a wrong value is refused before torch is imported.
-"""
+"""How a model is trained and saved: optimizer, schedule, precision, loss, checkpoints. Imports no torch."""
 
 import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 
 class CheckpointError(Exception):
-    """A checkpoint or run folder that cannot be used, told as a sentence for the user."""
+    """A checkpoint or run folder that cannot be used."""
 
 
 class TrainingError(Exception):
-    """A run that must not go on, told as a sentence for the user."""
+    """A run that must not go on."""
 
 
 class Decay(Enum):
@@ -30,6 +28,7 @@ class ScheduleType(Enum):
 
 
 class Dtype(Enum):
+    auto = "auto"  # precision.compute only: bf16 where the device multiplies in it, else fp32
     bf16 = "bf16"
     fp32 = "fp32"
     fp16 = "fp16"
@@ -37,13 +36,13 @@ class Dtype(Enum):
 
 class Fp8(Enum):
     none = "none"
-    tensorwise = "tensorwise"  # one scale a matrix: the fastest
-    rowwise = "rowwise"  # one scale a row: more exact
+    tensorwise = "tensorwise"  # one scale per matrix: the fastest
+    rowwise = "rowwise"  # one scale per row: more exact
 
 
 class OptimizerImpl(Enum):
     auto = "auto"  # triton on a CUDA device, torch elsewhere
-    triton = "triton"  # one kernel of ours: a single pass, and no wait for the host
+    triton = "triton"  # our kernel: a single pass, and no wait for the host
     torch = "torch"  # torch's fused AdamW on fp32 copies
     apex = "apex"  # NVIDIA apex's fused Adam on fp32 copies
 
@@ -59,10 +58,16 @@ class Resume(Enum):
     must = "must"  # refuse a run folder that holds none
 
 
+# Update rules by optimizer.name; any other is named as module:Class.
+OPTIMIZERS = {"adamw": "training.optim.adamw:AdamW"}
+
+
 @dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
+    """The update rule, and the settings that any rule may read."""
 
+    name: str = "adamw"  # or module:Class, an UpdateRule of your own
+    options: dict[str, Any] = field(default_factory=dict)  # settings that only a rule of your own knows
     lr: float = 1e-4
     weight_decay: float = 0.01
     beta1: float = 0.9
@@ -71,11 +76,13 @@ class OptimizerConfig:
     eps: float = 1e-8
     decay: Decay = Decay.matrices
     state_dtype: Dtype = Dtype.fp32  # of the moments: fp32 or bf16
-    impl: OptimizerImpl = OptimizerImpl.auto
+    impl: OptimizerImpl = OptimizerImpl.auto  # of adamw
     max_grad_norm: float = 1.0  # one norm over all parameters; 0: no clipping
-    max_nonfinite_steps: int = 10  # steps in a row without a finite gradient before the run is stopped
+    max_nonfinite_steps: int = 10  # consecutive steps without a finite gradient before the run is stopped
 
     def problems(self) -> Iterator[str]:
+        if ":" not in self.name and self.name not in OPTIMIZERS:
+            yield f"optimizer.name ({self.name}) must be {', '.join(OPTIMIZERS)} or module:Class"
         if not 0 < self.lr < math.inf:
             yield f"optimizer.lr ({self.lr}) must be positive and finite"
         for key in ("weight_decay", "beta2_c", "max_grad_norm"):
@@ -86,8 +93,8 @@ class OptimizerConfig:
                 yield f"optimizer.{key} ({getattr(self, key)}) must be in [0, 1)"
         if not self.eps > 0:
             yield f"optimizer.eps ({self.eps}) must be positive"
-        if self.state_dtype is Dtype.fp16:
-            yield "optimizer.state_dtype (fp16) must be fp32 or bf16, because second moments underflow in fp16"
+        if self.state_dtype not in (Dtype.fp32, Dtype.bf16):
+            yield f"optimizer.state_dtype ({self.state_dtype.value}) must be fp32 or bf16"
         if self.max_nonfinite_steps < 1:
             yield f"optimizer.max_nonfinite_steps ({self.max_nonfinite_steps}) must be at least 1"
 
@@ -108,8 +115,8 @@ class SchedulerConfig:
                 yield f"scheduler.{key} ({getattr(self, key)}) must be in [0, 1]"
         if self.type is ScheduleType.wsd and self.warmup_ratio + self.decay_ratio > 1:
             yield (
-                f"scheduler.warmup_ratio ({self.warmup_ratio}) + scheduler.decay_ratio "
-                f"({self.decay_ratio}) must be at most 1"
+                f"scheduler.warmup_ratio ({self.warmup_ratio}) + scheduler.decay_ratio ({self.decay_ratio}) "
+                "must be at most 1"
             )
         if self.init_steps < 0:
             yield f"scheduler.init_steps ({self.init_steps}) must be 0 or more"
@@ -119,11 +126,11 @@ class SchedulerConfig:
 class PrecisionConfig:
     """The dtype of weights and activations in a step; the optimizer's master weights are always fp32.
 
-    The rest is the dynamic loss scaler of fp16 (defaults: InternLM's 7B tutorial).
+    The rest is the dynamic loss scale of fp16 (defaults: InternLM's 7B tutorial).
     """
 
-    compute: Dtype = Dtype.bf16
-    fp8: Fp8 = Fp8.none  # products of the blocks' matrices in 8 bits, scaled by what is there (arXiv:2209.05433)
+    compute: Dtype = Dtype.auto
+    fp8: Fp8 = Fp8.none  # products of the blocks' matrices in 8 bits, with dynamic scales (arXiv:2209.05433)
     grad_dtype: Dtype | None = None  # in which micro-batches' gradients are added up (null: compute)
     initial_scale: float = 2.0**16
     growth_interval: int = 1000  # finite steps before the scale grows
@@ -134,14 +141,11 @@ class PrecisionConfig:
     hysteresis: int = 2  # overflows before the scale falls
 
     def problems(self) -> Iterator[str]:
-        if self.fp8 is not Fp8.none and self.compute is not Dtype.bf16:
+        if self.fp8 is not Fp8.none and self.compute not in (Dtype.auto, Dtype.bf16):
             yield f"precision.fp8 ({self.fp8.value}) needs precision.compute bf16, not {self.compute.value}"
         if self.fp8 is Fp8.rowwise and importlib.util.find_spec("torchao") is None:
-            yield (
-                f"precision.fp8 ({self.fp8.value}) needs torchao: pip install -r requirements-gpu.txt, or choose "
-                "precision.fp8=none"
-            )
-        if self.grad_dtype not in (None, self.compute, Dtype.fp32):
+            yield "precision.fp8 (rowwise) needs torchao: pip install -r requirements-gpu.txt, or use tensorwise"
+        if self.grad_dtype not in (None, Dtype.fp32) and self.grad_dtype is not self.compute:
             yield f"precision.grad_dtype ({self.grad_dtype.value}) must be fp32, {self.compute.value} or null"
         if not 0 < self.min_scale <= self.initial_scale <= self.max_scale:
             yield (
