@@ -2,7 +2,7 @@
 
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -58,6 +58,13 @@ class Resume(Enum):
     must = "must"  # refuse a run folder that holds none
 
 
+def unless(config: Any, section: str, rule: str, holds: Callable[[Any], bool], *keys: str) -> Iterator[str]:
+    """Yield a problem for each of the keys whose value breaks a rule."""
+    for key in keys:
+        if not holds(value := getattr(config, key)):
+            yield f"{section}.{key} ({value}) must be {rule}"
+
+
 # Update rules by optimizer.name; any other is named as module:Class.
 OPTIMIZERS = {"adamw": "training.optim.adamw:AdamW"}
 
@@ -83,20 +90,13 @@ class OptimizerConfig:
     def problems(self) -> Iterator[str]:
         if ":" not in self.name and self.name not in OPTIMIZERS:
             yield f"optimizer.name ({self.name}) must be {', '.join(OPTIMIZERS)} or module:Class"
-        if not 0 < self.lr < math.inf:
-            yield f"optimizer.lr ({self.lr}) must be positive and finite"
-        for key in ("weight_decay", "beta2_c", "max_grad_norm"):
-            if getattr(self, key) < 0:
-                yield f"optimizer.{key} ({getattr(self, key)}) must be 0 or more"
-        for key in ("beta1", "beta2"):
-            if not 0 <= getattr(self, key) < 1:
-                yield f"optimizer.{key} ({getattr(self, key)}) must be in [0, 1)"
-        if not self.eps > 0:
-            yield f"optimizer.eps ({self.eps}) must be positive"
+        yield from unless(self, "optimizer", "positive and finite", lambda x: 0 < x < math.inf, "lr", "eps")
+        keys = ("weight_decay", "beta2_c", "max_grad_norm")
+        yield from unless(self, "optimizer", "0 or more", lambda x: x >= 0, *keys)
+        yield from unless(self, "optimizer", "in [0, 1)", lambda x: 0 <= x < 1, "beta1", "beta2")
+        yield from unless(self, "optimizer", "at least 1", lambda x: x >= 1, "max_nonfinite_steps")
         if self.state_dtype not in (Dtype.fp32, Dtype.bf16):
             yield f"optimizer.state_dtype ({self.state_dtype.value}) must be fp32 or bf16"
-        if self.max_nonfinite_steps < 1:
-            yield f"optimizer.max_nonfinite_steps ({self.max_nonfinite_steps}) must be at least 1"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -110,16 +110,14 @@ class SchedulerConfig:
     decay_ratio: float = 0.2  # wsd: the share of the steps, at the end, in which the rate falls
 
     def problems(self) -> Iterator[str]:
-        for key in ("warmup_ratio", "min_lr_ratio", "decay_ratio"):
-            if not 0 <= getattr(self, key) <= 1:
-                yield f"scheduler.{key} ({getattr(self, key)}) must be in [0, 1]"
+        keys = ("warmup_ratio", "min_lr_ratio", "decay_ratio")
+        yield from unless(self, "scheduler", "in [0, 1]", lambda x: 0 <= x <= 1, *keys)
+        yield from unless(self, "scheduler", "0 or more", lambda x: x >= 0, "init_steps")
         if self.type is ScheduleType.wsd and self.warmup_ratio + self.decay_ratio > 1:
             yield (
                 f"scheduler.warmup_ratio ({self.warmup_ratio}) + scheduler.decay_ratio ({self.decay_ratio}) "
                 "must be at most 1"
             )
-        if self.init_steps < 0:
-            yield f"scheduler.init_steps ({self.init_steps}) must be 0 or more"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -152,13 +150,9 @@ class PrecisionConfig:
                 f"precision.initial_scale ({self.initial_scale}) must be between precision.min_scale "
                 f"({self.min_scale}, above 0) and precision.max_scale ({self.max_scale})"
             )
-        if not self.growth_factor > 1:
-            yield f"precision.growth_factor ({self.growth_factor}) must be above 1"
-        if not 0 < self.backoff_factor < 1:
-            yield f"precision.backoff_factor ({self.backoff_factor}) must be in (0, 1)"
-        for key in ("growth_interval", "hysteresis"):
-            if getattr(self, key) < 1:
-                yield f"precision.{key} ({getattr(self, key)}) must be at least 1"
+        yield from unless(self, "precision", "above 1", lambda x: x > 1, "growth_factor")
+        yield from unless(self, "precision", "in (0, 1)", lambda x: 0 < x < 1, "backoff_factor")
+        yield from unless(self, "precision", "at least 1", lambda x: x >= 1, "growth_interval", "hysteresis")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -169,12 +163,9 @@ class LossConfig:
     chunk_tokens: int = 4096  # tokens whose logits exist at one time
 
     def problems(self) -> Iterator[str]:
-        if not 0 <= self.label_smoothing < 1:
-            yield f"loss.label_smoothing ({self.label_smoothing}) must be in [0, 1)"
-        if not 0 <= self.z_loss < math.inf:
-            yield f"loss.z_loss ({self.z_loss}) must be 0 or more and finite"
-        if self.chunk_tokens < 1:
-            yield f"loss.chunk_tokens ({self.chunk_tokens}) must be at least 1"
+        yield from unless(self, "loss", "in [0, 1)", lambda x: 0 <= x < 1, "label_smoothing")
+        yield from unless(self, "loss", "0 or more and finite", lambda x: 0 <= x < math.inf, "z_loss")
+        yield from unless(self, "loss", "at least 1", lambda x: x >= 1, "chunk_tokens")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -186,6 +177,4 @@ class CheckpointConfig:
     accept_changes: list[str] = field(default_factory=list)  # keys that may differ from the stored config
 
     def problems(self) -> Iterator[str]:
-        for key in ("every", "keep"):
-            if getattr(self, key) < 0:
-                yield f"checkpoint.{key} ({getattr(self, key)}) must be 0 or more"
+        yield from unless(self, "checkpoint", "0 or more", lambda x: x >= 0, "every", "keep")

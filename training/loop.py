@@ -51,7 +51,8 @@ class Periodic:
 
     def run_if_due(self, run: Run) -> None:
         step = run.state.step
-        if step and (self.every and step % self.every == 0 or self.at_end and step == run.config.steps):
+        due = (self.every and step % self.every == 0) or (self.at_end and step == run.config.steps)
+        if step and due:
             self.action(run)
 
 

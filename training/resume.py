@@ -72,7 +72,7 @@ class RunCheckpoints:
         if checkpoint is not None:
             if resume is Resume.never:
                 raise CheckpointError(
-                    f"checkpoint.resume (never): {self.run_dir} holds {checkpoint.path.name} already; pass another name="
+                    f"checkpoint.resume (never): {self.run_dir} holds {checkpoint.path.name} ; pass another name="
                 )
             self._resume(checkpoint, config.checkpoint)
         elif resume is Resume.must:

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from conf.schema import TrainConfig
 from data.batches import Batch
@@ -18,8 +18,8 @@ from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
 from parallel.parallelize import parallelize, write_shard
 from training.config import Dtype, PrecisionConfig, TrainingError
-from training.metrics import Throughput, peak_tflops
 from training.optim.optimizer import Optimizer
+from training.report import Throughput, peak_tflops
 from training.schedules import learning_rate, second_beta
 from training.state import TrainState
 

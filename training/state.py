@@ -54,7 +54,7 @@ class TrainState:
         return {**values, "valid_loss": self.valid_loss if known else None}
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
-        """Take over the counters that are given, on the device too."""
+        """Take over the counters that are given, on the device too; call it before an engine counts."""
         for name, value in values.items():
             setattr(self, name, value)
         self.__post_init__()

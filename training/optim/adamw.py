@@ -1,16 +1,15 @@
-"""AdamW with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101): a Triton kernel, torch's or apex's."""
+"""AdamW with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
 
 import importlib.util
 import math
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim.adamw import adamw
 
 from training.config import OptimizerConfig, OptimizerImpl, TrainingError
 from training.optim.master_weights import MasterWeights
-from training.optim.optimizer import Chunk, UpdateRule, gradient
+from training.optim.optimizer import Chunk, Scalars, State, UpdateRule, gradient
 
 
 class AdamW(UpdateRule):
@@ -27,22 +26,14 @@ class AdamW(UpdateRule):
         return lr, beta2, lr / (1 - self.config.beta1**update), math.sqrt(1 - beta2**update)
 
     def update_raw(
-        self,
-        weights: MasterWeights,
-        state: dict[str, dict[str, Tensor]],
-        names: list[str],
-        *,
-        rates: Tensor,
-        weight_decay: float,
-        grad_scale: Tensor,
-        finite: Tensor,
+        self, weights: MasterWeights, state: State, names: list[str], weight_decay: float, scalars: Scalars
     ) -> None:
         from training.optim.adamw_kernel import update
 
-        lr, beta2, step_size, bias_correction2_sqrt = rates.unbind()
+        lr, beta2, step_size, bias_correction2_sqrt = scalars.rates.unbind()
         # fp64 until here, as torch.optim.AdamW has its scalars
         row = (1 - lr * weight_decay, beta2, 1 - beta2, -step_size, 1 / bias_correction2_sqrt)
-        scalars = torch.stack([grad_scale.double(), finite.double(), *row]).float()
+        row_7 = torch.stack([scalars.grad_scale.double(), scalars.finite.double(), *row]).float()
         for name in names:
             update(
                 weights.shards[name],
@@ -50,7 +41,7 @@ class AdamW(UpdateRule):
                 gradient(weights.params[name]),
                 state["exp_avg"][name],
                 state["exp_avg_sq"][name],
-                scalars,
+                row_7,
                 beta1=self.config.beta1,
                 eps=self.config.eps,
             )
@@ -60,22 +51,10 @@ class AdamW(UpdateRule):
             return self._update_by_apex(chunk)
         steps = [torch.full_like(chunk.grad_scale, chunk.update - 1) for _ in chunk.names]
         adamw(
-            chunk.masters,
-            chunk.scaled_grads,
-            chunk.state["exp_avg"],
-            chunk.state["exp_avg_sq"],
-            [],
-            steps,
-            fused=True,
-            grad_scale=chunk.grad_scale,
-            amsgrad=False,
-            beta1=self.config.beta1,
-            beta2=chunk.beta2,
-            lr=chunk.lr,
-            weight_decay=chunk.weight_decay,
-            eps=self.config.eps,
-            maximize=False,
-        )
+            chunk.masters, chunk.scaled_grads, chunk.state["exp_avg"], chunk.state["exp_avg_sq"], [], steps,
+            fused=True, grad_scale=chunk.grad_scale, amsgrad=False, maximize=False, lr=chunk.lr, beta2=chunk.beta2,
+            beta1=self.config.beta1, weight_decay=chunk.weight_decay, eps=self.config.eps,
+        )  # fmt: skip
 
     def _update_by_apex(self, chunk: Chunk) -> None:
         import amp_C  # type: ignore[import-not-found]
@@ -91,19 +70,14 @@ class AdamW(UpdateRule):
 
 
 def resolve_impl(asked: OptimizerImpl, device: torch.device) -> OptimizerImpl:
-    """Choose what makes the update; raises `TrainingError` if what was asked for is not here."""
+    """Return what makes the update; raises `TrainingError` if what was asked for is not here."""
+    package = {OptimizerImpl.triton: "triton", OptimizerImpl.apex: "amp_C"}.get(asked, "triton")
+    usable = device.type == "cuda" and importlib.util.find_spec(package) is not None
     if asked is OptimizerImpl.auto:
-        fast = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-        return OptimizerImpl.triton if fast else OptimizerImpl.torch
-    if asked is OptimizerImpl.torch:
-        return asked
-    if device.type != "cuda":
-        raise TrainingError(f"optimizer.impl ({asked.value}) needs a CUDA device; use optimizer.impl=auto on {device}")
-    if asked is OptimizerImpl.triton and importlib.util.find_spec("triton") is None:
-        raise TrainingError("optimizer.impl (triton) needs triton: pip install triton, or use optimizer.impl=torch")
-    if asked is OptimizerImpl.apex and importlib.util.find_spec("amp_C") is None:
+        return OptimizerImpl.triton if usable else OptimizerImpl.torch
+    if asked is not OptimizerImpl.torch and not usable:
+        built = " (NVIDIA apex built with its CUDA extensions)" if asked is OptimizerImpl.apex else ""
         raise TrainingError(
-            "optimizer.impl (apex) needs https://github.com/NVIDIA/apex built with its CUDA extensions, which "
-            "`pip install apex` is not; use optimizer.impl=auto"
+            f"optimizer.impl ({asked.value}) needs a CUDA device and {package}{built}; use optimizer.impl=auto"
         )
     return asked

@@ -47,8 +47,9 @@ class MasterWeights:
     def to_save(self, name: str) -> Tensor:
         """Return a master laid out as its parameter is; of a bf16 parameter it is on the CPU."""
         param, remainder = self.shards[name], self.remainder.get(name)
-        halves = remainder is not None and remainder.dtype == torch.int16
-        return like(self.params[name], join(param.cpu(), remainder.cpu()) if halves else self.read(name))
+        if remainder is not None and remainder.dtype == torch.int16:
+            return like(self.params[name], join(param.cpu(), remainder.cpu()))
+        return like(self.params[name], self.read(name))
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:

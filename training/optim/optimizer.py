@@ -4,6 +4,7 @@ import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,15 @@ from training.optim.master_weights import MasterWeights, like, local
 # Numbers updated by one call of a rule: enough for a full launch, little enough that their fp32 copies are a small
 # part of memory.
 CHUNK_NUMEL = 1 << 27
+State = dict[str, dict[str, Tensor]]  # by state name, then by parameter
+
+
+class Scalars(NamedTuple):
+    """What a step's update depends on, on the device."""
+
+    rates: Tensor  # fp64, `UpdateRule.rates` of this update
+    grad_scale: Tensor
+    finite: Tensor  # if False, nothing may change
 
 
 @dataclass(slots=True)
@@ -44,11 +54,11 @@ class Chunk:
 class UpdateRule:
     """How parameters follow from gradients; everything else is `Optimizer`'s business.
 
-    A subclass names its state (`state_names`: tensors shaped as the parameter, zero at first) and writes `update`.
+    A subclass names its state, tensors shaped as the parameter and zero at first, and writes `update`.
     """
 
     state_names: tuple[str, ...] = ()
-    on_device = False  # True: `update_raw` is used, which reads nothing on the host
+    on_device = False  # True: `update_raw` is called instead of `update`
 
     def __init__(self, config: OptimizerConfig, device: torch.device) -> None:
         self.config = config
@@ -58,21 +68,13 @@ class UpdateRule:
         raise NotImplementedError
 
     def rates(self, lr: float, beta2: float, update: int) -> tuple[float, ...]:
-        """Return what `update_raw` reads of an update (the first is 1): `lr`, `beta2` and any numbers after them."""
+        """Return what `update_raw` reads of an update (the first is 1): `lr`, `beta2`, and numbers of its own."""
         return lr, beta2
 
     def update_raw(
-        self,
-        weights: MasterWeights,
-        state: dict[str, dict[str, Tensor]],
-        names: list[str],
-        *,
-        rates: Tensor,
-        weight_decay: float,
-        grad_scale: Tensor,
-        finite: Tensor,
+        self, weights: MasterWeights, state: State, names: list[str], weight_decay: float, scalars: Scalars
     ) -> None:
-        """Update the named parameters where they are, if `finite`, without waiting for the device."""
+        """Update the named parameters where they are, without waiting for the device."""
         raise NotImplementedError
 
 
@@ -97,7 +99,7 @@ class Optimizer:
         self.device = next(iter(self.weights.shards.values())).device
         self.rule = rule(config, self.device)
         dtype = torch.bfloat16 if config.state_dtype is Dtype.bf16 else torch.float32
-        self.state = {
+        self.state: State = {
             key: {name: torch.zeros_like(shard, dtype=dtype) for name, shard in self.weights.shards.items()}
             for key in self.rule.state_names
         }
@@ -129,8 +131,8 @@ class Optimizer:
         rates = self.schedule_UR.index_select(0, self.row)[0]
         if self.rule.on_device:
             for weight_decay, names in self.groups.items():
-                scalars = {"rates": rates, "weight_decay": weight_decay, "grad_scale": grad_scale, "finite": finite}
-                self.rule.update_raw(self.weights, self.state, names, **scalars)
+                scalars = Scalars(rates, grad_scale, finite)
+                self.rule.update_raw(self.weights, self.state, names, weight_decay, scalars)
         elif bool(finite):
             self._update_in_chunks(rates, grad_scale)
         for param in self.params.values():
