@@ -6,7 +6,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.config import Attention, Init, ModelConfig
-from model.loss import linear_cross_entropy
 from model.transformer import Transformer
 from parallel.axes import resolve_axes
 from parallel.config import Compile, ParallelConfig
+from parallel.counters import StepCounters
 from parallel.engine import Engine
+from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh, leave, open_mesh
 from parallel.parallelize import parallelize, write_shard
 from tests.parallel.packed import Packed, micro_batch
-from training.config import OptimizerConfig, PrecisionConfig, Reduction
-from training.optim.optimizer import AdamW
-from training.scaler import LossScaler
-from training.token_weights import token_weights
+from training.config import LossConfig, OptimizerConfig, PrecisionConfig, Reduction
+from training.optim.optimizer import build_optimizer
 
 MODELS = {
     "plain": ModelConfig(
@@ -97,18 +95,18 @@ def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
         model = Transformer(replace(MODELS[case.model], attention=case.attention))
     stages = parallelize(model, mesh, config, case.dtype, fp8=case.fp8)
     model.init_weights(3, write_shard)
-    adamw = AdamW(model, optimizer, tied_params=model.tied_params)
+    adamw = build_optimizer(model, optimizer, tied_params=model.tied_params)
     adamw.set_schedule([(3e-3, 0.95)] * (N_STEPS + 1))
     return Engine(
         model,
         adamw,
         mesh,
-        linear_loss=partial(linear_cross_entropy, chunk_tokens=5),
-        token_weights=partial(token_weights, reduction=case.reduction),
+        loss=LossConfig(chunk_tokens=5, reduction=case.reduction),
+        counters=StepCounters(mesh.device),
         scaler=LossScaler(PrecisionConfig()),
         max_grad_norm=optimizer.max_grad_norm,
         n_sources=2,
-        config=config,
+        parallel=config,
         stages=stages,
         bytes_per_token=torch.arange(64),
     )

@@ -1,7 +1,6 @@
 """The engine's step against autograd and torch.optim on the whole batch at once."""
 
 from collections.abc import Iterator
-from functools import partial
 
 import pytest
 import torch
@@ -9,17 +8,16 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 from model.config import Init, ModelConfig
-from model.loss import linear_cross_entropy
 from model.transformer import Transformer
 from parallel.config import ActivationCheckpointing, Compile, ParallelConfig, ParallelError
+from parallel.counters import StepCounters
 from parallel.engine import Engine
+from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
 from parallel.parallelize import compile_blocks, parallelize, recomputed_blocks
 from tests.parallel.packed import Packed, micro_batch
-from training.config import Dtype, OptimizerConfig, PrecisionConfig, Reduction
-from training.optim.optimizer import AdamW
-from training.scaler import LossScaler
-from training.token_weights import token_weights
+from training.config import Dtype, LossConfig, OptimizerConfig, PrecisionConfig, Reduction
+from training.optim.optimizer import build_optimizer
 
 CONFIG = ModelConfig(
     name="test", vocab_size=64, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=64,
@@ -47,18 +45,18 @@ def build(
     dtype = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}[compute]
     parallelize(model, mesh, parallel or ParallelConfig(), dtype, fp8=fp8, grad_dtype=grad_dtype)
     model.init_weights(seed=3)
-    adamw = AdamW(model, optimizer)
+    adamw = build_optimizer(model, optimizer)
     adamw.set_schedule([(optimizer.lr, 0.95)] * 100)
     return Engine(
         model,
         adamw,
         mesh,
-        linear_loss=partial(linear_cross_entropy, chunk_tokens=chunk_tokens),
-        token_weights=partial(token_weights, reduction=reduction),
+        loss=LossConfig(chunk_tokens=chunk_tokens, reduction=reduction),
+        counters=StepCounters(mesh.device),
         scaler=LossScaler(PrecisionConfig(compute=compute)),
         max_grad_norm=optimizer.max_grad_norm,
         n_sources=2,
-        config=parallel,
+        parallel=parallel or ParallelConfig(),
         bytes_per_token=torch.arange(64),
     )
 
