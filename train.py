@@ -82,7 +82,7 @@ def train(
     from data.dataset import open_corpus
     from parallel.loss_scaler import LossScaler
     from tracking.loggers import Loggers
-    from tracking.run_folder import truncate_metrics
+    from tracking.metrics_file import truncate_metrics
     from training.checkpoint import Checkpoints
     from training.describe import describe, save_run_inputs
     from training.loop import Run, loop

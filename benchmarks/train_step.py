@@ -22,12 +22,13 @@ from benchmarks.timing import synchronize, where
 from conf.cli import CONF
 from conf.schema import TrainConfig, register, to_config
 from model.config import ModelConfig
-from model.transformer import Transformer, init_std
+from model.counts import flops_per_token, internlm_flops_per_token
+from model.transformer import Transformer
 from parallel.engine import Engine
+from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
-from training.metrics import peak_tflops
-from training.optim.optimizer import AdamW
-from training.scaler import LossScaler
+from training.optim.optimizer import build_optimizer
+from training.report import peak_tflops
 from training.setup import build_engine, build_model
 from training.state import TrainState
 
@@ -69,8 +70,9 @@ def configure(overrides: tuple[str, ...]) -> TrainConfig:
 def draw_weights(model: Transformer, seed: int = 0) -> None:
     """Draw the weights on the device: as large as `init_weights` makes them, in a thousandth of the time."""
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    stds = model.init_stds()
     for name, param in model.named_parameters():
-        std = init_std(name, model.config)
+        std = stds[name]
         if std is None:
             param.fill_(1.0 if name.endswith("norm.weight") else 0.0)
         else:
@@ -80,9 +82,11 @@ def draw_weights(model: Transformer, seed: int = 0) -> None:
 def build(config: TrainConfig, mesh: Mesh) -> Engine:
     """Make the engine as train.py does, with weights drawn fast and a constant rate."""
     model, stages = build_model(config, mesh, draw_weights)
-    optimizer = AdamW(model, config.optimizer, tied_params=model.tied_params)
+    optimizer = build_optimizer(model, config.optimizer, tied_params=model.tied_params)
     optimizer.set_schedule([(config.optimizer.lr, config.optimizer.beta2)] * 10_000)
-    return build_engine(config, mesh, model, stages, optimizer, LossScaler(config.precision), TrainState(), n_sources=1)
+    return build_engine(
+        config, mesh, model, stages, optimizer, LossScaler(config.precision), TrainState(device=mesh.device)
+    )
 
 
 def products(model: ModelConfig) -> list[tuple[int, int, int]]:
@@ -144,7 +148,7 @@ def measure(name: str, mesh: Mesh, seconds: float, extra: tuple[str, ...]) -> di
     step_s = (time.perf_counter() - start) / steps
     tgs = tokens / step_s
     causal, internlm = (
-        f(config.data.seq_len) / 1e12 for f in (config.model.flops_per_token, config.model.internlm_flops_per_token)
+        f(config.model, config.data.seq_len) / 1e12 for f in (flops_per_token, internlm_flops_per_token)
     )
     peak = peak_tflops(device)
     product_flops = sum(6 * rows * columns * times for rows, columns, times in products(config.model)) / 1e12

@@ -6,9 +6,9 @@ from conf.schema import TrainConfig
 from dry_run.reading import DryRun, FakeBatch, report
 from model.config import Attention
 from parallel.engine import Engine
+from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
-from training.optim.optimizer import AdamW
-from training.scaler import LossScaler
+from training.optim.optimizer import build_optimizer
 from training.setup import build_engine, build_model, lr_schedule
 from training.state import TrainState
 
@@ -31,9 +31,10 @@ def dry_run(config: TrainConfig) -> DryRun:
 
     def build(mesh: Mesh) -> Engine:
         model, stages = build_model(config, mesh)
-        optimizer, progress = AdamW(model, config.optimizer, tied_params=model.tied_params), TrainState()
-        optimizer.set_schedule(lr_schedule(config, progress)[:1])
-        return build_engine(config, mesh, model, stages, optimizer, LossScaler(config.precision), progress, n_sources=1)
+        optimizer = build_optimizer(model, config.optimizer, tied_params=model.tied_params)
+        state = TrainState(device=mesh.device)
+        optimizer.set_schedule(lr_schedule(config, state)[:1])
+        return build_engine(config, mesh, model, stages, optimizer, LossScaler(config.precision), state)
 
     if config.model.attention is not Attention.reference:
         config.model.attention = Attention.sdpa  # keeps what every fused kernel keeps, and can be run without one

@@ -13,8 +13,7 @@ from conf.schema import TrainConfig
 from model.config import ModelConfig, ModelError
 from model.hf.llama import pad_vocabulary, read_hf
 from parallel.loss_scaler import LossScaler
-from tracking.origin import refuse_no_origin
-from tracking.run_folder import refuse_changes, refuse_other_model
+from tracking.run_folder import check_changes, check_origin, check_same_model
 from training.checkpoint import PER_RANK, Checkpoint, Checkpoints, open_checkpoint
 from training.config import CheckpointConfig, CheckpointError, Resume
 from training.optim.optimizer import Optimizer
@@ -95,7 +94,7 @@ class RunCheckpoints:
         self.state.load_state_dict(checkpoint.state["progress"])
 
     def _resume(self, checkpoint: Checkpoint, config: CheckpointConfig) -> None:
-        refuse_changes(checkpoint.state["config"], self.run_config, config.accept_changes, self.run_dir)
+        check_changes(checkpoint.state["config"], self.run_config, config.accept_changes, self.run_dir)
         before, now = set(checkpoint.state["data"]["parts"]), set(self.data["parts"])
         key = "data.added" if before <= now else "data.fingerprint"
         changed = checkpoint.state["data"]["parts"] != self.data["parts"]
@@ -117,7 +116,7 @@ class RunCheckpoints:
         if "all" in content:
             content = {"model", "optimizer", "scheduler", "sampler"}
         asked = f"init_content ({', '.join(sorted(content))})"
-        refuse_no_origin(path)
+        check_origin(path)
         if (path / "config.json").exists():
             if content != {"model"}:
                 raise CheckpointError(f"{asked}: the Hugging Face folder {path} holds a model only")
@@ -125,7 +124,7 @@ class RunCheckpoints:
             logger.info("weights from %s", path)
             return
         other = open_checkpoint(path, self.checkpoints.ranks)
-        refuse_other_model(other.state["config"], self.run_config, other.path)
+        check_same_model(other.state["config"], self.run_config, other.path)
         if content != {"model"} and not any(name.startswith("optimizer.") for name in other.tensors):
             raise CheckpointError(f"{asked}: the imported checkpoint {other.path} holds a model only")
         for word in ("model", "optimizer"):
