@@ -66,7 +66,9 @@ def test_a_run_says_first_what_it_trains(
     # Matrices: 2 layers of 9,216 weights and the head's 32,768; attention: 2 layers, 2 products, 16.5 keys of width 32.
     causal = 6 * (2 * 9_216 + 32_768 + 2 * 2 * 16.5 * 32)
     # InternLM: 3 or 4 passes of 2 layers of (8 + 6 x 2) x 32^2 + 4 x 32 x 32, and 6 x 32 x 1,024.
-    assert lines[first + 1] == f"           {causal / 1e9:.4g} GFLOP a token (causal), {internlm} by InternLM's formula"
+    assert (
+        lines[first + 1] == f"           {causal / 1e9:.4g} GFLOP per token (causal), {internlm} by InternLM's formula"
+    )
     assert lines[first + 3].startswith("batch      128 tokens = 2 micro-batches of 64; 1 steps; epochs: code ")
     assert (
         lines[first + 5].startswith("device     CPU, 2 threads, fp32, attention ")
@@ -74,17 +76,17 @@ def test_a_run_says_first_what_it_trains(
     )
     caplog.clear()
     trained(tmp_path / "r", *settings)
-    assert "start      step 1, the last: nothing is left to train" in caplog.messages
+    assert "start      step 1, nothing is left to train" in caplog.messages
 
 
 FIRST_STEP = """
 import sys
 from pathlib import Path
 from tests.conftest import trained
-from training.report import Report
+from training.report import StepReport
 
 heavy = ("torch._dynamo", "torch.distributed.pipelining", "matplotlib", "tensorboard", "transformers", "datasets", "wandb")
-Report.step = lambda *_, **__: sys.exit(" ".join(name for name in heavy if name in sys.modules) or 0)
+StepReport.step = lambda *_, **__: sys.exit(" ".join(name for name in heavy if name in sys.modules) or 0)
 trained(Path(sys.argv[1]), *sys.argv[2:])
 """
 
@@ -109,16 +111,16 @@ def test_a_run_stopped_by_a_file_goes_on_bit_for_bit(
 def test_a_stop_during_validation_validates_after_the_resume(
     tmp_path: Path, small: list[str], uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import data.loader
+    import training.loop
 
-    stop, batches = StopRequest(), data.loader.valid_batches
+    stop, batches = StopRequest(), training.loop.valid_batches
 
     def interrupted(*args: object, **kwargs: object):
         for batch in batches(*args, **kwargs):  # type: ignore[arg-type]
             yield batch
             stop.signum = signal.SIGTERM
 
-    monkeypatch.setattr(data.loader, "valid_batches", interrupted)
+    monkeypatch.setattr(training.loop, "valid_batches", interrupted)
     trained(tmp_path / "r", *small, *LONG, stop=stop)
     assert open_checkpoint(tmp_path / "r").step == 4 and not any("valid/loss" in r for r in metrics(tmp_path / "r"))
     monkeypatch.undo()
@@ -198,7 +200,7 @@ def test_changed_data_is_refused(run_dir: Path, corpus_dir: Path, tmp_path: Path
     for name in ("bin", "idx", "json"):
         file = f"code-00000-00000.{name}"
         shutil.copyfile(corpus_dir / "valid" / file, tmp_path / "tokens" / "train" / file)
-    with pytest.raises(CheckpointError, match="the data or the tokenizer changed since"):
+    with pytest.raises(CheckpointError, match="data.fingerprint"):
         trained(folder, *small, f"data.path={tmp_path / 'tokens'}")
 
 

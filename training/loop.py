@@ -131,10 +131,11 @@ def validate(run: Run) -> None:
 
 def follow(stop_file: StopFile, run: Run) -> None:
     """Save or stop where the stop file asks for it."""
-    save_here, run.finished = stop_file.read(run.state.step)
+    save_here, stop_here = stop_file.read(run.state.step)
     if save_here:
         run.checkpoints.save()
-    if run.finished:
+    if stop_here:
+        run.finished = True
         logger.info("stopped at step %d, as %s asks", run.state.step, stop_file.path)
 
 

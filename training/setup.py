@@ -23,6 +23,7 @@ from training.report import Throughput, peak_tflops
 from training.schedules import learning_rate, second_beta
 from training.state import TrainState
 
+CPUINFO = Path("/proc/cpuinfo")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -34,8 +35,8 @@ def compute_dtype(config: PrecisionConfig, device: torch.device) -> tuple[torch.
         # A GPU that a dry run pretends is a recent one.
         fast = not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        cpuinfo = Path("/proc/cpuinfo")
-        fast = cpuinfo.exists() and not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpuinfo.read_text().split())
+        flags = CPUINFO.read_text().split() if CPUINFO.exists() else []
+        fast = "avx512_bf16" in flags or "amx_bf16" in flags
     if fast:
         return torch.bfloat16, "bf16 (auto: the device multiplies in it)"
     return torch.float32, "fp32 (auto: the device has no bf16 products)"
