@@ -15,9 +15,10 @@ from data.loader import valid_batches
 from parallel.engine import Engine, StepResult
 from tracking.early_stop import is_hopeless
 from tracking.run_folder import StopFile
+from training.config import TrainingError
 from training.report import StepReport
 from training.resume import RunCheckpoints
-from training.state import TrainState, check_nonfinite_steps
+from training.state import TrainState
 from training.stop import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -105,8 +106,14 @@ def log_step(run: Run) -> None:
     nonfinite = run.state.sync()
     run.report.throughput.device_done()
     if nonfinite:
-        find = partial(run.engine.find_nonfinite_module, run.batches)
-        check_nonfinite_steps(run.state, run.config.optimizer.max_nonfinite_steps, find)
+        in_a_row, limit = run.state.nonfinite_in_a_row, run.config.optimizer.max_nonfinite_steps
+        text = "step %d changed nothing: its gradient is not finite (%d such steps, %d in a row, the limit is %d)"
+        logger.warning(text, run.state.step, run.state.nonfinite_steps, in_a_row, limit)
+        if in_a_row >= limit:
+            raise TrainingError(
+                f"{in_a_row} steps in a row had no finite gradient (optimizer.max_nonfinite_steps), first in "
+                f"{run.engine.find_nonfinite_module(run.batches)}; lower optimizer.lr, or use skip_batches"
+            )
     epochs = run.corpus.train.epochs(run.state.samples)
     run.report.step(run.state, run.result, epochs=epochs, loss_scale=run.loss_scale)
 

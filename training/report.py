@@ -68,11 +68,8 @@ class Throughput:
     def __init__(self, *, world_size: int, internlm_flops: float, causal_flops: float, peak: float | None) -> None:
         self.world_size, self.peak = world_size, peak
         self.internlm_flops, self.causal_flops = internlm_flops, causal_flops
-        self.recent: deque[tuple[float, int]] = deque(maxlen=50)  # seconds and steps of an interval
         self.all_tokens, self.all_seconds = 0, 0.0
-        self._begin_interval()
-
-    def _begin_interval(self) -> None:
+        self.recent: deque[tuple[float, int]] = deque(maxlen=50)  # seconds and steps of an interval
         self.tokens, self.seconds, self.waited, self.steps = 0, 0.0, 0.0, 0
 
     def begin(self) -> None:
@@ -103,20 +100,20 @@ class Throughput:
         self.recent.append((self.seconds, self.steps))
         self.all_tokens += self.tokens
         self.all_seconds += self.seconds
+        seconds, steps = map(sum, zip(*self.recent, strict=True))
         tgs = self.tokens / self.seconds / self.world_size
-        step_s, data_wait_s = self.seconds / self.steps, self.waited / self.steps
-        self._begin_interval()
-        seconds, steps = (sum(column) for column in zip(*self.recent, strict=True))
-        return {
+        metrics = {
             "perf/tgs": tgs,
             "perf/tgs_all": self.all_tokens / self.all_seconds / self.world_size,
             "perf/tflops": tgs * self.internlm_flops / 1e12,
             "perf/mfu": tgs * self.causal_flops / (self.peak * 1e12) if self.peak else None,
-            "perf/step_s": step_s,
-            "perf/data_wait_s": data_wait_s,
+            "perf/step_s": self.seconds / self.steps,
+            "perf/data_wait_s": self.waited / self.steps,
             "perf/memory_gib": memory_gib(),
             "perf/left_s": steps_left * seconds / steps,
         }
+        self.tokens, self.seconds, self.waited, self.steps = 0, 0.0, 0.0, 0
+        return metrics
 
 
 def memory_gib() -> float:

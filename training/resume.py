@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from conf.schema import TrainConfig
 from model.config import ModelConfig, ModelError
 from model.hf.llama import pad_vocabulary, read_hf
 from parallel.loss_scaler import LossScaler
+from parallel.parallelize import write_shard
 from tracking.run_folder import check_changes, check_origin, check_same_model
 from training.checkpoint import PER_RANK, Checkpoint, Checkpoints, open_checkpoint
 from training.config import CheckpointConfig, CheckpointError, Resume
@@ -146,28 +145,17 @@ class RunCheckpoints:
         checkpoint.load_into(wanted) if exact else checkpoint.load(wanted)
         self.optimizer.load_tensors(tensors)
 
-    @torch.no_grad()
     def _take_weights(self, weights: dict[str, Tensor], origin: Path) -> None:
         """Copy whole weights, by our names, each rank its shard; none may be missing or of another shape."""
         tensors = self.optimizer.state_tensors()
         for name, tensor in tensors.items():
-            if not name.startswith("model."):
-                continue
-            found = weights.get(name.removeprefix("model."))
-            if found is None or found.shape != tensor.shape:
-                shape = "missing" if found is None else tuple(found.shape)
-                raise CheckpointError(f"init_from ({origin}): {name} is {shape} there and {tuple(tensor.shape)} here")
-            _copy_shard(tensor, found)
+            if name.startswith("model."):
+                found = weights.get(name.removeprefix("model."))
+                if found is None or found.shape != tensor.shape:
+                    shape = "missing" if found is None else tuple(found.shape)
+                    raise CheckpointError(f"init_from ({origin}): {name} is {shape}, not {tuple(tensor.shape)}")
+                write_shard(tensor, found)
         self.optimizer.load_tensors(tensors)
-
-
-def _copy_shard(tensor: Tensor, whole: Tensor) -> None:
-    """Fill a tensor, or the shard of it that this rank holds, from a whole one."""
-    if isinstance(tensor, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        whole = whole[tuple(slice(begin, begin + length) for begin, length in zip(offset, shape, strict=True))]
-        tensor = tensor.to_local()
-    tensor.copy_(whole)
 
 
 def read_hf_weights(folder: Path, model: ModelConfig) -> dict[str, Tensor]:

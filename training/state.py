@@ -1,17 +1,13 @@
 """How far a run has come: the one owner of its counters, on the host and on the device."""
 
-import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 
 from parallel.counters import StepCounters
-from training.config import TrainingError
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -58,16 +54,3 @@ class TrainState:
         for name, value in values.items():
             setattr(self, name, value)
         self.__post_init__()
-
-
-def check_nonfinite_steps(state: TrainState, limit: int, find_nonfinite_module: Callable[[], str]) -> None:
-    """Log that a gradient was not finite; raises `TrainingError` after `limit` such steps in a row."""
-    logger.warning(
-        "step %d: the gradient is not finite, so nothing was changed (%d such steps, %d in a row, the limit is %d)",
-        *(state.step, state.nonfinite_steps, state.nonfinite_in_a_row, limit),
-    )
-    if state.nonfinite_in_a_row >= limit:
-        raise TrainingError(
-            f"{state.nonfinite_in_a_row} steps in a row had no finite gradient (optimizer.max_nonfinite_steps), first "
-            f"in {find_nonfinite_module()}; lower optimizer.lr, or skip the batches with skip_batches"
-        )

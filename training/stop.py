@@ -37,15 +37,15 @@ class StopRequest:
     def __bool__(self) -> bool:
         return (self.signum if self.mesh is None else self.agreed) is not None
 
-    def give_up(self) -> None:
-        """Ask for the end of a run that is not worth its steps."""
-        self.signum = GIVEN_UP
-
     def agree(self) -> None:
         """Let all ranks know of a request to any of them; all must call this at the same step."""
         if self.mesh is not None:
             self.agreed = self.mesh.all_reduce_max(self.signum or 0) or None
             self.signum = self.agreed or self.signum
+
+    def give_up(self) -> None:
+        """Ask for the end of a run that is not worth its steps."""
+        self.signum = GIVEN_UP
 
     @property
     def given_up(self) -> bool:
@@ -53,7 +53,7 @@ class StopRequest:
 
     @property
     def for_a_requeue(self) -> bool:
-        """Whether the signal is one that Slurm sends to a job which is to go on later."""
+        """Whether Slurm sent the signal to a job that is to go on later."""
         return bool(self) and self.signum in (signal.SIGTERM, signal.SIGUSR2)
 
     @property

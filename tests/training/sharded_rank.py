@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from training.scaler import LossScaler
 
 from parallel.loss_scaler import LossScaler
 from training import checkpoint as module
 from training.checkpoint import Checkpoints
 from training.config import CheckpointError, OptimizerConfig, PrecisionConfig
+from training.optim.optimizer import build_optimizer
+from training.resume import RunCheckpoints
 from training.state import TrainState
 
 WHOLE = {

@@ -5,11 +5,12 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 from training.config import OptimizerConfig, OptimizerImpl, TrainingError
 from training.optim.master_weights import MasterWeights
-from training.optim.optimizer import Chunk, Scalars, State, UpdateRule, gradient
+from training.optim.optimizer import Chunk, State, UpdateRule, gradient
 
 
 class AdamW(UpdateRule):
@@ -26,14 +27,15 @@ class AdamW(UpdateRule):
         return lr, beta2, lr / (1 - self.config.beta1**update), math.sqrt(1 - beta2**update)
 
     def update_raw(
-        self, weights: MasterWeights, state: State, names: list[str], weight_decay: float, scalars: Scalars
-    ) -> None:
+        self, weights: MasterWeights, state: State, names: list[str], weight_decay: float, rates: Tensor,
+        grad_scale: Tensor, finite: Tensor,
+    ) -> None:  # fmt: skip
         from training.optim.adamw_kernel import update
 
-        lr, beta2, step_size, bias_correction2_sqrt = scalars.rates.unbind()
+        lr, beta2, step_size, bias_correction2_sqrt = rates.unbind()
         # fp64 until here, as torch.optim.AdamW has its scalars
         row = (1 - lr * weight_decay, beta2, 1 - beta2, -step_size, 1 / bias_correction2_sqrt)
-        row_7 = torch.stack([scalars.grad_scale.double(), scalars.finite.double(), *row]).float()
+        row_7 = torch.stack([grad_scale.double(), finite.double(), *row]).float()
         for name in names:
             update(
                 weights.shards[name],

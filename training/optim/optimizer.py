@@ -4,7 +4,6 @@ import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +15,6 @@ from training.optim.master_weights import MasterWeights, like, local
 # part of memory.
 CHUNK_NUMEL = 1 << 27
 State = dict[str, dict[str, Tensor]]  # by state name, then by parameter
-
-
-class Scalars(NamedTuple):
-    """What a step's update depends on, on the device."""
-
-    rates: Tensor  # fp64, `UpdateRule.rates` of this update
-    grad_scale: Tensor
-    finite: Tensor  # if False, nothing may change
 
 
 @dataclass(slots=True)
@@ -72,9 +63,10 @@ class UpdateRule:
         return lr, beta2
 
     def update_raw(
-        self, weights: MasterWeights, state: State, names: list[str], weight_decay: float, scalars: Scalars
-    ) -> None:
-        """Update the named parameters where they are, without waiting for the device."""
+        self, weights: MasterWeights, state: State, names: list[str], weight_decay: float, rates: Tensor,
+        grad_scale: Tensor, finite: Tensor,
+    ) -> None:  # fmt: skip
+        """Update the named parameters where they are, if `finite`, without waiting for the device."""
         raise NotImplementedError
 
 
@@ -82,16 +74,11 @@ class Optimizer:
     """Runs a rule over a model's parameters; nothing here waits for the device if the rule does not.
 
     `tied_params` are parameters that always equal another one, by name: they are updated like it and saved under its
-    name. In a checkpoint are `model.<param>`, `optimizer.<param>.<state name>` and `optimizer.<param>.step`, fp32.
+    name. A checkpoint has `model.<param>`, `optimizer.<param>.<state name>` and `optimizer.<param>.step`, all fp32.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        config: OptimizerConfig,
-        rule: type[UpdateRule],
-        *,
-        tied_params: Mapping[str, str] = MappingProxyType({}),
+        self, model: nn.Module, config: OptimizerConfig, rule: type[UpdateRule], tied_params: Mapping[str, str]
     ) -> None:
         self.config, self.tied_params = config, tied_params
         self.params = dict(model.named_parameters())
@@ -131,8 +118,7 @@ class Optimizer:
         rates = self.schedule_UR.index_select(0, self.row)[0]
         if self.rule.on_device:
             for weight_decay, names in self.groups.items():
-                scalars = Scalars(rates, grad_scale, finite)
-                self.rule.update_raw(self.weights, self.state, names, weight_decay, scalars)
+                self.rule.update_raw(self.weights, self.state, names, weight_decay, rates, grad_scale, finite)
         elif bool(finite):
             self._update_in_chunks(rates, grad_scale)
         for param in self.params.values():
@@ -157,18 +143,19 @@ class Optimizer:
         """Return weight decays and names, in groups of about `CHUNK_NUMEL` numbers."""
         chunks: list[tuple[float, list[str]]] = []
         for weight_decay, names in self.groups.items():
-            numel = CHUNK_NUMEL
+            total = CHUNK_NUMEL
             for name in names:
-                numel += self.weights.shards[name].numel()
-                if numel > CHUNK_NUMEL:
+                numel = self.weights.shards[name].numel()
+                if total + numel > CHUNK_NUMEL:
                     chunks.append((weight_decay, []))
-                    numel = self.weights.shards[name].numel()
+                    total = 0
                 chunks[-1][1].append(name)
+                total += numel
         return chunks
 
     @torch.no_grad()
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return everything to save, by checkpoint name, in fp32; `load_tensors` is the inverse.
+        """Return everything to save, by checkpoint name; `load_tensors` is the inverse.
 
         What the device does not hold in fp32 is put together on the CPU.
         """
@@ -201,7 +188,7 @@ def build_optimizer(
         rule = pkgutil.resolve_name(OPTIMIZERS.get(config.name, config.name))
     except (ImportError, AttributeError) as error:
         raise TrainingError(f"optimizer.name ({config.name}) cannot be imported: {error}") from error
-    return Optimizer(model, config, rule, tied_params=tied_params)
+    return Optimizer(model, config, rule, tied_params)
 
 
 def gradient(param: nn.Parameter) -> Tensor:
