@@ -53,9 +53,8 @@ class RunCheckpoints:
         self.state.sync()
         tensors = {**self.optimizer.state_tensors(), self.rng_name: torch.get_rng_state()}
         progress = {"progress": self.state.state_dict(), "scaler": self.scaler.state_dict()}
-        path = self.checkpoints.save(
-            self.state.step, tensors, {"config": self.run_config, "data": self.data, **progress}
-        )
+        state = {"config": self.run_config, "data": self.data, **progress}
+        path = self.checkpoints.save(self.state.step, tensors, state)
         self.saved_step = self.state.step
         logger.info("saved %s", path)
 
@@ -70,7 +69,7 @@ class RunCheckpoints:
         if checkpoint is not None:
             if resume is Resume.never:
                 raise CheckpointError(
-                    f"checkpoint.resume (never): {self.run_dir} holds {checkpoint.path.name} ; pass another name="
+                    f"checkpoint.resume (never): {self.run_dir} holds {checkpoint.path.name}; pass another name="
                 )
             self._resume(checkpoint, config.checkpoint)
         elif resume is Resume.must:

@@ -52,21 +52,11 @@ def build_model(
     torch.manual_seed(config.seed)
     with torch.device("meta"):
         model = Transformer(config.model)
-    precision = config.precision
-    dtype, _ = compute_dtype(precision, mesh.device)
-    grad_dtype = precision.grad_dtype
-    stages = parallelize(
-        model,
-        mesh,
-        config.parallel,
-        dtype,
-        fp8=precision.fp8.value,
-        grad_dtype=None if grad_dtype in (None, Dtype.auto) else DTYPES[grad_dtype.value],
-    )
-    if fill is None:
-        model.init_weights(config.seed, write_shard)
-    else:
-        fill(model, config.seed)
+    dtype, _ = compute_dtype(config.precision, mesh.device)
+    grad_dtype = DTYPES.get(config.precision.grad_dtype.value) if config.precision.grad_dtype else None
+    fp8 = config.precision.fp8.value
+    stages = parallelize(model, mesh, config.parallel, dtype, fp8=fp8, grad_dtype=grad_dtype)
+    (fill or partial(Transformer.init_weights, write=write_shard))(model, config.seed)
     return model, stages
 
 
