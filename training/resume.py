@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from conf.schema import TrainConfig
-from model.config import ModelConfig, ModelError
-from model.hf.llama import pad_vocabulary, read_hf
+from model.config import ModelConfig, ModelError, shape_keys
+from model.hf.families import pad_vocabulary, read_config, read_weights
 from parallel.loss_scaler import LossScaler
 from parallel.parallelize import write_shard
 from tracking.run_folder import check_changes, check_origin, check_same_model
@@ -118,7 +118,11 @@ class RunCheckpoints:
         if (path / "config.json").exists():
             if content != {"model"}:
                 raise CheckpointError(f"{asked}: the Hugging Face folder {path} holds a model only")
-            self._take_weights(read_hf_weights(path, config.model), path)
+            weights, tensors = read_hf_weights(path, config.model), self.optimizer.state_tensors()
+            for name in tensors:
+                if name.startswith("model."):
+                    write_shard(tensors[name], weights[name.removeprefix("model.")])
+            self.optimizer.load_tensors(tensors)
             logger.info("weights from %s", path)
             return
         other = open_checkpoint(path, self.checkpoints.ranks)
@@ -144,27 +148,17 @@ class RunCheckpoints:
         checkpoint.load_into(wanted) if exact else checkpoint.load(wanted)
         self.optimizer.load_tensors(tensors)
 
-    def _take_weights(self, weights: dict[str, Tensor], origin: Path) -> None:
-        """Copy whole weights, by our names, each rank its shard; none may be missing or of another shape."""
-        tensors = self.optimizer.state_tensors()
-        for name, tensor in tensors.items():
-            if name.startswith("model."):
-                found = weights.get(name.removeprefix("model."))
-                if found is None or found.shape != tensor.shape:
-                    shape = "missing" if found is None else tuple(found.shape)
-                    raise CheckpointError(f"init_from ({origin}): {name} is {shape}, not {tuple(tensor.shape)}")
-                write_shard(tensor, found)
-        self.optimizer.load_tensors(tensors)
-
 
 def read_hf_weights(folder: Path, model: ModelConfig) -> dict[str, Tensor]:
     """Read a Hugging Face folder's weights by our names, for a model whose vocabulary may be larger than its own.
 
     Raises `ModelError` if the folder's model would compute something else with them.
     """
-    found, weights = read_hf(folder)
-    keys = ("n_layers", "n_heads", "n_kv_heads", "rope_theta", "norm_eps", "attention_bias", "tie_embeddings")
-    wrong = [f"model.{key}={getattr(found, key)}" for key in keys if getattr(found, key) != getattr(model, key)]
+    found, _ = read_config(folder)
+    wrong = {key: getattr(found, key) for key in shape_keys() if getattr(found, key) != getattr(model, key)}
+    if found.vocab_size < model.vocab_size:
+        wrong.pop("vocab_size")
     if wrong:
-        raise ModelError(f"init_from ({folder}) is of another model than {model.name}; give {' '.join(wrong)}")
-    return pad_vocabulary(weights, model.vocab_size)
+        values = " ".join(f"model.{key}={value}" for key, value in wrong.items())
+        raise ModelError(f"init_from ({folder}) is of another model than {model.name}; give {values}")
+    return pad_vocabulary(read_weights(folder), model.vocab_size)

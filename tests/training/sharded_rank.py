@@ -105,6 +105,32 @@ def rng(folder: Path, rank: int) -> None:
     assert torch.equal(first, torch.rand(3)), "a rank that was not there takes the first one's"
 
 
+def rule(folder: Path, rank: int) -> None:
+    """Make three updates by a rule from outside on shards, and compare them with those of whole parameters."""
+    config = OptimizerConfig(name="tests.training.test_seams:Momentum", options={"momentum": 0.8})
+    mesh = init_device_mesh("cpu", (4,))
+    models = [torch.nn.Linear(6, 5).bfloat16(), torch.nn.Linear(6, 5).bfloat16()]
+    for name in ("weight", "bias"):
+        for model in models:
+            setattr(model, name, torch.nn.Parameter(torch.full_like(getattr(model, name), 0.7)))
+        setattr(models[0], name, torch.nn.Parameter(place(getattr(models[0], name).detach(), mesh, (Shard(0),))))
+    optimizers = [build_optimizer(model, config) for model in models]
+    for step in range(3):
+        torch.manual_seed(step)
+        grads = {name: torch.randn_like(param) for name, param in models[1].named_parameters()}
+        for name, grad in grads.items():
+            getattr(models[0], name).grad = place(grad, mesh, (Shard(0),))
+            getattr(models[1], name).grad = grad
+        for optimizer in optimizers:
+            if not step:
+                optimizer.set_schedule([(1e-3, 0.95)] * 3)
+            optimizer.step(grad_scale=torch.tensor(2.0), finite=torch.tensor(True))
+    sharded, whole = (optimizer.state_tensors() for optimizer in optimizers)
+    assert sharded.keys() == whole.keys()
+    for name, tensor in sharded.items():
+        assert torch.equal(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor, whole[name]), name
+
+
 def faults(folder: Path, rank: int) -> None:
     """Break one rank's part in every way, and go on with what was good before."""
     checkpoints = Checkpoints(folder / "faults", keep=0, group=dist.group.WORLD)
@@ -166,7 +192,7 @@ def killed(folder: Path, rank: int) -> None:
     assert "step 2 was not saved" in message, message
 
 
-SCENARIOS = {"pairs": pairs, "rng": rng, "faults": faults, "killed": killed}
+SCENARIOS = {"pairs": pairs, "rng": rng, "rule": rule, "faults": faults, "killed": killed}
 
 
 def main() -> None:
