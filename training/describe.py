@@ -23,8 +23,9 @@ logger = logging.getLogger(__name__)
 def describe(config: TrainConfig, mesh: Mesh, corpus: Corpus, state: TrainState, run_dir: Path) -> None:
     """Log what is about to be trained, on what, and from where."""
     model, data, precision = config.model, config.data, config.precision
-    on_cuda = mesh.device.type == "cuda"
-    device = torch.cuda.get_device_name(mesh.device) if on_cuda else f"CPU, {torch.get_num_threads()} threads"
+    device = f"CPU, {torch.get_num_threads()} threads"
+    if mesh.device.type == "cuda":
+        device = torch.cuda.get_device_name(mesh.device)
     last_sample = state.samples + sum(config.packs_of_step(step) for step in range(state.step, config.steps))
     epochs = corpus.train.epochs(last_sample)
     by_source = ", ".join(f"{corpus.sources[source]} {epochs[source]:.2f}" for source in sorted(epochs))

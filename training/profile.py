@@ -90,7 +90,7 @@ def profile_steps(step: Callable[[], object], device: torch.device, folder: Path
 def table(parts: dict[str, float], *, launches: int, host_s: float) -> str:
     """Return microseconds of all profiled steps as milliseconds per step."""
     total = sum(parts.values())
-    rows = [f"{'of a step':15} {'ms':>10} {'share':>7}"]
+    rows = [f"{'per step':15} {'ms':>10} {'share':>7}"]
     for kind, microseconds in {**parts, "step": total}.items():
         rows.append(f"{kind:15} {microseconds / 1e3 / PROFILED:10.3f} {microseconds / total:7.1%}")
     rows.append(f"{launches // PROFILED:,} launches per step; the host was busy with them for {host_s * 1e3:.1f} ms")

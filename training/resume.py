@@ -145,7 +145,7 @@ class RunCheckpoints:
         """Load the optimizer's tensors whose names begin with `prefix`; `exact`: the checkpoint holds no others."""
         tensors = self.optimizer.state_tensors()
         wanted = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        checkpoint.load_into(wanted) if exact else checkpoint.load(wanted)
+        (checkpoint.load_into if exact else checkpoint.load)(wanted)
         self.optimizer.load_tensors(tensors)
 
 
