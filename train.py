@@ -3,13 +3,10 @@
 Nothing here imports torch before the configuration is known to be right.
 """
 
-import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from contextlib import closing
-from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,19 +15,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from conf.cli import data_settings, is_user_error, report_user_errors, run
-from conf.schema import TrainConfig, parse_ranges, to_config
+from conf.schema import TrainConfig, to_config
 from launch.ranks import launch
 from training.preflight import refuse_unready
 
 if TYPE_CHECKING:
-    from data.dataset import Corpus
-    from parallel.engine import Engine
     from parallel.mesh import Mesh
-    from training.report import Report
-    from training.state import TrainState
+    from training.loop import Periodic
     from training.stop import StopRequest
-
-logger = logging.getLogger(__name__)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -49,7 +41,7 @@ def main(cfg: DictConfig) -> float | None:
 
 
 def work(config: TrainConfig, run_config: dict[str, Any], run_dir: Path) -> float | None:
-    """Be one rank of a run and give its validation loss; a stop that was asked for exits with a signal's code."""
+    """Run one rank of a run and return its validation loss; after a stop, exit with the signal's code."""
     # Near the end of a device's memory, freed pieces between others are lost without it. Read as CUDA starts.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from launch.slurm import requeue_slurm_job
@@ -65,7 +57,7 @@ def work(config: TrainConfig, run_config: dict[str, Any], run_dir: Path) -> floa
         locked(run_dir, mesh.rank),
         log_to(run_dir, mesh.rank),
         Status(run_dir, run_config, rank=mesh.rank) as status,
-        StopRequest(mesh.maximum) as stop,
+        StopRequest(mesh) as stop,
         explain_oom(config),
     ):
         valid_loss = train(config, run_config, mesh, run_dir, stop)
@@ -78,163 +70,66 @@ def work(config: TrainConfig, run_config: dict[str, Any], run_dir: Path) -> floa
 
 
 def train(
-    config: TrainConfig, run_config: dict[str, Any], mesh: "Mesh", run_dir: Path, stop: "StopRequest"
+    config: TrainConfig,
+    run_config: dict[str, Any],
+    mesh: "Mesh",
+    run_dir: Path,
+    stop: "StopRequest",
+    *,
+    periodic: "Sequence[Periodic]" = (),
 ) -> float | None:
-    """Run the steps that are left of a run and give its validation loss."""
+    """Run the steps that are left of a run and return its validation loss; `periodic` comes after each step."""
     from data.dataset import open_corpus
     from parallel.loss_scaler import LossScaler
     from tracking.loggers import Loggers
-    from tracking.run_folder import truncate_metrics
+    from tracking.metrics_file import truncate_metrics
     from training.checkpoint import Checkpoints
     from training.describe import describe, save_run_inputs
-    from training.optim.optimizer import AdamW
+    from training.loop import Run, loop
+    from training.optim.optimizer import build_optimizer
     from training.profile import profile_steps
-    from training.report import Report
-    from training.resume import Restorable, resume_or_start
-    from training.setup import (
-        build_engine,
-        build_model,
-        build_throughput,
-        build_train_batches,
-        lr_schedule,
-        read_hf_weights,
-    )
+    from training.report import StepReport
+    from training.resume import RunCheckpoints
+    from training.setup import build_engine, build_model, build_throughput, build_train_batches, lr_schedule
     from training.state import TrainState
 
     # Data: checked first, because it is wrong most often and opened in no time.
     corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
 
     model, stages = build_model(config, mesh)
-    optimizer, scaler, progress = (
-        AdamW(model, config.optimizer, tied_params=model.tied_params),
-        LossScaler(config.precision),
-        TrainState(),
-    )
-    kept = Restorable(optimizer, scaler, progress, mesh.rank)
-    checkpoints = Checkpoints(run_dir, keep=config.checkpoint.keep, group=mesh.host)
-    resume_or_start(
-        kept,
-        checkpoints,
-        config.checkpoint,
-        run_config=run_config,
-        fingerprints=corpus.fingerprints,
-        read_hf=partial(read_hf_weights, model=config.model),
-    )
-    corpus.train.begin_at(progress.first_sample)
-    optimizer.set_schedule(lr_schedule(config, progress))
-    engine = build_engine(
-        config,
-        mesh,
-        model,
-        stages,
+    optimizer = build_optimizer(model, config.optimizer, tied_params=model.tied_params)
+    scaler, state = LossScaler(config.precision), TrainState(device=mesh.device)
+    checkpoints = RunCheckpoints(
+        Checkpoints(run_dir, keep=config.checkpoint.keep, group=mesh.host),
+        state,
         optimizer,
         scaler,
-        progress,
-        n_sources=len(corpus.sources),
-        bytes_per_token=corpus.bytes_per_token,
+        run_config=run_config,
+        data={
+            "parts": corpus.fingerprints,
+            "sources": corpus.sources,
+            "add_bos": corpus.add_bos,
+            "add_eos": corpus.add_eos,
+        },
     )
-    mesh.on_rank_zero(save_run_inputs, config, run_config, run_dir, corpus)
-    describe(config, mesh, corpus, progress, run_dir)
-    validated = progress.validated_step == progress.step
-    mesh.on_rank_zero(truncate_metrics, run_dir / "metrics.jsonl", progress.step, validated)
+    checkpoints.resume_or_start(config)
+    corpus.train.begin_at(state.first_sample)
+    optimizer.set_schedule(lr_schedule(config, state))
+    engine = build_engine(config, mesh, model, stages, optimizer, scaler, state, corpus)
 
-    def save() -> None:
-        progress.read(engine.counters.read())
-        about = {"parts": corpus.fingerprints, "sources": corpus.sources}
-        about |= {"add_bos": corpus.add_bos, "add_eos": corpus.add_eos}
-        state = {"config": run_config, "data": about, **kept.state()}
-        logger.info("saved %s", checkpoints.save(progress.step, kept.tensors(), state))
+    mesh.on_rank_zero(save_run_inputs, config, run_config, run_dir, corpus)
+    describe(config, mesh, corpus, state, run_dir)
+    mesh.on_rank_zero(truncate_metrics, run_dir / "metrics.jsonl", state.step, state.validated_step == state.step)
 
     # The batches' workers end here, however the steps end.
-    with closing(build_train_batches(config, mesh, corpus, progress)) as batches_of_steps:
+    with closing(build_train_batches(config, mesh, corpus, state)) as batches:
         if config.profile:
-            profile_steps(lambda: engine.train_step(next(batches_of_steps)), mesh.device, run_dir / "profile")
+            profile_steps(lambda: engine.train_step(next(batches)), mesh.device, run_dir / "profile")
             return None
-        with Loggers(run_dir, config.logger, run_config=run_config, step=progress.step, rank=mesh.rank) as sinks:
-            report = Report(sinks, build_throughput(config, mesh), sources=corpus.sources, steps=config.steps)
-            loop(config, engine, corpus, batches_of_steps, progress, report, stop, save)
-    return progress.valid_loss
-
-
-def loop(
-    config: TrainConfig,
-    engine: "Engine",
-    corpus: "Corpus",
-    batches_of_steps: Iterator[Any],
-    progress: "TrainState",
-    report: "Report",
-    stop: "StopRequest",
-    save: Callable[[], None],
-) -> None:
-    """Take batches and steps until the run is over or asked to stop; what is due comes after each step."""
-    from tracking.early_stop import is_hopeless
-    from tracking.run_folder import StopFile
-    from training.garbage import collected_between_steps
-    from training.state import check_bad_steps
-
-    left_out = parse_ranges(config.skip_batches)
-    stop_file = StopFile(config.checkpoint.stop_file)
-    with collected_between_steps() as collect_garbage:
-        validate_if_due(config, engine, corpus, progress, report, stop)  # if a stop cut it short
-        while progress.step < config.steps and not stop:
-            report.throughput.begin()
-            batches = next(batches_of_steps)
-            report.throughput.data_ready()
-            samples = config.packs_of_step(progress.step)
-            progress.take(samples=samples, tokens=samples * config.data.pack_tokens)
-            if any(progress.step in part for part in left_out):
-                progress.skipped_steps += 1
-                logger.info("step %d/%d  left out, as skip_batches asks", progress.step, config.steps)
-            else:
-                scale = engine.scaler.scale
-                result = engine.train_step(batches)
-                if progress.step % config.logger.every and progress.step < config.steps:
-                    report.throughput.end(result.n_tokens)
-                else:
-                    bad = progress.read(engine.counters.read())  # waits for the device: the host runs ahead in between
-                    report.throughput.end(result.n_tokens)
-                    if bad:
-                        limit = config.optimizer.max_nonfinite_steps
-                        check_bad_steps(progress, limit, partial(engine.find_nonfinite_module, batches))
-                    collect_garbage()
-                    lr, beta2 = result.rates_2.tolist()
-                    epochs = corpus.train.epochs(progress.samples)
-                    report.step(progress, result, epochs, lr=lr, beta2=beta2, loss_scale=scale)
-            if is_hopeless(config.early_stop, report.sinks.run_dir, progress.step):
-                stop.give_up()
-            stop.agree()
-            validate_if_due(config, engine, corpus, progress, report, stop)
-            save_here, stop_here = stop_file.read(progress.step)
-            every = config.checkpoint.every
-            if save_here or stop or progress.step == config.steps or (every and progress.step % every == 0):
-                save()
-            if stop_here:
-                logger.info("stopped at step %d, as %s asks", progress.step, config.checkpoint.stop_file)
-                break
-    report.sinks.plot()
-
-
-def validate_if_due(
-    config: TrainConfig,
-    engine: "Engine",
-    corpus: "Corpus",
-    progress: "TrainState",
-    report: "Report",
-    stop: "StopRequest",
-) -> None:
-    """Score the validation split at the end and every `valid_every` steps; a stop cuts it short, to be done again."""
-    from data.loader import valid_batches
-
-    step, every = progress.step, config.valid_every
-    due = step == config.steps or bool(step and every and step % every == 0)
-    if due and progress.validated_step != step and corpus.valid.n_packs:
-        mesh = engine.mesh
-        batches = valid_batches(
-            corpus, config.data, max_tokens=config.valid_tokens, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size
-        )
-        totals_S4 = engine.evaluate(takewhile(lambda _: not stop, batches))
-        if not stop:
-            report.validation(progress, totals_S4)
+        with Loggers(run_dir, config.logger, run_config=run_config, step=state.step, rank=mesh.rank) as loggers:
+            report = StepReport(loggers, build_throughput(config, mesh), sources=corpus.sources, steps=config.steps)
+            loop(Run(config, engine, corpus, state, checkpoints, report, stop), batches, periodic)
+    return state.valid_loss
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.timing import copy_tbps, median_ms, where
 from training.config import Dtype, OptimizerConfig, OptimizerImpl, TrainingError
-from training.optim.optimizer import AdamW
+from training.optim.optimizer import build_optimizer
 
 
 def layers(count: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -46,7 +46,7 @@ def main() -> None:
             step: Any = plain.step
         else:
             try:
-                ours = AdamW(model, OptimizerConfig(impl=OptimizerImpl(impl), state_dtype=state))
+                ours = build_optimizer(model, OptimizerConfig(impl=OptimizerImpl(impl), state_dtype=state))
             except TrainingError as error:
                 print(f"{name:44} {error}")
                 continue

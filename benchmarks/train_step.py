@@ -27,8 +27,8 @@ from model.transformer import Transformer
 from parallel.engine import Engine
 from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
-from training.metrics import peak_tflops
-from training.optim.optimizer import AdamW
+from training.optim.optimizer import build_optimizer
+from training.report import peak_tflops
 from training.setup import build_engine, build_model
 from training.state import TrainState
 
@@ -82,9 +82,11 @@ def draw_weights(model: Transformer, seed: int = 0) -> None:
 def build(config: TrainConfig, mesh: Mesh) -> Engine:
     """Make the engine as train.py does, with weights drawn fast and a constant rate."""
     model, stages = build_model(config, mesh, draw_weights)
-    optimizer = AdamW(model, config.optimizer, tied_params=model.tied_params)
+    optimizer = build_optimizer(model, config.optimizer, tied_params=model.tied_params)
     optimizer.set_schedule([(config.optimizer.lr, config.optimizer.beta2)] * 10_000)
-    return build_engine(config, mesh, model, stages, optimizer, LossScaler(config.precision), TrainState(), n_sources=1)
+    return build_engine(
+        config, mesh, model, stages, optimizer, LossScaler(config.precision), TrainState(device=mesh.device)
+    )
 
 
 def products(model: ModelConfig) -> list[tuple[int, int, int]]:

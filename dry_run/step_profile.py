@@ -7,7 +7,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from training.scaler import LossScaler
 
 from conf.schema import TrainConfig
 from data.batches import Batch
@@ -19,9 +18,11 @@ from dry_run.trace import ObserveOps, Phase, Trace
 from model.config import Attention
 from parallel.axes import resolve_axes
 from parallel.config import AXES
-from parallel.engine import Engine, local
+from parallel.engine import Engine
+from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
-from training.optim.optimizer import AdamW
+from parallel.tensor_parallel import local
+from training.optim.optimizer import build_optimizer
 from training.setup import build_engine, build_model, lr_schedule
 from training.state import TrainState
 
@@ -98,9 +99,9 @@ def _build_engine(config: TrainConfig, mesh: Mesh) -> Engine:
     config = replace(config, model=model, parallel=replace(config.parallel, cuda_graphs=False))
     module, stages = build_model(config, mesh)
     state = TrainState()
-    optimizer = AdamW(module, config.optimizer, tied_params=module.tied_params)
+    optimizer = build_optimizer(module, config.optimizer, tied_params=module.tied_params)
     optimizer.set_schedule(lr_schedule(config, state)[:1])
-    return build_engine(config, mesh, module, stages, optimizer, LossScaler(config.precision), state, n_sources=1)
+    return build_engine(config, mesh, module, stages, optimizer, LossScaler(config.precision), state)
 
 
 def _label_engine(engine: Engine, memory: Memory) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from conf.schema import register, to_config
 from data.mixed_text import mixed_lines
 from parallel.mesh import distributed
 from tracking.run_folder import locked
+from training.loop import Periodic
 from training.stop import StopRequest
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +48,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-def trained(folder: Path, *overrides: str, stop: StopRequest | None = None) -> float | None:
+def trained(
+    folder: Path, *overrides: str, stop: StopRequest | None = None, periodic: Sequence[Periodic] = ()
+) -> float | None:
     """Compose `train.py`'s configuration and run it in this process, in `folder`."""
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -55,7 +59,8 @@ def trained(folder: Path, *overrides: str, stop: StopRequest | None = None) -> f
     with distributed(config.parallel) as mesh, locked(folder, mesh.rank):
         torch.set_num_threads(2)
         stored: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-        return train.train(config, stored, mesh, folder, StopRequest(mesh.maximum) if stop is None else stop)
+        stop = StopRequest(mesh) if stop is None else stop
+        return train.train(config, stored, mesh, folder, stop, periodic=periodic)
 
 
 def metrics(folder: Path) -> list[dict]:

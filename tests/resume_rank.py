@@ -14,7 +14,7 @@ import torch
 
 from tests.conftest import trained
 from training.checkpoint import Checkpoint, Checkpoints
-from training.resume import Restorable
+from training.resume import RunCheckpoints
 
 WORLD_SIZE = 4
 TIED = "model.tie_embeddings=true"
@@ -48,14 +48,16 @@ def run(folder: Path, layout: str, overrides: list[str]) -> None:
             trained(folder, *overrides, *LAYOUTS[layout], f"steps={STEPS}", "data.micro_batch_size=1")
 
 
-def saving_again(self: Restorable, checkpoint: Checkpoint) -> None:
+def saving_again(self: RunCheckpoints, checkpoint: Checkpoint) -> None:
     """Restore, and at once save what was restored, beside the run."""
     RESTORE(self, checkpoint)
-    again = Checkpoints(checkpoint.path.parent.parent / "again", keep=0, group=checkpoint.ranks.group)
-    again.save(checkpoint.step, self.tensors(), self.state())
+    run, again = self.checkpoints, checkpoint.path.parent.parent / "again"
+    self.checkpoints, self.saved_step = Checkpoints(again, keep=0, group=checkpoint.ranks.group), 0
+    self.save()
+    self.checkpoints = run
 
 
-RESTORE = Restorable.restore
+RESTORE = RunCheckpoints.restore
 
 
 def main() -> None:
@@ -67,7 +69,7 @@ def main() -> None:
         run(folder / layout, layout, [*overrides, f"checkpoint.stop_file={stop}"])
         (folder / f"{layout}.{rank}").touch()
     run(folder / "zero1_whole", "zero1", overrides)
-    Restorable.restore = saving_again  # type: ignore[method-assign]
+    RunCheckpoints.restore = saving_again  # type: ignore[method-assign]
     for before, after in PAIRS:
         target = folder / f"{before}_{after}"
         if rank == 0:

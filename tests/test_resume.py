@@ -40,8 +40,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> Path:
         )
         for rank in range(WORLD_SIZE)
     ]
-    told = [rank.communicate(timeout=800)[1] for rank in ranks]
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(told)
+    errors = [rank.communicate(timeout=800)[1] for rank in ranks]
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(errors)
     for name, tied in (("whole", []), ("tied_whole", [TIED])):
         trained(folder / name, *overrides, *tied, f"steps={STEPS}", "data.micro_batch_size=1")
     return folder
@@ -53,7 +53,7 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("before,after", PAIRS, ids=lambda name: name)
-def test_what_one_layout_saved_is_what_another_holds(runs: Path, before: str, after: str) -> None:
+def test_checkpoints_are_equal_across_layouts(runs: Path, before: str, after: str) -> None:
     saved = open_checkpoint(runs / before).read("")
     again = open_checkpoint(runs / f"{before}_{after}" / "again").read("")
     names = {name for name in saved if not name.startswith("rng.")}
@@ -65,7 +65,7 @@ def test_what_one_layout_saved_is_what_another_holds(runs: Path, before: str, af
 
 
 @pytest.mark.parametrize("before,after", PAIRS, ids=lambda name: name)
-def test_the_next_losses_are_those_of_a_run_that_was_never_stopped(runs: Path, before: str, after: str) -> None:
+def test_losses_go_on_across_layouts(runs: Path, before: str, after: str) -> None:
     tied = "tied_" if before.startswith("tied_") else ""
     whole, here = losses(runs / f"{tied}whole"), losses(runs / f"{before}_{after}")
     assert sorted(here) == list(range(1, STEPS + 1))
@@ -74,12 +74,12 @@ def test_the_next_losses_are_those_of_a_run_that_was_never_stopped(runs: Path, b
     assert here[STEPS] == pytest.approx(whole[STEPS], rel=1e-5)
 
 
-def test_the_same_layout_goes_on_bit_for_bit(runs: Path) -> None:
+def test_resume_is_bit_exact_on_zero1(runs: Path) -> None:
     assert losses(runs / "zero1_zero1") == losses(runs / "zero1_whole")
 
 
 @pytest.mark.parametrize("layout", ["zero3", "hybrid", "tp", "3d", "tied_3d"])
-def test_one_process_exports_and_writes_from_what_several_saved(
+def test_one_process_exports_what_several_saved(
     runs: Path, layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, hf = str(runs / layout), str(tmp_path / "hf")

@@ -37,7 +37,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, small: list[str]) ->
     return folder
 
 
-def test_a_run_learns_and_leaves_what_it_should(tmp_path: Path, small: list[str]) -> None:
+def test_a_run_learns_and_writes_its_files(tmp_path: Path, small: list[str]) -> None:
     valid_loss = trained(
         tmp_path / "r", *small, "steps=150", "valid_every=50", "optimizer.lr=1e-2", "logger=tensorboard"
     )
@@ -53,7 +53,7 @@ def test_a_run_learns_and_leaves_what_it_should(tmp_path: Path, small: list[str]
 
 
 @pytest.mark.parametrize(("checkpointing", "internlm"), [("none", "0.0003441"), ("full", "0.0003932")])
-def test_a_run_says_first_what_it_trains(
+def test_a_run_describes_itself_first(
     tmp_path: Path, small: list[str], caplog: pytest.LogCaptureFixture, checkpointing: str, internlm: str
 ) -> None:
     settings = [*small, "steps=1", f"parallel.activation_checkpointing={checkpointing}"]
@@ -66,7 +66,9 @@ def test_a_run_says_first_what_it_trains(
     # Matrices: 2 layers of 9,216 weights and the head's 32,768; attention: 2 layers, 2 products, 16.5 keys of width 32.
     causal = 6 * (2 * 9_216 + 32_768 + 2 * 2 * 16.5 * 32)
     # InternLM: 3 or 4 passes of 2 layers of (8 + 6 x 2) x 32^2 + 4 x 32 x 32, and 6 x 32 x 1,024.
-    assert lines[first + 1] == f"           {causal / 1e9:.4g} GFLOP a token (causal), {internlm} by InternLM's formula"
+    assert (
+        lines[first + 1] == f"           {causal / 1e9:.4g} GFLOP per token (causal), {internlm} by InternLM's formula"
+    )
     assert lines[first + 3].startswith("batch      128 tokens = 2 micro-batches of 64; 1 steps; epochs: code ")
     assert (
         lines[first + 5].startswith("device     CPU, 2 threads, fp32, attention ")
@@ -74,29 +76,29 @@ def test_a_run_says_first_what_it_trains(
     )
     caplog.clear()
     trained(tmp_path / "r", *settings)
-    assert "start      step 1, the last: nothing is left to train" in caplog.messages
+    assert "start      step 1, nothing is left to train" in caplog.messages
 
 
 FIRST_STEP = """
 import sys
 from pathlib import Path
 from tests.conftest import trained
-from training.report import Report
+from training.report import StepReport
 
 heavy = ("torch._dynamo", "torch.distributed.pipelining", "matplotlib", "tensorboard", "transformers", "datasets", "wandb")
-Report.step = lambda *_, **__: sys.exit(" ".join(name for name in heavy if name in sys.modules) or 0)
+StepReport.step = lambda *_, **__: sys.exit(" ".join(name for name in heavy if name in sys.modules) or 0)
 trained(Path(sys.argv[1]), *sys.argv[2:])
 """
 
 
-def test_the_first_step_waits_for_no_compiler_no_plots_and_no_other_library(tmp_path: Path, small: list[str]) -> None:
+def test_the_first_step_imports_no_compiler_and_no_plots(tmp_path: Path, small: list[str]) -> None:
     argv = [sys.executable, "-c", FIRST_STEP, str(tmp_path / "r"), *small]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("stop_at", [2, 4, 7])
-def test_a_run_stopped_by_a_file_goes_on_bit_for_bit(
+def test_resume_after_a_stop_file_is_bit_exact(
     tmp_path: Path, small: list[str], uninterrupted: Path, stop_at: int
 ) -> None:
     (tmp_path / "stop").write_text(str(stop_at))
@@ -106,19 +108,19 @@ def test_a_run_stopped_by_a_file_goes_on_bit_for_bit(
     assert_same_run(tmp_path / "r", uninterrupted)
 
 
-def test_a_stop_during_validation_validates_after_the_resume(
+def test_a_stop_during_validation_validates_after_resume(
     tmp_path: Path, small: list[str], uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import data.loader
+    import training.loop
 
-    stop, batches = StopRequest(), data.loader.valid_batches
+    stop, batches = StopRequest(), training.loop.valid_batches
 
     def interrupted(*args: object, **kwargs: object):
         for batch in batches(*args, **kwargs):  # type: ignore[arg-type]
             yield batch
             stop.signum = signal.SIGTERM
 
-    monkeypatch.setattr(data.loader, "valid_batches", interrupted)
+    monkeypatch.setattr(training.loop, "valid_batches", interrupted)
     trained(tmp_path / "r", *small, *LONG, stop=stop)
     assert open_checkpoint(tmp_path / "r").step == 4 and not any("valid/loss" in r for r in metrics(tmp_path / "r"))
     monkeypatch.undo()
@@ -126,9 +128,7 @@ def test_a_stop_during_validation_validates_after_the_resume(
     assert_same_run(tmp_path / "r", uninterrupted)
 
 
-def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(
-    tmp_path: Path, small: list[str], uninterrupted: Path
-) -> None:
+def test_a_damaged_checkpoint_costs_its_steps_only(tmp_path: Path, small: list[str], uninterrupted: Path) -> None:
     shutil.copytree(uninterrupted, tmp_path / "r")
     for step in (12, 9):
         os.truncate(tmp_path / "r" / "checkpoints" / f"step-{step:08d}" / "__0_0.distcp", 1000)
@@ -156,17 +156,8 @@ def command(
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_a_signalled_run_with_workers_goes_on_bit_for_bit(
-    tmp_path: Path, small: list[str], signum: int, code: int
-) -> None:
-    settings = [
-        *small,
-        "steps=120",
-        "checkpoint.every=20",
-        "valid_every=50",
-        "data.workers=2",
-        "name=signalled",
-    ]
+def test_resume_after_a_signal_is_bit_exact(tmp_path: Path, small: list[str], signum: int, code: int) -> None:
+    settings = [*small, "steps=120", "checkpoint.every=20", "valid_every=50", "data.workers=2", "name=signalled"]
     done = command(tmp_path / "r", *settings, seconds=0.3, signum=signum)
     assert done.returncode == code, done.stderr
     reached = len(metrics(tmp_path / "r")) if code == -9 else open_checkpoint(tmp_path / "r").step
@@ -179,9 +170,7 @@ def test_a_signalled_run_with_workers_goes_on_bit_for_bit(
     assert_same_run(tmp_path / "r", tmp_path / "whole")
 
 
-def test_a_changed_configuration_is_refused_and_can_be_accepted(
-    run_dir: Path, tmp_path: Path, small: list[str]
-) -> None:
+def test_a_changed_configuration_must_be_accepted(run_dir: Path, tmp_path: Path, small: list[str]) -> None:
     folder = tmp_path / "r"
     shutil.copytree(run_dir, folder)
     changed = [*small, "steps=14", "optimizer.weight_decay=0.5"]
@@ -198,35 +187,28 @@ def test_changed_data_is_refused(run_dir: Path, corpus_dir: Path, tmp_path: Path
     for name in ("bin", "idx", "json"):
         file = f"code-00000-00000.{name}"
         shutil.copyfile(corpus_dir / "valid" / file, tmp_path / "tokens" / "train" / file)
-    with pytest.raises(CheckpointError, match="the data or the tokenizer changed since"):
+    with pytest.raises(CheckpointError, match="data.fingerprint"):
         trained(folder, *small, f"data.path={tmp_path / 'tokens'}")
 
 
-def test_resume_can_be_forbidden_or_demanded(run_dir: Path, tmp_path: Path, small: list[str]) -> None:
-    with pytest.raises(CheckpointError, match=r"checkpoint.resume \(never\): .* holds step-00000010 already"):
+def test_resume_never_and_must(run_dir: Path, tmp_path: Path, small: list[str]) -> None:
+    with pytest.raises(CheckpointError, match=r"checkpoint.resume \(never\): .* holds step-00000010"):
         trained(run_dir, *small, "checkpoint.resume=never")
-    with pytest.raises(
-        CheckpointError, match=r"checkpoint.resume \(must\): there is no checkpoint .*; pass checkpoint.resume=auto"
-    ):
+    with pytest.raises(CheckpointError, match=r"checkpoint.resume \(must\)"):
         trained(tmp_path / "r", *small, "checkpoint.resume=must")
 
 
-def test_skipped_batches_are_read_counted_and_not_trained_on(tmp_path: Path, small: list[str]) -> None:
+def test_skipped_batches_are_counted_and_not_trained_on(tmp_path: Path, small: list[str]) -> None:
     trained(tmp_path / "r", *small, "skip_batches=[1,4-6]")
     progress = open_checkpoint(tmp_path / "r").state["progress"]
-    assert (progress["step"], progress["updates"], progress["skipped_steps"], progress["samples"]) == (
-        10,
-        6,
-        4,
-        40,
-    )
+    assert (progress["step"], progress["updates"], progress["skipped_steps"], progress["samples"]) == (10, 6, 4, 40)
     steps = [record["step"] for record in metrics(tmp_path / "r") if "train/loss" in record]
     assert steps == [2, 3, 7, 8, 9, 10]
     rates = [record["optim/lr"] for record in metrics(tmp_path / "r") if "train/loss" in record]
     assert rates == sorted(rates, reverse=True), "the schedule follows the updates"
 
 
-def test_a_ramp_takes_smaller_batches_first(tmp_path: Path, small: list[str]) -> None:
+def test_ramp_starts_with_smaller_batches(tmp_path: Path, small: list[str]) -> None:
     trained(tmp_path / "r", *small, "ramp.start_tokens=64", "ramp.increment_tokens=64", "ramp.every_steps=4")
     tokens = [record["tokens"] for record in metrics(tmp_path / "r") if "train/loss" in record]
     assert tokens == [64 * n for n in (1, 2, 3, 4, 6, 8, 10, 12, 14, 16)]
@@ -239,40 +221,30 @@ def test_a_ramp_takes_smaller_batches_first(tmp_path: Path, small: list[str]) ->
      ["model.embed_grad_scale=0.1", "model.tie_embeddings=true"], ["loss.label_smoothing=0.1"], ["data=random", "data.vocab_size=1000"]],
     ids=str,
 )  # fmt: skip
-def test_every_way_of_training_reaches_its_end(tmp_path: Path, small: list[str], options: list[str]) -> None:
+def test_every_option_trains(tmp_path: Path, small: list[str], options: list[str]) -> None:
     kept = [o for o in small if not (options[0] == "data=random" and o.startswith(("data=", "data.path")))]
     valid_loss = trained(tmp_path / "r", *kept, *options)
     assert valid_loss is not None and 4 < valid_loss < 7.5
     assert metrics(tmp_path / "r")[-2]["train/nonfinite_steps"] == 0
 
 
-def test_a_run_without_finite_gradients_ends_and_names_the_layer(tmp_path: Path, small: list[str]) -> None:
-    with pytest.raises(
-        TrainingError,
-        match=r"3 steps in a row .* first in \S+ \((weight|forward|backward|gradient)\)",
-    ):
+def test_nonfinite_gradients_end_the_run_and_name_the_module(tmp_path: Path, small: list[str]) -> None:
+    with pytest.raises(TrainingError, match=r"3 steps in a row .* first in \S+ \((weight|forward|backward|gradient)\)"):
         trained(tmp_path / "r", *small, "optimizer.lr=1e30", "optimizer.max_nonfinite_steps=3", "steps=30")
     records = metrics(tmp_path / "r")
     assert records[-1]["train/nonfinite_steps"] >= 2 and records[-1]["train/grad_norm"] is None
 
 
-def test_a_sweep_runs_each_point_in_its_own_folder(tmp_path: Path, small: list[str]) -> None:
+def test_a_sweep_has_a_folder_per_point(tmp_path: Path, small: list[str]) -> None:
     settings = [*small, "steps=2", "name=sweep", f"hydra.sweep.dir={tmp_path}", "parallel.threads=2"]
-    argv = [
-        sys.executable,
-        "train.py",
-        "-m",
-        *settings,
-        "optimizer.lr=1e-3,1e-2",
-        "hydra.sweep.subdir=${optimizer.lr}",
-    ]
+    argv = [sys.executable, "train.py", "-m", *settings, "optimizer.lr=1e-3,1e-2", "hydra.sweep.subdir=${optimizer.lr}"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir() if (path / "metrics.jsonl").exists()} == {"0.001", "0.01"}
 
 
 @pytest.mark.slow
-def test_torchrun_and_the_command_alone_start_the_same_run(tmp_path: Path, small: list[str]) -> None:
+def test_torchrun_equals_the_plain_command(tmp_path: Path, small: list[str]) -> None:
     settings = [*small, "steps=3", "name=r", "parallel=ddp", "parallel.threads=1"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     ways = {"joined": torchrun, "started": [sys.executable]}
@@ -285,34 +257,18 @@ def test_torchrun_and_the_command_alone_start_the_same_run(tmp_path: Path, small
 
 
 @pytest.mark.parametrize(
-    ("overrides", "environment", "sentence"),
+    ("override", "environment", "key"),
     [
-        (
-            ["data.path=nowhere"],
-            {},
-            "error: there is no prepared data in nowhere; run: python prepare_data.py data=local data.path=",
-        ),
-        (["model.vocab_size=512"], {}, "has 1000 pieces, more than model.vocab_size (512)"),
-        (
-            [],
-            {"WORLD_SIZE": "2"},
-            "error: RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT must be set beside WORLD_SIZE",
-        ),
-        (
-            ["parallel.device=cuda"],
-            {"CUDA_VISIBLE_DEVICES": ""},
-            "error: parallel.device (cuda): torch sees no CUDA device",
-        ),
-        (
-            ["model.attention=varlen", "parallel.device=cpu", "precision=bf16"],
-            {},
-            "error: model.attention (varlen) needs a CUDA device",
-        ),
+        ("data.path=nowhere", {}, "nowhere"),
+        ("model.vocab_size=512", {}, "model.vocab_size"),
+        ("seed=0", {"WORLD_SIZE": "2"}, "MASTER_ADDR"),
+        ("parallel.device=cuda", {"CUDA_VISIBLE_DEVICES": ""}, "parallel.device"),
+        ("model.attention=varlen", {}, "model.attention"),
     ],
 )
-def test_what_cannot_run_is_one_sentence(
-    tmp_path: Path, small: list[str], overrides: list[str], environment: dict, sentence: str
+def test_an_impossible_run_is_one_line(
+    tmp_path: Path, small: list[str], override: str, environment: dict, key: str
 ) -> None:
-    argv = [sys.executable, "train.py", *small, "name=x", *overrides, f"hydra.run.dir={tmp_path}"]
+    argv = [sys.executable, "train.py", *small, "name=x", override, f"hydra.run.dir={tmp_path}"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
-    assert done.returncode in (1, 2) and sentence in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode in (1, 2) and key in done.stderr and "Traceback" not in done.stderr

@@ -43,7 +43,7 @@ class Loggers:
         if self.wandb is not None:
             _shown("wandb", self.wandb.finish)
 
-    def write(self, record: dict[str, Any]) -> None:
+    def log(self, record: dict[str, Any]) -> None:
         """Write a record with its `step`; a number that is not finite is written as null."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self.metrics.write(json.dumps(clean) + "\n")

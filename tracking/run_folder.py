@@ -189,3 +189,18 @@ def truncate_metrics(path: Path, step: int, validated: bool) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(kept))
     os.replace(partial, path)
+
+
+check_changes, check_same_model = refuse_changes, refuse_other_model
+
+
+def check_origin(init_from: Path) -> None:
+    from tracking.origin import refuse_no_origin
+
+    refuse_no_origin(init_from)
+
+
+def checkpoints_in(path: Path) -> list[Path]:
+    from tracking.origin import checkpoints_in
+
+    return checkpoints_in(path)

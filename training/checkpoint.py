@@ -8,8 +8,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,8 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from tracking.origin import checkpoints_in
-from tracking.run_folder import committed
+from tracking.run_folder import checkpoints_in, committed
 from training.config import CheckpointError
 from training.metadata import MetadataReader, check_complete, read_metadata
 from training.ranks import Ranks, reason_of, some
@@ -36,6 +34,8 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 # States of one rank each: resumed by another number of ranks, there are more or fewer of them.
 PER_RANK = "rng."
+
+Files = dict[str, dict[str, Any]]  # size and hash, by name
 
 
 @dataclass(slots=True)
@@ -53,56 +53,47 @@ class Checkpoint:
         return self.metadata.state_dict_metadata  # type: ignore[return-value]
 
     def load_into(self, tensors: dict[str, Tensor]) -> None:
-        """Read every tensor in place, each rank its part, whatever the layout it was saved from.
+        """Read every tensor in place, each rank its shards, whatever the layout it was saved from.
 
-        Names, shapes and dtypes, over all ranks, must be those that were saved.
+        The names, over all ranks, must be those that were saved.
         """
-        self.ranks.together(lambda: _shapes(tensors), self._check_names)
+        wanted = set().union(*self.ranks.all_gather(lambda: set(tensors)))
+        missing = wanted - self.tensors.keys()
+        unused = {name for name in self.tensors.keys() - wanted if not name.startswith(PER_RANK)}
+        if missing or unused:
+            raise CheckpointError(
+                f"{self.path} holds other tensors than this run needs: missing {some(missing)}, unused {some(unused)}"
+            )
         self.load(tensors)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Read the named tensors in place, each rank its part; shapes and dtypes must be those that were saved."""
+        """Read the named tensors in place, each rank its shards; shapes and dtypes must be those that were saved."""
 
         def read() -> None:
-            self._check_shapes(_shapes(tensors))
+            wrong = [
+                f"{name} ({tuple(saved.size)} {saved.properties.dtype}, now {tuple(tensor.shape)} {tensor.dtype})"
+                for name, tensor in tensors.items()
+                if ((saved := self.tensors[name]).size, saved.properties.dtype) != (tensor.shape, tensor.dtype)
+            ]
+            if wrong:
+                raise CheckpointError(f"{self.path}: {some(wrong)} do not fit")
             if tensors:
-                with _one_process():
-                    load(dict(tensors), storage_reader=MetadataReader(self.path, self.metadata), no_dist=True)
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked
+                load(dict(tensors), storage_reader=MetadataReader(self.path, self.metadata), no_dist=True)
 
-        self.ranks.together(read, lambda _: None)
+        self.ranks.all_gather(read)
 
     def read(self, prefix: str) -> dict[str, Tensor]:
         """Read the tensors whose names begin with `prefix`, whole, on the CPU, without the prefix."""
         names = [name for name in self.tensors if name.startswith(prefix)]
         return {name.removeprefix(prefix): tensor for name, tensor in self.read_names(names).items()}
 
-    def read_names(self, names: list[str]) -> dict[str, Tensor]:
+    def read_names(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read the named tensors, whole, on the CPU."""
         saved = {name: self.tensors[name] for name in names}
         found = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in saved.items()}
         self.load(found)
         return found
-
-    def _check_names(self, parts: list[dict[str, Any]]) -> None:
-        wanted = {name: shape for part in parts for name, shape in part.items()}
-        missing, unused = wanted.keys() - self.tensors.keys(), self.tensors.keys() - wanted.keys()
-        unused = {name for name in unused if not name.startswith(PER_RANK)}
-        if missing or unused:
-            raise CheckpointError(
-                f"{self.path} holds other tensors than this run needs: missing {some(missing)}, not used {some(unused)}"
-            )
-        self._check_shapes(wanted)
-
-    def _check_shapes(self, wanted: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
-        wrong = []
-        for name, (shape, dtype) in wanted.items():
-            saved = self.tensors[name]
-            if (saved.size, saved.properties.dtype) != (shape, dtype):
-                there = f"{tuple(saved.size)} {saved.properties.dtype}"
-                wrong.append(f"{name} is {there}, and this run's is {tuple(shape)} {dtype}")
-        if wrong:
-            more = f"; {len(wrong) - 3} more differ" if len(wrong) > 3 else ""
-            raise CheckpointError(f"{self.path}: {'; '.join(wrong[:3])}{more}")
 
 
 class Checkpoints:
@@ -117,7 +108,7 @@ class Checkpoints:
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
         """Write a checkpoint and commit it, all ranks together; of a tensor each writes what it holds.
 
-        On failure, on whichever rank, nothing has changed and `CheckpointError` says why, everywhere.
+        On failure, on whichever rank, nothing has changed and every rank raises `CheckpointError`.
         """
         final = self.folder / f"step-{step:08d}"
         text = json.dumps({"step": step, **state}, indent=1, allow_nan=False, sort_keys=True)
@@ -133,33 +124,27 @@ class Checkpoints:
             n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
             free = shutil.disk_usage(self.folder).free
             raise CheckpointError(
-                f"the checkpoint of step {step} was not written to {self.folder}: {error}; it needs about "
-                f"{n_bytes:,} bytes and {free:,} are free; earlier checkpoints are untouched"
+                f"step {step} was not saved to {self.folder}: {error} (about {n_bytes:,} bytes are needed, {free:,} "
+                "are free); earlier checkpoints are untouched"
             ) from error
         self.ranks.on_first(self._purge)
         return final
 
     def newest(self) -> Checkpoint | None:
-        """Give the newest good checkpoint; damaged ones after it are named and set aside as `.corrupt`.
+        """Return the newest good checkpoint; damaged ones after it are logged and renamed to `.corrupt`.
 
         If none is good they stay where they are, and are refused again. Rank 0 decides: what another rank would see of
         the disk may be old.
         """
-        damaged: dict[Path, str] = {}
-        for path in self.ranks.on_first(lambda: committed(self.folder)):
-            try:
-                good = _open(path, self.ranks)
-            except CheckpointError as error:
-                damaged[path] = str(error)
-                continue
+        good, damaged = _first_good(self.ranks.on_first(lambda: committed(self.folder)), self.ranks)
+        if good is not None:
             self.ranks.on_first(lambda: [_set_aside(path, reason) for path, reason in damaged.items()])
-            return good
-        if damaged:
+        elif damaged:
             raise CheckpointError(
-                f"every checkpoint in {self.folder} is damaged ({'; '.join(damaged.values())}); the run is not started "
-                "over by itself: bring one back, or pass another name="
+                f"every checkpoint in {self.folder} is damaged ({'; '.join(damaged.values())}); restore one, or pass "
+                "another name="
             )
-        return None
+        return good
 
     def _sweep(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -171,9 +156,7 @@ class Checkpoints:
         _fsync(self.folder)
 
     def _purge(self) -> None:
-        if not self.keep:
-            return
-        for path in committed(self.folder)[self.keep :]:
+        for path in committed(self.folder)[self.keep :] if self.keep else []:
             trash = path.with_name(f".trash-{path.name}")  # a removal that is cut short leaves nothing that looks whole
             try:
                 os.rename(path, trash)
@@ -185,41 +168,44 @@ class Checkpoints:
 def open_checkpoint(path: Path, ranks: Ranks | None = None) -> Checkpoint:
     """Open a checkpoint folder, or the newest good one of a run folder, changing nothing."""
     ranks = ranks or Ranks()
-    found = ranks.on_first(lambda: checkpoints_in(path))
-    for candidate in found:
+    good, damaged = _first_good(ranks.on_first(lambda: checkpoints_in(path)), ranks)
+    if good is None:
+        raise CheckpointError(f"{'; '.join(damaged.values())}; name another run or checkpoint")
+    for reason in damaged.values():
+        logger.warning("%s; an older one is read", reason)
+    return good
+
+
+def _first_good(paths: list[Path], ranks: Ranks) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """Return the first checkpoint that is whole, and what is wrong with those before it."""
+    damaged: dict[Path, str] = {}
+    for path in paths:
         try:
-            return _open(candidate, ranks)
+            return _open(path, ranks), damaged
         except CheckpointError as error:
-            if found == [path]:
-                raise
-            logger.warning("%s; trying an older one", error)
-    raise CheckpointError(
-        f"every checkpoint in {path / 'checkpoints'} is damaged; "
-        "name another run or checkpoint, or train this one again"
-    )
+            damaged[path] = str(error)
+    return None, damaged
 
 
 def _write(folder: Path, step: int, tensors: dict[str, Tensor], text: str, ranks: Ranks) -> None:
-    """Write all files of a checkpoint, so that they outlast a loss of power, and see that they are all there."""
+    """Write all files of a checkpoint so that they survive a power loss, and check that nothing is missing."""
 
     def make_folder() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
 
-    def own_files() -> tuple[dict[str, Any], list[str]]:
-        paths = sorted(folder.glob(f"__{ranks.rank}_*"))
-        return {path.name: _durable(path) for path in paths}, list(tensors)
+    def own_files() -> tuple[Files, set[str]]:
+        return {path.name: _sync(path) for path in folder.glob(f"__{ranks.rank}_*")}, set(tensors)
 
-    def finish(parts: list[tuple[dict[str, Any], list[str]]]) -> None:
-        files = {name: about for part, _ in parts for name, about in part.items()}
-        unseen = {name for name in files if not (folder / name).exists()}
-        if unseen:
+    def finish() -> None:
+        files = {name: entry for part, _ in parts for name, entry in part.items()}
+        if unseen := [name for name in files if not (folder / name).exists()]:
             raise CheckpointError(f"rank 0 does not see {some(unseen)}: all nodes must share the run folder")
-        names = {name for _, part in parts for name in part}
-        check_complete(read_metadata(folder), names, {name: about["size"] for name, about in files.items()})
+        names = set().union(*(part for _, part in parts))
+        check_complete(read_metadata(folder), names, {name: entry["size"] for name, entry in files.items()})
         (folder / "state.json").write_text(text + "\n")
         for name in (".metadata", "state.json"):
-            files[name] = _durable(folder / name)
+            files[name] = _sync(folder / name)
         manifest = {"format_version": FORMAT_VERSION, "step": step, "files": dict(sorted(files.items()))}
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         _fsync(folder / "manifest.json")
@@ -228,61 +214,37 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], text: str, ranks
     ranks.on_first(make_folder)
     # One thread: a writer of several can lose an error of one of them.
     writer = FileSystemWriter(folder, thread_count=1, single_file_per_rank=True)
-    alone = ranks.group is None
     try:
-        with _one_process():
-            save(dict(tensors), storage_writer=writer, process_group=ranks.group, no_dist=alone)
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked
+        save(dict(tensors), storage_writer=writer, process_group=ranks.group, no_dist=ranks.group is None)
     except (OSError, RuntimeError, CheckpointException) as error:  # DCP raises one of a rank's on all
         failures = error.failures.values() if isinstance(error, CheckpointException) else ()
         if any(isinstance(cause, KeyboardInterrupt) for cause, _ in failures):
-            raise KeyboardInterrupt from None  # a second Ctrl-C, and no failure
+            raise KeyboardInterrupt from None  # a second Ctrl-C is no failure
         raise CheckpointError(reason_of(error)) from error
-    ranks.together(own_files, finish)
-
-
-def _durable(path: Path) -> dict[str, Any]:
-    """Describe a file that is from now on safe from a loss of power."""
-    _fsync(path)
-    return _describe(path)
-
-
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-
-
-def _set_aside(path: Path, reason: str) -> None:
-    aside = path.with_name(f"{path.name}.corrupt")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.rename(path, aside)
-    logger.warning("%s; set aside as %s", reason, aside.name)
-
-
-@contextmanager
-def _one_process() -> Iterator[None]:
-    """DCP warns that it saves in a single process even when told to."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+    parts = ranks.all_gather(own_files)
+    ranks.on_first(finish)
 
 
 def _open(path: Path, ranks: Ranks) -> Checkpoint:
     """Verify a checkpoint against its manifest, each rank a share of the files, and open it."""
     step, files = ranks.on_first(partial(_read_manifest, path))
     largest_first = sorted(files, key=lambda name: (-files[name]["size"], name))
-    mine = largest_first[ranks.rank :: ranks.size]
 
-    def read(_: list[None]) -> tuple[dict[str, Any], Metadata]:
+    def read() -> tuple[dict[str, Any], Metadata]:
         metadata = read_metadata(path)
         named = {place.relative_path for place in (metadata.storage_data or {}).values()}
         if named - set(files):
             raise CheckpointError(f"{path}/.metadata names {some(named - set(files))}, which its manifest does not")
         return json.loads((path / "state.json").read_text()), metadata
 
-    state, metadata = ranks.together(lambda: _verify(path, {name: files[name] for name in mine}), read)
+    mine = {name: files[name] for name in largest_first[ranks.rank :: ranks.size]}
+    ranks.all_gather(lambda: _verify(path, mine))
+    state, metadata = ranks.on_first(read)
     return Checkpoint(path, step, state, metadata, ranks)
 
 
-def _read_manifest(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+def _read_manifest(path: Path) -> tuple[int, Files]:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         files, step, version = manifest["files"], manifest["step"], manifest["format_version"]
@@ -295,15 +257,28 @@ def _read_manifest(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     return step, files
 
 
-def _verify(path: Path, files: dict[str, dict[str, Any]]) -> None:
+def _verify(path: Path, files: Files) -> None:
     for name, expected in files.items():
         file = path / name
-        if not file.exists():
-            raise CheckpointError(f"{file} is missing")
-        if file.stat().st_size != expected["size"]:
-            raise CheckpointError(f"{file} has {file.stat().st_size} bytes of {expected['size']}: it was cut short")
+        size = file.stat().st_size if file.exists() else None
+        if size != expected["size"]:
+            what = "is missing" if size is None else f"has {size} bytes of {expected['size']}"
+            raise CheckpointError(f"{file} {what}")
         if _describe(file) != expected:
-            raise CheckpointError(f"{file} is not what was written: its hash differs from the manifest's")
+            raise CheckpointError(f"{file} is damaged: its hash differs from the manifest's")
+
+
+def _set_aside(path: Path, reason: str) -> None:
+    aside = path.with_name(f"{path.name}.corrupt")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+    logger.warning("%s; set aside as %s", reason, aside.name)
+
+
+def _sync(path: Path) -> dict[str, Any]:
+    """Make a file survive a power loss, and return its size and hash."""
+    _fsync(path)
+    return _describe(path)
 
 
 def _describe(path: Path) -> dict[str, Any]:

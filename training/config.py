@@ -1,21 +1,19 @@
-"""How a model is trained, measured and kept: optimizer, schedule, precision, checkpoints, logs.
-
-Free of torch, so that a wrong value is refused before torch is imported.
-"""
+"""How a model is trained and saved: optimizer, schedule, precision, loss, checkpoints. Imports no torch."""
 
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 
 class CheckpointError(Exception):
-    """A checkpoint or run folder that cannot be used, told as a sentence for the user."""
+    """A checkpoint or run folder that cannot be used."""
 
 
 class TrainingError(Exception):
-    """A run that must not go on, told as a sentence for the user."""
+    """A run that must not go on."""
 
 
 class Decay(Enum):
@@ -30,6 +28,7 @@ class ScheduleType(Enum):
 
 
 class Dtype(Enum):
+    auto = "auto"  # precision.compute only: bf16 where the device multiplies in it, else fp32
     bf16 = "bf16"
     fp32 = "fp32"
     fp16 = "fp16"
@@ -37,13 +36,13 @@ class Dtype(Enum):
 
 class Fp8(Enum):
     none = "none"
-    tensorwise = "tensorwise"  # one scale a matrix: the fastest
-    rowwise = "rowwise"  # one scale a row: more exact
+    tensorwise = "tensorwise"  # one scale per matrix: the fastest
+    rowwise = "rowwise"  # one scale per row: more exact
 
 
 class OptimizerImpl(Enum):
     auto = "auto"  # triton on a CUDA device, torch elsewhere
-    triton = "triton"  # one kernel of ours: a single pass, and no wait for the host
+    triton = "triton"  # our kernel: a single pass, and no wait for the host
     torch = "torch"  # torch's fused AdamW on fp32 copies
     apex = "apex"  # NVIDIA apex's fused Adam on fp32 copies
 
@@ -59,10 +58,23 @@ class Resume(Enum):
     must = "must"  # refuse a run folder that holds none
 
 
+def unless(config: Any, section: str, rule: str, holds: Callable[[Any], bool], *keys: str) -> Iterator[str]:
+    """Yield a problem for each of the keys whose value breaks a rule."""
+    for key in keys:
+        if not holds(value := getattr(config, key)):
+            yield f"{section}.{key} ({value}) must be {rule}"
+
+
+# Update rules by optimizer.name; any other is named as module:Class.
+OPTIMIZERS = {"adamw": "training.optim.adamw:AdamW"}
+
+
 @dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
+    """The update rule, and the settings that any rule may read."""
 
+    name: str = "adamw"  # or module:Class, an UpdateRule of your own
+    options: dict[str, Any] = field(default_factory=dict)  # settings that only a rule of your own knows
     lr: float = 1e-4
     weight_decay: float = 0.01
     beta1: float = 0.9
@@ -71,25 +83,20 @@ class OptimizerConfig:
     eps: float = 1e-8
     decay: Decay = Decay.matrices
     state_dtype: Dtype = Dtype.fp32  # of the moments: fp32 or bf16
-    impl: OptimizerImpl = OptimizerImpl.auto
+    impl: OptimizerImpl = OptimizerImpl.auto  # of adamw
     max_grad_norm: float = 1.0  # one norm over all parameters; 0: no clipping
-    max_nonfinite_steps: int = 10  # steps in a row without a finite gradient before the run is stopped
+    max_nonfinite_steps: int = 10  # consecutive steps without a finite gradient before the run is stopped
 
     def problems(self) -> Iterator[str]:
-        if not 0 < self.lr < math.inf:
-            yield f"optimizer.lr ({self.lr}) must be positive and finite"
-        for key in ("weight_decay", "beta2_c", "max_grad_norm"):
-            if getattr(self, key) < 0:
-                yield f"optimizer.{key} ({getattr(self, key)}) must be 0 or more"
-        for key in ("beta1", "beta2"):
-            if not 0 <= getattr(self, key) < 1:
-                yield f"optimizer.{key} ({getattr(self, key)}) must be in [0, 1)"
-        if not self.eps > 0:
-            yield f"optimizer.eps ({self.eps}) must be positive"
-        if self.state_dtype is Dtype.fp16:
-            yield "optimizer.state_dtype (fp16) must be fp32 or bf16, because second moments underflow in fp16"
-        if self.max_nonfinite_steps < 1:
-            yield f"optimizer.max_nonfinite_steps ({self.max_nonfinite_steps}) must be at least 1"
+        if ":" not in self.name and self.name not in OPTIMIZERS:
+            yield f"optimizer.name ({self.name}) must be {', '.join(OPTIMIZERS)} or module:Class"
+        yield from unless(self, "optimizer", "positive and finite", lambda x: 0 < x < math.inf, "lr", "eps")
+        keys = ("weight_decay", "beta2_c", "max_grad_norm")
+        yield from unless(self, "optimizer", "0 or more", lambda x: x >= 0, *keys)
+        yield from unless(self, "optimizer", "in [0, 1)", lambda x: 0 <= x < 1, "beta1", "beta2")
+        yield from unless(self, "optimizer", "at least 1", lambda x: x >= 1, "max_nonfinite_steps")
+        if self.state_dtype not in (Dtype.fp32, Dtype.bf16):
+            yield f"optimizer.state_dtype ({self.state_dtype.value}) must be fp32 or bf16"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -103,27 +110,25 @@ class SchedulerConfig:
     decay_ratio: float = 0.2  # wsd: the share of the steps, at the end, in which the rate falls
 
     def problems(self) -> Iterator[str]:
-        for key in ("warmup_ratio", "min_lr_ratio", "decay_ratio"):
-            if not 0 <= getattr(self, key) <= 1:
-                yield f"scheduler.{key} ({getattr(self, key)}) must be in [0, 1]"
+        keys = ("warmup_ratio", "min_lr_ratio", "decay_ratio")
+        yield from unless(self, "scheduler", "in [0, 1]", lambda x: 0 <= x <= 1, *keys)
+        yield from unless(self, "scheduler", "0 or more", lambda x: x >= 0, "init_steps")
         if self.type is ScheduleType.wsd and self.warmup_ratio + self.decay_ratio > 1:
             yield (
-                f"scheduler.warmup_ratio ({self.warmup_ratio}) + scheduler.decay_ratio "
-                f"({self.decay_ratio}) must be at most 1"
+                f"scheduler.warmup_ratio ({self.warmup_ratio}) + scheduler.decay_ratio ({self.decay_ratio}) "
+                "must be at most 1"
             )
-        if self.init_steps < 0:
-            yield f"scheduler.init_steps ({self.init_steps}) must be 0 or more"
 
 
 @dataclass(kw_only=True, slots=True)
 class PrecisionConfig:
     """The dtype of weights and activations in a step; the optimizer's master weights are always fp32.
 
-    The rest is the dynamic loss scaler of fp16 (defaults: InternLM's 7B tutorial).
+    The rest is the dynamic loss scale of fp16 (defaults: InternLM's 7B tutorial).
     """
 
-    compute: Dtype = Dtype.bf16
-    fp8: Fp8 = Fp8.none  # products of the blocks' matrices in 8 bits, scaled by what is there (arXiv:2209.05433)
+    compute: Dtype = Dtype.auto
+    fp8: Fp8 = Fp8.none  # products of the blocks' matrices in 8 bits, with dynamic scales (arXiv:2209.05433)
     grad_dtype: Dtype | None = None  # in which micro-batches' gradients are added up (null: compute)
     initial_scale: float = 2.0**16
     growth_interval: int = 1000  # finite steps before the scale grows
@@ -134,27 +139,20 @@ class PrecisionConfig:
     hysteresis: int = 2  # overflows before the scale falls
 
     def problems(self) -> Iterator[str]:
-        if self.fp8 is not Fp8.none and self.compute is not Dtype.bf16:
+        if self.fp8 is not Fp8.none and self.compute not in (Dtype.auto, Dtype.bf16):
             yield f"precision.fp8 ({self.fp8.value}) needs precision.compute bf16, not {self.compute.value}"
         if self.fp8 is Fp8.rowwise and importlib.util.find_spec("torchao") is None:
-            yield (
-                f"precision.fp8 ({self.fp8.value}) needs torchao: pip install -r requirements-gpu.txt, or choose "
-                "precision.fp8=none"
-            )
-        if self.grad_dtype not in (None, self.compute, Dtype.fp32):
+            yield "precision.fp8 (rowwise) needs torchao: pip install -r requirements-gpu.txt, or use tensorwise"
+        if self.grad_dtype not in (None, Dtype.fp32) and self.grad_dtype is not self.compute:
             yield f"precision.grad_dtype ({self.grad_dtype.value}) must be fp32, {self.compute.value} or null"
         if not 0 < self.min_scale <= self.initial_scale <= self.max_scale:
             yield (
                 f"precision.initial_scale ({self.initial_scale}) must be between precision.min_scale "
                 f"({self.min_scale}, above 0) and precision.max_scale ({self.max_scale})"
             )
-        if not self.growth_factor > 1:
-            yield f"precision.growth_factor ({self.growth_factor}) must be above 1"
-        if not 0 < self.backoff_factor < 1:
-            yield f"precision.backoff_factor ({self.backoff_factor}) must be in (0, 1)"
-        for key in ("growth_interval", "hysteresis"):
-            if getattr(self, key) < 1:
-                yield f"precision.{key} ({getattr(self, key)}) must be at least 1"
+        yield from unless(self, "precision", "above 1", lambda x: x > 1, "growth_factor")
+        yield from unless(self, "precision", "in (0, 1)", lambda x: 0 < x < 1, "backoff_factor")
+        yield from unless(self, "precision", "at least 1", lambda x: x >= 1, "growth_interval", "hysteresis")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -165,12 +163,9 @@ class LossConfig:
     chunk_tokens: int = 4096  # tokens whose logits exist at one time
 
     def problems(self) -> Iterator[str]:
-        if not 0 <= self.label_smoothing < 1:
-            yield f"loss.label_smoothing ({self.label_smoothing}) must be in [0, 1)"
-        if not 0 <= self.z_loss < math.inf:
-            yield f"loss.z_loss ({self.z_loss}) must be 0 or more and finite"
-        if self.chunk_tokens < 1:
-            yield f"loss.chunk_tokens ({self.chunk_tokens}) must be at least 1"
+        yield from unless(self, "loss", "in [0, 1)", lambda x: 0 <= x < 1, "label_smoothing")
+        yield from unless(self, "loss", "0 or more and finite", lambda x: 0 <= x < math.inf, "z_loss")
+        yield from unless(self, "loss", "at least 1", lambda x: x >= 1, "chunk_tokens")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -182,6 +177,4 @@ class CheckpointConfig:
     accept_changes: list[str] = field(default_factory=list)  # keys that may differ from the stored config
 
     def problems(self) -> Iterator[str]:
-        for key in ("every", "keep"):
-            if getattr(self, key) < 0:
-                yield f"checkpoint.{key} ({getattr(self, key)}) must be 0 or more"
+        yield from unless(self, "checkpoint", "0 or more", lambda x: x >= 0, "every", "keep")

@@ -1,4 +1,4 @@
-"""What a checkpoint's tensors are and in which file each part lies; read without running what a pickle could run."""
+"""DCP's metadata, which tensor lies in which file, read without running what a pickle could run."""
 
 import pickle
 from enum import Enum
@@ -13,52 +13,40 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from training.config import CheckpointError
 from training.ranks import some
 
-# DCP's metadata is a pickle; these are the only names it may bring to life.
-METADATA = "torch.distributed.checkpoint.metadata"
+DCP = "torch.distributed.checkpoint"
+# The only names that the pickle may bring to life, beside torch's dtypes
 PICKLED_NAMES = {
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.distributed.checkpoint.filesystem", "StorageMeta"),
-    *(
-        (METADATA, name)
-        for name in (
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
-}
+    "torch": {"Size", "device"},
+    "torch.serialization": {"_get_layout"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"Path", "PosixPath"},
+    "pathlib._local": {"Path", "PosixPath"},
+    f"{DCP}.filesystem": {"_StorageInfo", "StorageMeta"},
+    f"{DCP}.metadata": {
+        "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+}  # fmt: skip
 
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):
             return _enum_member  # Python 3.11 and 3.12 pickle a member of an enum so
-        allowed = (module, name) in PICKLED_NAMES
-        allowed = allowed or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
-        allowed = allowed or (module.startswith("pathlib") and name in ("Path", "PosixPath"))
-        if not allowed:
-            raise CheckpointError(
-                f"its .metadata asks for {module}.{name}, which no checkpoint needs; it is not loaded"
-            )
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and name not in PICKLED_NAMES.get(module, ()):
+            raise CheckpointError(f".metadata asks for {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)
 
 
 def _enum_member(owner: Any, name: str) -> Any:
     if not (isinstance(owner, type) and issubclass(owner, Enum)):
-        raise CheckpointError(f"its .metadata asks for {name} of {owner}, which no checkpoint needs; it is not loaded")
+        raise CheckpointError(f".metadata asks for {name} of {owner}, which no checkpoint needs")
     return owner[name]
 
 
 class MetadataReader(FileSystemReader):
-    """Reads tensors by metadata that was read before: DCP's own way would run what a pickle could run."""
+    """Reads tensors by metadata that `read_metadata` returned: DCP's own reader would unpickle anything."""
 
     def __init__(self, path: Path, metadata: Metadata) -> None:
         super().__init__(path)
@@ -77,26 +65,25 @@ def read_metadata(folder: Path) -> Metadata:
             raise CheckpointError(f"{folder}: {error}") from None
         except (pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{folder}/.metadata is damaged: {error}") from None
-    if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{folder}/.metadata is no metadata")
-    for name, entry in metadata.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            raise CheckpointError(f"{folder}: {name} is not a tensor, and is not loaded")
+    entries = metadata.state_dict_metadata.values() if isinstance(metadata, Metadata) else [metadata]
+    if not all(isinstance(entry, TensorStorageMetadata) for entry in entries):
+        raise CheckpointError(f"{folder}/.metadata holds more than tensors; it is not loaded")
     return metadata
 
 
 def check_complete(metadata: Metadata, names: set[str], sizes: dict[str, int]) -> None:
     """Raise unless every number of the named tensors lies in a file that is long enough.
 
-    `sizes` are the bytes of the files as they are on disk. A writer can lose what it was given and say nothing.
+    `sizes` are the bytes of the files as they are on disk. A writer can lose what it was given without an error.
     """
-    if set(metadata.state_dict_metadata) != names:
-        raise CheckpointError(f"{some(names - set(metadata.state_dict_metadata))} were not written")
+    if missing := names ^ set(metadata.state_dict_metadata):
+        raise CheckpointError(f"{some(missing)} were not written")
     for name, entry in metadata.state_dict_metadata.items():
         assert isinstance(entry, TensorStorageMetadata)
-        if sum(prod(chunk.sizes) for chunk in entry.chunks) != prod(entry.size):
-            raise CheckpointError(f"parts of {name} were not written")
+        written = sum(prod(chunk.sizes) for chunk in entry.chunks)
         for chunk in entry.chunks:
             place = (metadata.storage_data or {}).get(MetadataIndex(name, chunk.offsets))
             if place is None or sizes.get(place.relative_path, -1) < place.offset + place.length:
-                raise CheckpointError(f"the part of {name} at {tuple(chunk.offsets)} was not written")
+                written -= prod(chunk.sizes)
+        if written != prod(entry.size):
+            raise CheckpointError(f"{prod(entry.size) - written:,} numbers of {name} were not written")

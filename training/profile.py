@@ -30,11 +30,11 @@ ORDER = ("GEMM", "attention", "loss", "optimizer", "elementwise", "communication
 
 
 def kind_of(name: str) -> str:
-    """Tell what a kernel, or on the CPU an operation, is for."""
+    """Return what a kernel, or on the CPU an operation, is for."""
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "elementwise")
 
 
-def spent(intervals: Iterable[tuple[float, float, str]], begin: float, end: float) -> dict[str, float]:
+def time_by_kind(intervals: Iterable[tuple[float, float, str]], begin: float, end: float) -> dict[str, float]:
     """Divide the time from `begin` to `end` among the kinds of overlapping intervals; what none covers is idle."""
     changes = []
     for start, stop, kind in intervals:
@@ -45,15 +45,14 @@ def spent(intervals: Iterable[tuple[float, float, str]], begin: float, end: floa
     running: dict[str, int] = defaultdict(int)
     at = begin
     for when, change, kind in [*sorted(changes), (end, 0, "idle")]:
-        busy = next((k for k in ORDER if running[k]), "idle")
-        found[busy] += when - at
+        found[next((k for k in ORDER if running[k]), "idle")] += when - at
         at = when
         running[kind] += change
     return found
 
 
 def profile_steps(step: Callable[[], object], device: torch.device, folder: Path) -> str:
-    """Run steps, write `table.txt`, `trace.json.gz` and on CUDA `memory.pickle` into `folder`; give the table."""
+    """Run steps, write `table.txt`, `trace.json.gz` and on CUDA `memory.pickle` into `folder`; return the table."""
     folder.mkdir(parents=True, exist_ok=True)
     on_cuda = device.type == "cuda"
     for _ in range(WARM_UP):
@@ -76,36 +75,23 @@ def profile_steps(step: Callable[[], object], device: torch.device, folder: Path
     found.export_chrome_trace(str(folder / "trace.json.gz"))
     events: list[Any] = list(found.events() or [])
     window = next(e for e in events if e.name == WINDOW and e.device_type == DeviceType.CPU)
-    intervals = [
-        (e.time_range.start, e.time_range.end, kind) for e, kind in (_kernels if on_cuda else _operations)(events)
-    ]
-    parts = spent(intervals, window.time_range.start, window.time_range.end)
-    told = table(parts, launches=len(intervals), host_s=host / PROFILED)
-    (folder / "table.txt").write_text(told + "\n")
-    for line in (*told.splitlines(), f"trace and table in {folder}"):
+    # On CUDA kernels; on the CPU all operations: of those inside each other, the kind that comes first counts.
+    where = DeviceType.CUDA if on_cuda else DeviceType.CPU
+    work = [e for e in events if e.device_type == where and e.name != WINDOW]
+    intervals = [(e.time_range.start, e.time_range.end, kind_of(e.name)) for e in work]
+    parts = time_by_kind(intervals, window.time_range.start, window.time_range.end)
+    text = table(parts, launches=len(intervals), host_s=host / PROFILED)
+    (folder / "table.txt").write_text(text + "\n")
+    for line in (*text.splitlines(), f"trace and table in {folder}"):
         logger.info("%s", line)
-    return told
-
-
-def _kernels(events: list[Any]) -> Iterable[tuple[Any, str]]:
-    for event in events:
-        if event.device_type == DeviceType.CUDA and event.name != WINDOW:
-            yield event, kind_of(event.name)
-
-
-def _operations(events: list[Any]) -> Iterable[tuple[Any, str]]:
-    """All operations: of those inside each other, `spent` takes the kind that comes first."""
-    for event in events:
-        if event.name != WINDOW and event.device_type == DeviceType.CPU:
-            yield event, kind_of(event.name)
+    return text
 
 
 def table(parts: dict[str, float], *, launches: int, host_s: float) -> str:
-    """Write microseconds of all profiled steps as milliseconds of one."""
+    """Return microseconds of all profiled steps as milliseconds per step."""
     total = sum(parts.values())
-    rows = [f"{'of a step':15} {'ms':>10} {'share':>7}"]
-    for kind, microseconds in parts.items():
+    rows = [f"{'per step':15} {'ms':>10} {'share':>7}"]
+    for kind, microseconds in {**parts, "step": total}.items():
         rows.append(f"{kind:15} {microseconds / 1e3 / PROFILED:10.3f} {microseconds / total:7.1%}")
-    rows.append(f"{'step':15} {total / 1e3 / PROFILED:10.3f} {1:7.1%}")
-    rows.append(f"{launches // PROFILED:,} launches a step; the host was busy with them for {host_s * 1e3:.1f} ms")
+    rows.append(f"{launches // PROFILED:,} launches per step; the host was busy with them for {host_s * 1e3:.1f} ms")
     return "\n".join(rows)

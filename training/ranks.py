@@ -1,6 +1,6 @@
-"""The processes that keep a checkpoint together: what fails on one of them is an error on all."""
+"""Ranks that keep a checkpoint together: a failure on one of them is an error on all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -20,60 +20,34 @@ class Ranks:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
 
-    def together(self, local: Callable[[], T], first: Callable[[list[T]], R]) -> R:
-        """Run `local` on every rank, then `first` on rank 0 over all they gave, and give everybody its result.
+    def all_gather(self, step: Callable[[], T]) -> list[T]:
+        """Run `step` on every rank and return all results on every rank; all must call this alike.
 
-        A failure on any rank is a `CheckpointError` on every rank. All ranks must call this alike.
+        A failure on any rank is a `CheckpointError` on every rank.
         """
-        mine, cause = _outcome(local)
-        parts, answer = self._gather(mine), None
-        if parts is not None:
-            answer = next(((None, reason) for _, reason in parts if reason), None)
-            if answer is None:
-                answer, cause = _outcome(lambda: first([value for value, _ in parts]))
-        value, reason = self._broadcast(answer)
-        if reason:
-            raise CheckpointError(reason) from cause
-        return value
-
-    def on_first(self, first: Callable[[], R]) -> R:
-        """Run something on rank 0 and give everybody its result, or its failure."""
-        return self.together(lambda: None, lambda _: first())
-
-    def _gather(self, outcome: tuple[Any, str]) -> list[Any] | None:
-        """Give rank 0 the outcomes of all ranks."""
-        if self.size == 1:
-            return [outcome]
-        value, reason = outcome
-        told = (value, f"rank {self.rank}: {reason}" if reason else "")
-        found = [None] * self.size if self.rank == 0 else None
-        self._talk(lambda: dist.gather_object(told, found, group=self.group, group_dst=0))
-        return found
-
-    def _broadcast(self, value: Any) -> Any:
-        if self.size == 1:
-            return value
-        box = [value]
-        self._talk(lambda: dist.broadcast_object_list(box, group=self.group, group_src=0))
-        return box[0]
-
-    def _talk(self, collective: Callable[[], object]) -> None:
+        value, reason, cause = None, "", None
         try:
-            collective()
-        except RuntimeError as error:
-            raise CheckpointError(f"rank {self.rank} lost the others: {reason_of(error)}") from error
+            value = step()
+        except (OSError, RuntimeError, CheckpointException, CheckpointError) as error:
+            reason, cause = reason_of(error), error
+        found: list[Any] = [(value, reason)]
+        if self.size > 1:
+            mine, found = (value, reason and f"rank {self.rank}: {reason}"), [None] * self.size
+            try:
+                dist.all_gather_object(found, mine, group=self.group)
+            except RuntimeError as error:
+                raise CheckpointError(f"rank {self.rank} lost the others: {reason_of(error)}") from error
+        if failed := next((reason for _, reason in found if reason), ""):
+            raise CheckpointError(failed) from cause
+        return [value for value, _ in found]
 
-
-def _outcome(step: Callable[[], Any]) -> tuple[tuple[Any, str], BaseException | None]:
-    """Give what a step gives and an empty reason, or nothing and the reason of its failure."""
-    try:
-        return (step(), ""), None
-    except (OSError, RuntimeError, CheckpointException, CheckpointError) as error:
-        return (None, reason_of(error)), error
+    def on_first(self, step: Callable[[], R]) -> R:
+        """Run `step` on rank 0 and return its result, or raise its failure, on every rank."""
+        return self.all_gather(lambda: step() if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
 
 def reason_of(error: BaseException) -> str:
-    """Say in one line what went wrong, and on which rank if the error knows it."""
+    """Return the first line of an error, and the rank if the error knows it."""
     if isinstance(error, CheckpointException):
         rank, failure = next(iter(error.failures.items()))
         reason = reason_of(failure[0])
@@ -81,7 +55,8 @@ def reason_of(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def some(names: set[str]) -> str:
-    """Name the first three, and count the rest."""
-    shown = ", ".join(sorted(names)[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown or "none"
+def some(names: Iterable[str]) -> str:
+    """Return the first three names, and a count of the rest."""
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more or "none"

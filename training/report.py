@@ -1,59 +1,199 @@
-"""What a run tells of its steps: records to the sinks, lines to the log."""
+"""What a run reports of its steps: losses by source, speed, records to the loggers, lines to the log."""
 
 import logging
+import math
+import resource
+import sys
+import time
+from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from parallel.engine import StepResult
 from tracking.loggers import Loggers
-from training.metrics import Throughput, loss_metrics, step_line, valid_lines
 from training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 
-class StepFigures(Protocol):
-    """What is read of an engine's result."""
+# Dense bf16 peak of one device in TFLOP/s, by a part of its name (NVIDIA's data sheets); fp16 is the same
+PEAK_TFLOPS = {
+    "A100": 312, "A800": 312, "H100 PCIe": 756, "H100": 989, "H800": 989, "H200": 989, "GH200": 989,
+    "B200": 2250, "L40S": 362, "L4": 121, "A10": 125, "V100": 125, "RTX 4090": 165, "RTX 3090": 71,
+}  # fmt: skip
 
-    loss: Tensor
-    grad_norm: Tensor
-    totals_S4: Tensor
+
+def peak_tflops(device: torch.device) -> float | None:
+    """Return a device's peak, or None if its name is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    found = [part for part in PEAK_TFLOPS if part in name]
+    return PEAK_TFLOPS[max(found, key=len)] if found else None
 
 
-class Report:
-    """Writes a run's steps and validations down, with the clock of its `throughput`."""
+def loss_metrics(totals: Sequence[Sequence[float]], sources: Sequence[str], prefix: str) -> dict[str, float]:
+    """Return loss, perplexity, accuracy and bits per byte, over all sources and for each.
 
-    def __init__(self, sinks: Loggers, throughput: Throughput, *, sources: Sequence[str], steps: int) -> None:
-        self.sinks, self.throughput, self.sources, self.steps = sinks, throughput, sources, steps
+    `totals` has a row per source: sums of nll (nats), of correct guesses, of targets, and of their bytes.
+    A source without targets has no metrics.
+    """
+    metrics: dict[str, float] = {}
+    overall = [sum(column) for column in zip(*totals, strict=True)]
+    for name, (nll, correct, targets, n_bytes) in [("", overall), *zip(sources, totals, strict=True)]:
+        if not targets:
+            continue
+        end = f"/{name}" if name else ""
+        loss = nll / targets
+        metrics[f"{prefix}/loss{end}"] = loss
+        metrics[f"{prefix}/perplexity{end}"] = math.exp(min(loss, 700.0))
+        metrics[f"{prefix}/accuracy{end}"] = correct / targets
+        if n_bytes:
+            metrics[f"{prefix}/bits_per_byte{end}"] = nll / math.log(2) / n_bytes
+        metrics[f"{prefix}/targets{end}"] = targets
+    return metrics
 
-    def step(self, progress: TrainState, result: StepFigures, epochs: Mapping[int, float], **optim: float) -> None:
-        """Write the record of a step and its line.
 
-        `epochs` says how often each source has been seen, `optim` what the update was made with.
-        """
-        record: dict[str, Any] = {"step": progress.step, "tokens": progress.tokens}
-        record |= {f"epochs/{self.sources[source]}": value for source, value in epochs.items()}
-        record |= {
+class Throughput:
+    """Speed from the start of a step's data to the end of its update.
+
+    The host runs ahead of the device between the steps whose figures are read, so the figures are means over the
+    steps since the last ones. Tokens are a batch's, padding and masked ones included, per device of the world, as
+    InternLM's `tgs`; FLOP/s by its formula and, for MFU, by the exact causal count.
+    """
+
+    def __init__(self, *, world_size: int, internlm_flops: float, causal_flops: float, peak: float | None) -> None:
+        self.world_size, self.peak = world_size, peak
+        self.internlm_flops, self.causal_flops = internlm_flops, causal_flops
+        self.all_tokens, self.all_seconds = 0, 0.0
+        self.recent: deque[tuple[float, int]] = deque(maxlen=50)  # seconds and steps of an interval
+        self.tokens, self.seconds, self.waited, self.steps = 0, 0.0, 0.0, 0
+
+    def begin(self) -> None:
+        self.at = time.perf_counter()
+
+    def data_ready(self) -> None:
+        """Note that the step's batch is there: until now the step waited for data."""
+        self.waited += self._lap()
+
+    def end(self, tokens: int) -> None:
+        """Note that a step was given to the device."""
+        self._lap()
+        self.tokens += tokens
+        self.steps += 1
+
+    def device_done(self) -> None:
+        """Note that the device has finished the last step: until now the host waited for it."""
+        self._lap()
+
+    def _lap(self) -> float:
+        now = time.perf_counter()
+        elapsed, self.at = now - self.at, now
+        self.seconds += elapsed
+        return elapsed
+
+    def metrics(self, steps_left: int) -> dict[str, float | None]:
+        """Return the means since the last call, and the time left at the mean of the last 50 intervals."""
+        self.recent.append((self.seconds, self.steps))
+        self.all_tokens += self.tokens
+        self.all_seconds += self.seconds
+        seconds, steps = map(sum, zip(*self.recent, strict=True))
+        tgs = self.tokens / self.seconds / self.world_size
+        metrics = {
+            "perf/tgs": tgs,
+            "perf/tgs_all": self.all_tokens / self.all_seconds / self.world_size,
+            "perf/tflops": tgs * self.internlm_flops / 1e12,
+            "perf/mfu": tgs * self.causal_flops / (self.peak * 1e12) if self.peak else None,
+            "perf/step_s": self.seconds / self.steps,
+            "perf/data_wait_s": self.waited / self.steps,
+            "perf/memory_gib": memory_gib(),
+            "perf/left_s": steps_left * seconds / steps,
+        }
+        self.tokens, self.seconds, self.waited, self.steps = 0, 0.0, 0.0, 0
+        return metrics
+
+
+def memory_gib() -> float:
+    """Return the peak of the device's allocated memory, or of this process's without a GPU."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def step_line(record: dict[str, Any], steps: int) -> str:
+    """Return a step's record as one line of fixed width."""
+    width = len(str(steps))
+    mfu = record["perf/mfu"]
+    return (
+        f"step {record['step']:{width}d}/{steps}  loss {record.get('train/loss', math.nan):7.4f}  "
+        f"grad {record['train/grad_norm']:8.3g}  lr {record['optim/lr']:8.2e}  "
+        f"{record['perf/tgs']:8,.0f} tok/s/gpu  {record['perf/tflops']:7.2f} TFLOP/s  "
+        f"mfu {f'{mfu:6.1%}' if mfu is not None else '     -'}  mem {record['perf/memory_gib']:5.1f}GiB  "
+        f"left {duration(record['perf/left_s']):>6}"
+    )
+
+
+def valid_lines(metrics: dict[str, float], sources: Sequence[str]) -> list[str]:
+    """Return a validation as a line over all sources, and one for each if there are several."""
+    lines = []
+    for name in ("", *sources) if len(sources) > 1 else ("",):
+        end = f"/{name}" if name else ""
+        if f"valid/loss{end}" not in metrics:
+            continue
+        bits = metrics.get(f"valid/bits_per_byte{end}")
+        lines.append(
+            f"  valid {name or 'all':16} loss {metrics[f'valid/loss{end}']:.4f}  "
+            f"perplexity {metrics[f'valid/perplexity{end}']:.2f}  accuracy {metrics[f'valid/accuracy{end}']:.2%}"
+            + (f"  bits/byte {bits:.4f}" if bits is not None else "")
+        )
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """Return a time in two units: 42s, 12m05s, 3h07m, 2d04h."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days}d{h:02d}h"
+    return f"{h}h{m:02d}m" if hours else f"{m}m{s:02d}s" if minutes else f"{s}s"
+
+
+class StepReport:
+    """Reports a run's steps and validations, with the speed that its `throughput` measures."""
+
+    def __init__(self, loggers: Loggers, throughput: Throughput, *, sources: Sequence[str], steps: int) -> None:
+        self.loggers, self.throughput, self.sources, self.steps = loggers, throughput, sources, steps
+
+    def step(self, state: TrainState, result: StepResult, *, epochs: Mapping[int, float], loss_scale: float) -> None:
+        """Report a step; `epochs` is how often each source has been seen."""
+        lr, beta2 = result.rates_2.tolist()
+        record: dict[str, Any] = {
+            "step": state.step,
+            "tokens": state.tokens,
+            **{f"epochs/{self.sources[source]}": value for source, value in epochs.items()},
             "train/objective": float(result.loss),
             **loss_metrics(result.totals_S4.tolist(), self.sources, "train"),
-        }
-        record |= {
+            **{f"train/{name}": float(value) for name, value in result.aux.items()},
             "train/grad_norm": float(result.grad_norm),
-            **{f"optim/{key}": value for key, value in optim.items()},
+            "optim/lr": lr,
+            "optim/beta2": beta2,
+            "optim/loss_scale": loss_scale,
+            "train/nonfinite_steps": state.nonfinite_steps,
+            **self.throughput.metrics(self.steps - state.step),
         }
-        record |= {
-            "train/nonfinite_steps": progress.nonfinite_steps,
-            **self.throughput.metrics(self.steps - progress.step),
-        }
-        self.sinks.write(record)
+        self.loggers.log(record)
         logger.info("%s", step_line(record, self.steps))
 
-    def validation(self, progress: TrainState, totals_S4: Tensor) -> None:
-        """Write a validation down, by source, and draw the curve."""
+    def validation(self, state: TrainState, totals_S4: Tensor) -> None:
+        """Report a validation, by source, and draw the curve."""
         metrics = loss_metrics(totals_S4.tolist(), self.sources, "valid")
-        progress.valid_loss, progress.validated_step = metrics.get("valid/loss"), progress.step
-        self.sinks.write({"step": progress.step, "tokens": progress.tokens, **metrics})
+        state.valid_loss, state.validated_step = metrics.get("valid/loss"), state.step
+        self.loggers.log({"step": state.step, "tokens": state.tokens, **metrics})
         for line in valid_lines(metrics, self.sources):
             logger.info("%s", line)
-        self.sinks.plot()
+        self.loggers.plot()

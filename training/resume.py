@@ -1,22 +1,21 @@
-"""Where a run starts: its own newest checkpoint, another run's weights, or nothing."""
+"""Where a run starts: its own newest checkpoint, another run's weights, a Hugging Face model, or nothing."""
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from conf.schema import TrainConfig
+from model.config import ModelConfig, ModelError, shape_keys
+from model.hf.families import pad_vocabulary, read_config, read_weights
 from parallel.loss_scaler import LossScaler
-from tracking.origin import refuse_no_origin
-from tracking.run_folder import refuse_changes, refuse_other_model
+from parallel.parallelize import write_shard
+from tracking.run_folder import check_changes, check_origin, check_same_model
 from training.checkpoint import PER_RANK, Checkpoint, Checkpoints, open_checkpoint
 from training.config import CheckpointConfig, CheckpointError, Resume
-from training.optim.optimizer import AdamW
-from training.ranks import Ranks
+from training.optim.optimizer import Optimizer
 from training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -24,155 +23,142 @@ logger = logging.getLogger(__name__)
 FIRST_RNG = f"{PER_RANK}cpu"
 
 
-class Restorable:
-    """Everything of a run that a checkpoint keeps, as far as this rank holds it."""
+class RunCheckpoints:
+    """Saves and restores a run: weights, optimizer, counters, loss scale, random states.
 
-    def __init__(self, optimizer: AdamW, scaler: LossScaler, progress: TrainState, rank: int = 0) -> None:
-        self.optimizer, self.scaler, self.progress = optimizer, scaler, progress
-        self.rng_name = f"{PER_RANK}cpu.{rank}" if rank else FIRST_RNG
+    `data` is what is saved of the corpus; `data["parts"]` are the fingerprints of its files.
+    """
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {**self.optimizer.state_tensors(), self.rng_name: torch.get_rng_state()}
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        state: TrainState,
+        optimizer: Optimizer,
+        scaler: LossScaler,
+        *,
+        run_config: dict[str, Any],
+        data: dict[str, Any],
+    ) -> None:
+        self.checkpoints, self.state, self.optimizer, self.scaler = checkpoints, state, optimizer, scaler
+        self.run_config, self.data = run_config, data
+        self.run_dir = checkpoints.folder.parent
+        rank = checkpoints.ranks.rank
+        self.rng_name = f"{FIRST_RNG}.{rank}" if rank else FIRST_RNG
+        self.saved_step = 0
 
-    def state(self) -> dict[str, Any]:
-        return {"progress": self.progress.state_dict(), "scaler": self.scaler.state_dict()}
+    def save(self) -> None:
+        """Save the run as it stands, all ranks together, unless that was done at this step."""
+        if self.saved_step == self.state.step:
+            return
+        self.state.sync()
+        tensors = {**self.optimizer.state_tensors(), self.rng_name: torch.get_rng_state()}
+        progress = {"progress": self.state.state_dict(), "scaler": self.scaler.state_dict()}
+        state = {"config": self.run_config, "data": self.data, **progress}
+        path = self.checkpoints.save(self.state.step, tensors, state)
+        self.saved_step = self.state.step
+        logger.info("saved %s", path)
+
+    def resume_or_start(self, config: TrainConfig) -> None:
+        """Bring the run to where it starts, and log where that is.
+
+        A checkpoint of this run comes first, then `init_from`, then freshly drawn weights. A run that was begun with
+        another configuration or other data is refused.
+        """
+        checkpoint = self.checkpoints.newest()
+        resume = config.checkpoint.resume
+        if checkpoint is not None:
+            if resume is Resume.never:
+                raise CheckpointError(
+                    f"checkpoint.resume (never): {self.run_dir} holds {checkpoint.path.name}; pass another name="
+                )
+            self._resume(checkpoint, config.checkpoint)
+        elif resume is Resume.must:
+            raise CheckpointError(
+                f"checkpoint.resume (must): there is no checkpoint in {self.run_dir}; pass checkpoint.resume=auto"
+            )
+        elif config.init_from is not None:
+            self._initialise(config, Path(config.init_from))
+        self.saved_step = self.state.step
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take over all of a checkpoint; it must hold exactly what this run keeps.
+        """Take over all of a checkpoint; it must hold exactly what this run saves.
 
         A rank that was not there when it was saved takes the first one's random state.
         """
-        tensors = self.optimizer.state_tensors()
-        checkpoint.load_into(tensors)
-        self.optimizer.load_tensors(tensors)
+        self._load(checkpoint, "", exact=True)
         rng_name = self.rng_name if self.rng_name in checkpoint.tensors else FIRST_RNG
         torch.set_rng_state(checkpoint.read_names([rng_name])[rng_name])
         self.scaler.load_state_dict(checkpoint.state["scaler"])
-        for key, value in checkpoint.state["progress"].items():
-            setattr(self.progress, key, value)
+        self.state.load_state_dict(checkpoint.state["progress"])
 
-    def take(self, checkpoint: Checkpoint, prefix: str) -> None:
-        """Read the tensors that begin with `prefix` from another run's checkpoint."""
+    def _resume(self, checkpoint: Checkpoint, config: CheckpointConfig) -> None:
+        check_changes(checkpoint.state["config"], self.run_config, config.accept_changes, self.run_dir)
+        before, now = set(checkpoint.state["data"]["parts"]), set(self.data["parts"])
+        key = "data.added" if before <= now else "data.fingerprint"
+        changed = checkpoint.state["data"]["parts"] != self.data["parts"]
+        if changed and key not in config.accept_changes:
+            what = f"{len(now - before)} files were added to the data" if before <= now else "the data changed"
+            raise CheckpointError(
+                f"{what} since {self.run_dir} was begun; pass checkpoint.accept_changes=[{key}] to begin an epoch over "
+                "all of it here, or another name= for a new run"
+            )
+        self.restore(checkpoint)
+        if changed:
+            self.state.first_sample = self.state.samples
+            logger.info("the data changed: a new epoch over all of it begins at step %d", self.state.step)
+        logger.info("resumed from %s", checkpoint.path)
+
+    def _initialise(self, config: TrainConfig, path: Path) -> None:
+        """Take what `init_content` names from `init_from`: weights, moments, the schedule's place, the data's place."""
+        content = set(config.init_content)
+        if "all" in content:
+            content = {"model", "optimizer", "scheduler", "sampler"}
+        asked = f"init_content ({', '.join(sorted(content))})"
+        check_origin(path)
+        if (path / "config.json").exists():
+            if content != {"model"}:
+                raise CheckpointError(f"{asked}: the Hugging Face folder {path} holds a model only")
+            weights, tensors = read_hf_weights(path, config.model), self.optimizer.state_tensors()
+            for name in tensors:
+                if name.startswith("model."):
+                    write_shard(tensors[name], weights[name.removeprefix("model.")])
+            self.optimizer.load_tensors(tensors)
+            logger.info("weights from %s", path)
+            return
+        other = open_checkpoint(path, self.checkpoints.ranks)
+        check_same_model(other.state["config"], self.run_config, other.path)
+        if content != {"model"} and not any(name.startswith("optimizer.") for name in other.tensors):
+            raise CheckpointError(f"{asked}: the imported checkpoint {other.path} holds a model only")
+        for word in ("model", "optimizer"):
+            if word in content:
+                self._load(other, f"{word}.")
+        before = other.state["progress"]
+        if "scheduler" in content:
+            self.state.load_state_dict({"updates": before["updates"]})
+            if other.state["config"]["precision"]["compute"] == self.run_config["precision"]["compute"]:
+                self.scaler.load_state_dict(other.state["scaler"])  # of another precision it would be no scale
+        if "sampler" in content:
+            self.state.load_state_dict({key: before[key] for key in ("step", "samples", "first_sample", "tokens")})
+        logger.info("%s from %s", ", ".join(sorted(content)), other.path)
+
+    def _load(self, checkpoint: Checkpoint, prefix: str, *, exact: bool = False) -> None:
+        """Load the optimizer's tensors whose names begin with `prefix`; `exact`: the checkpoint holds no others."""
         tensors = self.optimizer.state_tensors()
-        checkpoint.load({name: tensor for name, tensor in tensors.items() if name.startswith(prefix)})
+        wanted = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        (checkpoint.load_into if exact else checkpoint.load)(wanted)
         self.optimizer.load_tensors(tensors)
 
-    @torch.no_grad()
-    def take_weights(self, weights: dict[str, Tensor], origin: Path) -> None:
-        """Copy whole weights, by our names, each rank its part; none may be missing or of another shape."""
-        tensors = self.optimizer.state_tensors()
-        for name, tensor in tensors.items():
-            if not name.startswith("model."):
-                continue
-            found = weights.get(name.removeprefix("model."))
-            if found is None or found.shape != tensor.shape:
-                shape = "missing" if found is None else tuple(found.shape)
-                raise CheckpointError(
-                    f"init_from ({origin}): {name} is {shape} there and {tuple(tensor.shape)} here; "
-                    "pass the model= that it is of"
-                )
-            _copy_part(tensor, found)
-        self.optimizer.load_tensors(tensors)
 
+def read_hf_weights(folder: Path, model: ModelConfig) -> dict[str, Tensor]:
+    """Read a Hugging Face folder's weights by our names, for a model whose vocabulary may be larger than its own.
 
-def _copy_part(tensor: Tensor, whole: Tensor) -> None:
-    """Fill a tensor, or the part of it that this rank holds, from a whole one."""
-    if not isinstance(tensor, DTensor):
-        tensor.copy_(whole)
-        return
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    part = tuple(slice(begin, begin + length) for begin, length in zip(offset, shape, strict=True))
-    tensor.to_local().copy_(whole[part])
-
-
-def resume_or_start(
-    kept: Restorable,
-    checkpoints: Checkpoints,
-    config: CheckpointConfig,
-    *,
-    run_config: dict[str, Any],
-    fingerprints: list[str],
-    read_hf: Callable[[Path], dict[str, Tensor]],
-) -> None:
-    """Bring a run to where it starts, and say where that is.
-
-    A checkpoint of this run comes first, then `init_from`, then freshly drawn weights. A run that was
-    begun with another configuration or other data is refused.
+    Raises `ModelError` if the folder's model would compute something else with them.
     """
-    run_dir = checkpoints.folder.parent
-    checkpoint = checkpoints.newest()
-    if checkpoint is None:
-        if config.resume is Resume.must:
-            raise CheckpointError(
-                f"checkpoint.resume (must): there is no checkpoint in {run_dir}; "
-                "pass checkpoint.resume=auto to begin here"
-            )
-        if run_config["init_from"] is not None:
-            _initialise(kept, run_config, read_hf, checkpoints.ranks)
-        return
-    if config.resume is Resume.never:
-        raise CheckpointError(
-            f"checkpoint.resume (never): {run_dir} holds {checkpoint.path.name} already; "
-            "pass another name= to start anew"
-        )
-    refuse_changes(checkpoint.state["config"], run_config, config.accept_changes, run_dir)
-    changed = _check_data(checkpoint.state["data"]["parts"], fingerprints, config, run_dir)
-    kept.restore(checkpoint)
-    if changed:
-        kept.progress.first_sample = kept.progress.samples
-        logger.info("the data changed: a new epoch over all of it begins at step %d", kept.progress.step)
-    logger.info("resumed from %s", checkpoint.path)
-
-
-def _check_data(before: list[str], now: list[str], config: CheckpointConfig, run_dir: Path) -> bool:
-    """Say whether a run goes on with other data than it was begun with; raises unless that was asked for."""
-    if before == now:
-        return False
-    added = len(set(now) - set(before))
-    if set(before) <= set(now) and "data.added" not in config.accept_changes:
-        raise CheckpointError(
-            f"{added} files of tokens were added to the data since {run_dir} was begun; pass checkpoint.accept_changes="
-            "[data.added] to begin an epoch over all of it here, or another name= for a new run"
-        )
-    if not set(before) <= set(now) and "data.fingerprint" not in config.accept_changes:
-        raise CheckpointError(
-            f"the data or the tokenizer changed since {run_dir} was begun; pass another name= for a new run, or "
-            "checkpoint.accept_changes=[data.fingerprint] to go on with the new data"
-        )
-    return True
-
-
-def _initialise(
-    kept: Restorable, run_config: dict[str, Any], read_hf: Callable[[Path], dict[str, Tensor]], ranks: Ranks
-) -> None:
-    """Take what `init_content` names from `init_from`: weights, moments, the schedule's place, the data's place."""
-    path, content = Path(run_config["init_from"]), set(run_config["init_content"])
-    if "all" in content:
-        content = {"model", "optimizer", "scheduler", "sampler"}
-    refuse_no_origin(path)
-    if (path / "config.json").exists():
-        if content != {"model"}:
-            raise CheckpointError(
-                f"init_content ({', '.join(sorted(content))}): {path} is a Hugging Face folder and holds a model only"
-            )
-        kept.take_weights(read_hf(path), path)
-        logger.info("weights from %s", path)
-        return
-    other = open_checkpoint(path, ranks)
-    refuse_other_model(other.state["config"], run_config, other.path)
-    if content != {"model"} and not any(name.startswith("optimizer.") for name in other.tensors):
-        raise CheckpointError(
-            f"init_content ({', '.join(sorted(content))}): {other.path} was brought in and holds a model only"
-        )
-    before = other.state["progress"]
-    for word in ("model", "optimizer"):
-        if word in content:
-            kept.take(other, f"{word}.")
-    if "scheduler" in content:
-        kept.progress.updates = before["updates"]
-        if other.state["config"]["precision"]["compute"] == run_config["precision"]["compute"]:
-            kept.scaler.load_state_dict(other.state["scaler"])  # of another precision it would be no scale
-    if "sampler" in content:
-        for key in ("step", "samples", "first_sample", "tokens"):
-            setattr(kept.progress, key, before[key])
-    logger.info("%s from %s", ", ".join(sorted(content)), other.path)
+    found, _ = read_config(folder)
+    wrong = {key: getattr(found, key) for key in shape_keys() if getattr(found, key) != getattr(model, key)}
+    if found.vocab_size < model.vocab_size:
+        wrong.pop("vocab_size")
+    if wrong:
+        values = " ".join(f"model.{key}={value}" for key, value in wrong.items())
+        raise ModelError(f"init_from ({folder}) is of another model than {model.name}; give {values}")
+    return pad_vocabulary(read_weights(folder), model.vocab_size)

@@ -6,10 +6,10 @@ from training.config import OptimizerConfig, SchedulerConfig, ScheduleType
 
 
 def learning_rate(update: int, *, steps: int, lr: float, config: SchedulerConfig) -> float:
-    """Give the rate of update `update` (the first is 0) of a run of `steps`.
+    """Return the rate of update `update` (the first is 0) of a run of `steps`.
 
-    Zero for `init_steps`, then a linear warm-up that reaches `lr` at its last update, then the
-    shape; held at `lr * min_lr_ratio` past the end (InternLM v0.2.1 `FineTuneCosineAnnealingWarmupLR`).
+    Zero for `init_steps`, then a linear warm-up that reaches `lr` at its last update, then the schedule's shape; held
+    at `lr * min_lr_ratio` past the end (InternLM v0.2.1 `FineTuneCosineAnnealingWarmupLR`).
     """
     warmup_steps = int(steps * config.warmup_ratio)
     start = config.init_steps + warmup_steps
@@ -32,7 +32,7 @@ def learning_rate(update: int, *, steps: int, lr: float, config: SchedulerConfig
 
 
 def second_beta(update: int, config: OptimizerConfig) -> float:
-    """Give beta2 of update `update` (the first is 0): `max(beta2, 1 - update**-c)`, constant for c = 0.
+    """Return beta2 of update `update` (the first is 0): `max(beta2, 1 - update**-c)`, constant for c = 0.
 
     A longer memory late in training (Shazeer & Stern 2018, arXiv:1804.04235, sec. 6; InternLM's `Beta2Scheduler`).
     """

@@ -1,57 +1,56 @@
-"""How far a run has come: the integers that a checkpoint keeps and a resumed run starts from."""
+"""How far a run has come: the one owner of its counters, on the host and on the device."""
 
-import logging
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
-from training.config import TrainingError
+import torch
 
-logger = logging.getLogger(__name__)
+from parallel.counters import StepCounters
 
 
 @dataclass(slots=True)
 class TrainState:
+    """What a checkpoint keeps of a run beside its tensors."""
+
     step: int = 0  # batches taken from the data, trained on or not
-    updates: int = 0  # of the weights; the schedule follows these
     samples: int = 0  # packs taken from the data
     first_sample: int = 0  # where the data's order begins: not at 0 if files were added to it in the middle
     tokens: int = 0
-    nonfinite_steps: int = 0  # whose gradient was not finite
-    nonfinite_in_a_row: int = 0
-    skipped_steps: int = 0  # left out by skip_batches
+    skipped_steps: int = 0  # by skip_batches
     validated_step: int = 0
     valid_loss: float | None = None
+    # Counted on the device, and here as of the last `sync`
+    updates: int = 0  # of the weights; the schedule follows these
+    nonfinite_steps: int = 0  # whose gradient was not finite
+    nonfinite_in_a_row: int = 0
+    device: torch.device = field(default=torch.device("cpu"), metadata={"saved": False})
+    counters: StepCounters = field(init=False, metadata={"saved": False})
 
-    def take(self, *, samples: int, tokens: int) -> None:
+    def __post_init__(self) -> None:
+        self.counters = StepCounters(self.device, (self.updates, self.nonfinite_steps, self.nonfinite_in_a_row))
+
+    def take_batch(self, *, samples: int, tokens: int) -> None:
         """Count a batch taken from the data."""
         self.step += 1
         self.samples += samples
         self.tokens += tokens
 
-    def read(self, counts: tuple[int, int, int]) -> int:
-        """Take over the counts of the steps that were trained on; gives how many were bad since the last time."""
+    def sync(self) -> int:
+        """Wait for the device and read its counters; return the new steps without a finite gradient."""
         before = self.nonfinite_steps
-        self.updates, self.nonfinite_steps, self.nonfinite_in_a_row = counts
+        self.updates, self.nonfinite_steps, self.nonfinite_in_a_row = self.counters.read()
         return self.nonfinite_steps - before
 
     def state_dict(self) -> dict[str, int | float | None]:
-        """Give everything as JSON has it, which knows no loss of nan."""
+        """Return the counters as JSON, which has no nan."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("saved", True)}
         known = self.valid_loss is not None and math.isfinite(self.valid_loss)
-        return {**asdict(self), "valid_loss": self.valid_loss if known else None}
+        return {**values, "valid_loss": self.valid_loss if known else None}
 
-
-def check_bad_steps(progress: TrainState, limit: int, find_nonfinite_module: Callable[[], str]) -> None:
-    """Tell of steps whose gradient was not finite; raises `TrainingError` after `limit` in a row."""
-    logger.warning(
-        "step %d: the gradient is not finite; nothing was changed (%d such steps, %d in a row, the run ends at %d)",
-        progress.step,
-        progress.nonfinite_steps,
-        progress.nonfinite_in_a_row,
-        limit,
-    )
-    if progress.nonfinite_in_a_row >= limit:
-        raise TrainingError(
-            f"{progress.nonfinite_in_a_row} steps in a row had no finite gradient (optimizer.max_nonfinite_steps), "
-            f"first in {find_nonfinite_module()}; lower optimizer.lr, or skip the batches with skip_batches"
-        )
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Take over the counters that are given, on the device too; call it before an engine counts."""
+        for name, value in values.items():
+            setattr(self, name, value)
+        self.__post_init__()

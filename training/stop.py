@@ -1,9 +1,10 @@
-"""Being asked to stop: signals only set a flag, on which all ranks agree between steps."""
+"""Requests to stop: signals only set a flag, on which all ranks agree between steps."""
 
 import os
 import signal
-from collections.abc import Callable
 from types import FrameType
+
+from parallel.mesh import Mesh
 
 GIVEN_UP = 1000  # beyond every signal
 MESSAGE = b"\nstopping after this step and saving; once more to stop at once\n"
@@ -14,15 +15,15 @@ class StopRequest:
 
     SIGTERM is what Slurm sends before it takes a node away, SIGUSR2 what comes before the time limit.
     A second SIGINT raises KeyboardInterrupt. Processes forked inside the context ignore all three.
-    `maximum` gives the largest of all ranks' values; a rank alone needs none.
+    The ranks of a mesh agree on it; without one, this process is alone.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
-    def __init__(self, maximum: Callable[[int], int] | None = None) -> None:
+    def __init__(self, mesh: Mesh | None = None) -> None:
         self.signum: int | None = None
         self.agreed: int | None = None
-        self.maximum = maximum
+        self.mesh = mesh if mesh is not None and mesh.world_size > 1 else None
         self.pid = os.getpid()
 
     def __enter__(self) -> "StopRequest":
@@ -34,7 +35,13 @@ class StopRequest:
             signal.signal(signum, handler)
 
     def __bool__(self) -> bool:
-        return (self.signum if self.maximum is None else self.agreed) is not None
+        return (self.signum if self.mesh is None else self.agreed) is not None
+
+    def agree(self) -> None:
+        """Let all ranks know of a request to any of them; all must call this at the same step."""
+        if self.mesh is not None:
+            self.agreed = self.mesh.all_reduce_max(self.signum or 0) or None
+            self.signum = self.agreed or self.signum
 
     def give_up(self) -> None:
         """Ask for the end of a run that is not worth its steps."""
@@ -44,20 +51,14 @@ class StopRequest:
     def given_up(self) -> bool:
         return bool(self) and self.signum == GIVEN_UP
 
-    def agree(self) -> None:
-        """Have all ranks know of a signal to any of them; all must call this at the same step."""
-        if self.maximum is not None:
-            self.agreed = self.maximum(self.signum or 0) or None
-            self.signum = self.agreed or self.signum
-
     @property
     def for_a_requeue(self) -> bool:
-        """Whether the signal is one that Slurm sends to a job which is to go on later."""
+        """Whether Slurm sent the signal to a job that is to go on later."""
         return bool(self) and self.signum in (signal.SIGTERM, signal.SIGUSR2)
 
     @property
     def exit_code(self) -> int:
-        """The code a shell expects of a process that a signal ended."""
+        """The code that a shell expects of a process ended by a signal."""
         return 128 + (self.signum or 0)
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:

@@ -26,7 +26,7 @@ from parallel.mesh import Mesh, leave, open_mesh
 from parallel.parallelize import parallelize, write_shard
 from tests.parallel.packed import micro_batch
 from training.config import LossConfig, OptimizerConfig, PrecisionConfig, Reduction
-from training.optim.optimizer import AdamW
+from training.optim.optimizer import build_optimizer
 
 MODELS = {
     "plain": ModelConfig(
@@ -111,7 +111,7 @@ def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
             block.mlp.__class__ = RegularizedMLP
     stages = parallelize(model, mesh, config, case.dtype, fp8=case.fp8)
     model.init_weights(3, write_shard)
-    adamw = AdamW(model, optimizer, tied_params=model.tied_params)
+    adamw = build_optimizer(model, optimizer, tied_params=model.tied_params)
     adamw.set_schedule([(3e-3, 0.95)] * (N_STEPS + 1))
     return Engine(
         model,

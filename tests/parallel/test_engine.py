@@ -18,7 +18,7 @@ from parallel.mesh import Mesh
 from parallel.parallelize import compile_blocks, parallelize, recomputed_blocks
 from tests.parallel.packed import micro_batch
 from training.config import Dtype, LossConfig, OptimizerConfig, PrecisionConfig, Reduction
-from training.optim.optimizer import AdamW
+from training.optim.optimizer import build_optimizer
 
 CONFIG = ModelConfig(
     name="test", vocab_size=64, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=64,
@@ -48,7 +48,7 @@ def build(
     dtype = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}[compute]
     parallelize(model, mesh, parallel or ParallelConfig(), dtype, fp8=fp8, grad_dtype=grad_dtype)
     model.init_weights(seed=3)
-    adamw = AdamW(model, optimizer)
+    adamw = build_optimizer(model, optimizer)
     adamw.set_schedule([(optimizer.lr, 0.95)] * 100)
     return Engine(
         model,

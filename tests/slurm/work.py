@@ -68,7 +68,7 @@ def _train(
     from train import work
     from training.state import TrainState
 
-    attempt, take = int(os.environ.get(RESTARTS, "0")), TrainState.take
+    attempt, take = int(os.environ.get(RESTARTS, "0")), TrainState.take_batch
 
     def disturbed(self: TrainState, **counts: int) -> None:
         if crash(attempt, self.step):
@@ -77,7 +77,7 @@ def _train(
             time.sleep(4)
         take(self, **counts)
 
-    TrainState.take = disturbed
+    TrainState.take_batch = disturbed
     with (run_dir / "attempts").open("a") as file:
         file.write(f"{attempt}\n")
     return work(config, run_config, run_dir)

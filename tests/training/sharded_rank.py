@@ -20,8 +20,8 @@ from parallel.loss_scaler import LossScaler
 from training import checkpoint as module
 from training.checkpoint import Checkpoints
 from training.config import CheckpointError, OptimizerConfig, PrecisionConfig
-from training.optim.optimizer import AdamW
-from training.resume import Restorable
+from training.optim.optimizer import build_optimizer
+from training.resume import RunCheckpoints
 from training.state import TrainState
 
 WHOLE = {
@@ -40,7 +40,7 @@ PLACES = {
 
 
 def place(whole: Tensor, mesh: DeviceMesh, placements: tuple) -> DTensor:
-    """Give a rank's part of a tensor, without a word to the others."""
+    """Return a rank's part of a tensor, without a word to the others."""
     placements = tuple(Shard(whole.ndim - 1) if p == Shard(-1) else p for p in placements)
     shape, offset = compute_local_shape_and_global_offset(whole.shape, mesh, placements)
     part = tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
@@ -49,7 +49,7 @@ def place(whole: Tensor, mesh: DeviceMesh, placements: tuple) -> DTensor:
 
 
 def laid_out(name: str, fill: float | None = None) -> dict[str, Tensor]:
-    """Give this rank's tensors in a layout; `stages` is a pipeline of two, each with half of the names."""
+    """Return this rank's tensors in a layout; `stages` is a pipeline of two, each with half of the names."""
     source = {n: t if fill is None else torch.full_like(t, fill) for n, t in WHOLE.items()}
     if name == "plain":
         return {n: t.clone() for n, t in source.items()}
@@ -84,27 +84,51 @@ def pairs(folder: Path, rank: int) -> None:
 
 
 def rng(folder: Path, rank: int) -> None:
-    """Save a random state a rank and take it back, here and with another number of ranks."""
-    kept = Restorable(_optimizer(), LossScaler(PrecisionConfig()), TrainState(), rank)
+    """Save a random state per rank and take it back, here and with another number of ranks."""
     checkpoints = Checkpoints(folder / "rng", keep=1, group=dist.group.WORLD)
+    torch.manual_seed(5)
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), OptimizerConfig())
+    state, scaler = TrainState(step=1), LossScaler(PrecisionConfig())
+    run = RunCheckpoints(checkpoints, state, optimizer, scaler, run_config={}, data={"parts": []})
     torch.manual_seed(rank)
-    checkpoints.save(1, kept.tensors(), kept.state())
+    run.save()
     expected = torch.rand(3)
     newest = checkpoints.newest()
     assert newest is not None
     torch.manual_seed(99)
-    kept.restore(newest)
+    run.restore(newest)
     assert torch.equal(torch.rand(3), expected)
-    late = Restorable(_optimizer(), LossScaler(PrecisionConfig()), TrainState(), rank + 10)
-    late.restore(newest)
+    run.rng_name = f"rng.cpu.{rank + 10}"
+    run.restore(newest)
     first = torch.rand(3)
     torch.manual_seed(0)
     assert torch.equal(first, torch.rand(3)), "a rank that was not there takes the first one's"
 
 
-def _optimizer() -> AdamW:
-    torch.manual_seed(5)
-    return AdamW(torch.nn.Linear(2, 2), OptimizerConfig())
+def rule(folder: Path, rank: int) -> None:
+    """Make three updates by a rule from outside on shards, and compare them with those of whole parameters."""
+    config = OptimizerConfig(name="tests.training.test_seams:Momentum", options={"momentum": 0.8})
+    mesh = init_device_mesh("cpu", (4,))
+    models = [torch.nn.Linear(6, 5).bfloat16(), torch.nn.Linear(6, 5).bfloat16()]
+    for name in ("weight", "bias"):
+        for model in models:
+            setattr(model, name, torch.nn.Parameter(torch.full_like(getattr(model, name), 0.7)))
+        setattr(models[0], name, torch.nn.Parameter(place(getattr(models[0], name).detach(), mesh, (Shard(0),))))
+    optimizers = [build_optimizer(model, config) for model in models]
+    for step in range(3):
+        torch.manual_seed(step)
+        grads = {name: torch.randn_like(param) for name, param in models[1].named_parameters()}
+        for name, grad in grads.items():
+            getattr(models[0], name).grad = place(grad, mesh, (Shard(0),))
+            getattr(models[1], name).grad = grad
+        for optimizer in optimizers:
+            if not step:
+                optimizer.set_schedule([(1e-3, 0.95)] * 3)
+            optimizer.step(grad_scale=torch.tensor(2.0), finite=torch.tensor(True))
+    sharded, whole = (optimizer.state_tensors() for optimizer in optimizers)
+    assert sharded.keys() == whole.keys()
+    for name, tensor in sharded.items():
+        assert torch.equal(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor, whole[name]), name
 
 
 def faults(folder: Path, rank: int) -> None:
@@ -112,11 +136,11 @@ def faults(folder: Path, rank: int) -> None:
     checkpoints = Checkpoints(folder / "faults", keep=0, group=dist.group.WORLD)
     for step in (1, 2, 3):
         checkpoints.save(step, laid_out("flat"), {"step_saved": step})
-    told = refusal(lambda: checkpoints.newest().load_into({**laid_out("flat"), "model.d": torch.zeros(1)}))  # type: ignore[union-attr]
-    assert "missing model.d, not used none" in told, told
+    message = refusal(lambda: checkpoints.newest().load_into({**laid_out("flat"), "model.d": torch.zeros(1)}))  # type: ignore[union-attr]
+    assert "missing model.d, unused none" in message, message
     wrong = {**laid_out("flat"), "model.b": torch.zeros(6)}
-    told = refusal(lambda: checkpoints.newest().load_into(wrong))  # type: ignore[union-attr]
-    assert "model.b is (5,) torch.float32, and this run's is (6,)" in told, told
+    message = refusal(lambda: checkpoints.newest().load_into(wrong))  # type: ignore[union-attr]
+    assert "model.b ((5,) torch.float32, now (6,)" in message, message
     shard = checkpoints.folder / "step-00000003" / "__1_0.distcp"
     if rank == 0:
         raw = bytearray(shard.read_bytes())
@@ -133,8 +157,10 @@ def faults(folder: Path, rank: int) -> None:
     big: dict[str, Tensor] = {"model.a": place(torch.zeros(1 << 20), init_device_mesh("cpu", (4,)), (Shard(0),))}
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, limits[1]))
-    told = refusal(lambda: checkpoints.save(4, big, {}))
-    assert "step 4 was not written" in told and "rank 1" in told and "earlier checkpoints are untouched" in told, told
+    message = refusal(lambda: checkpoints.save(4, big, {}))
+    assert (
+        "step 4 was not saved" in message and "rank 1" in message and "earlier checkpoints are untouched" in message
+    ), message
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     dist.barrier()
     assert [p.name for p in checkpoints.folder.glob("*4*")] == [] and not list(checkpoints.folder.glob(".tmp*"))
@@ -143,9 +169,9 @@ def faults(folder: Path, rank: int) -> None:
     # What rank 0 alone cannot do
     real = module.os.rename
     module.os.rename = lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error"))
-    told = refusal(lambda: checkpoints.save(5, big, {}))
+    message = refusal(lambda: checkpoints.save(5, big, {}))
     module.os.rename = real
-    assert "Input/output error" in told, told
+    assert "Input/output error" in message, message
 
 
 def refusal(step: Callable[[], object]) -> str:
@@ -162,11 +188,11 @@ def killed(folder: Path, rank: int) -> None:
     checkpoints.save(1, laid_out("flat"), {})
     if rank == 1:
         module._describe = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
-    told = refusal(lambda: checkpoints.save(2, laid_out("flat"), {}))
-    assert "step 2 was not written" in told, told
+    message = refusal(lambda: checkpoints.save(2, laid_out("flat"), {}))
+    assert "step 2 was not saved" in message, message
 
 
-SCENARIOS = {"pairs": pairs, "rng": rng, "faults": faults, "killed": killed}
+SCENARIOS = {"pairs": pairs, "rng": rng, "rule": rule, "faults": faults, "killed": killed}
 
 
 def main() -> None:

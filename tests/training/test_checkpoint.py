@@ -35,7 +35,7 @@ def run(tmp_path: Path) -> Checkpoints:
     return checkpoints
 
 
-def test_what_is_saved_comes_back_bit_for_bit(run: Checkpoints) -> None:
+def test_round_trip_is_exact(run: Checkpoints) -> None:
     newest = run.newest()
     assert newest is not None and (newest.step, newest.state["progress"]) == (30, {"step": 30})
     target = {name: torch.zeros_like(tensor) for name, tensor in tensors().items()}
@@ -45,7 +45,7 @@ def test_what_is_saved_comes_back_bit_for_bit(run: Checkpoints) -> None:
     assert list(newest.read("model.")) == ["a", "b"]
 
 
-def test_the_last_k_are_kept(tmp_path: Path) -> None:
+def test_the_newest_k_are_kept(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in range(5):
         checkpoints.save(step, tensors(), {})
@@ -69,7 +69,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", list(DAMAGES))
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
     run: Checkpoints, file: str, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     DAMAGES[damage](run.folder / "step-00000030" / file)
@@ -81,17 +81,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     assert (run.folder / "step-00000030.corrupt").is_dir()
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(run: Checkpoints) -> None:
+def test_a_run_with_only_damaged_checkpoints_is_not_started_over(run: Checkpoints) -> None:
     for path in run.folder.iterdir():
         flip(path / "__0_0.distcp")
-    with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged; name another run"):
+    with pytest.raises(CheckpointError, match="step-00000030/__0_0.distcp is damaged"):
         open_checkpoint(run.folder.parent)
     for _ in range(2):  # a requeued job asks again
-        with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged .*pass another name="):
+        with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged"):
             run.newest()
 
 
-def test_the_newest_is_the_highest_step_whatever_the_clock_says(run: Checkpoints) -> None:
+def test_the_newest_is_the_highest_step(run: Checkpoints) -> None:
     os.utime(run.folder / "step-00000010", (4e9, 4e9))
     newest = run.newest()
     assert newest is not None and newest.step == 30
@@ -102,11 +102,11 @@ def test_other_names_shapes_or_dtypes_are_refused(run: Checkpoints) -> None:
     assert newest is not None
     changed = tensors()
     changed["model.c"] = changed.pop("model.b")
-    with pytest.raises(CheckpointError, match=r"missing model.c, not used model.b"):
+    with pytest.raises(CheckpointError, match=r"missing model.c, unused model.b"):
         newest.load_into(changed)
-    with pytest.raises(CheckpointError, match=r"model.a is \(3, 4\) torch.float32, and this run's is \(4, 3\)"):
+    with pytest.raises(CheckpointError, match=r"model.a \(\(3, 4\) torch.float32, now \(4, 3\)"):
         newest.load_into({**tensors(), "model.a": torch.zeros(4, 3)})
-    with pytest.raises(CheckpointError, match=r"torch.bfloat16, and this run's is \(5,\) torch.float32"):
+    with pytest.raises(CheckpointError, match=r"torch.bfloat16, now \(5,\) torch.float32"):
         newest.load_into({**tensors(), "model.b": torch.zeros(5)})
 
 
@@ -132,24 +132,22 @@ def borrowed() -> bytes:
 
 
 FORGED = {
-    "a call": (lambda: pickle.dumps(Mkdir()), r"asks for posix.mkdir, which no checkpoint needs"),
-    "a method": (lambda: pickle.dumps(Attribute()), r"asks for mkdir of .*, which no checkpoint needs"),
-    "a module's import": (borrowed, r"asks for torch.distributed.checkpoint.metadata.os.mkdir, which no checkpoint"),
+    "a call": (lambda: pickle.dumps(Mkdir()), r"asks for posix.mkdir"),
+    "a method": (lambda: pickle.dumps(Attribute()), r"asks for mkdir of"),
+    "a module's import": (borrowed, r"asks for torch.distributed.checkpoint.metadata.os.mkdir"),
 }
 
 
 @pytest.mark.parametrize("forgery", list(FORGED))
-def test_a_pickle_that_would_run_code_does_not(
-    run: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgery: str
-) -> None:
+def test_metadata_runs_no_code(run: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgery: str) -> None:
     monkeypatch.setenv("PAYLOAD", str(tmp_path / "ran"))
-    forged, told = FORGED[forgery]
+    forged, message = FORGED[forgery]
     step = run.folder / "step-00000030"
     (step / ".metadata").write_bytes(forged())
     manifest = json.loads((step / "manifest.json").read_text())
     del manifest["files"][".metadata"]  # as someone would who forges a checkpoint
     (step / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         open_checkpoint(step)
     assert not (tmp_path / "ran").exists()
 
@@ -184,34 +182,30 @@ def test_a_kill_at_any_moment_leaves_a_good_checkpoint(run: Checkpoints, phase: 
     assert not list(run.folder.glob(".*")), "leftovers are swept"
 
 
-def test_a_full_disk_is_a_sentence_and_costs_nothing(run: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_costs_nothing(run: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("training.checkpoint._fsync", full)
-    with pytest.raises(
-        CheckpointError, match=r"step 40 was not written .* No space left on device; it needs about 78 bytes"
-    ):
+    with pytest.raises(CheckpointError, match=r"No space left on device \(about 78 bytes"):
         run.save(40, tensors(), {})
     assert sorted(p.name for p in run.folder.iterdir()) == [f"step-000000{n}" for n in (10, 20, 30)]
     monkeypatch.undo()
     assert run.save(40, tensors(), {}).name == "step-00000040"
 
 
-def test_a_file_size_limit_inside_the_writer_is_an_error_too(tmp_path: Path) -> None:
+def test_a_file_size_limit_in_the_writer_is_an_error(tmp_path: Path) -> None:
     code = (
         "import resource, signal, torch; from pathlib import Path; from training.checkpoint import Checkpoints\n"
         f"signal.signal(signal.SIGXFSZ, signal.SIG_IGN); c = Checkpoints(Path('{tmp_path}'), keep=1)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)); c.save(1, {'model.a': torch.zeros(1 << 20)}, {})"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "was not written to" in done.stderr
+    assert done.returncode == 1 and "was not saved to" in done.stderr
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
-def test_a_second_interrupt_while_it_is_written_is_no_failed_checkpoint(
-    run: Checkpoints, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_while_saving_is_no_failed_checkpoint(run: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     def write_data(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -220,13 +214,13 @@ def test_a_second_interrupt_while_it_is_written_is_no_failed_checkpoint(
         run.save(40, tensors(), {})
 
 
-def test_state_that_is_no_number_is_refused(run: Checkpoints) -> None:
+def test_state_must_be_finite(run: Checkpoints) -> None:
     with pytest.raises(ValueError, match="Out of range float"):
         run.save(40, tensors(), {"loss": float("nan")})
     assert not (run.folder / "step-00000040").exists()
 
 
-def test_no_checkpoint_is_told(tmp_path: Path) -> None:
+def test_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no checkpoint in"):
         open_checkpoint(tmp_path)
     assert Checkpoints(tmp_path, keep=1).newest() is None

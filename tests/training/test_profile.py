@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import trained
-from training.profile import ORDER, kind_of, profile_steps, spent
+from training.profile import ORDER, kind_of, profile_steps, time_by_kind
 
 
 def test_overlapping_time_is_counted_once_and_adds_up() -> None:
@@ -19,7 +19,7 @@ def test_overlapping_time_is_counted_once_and_adds_up() -> None:
         (2.0, 5.0, "elementwise"),
         (7.0, 20.0, "optimizer"),  # goes on past the end
     ]
-    parts = spent(intervals, 0.0, 10.0)
+    parts = time_by_kind(intervals, 0.0, 10.0)
     assert parts == {
         **dict.fromkeys(ORDER, 0.0),
         "communication": 1,
@@ -43,11 +43,11 @@ def test_overlapping_time_is_counted_once_and_adds_up() -> None:
         ("_statistics_kernel", "loss"),
     ],
 )
-def test_kernels_are_told_by_their_names(name: str, kind: str) -> None:
+def test_kernels_are_sorted_by_name(name: str, kind: str) -> None:
     assert kind_of(name) == kind
 
 
-def test_products_are_most_of_a_step_of_products_and_the_rest_is_not(tmp_path: Path) -> None:
+def test_a_step_of_products_is_mostly_gemm(tmp_path: Path) -> None:
     a = torch.randn(400, 400)
     text = profile_steps(lambda: [a @ a for _ in range(20)], torch.device("cpu"), tmp_path)
     shares = {row.split()[0]: float(row.split()[-1].rstrip("%")) for row in text.splitlines()[1:-2]}

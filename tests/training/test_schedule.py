@@ -13,24 +13,16 @@ def rate(update: int, steps: int = 50000, lr: float = 1e-4, **config: object) ->
     return learning_rate(update, steps=steps, lr=lr, config=SchedulerConfig(**config))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("update", "expected"),
-    [
-        (0, 2e-7),
-        (1, 4e-7),
-        (249, 5e-5),
-        (499, 1e-4),
-        (500, 1e-4),
-        (501, 9.999999990937e-5),
-        (25250, 5.5e-5),
-        (50000, 1e-5),
-    ],
-)
-def test_the_cosine_has_internlms_values(update: int, expected: float) -> None:
-    assert rate(update) == pytest.approx(expected, rel=1e-12)
+INTERNLM = {
+    0: 2e-7, 1: 4e-7, 249: 5e-5, 499: 1e-4, 500: 1e-4, 501: 9.999999990937e-5, 25250: 5.5e-5, 50000: 1e-5, 60000: 1e-5,
+}  # fmt: skip
 
 
-def test_the_cosine_equals_torchs_after_the_warm_up() -> None:
+def test_cosine_has_internlms_values() -> None:
+    assert {update: rate(update) for update in INTERNLM} == pytest.approx(INTERNLM, rel=1e-12)
+
+
+def test_cosine_equals_torch_after_the_warm_up() -> None:
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=1e-4)
     reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=90, eta_min=1e-5)
@@ -40,21 +32,17 @@ def test_the_cosine_equals_torchs_after_the_warm_up() -> None:
         reference.step()
 
 
-def test_the_rate_stays_at_its_lowest_past_the_end() -> None:
-    assert rate(60000) == pytest.approx(1e-5)
-
-
-def test_no_warm_up_starts_at_the_peak_after_the_initial_steps() -> None:
+def test_initial_steps_without_warm_up() -> None:
     assert [rate(u, steps=100, warmup_ratio=0.0, init_steps=3) for u in range(4)] == [0, 0, 0, 1e-4]
 
 
-def test_the_warm_up_comes_after_the_initial_steps() -> None:
+def test_warm_up_follows_the_initial_steps() -> None:
     rates = [rate(u, steps=100, warmup_ratio=0.04, init_steps=2) for u in range(7)]
     assert rates[:6] == pytest.approx([0, 0, 2.5e-5, 5e-5, 7.5e-5, 1e-4])
     assert rates[6] == pytest.approx(1e-4)
 
 
-def test_wsd_is_flat_and_then_falls_in_a_straight_line() -> None:
+def test_wsd_is_flat_then_linear() -> None:
     rates = [rate(u, steps=100, type=ScheduleType.wsd, warmup_ratio=0.1, decay_ratio=0.2) for u in range(101)]
     assert rates[10:81] == pytest.approx([1e-4] * 71)
     assert rates[90] == pytest.approx((1e-4 + 1e-5) / 2)
@@ -65,7 +53,7 @@ def test_constant_holds_after_the_warm_up() -> None:
     assert {rate(u, steps=100, type=ScheduleType.constant) for u in (1, 50, 100, 1000)} == {1e-4}
 
 
-def test_a_sweep_over_the_rate_scales_the_whole_schedule() -> None:
+def test_schedule_scales_with_the_rate() -> None:
     for update in (0, 30, 60, 99):
         assert rate(update, steps=100, lr=3e-4) == pytest.approx(3 * rate(update, steps=100, lr=1e-4))
 

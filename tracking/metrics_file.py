@@ -1,0 +1,1 @@
+from tracking.run_folder import truncate_metrics as truncate_metrics

@@ -1,0 +1,161 @@
+"""The training loop: take a batch, make a step, then whatever is due."""
+
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import takewhile
+
+from conf.schema import TrainConfig, parse_ranges
+from data.batches import Batch
+from data.dataset import Corpus
+from data.loader import valid_batches
+from parallel.engine import Engine, StepResult
+from tracking.early_stop import is_hopeless
+from tracking.run_folder import StopFile
+from training.config import TrainingError
+from training.report import StepReport
+from training.resume import RunCheckpoints
+from training.state import TrainState
+from training.stop import StopRequest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Run:
+    """A run under way, as periodic actions see it; an action runs on every rank."""
+
+    config: TrainConfig
+    engine: Engine
+    corpus: Corpus
+    state: TrainState
+    checkpoints: RunCheckpoints
+    report: StepReport
+    stop: StopRequest
+    finished: bool = False  # set by an action that ends the run after this step, on every rank alike
+    # of the step just made; no result if it was left out by skip_batches
+    batches: list[Batch] = field(default_factory=list)
+    result: StepResult | None = None
+    loss_scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Periodic:
+    """An action after every `every` steps (0: never), and with `at_end` after the last one too."""
+
+    every: int
+    action: Callable[[Run], object]
+    at_end: bool = False
+
+    def run_if_due(self, run: Run) -> None:
+        step = run.state.step
+        due = (self.every and step % self.every == 0) or (self.at_end and step == run.config.steps)
+        if step and due:
+            self.action(run)
+
+
+def loop(run: Run, batches: Iterator[list[Batch]], periodic: Sequence[Periodic] = ()) -> None:
+    """Train until the run is over or asked to stop, then save; `periodic` comes before validation."""
+    config, state, stop = run.config, run.state, run.stop
+    skipped = parse_ranges(config.skip_batches)
+    validation = Periodic(config.valid_every, validate, at_end=True)
+    actions = (
+        Periodic(config.logger.every, log_step, at_end=True),
+        Periodic(config.logger.every, lambda _: gc.collect(1)),
+        Periodic(config.early_stop.every, give_up_if_hopeless),
+        *periodic,
+        Periodic(1, lambda run: run.stop.agree()),
+        validation,
+        Periodic(1, partial(follow, StopFile(config.checkpoint.stop_file))),
+        Periodic(config.checkpoint.every, lambda run: run.checkpoints.save()),
+    )
+    with garbage_collection_paused():
+        validation.run_if_due(run)  # if a stop cut it short
+        while state.step < config.steps and not stop and not run.finished:
+            train_step(run, batches, skip=any(state.step + 1 in part for part in skipped))
+            for entry in actions:
+                entry.run_if_due(run)
+    run.checkpoints.save()
+    run.report.loggers.plot()
+
+
+def train_step(run: Run, batches: Iterator[list[Batch]], *, skip: bool) -> None:
+    """Take a batch and train on it, unless it is left out."""
+    config, state, throughput = run.config, run.state, run.report.throughput
+    throughput.begin()
+    run.batches, run.result = next(batches), None
+    samples = config.packs_of_step(state.step)
+    state.take_batch(samples=samples, tokens=samples * config.data.pack_tokens)
+    if skip:
+        state.skipped_steps += 1
+        logger.info("step %d/%d  left out by skip_batches", state.step, config.steps)
+        return
+    throughput.data_ready()
+    run.loss_scale = run.engine.scaler.scale
+    run.result = run.engine.train_step(run.batches)
+    throughput.end(run.result.n_tokens)
+
+
+def log_step(run: Run) -> None:
+    """Report the step just made; this waits for the device, which the host runs ahead of in between."""
+    if run.result is None:
+        return
+    nonfinite = run.state.sync()
+    run.report.throughput.device_done()
+    if nonfinite:
+        in_a_row, limit = run.state.nonfinite_in_a_row, run.config.optimizer.max_nonfinite_steps
+        text = "step %d changed nothing: its gradient is not finite (%d such steps, %d in a row, the limit is %d)"
+        logger.warning(text, run.state.step, run.state.nonfinite_steps, in_a_row, limit)
+        if in_a_row >= limit:
+            raise TrainingError(
+                f"{in_a_row} steps in a row had no finite gradient (optimizer.max_nonfinite_steps), first in "
+                f"{run.engine.find_nonfinite_module(run.batches)}; lower optimizer.lr, or use skip_batches"
+            )
+    epochs = run.corpus.train.epochs(run.state.samples)
+    run.report.step(run.state, run.result, epochs=epochs, loss_scale=run.loss_scale)
+
+
+def give_up_if_hopeless(run: Run) -> None:
+    if is_hopeless(run.config.early_stop, run.report.loggers.run_dir, run.state.step):
+        run.stop.give_up()
+
+
+def validate(run: Run) -> None:
+    """Score the validation split, unless that was done at this step; a stop cuts it short, to be done again."""
+    config, state, mesh = run.config, run.state, run.engine.mesh
+    if state.validated_step == state.step or not run.corpus.valid.n_packs or run.stop:
+        return
+    batches = valid_batches(
+        run.corpus, config.data, max_tokens=config.valid_tokens, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size
+    )
+    totals_S4 = run.engine.evaluate(takewhile(lambda _: not run.stop, batches))
+    if not run.stop:
+        run.report.validation(state, totals_S4)
+
+
+def follow(stop_file: StopFile, run: Run) -> None:
+    """Save or stop where the stop file asks for it."""
+    save_here, stop_here = stop_file.read(run.state.step)
+    if save_here:
+        run.checkpoints.save()
+    if stop_here:
+        run.finished = True
+        logger.info("stopped at step %d, as %s asks", run.state.step, stop_file.path)
+
+
+@contextmanager
+def garbage_collection_paused() -> Iterator[None]:
+    """Keep Python's collector out of the steps: it stops the host for longer than a small step takes."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()  # the model and the modules stay: they are not looked at again
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
