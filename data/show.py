@@ -77,9 +77,14 @@ def marked(tokenizer: Tokenizer | None, tokens: np.ndarray, is_target: np.ndarra
     else:
         # decoded as a whole: a character may lie in several tokens
         text = tokenizer.decode(ids)
-        places = [len(os.path.commonprefix([text, tokenizer.decode(ids[:limit])])) for limit in limits[:-1]]
+        places = [_common(text, tokenizer.decode(ids[:limit])) for limit in limits[:-1]]
         parts = [text[a:b] for a, b in pairwise([*places, len(text)])]
     return "".join(part if is_target[at] else f"⟦{part}⟧" for at, part in zip(limits, parts, strict=False))
+
+
+def _common(one: str, other: str) -> int:
+    """Return how many characters two texts begin with alike."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _last_step(run: Path) -> int:

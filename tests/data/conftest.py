@@ -49,7 +49,12 @@ def write_corpus(folder: Path, tokenizer: Tokenizer, texts: dict[str, list[str]]
             write_shard(folder / stem, ids, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.fingerprint)
             splits[split][source] = {"shards": [stem]}
     save_tokenizer(tokenizer, folder / "tokenizer")
-    about = {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "add_bos": False, "add_eos": True}
+    about = {
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "add_bos": False,
+        "add_eos": True,
+    }
     (folder / "corpus.json").write_text(json.dumps({"tokenizer": about, "splits": splits}))
     return folder
 
