@@ -63,8 +63,9 @@ class CachedBPE:
         size = 0
         for text in texts:
             if len(text) > LONGEST_TEXT:
-                found += self._encode(group)
-                found.append(np.concatenate([self._encode_part(part) for part in self._parts(text)]))
+                parts = [*self._parts(text)]
+                its = self.encode(parts) if len(parts) > 1 else [self.model.encode(text)]  # perhaps one long word
+                found += [*self._encode(group), np.concatenate(its, dtype=np.uint32, casting="unsafe")]
                 group, size = [], 0
                 continue
             group.append(text)
@@ -73,11 +74,6 @@ class CachedBPE:
                 found += self._encode(group)
                 group, size = [], 0
         return found + self._encode(group)
-
-    def _encode_part(self, text: str) -> np.ndarray:
-        if len(text) > LONGEST_TEXT:  # one word
-            return np.array(self.model.encode(text), dtype=np.uint32)
-        return self._encode([text])[0]
 
     def _parts(self, text: str) -> Iterator[str]:
         """Yield parts of at most `LONGEST_TEXT` characters, and longer ones where a word is longer."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -172,16 +173,9 @@ def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
     if tokenizer is not None:
         bytes_per_token = np.zeros(vocab_size, dtype=np.int32)
         bytes_per_token[: tokenizer.vocab_size] = tokenizer.token_bytes()
-    return Corpus(
-        sources=sources,
-        fingerprints=fingerprints,
-        tokenizer=tokenizer,
-        add_bos=add_bos,
-        add_eos=add_eos,
-        bytes_per_token=bytes_per_token,
-        train=_train_packs(config, train, sources, vocab_size),
-        valid=_packs(config, valid, sources, vocab_size, seed=None),
-    )
+    train_packs = _packs(config, train, sources, vocab_size, train=True)
+    valid_packs = _packs(config, valid, sources, vocab_size, train=False)
+    return Corpus(sources, fingerprints, tokenizer, add_bos, add_eos, bytes_per_token, train_packs, valid_packs)
 
 
 def _random_tokens(config: DataConfig, split: str) -> TokenFile:
@@ -189,43 +183,28 @@ def _random_tokens(config: DataConfig, split: str) -> TokenFile:
     return RandomTokens(vocab_size=config.vocab_size, n_tokens=n_tokens, document_len=config.seq_len, seed=seed)
 
 
-def _shards(folder: Path, sources: dict[str, dict], tokenizer: Tokenizer) -> Split:
-    found: Split = {}
-    for source, counts in sources.items():
-        shards = [Shard(folder / stem) for stem in counts["shards"]]
-        for shard in shards:
-            if shard.header is None or shard.header.tokenizer != tokenizer.fingerprint:
-                raise DataError(f"{shard.stem}.bin is not of {folder}'s tokenizer; prepare the corpus again")
-        found[source] = [*shards]
+def _shards(folder: Path, sources: dict[str, dict[str, Any]], tokenizer: Tokenizer) -> Split:
+    found: Split = {source: [Shard(folder / stem) for stem in its["shards"]] for source, its in sources.items()}
+    for shard in (shard for shards in found.values() for shard in shards):
+        if not isinstance(shard, Shard) or shard.header is None or shard.header.tokenizer != tokenizer.fingerprint:
+            raise DataError(f"{shard.stem}.bin is not of {folder}'s tokenizer; prepare the corpus again")
     return found
 
 
-def _train_packs(config: DataConfig, files: Split, sources: tuple[str, ...], vocab_size: int) -> PackedDataset:
-    weights = None
-    if config.mix:
-        files = {name: files[name] for name in files if config.mix.get(name, 0) > 0}
-        weights = [config.mix[name] for name in sorted(files)]
-    packs = _packs(config, files, sources, vocab_size, seed=config.seed, weights=weights)
-    empty = [name for name, packing in zip(sorted(files), packs.packings, strict=True) if not packing.n_packs]
-    if not packs.n_packs or (config.mix and empty):
+def _packs(
+    config: DataConfig, files: Split, sources: tuple[str, ...], vocab_size: int, *, train: bool
+) -> PackedDataset:
+    is_mixed = train and bool(config.mix)
+    names = [name for name in sorted(files) if not is_mixed or config.mix.get(name, 0) > 0]
+    # random tokens are not in a folder where a packing could keep a plan
+    kind = Concat if config.source is Source.random else find_packing(config.packing)
+    packings = [kind(files[name], config.pack_tokens, seed=config.seed if train else None) for name in names]
+    weights = [config.mix[name] for name in names] if is_mixed else None
+    empty = [name for name, packing in zip(names, packings, strict=True) if not packing.n_packs]
+    if train and (len(empty) == len(names) or (is_mixed and empty)):
         raise DataError(
             f"source {', '.join(empty)} does not fill one pack of {config.pack_tokens} tokens; "
             "lower data.seq_len or add text"
         )
-    return packs
-
-
-def _packs(
-    config: DataConfig,
-    files: Split,
-    sources: tuple[str, ...],
-    vocab_size: int,
-    *,
-    seed: int | None,
-    weights: list[float] | None = None,
-) -> PackedDataset:
-    # random tokens are not in a folder where a packing could keep a plan
-    packing = Concat if config.source is Source.random else find_packing(config.packing)
-    packings = [packing(files[name], config.pack_tokens, seed=seed) for name in sorted(files)]
-    numbers = [sources.index(name) for name in sorted(files)]
+    numbers = [sources.index(name) for name in names]
     return PackedDataset(packings, numbers, config, vocab_size=vocab_size, weights=weights)

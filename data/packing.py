@@ -51,6 +51,11 @@ class Packing(ABC):
 
     def __init__(self, files: list[TokenFile], pack_len: int, *, seed: int | None) -> None:
         self.files, self.pack_len, self.seed = files, pack_len, seed
+        self.lay_out()
+
+    @abstractmethod
+    def lay_out(self) -> None:
+        """Set `n_packs`, and whatever `pieces` needs."""
 
     @abstractmethod
     def pieces(self, packs: np.ndarray) -> Pieces:
@@ -76,10 +81,9 @@ class Concat(Packing):
     Nothing is kept in memory per document, so a corpus of any size is open at once.
     """
 
-    def __init__(self, files: list[TokenFile], pack_len: int, *, seed: int | None) -> None:
-        super().__init__(files, pack_len, seed=seed)
-        self.sizes = np.array([file.n_tokens for file in files], dtype=np.int64)
-        self.limits = np.cumsum([0, *(-(-file.n_tokens // pack_len) for file in files)])
+    def lay_out(self) -> None:
+        self.sizes = np.array([file.n_tokens for file in self.files], dtype=np.int64)
+        self.limits = np.append(0, np.cumsum(-(-self.sizes // self.pack_len)))
         self.n_packs = int(self.limits[-1])
 
     def pieces(self, packs: np.ndarray) -> Pieces:
@@ -120,15 +124,14 @@ class InternLM(Packing):
     16 bytes of memory per document. Unlike there, token 0 is a token like any other: it can be a target.
     """
 
-    def __init__(self, files: list[TokenFile], pack_len: int, *, seed: int | None) -> None:
-        super().__init__(files, pack_len, seed=seed)
-        offsets = [file.offsets() for file in files]
-        self.file = np.repeat(np.arange(len(files)), [len(o) - 1 for o in offsets])
+    def lay_out(self) -> None:
+        offsets = [file.offsets() for file in self.files]
+        self.file = np.repeat(np.arange(len(offsets)), [len(o) - 1 for o in offsets])
         self.start = np.concatenate([np.zeros(0, dtype=np.int64), *(o[:-1] for o in offsets)])
         self.length = np.concatenate([np.zeros(0, dtype=np.int64), *(np.diff(o) for o in offsets)])
         order = np.arange(len(self.start))
-        if seed is not None:
-            np.random.RandomState(seed).shuffle(order)
+        if self.seed is not None:
+            np.random.RandomState(self.seed).shuffle(order)
         self.set_order(order)
 
     def set_order(self, order: np.ndarray) -> None:
@@ -167,9 +170,8 @@ class BestFit(Packing):
     each file. The plan is made once and kept beside the tokens.
     """
 
-    def __init__(self, files: list[TokenFile], pack_len: int, *, seed: int | None) -> None:
-        super().__init__(files, pack_len, seed=seed)
-        self.plans = [Plan(file, pack_len) for file in files]
+    def lay_out(self) -> None:
+        self.plans = [Plan(file, self.pack_len) for file in self.files]
         self.limits = np.cumsum([0, *(plan.n_packs for plan in self.plans)])
         self.n_packs = int(self.limits[-1])
 
@@ -189,13 +191,10 @@ PACKINGS = {"concat": Concat, "best_fit": BestFit, "internlm": InternLM, "intern
 
 def find_packing(name: str) -> type[Packing]:
     """Return the packing that `data.packing` names."""
-    if name in PACKINGS:
-        return PACKINGS[name]
     try:
         return resolve_name(name) if ":" in name else PACKINGS[name]
-    except (KeyError, ImportError, AttributeError, ValueError) as error:
-        names = ", ".join(PACKINGS)
-        raise DataError(f"data.packing ({name}) was not found: {error}; use {names} or module:Class") from None
+    except (KeyError, ImportError, AttributeError, ValueError):
+        raise DataError(f"data.packing ({name}) was not found; use {', '.join(PACKINGS)} or module:Class") from None
 
 
 @dataclass(slots=True)

@@ -98,19 +98,9 @@ class ShardWriter:
         with open(f"{self.stem}.idx", "wb") as file:
             file.writelines(index)
             _sync(file)
-        header = Header(
-            format_version=FORMAT_VERSION,
-            dtype=self.dtype,
-            vocab_size=self.vocab_size,
-            tokenizer=self.tokenizer,
-            masked=self.masked,
-            documents=self.documents,
-            tokens=self.tokens,
-            text_bytes=self.text_bytes,
-            max_token=self.max_token,
-            bin_hash=self.hash.hexdigest(),
-            idx_hash=xxhash.xxh3_128_hexdigest(b"".join(index)),
-        )
+        counts = self.documents, self.tokens, self.text_bytes, self.max_token
+        hashes = self.hash.hexdigest(), xxhash.xxh3_128_hexdigest(b"".join(index))
+        header = Header(FORMAT_VERSION, self.dtype, self.vocab_size, self.tokenizer, self.masked, *counts, *hashes)
         with open(f"{self.stem}.json", "w", encoding="utf-8") as file:
             file.write(json.dumps(asdict(header), indent=2) + "\n")
             _sync(file)
@@ -244,18 +234,15 @@ class Shard(TokenFile):
         return self.hashed
 
     def read_into(self, out: np.ndarray, places: list[int], starts: list[int], counts: list[int]) -> None:
-        size = self.dtype.itemsize
-        if size == out.itemsize:
-            raw = memoryview(out).cast("B")  # type: ignore[arg-type]
-            for place, start, count in zip(places, starts, counts, strict=True):
-                self.bin.read_into(raw[place * size : (place + count) * size], start * size)
-            return
-        stored = np.empty(max(counts), dtype=self.dtype)
+        size, is_stored = self.dtype.itemsize, self.dtype.itemsize == out.itemsize
+        stored = out if is_stored else np.empty(max(counts), dtype=self.dtype)
         raw = memoryview(stored).cast("B")  # type: ignore[arg-type]
         for place, start, count in zip(places, starts, counts, strict=True):
-            self.bin.read_into(raw[: count * size], start * size)
-            # an id too large for 32 bits must not become one that is in the vocabulary
-            out[place : place + count] = stored[:count].clip(max=(1 << 31) - 1) if size > 4 else stored[:count]
+            at = place * size if is_stored else 0
+            self.bin.read_into(raw[at : at + count * size], start * size)
+            if not is_stored:
+                # an id too large for 32 bits must not become one that is in the vocabulary
+                out[place : place + count] = stored[:count].clip(max=(1 << 31) - 1) if size > 4 else stored[:count]
 
     def offsets(self) -> np.ndarray:
         with self.idx.path.open("rb") as file:

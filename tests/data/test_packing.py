@@ -219,10 +219,9 @@ def test_random_tokens_are_a_function_of_their_place() -> None:
 class Truncated(Packing):
     """The first tokens of every document, one document per pack."""
 
-    def __init__(self, files: list, pack_len: int, *, seed: int | None) -> None:
-        super().__init__(files, pack_len, seed=seed)
-        offsets = [file.offsets() for file in files]
-        self.file = np.repeat(np.arange(len(files)), [len(o) - 1 for o in offsets])
+    def lay_out(self) -> None:
+        offsets = [file.offsets() for file in self.files]
+        self.file = np.repeat(np.arange(len(offsets)), [len(o) - 1 for o in offsets])
         self.start, self.stop = (np.concatenate([o[part] for o in offsets]) for part in (slice(-1), slice(1, None)))
         self.n_packs = len(self.file)
 
