@@ -84,7 +84,6 @@ def train_batches(
         batch_size=None,
         sampler=micro_batches(),  # type: ignore[arg-type]
         num_workers=config.workers,
-        collate_fn=_unchanged,  # type: ignore[arg-type]
         worker_init_fn=_start_worker if config.workers else None,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # its draws must not move the run's own generator
@@ -97,10 +96,6 @@ def train_batches(
             step += 1
     finally:
         del batches  # ends the workers: a traceback keeps this frame alive, and they ignore signals
-
-
-def _unchanged(batch: Batch | DataError) -> Batch | DataError:
-    return batch
 
 
 def _raised(batch: Batch | DataError) -> Batch:

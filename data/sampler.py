@@ -59,22 +59,15 @@ class Pool:
 
     def packs(self, draws: np.ndarray) -> np.ndarray:
         """Return the packs of draws, of which the first is draw 0; int64 (N,) to int64 (N,)."""
-        windows = draws // WINDOW
-        found = np.empty_like(draws)
-        for window in sorted(set(windows.tolist())):
+        windows, found = draws // WINDOW, np.empty_like(draws)
+        for window in np.unique(windows).tolist():
             if window != self.window:
-                self.window, self.found = window, self._of_window(window)
+                epochs, places = np.divmod(np.arange(window * WINDOW, (window + 1) * WINDOW), self.n_packs)
+                its = [(e, places[epochs == e]) for e in np.unique(epochs).tolist()]
+                orders = [Permutation(self.n_packs, *self.keys, epoch)(some) for epoch, some in its]
+                self.window, self.found = window, np.concatenate(orders)
             here = windows == window
             found[here] = self.found[draws[here] - window * WINDOW]
-        return found
-
-    def _of_window(self, window: int) -> np.ndarray:
-        draws = np.arange(window * WINDOW, (window + 1) * WINDOW)
-        epochs, places = np.divmod(draws, self.n_packs)
-        found = np.empty_like(draws)
-        for epoch in np.unique(epochs).tolist():
-            now = epochs == epoch
-            found[now] = Permutation(self.n_packs, *self.keys, epoch)(places[now])
         return found
 
 

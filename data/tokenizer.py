@@ -65,8 +65,7 @@ class SentencePieceTokenizer(Tokenizer):
         can_split = is_bpe and proto.trainer_spec.byte_fallback and rules.escape_whitespaces
         self.cached = _cached_bpe(proto) if can_split else None
         self.vocab_size = self.model.vocab_size()
-        self.bos_id = self.model.bos_id() if self.model.bos_id() >= 0 else None
-        self.eos_id = self.model.eos_id() if self.model.eos_id() >= 0 else None
+        self.bos_id, self.eos_id = (i if i >= 0 else None for i in (self.model.bos_id(), self.model.eos_id()))
 
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text)
@@ -80,13 +79,11 @@ class SentencePieceTokenizer(Tokenizer):
         return self.model.decode(ids)
 
     def token_bytes(self) -> np.ndarray:
-        model = self.model
-        lengths = np.zeros(self.vocab_size, dtype=np.int32)
+        model, lengths = self.model, np.zeros(self.vocab_size, dtype=np.int32)
         for token in range(self.vocab_size):
-            if model.is_byte(token):
-                lengths[token] = 1
-            elif not (model.is_control(token) or model.is_unknown(token) or model.is_unused(token)):
-                lengths[token] = len(model.id_to_piece(token).replace(SPACE, " ").encode())
+            if not (model.is_control(token) or model.is_unknown(token) or model.is_unused(token)):
+                piece = model.id_to_piece(token).replace(SPACE, " ")
+                lengths[token] = 1 if model.is_byte(token) else len(piece.encode())
         return lengths
 
 

@@ -103,7 +103,7 @@ def test_folder_of_megatron_files_is_a_corpus(tmp_path: Path, modes: bool) -> No
     for source in ("en", "code"):
         (tmp_path / source).mkdir()
         write_megatron(tmp_path / source / "a", DOCUMENTS, 4, "<i4")
-    if modes:  # of multimodal data, a byte a sequence
+    if modes:  # of multimodal data, a byte per sequence
         with open(tmp_path / "en" / "a.idx", "ab") as file:
             file.write(bytes(len(DOCUMENTS)))
     corpus = open_corpus(config(tmp_path), vocab_size=103_168)
@@ -140,20 +140,6 @@ def test_folder_of_internlm_files_is_a_corpus(tmp_path: Path, dtype: Any) -> Non
     ]
     ordered = config(tmp_path / "train", packing="internlm", seq_len=2)
     assert open_corpus(ordered, vocab_size=10).train.n_packs == 3 + 2
-
-
-def test_internlm_pack_of_internlm_files(tmp_path: Path) -> None:
-    """Documents of 5, 3, 9, 2 and 7 tokens in the order 2 0 4 1 3, as its PackedDataset packs them."""
-    lengths = (5, 3, 9, 2, 7)
-    documents = [[10 * (k + 1) + j for j in range(length)] for k, length in enumerate(lengths)]
-    write_internlm(tmp_path / "en" / "a.bin", documents, np.int32)
-    corpus = open_corpus(config(tmp_path, packing="internlm", pack_len=8, micro_batch_size=2), vocab_size=100)
-    packing: Any = corpus.train.packings[0]
-    packing.set_order(np.array([2, 0, 4, 1, 3]))
-    batch = corpus.train.batch(np.array([1]))
-    assert batch.tokens_BT[0].tolist() == [38, 10, 11, 12, 13, 14, 50, 51]
-    assert batch.labels_BT[0].tolist() == [-100, 11, 12, 13, 14, -100, 51, 52]
-    assert batch.cu_seqlens.tolist() == [0, 1, 5, 6, 8]
 
 
 def test_named_tokenizer_counts_bytes_per_token(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -159,29 +159,6 @@ def test_mixture_takes_sources_in_their_share(tmp_path: Path) -> None:
     assert unweighted.epochs(117 * 3) == {0: 3.0, 1: 3.0, 2: 3.0}
 
 
-@given(
-    n_packs=st.lists(st.integers(1, 9), min_size=1, max_size=3),
-    weighted=st.booleans(),
-    packing=st.sampled_from(["concat", "best_fit", "internlm"]),
-    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=8),
-)
-@settings(max_examples=30, deadline=None)
-def test_sequence_does_not_depend_on_the_steps(
-    tmp_path_factory: pytest.TempPathFactory, n_packs: list[int], weighted: bool, packing: str, sizes: list[int]
-) -> None:
-    files = shards(tmp_path_factory.mktemp("s"), [[16] * n for n in n_packs])
-    packs = pack_set(files, [1.0 + i for i in range(len(files))] if weighted else None, packing=packing)
-    whole = packs.locate(np.arange(sum(sizes)))
-    at = 0
-    for size in sizes:
-        assert packs.locate(np.arange(at, at + size)).tolist() == whole[at : at + size].tolist()
-        at += size
-    if not weighted:
-        total = sum(n_packs)
-        for start in range(0, len(whole) - total + 1, total):
-            assert Counter(whole[start : start + total].tolist()) == Counter(range(total))
-
-
 def test_added_files_begin_a_new_epoch(tmp_path: Path) -> None:
     before = pack_set(shards(tmp_path / "a", [[16] * 10]))
     after = pack_set(shards(tmp_path / "b", [[16] * 10, [16] * 4]))
