@@ -32,7 +32,7 @@ def work(config: PrepareConfig, settings: str = "with the data settings of this 
     `settings` are those by which train.py finds it.
     """
     from corpus.prepare import existing, sample_texts
-    from data.about import read_about
+    from data.manifest import read_manifest
 
     path = Path(config.data.path)
     if existing(config.data, config.tokenizer, add=config.add):
@@ -40,7 +40,7 @@ def work(config: PrepareConfig, settings: str = "with the data settings of this 
     elif not write(config):
         print(f"part {config.shard} of {config.shards} is done; {path} is there when all are")
         return
-    about = read_about(path)
+    about = read_manifest(path)
     report(about["left_out"])
     print_table(about)
     for source, text in sample_texts(config.data, 3, max_tokens=SAMPLE_TOKENS):

@@ -2,7 +2,7 @@
 
 Encodes the texts of this Python's library and packages (or of texts='folder/*.jsonl.zst') by SentencePiece's own
 library, by Hugging Face's tokenizers and by ours, a process each, and compares every id. Then a corpus is made of
-them as prepare_data.py makes one, by 1 process and by one a core. Without model= a tokenizer of
+them as prepare_data.py makes one, by 1 process and by one per core. Without model= a tokenizer of
 pieces=103168 is trained first, which takes a minute.
 """
 
@@ -68,7 +68,7 @@ def local_texts(pattern: str, limit: int) -> Iterator[str]:
 
 
 def run(texts: list[str], encode: Encode) -> tuple[float, list[np.ndarray]]:
-    """Give the megabytes a second of processor time, and the ids."""
+    """Return the megabytes per second of processor time, and the ids."""
     found: list[np.ndarray] = []
     spent = 0.0
     for at in range(0, len(texts), BATCH):
@@ -80,7 +80,7 @@ def run(texts: list[str], encode: Encode) -> tuple[float, list[np.ndarray]]:
 
 
 def compare(texts: list[str], n_compared: int, model: Path) -> None:
-    """Print what a core encodes a second, by three libraries."""
+    """Print what one core encodes per second, by three libraries."""
     tokenizer = load_tokenizer(model)
     assert isinstance(tokenizer, SentencePieceTokenizer), "it is SentencePiece that is compared with"
     fast = fast_from_sentencepiece(tokenizer)

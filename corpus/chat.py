@@ -11,8 +11,8 @@ import jinja2
 import numpy as np
 
 from corpus.config import DataError
-from data.safe_split import SPACE
-from data.tokenizer import ANCHOR, CHAT_TEMPLATE, HuggingFaceTokenizer, Tokenizer, sentencepiece_proto
+from data.cached_bpe import SPACE
+from data.tokenizer import CHAT_TEMPLATE, HuggingFaceTokenizer, Tokenizer, sentencepiece_proto
 
 Messages = list[dict[str, str]]
 
@@ -34,6 +34,7 @@ TEMPLATES = {
     ),
 }
 MARKERS = {"internlm": ("<eoh>", "<eoa>"), "chatml": ("<|im_start|>", "<|im_end|>")}
+ANCHOR = "\U000ffffd"  # merges with nothing: what is beside it is encoded as within a text
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 ROLES = {role: role for role in ("system", "user", "assistant")} | {"human": "user", "gpt": "assistant"}
 PRIVATE_USE = range(0xF0000, 0xFFFFE)

@@ -24,7 +24,7 @@ from corpus.inputs import BadRecords, Item, items
 from corpus.journal import Counts, Journal, changed_input, write_whole
 from corpus.part import Part, group_of
 from corpus.texts import held_out_digests, tokenizer_texts
-from data.about import read_about
+from data.manifest import read_manifest
 from data.config import TRAINING_ONLY, DataConfig
 from data.shards import FORMAT_VERSION, Header, Shard
 from data.tokenizer import CHAT_TEMPLATE, Tokenizer, export_problem, load_tokenizer, save_tokenizer, train_tokenizer
@@ -64,7 +64,7 @@ def existing(data: DataConfig, tokenizer: TokenizerConfig, *, add: bool = False)
         return False
     if not (folder / "corpus.json").exists():
         raise DataError(f"{folder} exists and is no corpus; pass another data.name or data.path, or remove it")
-    about = read_about(folder)
+    about = read_manifest(folder)
     if differing := differences(about["made_by"], made_by(data, tokenizer)):
         raise DataError(
             f"{folder} was made with other settings: {differing}; pass another data.name or data.path, or remove it"
@@ -137,8 +137,8 @@ def prepare(
             if (partial / "corpus.json").exists():  # an earlier run was stopped while it moved what it had finished
                 _publish(partial, folder)
                 if existing(data, tokenizer_config, add=add):
-                    return read_about(folder), bad
-            about = read_about(folder) if add and folder.exists() else None
+                    return read_manifest(folder), bad
+            about = read_manifest(folder) if add and folder.exists() else None
             everything = items(data, bad, known=about["input"] if about else ())
             if shard:
                 bad.clear()  # the first part tells it
@@ -355,7 +355,7 @@ def sample_texts(data: DataConfig, number: int, *, max_tokens: int) -> Iterator[
     """Yield the beginnings of a few prepared documents, decoded again, with their source: what will be trained on."""
     folder = Path(data.path)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    train = read_about(folder)["splits"]["train"]
+    train = read_manifest(folder)["splits"]["train"]
     shards = [(source, Shard(folder / counts["shards"][0])) for source, counts in train.items()]
     shards = [(source, shard) for source, shard in shards if shard.n_documents]
     chosen = [
