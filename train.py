@@ -83,7 +83,7 @@ def train(
     """Run the steps that are left of a run and give its validation loss."""
     from data.dataset import open_corpus
     from tracking.loggers import Loggers
-    from tracking.run_folder import truncate_metrics
+    from tracking.metrics_file import truncate_metrics
     from training.checkpoint import Checkpoints
     from training.describe import describe, save_run_inputs
     from training.optim.optimizer import AdamW

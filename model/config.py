@@ -120,3 +120,11 @@ class ModelConfig:
             yield f"model.norm_eps ({self.norm_eps}) must be positive"
         if not 0 < self.embed_grad_scale <= 1:
             yield f"model.embed_grad_scale ({self.embed_grad_scale}) must be in (0, 1]"
+
+
+def shape_keys() -> list[str]:
+    """Return the fields that make a model another one, whose weights are of no use to the first."""
+    return [
+        "vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "attention_bias", "tie_embeddings",
+        "rope_theta", "norm_eps",
+    ]  # fmt: skip

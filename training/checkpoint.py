@@ -25,8 +25,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from tracking.origin import checkpoints_in
-from tracking.run_folder import committed
+from tracking.run_folder import checkpoints_in, committed
 from training.config import CheckpointError
 from training.metadata import MetadataReader, check_complete, read_metadata
 from training.ranks import Ranks, reason_of, some

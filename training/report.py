@@ -46,14 +46,14 @@ class Report:
             "train/nonfinite_steps": progress.nonfinite_steps,
             **self.throughput.metrics(self.steps - progress.step),
         }
-        self.sinks.write(record)
+        self.sinks.log(record)
         logger.info("%s", step_line(record, self.steps))
 
     def validation(self, progress: TrainState, totals_S4: Tensor) -> None:
         """Write a validation down, by source, and draw the curve."""
         metrics = loss_metrics(totals_S4.tolist(), self.sources, "valid")
         progress.valid_loss, progress.validated_step = metrics.get("valid/loss"), progress.step
-        self.sinks.write({"step": progress.step, "tokens": progress.tokens, **metrics})
+        self.sinks.log({"step": progress.step, "tokens": progress.tokens, **metrics})
         for line in valid_lines(metrics, self.sources):
             logger.info("%s", line)
         self.sinks.plot()

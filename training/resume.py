@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from tracking.origin import refuse_no_origin
-from tracking.run_folder import refuse_changes, refuse_other_model
+from tracking.run_folder import check_changes, check_origin, check_same_model
 from training.checkpoint import PER_RANK, Checkpoint, Checkpoints, open_checkpoint
 from training.config import CheckpointConfig, CheckpointError, Resume
 from training.optim.optimizer import AdamW
@@ -115,7 +114,7 @@ def resume_or_start(
             f"checkpoint.resume (never): {run_dir} holds {checkpoint.path.name} already; "
             "pass another name= to start anew"
         )
-    refuse_changes(checkpoint.state["config"], run_config, config.accept_changes, run_dir)
+    check_changes(checkpoint.state["config"], run_config, config.accept_changes, run_dir)
     changed = _check_data(checkpoint.state["data"]["parts"], fingerprints, config, run_dir)
     kept.restore(checkpoint)
     if changed:
@@ -149,7 +148,7 @@ def _initialise(
     path, content = Path(run_config["init_from"]), set(run_config["init_content"])
     if "all" in content:
         content = {"model", "optimizer", "scheduler", "sampler"}
-    refuse_no_origin(path)
+    check_origin(path)
     if (path / "config.json").exists():
         if content != {"model"}:
             raise CheckpointError(
@@ -159,7 +158,7 @@ def _initialise(
         logger.info("weights from %s", path)
         return
     other = open_checkpoint(path, ranks)
-    refuse_other_model(other.state["config"], run_config, other.path)
+    check_same_model(other.state["config"], run_config, other.path)
     if content != {"model"} and not any(name.startswith("optimizer.") for name in other.tensors):
         raise CheckpointError(
             f"init_content ({', '.join(sorted(content))}): {other.path} was brought in and holds a model only"

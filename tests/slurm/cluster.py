@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from launch.ranks import free_port
+from launch.environment import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 NODES = ("node1", "node2")

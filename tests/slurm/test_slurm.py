@@ -90,7 +90,7 @@ def test_jobs_of_several_nodes_answer_fail_and_die_and_each_is_told_apart(
     assert crash.state == "failed" and crash.reason.startswith("rank 1 failed first\nTraceback")
     assert crash.reason.count("ValueError: boom") == 1 and "tests/slurm/work.py" in crash.reason
     assert (
-        found["kill"].state == "failed" and "ended without a word (FAILED): killed, or out of" in found["kill"].reason
+        found["kill"].state == "failed" and "no result (FAILED): killed, or out of memory" in found["kill"].reason
     )
     assert (
         found["again"].state == "failed"
@@ -99,7 +99,7 @@ def test_jobs_of_several_nodes_answer_fail_and_die_and_each_is_told_apart(
     said = capsys.readouterr().out
     assert "[again] attempt 0" in said and "[again] attempt 1" in said and "[crash] attempt 1" not in said
     assert found["hang"].reason.count("RuntimeError: timed out") == 1
-    assert "rank 1 hung; it stood at\n" in found["hang"].reason and "work.py" in found["hang"].reason.split("hung")[1]
+    assert "rank 1 hung at\n" in found["hang"].reason and "work.py" in found["hang"].reason.split("hung")[1]
     ids = [job_of(tmp_path / how) for how in ends]
     until(lambda: all(state in slurm.OVER for state in slurm.states(ids).values()))
     states = slurm.states(ids)
@@ -127,7 +127,7 @@ def running(points: list[Point], folder: Path) -> Iterator[dict[str, Outcome]]:
     found: dict[str, Outcome] = {}
     waiting = threading.Thread(target=lambda: found.update(outcomes_of(points, folder)), daemon=True)
     with pytest.MonkeyPatch.context() as patch:  # signal handlers are the main thread's
-        patch.setattr("launch.jobs._sigterm_interrupts", partial(pytest.MonkeyPatch.context))
+        patch.setattr("launch.jobs._sigterm_exits", partial(pytest.MonkeyPatch.context))
         waiting.start()
         yield found
         waiting.join(240)
@@ -245,7 +245,7 @@ def test_what_slurm_would_refuse_is_told_in_its_words_before_anything_is_queued(
     with pytest.raises(ParallelError, match=f"the nodes do not see {tmp_path}"):
         slurm.check(launcher(), tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ParallelError, match="there is no sbatch on this machine"):
+    with pytest.raises(ParallelError, match="needs sbatch"):
         slurm.check(launcher(), tmp_path)
 
 
@@ -280,10 +280,10 @@ def test_a_job_goes_on_without_its_client_is_found_by_the_next_and_saves_when_th
     client = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert client.stdout is not None
     job = job_of(tmp_path)
-    assert client.stdout.readline() == f"job {job} is in the queue already: {os.path.relpath(tmp_path, ROOT)}\n"
+    assert client.stdout.readline() == f"job {job} is already in the queue: {os.path.relpath(tmp_path, ROOT)}\n"
     client.send_signal(signal.SIGINT)
     told = client.communicate(timeout=150)[1]
-    assert client.returncode == 130 and f"cancelled {job}; the same command goes on from" in told
+    assert client.returncode == 130 and f"cancelled {job}; the same command resumes" in told
     until(lambda: slurm.states([job]) == {job: "CANCELLED"})
     until(lambda: read_status(tmp_path)["state"] == "stopped")
     assert open_checkpoint(tmp_path).step > 0
