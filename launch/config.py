@@ -67,10 +67,10 @@ class LauncherConfig:
         elif not 0 <= self.signal_delay_s < self.time_s:
             yield f"launcher.signal_delay_s ({self.signal_delay_s}) must be less than launcher.time ({self.time})"
         if self.where is Where.local and self.nodes > 1:
-            yield f"launcher.nodes ({self.nodes}) must be 1 with launcher=local; use launcher=slurm for more"
+            yield f"launcher.nodes ({self.nodes}) must be 1 with launcher=local; launcher=slurm has more"
         for key in SLURM_ONLY if self.where is Where.local else ():
             if getattr(self, key):
-                yield f"launcher.{key} ({getattr(self, key)}) needs launcher=slurm"
+                yield f"launcher.{key} ({getattr(self, key)}) is for launcher=slurm; pass that too, or leave it out"
         if (self.tasks_per_node or 0) > (self.gpus_per_node or self.tasks_per_node or 0):
             yield (
                 f"launcher.tasks_per_node ({self.tasks_per_node}) must be at most launcher.gpus_per_node "

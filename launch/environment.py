@@ -133,7 +133,9 @@ def check_joined(variables: Mapping[str, str], config: ParallelConfig) -> None:
     n_gpus = 0 if config.device is Device.cpu else visible_gpus()
     if n_gpus and int(variables["LOCAL_RANK"]) >= n_gpus:
         size = variables["LOCAL_WORLD_SIZE"]
-        raise ParallelError(f"LOCAL_WORLD_SIZE ({size}) ranks need as many GPUs, not {n_gpus}; start fewer")
+        raise ParallelError(
+            f"LOCAL_WORLD_SIZE ({size}) ranks were started on a machine with {n_gpus} GPUs; start fewer"
+        )
 
 
 def free_port() -> int:

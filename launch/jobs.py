@@ -5,6 +5,7 @@ A job holds a configuration that was composed and checked before, and imports a 
 
 import ctypes
 import logging
+import math
 import os
 import pickle
 import pkgutil
@@ -12,8 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, groupby
@@ -127,6 +127,15 @@ class Running:
             if not line.startswith("submitit "):
                 print(f"{self.prefix}{line}", flush=True)
 
+    def is_over(self, states: Mapping[str, str]) -> bool:
+        """Return whether nothing more will come of the job, given the states that Slurm reported, if it was asked."""
+        if self.process is not None:
+            return self.process.poll() is not None
+        before, self.state = self.state, states.get(self.job_id, self.state)
+        if self.state != before:
+            logger.info("job %s is %s: %s", self.job_id, self.state, self.point.label or self.point.run_dir)
+        return bool(states) and self.state in slurm.OVER and before in slurm.OVER  # twice: its files may come late
+
     def outcome(self, over: bool) -> Outcome | None:
         """Return how the job ended; None while it runs, unless it is known to be over."""
         config = self.point.launcher
@@ -161,37 +170,53 @@ def run_jobs(
     `folder` takes logs and results, `code` is the copy of the code that jobs import. `begin` is called with every
     point once all have passed the checks, which raise `ParallelError`. An interrupt stops the jobs, which save.
     """
-    queue = [point for point in points if point.launcher.where is Where.local]
     jobs = _Jobs(folder, code, labelled=len(points) > 1)
+    queue = [point for point in points if point.launcher.where is Where.local]
+    to_submit = sorted((point for point in points if point.launcher.where is Where.slurm), key=_settings)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        with _sigterm_exits():
-            for point in queue:
-                free_gpus(point, [])
-            queued, groups = _plan([point for point in points if point.launcher.where is Where.slurm], folder)
-            for point in points:
-                begin(point)
-            for point, job_id in queued:
-                jobs.follow(point, job_id, "already in the queue")
-            for group in groups:
-                jobs.submit(group)
-            queried = 0.0
-            while queue or jobs.running:
-                while queue and jobs.start(queue[0]):
-                    queue.pop(0)
-                query = time.monotonic() - queried >= min((r.point.launcher.poll_s for r in jobs.running), default=1.0)
-                queried = time.monotonic() if query else queried
-                for job in jobs.ended(query):
+        for point in queue:
+            free_gpus(point, [])
+        queued = [(point, id_) for point in to_submit if (id_ := slurm.queued_job(point.run_dir, point.described))]
+        for point, _ in queued:
+            to_submit.remove(point)
+        arrays = [list(points) for _, points in groupby(to_submit, _settings)]
+        for array in arrays:
+            slurm.check(array[0].launcher, folder, [need for point in array for need in point.needed])
+        for point in points:
+            begin(point)
+        for point, job_id in queued:
+            jobs.follow(point, job_id, "already in the queue")
+        for array in arrays:
+            jobs.submit(array)
+        queried = -math.inf
+        while queue or jobs.running:
+            while queue and jobs.start(queue[0]):
+                queue.pop(0)
+            poll_s = min((job.point.launcher.poll_s for job in jobs.running), default=0)
+            states = slurm.states(jobs.slurm_ids()) if time.monotonic() - queried >= poll_s else {}
+            queried = time.monotonic() if states else queried
+            for job in list(jobs.running):
+                over = job.is_over(states)
+                job.show()
+                outcome = job.outcome(over) if over or job.process is None else None
+                if outcome is not None:
                     jobs.running.remove(job)
-                    job.show()
-                    report(job.point, job.outcome(over=True) or Outcome("failed"))
-                time.sleep(0.1)
+                    report(job.point, outcome)
+            time.sleep(0.1)
     except BaseException:
         jobs.stop()
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _settings(point: Point) -> str:
+    return repr(point.launcher)
 
 
 class _Jobs:
-    """The jobs of a sweep that run or wait in Slurm's queue."""
+    """The jobs of a sweep that run, or wait in Slurm's queue."""
 
     def __init__(self, folder: Path, code: Path, labelled: bool) -> None:
         self.folder, self.labelled = folder, labelled
@@ -199,22 +224,25 @@ class _Jobs:
         self.running: list[Running] = []
         self.numbers = count()
 
+    def slurm_ids(self) -> list[str]:
+        return [job.job_id for job in self.running if job.process is None]
+
     def start(self, point: Point) -> bool:
         """Start a point's job on this machine if there is room beside those that run."""
         here = [job for job in self.running if job.process is not None]
         gpus = free_gpus(point, here)
-        if gpus is None or len(here) >= (point.launcher.parallel_jobs or len(here) + 1):
+        if gpus is None or len(here) >= (point.launcher.parallel_jobs or math.inf):
             return False
-        running = Running(point, f"{os.getpid()}-{next(self.numbers)}", self.folder, self._prefix(point), gpus=gpus)
-        paths = running.paths()
+        job = self._add(point, f"{os.getpid()}-{next(self.numbers)}")
+        paths = job.paths()
         paths.folder.mkdir(parents=True, exist_ok=True)
         end_file(paths).unlink(missing_ok=True)  # of an earlier process with this id
         paths.submitted_pickle.write_bytes(pickle.dumps((os.getpid(), point.job)))
         environment = {**os.environ, **self.variables, "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
-        command = [sys.executable, "-u", "-m", "launch.jobs", str(self.folder), running.job_id]
+        command = [sys.executable, "-u", "-m", "launch.jobs", str(self.folder), job.job_id]
         with paths.stdout.open("w") as out, paths.stderr.open("w") as errors:
-            running.process = subprocess.Popen(command, env=environment, stdout=out, stderr=errors, process_group=0)
-        self.running.append(running)
+            job.process = subprocess.Popen(command, env=environment, stdout=out, stderr=errors, process_group=0)
+        job.gpus = gpus
         return True
 
     def submit(self, points: list[Point]) -> None:
@@ -225,34 +253,18 @@ class _Jobs:
             self.follow(point, job_id, "submitted")
 
     def follow(self, point: Point, job_id: str, how: str) -> None:
-        self.running.append(Running(point, job_id, self.folder, self._prefix(point)))
+        self._add(point, job_id)
         logger.info("job %s is %s: %s", job_id, how, point.label or point.run_dir)
 
-    def ended(self, query: bool) -> list[Running]:
-        """Show the jobs' output and return those that are over, asking Slurm if `query`."""
-        on_slurm = [job.job_id for job in self.running if job.process is None]
-        states = slurm.states(on_slurm) if query and on_slurm else {}
-        over = []
-        for job in self.running:
-            job.show()
-            if job.process is not None:
-                ended = job.process.poll() is not None
-            else:
-                now = states.get(job.job_id, job.state)
-                ended = query and now in slurm.OVER and job.state in slurm.OVER  # twice: its files may come late
-                if now != job.state:
-                    job.state = now
-                    logger.info("job %s is %s: %s", job.job_id, now, job.point.label or job.point.run_dir)
-            if ended or (job.process is None and job.outcome(over=False) is not None):
-                over.append(job)
-        return over
+    def _add(self, point: Point, job_id: str) -> Running:
+        self.running.append(Running(point, job_id, self.folder, f"[{point.label}] " if self.labelled else ""))
+        return self.running[-1]
 
     def stop(self) -> None:
         """Stop all jobs and wait until those of this machine have saved; a second interrupt kills these."""
-        on_slurm = [job.job_id for job in self.running if job.process is None]
-        if on_slurm:
-            slurm.cancel(on_slurm)
-            print(f"\ncancelled {', '.join(on_slurm)}; the same command resumes their runs", file=sys.stderr)
+        if self.slurm_ids():
+            slurm.cancel(self.slurm_ids())
+            print(f"\ncancelled {', '.join(self.slurm_ids())}; the same command resumes their runs", file=sys.stderr)
         here = [(job, job.process) for job in self.running if job.process is not None]
         deadline = time.monotonic() + STOP_S
         try:
@@ -265,9 +277,6 @@ class _Jobs:
         finally:
             for _, process in here:
                 process.kill()
-
-    def _prefix(self, point: Point) -> str:
-        return f"[{point.label}] " if self.labelled else ""
 
 
 def free_gpus(point: Point, here: list[Running]) -> list[int] | None:
@@ -283,33 +292,6 @@ def free_gpus(point: Point, here: list[Running]) -> list[int] | None:
     free = [gpu for gpu in ours[:n_gpus] if not any(gpu in job.gpus for job in here)]
     wanted = point.launcher.gpus_per_job(n_gpus)
     return free[:wanted] if len(free) >= wanted else None
-
-
-def _plan(points: list[Point], folder: Path) -> tuple[list[tuple[Point, str]], list[list[Point]]]:
-    """Return the points whose job is still in Slurm's queue, each with it, and the others grouped by settings.
-
-    Raises `ParallelError` if a group cannot be submitted.
-    """
-    ids = [slurm.queued_job(point.run_dir, point.described) for point in points]
-    queued = [(point, job_id) for point, job_id in zip(points, ids, strict=True) if job_id is not None]
-    new = [point for point, job_id in zip(points, ids, strict=True) if job_id is None]
-
-    def settings(point: Point) -> str:
-        return repr(point.launcher)
-
-    groups = [list(group) for _, group in groupby(sorted(new, key=settings), settings)]
-    for group in groups:
-        slurm.check(group[0].launcher, folder, [need for point in group for need in point.needed])
-    return queued, groups
-
-
-@contextmanager
-def _sigterm_exits() -> Iterator[None]:
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _main(folder: str, job_id: str) -> None:

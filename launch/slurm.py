@@ -54,23 +54,21 @@ def check(config: LauncherConfig, folder: Path, needed: Sequence[tuple[Path, str
         raise ParallelError(f"launcher=slurm: {_message(tried.stderr)}")
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder.resolve() / ".probe"
-    errors = {probe: f"{probe.parent}; set hydra.sweep.dir to a shared folder", Path(sys.executable): sys.executable}
-    errors |= {} if config.setup else {path: error or str(path) for path, error in needed}
+    errors = {probe: _unshared(f"{probe.parent} (hydra.sweep.dir)"), Path(sys.executable): _unshared(sys.executable)}
+    errors |= {} if config.setup else {path: error or _unshared(str(path)) for path, error in needed}
+    where = {name: options[name] for name in ("partition", "account", "qos", "constraint") if name in options}
     probe.touch()
-    where = _flags(
-        {key: value for key, value in options.items() if key in ("partition", "account", "qos", "constraint")}
-    )
-    unseen = _unseen(list(errors), [*where, *config.srun_args])
+    unseen = _unseen(list(errors), [*_flags(where), *config.srun_args])
     probe.unlink()
     if unseen:
-        shown = dict.fromkeys(errors[path] for path in ([probe] if probe in unseen else unseen))
-        missing = {error for _, error in needed}
-        raise ParallelError(
-            "\n".join(e if e in missing else f"launcher=slurm: the nodes do not see {e}" for e in shown)
-        )
+        raise ParallelError("\n".join(errors[path] for path in ([probe] if probe in unseen else unseen)))
     if unseen is None or config.setup:
         for error in dict.fromkeys(error for _, error in needed if error):
             logger.warning("on this machine %s; the nodes could not be asked", error)
+
+
+def _unshared(what: str) -> str:
+    return f"launcher=slurm: the nodes do not see {what}; it must be on a disk that they share"
 
 
 def _unseen(paths: Sequence[Path], options: Sequence[str]) -> list[Path] | None:
@@ -116,6 +114,8 @@ def states(job_ids: Sequence[str]) -> dict[str, str]:
 
     squeue first, because sacct needs an accounting database, which not every cluster has.
     """
+    if not job_ids:
+        return {}
     arrays = sorted({job_id.split("_")[0] for job_id in job_ids})
     answer = _ask("squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(arrays)}", "--format=%i|%T")
     found = dict(line.split("|") for line in answer.stdout.split() if "|" in line)

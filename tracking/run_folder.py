@@ -43,10 +43,8 @@ def is_held(run_dir: Path) -> bool:
     try:
         with (run_dir / LOCK).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # there is no lock
-        pass
+    except OSError as error:  # or there is no lock
+        return isinstance(error, BlockingIOError)
     return False
 
 
@@ -88,7 +86,7 @@ def check_changes(old: dict[str, Any], new: dict[str, Any], accepted: Sequence[s
     changed = {key: values for key, *values in changed_keys(old, new) if not is_free_key(key, accepted)}
     if changed:
         raise CheckpointError(
-            f"{run_dir} has another configuration: {_listed(changed)}; pass another name=, or "
+            f"{run_dir} was begun with another configuration: {_listed(changed)}; pass another name=, or "
             f"checkpoint.accept_changes=[{','.join(changed)}] to resume it"
         )
 
@@ -145,26 +143,23 @@ def checkpoints_in(path: Path) -> list[Path]:
 
 def check_origin(init_from: Path) -> None:
     """Raise `CheckpointError` if there are no weights to begin from."""
+    remedy = "name a run, a checkpoint, or a Hugging Face folder"
+    if not init_from.is_dir():
+        raise CheckpointError(f"init_from ({init_from}) is no folder; {remedy}")
     if not (init_from / "config.json").exists() and not checkpoints_of(init_from):
-        raise CheckpointError(f"init_from ({init_from}) is no run, checkpoint or Hugging Face folder; name one")
+        raise CheckpointError(f"init_from ({init_from}) holds neither a checkpoint nor a config.json; {remedy}")
 
 
 class StopFile:
     """A file holding N: save at step N and stop; -N: save at step N and go on (InternLM's `stop_file_path`)."""
 
     def __init__(self, path: str | None) -> None:
-        self.path = Path(path) if path else None
-        self.ignored = ""
+        self.path = Path(path or os.devnull)
 
     def read(self, step: int) -> tuple[bool, bool]:
         """Return whether to save at `step`, and whether to stop there."""
-        text = self.path.read_text().strip() if self.path is not None and self.path.exists() else self.ignored
-        if text == self.ignored:
-            return False, False
-        try:
-            asked = int(text)
-        except ValueError:
+        text = self.path.read_text().strip() if self.path.exists() else ""
+        asked = int(text) if text.removeprefix("-").isdecimal() else 0
+        if text and not asked:
             logger.warning("%s holds %r, which is no step; it is ignored", self.path, text)
-            self.ignored = text
-            return False, False
         return abs(asked) == step, 0 < asked <= step

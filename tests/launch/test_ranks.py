@@ -22,8 +22,8 @@ from tests.parallel import ranks
 
 
 def children() -> list[psutil.Process]:
-    """This process's children, without multiprocessing's tracker, which lives as long as its parent."""
-    return [p for p in psutil.Process().children() if "resource_tracker" not in " ".join(p.cmdline())]
+    """The ranks that this process has spawned."""
+    return [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
 
 
 def test_spawned_ranks_have_their_variables(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ def test_a_rank_that_hangs_in_a_step_is_named_with_where_it_stood() -> None:
         time.sleep(0.2)
     lines = told(process)
     assert lines[0] == "error: rank 0 failed first"
-    stack = lines[lines.index("rank 1 hung; it stood at") :]
+    stack = lines[lines.index("rank 1 hung at") :]
     assert any("in meet" in line for line in stack)
     assert sum(line.startswith("Traceback") for line in lines) == 1
     assert len(family) >= 3 and not psutil.wait_procs(family, 5)[1]

@@ -89,9 +89,7 @@ def test_jobs_of_several_nodes_answer_fail_and_die_and_each_is_told_apart(
     crash = found["crash"]
     assert crash.state == "failed" and crash.reason.startswith("rank 1 failed first\nTraceback")
     assert crash.reason.count("ValueError: boom") == 1 and "tests/slurm/work.py" in crash.reason
-    assert (
-        found["kill"].state == "failed" and "no result (FAILED): killed, or out of memory" in found["kill"].reason
-    )
+    assert found["kill"].state == "failed" and "no result (FAILED): killed, or out of memory" in found["kill"].reason
     assert (
         found["again"].state == "failed"
         and "it was requeued 1 times, and launcher.max_requeues is 1" in found["again"].reason

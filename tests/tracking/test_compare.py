@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -74,7 +75,9 @@ def test_lines_join_runs_that_differ_in_one_key(tmp_path: Path, axes: list[Axes]
             written(tmp_path / f"{seed},{rate}", [rate + seed], seed=seed, optimizer={"lr": rate})
     compare(tmp_path)
     _, *final = axes
-    lines = [[list(line.get_xdata()) for line in panel.lines if line.get_color() == "0.7"] for panel in final]
+    lines = [
+        [np.asarray(line.get_xdata()).tolist() for line in panel.lines if line.get_color() == "0.7"] for panel in final
+    ]
     assert lines == [[[0.1, 0.2, 0.3]] * 2, [[1, 2]] * 3]
 
 

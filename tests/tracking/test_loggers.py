@@ -3,7 +3,7 @@
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from matplotlib.image import imread
@@ -22,7 +22,7 @@ RUN_CONFIG = {"name": "x", "logger": {"wandb_project": "p"}}
 class InMemory(Logger):
     """A user's logger."""
 
-    records: list[Record] = []
+    records: ClassVar[list[Record]] = []
 
     def log(self, record: Record) -> None:
         self.records.append(record)
