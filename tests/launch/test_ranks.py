@@ -6,14 +6,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 
 from conf.cli import is_user_error
 from corpus.config import DataError
-from launch.config import LauncherConfig, RankError
-from launch.environment import DEFAULTS, PORTS, VARIABLES, first_host, joined_environment, nproc_per_node
+from launch.config import LauncherConfig, RankError, Where
+from launch.environment import DEFAULTS, PORTS, VARIABLES, first_host, joined_environment, nproc_per_node, world_size
 from launch.jobs import Job, Outcome, Point, Running, free_gpus, run_jobs
 from launch.ranks import launch
 from parallel.config import Device, ParallelConfig, ParallelError
@@ -141,6 +143,20 @@ def test_more_ranks_than_gpus_are_an_error(monkeypatch: pytest.MonkeyPatch) -> N
     join(monkeypatch, LOCAL_RANK="3", LOCAL_WORLD_SIZE="4", WORLD_SIZE="4", RANK="3")
     with pytest.raises(ParallelError, match=r"LOCAL_WORLD_SIZE \(4\)"):
         ranks.launched(4, os.getpid)
+
+
+@pytest.mark.parametrize(
+    ("dry", "launcher", "expected"),
+    [(64, {}, 64), (0, {}, 3), (0, {"where": Where.slurm, "nodes": 2, "gpus_per_node": 8}, 16)],
+)
+def test_world_size_counts_simulated_started_or_future_ranks(
+    monkeypatch: pytest.MonkeyPatch, dry: int, launcher: dict[str, Any], expected: int
+) -> None:
+    sections = {"dry_run": SimpleNamespace(enabled=bool(dry), world_size=dry), "launcher": LauncherConfig(**launcher)}
+    config: Any = SimpleNamespace(parallel=ParallelConfig(device=Device.cpu, tp=3), **sections)
+    assert world_size(config) == expected
+    join(monkeypatch, WORLD_SIZE="2")
+    assert world_size(config) == (dry or 2)
 
 
 def point(folder: Path, work: str, config: LauncherConfig) -> Point:
