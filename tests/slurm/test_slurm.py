@@ -123,7 +123,7 @@ def running(points: list[Point], folder: Path) -> Iterator[dict[str, Outcome]]:
         patch.setattr("launch.jobs.signal", SimpleNamespace(SIGTERM=signal.SIGTERM, signal=lambda *_: None))
         waiting.start()
         yield found
-        waiting.join(240)
+        waiting.join(500)
     assert not waiting.is_alive()
 
 
