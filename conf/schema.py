@@ -26,7 +26,6 @@ from model.config import ModelConfig
 from parallel.axes import layout_problems
 from parallel.config import ParallelConfig, ParallelError
 from tracking.config import EarlyStopConfig, LoggerConfig
-from tracking.run_folder import checkpoints_of
 from training.config import (
     CheckpointConfig,
     Dtype,
@@ -38,6 +37,15 @@ from training.config import (
     SchedulerConfig,
 )
 
+FREE_KEYS = (
+    "name", "logger", "launcher", "early_stop", "dry_run", "checkpoint", "parallel", "valid_every", "valid_tokens",
+    "init_from", "init_content",
+    "data.workers", "data.name", "data.path", "data.source", "data.input", "data.dataset", "data.dataset_config",
+    "data.dataset_split", "data.text_key", "data.source_key", "data.text_lines", "data.raw_json",
+    "data.valid_fraction", "data.valid_seed", "data.max_documents", "data.on_bad_record", "model.name",
+    "data.max_document_mb", "data.streaming", "data.style", "data.messages_key", "data.chat_template", "data.sources",
+    "data.valid_input",
+)  # fmt: skip
 CONTENT = ("model", "optimizer", "scheduler", "sampler", "all")
 NAME = re.compile(r"[A-Za-z0-9._=,+-]+(/[A-Za-z0-9._=,+-]+)*")
 
@@ -249,8 +257,15 @@ class PrepareConfig:
             yield f"workers ({self.workers}) must be at least 1, or null for all cores"
 
 
+def free_keys() -> tuple[str, ...]:
+    """Return the dotted keys that may change when a run is resumed."""
+    return FREE_KEYS
+
+
 def _origin_problems(key: str, run: str | None, hf: str | None) -> Iterator[str]:
     """Tell before torch is imported if there is no model where one is to be read from."""
+    from tracking.run_folder import checkpoints_of
+
     if run is not None and not checkpoints_of(Path(run)):
         yield f"run ({run}) holds no checkpoint; name a run folder such as runs/demo, or one of its checkpoints"
     if hf is not None and not (Path(hf) / "config.json").is_file():
@@ -259,6 +274,8 @@ def _origin_problems(key: str, run: str | None, hf: str | None) -> Iterator[str]
 
 def _tokenizer_problems(run: str | None, hf: str | None) -> Iterator[str]:
     """Tell before torch is imported if a model that is there has no text to read or write."""
+    from tracking.run_folder import checkpoints_of
+
     if run is not None:
         folders = [checkpoint.parent.parent / "tokenizer" for checkpoint in checkpoints_of(Path(run))[:1]]
     else:

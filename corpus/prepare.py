@@ -24,8 +24,8 @@ from corpus.inputs import BadRecords, Item, items
 from corpus.journal import Counts, Journal, changed_input, write_whole
 from corpus.part import Part, group_of
 from corpus.texts import held_out_digests, tokenizer_texts
-from data.manifest import read_manifest
 from data.config import TRAINING_ONLY, DataConfig
+from data.manifest import read_manifest
 from data.shards import FORMAT_VERSION, Header, Shard
 from data.tokenizer import CHAT_TEMPLATE, Tokenizer, export_problem, load_tokenizer, save_tokenizer, train_tokenizer
 

@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
+TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):(\d{2})(?::(\d{2}))?")  # [days-]hours:minutes[:seconds]
+SLURM_ONLY = ("cpus_per_task", "mem_gb", "partition", "account", "qos", "constraint", "sbatch", "srun_args", "setup")
+
 
 class RankError(Exception):
-    """How one of several ranks failed: whole lines for the user, its traceback among them."""
+    """The failure of one of several ranks: lines for the user, with the rank's traceback."""
 
 
 class Where(Enum):
@@ -15,42 +18,36 @@ class Where(Enum):
     slurm = "slurm"
 
 
-TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):(\d{2})(?::(\d{2}))?")  # [days-]hours:minutes[:seconds]
-
-
-SLURM_ONLY = ("cpus_per_task", "mem_gb", "partition", "account", "qos", "constraint", "sbatch", "srun_args", "setup")
-
-
 @dataclass(kw_only=True, slots=True)
 class LauncherConfig:
-    """Where the points of a sweep run, each a job of its own."""
+    """Where the points of a sweep run, each as a job."""
 
     where: Where = Where.local
-    parallel_jobs: int | None = 1  # points at one time (null: all); on this machine they share its GPUs
-    nodes: int = 1
-    gpus_per_node: int | None = None  # of a job (null: no GPU is asked for; on this machine: its share)
-    tasks_per_node: int | None = None  # ranks (null: one a GPU, or one)
+    parallel_jobs: int | None = 1  # points at the same time (null: all); on this machine they share its GPUs
+    nodes: int = 1  # per job
+    gpus_per_node: int | None = None  # null: none is requested; on this machine, the job's share
+    tasks_per_node: int | None = None  # ranks (null: one per GPU, or one)
     cpus_per_task: int | None = None
-    mem_gb: int | None = None  # of a node
+    mem_gb: int | None = None  # per node
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
-    time: str = "24:00:00"  # [days-]hours:minutes[:seconds] that a job may take before it is requeued
+    time: str = "24:00:00"  # limit of a job before it is requeued: [days-]hours:minutes[:seconds]
     signal_delay_s: int = 120  # seconds before the time limit at which a run saves; Slurm may take 60 more
     sbatch: dict[str, str] = field(default_factory=dict)  # other options: {mail-type: END}
     srun_args: list[str] = field(default_factory=list)
     setup: list[str] = field(default_factory=list)  # shell lines before srun: [module load cuda]
     max_requeues: int = 20
-    requeue_crashes: bool = False  # requeue a run that crashed, unless it crashed the same way at the same step
-    poll_s: float = 10.0  # seconds between questions to Slurm
+    requeue_crashes: bool = False  # requeue a run that crashed, unless it crashed twice at the same step
+    poll_s: float = 10.0  # seconds between queries to Slurm
 
     @property
     def ranks_per_node(self) -> int:
         return self.tasks_per_node or self.gpus_per_node or 1
 
-    def gpus_of_a_job(self, n_gpus: int) -> int:
-        """GPUs that a job of this machine has out of `n_gpus`: as many as it asks for, or its share."""
+    def gpus_per_job(self, n_gpus: int) -> int:
+        """Return how many of this machine's `n_gpus` a job gets: what it requests, or its share."""
         return self.gpus_per_node or max(1, n_gpus // (self.parallel_jobs or n_gpus)) if n_gpus else 0
 
     @property
@@ -65,22 +62,17 @@ class LauncherConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 yield f"launcher.{key} ({value}) must be at least 1"
-        for key in ("max_requeues", "signal_delay_s"):
-            if getattr(self, key) < 0:
-                yield f"launcher.{key} ({getattr(self, key)}) must be 0 or more"
-        if not self.poll_s > 0:
-            yield f"launcher.poll_s ({self.poll_s}) must be positive"
         if not TIME.fullmatch(self.time):
             yield f"launcher.time ({self.time}) must look like 24:00:00 or 2-12:00:00 (days-hours:minutes:seconds)"
-        elif self.signal_delay_s >= self.time_s:
+        elif not 0 <= self.signal_delay_s < self.time_s:
             yield f"launcher.signal_delay_s ({self.signal_delay_s}) must be less than launcher.time ({self.time})"
         if self.where is Where.local and self.nodes > 1:
             yield f"launcher.nodes ({self.nodes}) must be 1 with launcher=local; launcher=slurm has more"
         for key in SLURM_ONLY if self.where is Where.local else ():
             if getattr(self, key):
                 yield f"launcher.{key} ({getattr(self, key)}) is for launcher=slurm; pass that too, or leave it out"
-        if self.gpus_per_node and self.tasks_per_node and self.tasks_per_node > self.gpus_per_node:
+        if (self.tasks_per_node or 0) > (self.gpus_per_node or self.tasks_per_node or 0):
             yield (
                 f"launcher.tasks_per_node ({self.tasks_per_node}) must be at most launcher.gpus_per_node "
-                f"({self.gpus_per_node}): a rank has a GPU of its own"
+                f"({self.gpus_per_node}): each rank needs its own GPU"
             )

@@ -96,7 +96,7 @@ def run_points(command: str, points: Sequence[Composed], sweep_dir: Path) -> lis
                 note_end(point.run_dir, "stopped", "")
             raise
         if command == "train" and any(point.label for point in points):
-            compare(sweep_dir, tell=True)
+            compare(sweep_dir, show=True)
     unfinished = [p.label or str(p.run_dir) for p in points if outcomes[p.run_dir].state != "finished"]
     told = SweepError(f"{len(unfinished)} of {len(points)} points did not finish: {', '.join(unfinished)}")
     ends = [outcomes[point.run_dir] for point in points]

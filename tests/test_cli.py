@@ -251,7 +251,7 @@ def test_a_rank_says_what_is_wrong_with_its_own_variables_and_the_first_says_the
     ranks = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "x"}
     for name, value in {**ranks, "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("launch.ranks.visible_gpus", lambda: 2)
+    monkeypatch.setattr("launch.environment.visible_gpus", lambda: 2)
     for argv, told in (
         (["parallel=ddp"], "error: LOCAL_WORLD_SIZE (4) ranks were started on a machine with 2 GPUs; "),
         (["parallel=ddp", "optimizer.lr=-1", "parallel.device=cpu"], ""),

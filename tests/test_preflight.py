@@ -150,7 +150,7 @@ def test_a_dry_run_is_done_at_every_point_and_starts_no_job(
 def test_what_a_corpus_and_a_machine_do_not_go_with_is_told_before_any_point_starts(
     tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launch.ranks.visible_gpus", lambda: 0)
+    monkeypatch.setattr("launch.environment.visible_gpus", lambda: 0)
     told = {
         "model.vocab_size=128": "pieces, more than model.vocab_size (128); pass model.vocab_size=",
         "+data.mix.fr=1": "data.mix.fr: there is no such source; choose from ",

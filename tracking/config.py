@@ -1,17 +1,18 @@
-"""What a run logs, and when a sweep gives a run up. Torch-free."""
+"""What a run logs, and when a sweep ends a run early. Torch-free."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(kw_only=True, slots=True)
 class LoggerConfig:
-    """metrics.jsonl, the console and loss.png are always written."""
+    """Where records go beside the console, metrics.jsonl and loss.png, which are always written."""
 
-    every: int = 1  # steps between console lines and records
+    every: int = 1  # steps per record
     tensorboard: bool = True
     wandb: bool = False
     wandb_project: str = "pretraining"
+    extra: list[str] = field(default_factory=list)  # loggers of your own, module:Class; see tracking.loggers.Logger
     peak_tflops: float | None = None  # of one device, for MFU (null: from its name, if known)
 
     def problems(self) -> Iterator[str]:
@@ -23,9 +24,9 @@ class LoggerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EarlyStopConfig:
-    """Gives up a point of a sweep whose smoothed loss is above the best point's at the same tokens by a margin."""
+    """Ends a point of a sweep whose smoothed loss exceeds the best point's at the same tokens by a margin."""
 
-    margin: float | None = None  # nats a token (null: no point is given up)
+    margin: float | None = None  # nats per token (null: no point is ended early)
     after_step: int = 100
     every: int = 10  # steps between comparisons
 

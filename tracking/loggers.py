@@ -1,117 +1,144 @@
-"""Where records go: metrics.jsonl always, TensorBoard and Weights & Biases when asked."""
+"""Where records go: metrics.jsonl, TensorBoard, Weights & Biases, and loggers of your own."""
 
 import json
 import logging
 import math
 import netrc
 import os
+import pkgutil
 import secrets
 from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tracking.config import LoggerConfig
+from tracking.metrics_file import METRICS
 from tracking.plot import plot_loss
 
+Record = dict[str, Any]  # "step", "tokens", and metrics such as "train/loss"; None for one that is not finite
+
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
-class Loggers:
-    """All the places a run's records go, opened and closed together.
+class Logger:
+    """A place that records go to: subclass it and name the class in `logger.extra`.
 
-    A failing display never stops a run that has a metrics.jsonl: it is told once and left. Only rank 0 writes.
+    It is made when the run has done `step` steps, from its folder and its plain configuration. A logger that raises is
+    dropped with a warning.
     """
 
-    def __init__(
-        self, run_dir: Path, config: LoggerConfig, *, run_config: dict[str, Any], step: int, rank: int = 0
-    ) -> None:
-        self.run_dir, self.config, self.run_config, self.step, self.rank = run_dir, config, run_config, step, rank
+    def __init__(self, run_dir: Path, run_config: dict[str, Any], step: int) -> None:
+        pass
 
-    def __enter__(self) -> "Loggers":
-        first = self.rank == 0
-        self.tensorboard = _shown("TensorBoard", self._tensorboard) if self.config.tensorboard and first else None
-        self.wandb = _shown("wandb", self._wandb) if self.config.wandb and first else None
-        self.metrics = Path(os.devnull if self.rank else self.run_dir / "metrics.jsonl").open("a", buffering=1)
-        return self
+    def log(self, record: Record) -> None:
+        """Take the record of a step or a validation."""
 
-    def __exit__(self, *_: object) -> None:
-        self.metrics.close()
-        if self.tensorboard is not None:
-            _shown("TensorBoard", self.tensorboard.close)
-        if self.wandb is not None:
-            _shown("wandb", self.wandb.finish)
+    def close(self) -> None:
+        """Write what is left, at the end of the run."""
 
-    def log(self, record: dict[str, Any]) -> None:
-        """Write a record with its `step`; a number that is not finite is written as null."""
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self.metrics.write(json.dumps(clean) + "\n")
-        shown = {k: v for k, v in clean.items() if k != "step" and v is not None}
-        if self.tensorboard is not None:
-            self.tensorboard = _shown("TensorBoard", partial(_add_scalars, self.tensorboard, shown, record["step"]))
-        if self.wandb is not None:
-            self.wandb = _shown("wandb", partial(_log, self.wandb, shown, record["step"]))
 
-    def plot(self) -> None:
-        """Draw loss.png from everything in metrics.jsonl."""
-        if self.rank:
-            return
-        _shown("loss.png", partial(plot_loss, self.run_dir / "metrics.jsonl", self.run_dir / "loss.png"))
-        if self.tensorboard is not None:
-            _shown("TensorBoard", self.tensorboard.flush)
+class JsonLines(Logger):
+    def __init__(self, run_dir: Path, run_config: dict[str, Any], step: int) -> None:
+        self.file = (run_dir / METRICS).open("a", buffering=1)
 
-    def _tensorboard(self) -> Any:
+    def log(self, record: Record) -> None:
+        self.file.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class TensorBoard(Logger):
+    def __init__(self, run_dir: Path, run_config: dict[str, Any], step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        # Events past the checkpoint, of a run that was cut off, are hidden.
-        return SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.step + 1 if self.step else None)
+        # Hides the events that a run which was cut off wrote after its checkpoint.
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
 
-    def _wandb(self) -> Any:
+    def log(self, record: Record) -> None:
+        for key, value in _metrics(record).items():
+            self.writer.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Wandb(Logger):
+    """Weights & Biases: one run per run folder, grouped by the run's name; offline without a key."""
+
+    def __init__(self, run_dir: Path, run_config: dict[str, Any], step: int) -> None:
         import wandb
 
-        id_file = self.run_dir / "wandb_id"
+        id_file = run_dir / "wandb_id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
         if not _has_wandb_key():
             os.environ.setdefault("WANDB_MODE", "offline")
-        mode = os.environ.get("WANDB_MODE")
-        logger.info("wandb: %s", "offline, no key was found" if mode == "offline" else mode or "online")
-        return wandb.init(
-            project=self.config.wandb_project,
-            name=self.run_dir.name,
-            group=self.run_config["name"],
+        logger.info("wandb: %s", os.environ.get("WANDB_MODE", "online"))
+        self.run = wandb.init(
+            project=run_config["logger"]["wandb_project"],
+            name=run_dir.name,
+            group=run_config["name"],
             id=id_file.read_text().strip(),
             resume="allow",
-            dir=str(self.run_dir),
-            config=self.run_config,
+            dir=str(run_dir),
+            config=run_config,
         )
 
+    def log(self, record: Record) -> None:
+        self.run.log(_metrics(record), step=record["step"])
 
-def _shown(display: str, call: Callable[[], T]) -> T | None:
-    """Call something of a display; None, and a warning, if it fails."""
-    try:
-        return call()
-    except Exception as error:  # whatever a library raises when its disk or its network is gone
-        logger.warning("%s is left: %s", display, error)
-        return None
+    def close(self) -> None:
+        self.run.finish()
 
 
-def _add_scalars(writer: Any, shown: dict[str, Any], step: int) -> Any:
-    for key, value in shown.items():
-        writer.add_scalar(key, value, step)
-    return writer
+class Loggers:
+    """All loggers of a run, opened and closed together; rank 0 has them. One that fails is dropped with a warning."""
+
+    def __init__(
+        self, run_dir: Path, config: LoggerConfig, *, run_config: dict[str, Any], step: int, rank: int = 0
+    ) -> None:
+        self.run_dir, self.run_config, self.step, self.rank = run_dir, run_config, step, rank
+        self.classes: list[Callable[[Path, dict[str, Any], int], Logger]] = [] if rank else [JsonLines]
+        if not rank:
+            self.classes += [TensorBoard] * config.tensorboard + [Wandb] * config.wandb
+            self.classes += [pkgutil.resolve_name(name) for name in config.extra]
+        self.loggers: list[Logger] = []
+
+    def __enter__(self) -> "Loggers":
+        for make in self.classes:
+            self._try(make, lambda make=make: self.loggers.append(make(self.run_dir, self.run_config, self.step)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in self.loggers:
+            self._try(type(one), one.close)
+
+    def log(self, record: Record) -> None:
+        """Log a record with its `step`; a number that is not finite becomes None."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.loggers = [one for one in self.loggers if self._try(type(one), lambda one=one: one.log(finite))]
+
+    def plot(self) -> None:
+        """Draw loss.png from metrics.jsonl."""
+        if not self.rank:
+            self._try(plot_loss, lambda: plot_loss(self.run_dir / METRICS, self.run_dir / "loss.png"))
+
+    def _try(self, what: Any, call: Callable[[], object]) -> bool:
+        try:
+            call()
+        except Exception as error:  # whatever a library raises when its disk or network is gone
+            logger.warning("%s is dropped: %s", what.__name__, error)
+            return False
+        return True
 
 
-def _log(run: Any, shown: dict[str, Any], step: int) -> Any:
-    run.log(shown, step=step)
-    return run
+def _metrics(record: Record) -> Record:
+    return {key: value for key, value in record.items() if key != "step" and value is not None}
 
 
 def _has_wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False
+    with suppress(FileNotFoundError, netrc.NetrcParseError):
+        return bool(os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators("api.wandb.ai"))
+    return False

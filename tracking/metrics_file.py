@@ -1,1 +1,55 @@
-from tracking.run_folder import truncate_metrics as truncate_metrics
+"""metrics.jsonl: a JSON record per logged step and per validation."""
+
+import json
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tracking.run_folder import write_atomically
+
+METRICS = "metrics.jsonl"  # in a run folder
+SMOOTHING = 0.9
+
+Curve = list[tuple[int, float]]  # (tokens, loss)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file of JSON lines, without one that is being written or was cut short by a kill."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+def loss_curve(records: Sequence[dict[str, Any]], key: str) -> Curve:
+    """Return a loss over the run's tokens; one that is not finite, null in the file, is inf."""
+    return [(r["tokens"], math.inf if r[key] is None else r[key]) for r in records if key in r]
+
+
+def smoothed(curve: Curve) -> Curve:
+    """Return the exponential moving average, corrected for its start as Adam's moments are; inf stays where it is."""
+    result, mean, weight = [], 0.0, 0.0
+    for tokens, loss in curve:
+        if math.isfinite(loss):
+            mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
+            weight = SMOOTHING * weight + (1 - SMOOTHING)
+        result.append((tokens, mean / weight if math.isfinite(loss) else loss))
+    return result
+
+
+def last_step(run_dir: Path) -> int:
+    return max((record["step"] for record in read_records(run_dir / METRICS)), default=0)
+
+
+def truncate_metrics(path: Path, step: int, validated: bool) -> None:
+    """Drop the records after `step`, from which a run resumes, and the validation of `step` unless it was saved."""
+    kept = [
+        r
+        for r in read_records(path)
+        if r["step"] < step or (r["step"] == step and (validated or "valid/loss" not in r))
+    ]
+    if path.exists():
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))

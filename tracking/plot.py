@@ -1,45 +1,42 @@
-"""loss.png: training loss, faint and smoothed, and validation loss, over the tokens of the run."""
+"""Pictures of losses over tokens."""
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-SMOOTHING = 0.9
+from tracking.metrics_file import loss_curve, read_records, smoothed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
-def plot_loss(metrics: Path, picture: Path) -> None:
-    """Draw the losses in a metrics.jsonl; nothing is drawn of a run without steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+@contextmanager
+def figure(picture: Path, width: float = 8.0, columns: int = 1) -> Iterator[list["Axes"]]:
+    """Yield the axes of a row of plots, which is saved as a PNG when the context ends."""
     from matplotlib.figure import Figure
 
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    train = [(r["tokens"], r["train/loss"]) for r in records if r.get("train/loss") is not None]
-    valid = [(r["tokens"], r["valid/loss"]) for r in records if r.get("valid/loss") is not None]
-    if not train:
-        return
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    tokens = [t for t, _ in train]
-    axes.plot(tokens, [loss for _, loss in train], color="tab:blue", alpha=0.3, linewidth=0.8)
-    axes.plot(tokens, smoothed([loss for _, loss in train]), color="tab:blue", label="train, smoothed")
-    if valid:
-        axes.plot(*zip(*valid, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("loss (nats a token)")
-    axes.set_title(picture.parent.name)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    drawing = Figure(figsize=(width, 4.5), dpi=120, layout="constrained")
+    row = list(drawing.subplots(1, columns, squeeze=False)[0])
+    for axes in row:
+        axes.grid(alpha=0.3)
+        axes.set_ylabel("loss (nats per token)")
+    yield row
     partial = picture.with_name(f".{picture.name}")
-    figure.savefig(partial, format="png")
+    drawing.savefig(partial, format="png")
     partial.replace(picture)
 
 
-def smoothed(values: list[float]) -> list[float]:
-    """Exponential moving average, corrected for its start as Adam's moments are."""
-    result, mean, weight = [], 0.0, 0.0
-    for value in values:
-        mean = SMOOTHING * mean + (1 - SMOOTHING) * value
-        weight = SMOOTHING * weight + (1 - SMOOTHING)
-        result.append(mean / weight)
-    return result
+def plot_loss(metrics: Path, picture: Path) -> None:
+    """Draw training loss, faint and smoothed, and validation loss; nothing for a run without steps."""
+    records = read_records(metrics)
+    train, valid = loss_curve(records, "train/loss"), loss_curve(records, "valid/loss")
+    if not train:
+        return
+    with figure(picture) as (axes,):
+        axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.3, linewidth=0.8)
+        axes.plot(*zip(*smoothed(train), strict=True), color="tab:blue", label="train, smoothed")
+        if valid:
+            axes.plot(*zip(*valid, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
+        axes.set(xlabel="tokens", title=picture.parent.name)
+        axes.legend()

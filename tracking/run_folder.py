@@ -1,4 +1,4 @@
-"""The folder of a run: one process at a time, one configuration, and a file that can ask it to stop."""
+"""The folder of a run: held by one process, of one configuration, with checkpoints and a file that can stop it."""
 
 import fcntl
 import json
@@ -14,62 +14,54 @@ from typing import Any
 from model.config import shape_keys
 from training.config import CheckpointConfig, CheckpointError, Resume
 
-logger = logging.getLogger(__name__)
-
-LOCK, SWEEP_LOCK = ".lock", ".sweep_lock"  # of a run, and of a sweep in whose folder runs are
+LOCK, SWEEP_LOCK = ".lock", ".sweep_lock"  # in the folders of a run and of a sweep
 STEP = re.compile(r"step-(\d{8})")
-# What may change when a run is resumed: nothing that decides what is learnt
-FREE_KEYS = (
-    "name", "logger", "launcher", "early_stop", "dry_run", "checkpoint", "parallel", "valid_every", "valid_tokens",
-    "init_from", "init_content",
-    "data.workers", "data.name", "data.path", "data.source", "data.input", "data.dataset", "data.dataset_config",
-    "data.dataset_split", "data.text_key", "data.source_key", "data.text_lines", "data.raw_json",
-    "data.valid_fraction", "data.valid_seed", "data.max_documents", "data.on_bad_record", "model.name",
-    "data.max_document_mb", "data.streaming", "data.style", "data.messages_key", "data.chat_template", "data.sources",
-    "data.valid_input",
-)  # fmt: skip
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def locked(run_dir: Path, rank: int = 0, name: str = LOCK) -> Iterator[None]:
-    """Hold a run's folder, or a sweep's, by its rank 0; raises `CheckpointError` if another process has it."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+def locked(folder: Path, rank: int = 0, name: str = LOCK) -> Iterator[None]:
+    """Hold the folder of a run or sweep; rank 0 does. Raises `CheckpointError` if another process holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
     if rank:
         yield
         return
-    path = run_dir / name
-    with path.open("a+") as file:
+    with (folder / name).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _held_by_another(run_dir, name) from None
+            raise _in_use(folder, name) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
 
 
-def refuse_held(run_dir: Path) -> None:
-    """Raise `CheckpointError` if a process holds a run folder."""
-    if is_held(run_dir):
-        raise _held_by_another(run_dir, LOCK)
-
-
-def _held_by_another(run_dir: Path, name: str) -> CheckpointError:
-    owner = (run_dir / name).read_text().strip() or "another process"
-    return CheckpointError(f"{run_dir} is in use by {owner}; wait for it, or pass another name=")
-
-
 def is_held(run_dir: Path) -> bool:
-    """Say whether a process holds a run folder."""
+    """Return whether a process holds a run folder."""
     try:
         with (run_dir / LOCK).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except BlockingIOError:
-        return True
+    except OSError as error:  # or there is no lock
+        return isinstance(error, BlockingIOError)
     return False
+
+
+def check_not_held(run_dir: Path) -> None:
+    if is_held(run_dir):
+        raise _in_use(run_dir, LOCK)
+
+
+def _in_use(folder: Path, name: str) -> CheckpointError:
+    owner = (folder / name).read_text().strip() or "another process"
+    return CheckpointError(f"{folder} is in use by {owner}; wait for it, or pass another name=")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -83,124 +75,91 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 
 
 def is_free_key(key: str, accepted: Sequence[str] = ()) -> bool:
-    """Say whether a key may change when a run is resumed."""
-    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in (*FREE_KEYS, *accepted))
+    """Return whether a key may change when a run is resumed."""
+    from conf.schema import free_keys
+
+    return any(key == free or key.startswith(f"{free}.") for free in (*free_keys(), *accepted))
 
 
-def refuse_changes(old: dict[str, Any], new: dict[str, Any], accepted: list[str], run_dir: Path) -> None:
-    """Refuse to go on with a run under another configuration than it began with."""
-    changed = [(key, before, now) for key, before, now in changed_keys(old, new) if not is_free_key(key, accepted)]
+def check_changes(old: dict[str, Any], new: dict[str, Any], accepted: Sequence[str], run_dir: Path) -> None:
+    """Raise `CheckpointError` if a run would resume under a configuration that differs in what it learns."""
+    changed = {key: values for key, *values in changed_keys(old, new) if not is_free_key(key, accepted)}
     if changed:
-        told = ", ".join(f"{key} ({before}, now {now})" for key, before, now in changed)
-        keys = ",".join(key for key, _, _ in changed)
         raise CheckpointError(
-            f"{run_dir} was begun with another configuration: {told}; pass another name= for a new run, or "
-            f"checkpoint.accept_changes=[{keys}] to go on all the same"
+            f"{run_dir} was begun with another configuration: {_listed(changed)}; pass another name=, or "
+            f"checkpoint.accept_changes=[{','.join(changed)}] to resume it"
         )
 
 
-def refuse_other_model(old: dict[str, Any], new: dict[str, Any], origin: Path) -> None:
-    """Refuse weights of a model that has other tensors."""
+def check_same_model(old: dict[str, Any], new: dict[str, Any], origin: Path) -> None:
+    """Raise `CheckpointError` if a configuration's model has other tensors, or computes something else with them."""
     before, now = old["model"], new["model"]
-    changed = [key for key in shape_keys() if before[key] != now[key]]
+    changed = {f"model.{k}": (before[k], now[k]) for k in shape_keys() if k in before and before[k] != now[k]}
     if changed:
-        told = ", ".join(f"model.{key} ({before[key]}, now {now[key]})" for key in changed)
-        raise CheckpointError(f"{origin} is of another model: {told}; give the values that it was made with")
+        raise CheckpointError(f"{origin} is of another model: {_listed(changed)}; pass its values")
 
 
-def refuse_early(run_dir: Path, run_config: dict[str, Any], config: CheckpointConfig) -> None:
-    """Refuse what stored configurations alone can tell, before any device is touched.
+def _listed(changed: dict[str, Any]) -> str:
+    return ", ".join(f"{key} ({before}, now {now})" for key, (before, now) in changed.items())
 
-    What cannot be read here is left to whoever verifies the checkpoint.
+
+def check_stored_config(run_dir: Path, run_config: dict[str, Any], config: CheckpointConfig) -> None:
+    """Check a configuration against that of the checkpoint it would begin from, before any device is touched.
+
+    A checkpoint that cannot be read is left to the verification when it is opened.
     """
-    for folder in committed(run_dir / "checkpoints")[:1]:
-        stored = _stored_config(folder)
-        if stored is not None and config.resume is not Resume.never:
-            refuse_changes(stored, run_config, config.accept_changes, run_dir)
-        return
-    origin = Path(run_config["init_from"] or "")
-    if run_config["init_from"] is None or (origin / "config.json").exists():
-        return
-    for folder in ([origin] if (origin / "state.json").exists() else committed(origin / "checkpoints"))[:1]:
-        stored = _stored_config(folder)
-        if stored is not None:
-            refuse_other_model(stored, run_config, folder)
-
-
-def checkpoints_of(path: Path) -> list[Path]:
-    """Give the checkpoint that a path is, or those of a run folder, newest first."""
-    if (path / "manifest.json").exists() or STEP.fullmatch(path.name):
-        return [path]
-    return committed(path / "checkpoints")
+    own, init_from = committed(run_dir / "checkpoints")[:1], run_config["init_from"]
+    origins = own if own or init_from is None else checkpoints_of(Path(init_from))[:1]
+    for checkpoint in origins:
+        try:
+            stored = json.loads((checkpoint / "state.json").read_text())["config"]
+        except (OSError, ValueError, KeyError):
+            continue
+        if not own:
+            check_same_model(stored, run_config, checkpoint)
+        elif config.resume is not Resume.never:
+            check_changes(stored, run_config, config.accept_changes, run_dir)
 
 
 def committed(folder: Path) -> list[Path]:
-    """Committed checkpoints, newest step first; file times say nothing."""
-    if not folder.is_dir():
-        return []
-    return sorted((path for path in folder.iterdir() if STEP.fullmatch(path.name)), reverse=True)
+    """Return the committed checkpoints in a folder, newest step first."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in found if STEP.fullmatch(path.name)), reverse=True)
 
 
-def _stored_config(checkpoint: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((checkpoint / "state.json").read_text())["config"]
-    except (OSError, ValueError, KeyError):
-        return None
+def checkpoints_of(path: Path) -> list[Path]:
+    """Return the checkpoint that a path is, or those of a run folder, newest first."""
+    is_checkpoint = (path / "manifest.json").exists() or (STEP.fullmatch(path.name) and path.is_dir())
+    return [path] if is_checkpoint else committed(path / "checkpoints")
+
+
+def checkpoints_in(path: Path) -> list[Path]:
+    """Return `checkpoints_of`; raises `CheckpointError` if there is none."""
+    found = checkpoints_of(path)
+    if not found:
+        raise CheckpointError(f"there is no checkpoint in {path}; name a run folder such as runs/demo, or a checkpoint")
+    return found
+
+
+def check_origin(init_from: Path) -> None:
+    """Raise `CheckpointError` if there are no weights to begin from."""
+    remedy = "name a run, a checkpoint, or a Hugging Face folder"
+    if not init_from.is_dir():
+        raise CheckpointError(f"init_from ({init_from}) is no folder; {remedy}")
+    if not (init_from / "config.json").exists() and not checkpoints_of(init_from):
+        raise CheckpointError(f"init_from ({init_from}) holds neither a checkpoint nor a config.json; {remedy}")
 
 
 class StopFile:
     """A file holding N: save at step N and stop; -N: save at step N and go on (InternLM's `stop_file_path`)."""
 
     def __init__(self, path: str | None) -> None:
-        self.path = Path(path) if path else None
-        self.told = ""
+        self.path = Path(path or os.devnull)
 
     def read(self, step: int) -> tuple[bool, bool]:
-        """Say whether to save at `step`, and whether to stop there."""
-        if self.path is None or not self.path.exists():
-            return False, False
-        text = self.path.read_text().strip()
-        try:
-            asked = int(text)
-        except ValueError:
-            if text != self.told:
-                logger.warning("%s holds %r, which is no step; it is not followed", self.path, text)
-                self.told = text
-            return False, False
+        """Return whether to save at `step`, and whether to stop there."""
+        text = self.path.read_text().strip() if self.path.exists() else ""
+        asked = int(text) if text.removeprefix("-").isdecimal() else 0
+        if text and not asked:
+            logger.warning("%s holds %r, which is no step; it is ignored", self.path, text)
         return abs(asked) == step, 0 < asked <= step
-
-
-def truncate_metrics(path: Path, step: int, validated: bool) -> None:
-    """Drop the records after `step`, and a half-written last one, of a run that goes on from there.
-
-    The validation of `step` itself is dropped too unless it was done before the checkpoint.
-    """
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        again = record["step"] == step and "valid/loss" in record and not validated
-        if record["step"] <= step and not again:
-            kept.append(line + "\n")
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
-
-
-check_changes, check_same_model = refuse_changes, refuse_other_model
-
-
-def check_origin(init_from: Path) -> None:
-    from tracking.origin import refuse_no_origin
-
-    refuse_no_origin(init_from)
-
-
-def checkpoints_in(path: Path) -> list[Path]:
-    from tracking.origin import checkpoints_in
-
-    return checkpoints_in(path)

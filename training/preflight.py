@@ -10,9 +10,8 @@ from corpus.config import DataError, Source
 from corpus.inputs import refuse_no_files
 from data.manifest import check_exists, check_fits
 from launch.config import Where
-from launch.ranks import refuse_no_gpu
-from tracking.origin import refuse_no_origin
-from tracking.run_folder import committed, refuse_early, refuse_held
+from launch.environment import check_gpu_features
+from tracking.run_folder import check_not_held, check_origin, check_stored_config, committed
 from training.config import CheckpointError, Fp8
 
 
@@ -25,8 +24,8 @@ def refuse_unready(config: TrainConfig, run_config: dict[str, Any], run_dir: Pat
         refuse()
     _refuse_unfit(config)
     fp8 = config.precision.fp8
-    refuse_no_gpu(config.parallel, None if fp8 is Fp8.none else fp8.value)
-    refuse_early(run_dir, run_config, config.checkpoint)
+    check_gpu_features(config.parallel, None if fp8 is Fp8.none else fp8.value)
+    check_stored_config(run_dir, run_config, config.checkpoint)
 
 
 def needs(config: TrainConfig, run_dir: Path, settings: str | None) -> Iterator[tuple[Path, Callable[[], None]]]:
@@ -37,7 +36,7 @@ def needs(config: TrainConfig, run_dir: Path, settings: str | None) -> Iterator[
         yield path, partial(check_exists, config.data, settings or "with the same data settings")
     if config.init_from is not None and not committed(run_dir / "checkpoints"):
         origin = Path(config.init_from)
-        yield origin, partial(refuse_no_origin, origin)
+        yield origin, partial(check_origin, origin)
 
 
 def _refuse_unfit(config: TrainConfig) -> None:
@@ -58,11 +57,11 @@ def refuse_or_need(
             refuse_no_files(config.data)
         return []
     if here:
-        refuse_held(run_dir)
+        check_not_held(run_dir)
         refuse_unready(config, run_config, run_dir, settings)
         return []
     _refuse_unfit(config)
-    refuse_early(run_dir, run_config, config.checkpoint)
+    check_stored_config(run_dir, run_config, config.checkpoint)
     return [(path.absolute(), _said(refuse)) for path, refuse in needs(config, run_dir, settings)]
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import pickle
 import signal
 import struct
 import subprocess
@@ -16,14 +15,12 @@ from typing import Any
 import pytest
 from hydra.core.utils import JobStatus
 from omegaconf import OmegaConf
-from submitit.local.local import LocalExecutor
 
 from hydra_plugins.sweeper import OptunaSweeper
 from launch import slurm
-from launch.config import LauncherConfig
-from launch.jobs import Job, Outcome, Point, run_jobs
+from launch.jobs import Point
 from launch.sweep import keep_code, run_points
-from parallel.config import Device, ParallelConfig, ParallelError
+from parallel.config import ParallelError
 from tests.conftest import ROOT
 from tests.test_preflight import points
 from tracking.run_folder import is_held
@@ -224,24 +221,6 @@ def test_a_killed_run_with_workers_leaves_its_folder_at_once(tmp_path: Path, sma
         process.kill()
     time.sleep(1)  # torch's own workers look for their parent every five seconds
     assert not is_held(tmp_path)
-
-
-def test_what_an_earlier_process_of_the_same_number_left_is_not_taken_for_a_result(
-    tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    submit, submitted = LocalExecutor.submit, []
-
-    def submit_where_another_was(self: LocalExecutor, *work: Any) -> Any:
-        submitted.append(submit(self, *work))
-        submitted[0].paths.result_pickle.write_bytes(pickle.dumps(("success", 0.5)))
-        return submitted[0]
-
-    monkeypatch.setattr(LocalExecutor, "submit", submit_where_another_was)
-    job = Job("os:getpid", (), ParallelConfig(device=Device.cpu), bool, LauncherConfig(), hopeless=bool)
-    outcomes: list[Outcome] = []
-    run_jobs([Point("p", tmp_path, job.launcher, {}, job)], tmp_path, ROOT, lambda _, outcome: outcomes.append(outcome))
-    submitted[0]._process.wait()
-    assert outcomes[0].state == "finished" and outcomes[0].value != 0.5
 
 
 def test_points_that_never_began_are_not_in_the_queue_once_the_sweep_is_interrupted(

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from conf.cli import is_user_error, report_user_errors
 from corpus.config import DataError
-from launch.ranks import VARIABLES, launch
+from launch.environment import DEFAULTS, VARIABLES
+from launch.ranks import launch
 from parallel.config import ParallelConfig
 from training.stop import StopRequest
 
 
 def variables() -> dict[str, str]:
-    return {name: os.environ[name] for name in VARIABLES}
+    return {name: os.environ[name] for name in (*VARIABLES, *DEFAULTS)}
 
 
 def fail(which: int, how: str) -> str:
@@ -26,7 +27,7 @@ def fail(which: int, how: str) -> str:
         time.sleep(60)
     if how == "raise":
         raise ValueError("boom")
-    if how == "sentence":
+    if how == "user error":
         raise DataError("there is no such corpus")
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""A real Slurm on this machine alone, without systemd or cgroups: two nodes of eight cores and two GPUs, all pretended."""
+"""A real Slurm on this machine, without systemd or cgroups: two simulated nodes of eight cores and two GPUs."""
 
 import os
 import secrets
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from launch.ranks import free_port
+from launch.environment import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 NODES = ("node1", "node2")
@@ -58,7 +58,7 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMo
 
 
 def why_not() -> str:
-    """Give the reason why no Slurm can be started here, or an empty string."""
+    """Return why no Slurm can be started here, or ""."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
         return f"{', '.join(missing)} not installed; on Debian and Ubuntu: apt install slurm-wlm munge"
@@ -67,7 +67,7 @@ def why_not() -> str:
 
 @contextmanager
 def cluster(root: Path) -> Iterator[dict[str, str]]:
-    """Start a Slurm that lives in `root`, give the variables that lead to it, and end it."""
+    """Run a Slurm whose files are in `root`; yields its environment variables."""
     root.chmod(0o755)
     for name in ("munge", "state", *(f"spool-{node}" for node in NODES)):
         (root / name).mkdir(mode=0o755)
@@ -92,8 +92,7 @@ def cluster(root: Path) -> Iterator[dict[str, str]]:
 
 @contextmanager
 def lost(node: str) -> Iterator[None]:
-    """Have a node fall silent with all that runs on it, as if its power were cut, and be found down; in the end it is
-    started anew."""
+    """Have a node and all that runs on it fall silent, as in a power cut; the node is started again in the end."""
     root = Path(os.environ["SLURM_CONF"]).parent
     silent = _processes_of(root, node)
     for process in silent:
@@ -109,7 +108,7 @@ def lost(node: str) -> Iterator[None]:
 
 
 def _processes_of(root: Path, node: str) -> list[psutil.Process]:
-    """Give a node's daemon, the tasks that run there, and the daemons of their steps."""
+    """Return a node's daemon, the tasks that run there, and the daemons of their steps."""
     variables = {process: process.info["environ"] or {} for process in psutil.process_iter(["environ"])}
     tasks = [process for process, found in variables.items() if found.get("SLURMD_NODENAME") == node]
     parents = {parent for task in tasks if (parent := task.parent()) and parent.name().startswith("slurmstepd")}
@@ -149,8 +148,8 @@ def _wait_until_idle(root: Path, environment: dict[str, str]) -> None:
     until = time.monotonic() + WAIT_S
     command = ["sinfo", "--noheader", "--Node", "--partition=main", "--states=idle", "--format=%N"]
     while time.monotonic() < until:
-        told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20)
-        if sorted(told.stdout.split()) == sorted(NODES):
+        answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20)
+        if sorted(answer.stdout.split()) == sorted(NODES):
             return
         time.sleep(0.2)
     logs = "\n".join(path.read_text()[-2000:] for path in root.glob("*.log"))

@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm: several nodes, failures that are told, and runs that go on as if nothing had been."""
+"""Jobs on a real Slurm: several nodes, failures that are reported, and runs that resume bit for bit."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from launch.config import LauncherConfig, Where
 from launch.jobs import Job, Outcome, Point, run_jobs
 from parallel.config import ParallelConfig, ParallelError
 from tests.conftest import ROOT, trained
-from tests.slurm.cluster import cluster, lost, why_not
+from tests.slurm.cluster import lost, why_not
 from tests.test_train import assert_same_run
 from tracking.status import crashed_the_same_way_twice, read_status
 from training.checkpoint import open_checkpoint
@@ -38,14 +39,10 @@ def launcher(**settings: Any) -> LauncherConfig:
     return LauncherConfig(**{"where": Where.slurm, "parallel_jobs": None, "poll_s": 0.5, **settings})
 
 
-def never() -> bool:
-    return False
-
-
 def point(work: str, *args: Any, run_dir: Path, **settings: Any) -> Point:
     config = launcher(**settings)
     run_dir.mkdir(parents=True, exist_ok=True)
-    job = Job(f"tests.slurm.work:{work}", args, ParallelConfig(), is_user_error, config, hopeless=never)
+    job = Job(f"tests.slurm.work:{work}", args, ParallelConfig(), is_user_error, config, hopeless=bool)
     return Point(run_dir.name, run_dir, config, {"name": run_dir.name}, job)
 
 
@@ -56,7 +53,7 @@ def outcomes_of(points: list[Point], folder: Path) -> dict[str, Outcome]:
 
 
 def until(done: Callable[[], Any], seconds: float = 180) -> Any:
-    """Wait for something of a job that another thread waits for."""
+    """Wait until this is true; return it."""
     end = time.monotonic() + seconds
     while not (found := done()):
         assert time.monotonic() < end
@@ -72,9 +69,7 @@ def scontrol(*words: str) -> str:
     return subprocess.run(["scontrol", *words], capture_output=True, text=True, check=True).stdout
 
 
-def test_jobs_of_several_nodes_answer_fail_and_die_and_each_is_told_apart(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_outcomes_of_jobs_on_several_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ends = ("answer", "crash", "kill", "hang")
     points = [point("end", how, run_dir=tmp_path / how, nodes=2, tasks_per_node=1) for how in ends]
     answering = points[0].launcher
@@ -89,17 +84,15 @@ def test_jobs_of_several_nodes_answer_fail_and_die_and_each_is_told_apart(
     crash = found["crash"]
     assert crash.state == "failed" and crash.reason.startswith("rank 1 failed first\nTraceback")
     assert crash.reason.count("ValueError: boom") == 1 and "tests/slurm/work.py" in crash.reason
-    assert (
-        found["kill"].state == "failed" and "ended without a word (FAILED): killed, or out of" in found["kill"].reason
-    )
+    assert found["kill"].state == "failed" and "no result (FAILED): killed, or out of memory" in found["kill"].reason
     assert (
         found["again"].state == "failed"
         and "it was requeued 1 times, and launcher.max_requeues is 1" in found["again"].reason
     )
-    said = capsys.readouterr().out
-    assert "[again] attempt 0" in said and "[again] attempt 1" in said and "[crash] attempt 1" not in said
+    out = capsys.readouterr().out
+    assert "[again] attempt 0" in out and "[again] attempt 1" in out and "[crash] attempt 1" not in out
     assert found["hang"].reason.count("RuntimeError: timed out") == 1
-    assert "rank 1 hung; it stood at\n" in found["hang"].reason and "work.py" in found["hang"].reason.split("hung")[1]
+    assert "rank 1 hung at\n" in found["hang"].reason and "work.py" in found["hang"].reason.split("hung")[1]
     ids = [job_of(tmp_path / how) for how in ends]
     until(lambda: all(state in slurm.OVER for state in slurm.states(ids).values()))
     states = slurm.states(ids)
@@ -108,7 +101,7 @@ def test_jobs_of_several_nodes_answer_fail_and_die_and_each_is_told_apart(
 
 
 def training(run_dir: Path, settings: list[str], work: str = "train:work", *args: Any) -> Point:
-    """A point that trains, under these overrides, by `train.py` or by something that disturbs it."""
+    """Return a point that trains under these overrides, by `train.py` or by work that disturbs it."""
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         overrides = [*settings, "launcher=slurm", "launcher.poll_s=0.5", f"name={run_dir.name}"]
@@ -123,19 +116,19 @@ def training(run_dir: Path, settings: list[str], work: str = "train:work", *args
 
 @contextmanager
 def running(points: list[Point], folder: Path) -> Iterator[dict[str, Outcome]]:
-    """Have another thread wait for jobs, until all are over; gives their outcomes, which come by then."""
+    """Run jobs from another thread; yields their outcomes, complete when the context ends."""
     found: dict[str, Outcome] = {}
     waiting = threading.Thread(target=lambda: found.update(outcomes_of(points, folder)), daemon=True)
     with pytest.MonkeyPatch.context() as patch:  # signal handlers are the main thread's
-        patch.setattr("launch.jobs._sigterm_interrupts", partial(pytest.MonkeyPatch.context))
+        patch.setattr("launch.jobs.signal", SimpleNamespace(SIGTERM=signal.SIGTERM, signal=lambda *_: None))
         waiting.start()
         yield found
-        waiting.join(240)
+        waiting.join(500)
     assert not waiting.is_alive()
 
 
 def attempts(run_dir: Path) -> list[int]:
-    """The attempts at a run, as every rank noted them."""
+    """Return the attempts at a run, as every rank noted them."""
     path = run_dir / "attempts"
     return sorted({int(word) for word in path.read_text().split()}) if path.exists() else []
 
@@ -146,8 +139,8 @@ def steps_of(run_dir: Path) -> int:
 
 
 @pytest.mark.timeout(600)
-def test_runs_that_slurm_takes_away_go_on_bit_for_bit(tmp_path: Path, small: list[str]) -> None:
-    """One on two nodes is requeued by hand, one by its time limit, one makes way for another; one is cancelled."""
+def test_requeue_time_limit_and_preemption_resume_bit_for_bit(tmp_path: Path, small: list[str]) -> None:
+    """One on two nodes is requeued by hand, one at its time limit, one is preempted; one is cancelled."""
     settings = [*small, "steps=30", "checkpoint.every=0", "valid_every=5", "parallel.threads=2"]
     hybrid = ["parallel=hybrid_zero", "parallel.dp_shard=2", "data.micro_batch_size=1", "parallel.threads=1"]
     two_nodes = [*settings, "launcher.nodes=2", "launcher.tasks_per_node=2", *hybrid]
@@ -184,9 +177,7 @@ def test_runs_that_slurm_takes_away_go_on_bit_for_bit(tmp_path: Path, small: lis
     assert {f"train.rank{rank}.log" for rank in (1, 2, 3)} <= {path.name for path in (tmp_path / "hybrid").iterdir()}
 
 
-def test_a_run_whose_node_is_lost_goes_on_from_its_last_checkpoint_bit_for_bit(
-    tmp_path: Path, small: list[str]
-) -> None:
+def test_a_lost_node_resumes_bit_for_bit(tmp_path: Path, small: list[str]) -> None:
     settings = [*small, "steps=8", "checkpoint.every=3", "parallel=zero1", "parallel.threads=1"]
     two_nodes = ["launcher.nodes=2", "launcher.tasks_per_node=1"]
     run = training(tmp_path / "run", [*settings, *two_nodes], SLOWLY, 4)
@@ -203,7 +194,7 @@ def test_a_run_whose_node_is_lost_goes_on_from_its_last_checkpoint_bit_for_bit(
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_run_is_not_requeued_after_the_same_crash_twice_nor_more_often_than_it_may(
+def test_crash_loops_and_exhausted_requeues_end(
     tmp_path: Path, small: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = [*small, "steps=8", "parallel.threads=1"]
@@ -220,38 +211,22 @@ def test_a_run_is_not_requeued_after_the_same_crash_twice_nor_more_often_than_it
     assert "ValueError: boom" in reason and reason.endswith("not requeued: it crashed twice at the same step"), reason
     assert attempts(tmp_path / "signalled") == [0] and found["signalled"].state == "stopped"
     assert 0 < open_checkpoint(tmp_path / "signalled").step < 8
-    told = "[signalled] not requeued: it was requeued 0 times, and launcher.max_requeues is 0"
-    assert told in capsys.readouterr().out
+    message = "[signalled] not requeued: it was requeued 0 times, and launcher.max_requeues is 0"
+    assert message in capsys.readouterr().out
 
 
-def test_a_slurm_that_a_killed_run_left_is_in_nobodys_way(tmp_path: Path) -> None:
-    (tmp_path / "another").mkdir()
-    with cluster(tmp_path / "another"):
-        assert Path("/etc/hosts").read_text().count(" node1 node2 ") >= 2
-    assert " node1 node2 " in Path("/etc/hosts").read_text()
-
-
-def test_what_slurm_would_refuse_is_told_in_its_words_before_anything_is_queued(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_slurm_refuses_is_known_before_submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ParallelError, match="invalid partition specified: nowhere"):
         slurm.check(launcher(partition="nowhere"), tmp_path)
     with pytest.raises(ParallelError, match="Requested node configuration is not available|More processors requested"):
         slurm.check(launcher(nodes=2, gpus_per_node=3), tmp_path)
     slurm.check(launcher(nodes=2, gpus_per_node=2), tmp_path)
-    (tmp_path / "srun").write_text('#!/bin/sh\nfor word; do echo "unseen: $word"; done\n')
-    (tmp_path / "srun").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    with pytest.raises(ParallelError, match=f"the nodes do not see {tmp_path}"):
-        slurm.check(launcher(), tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ParallelError, match="there is no sbatch on this machine"):
+    with pytest.raises(ParallelError, match="needs sbatch"):
         slurm.check(launcher(), tmp_path)
 
 
-def test_a_sweep_of_two_tasks_a_point_runs_every_point_and_the_next_time_only_what_is_missing(
-    tmp_path: Path, small: list[str]
-) -> None:
+def test_a_sweep_runs_only_what_is_missing(tmp_path: Path, small: list[str]) -> None:
     settings = [*small, "steps=3", "optimizer.max_nonfinite_steps=1", "name=s", f"hydra.sweep.dir={tmp_path}"]
     two_tasks = ["launcher.tasks_per_node=2", "parallel=zero1", "parallel.threads=1", "launcher.poll_s=0.5"]
     argv = [sys.executable, "train.py", *settings, "launcher=slurm", *two_tasks]
@@ -268,9 +243,7 @@ def test_a_sweep_of_two_tasks_a_point_runs_every_point_and_the_next_time_only_wh
     assert done.stdout.count("finished already: ") == 1 and done.stdout.count("is submitted: ") == 1
 
 
-def test_a_job_goes_on_without_its_client_is_found_by_the_next_and_saves_when_that_is_interrupted(
-    tmp_path: Path, small: list[str]
-) -> None:
+def test_a_job_outlives_its_client_and_is_found_again(tmp_path: Path, small: list[str]) -> None:
     settings = [*small, "steps=1000000", "logger.every=20", "name=left", f"hydra.sweep.dir={tmp_path}"]
     argv = [sys.executable, "train.py", *settings, "launcher=slurm", "launcher.poll_s=0.5", "parallel.threads=1"]
     client = subprocess.Popen(argv, cwd=ROOT)
@@ -280,16 +253,16 @@ def test_a_job_goes_on_without_its_client_is_found_by_the_next_and_saves_when_th
     client = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert client.stdout is not None
     job = job_of(tmp_path)
-    assert client.stdout.readline() == f"job {job} is in the queue already: {os.path.relpath(tmp_path, ROOT)}\n"
+    assert client.stdout.readline() == f"job {job} is already in the queue: {os.path.relpath(tmp_path, ROOT)}\n"
     client.send_signal(signal.SIGINT)
-    told = client.communicate(timeout=150)[1]
-    assert client.returncode == 130 and f"cancelled {job}; the same command goes on from" in told
+    printed = client.communicate(timeout=150)[1]
+    assert client.returncode == 130 and f"cancelled {job}; the same command resumes" in printed
     until(lambda: slurm.states([job]) == {job: "CANCELLED"})
     until(lambda: read_status(tmp_path)["state"] == "stopped")
     assert open_checkpoint(tmp_path).step > 0
 
 
-def test_srun_in_a_script_of_ones_own_starts_the_ranks_of_one_run(tmp_path: Path, small: list[str]) -> None:
+def test_srun_starts_the_ranks_of_one_run(tmp_path: Path, small: list[str]) -> None:
     ranks = ["srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, "train.py"]
     settings = [*small, "steps=2", "name=r", "parallel=ddp", "parallel.threads=1", f"hydra.run.dir={tmp_path / 'r'}"]
     done = subprocess.run([*ranks, *settings], cwd=ROOT, capture_output=True, text=True)

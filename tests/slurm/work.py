@@ -37,7 +37,7 @@ def end(how: str) -> Any:
 
 
 def wait_for_cancel(run_dir: Path) -> None:
-    """Save when told to stop, as a run does, and ask for a requeue, as a run does."""
+    """Save when asked to stop and ask for a requeue, as a run does."""
     with StopRequest() as stop:
         (run_dir / f"begun{os.environ.get(RESTARTS, '0')}").touch()
         while not stop:

@@ -1,4 +1,4 @@
-"""A run folder tells how its run goes and went, and when it is to end early."""
+"""status.json says how a run ended, crashes.jsonl how often, and early_stop when it falls behind."""
 
 import json
 from pathlib import Path
@@ -10,40 +10,39 @@ from tests.tracking.test_compare import written
 from tracking.compare import read_runs
 from tracking.config import EarlyStopConfig
 from tracking.early_stop import is_hopeless
+from tracking.run_folder import locked
 from tracking.status import Status, crashed_the_same_way_twice, note_end, read_status
 from training.config import CheckpointError
 
 
-def test_a_point_is_given_up_when_it_is_behind_the_best_at_the_same_tokens(tmp_path: Path) -> None:
+def test_early_stop_compares_at_the_same_tokens(tmp_path: Path) -> None:
     best = written(tmp_path / "best", [5.0, 4.0, 3.0, 2.0, 1.0])
     rule = EarlyStopConfig(margin=0.5, after_step=2, every=1)
     same = written(tmp_path / "same", [5.0, 4.0])
-    assert not is_hopeless(rule, same, 2), "behind the best's end, not behind it at the same tokens"
+    assert not is_hopeless(rule, same, 2), "behind the best's end, but not at the same tokens"
     worse = written(tmp_path / "worse", [6.0, 5.5])
     assert is_hopeless(rule, worse, 2) and not is_hopeless(rule, best, 5)
     assert not is_hopeless(rule, worse, 1) and not is_hopeless(EarlyStopConfig(), worse, 2)
     assert is_hopeless(rule, written(tmp_path / "nan", [5.0, None]), 2)
-    assert not is_hopeless(rule, written(tmp_path / "ahead", [9.0] * 9), 9), "nobody has come so far"
+    assert not is_hopeless(rule, written(tmp_path / "ahead", [9.0] * 9), 9), "no other has come that far"
 
 
-def test_a_run_that_a_process_holds_is_running(tmp_path: Path, small: list[str]) -> None:
-    from tracking.run_folder import locked
-
+def test_a_held_run_is_running(tmp_path: Path, small: list[str]) -> None:
     trained(tmp_path / "r", *small, "steps=1")
     with locked(tmp_path / "r"), Status(tmp_path / "r", {"steps": 1}):
-        note_end(tmp_path / "r", "failed", "another command wanted it too")
+        note_end(tmp_path / "r", "failed", "another process holds it")
         assert read_runs(tmp_path)[0].state == "running"
 
 
-def test_a_run_that_is_refused_stays_what_it_was(tmp_path: Path) -> None:
+def test_a_refused_run_keeps_its_status(tmp_path: Path) -> None:
     written(tmp_path / "r", [1.0], seed=1)
     before = read_status(tmp_path / "r")
     with pytest.raises(CheckpointError), Status(tmp_path / "r", {"name": "s", "steps": 1, "seed": 2}):
-        raise CheckpointError("begun with another configuration")
+        raise CheckpointError("another configuration")
     assert {**read_status(tmp_path / "r"), "time": 0} == {**before, "time": 0} and before["state"] == "finished"
 
 
-def test_a_line_that_was_cut_short_does_not_hide_how_a_run_went(tmp_path: Path) -> None:
+def test_a_cut_line_is_skipped(tmp_path: Path) -> None:
     written(tmp_path / "r", [2.0, 1.0], seed=1)
     with (tmp_path / "r" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "train/lo')
@@ -53,7 +52,7 @@ def test_a_line_that_was_cut_short_does_not_hide_how_a_run_went(tmp_path: Path) 
     assert crash["step"] == 2 and "the disk is full" in crash["error"]
 
 
-def test_the_same_crash_at_the_same_step_twice_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_equal_crashes_are_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(attempt: int, error: Exception, rank: int = 0, job: int = 1) -> None:
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(attempt))
         monkeypatch.setenv("SLURM_JOB_ID", str(job))
@@ -69,8 +68,8 @@ def test_the_same_crash_at_the_same_step_twice_is_known(tmp_path: Path, monkeypa
     assert crashed_the_same_way_twice(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n')
     crash(3, RuntimeError("another"))
-    assert not crashed_the_same_way_twice(tmp_path), "it came further"
+    assert not crashed_the_same_way_twice(tmp_path), "it got further"
     crash(4, RuntimeError("another"))
     assert crashed_the_same_way_twice(tmp_path)
-    crash(0, RuntimeError("mended, and something else"), job=2)
+    crash(0, RuntimeError("a third"), job=2)
     assert not crashed_the_same_way_twice(tmp_path), "the first attempt of another job"

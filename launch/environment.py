@@ -1,0 +1,147 @@
+"""The environment of a run's processes: rank variables, visible GPUs, and defaults of libraries. Imports no torch.
+
+Each of several ranks has all of VARIABLES in its environment; a run of one process has none of them.
+"""
+
+import ctypes
+import math
+import os
+import random
+import re
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from launch.config import LauncherConfig, Where
+from parallel.config import AXES, Device, ParallelConfig, ParallelError, no_fp8, no_graphs
+
+if TYPE_CHECKING:
+    from conf.schema import TrainConfig
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+PORTS = range(20000, 32000)  # below the range from which systems assign ports
+DEFAULTS = {
+    "OMP_WAIT_POLICY": "PASSIVE",  # an idle OpenMP thread that spins takes a core from a busy one
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # less fragmentation near the end of a GPU's memory
+}
+
+
+def set_defaults() -> None:
+    """Set what libraries read from the environment as they load, unless the user has; call before torch is imported."""
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+
+
+def world_size(config: "TrainConfig") -> int:
+    """Return the number of ranks of a run: those a dry run simulates, those already started, or those to start.
+
+    Raises `ParallelError` if they cannot be started.
+    """
+    if config.dry_run.enabled:
+        return config.dry_run.world_size
+    joined = joined_environment(os.environ)
+    if joined:
+        check_joined(joined, config.parallel)
+        return int(joined["WORLD_SIZE"])
+    if config.launcher.where is Where.slurm:
+        return config.launcher.nodes * config.launcher.ranks_per_node
+    return nproc_per_node(config.parallel, config.launcher)
+
+
+def nproc_per_node(config: ParallelConfig, launcher: LauncherConfig | None = None) -> int:
+    """Return the number of ranks that `python train.py` starts on this machine.
+
+    That is `parallel.nproc_per_node`, else one per GPU if an axis is -1, else the product of the axes. With a
+    `launcher`, the GPUs are a sweep job's share. Raises `ParallelError` if there are fewer GPUs than ranks.
+    """
+    n_gpus = 0 if config.device is Device.cpu else visible_gpus()
+    n_gpus = n_gpus if launcher is None else launcher.gpus_per_job(n_gpus)
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    fewest = max(1, math.prod(size for size in sizes.values() if size != -1))
+    n_ranks = config.nproc_per_node or (n_gpus if n_gpus and -1 in sizes.values() else fewest)
+    if n_gpus and n_ranks > n_gpus:
+        layout = " x ".join(f"parallel.{axis} ({size})" for axis, size in sizes.items() if size > 1)
+        asked = f"parallel.nproc_per_node ({n_ranks})" if config.nproc_per_node else layout
+        shared = " of a job (launcher.parallel_jobs)" if launcher is not None and launcher.parallel_jobs != 1 else ""
+        raise ParallelError(f"{asked} must be at most the GPUs{shared} ({n_gpus}), unless parallel.device=cpu")
+    return n_ranks
+
+
+def visible_gpus() -> int:
+    """Return the number of GPUs that this process may use, as the driver counts them."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "-") in ("", "-1") or "+cpu" in version("torch"):
+        return 0
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    return 0 if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) else count.value
+
+
+def check_gpu_features(config: ParallelConfig, fp8: str | None) -> None:
+    """Raise `ParallelError` if fp8 (its scaling, or None) or CUDA graphs are asked for without a GPU."""
+    if config.device is Device.cpu or not visible_gpus():
+        if fp8 is not None:
+            raise no_fp8(fp8, "cpu")
+        if config.cuda_graphs:
+            raise no_graphs("cpu")
+
+
+def joined_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return a rank's VARIABLES as torchrun or srun set them, or {} if nothing started ranks."""
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        return {name: environment[name] for name in VARIABLES if name in environment}
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in environment:
+        return _srun_variables(environment)
+    return {}
+
+
+def _srun_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    step = ".".join(environment.get(f"SLURM_{name}", "") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+    tasks: list[str] = []  # of each node, from the form 2(x3),1
+    for part in environment["SLURM_STEP_TASKS_PER_NODE"].split(","):
+        n_tasks, _, times = part.partition("(x")
+        tasks += [n_tasks] * int(times.rstrip(")") or 1)
+    one_gpu = environment.get("CUDA_VISIBLE_DEVICES", "").isdigit()  # a task's only GPU has index 0
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": "0" if one_gpu else environment["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": tasks[int(environment["SLURM_NODEID"])],
+        "MASTER_ADDR": first_host(environment["SLURM_STEP_NODELIST"]),
+        "MASTER_PORT": str(random.Random(step).choice(PORTS)),
+    }
+
+
+def first_host(node_list: str) -> str:
+    """Return the first host of Slurm's short form: n03 for n[03-07,9],m1."""
+    found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", node_list)
+    assert found, node_list
+    return "".join(part or "" for part in found.groups())
+
+
+def check_joined(variables: Mapping[str, str], config: ParallelConfig) -> None:
+    """Raise `ParallelError` if a rank's variables are incomplete, or there are more ranks here than GPUs."""
+    if variables == {"RANK": "0", "WORLD_SIZE": "1"}:
+        return
+    missing = [name for name in VARIABLES if name not in variables]
+    if missing:
+        raise ParallelError(f"{', '.join(missing)} must be set beside {', '.join(variables)}, as torchrun and srun do")
+    n_gpus = 0 if config.device is Device.cpu else visible_gpus()
+    if n_gpus and int(variables["LOCAL_RANK"]) >= n_gpus:
+        size = variables["LOCAL_WORLD_SIZE"]
+        raise ParallelError(
+            f"LOCAL_WORLD_SIZE ({size}) ranks were started on a machine with {n_gpus} GPUs; start fewer"
+        )
+
+
+def free_port() -> int:
+    """Return a free port for ranks to meet on, from a range that the system does not assign from."""
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise OSError(f"no port between {PORTS.start} and {PORTS.stop} is free")

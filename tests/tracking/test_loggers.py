@@ -1,0 +1,140 @@
+"""Records reach every logger, whatever one of them does, and the pictures and log lines of a run."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from matplotlib.image import imread
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.conftest import trained
+from tracking.config import LoggerConfig
+from tracking.loggers import Logger, Loggers, Record
+from tracking.logs import log_to
+from tracking.metrics_file import read_records, smoothed, truncate_metrics
+from tracking.plot import plot_loss
+
+RUN_CONFIG = {"name": "x", "logger": {"wandb_project": "p"}}
+
+
+class InMemory(Logger):
+    """A user's logger."""
+
+    records: ClassVar[list[Record]] = []
+
+    def log(self, record: Record) -> None:
+        self.records.append(record)
+
+
+class Failing(Logger):
+    def log(self, record: Record) -> None:
+        raise OSError(28, "No space left on device")
+
+
+def opened(folder: Path, step: int = 0, **settings: Any) -> Loggers:
+    config = LoggerConfig(**{"tensorboard": False, **settings})
+    return Loggers(folder, config, run_config=RUN_CONFIG, step=step)
+
+
+def record(step: int, **changes: Any) -> Record:
+    return {"step": step, "tokens": 100 * step, "train/loss": 5.0 / step, **changes}
+
+
+def test_a_user_logger_takes_the_records_of_a_run(tmp_path: Path, small: list[str]) -> None:
+    InMemory.records.clear()
+    trained(tmp_path / "r", *small, "steps=3", f"logger.extra=['{__name__}:InMemory']")
+    assert [r["step"] for r in InMemory.records if "train/loss" in r] == [1, 2, 3]
+    assert InMemory.records == read_records(tmp_path / "r" / "metrics.jsonl")
+
+
+def test_records_reach_file_and_tensorboard_across_a_resume(tmp_path: Path) -> None:
+    for first, step in ((1, 0), (3, 2)):
+        with opened(tmp_path, step, tensorboard=True) as loggers:
+            for i in range(first, 5):
+                loggers.log(record(i, **{"train/loss": float("nan") if i == 4 else float(first * 10 + i)}))
+    losses = [r["train/loss"] for r in read_records(tmp_path / "metrics.jsonl")]
+    assert losses == [11.0, 12.0, 13.0, None, 33.0, None]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 11.0), (2, 12.0), (3, 33.0)]
+
+
+def test_wandb_is_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "x")  # so that what is set below is removed in the end
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for _ in range(2):
+        with opened(tmp_path, wandb=True) as loggers:
+            loggers.log(record(1))
+    runs = list((tmp_path / "wandb").glob("offline-run-*"))
+    run_id = (tmp_path / "wandb_id").read_text()
+    assert runs and all(run_id in path.name for path in runs)
+
+
+def test_a_failing_logger_is_dropped_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    InMemory.records.clear()
+    with opened(tmp_path, extra=[f"{__name__}:Failing", f"{__name__}:InMemory"]) as loggers:
+        for step in (1, 2):
+            loggers.log(record(step))
+    assert len(InMemory.records) == len(read_records(tmp_path / "metrics.jsonl")) == 2
+    assert caplog.text.count("Failing is dropped") == caplog.text.count("is dropped") == 1
+
+
+def test_libraries_that_fail_do_not_stop_a_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no network")
+
+    broken.__name__ = "plot_loss"
+    for name in ("wandb.init", "tracking.loggers.plot_loss", "torch.utils.tensorboard.writer.SummaryWriter"):
+        monkeypatch.setattr(name, broken)
+    with opened(tmp_path, tensorboard=True, wandb=True) as loggers:
+        loggers.log(record(1))
+        loggers.plot()
+    assert len(read_records(tmp_path / "metrics.jsonl")) == 1
+    assert all(f"{name} is dropped: no network" in caplog.text for name in ("Wandb", "plot_loss", "TensorBoard"))
+
+
+def test_picture_shows_both_curves(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps(record(step)) + "\n" for step in range(1, 50)))
+    plot_loss(metrics, tmp_path / "train.png")
+    with metrics.open("a") as file:
+        file.write(json.dumps({"step": 49, "tokens": 4900, "valid/loss": 2.0}) + '\n{"step": 50, "tok')
+    plot_loss(metrics, tmp_path / "both.png")
+
+    def orange(name: str) -> int:
+        red, green, blue = (imread(tmp_path / name)[..., i] for i in range(3))
+        return int(((red > 0.9) & (green > 0.4) & (green < 0.6) & (blue < 0.2)).sum())
+
+    assert orange("train.png") == 0 and orange("both.png") > 50
+
+
+def test_smoothing_starts_at_the_first_value_and_survives_a_step_without_one() -> None:
+    inf = float("inf")
+    assert smoothed([(1, 4.0), (2, inf), (3, 4.0)]) == [(1, pytest.approx(4.0)), (2, inf), (3, pytest.approx(4.0))]
+    assert smoothed([(1, 4.0), (2, 0.0)])[1][1] == pytest.approx(4 * 0.09 / 0.19)
+
+
+@pytest.mark.parametrize(("validated", "kept"), [(True, 3), (False, 2)])
+def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path, validated: bool, kept: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    records = [{"step": 1}, {"step": 2}, {"step": 2, "valid/loss": 1.0}, {"step": 3}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 4, "tr')
+    truncate_metrics(path, 2, validated=validated)
+    assert read_records(path) == records[:kept]
+
+
+def test_log_lines_go_to_terminal_and_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for number in (1, 2):
+        with log_to(tmp_path):
+            logging.getLogger("x").info("line %d", number)
+    logging.getLogger("x").info("line 3")
+    assert capsys.readouterr().out == "line 1\nline 2\n"
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [line.split("INFO ")[1] for line in lines] == ["line 1", "line 2"]
