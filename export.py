@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,7 +228,7 @@ def judge(found: dict[str, Any]) -> None:
 
 def bring_in(folder: Path, out: str | None) -> None:
     """Turn a Hugging Face folder into a run folder with one checkpoint, from which to train, generate or export."""
-    from conf.schema import plain
+    from conf.schema import to_plain
     from data.tokenizer import adds_bos, save_tokenizer
     from model.hf.llama import read_hf
     from tracking.run_folder import locked
@@ -244,7 +244,7 @@ def bring_in(folder: Path, out: str | None) -> None:
         if tokenizer is not None:
             save_tokenizer(tokenizer, run_dir / "tokenizer")
         state = {
-            "config": {"name": run_dir.name, "model": plain(asdict(config))},
+            "config": {"name": run_dir.name, "model": to_plain(config)},
             "data": {
                 "parts": [],
                 "sources": [],

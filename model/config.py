@@ -5,7 +5,7 @@ Free of torch, so that a wrong value is refused before torch is imported.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,8 @@ class Attention(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    name: str = MISSING  # part of the run folder, such as runs/7b_pile_small
+    # A field marked `free` may differ between models that share weights; one that decides what is learnt only "weights"
+    name: str = field(default=MISSING, metadata={"free": True})  # part of the run folder, such as runs/7b_pile_small
     vocab_size: int = MISSING
     d_model: int = MISSING
     n_layers: int = MISSING
@@ -53,13 +54,13 @@ class ModelConfig:
     n_kv_heads: int = MISSING
     d_ff: int = MISSING
     attention_bias: bool = False  # on q, k, v and o, as InternLM-1 has it
-    max_seq_len: int = MISSING  # the longest sequence the model is meant for
+    max_seq_len: int = field(default=MISSING, metadata={"free": True})  # the longest sequence the model is meant for
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
-    init: Init = Init.internlm
-    attention: Attention = Attention.auto
-    embed_grad_scale: float = 1.0  # factor on the embedding's gradient (GLM-130B, arXiv:2210.02414)
+    init: Init = field(default=Init.internlm, metadata={"free": True})
+    attention: Attention = field(default=Attention.auto, metadata={"free": True})
+    embed_grad_scale: float = field(default=1.0, metadata={"free": "weights"})  # on its gradient (arXiv:2210.02414)
 
     @property
     def head_dim(self) -> int:

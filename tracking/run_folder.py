@@ -8,9 +8,12 @@ import re
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from conf.schema import free_keys
+from model.config import ModelConfig
 from training.config import CheckpointConfig, CheckpointError, Resume
 
 logger = logging.getLogger(__name__)
@@ -18,20 +21,7 @@ logger = logging.getLogger(__name__)
 LOCK, SWEEP_LOCK = ".lock", ".sweep_lock"  # of a run, and of a sweep in whose folder runs are
 STEP = re.compile(r"step-(\d{8})")
 # What makes a model another one: its tensors, the number of heads in them, and what is computed between them
-SHAPE_KEYS = (
-    "vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "attention_bias", "tie_embeddings",
-    "rope_theta", "norm_eps",
-)  # fmt: skip
-# What may change when a run is resumed: nothing that decides what is learnt
-FREE_KEYS = (
-    "name", "logger", "launcher", "early_stop", "dry_run", "checkpoint", "parallel", "valid_every", "valid_tokens",
-    "init_from", "init_content",
-    "data.workers", "data.name", "data.path", "data.source", "data.input", "data.dataset", "data.dataset_config",
-    "data.dataset_split", "data.text_key", "data.source_key", "data.text_lines", "data.raw_json",
-    "data.valid_fraction", "data.valid_seed", "data.max_documents", "data.on_bad_record", "model.name",
-    "data.max_document_mb", "data.streaming", "data.style", "data.messages_key", "data.chat_template", "data.sources",
-    "data.valid_input",
-)  # fmt: skip
+SHAPE_KEYS = [f.name for f in fields(ModelConfig) if not f.metadata.get("free")]
 
 
 @contextmanager
@@ -87,8 +77,8 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 
 
 def is_free_key(key: str, accepted: Sequence[str] = ()) -> bool:
-    """Say whether a key may change when a run is resumed."""
-    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in (*FREE_KEYS, *accepted))
+    """Return whether a key may change when a run is resumed."""
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in (*free_keys(), *accepted))
 
 
 def refuse_changes(old: dict[str, Any], new: dict[str, Any], accepted: list[str], run_dir: Path) -> None:
