@@ -53,7 +53,7 @@ HERE = ("jobs", "basic")  # launchers that start a job's ranks on this machine, 
 def run(main: Callable[[], Any], command: str) -> None:
     """Run a `hydra.main` function as a command; a wrong command line is reported in full and exits with 2."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises its errors, to be reported here
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # OpenMP threads that wait sleep, and leave their core to others
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle OpenMP threads sleep and leave their core to others
     register()
     sys.argv[1:] = [_as_hydra_reads(argument, command) for argument in sys.argv[1:]]
     args = get_args_parser().parse_args()
@@ -99,7 +99,7 @@ def _exit_with(error: Exception) -> None:
     if isinstance(error, RankError):  # holds whole lines, a rank's traceback among them
         print(error, file=sys.stderr)
     elif is_user_error(error):
-        _print_errors(error_text(error).splitlines())
+        _print_errors(str(error).splitlines())
     else:
         raise error
     sys.exit(1)
@@ -108,14 +108,6 @@ def _exit_with(error: Exception) -> None:
 def is_user_error(error: BaseException) -> bool:
     """Return whether the user can fix an error: no traceback is shown for it."""
     return isinstance(error, USER_ERRORS) or (isinstance(error, OSError) and error.errno in DISK_ERRORS)
-
-
-def error_text(error: BaseException) -> str:
-    """Return the message of an error that the user can fix."""
-    if not isinstance(error, OSError):
-        return str(error)
-    where = f" ({error.filename})" if error.filename else ""
-    return f"{os.strerror(error.errno or 0)}{where}; nothing that was complete before is lost"
 
 
 def _print_errors(messages: list[str]) -> None:
@@ -165,7 +157,10 @@ def _as_hydra_reads(argument: str, command: str) -> str:
 def _composer(args: argparse.Namespace, command: str) -> Iterator["_Composer"]:
     """Open the folder of the primary configuration for composing."""
     with initialize_config_dir(str((CONF.parent / (args.config_path or CONF)).resolve()), version_base="1.3"):
-        yield _Composer(args, command)
+        try:
+            yield _Composer(args, command)
+        finally:
+            HydraConfig.instance().cfg = None
 
 
 class _Composer:
@@ -176,6 +171,7 @@ class _Composer:
         self.loader = GlobalHydra.instance().config_loader()
         self.parser = OverridesParser.create(config_loader=self.loader)
         self.composed: dict[tuple[str, ...], tuple[DictConfig, DictConfig]] = {}
+        self.listed: dict[tuple[str, ObjectType], list[str]] = {}
         self.overrides: list[Override] = []
         self.unread: list[str] = []
         for argument in args.overrides:
@@ -190,12 +186,16 @@ class _Composer:
         typed = [o for o in self.overrides if o.get_key_element() == "hydra.searchpath"]
         if self.args.config_dir is None:
             return _lines(typed[:1])
-        others: Any = typed[0].value() if typed else compose(self.config_name, return_hydra_config=True).hydra.searchpath
+        others: Any = typed[0].value() if typed else compose(self.command, return_hydra_config=True).hydra.searchpath
         return [f"hydra.searchpath={[f'file://{os.path.abspath(self.args.config_dir)}', *others]}"]
 
     def options(self, group: str, kind: ObjectType = ObjectType.CONFIG) -> list[str]:
         """Return the options of a group, or the groups in it, in all folders; [] if there is no such group."""
-        return self.loader.get_group_options(group, kind, self.config_name, self.search_path)
+        if "." in group:
+            return []
+        if (group, kind) not in self.listed:
+            self.listed[group, kind] = self.loader.get_group_options(group, kind, self.config_name, self.search_path)
+        return self.listed[group, kind]
 
     def compose(self, *overrides: str) -> tuple[DictConfig, DictConfig]:
         """Return the command's configuration, and the whole with Hydra's own."""
@@ -205,6 +205,7 @@ class _Composer:
             with read_write(cfg), open_dict(cfg), open_dict(whole):
                 del cfg["hydra"]
                 whole.hydra.job.update(num=0, id="0")  # for what is named after a sweep's points
+            HydraConfig.instance().set_config(whole)
             self.composed[overrides] = cfg, whole
         return self.composed[overrides]
 
@@ -218,14 +219,11 @@ class _Composer:
     def help(self) -> str:
         """Return the groups with their options, and the whole configuration."""
         fixed = _lines([o for o in self.overrides if not o.is_sweep_override()])
-        return "\n".join(
-            [
-                f"python {self.command}.py [group=option] [key=value] ...   (-m: sweep over lists; --hydra-help: flags)",
-                "\n== groups (group=option) ==",
-                *(f"{group}: {' '.join(self.options(group))}" for group in self.groups),
-                "\n== configuration (key=value) ==",
-                OmegaConf.to_yaml(self.compose(*fixed)[0]),
-            ]
+        options = "\n".join(f"{group}: {' '.join(self.options(group))}" for group in self.groups)
+        return (
+            f"python {self.command}.py [group=option] [key=value] ...   (-m: sweep; --hydra-help: other flags)\n\n"
+            f"== groups (group=option) ==\n{options}\n\n"
+            f"== configuration (key=value) ==\n{OmegaConf.to_yaml(self.compose(*fixed)[0])}"
         )
 
     def problems(self) -> list[str]:
@@ -243,9 +241,10 @@ class _Composer:
         if folder is not None and not Path(folder).is_dir():
             yield f"--config-dir ({folder}) is not a folder"
             return
-        wrong = [*map(self._unread_problem, self.unread), *(p for o in self.overrides for p in self._option_problems(o))]
+        wrong = [self._unread_problem(argument) for argument in self.unread]
+        wrong += [problem for override in self.overrides for problem in self._option_problems(override)]
         yield from wrong
-        fixed = [o for o in self.overrides if not o.is_sweep_override() and not any(self._option_problems(o))]
+        fixed = [o for o in self.overrides if not (o.is_sweep_override() or any(self._option_problems(o)))]
         composing = [o for o in fixed if self._is_composed(o)]
         cfg, whole = self.compose(*_lines(composing))
         many = self.args.multirun or whole.hydra.mode is RunMode.MULTIRUN
@@ -274,8 +273,8 @@ class _Composer:
 
     def _option_problems(self, override: Override) -> Iterator[str]:
         """Yield what is wrong with the options that an override chooses for a group."""
-        key, groups = override.key_or_group, self.compose()[1].hydra.runtime.choices
-        if override.is_add() and key in groups:
+        key = override.key_or_group
+        if override.is_add() and key in self.compose()[1].hydra.runtime.choices:
             yield f"{override.input_line} adds a group that is there; leave out the +"
         for one in self._split(override) if self._is_group(override) and not override.is_delete() else ():
             chosen = one.value()
@@ -325,7 +324,6 @@ class _Composer:
         problems: dict[str, list[str]] = {}
         for point in points:
             base, whole = self.compose(*_lines([*composing, *filter(self._is_composed, point)]))
-            HydraConfig.instance().set_config(whole)
             cfg = deepcopy(base)
             for override in (*values, *point):
                 _ = self._is_composed(override) or self._set(cfg, override)
@@ -337,7 +335,6 @@ class _Composer:
                 wrong = str(error).splitlines()
             for problem in wrong:
                 problems.setdefault(problem, []).append(" ".join(_lines(point)))
-        HydraConfig.instance().cfg = None
         yield from merge_problems(problems, len(points))
 
 

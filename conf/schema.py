@@ -107,10 +107,8 @@ class TrainConfig:
     def batch_problems(self) -> Iterator[str]:
         unit, ramp = self.micro_batch_tokens, self.ramp
         if unit < 1 or self.global_batch_tokens < 1 or self.global_batch_tokens % unit:
-            yield (
-                f"global_batch_tokens ({self.global_batch_tokens}) must be a positive multiple of data.micro_batch_size "
-                f"({self.data.micro_batch_size}) x data.seq_len ({self.data.seq_len}) = {unit}"
-            )
+            factors = f"data.micro_batch_size ({self.data.micro_batch_size}) x data.seq_len ({self.data.seq_len})"
+            yield f"global_batch_tokens ({self.global_batch_tokens}) must be a positive multiple of {factors} = {unit}"
         if ramp.start_tokens is None or unit < 1:
             return
         if ramp.every_steps < 1:
@@ -249,9 +247,8 @@ def parse_ranges(parts: list[str]) -> list[range]:
 
 
 def to_object(cfg: DictConfig) -> Any:
-    """Return a composed configuration as its dataclass; raise `ConfigError` if a key is unknown, missing or unusable."""
-    problems = [*_unknown_keys(cfg), *(f"{key} is not set" for key in sorted(OmegaConf.missing_keys(cfg)))]
-    if problems:
+    """Return a composed configuration as its dataclass; raise `ConfigError` if a key is unknown or missing."""
+    if problems := [*_unknown_keys(cfg), *(f"{key} is not set" for key in sorted(OmegaConf.missing_keys(cfg)))]:
         raise ConfigError("\n".join(problems))
     try:
         return OmegaConf.to_object(cfg)

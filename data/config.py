@@ -35,7 +35,7 @@ class DataConfig(CorpusConfig):
     micro_batch_size: int = MISSING  # sequences of seq_len tokens in one forward pass
     seed: int = 1024  # order of documents and packs
     tokenizer: str | None = None  # tokens: what they were made with, for bits per byte and for reading them
-    workers: int = field(default=2, metadata={"free": True})  # loader processes; the order of batches does not depend on it
+    workers: int = field(default=2, metadata={"free": True})  # loader processes; the order does not depend on it
 
     @property
     def pack_tokens(self) -> int:

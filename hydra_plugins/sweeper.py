@@ -66,21 +66,25 @@ class OptunaSweeper(Sweeper):
         fixed = {o.get_key_element(): o.input_line or "" for o in overrides if not o.is_sweep_override()}
         if not space:
             raise SweepError("hydra/sweeper=optuna has nothing to vary; pass optimizer.lr='interval(1e-4, 1e-2)', say")
-        if changed := [*self._changed_settings(study, list(fixed.values())), *changed_choices(study, space)]:
-            raise SweepError(f"{self.folder} holds a search with other settings: {', '.join(changed)}; pass another name=")
+        other = f"{self.folder} holds a search with other settings; pass another name="
+        if changed := self._changed_settings(study, list(fixed.values())):
+            raise SweepError(f"{other}: {', '.join(changed)}")
         for trial in study.get_trials(states=(TrialState.RUNNING,)):  # of a command that was interrupted
             study.tell(trial.number, state=TrialState.FAIL)
             study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
         failed: list[str] = []
         left = self.n_trials - len(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)))
         while left > 0:
-            trials = [study.ask(space) for _ in range(min(self.n_jobs, left))]
+            try:
+                trials = [study.ask(space) for _ in range(min(self.n_jobs, left))]
+            except ValueError as error:  # other choices than before
+                raise SweepError(f"{other}: {error}") from None
             left -= len(trials)
             points = [[*fixed.values(), *_settings(trial.params)] for trial in trials]
             returns = self.launcher.launch(points, initial_job_idx=trials[0].number)
             for trial, result in zip(trials, returns, strict=True):
-                value = result.return_value if result.status is JobStatus.COMPLETED else None
-                if isinstance(value, float) and math.isfinite(value):
+                value = result.return_value if result.status is JobStatus.COMPLETED else math.nan
+                if value is not None and math.isfinite(value):
                     study.tell(trial, value)
                 elif value == math.inf:  # early_stop gave it up
                     study.tell(trial, state=TrialState.PRUNED)
@@ -123,24 +127,6 @@ class OptunaSweeper(Sweeper):
         study.set_user_attr("settings", before)
         changed = changed_keys(before, settings)
         return [f"{key} ({old}, now {new})" for key, old, new in changed if not is_free_key(key)]
-
-
-def changed_choices(study: "Study", space: dict[str, "BaseDistribution"]) -> list[str]:
-    """Return the keys of a space with which Optuna cannot continue: their choices, or their kind, are others."""
-    from optuna.distributions import check_distribution_compatibility
-
-    changed = {}
-    for trial in study.trials:
-        for key, before in trial.distributions.items():
-            try:
-                check_distribution_compatibility(before, space.get(key, before))
-            except ValueError:
-                changed[key] = f"{key} ({_values(before)}, now {_values(space[key])})"
-    return list(changed.values())
-
-
-def _values(of: Any) -> str:
-    return ",".join(map(str, of.choices)) if hasattr(of, "choices") else f"interval({of.low}, {of.high})"
 
 
 def distribution(override: Override) -> "BaseDistribution":

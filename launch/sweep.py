@@ -32,7 +32,7 @@ class SweepError(Exception):
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """A point of a sweep: what varies in it, its folder, its checked configuration, and what the command's work takes."""
+    """A point of a sweep, checked and ready to run; `label` is what varies, `args` what the command's work takes."""
 
     label: str
     run_dir: Path
@@ -173,7 +173,10 @@ def keep_code(folder: Path) -> Path:
     """Copy the code and conf/, as they are now, for jobs that start later; return the copy's folder."""
     rooms = {path.parent for path in CODE.glob("*/__init__.py")} | {CODE / "hydra_plugins"}
     rooms -= {CODE / "tests", CODE / "benchmarks"}
-    files = [*CODE.glob("*.py"), *(path for room in rooms for path in room.rglob("*") if path.suffix in (".py", ".yaml"))]
+    files = [
+        *CODE.glob("*.py"),
+        *(path for room in rooms for kind in ("py", "yaml") for path in room.rglob(f"*.{kind}")),
+    ]
     contents = {str(path.relative_to(CODE)): path.read_text() for path in sorted(files)}
     copy = folder / hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:12]
     if not copy.exists():

@@ -24,7 +24,7 @@ Check = Callable[[], object]
 
 
 def preflight_problems(config: Config) -> Iterator[str]:
-    """Yield what the sections of a configuration cannot know: whether ranks fit the layout, whether a model is there."""
+    """Yield what a configuration alone cannot tell: whether ranks fit the layout, whether a model is there."""
     try:
         if isinstance(config, ExportConfig):
             _check_model(config.run, config.from_hf)
@@ -66,9 +66,7 @@ def world_size(config: TrainConfig) -> int:
     return config.launcher.nodes * config.launcher.ranks_per_node
 
 
-def check_run(
-    config: TrainConfig | PrepareConfig, run_dir: Path, settings: str | None
-) -> list[tuple[Path, str]]:
+def check_run(config: TrainConfig | PrepareConfig, run_dir: Path, settings: str | None) -> list[tuple[Path, str]]:
     """Raise a user error if a run or job cannot start, as far as this machine knows.
 
     Return what nodes of Slurm must see, each with its error if this machine does not see it either, or "". `settings`
