@@ -302,7 +302,8 @@ class _Composer:
     def _set(self, cfg: DictConfig, override: Override) -> list[str]:
         """Set a value in a configuration; return why it cannot be."""
         key, value = override.key_or_group, override.value()
-        node, parts = cfg, key.split(".")
+        node: Any = cfg
+        parts = key.split(".")
         for n, part in enumerate(parts, 1):
             if OmegaConf.get_type(node) is dict:
                 break  # its keys are the user's

@@ -48,7 +48,7 @@ class OptunaSweeper(Sweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.config = hydra_context, config
         self.folder = Path(str(config.hydra.sweep.dir))
-        self.launcher = Plugins.instance().instantiate_launcher(
+        self.jobs = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
@@ -81,7 +81,7 @@ class OptunaSweeper(Sweeper):
                 raise SweepError(f"{other}: {error}") from None
             left -= len(trials)
             points = [[*fixed.values(), *_settings(trial.params)] for trial in trials]
-            returns = self.launcher.launch(points, initial_job_idx=trials[0].number)
+            returns = self.jobs.launch(points, initial_job_idx=trials[0].number)
             for trial, result in zip(trials, returns, strict=True):
                 value = result.return_value if result.status is JobStatus.COMPLETED else math.nan
                 if value is not None and math.isfinite(value):
@@ -120,6 +120,7 @@ class OptunaSweeper(Sweeper):
         """Return how the trials so far differ from those to come, in what does not vary; the study keeps it."""
         from tracking.run_folder import changed_keys, is_free_key
 
+        assert self.hydra_context is not None and self.config is not None
         cfg = self.hydra_context.config_loader.load_sweep_config(self.config, fixed)
         settings: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
         del settings["hydra"]

@@ -26,22 +26,24 @@ Check = Callable[[], object]
 def preflight_problems(config: Config) -> Iterator[str]:
     """Yield what a configuration alone cannot tell: whether ranks fit the layout, whether a model is there."""
     try:
-        if isinstance(config, ExportConfig):
-            _check_model(config.run, config.from_hf)
-        elif isinstance(config, GenerateConfig):
-            refuse_no_tokenizer(_check_model(config.run, config.hf))
-        elif isinstance(config, TrainConfig):
+        if isinstance(config, TrainConfig):
             yield from _layout_problems(config)
+        elif isinstance(config, ExportConfig | GenerateConfig):
+            _check_model(config)
     except (CheckpointError, DataError, ModelError, ParallelError) as error:
         yield str(error)
 
 
-def _check_model(run: str | None, hf: str | None) -> Path:
-    """Return the folder of a model's tokenizer; raise `CheckpointError` or `ModelError` if there is no model."""
-    if run is not None:
-        return checkpoints_in(Path(run))[0].absolute().parent.parent / "tokenizer"
-    read_json(Path(hf or "") / "config.json")
-    return Path(hf or "")
+def _check_model(config: ExportConfig | GenerateConfig) -> None:
+    """Raise a user error if there is no model, or no tokenizer to generate text with."""
+    hf = config.hf if isinstance(config, GenerateConfig) else config.from_hf
+    if (config.run is None) == (hf is None):
+        return  # which the configuration's own problems say
+    if hf is not None:
+        read_json(Path(hf) / "config.json")
+    tokenizer = Path(hf) if hf is not None else checkpoints_in(Path(config.run or ""))[0].parent.parent / "tokenizer"
+    if isinstance(config, GenerateConfig):
+        refuse_no_tokenizer(tokenizer.absolute())
 
 
 def _layout_problems(config: TrainConfig) -> Iterator[str]:

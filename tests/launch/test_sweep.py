@@ -182,7 +182,7 @@ def test_trial_that_is_given_up_is_pruned(
     for n_trials in (2, 3, 3):
         search = OptunaSweeper(n_trials, 1, 0, OmegaConf.create())
         search.folder, search.config = tmp_path, OmegaConf.create()
-        search.launcher = SimpleNamespace(launch=launch)  # type: ignore[assignment]
+        search.jobs = SimpleNamespace(launch=launch)  # type: ignore[assignment]
         search.sweep(["optimizer.lr=interval(1e-4, 1e-2)"])
     assert next(values, None) is None and capsys.readouterr().out.count("best of 1 trials: 2.0000 at ") == 3
 
