@@ -20,12 +20,15 @@ from typing import Any, get_origin
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser  # there is no public way to Hydra's own flags
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
@@ -153,10 +156,23 @@ def _as_hydra_reads(argument: str, command: str) -> str:
     return f"++{argument}" if get_origin(kind) is dict else argument
 
 
+class _ConfigDir(SearchPathPlugin):
+    """Has composing search the folder of `--config-dir`, as Hydra's own command line does."""
+
+    folder: str | None = None
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        if self.folder is not None:
+            search_path.append("command-line", f"file://{os.path.abspath(self.folder)}")
+
+
 @contextmanager
 def _composer(args: argparse.Namespace, command: str) -> Iterator["_Composer"]:
-    """Open the folder of the primary configuration for composing."""
+    """Open the folders of `--config-path` and `--config-dir` for composing."""
+    Plugins.instance().register(_ConfigDir)
+    _ConfigDir.folder = args.config_dir
     with initialize_config_dir(str((CONF.parent / (args.config_path or CONF)).resolve()), version_base="1.3"):
+        _ConfigDir.folder = None  # it has been read
         try:
             yield _Composer(args, command)
         finally:
@@ -179,15 +195,7 @@ class _Composer:
                 self.overrides += [self.parser.parse_override(argument)]
             except HydraException:
                 self.unread.append(argument)
-
-    @cached_property
-    def search_path(self) -> list[str]:
-        """The override that adds the folders of `hydra.searchpath` and `--config-dir`; Hydra reads the first one."""
-        typed = [o for o in self.overrides if o.get_key_element() == "hydra.searchpath"]
-        if self.args.config_dir is None:
-            return _lines(typed[:1])
-        others: Any = typed[0].value() if typed else compose(self.command, return_hydra_config=True).hydra.searchpath
-        return [f"hydra.searchpath={[f'file://{os.path.abspath(self.args.config_dir)}', *others]}"]
+        self.search_path = _lines([o for o in self.overrides if o.get_key_element() == "hydra.searchpath"])
 
     def options(self, group: str, kind: ObjectType = ObjectType.CONFIG) -> list[str]:
         """Return the options of a group, or the groups in it, in all folders; [] if there is no such group."""
