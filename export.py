@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import hydra
 from omegaconf import DictConfig
 
 from conf.cli import report_user_errors, run
-from conf.schema import ExportConfig, plain, stored_model, to_config
+from conf.schema import ExportConfig, stored_model, to_config, to_plain
 from model.config import ModelConfig, ModelError
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def import_hf(folder: Path, out: str | None) -> None:
     config, weights = read_config(folder)[0], read_weights(folder)
     add_bos = tokenizer is not None and adds_bos(folder)
     state = {
-        "config": {"name": run_dir.name, "model": plain(asdict(config))},
+        "config": {"name": run_dir.name, "model": to_plain(config)},
         "data": {"parts": [], "sources": [], "add_bos": add_bos, "add_eos": False},
         "progress": TrainState().state_dict(),
         "scaler": {},

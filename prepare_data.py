@@ -9,8 +9,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from conf.cli import data_settings, report_user_errors, run
-from conf.schema import PrepareConfig, to_config
+from conf.cli import checked, data_settings, report_user_errors, run
+from conf.schema import PrepareConfig
 from corpus.config import Source
 
 SAMPLE_TOKENS = 120
@@ -20,7 +20,7 @@ SAMPLE_TOKENS = 120
 def main(cfg: DictConfig) -> None:
     with report_user_errors():
         try:
-            work(to_config(cfg), data_settings(HydraConfig.get(), "data.name", "data.path"))
+            work(checked(cfg), data_settings(HydraConfig.get(), "data.name", "data.path"))
         except KeyboardInterrupt:
             print("stopped; the same command goes on from here", file=sys.stderr)
             raise

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from conf.cli import data_settings, is_user_error, report_user_errors, run
-from conf.schema import TrainConfig, to_config
+from conf.cli import checked, data_settings, is_user_error, report_user_errors, run
+from conf.schema import TrainConfig, to_plain
 from launch.ranks import launch
-from training.preflight import refuse_unready
+from training.preflight import check_run
 
 if TYPE_CHECKING:
     from parallel.mesh import Mesh
@@ -27,23 +27,19 @@ if TYPE_CHECKING:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
-    config: TrainConfig = to_config(cfg)
-    run_config: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-    run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
-
     with report_user_errors():
+        config: TrainConfig = checked(cfg)
+        run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
         if config.dry_run.enabled:
             from dry_run.run import run_dry_run
 
             return run_dry_run(config)
-        refuse_unready(config, run_config, run_dir, data_settings(HydraConfig.get()))
-        return launch(work, config, run_config, run_dir, config=config.parallel, is_user_error=is_user_error)
+        check_run(config, run_dir, data_settings(HydraConfig.get()))
+        return launch(work, config, to_plain(config), run_dir, config=config.parallel, is_user_error=is_user_error)
 
 
 def work(config: TrainConfig, run_config: dict[str, Any], run_dir: Path) -> float | None:
     """Run one rank of a run and return its validation loss; after a stop, exit with the signal's code."""
-    # Near the end of a device's memory, freed pieces between others are lost without it. Read as CUDA starts.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from launch.slurm import requeue_slurm_job
     from parallel.mesh import distributed
     from tracking.logs import log_to

@@ -1,23 +1,23 @@
-"""The launcher of sweeps, for Hydra, which finds launchers in this folder alone.
+"""`hydra/launcher=jobs`, the default: every point of a sweep is a job of its own, on this machine or on Slurm.
 
-Every point becomes a job with its composed configuration; what is finished already is not run again.
+Hydra finds launchers in this folder alone.
 """
 
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, open_dict, read_write
 
-logger = logging.getLogger(__name__)
+from conf.schema import TrainConfig, to_plain
+from launch.sweep import SweepError, SweepPoint, run_points, share_cores
 
 
 @dataclass
@@ -28,69 +28,82 @@ class JobsConf:
 ConfigStore.instance().store(group="hydra/launcher", name="jobs", node=JobsConf, provider="pretraining")
 
 
-class PointReturn(JobReturn):
-    """What a sweeper gets of a point: its value, or the error that it raises when asked for one."""
-
-    @property
-    def return_value(self) -> Any:
-        if self.status is JobStatus.FAILED:
-            raise self._return_value
-        return self._return_value
-
-    @return_value.setter
-    def return_value(self, value: Any) -> None:
-        self._return_value = value
-
-
 class JobLauncher(Launcher):
-    """Runs the points of a sweep as `launcher` in the configuration says, and waits for them."""
+    """Runs the points of a sweep as the group `launcher` says, and waits for them."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run a batch of points; the returned values are rank 0's, in the order of the points."""
-        from launch.sweep import Composed, run_points
+        """Run a batch of points; the values returned are rank 0's, in the order of the points."""
+        from conf.cli import is_user_error
+        from training.preflight import check_run
 
         setup_globals()
         swept = self._swept(job_overrides)
-        sweep_dir = Path(os.path.relpath(str(self.config.hydra.sweep.dir)))
-        composed = []
-        for number, overrides in enumerate(job_overrides, initial_job_idx):
-            fixed = sorted({key for key, _ in map(_parts, overrides) if key not in swept} | {"launcher", "name"})
-            excluded = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(map(_quoted, fixed))}]"
-            cfg = self.hydra_context.config_loader.load_sweep_config(self.config, [*overrides, excluded])
-            with read_write(cfg), open_dict(cfg):
-                cfg.hydra.job.num = cfg.hydra.job.id = number
-                run_dir = sweep_dir / str(OmegaConf.select(cfg, "hydra.sweep.subdir") or "")
-                hydra = cfg.pop("hydra")
-            label = " ".join(override for override in overrides if _parts(override)[0] in swept)
-            composed.append(Composed(label, cfg, run_dir, hydra))
-        returns = []
-        outcomes = run_points(self.config.hydra.job.config_name, composed, sweep_dir)
-        for overrides, point, outcome in zip(job_overrides, composed, outcomes, strict=True):
-            result = PointReturn(overrides=list(overrides), cfg=point.cfg)
-            result.return_value = outcome
-            result.status = JobStatus.FAILED if isinstance(outcome, Exception) else JobStatus.COMPLETED
-            returns.append(result)
-        return returns
+        points = [self._point(n, o, swept, len(job_overrides)) for n, o in enumerate(job_overrides, initial_job_idx)]
+        if any(map(_is_dry, points)):
+            results = list(map(_run_dry, points))
+        else:
+            results = run_points(
+                points,
+                Path(os.path.relpath(self.config.hydra.sweep.dir)),
+                check=lambda point: check_run(point.config, point.run_dir, point.settings),
+                is_user_error=is_user_error,
+            )
+        return [
+            JobReturn(
+                overrides=overrides,
+                status=JobStatus.FAILED if isinstance(result, Exception) else JobStatus.COMPLETED,
+                _return_value=result,
+            )
+            for overrides, result in zip(job_overrides, results, strict=True)
+        ]
+
+    def _point(self, number: int, overrides: Sequence[str], swept: set[str], n_points: int) -> SweepPoint:
+        """Compose and check one point; its folder is named after the keys that vary."""
+        from conf.cli import checked, data_settings
+
+        fixed = sorted({_key(override) for override in overrides} - swept | {"launcher", "name"})
+        exclude = f"hydra.job.config.override_dirname.exclude_keys={fixed}"
+        cfg = self.hydra_context.config_loader.load_sweep_config(self.config, [*overrides, exclude])
+        with read_write(cfg), open_dict(cfg):
+            cfg.hydra.job.update(num=number, id=str(number))
+            HydraConfig.instance().set_config(cfg.copy())
+            run_dir = Path(os.path.relpath(cfg.hydra.sweep.dir)) / str(cfg.hydra.sweep.subdir or "")
+            hydra = cfg.pop("hydra")
+        config = share_cores(checked(cfg), n_points)
+        if isinstance(config, TrainConfig):
+            args = (config, to_plain(config), run_dir)
+        else:
+            args = (config, data_settings(hydra, "data.name", "data.path"))
+        label = " ".join(override for override in overrides if _key(override) in swept)
+        return SweepPoint(label, run_dir, config, args, data_settings(hydra))
 
     def _swept(self, job_overrides: Sequence[Sequence[str]]) -> set[str]:
-        """Give the keys that have several values, here or in the sweep that this batch is of."""
-        lines = [*self.config.hydra.overrides.task]
-        lines += [f"{key}={value}" for key, value in (self.config.hydra.sweeper.get("params") or {}).items()]
+        """Return the keys that have several values, here or in the sweep that this batch is part of."""
+        params = self.config.hydra.sweeper.get("params") or {}
+        lines = [*self.config.hydra.overrides.task, *(f"{key}={value}" for key, value in params.items())]
         swept = {o.key_or_group for o in OverridesParser.create().parse_overrides(lines) if o.is_sweep_override()}
-        values: dict[str, set[str]] = {}
-        for overrides in job_overrides:
-            for key, value in map(_parts, overrides):
-                values.setdefault(key, set()).add(value)
-        return swept | {key for key, found in values.items() if len(found) > 1}
+        different = {override for overrides in job_overrides for override in overrides}
+        keys = [_key(override) for override in different]
+        return swept | {key for key in keys if keys.count(key) > 1}
 
 
-def _parts(override: str) -> tuple[str, str]:
-    key, _, value = override.lstrip("+~").partition("=")
-    return key, value
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
 
 
-def _quoted(key: str) -> str:
-    return f"'{key}'"
+def _is_dry(point: SweepPoint) -> bool:
+    return isinstance(point.config, TrainConfig) and point.config.dry_run.enabled
+
+
+def _run_dry(point: SweepPoint) -> None:
+    """Print what a point would be; no job is started for it."""
+    from dry_run.run import run_dry_run
+
+    if not isinstance(point.config, TrainConfig) or not point.config.dry_run.enabled:
+        raise SweepError(f"dry_run ({point.label}) must be the same at all points of a sweep")
+    if point.label:
+        print(f"\n== {point.label}", flush=True)
+    run_dry_run(point.config)

@@ -31,12 +31,10 @@ class Attention(Enum):
     reference = "reference"
 
 
-SAME = {"same_model": True}  # a field whose change leaves a model's weights what they are
-
-
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    name: str = field(default=MISSING, metadata={**SAME, "free": True})  # part of the run folder: runs/7b_pile_small
+    # A field marked `free` may differ between models that share weights; one that decides what is learnt only "weights"
+    name: str = field(default=MISSING, metadata={"free": True})  # part of the run folder, such as runs/7b_pile_small
     vocab_size: int = MISSING
     d_model: int = MISSING
     n_layers: int = MISSING
@@ -46,13 +44,13 @@ class ModelConfig:
     mlp: str = "swiglu"
     attention_layer: str = "gqa"
     attention_bias: bool = False  # on q, k, v and o, as InternLM-1 has it
-    max_seq_len: int = field(default=MISSING, metadata=SAME)  # the longest sequence the model is meant for
+    max_seq_len: int = field(default=MISSING, metadata={"free": True})  # the longest sequence the model is meant for
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
-    init: Init = field(default=Init.internlm, metadata=SAME)
-    attention: Attention = field(default=Attention.auto, metadata=SAME)  # the backend that computes it
-    embed_grad_scale: float = field(default=1.0, metadata=SAME)  # of its gradient (GLM-130B, arXiv:2210.02414)
+    init: Init = field(default=Init.internlm, metadata={"free": True})
+    attention: Attention = field(default=Attention.auto, metadata={"free": True})
+    embed_grad_scale: float = field(default=1.0, metadata={"free": "weights"})  # on its gradient (arXiv:2210.02414)
 
     @property
     def head_dim(self) -> int:
@@ -78,4 +76,4 @@ class ModelConfig:
 
 def shape_keys() -> list[str]:
     """Return the fields that make a model another one, whose weights are of no use to the first."""
-    return [one.name for one in fields(ModelConfig) if not one.metadata.get("same_model")]
+    return [one.name for one in fields(ModelConfig) if not one.metadata.get("free")]

@@ -97,9 +97,6 @@ class Transformer(nn.Module):
         """Parameters that must stay equal to another, by name: a tied head with a matrix of its own."""
         return {"head.weight": "embed.weight"} if self.config.tie_embeddings and self.head is not None else {}
 
-    def init_stds(self) -> dict[str, float | None]:
-        return {name: init_std(name, self.config) for name, _ in self.named_parameters()}
-
     def untie_head(self) -> None:
         """Give a tied head a copy of the embedding, for when they are in different places."""
         if self.config.tie_embeddings:

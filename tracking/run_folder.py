@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from conf.schema import free_keys
 from model.config import shape_keys
 from training.config import CheckpointConfig, CheckpointError, Resume
 
@@ -76,8 +77,6 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 
 def is_free_key(key: str, accepted: Sequence[str] = ()) -> bool:
     """Return whether a key may change when a run is resumed."""
-    from conf.schema import free_keys
-
     return any(key == free or key.startswith(f"{free}.") for free in (*free_keys(), *accepted))
 
 

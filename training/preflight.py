@@ -1,73 +1,97 @@
-"""What a run or job needs before it starts: the data it reads and the weights it begins from. Imports no torch."""
+"""What is checked before a GPU, a process group or Slurm is touched. Imports no torch."""
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from conf.schema import PrepareConfig, TrainConfig
+from conf.schema import ExportConfig, GenerateConfig, PrepareConfig, TrainConfig, to_plain
 from corpus.config import DataError, Source
 from corpus.inputs import refuse_no_files
+from data.config import check_tokenizer
 from data.manifest import check_exists, check_fits
 from launch.config import Where
-from launch.environment import check_gpu_features
-from tracking.run_folder import check_not_held, check_origin, check_stored_config, committed
+from launch.environment import check_gpu_features, joined_environment, world_size
+from model.config import ModelError
+from parallel.axes import layout_problems
+from parallel.config import ParallelError
+from tracking.run_folder import check_not_held, check_origin, check_stored_config, checkpoints_in, committed
 from training.config import CheckpointError, Fp8
 
-
-def refuse_unready(config: TrainConfig, run_config: dict[str, Any], run_dir: Path, settings: str | None) -> None:
-    """Raise the sentence that says what is missing, or that the folder and the origin are of another run.
-
-    `settings` are those by which prepare_data.py makes the data.
-    """
-    for _, refuse in needs(config, run_dir, settings):
-        refuse()
-    _refuse_unfit(config)
-    fp8 = config.precision.fp8
-    check_gpu_features(config.parallel, None if fp8 is Fp8.none else fp8.value)
-    check_stored_config(run_dir, run_config, config.checkpoint)
+Config = TrainConfig | PrepareConfig | ExportConfig | GenerateConfig
+Check = Callable[[], object]
 
 
-def needs(config: TrainConfig, run_dir: Path, settings: str | None) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """Yield what a run reads before its first step, each with what refuses it if it is not there."""
-    if config.data.source is not Source.random:
-        foreign = config.data.source is Source.tokens
-        path = Path(config.data.input or "") if foreign else Path(config.data.path) / "corpus.json"
-        yield path, partial(check_exists, config.data, settings or "with the same data settings")
-    if config.init_from is not None and not committed(run_dir / "checkpoints"):
-        origin = Path(config.init_from)
-        yield origin, partial(check_origin, origin)
+def preflight_problems(config: Config) -> Iterator[str]:
+    """Yield what a configuration alone cannot tell: whether ranks fit the layout, whether a model is there."""
+    try:
+        if isinstance(config, TrainConfig):
+            yield from _layout_problems(config)
+        elif isinstance(config, ExportConfig | GenerateConfig):
+            _check_model(config)
+    except (CheckpointError, DataError, ModelError, ParallelError) as error:
+        yield str(error)
 
 
-def _refuse_unfit(config: TrainConfig) -> None:
-    if config.data.source in (Source.builtin, Source.local, Source.huggingface):
-        check_fits(config.data, config.model.vocab_size)
+def _check_model(config: ExportConfig | GenerateConfig) -> None:
+    """Raise a user error if there is no model, or no tokenizer to generate text with."""
+    hf = config.hf if isinstance(config, GenerateConfig) else config.from_hf
+    if (config.run is None) == (hf is None):
+        return  # which the configuration's own problems say
+    if hf is not None:
+        if not (Path(hf) / "config.json").is_file():
+            raise ModelError(f"{hf} holds no config.json; name a Hugging Face folder such as runs/demo/hf")
+    tokenizer = Path(hf) if hf is not None else checkpoints_in(Path(config.run or ""))[0].parent.parent / "tokenizer"
+    if isinstance(config, GenerateConfig):
+        check_tokenizer(tokenizer.absolute())
 
 
-def refuse_or_need(
-    config: Any, run_config: dict[str, Any], run_dir: Path, settings: str | None
-) -> list[tuple[Path, str]]:
-    """Raise the sentence that says why a job cannot start, as far as this machine knows.
+def _layout_problems(config: TrainConfig) -> Iterator[str]:
+    if any(True for section in (config.model, config.data, config.parallel) for _ in section.problems()):
+        return
+    # A dry run says itself what the batch should be.
+    steps = [] if config.dry_run.enabled or any(config.batch_problems()) else config.micro_batches()
+    yield from layout_problems(
+        config.parallel, world_size(config), model=config.model, pack_len=config.data.pack_tokens, micro_batches=steps
+    )
 
-    Gives what nodes of Slurm must see, with that sentence if this machine does not see it either, or "".
+
+def check_run(config: TrainConfig | PrepareConfig, run_dir: Path, settings: str | None) -> list[tuple[Path, str]]:
+    """Raise a user error if a run or job cannot start, as far as this machine knows.
+
+    Return what nodes of Slurm must see, each with its error if this machine does not see it either, or "". `settings`
+    are those by which prepare_data.py makes the data.
     """
     here = config.launcher.where is Where.local
     if isinstance(config, PrepareConfig):
-        if here:
-            refuse_no_files(config.data)
+        _ = here and refuse_no_files(config.data)
         return []
+    inputs = list(_inputs(config, run_dir, settings))
     if here:
-        check_not_held(run_dir)
-        refuse_unready(config, run_config, run_dir, settings)
-        return []
-    _refuse_unfit(config)
-    check_stored_config(run_dir, run_config, config.checkpoint)
-    return [(path.absolute(), _said(refuse)) for path, refuse in needs(config, run_dir, settings)]
+        for _, check in inputs:
+            check()
+        if not joined_environment(os.environ):  # of which the first may hold the folder already
+            check_not_held(run_dir)
+        check_gpu_features(config.parallel, None if config.precision.fp8 is Fp8.none else config.precision.fp8.value)
+    if config.data.source in (Source.builtin, Source.local, Source.huggingface):
+        check_fits(config.data, config.model.vocab_size)
+    check_stored_config(run_dir, to_plain(config), config.checkpoint)
+    return [] if here else [(path.absolute(), _error_of(check)) for path, check in inputs]
 
 
-def _said(refuse: Callable[[], None]) -> str:
+def _inputs(config: TrainConfig, run_dir: Path, settings: str | None) -> Iterator[tuple[Path, Check]]:
+    """Yield the files that a run reads before its first step, each with the check that it is there."""
+    if config.data.source is not Source.random:
+        tokens = config.data.source is Source.tokens
+        path = Path(config.data.input or "") if tokens else Path(config.data.path) / "corpus.json"
+        yield path, partial(check_exists, config.data, settings or "with the same data settings")
+    if config.init_from is not None and not committed(run_dir / "checkpoints"):
+        yield Path(config.init_from), partial(check_origin, Path(config.init_from))
+
+
+def _error_of(check: Check) -> str:
     try:
-        refuse()
+        check()
     except (DataError, CheckpointError) as error:
         return str(error)
     return ""
