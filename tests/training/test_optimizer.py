@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import Decay, Dtype, OptimizerConfig, OptimizerImpl, TrainingError
-from training.optim.adamw import resolve_impl
+from training.optim.adamw import AdamW, resolve_impl
 from training.optim.master_weights import join, split
 from training.optim.optimizer import build_optimizer
 
@@ -202,6 +202,7 @@ def test_apex_arguments_make_it_torch_adamw(monkeypatch: pytest.MonkeyPatch, dty
     config = OptimizerConfig(lr=1e-2, weight_decay=0.1)
     low, full = network(dtype), network(dtype).float()
     optimizer, reference = build_optimizer(low, config), reference_for(full, config)
+    assert isinstance(optimizer.rule, AdamW)
     optimizer.rule.impl = OptimizerImpl.apex
     rates = [(1e-2 / (step + 1), 0.95 + step / 1000) for step in range(5)]
     optimizer.set_schedule(rates)

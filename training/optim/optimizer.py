@@ -143,7 +143,7 @@ class Optimizer:
         """Return weight decays and names, in groups of about `CHUNK_NUMEL` numbers."""
         chunks: list[tuple[float, list[str]]] = []
         for weight_decay, names in self.groups.items():
-            total = CHUNK_NUMEL
+            total = CHUNK_NUMEL + 1  # so that the first begins a chunk, even if its shard is empty
             for name in names:
                 numel = self.weights.shards[name].numel()
                 if total + numel > CHUNK_NUMEL:
