@@ -16,7 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from corpus.config import MOST_SHARDS, Source, TokenizerConfig
-from data.config import CORPUS_KEYS, DataConfig, RampConfig, packs_of_step
+from data.config import TRAINING_ONLY, DataConfig, RampConfig, packs_of_step
 from dry_run.config import DryRunConfig
 from launch.config import LauncherConfig
 from model.config import ModelConfig
@@ -282,7 +282,7 @@ def free_keys(section: type = TrainConfig, prefix: str = "") -> list[str]:
     """
     keys = []
     for found in dataclasses.fields(section):
-        if found.metadata.get("free") is True or (section is DataConfig and found.name in CORPUS_KEYS):
+        if found.metadata.get("free") is True or (section is DataConfig and found.name not in TRAINING_ONLY):
             keys.append(prefix + found.name)
         elif isinstance(found.type, type) and dataclasses.is_dataclass(found.type):
             keys += free_keys(found.type, f"{prefix}{found.name}.")

@@ -20,7 +20,8 @@ FLOORS = (
     ("parallel",),
     ("training",),
     ("dry_run",),
-    ("conf.cli", "hydra_plugins", "train", "prepare_data", "export", "generate"),
+    ("conf.cli",),
+    ("hydra_plugins", "train", "prepare_data", "export", "generate"),
 )  # fmt: skip
 ROOMS = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 TORCH_FREE = ("conf", "launch", "tracking", "*.config")

@@ -38,9 +38,8 @@ def _check_model(config: ExportConfig | GenerateConfig) -> None:
     hf = config.hf if isinstance(config, GenerateConfig) else config.from_hf
     if (config.run is None) == (hf is None):
         return  # which the configuration's own problems say
-    if hf is not None:
-        if not (Path(hf) / "config.json").is_file():
-            raise ModelError(f"{hf} holds no config.json; name a Hugging Face folder such as runs/demo/hf")
+    if hf is not None and not (Path(hf) / "config.json").is_file():
+        raise ModelError(f"{hf} holds no config.json; name a Hugging Face folder such as runs/demo/hf")
     tokenizer = Path(hf) if hf is not None else checkpoints_in(Path(config.run or ""))[0].parent.parent / "tokenizer"
     if isinstance(config, GenerateConfig):
         check_tokenizer(tokenizer.absolute())
