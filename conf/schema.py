@@ -224,10 +224,9 @@ class PrepareConfig:
     data: DataConfig = MISSING
     tokenizer: TokenizerConfig = MISSING
     workers: int | None = None  # processes (null: all of this process's cores)
-    shards: int = 1  # parts the work is divided into, each a job of its own
-    shard: int = 0  # the part that this process does
+    shards: int = 1  # jobs that the work is divided into
+    shard: int = 0  # the one that this process is
     add: bool = False  # add to a prepared corpus the files that came since
-    save_every_s: float = 20.0  # seconds between the places where a killed run goes on
     launcher: LauncherConfig = MISSING
 
     def problems(self) -> Iterator[str]:
@@ -243,8 +242,6 @@ class PrepareConfig:
             yield f"shard ({self.shard}) must be in [0, shards), and shards ({self.shards}) in [1, {MOST_SHARDS}]"
         if self.shards > 1 and self.data.max_documents is not None:
             yield f"data.max_documents ({self.data.max_documents}) counts in order, so it needs shards=1"
-        if self.save_every_s < 0:
-            yield f"save_every_s ({self.save_every_s}) must be 0 or more"
         if self.workers is not None and self.workers < 1:
             yield f"workers ({self.workers}) must be at least 1, or null for all cores"
 

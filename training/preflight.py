@@ -7,7 +7,7 @@ from typing import Any
 
 from conf.schema import PrepareConfig, TrainConfig
 from corpus.config import DataError, Source
-from corpus.inputs import refuse_no_files
+from corpus.inputs import check_inputs
 from data.about import refuse_unfit
 from data.config import refuse_missing
 from launch.config import Where
@@ -56,7 +56,7 @@ def refuse_or_need(
     here = config.launcher.where is Where.local
     if isinstance(config, PrepareConfig):
         if here:
-            refuse_no_files(config.data)
+            check_inputs(config.data)
         return []
     if here:
         refuse_held(run_dir)
