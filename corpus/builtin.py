@@ -8,17 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(sysconfig.get_paths()["stdlib"])
-LEFT_OUT = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idlelib",
-    "lib2to3",
-    "turtledemo",
-    "__pycache__",
-    "ensurepip",
-}
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
 SHORTEST_DOCSTRING = 200
 
 
@@ -26,7 +16,7 @@ def builtin_files() -> Iterator[tuple[str, int]]:
     """Yield the library's files and their sizes, in order."""
     for path in sorted(ROOT.rglob("*.py")):
         place = path.relative_to(ROOT)
-        if not LEFT_OUT & set(place.parts) and not place.parts[0].startswith("config-"):
+        if not LEFT_OUT & set(place.parts) and not place.parts[0].startswith(("config-", "ensurepip")):
             yield str(path), path.stat().st_size
 
 

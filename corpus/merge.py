@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from corpus.config import CorpusConfig, DataError, Style, TokenizerConfig
+from corpus.config import CorpusConfig, DataError, Style
 from corpus.left_out import LeftOut
-from corpus.units import DOCUMENT, read_unit, unit_folder
+from corpus.units import DOCUMENT, Job, read_unit, unit_folder
 from data.shards import FORMAT_VERSION, SHARD_BYTES, Header, ShardWriter
 from data.tokenizer import Tokenizer, load_tokenizer
 
@@ -38,19 +38,12 @@ def write_whole(path: Path, text: str) -> None:
     partial.rename(path)
 
 
-def merge_units(
-    partial: Path,
-    n_units: int,
-    data: CorpusConfig,
-    config: TokenizerConfig,
-    before: dict[str, Any] | None,
-    *,
-    workers: int,
-) -> dict[str, Any] | None:
-    """Write the shards of all units and corpus.json; return what is in it, or None if some unit is not done.
+def merge_units(job: Job, n_units: int, before: dict[str, Any] | None, *, workers: int) -> dict[str, Any] | None:
+    """Write the shards of all units; return what corpus.json shall hold of them, or None if some unit is not done.
 
     `before` is the corpus that the units are added to. What is done already is not done again.
     """
+    data, partial = job.data, job.folder
     units = [read_unit(partial, number) for number in range(n_units)]
     if None in units:
         return None
@@ -87,19 +80,18 @@ def merge_units(
         raise DataError(f"data.source ({data.source.value}) has no training document{first}")
     if before:
         left_out.merge(before["left_out"])
-    about = {
+    return {
         "format_version": FORMAT_VERSION,
         "units": n_units + (before["units"] if before else 0),
         "left_out": left_out.as_json(),
         "tokenizer": {
             "fingerprint": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
-            "add_bos": config.add_bos,
-            "add_eos": config.add_eos,
+            "add_bos": job.config.add_bos,
+            "add_eos": job.config.add_eos,
         },
         "splits": {split: dict(sorted(sources.items())) for split, sources in splits.items()},
     }
-    return about
 
 
 def _stored_hashes(folder: Path, about: dict[str, Any] | None) -> list[Path]:

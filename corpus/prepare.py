@@ -21,7 +21,7 @@ from corpus.config import CorpusConfig, DataError, Source, Style, TokenizerConfi
 from corpus.inputs import Item, describe_ignored, list_items
 from corpus.merge import merge_units, write_whole
 from corpus.sample import tokenizer_texts
-from corpus.units import Progress, plan_units, run_units
+from corpus.units import Job, Progress, plan_units, run_units
 from data.about import read_about
 from data.tokenizer import CHAT_TEMPLATE, Tokenizer, export_problem, load_tokenizer, save_tokenizer, train_tokenizer
 
@@ -117,18 +117,18 @@ def prepare(
         items = list_items(data, ignored) if before is None else _new_items(data, before)
         if ignored and not shard:
             print(describe_ignored(ignored))
-        _begin(data, tokenizer, partial, items, workers, before, alone=shards == 1)
+        job = Job(data, tokenizer, partial, items)
+        _begin(job, workers, before, alone=shards == 1)
         if shards > 1:
             lock.release()  # others work beside this one; no unit is written twice
         n_units = run_units(
-            plan_units(items, data), data, tokenizer, partial, items,
-            workers=workers, shards=shards, shard=shard, progress=progress,
-        )  # fmt: skip
+            plan_units(items, data), job, workers=workers, shards=shards, shard=shard, progress=progress
+        )
         if shards > 1:
             lock.acquire()
             if not partial.exists():
                 return read_about(folder)  # another one was the last
-        about = merge_units(partial, n_units, data, tokenizer, before, workers=workers)
+        about = merge_units(job, n_units, before, workers=workers)
         if about is None:
             return None
         read = {item.path: item.size for item in items if item.dataset is None}
@@ -150,19 +150,12 @@ def _held(lock: FileLock, folder: Path, *, wait: bool) -> Iterator[None]:
         lock.release(force=True)
 
 
-def _begin(
-    data: CorpusConfig,
-    config: TokenizerConfig,
-    partial: Path,
-    items: list[Item],
-    workers: int,
-    before: dict[str, Any] | None,
-    alone: bool,
-) -> None:
+def _begin(job: Job, workers: int, before: dict[str, Any] | None, *, alone: bool) -> None:
     """Write the tokenizer and the plan, unless an earlier run of the same work did; remove what another run left."""
+    partial = job.folder
     plan = {
-        "made_by": made_by(data, config) | {"add": before is not None},
-        "items": [[item.path, item.size, _modified(item.path)] for item in items],
+        "made_by": made_by(job.data, job.config) | {"add": before is not None},
+        "items": [[item.path, item.size, _modified(item.path)] for item in job.items],
     }
     if (partial / "plan.json").exists():
         old = json.loads((partial / "plan.json").read_text())
@@ -172,11 +165,11 @@ def _begin(
                     shutil.rmtree(path)
             return
         why = differences(old["made_by"], plan["made_by"]) or "other input files"
-        print(f"removing what an earlier run left of {data.path}: it was made with {why}")
+        print(f"removing what an earlier run left of {job.data.path}: it was made with {why}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        _write_tokenizer(data, config, partial / "tokenizer", items, workers, before)
+        _write_tokenizer(job, workers, before)
     except BaseException:
         shutil.rmtree(partial)
         raise
@@ -187,15 +180,9 @@ def _modified(path: str) -> float:
     return Path(path).stat().st_mtime if "://" not in path and Path(path).exists() else 0.0
 
 
-def _write_tokenizer(
-    data: CorpusConfig,
-    config: TokenizerConfig,
-    folder: Path,
-    items: list[Item],
-    workers: int,
-    before: dict[str, Any] | None,
-) -> None:
+def _write_tokenizer(job: Job, workers: int, before: dict[str, Any] | None) -> None:
     """Copy or train the tokenizer; raises `DataError` if it does not fit the settings."""
+    data, config, folder = job.data, job.config, job.folder / "tokenizer"
     template = None if data.style is Style.text else read_template(data.chat_template)
     tokenizer: Tokenizer
     if before is not None or config.model is not None:
@@ -205,7 +192,7 @@ def _write_tokenizer(
         save_tokenizer(tokenizer, folder)
     else:
         print(f"training a tokenizer of {config.vocab_size} pieces", flush=True)
-        texts = tokenizer_texts(data, items, config.train_bytes)
+        texts = tokenizer_texts(data, job.items, config.train_bytes)
         special = () if template is None else markers(template)
         path = folder / "tokenizer.model"
         tokenizer = train_tokenizer(iter(texts), path, vocab_size=config.vocab_size, threads=workers, special=special)

@@ -3,7 +3,7 @@
 import io
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from shutil import copyfileobj
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from corpus.builtin import builtin_texts
 from corpus.compression import DAMAGE, open_content, split_suffix
 from corpus.config import CorpusConfig, DataError, Source, Style, cause_of
-from corpus.documents import Document, from_bytes, from_line, from_record, make_document, too_large
+from corpus.documents import Document, DocumentMaker
 from corpus.inputs import Item
 from corpus.left_out import LeftOut
 
@@ -92,7 +92,7 @@ class Reader:
     def documents(self, item: Item, left_out: LeftOut, start: int = 0, stop: int = END) -> Iterator[Document]:
         """Yield the documents of an item, or those that begin in bytes [start, stop) of its decompressed content."""
         try:
-            yield from filter(None, self._documents(item, left_out, start, stop))
+            yield from filter(None, self._documents(item, DocumentMaker(item, self.config, left_out), start, stop))
         except DAMAGE as error:
             left_out.bad(item.path, f"damaged or cut short: {error}")
         except OSError as error:
@@ -100,35 +100,48 @@ class Reader:
                 raise DataError(f"{item.path} cannot be read: {error}") from None
             left_out.bad(item.path, f"damaged or cut short: {cause_of(error)}")  # as gzip, bz2 and pyarrow report it
 
-    def _documents(self, item: Item, left_out: LeftOut, start: int, stop: int) -> Iterator[Document | None]:
-        config, (kind, compression) = self.config, split_suffix(item.path)
-        if config.source is Source.builtin:
+    def rows(self, stream: bytes, item: Item, left_out: LeftOut, first: int) -> Iterator[Document]:
+        """Yield the documents of rows of a dataset, an Arrow stream; the first row has the number `first`."""
+        import pyarrow
+
+        make = DocumentMaker(item, self.config, left_out)
+        for batch in pyarrow.ipc.open_stream(stream):
+            yield from filter(None, self._records(records_of(batch), make, first))
+            first += batch.num_rows
+
+    def close(self) -> None:
+        if self.lines is not None:
+            self.lines.file.close()
+        self.lines = None
+
+    def _documents(self, item: Item, make: DocumentMaker, start: int, stop: int) -> Iterator[Document | None]:
+        kind, compression = split_suffix(item.path)
+        if self.config.source is Source.builtin:
             for text, source, place, key in builtin_texts(item.path):
-                yield make_document(text, item, place, config, left_out, source=source, split_key=key)
+                yield make.from_text(text, place, source=source, split_key=key)
         elif item.dataset is not None:
             first = 0
-            for batch in dataset_batches(item, config):
-                yield from self._batch(batch, item, left_out, first)
+            for batch in dataset_batches(item, self.config):
+                yield from self._records(records_of(batch), make, first)
                 first += batch.num_rows
-        elif kind == ".jsonl" or (kind == ".txt" and config.text_lines):
-            yield from self._lines(item, start, stop, left_out)
+        elif kind == ".jsonl" or (kind == ".txt" and self.config.text_lines):
+            yield from self._lines(item, make, start, stop)
         else:
             with open_content(item.path) as file, TemporaryFile() as copy:
                 if kind == ".txt":
-                    limit = config.max_document_mb << 20
-                    yield from_bytes(file.read(limit + 1), item, item.path, config, left_out)
+                    yield make.from_bytes(file.read(make.most_bytes + 1), item.path)
                 elif kind == ".json":
-                    yield from self._json(file, item, left_out)
+                    yield from self._json(file, make)
                 elif not compression:
-                    yield from self._parquet(file, item, start, stop, left_out)
+                    yield from self._parquet(file, make, start, stop)
                 else:  # Parquet is read from its end
                     copyfileobj(file, copy, READ_BYTES)
-                    yield from self._parquet(copy, item, start, stop, left_out)
+                    yield from self._parquet(copy, make, start, stop)
 
-    def _lines(self, item: Item, start: int, stop: int, left_out: LeftOut) -> Iterator[Document | None]:
+    def _lines(self, item: Item, make: DocumentMaker, start: int, stop: int) -> Iterator[Document | None]:
         if self.lines is not None and (self.lines.path != item.path or self.lines.before > start):
             self.close()
-        self.lines = lines = self.lines or Lines(item.path, self.config.max_document_mb << 20)
+        self.lines = lines = self.lines or Lines(item.path, make.most_bytes)
         kind, compression = split_suffix(item.path)
         number = 1
         try:
@@ -137,32 +150,28 @@ class Reader:
                     place = f"{item.path}: line at byte {at}" if start else f"{item.path}:{number}"
                     number, at = number + 1, at + len(line or b"")
                     if line is None or len(line) > lines.longest:
-                        left_out.bad(place, too_large(self.config))
+                        make.too_large(place)
                     elif kind == ".txt":
-                        yield from_bytes(line, item, place, self.config, left_out, strip=True)
+                        yield make.from_bytes(line, place, strip=True)
                     elif not line.isspace():
-                        yield from_line(line, item, place, self.config, left_out)
+                        yield make.from_line(line, place)
         finally:
             if not compression or lines.before < stop or stop == END:
                 self.close()
 
-    def close(self) -> None:
-        if self.lines is not None:
-            self.lines.file.close()
-        self.lines = None
-
-    def _json(self, file: Any, item: Item, left_out: LeftOut) -> Iterator[Document | None]:
+    def _json(self, file: Any, make: DocumentMaker) -> Iterator[Document | None]:
         try:
             records = json.loads(file.read().removeprefix(b"\xef\xbb\xbf"))
         except (ValueError, RecursionError) as error:
-            left_out.bad(item.path, f"not JSON: {error}")
+            make.left_out.bad(make.item.path, f"not JSON: {error}")
             return
-        if not isinstance(records, list):
-            left_out.bad(item.path, "a .json file must hold a list of records; one record per line is .jsonl")
-            return
-        yield from self._records(enumerate(records), item, left_out)
+        if isinstance(records, list):
+            yield from self._records(records, make, 0)
+        else:
+            reason = "a .json file must hold a list of records; one record per line is .jsonl"
+            make.left_out.bad(make.item.path, reason)
 
-    def _parquet(self, file: Any, item: Item, start: int, stop: int, left_out: LeftOut) -> Iterator[Document | None]:
+    def _parquet(self, file: Any, make: DocumentMaker, start: int, stop: int) -> Iterator[Document | None]:
         import pyarrow
         from pyarrow import parquet
 
@@ -176,25 +185,14 @@ class Reader:
                 if not start <= (about.column(0).dictionary_page_offset or about.column(0).data_page_offset) < stop:
                     continue
                 for batch in table.iter_batches(DATASET_ROWS, [group], columns, use_threads=False):
-                    yield from self._batch(batch, item, left_out, number)
+                    yield from self._records(records_of(batch), make, number)
                     number += batch.num_rows
         except (pyarrow.ArrowException, ValueError) as error:
-            left_out.bad(item.path, f"unreadable Parquet: {cause_of(error)}")
+            make.left_out.bad(make.item.path, f"unreadable Parquet: {cause_of(error)}")
 
-    def rows(self, stream: bytes, item: Item, left_out: LeftOut, first: int) -> Iterator[Document]:
-        """Yield the documents of rows of a dataset, an Arrow stream; the first row has the number `first`."""
-        import pyarrow
-
-        for batch in pyarrow.ipc.open_stream(stream):
-            yield from filter(None, self._batch(batch, item, left_out, first))
-            first += batch.num_rows
-
-    def _batch(self, batch: Any, item: Item, left_out: LeftOut, first: int) -> Iterator[Document | None]:
-        yield from self._records(enumerate(records_of(batch), first), item, left_out)
-
-    def _records(self, numbered: Iterable[tuple[int, Any]], item: Item, left_out: LeftOut) -> Iterator[Document | None]:
-        for number, record in numbered:
-            yield from_record(record, item, f"{item.path}[{number}]", self.config, left_out)
+    def _records(self, records: list[Any], make: DocumentMaker, first: int) -> Iterator[Document | None]:
+        for number, record in enumerate(records, first):
+            yield make.from_record(record, f"{make.item.path}[{number}]")
 
 
 def columns_of(config: CorpusConfig, names: list[str]) -> list[str]:

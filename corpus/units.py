@@ -40,6 +40,16 @@ Progress = Callable[[int, int, int], None]  # takes the documents, tokens and by
 
 
 @dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be prepared, and the folder where it is while it is not finished."""
+
+    data: CorpusConfig
+    config: TokenizerConfig
+    folder: Path
+    items: list[Item]
+
+
+@dataclass(frozen=True, slots=True)
 class Span:
     """What begins in [start, stop) of an item: bytes of a file's content, or rows of a dataset."""
 
@@ -128,16 +138,14 @@ def read_unit(folder: Path, number: int) -> dict[str, Any] | None:
 class UnitWorker:
     """Reads, encodes and writes units; one per process. What `progress` raises ends a unit."""
 
-    def __init__(
-        self, data: CorpusConfig, config: TokenizerConfig, folder: Path, items: list[Item], progress: Progress
-    ) -> None:
-        self.data, self.items, self.folder, self.progress = data, items, folder, progress
-        self.encoder = DocumentEncoder(data, config, folder / "tokenizer")
-        self.reader = Reader(data)
+    def __init__(self, job: Job, progress: Progress) -> None:
+        self.job, self.progress = job, progress
+        self.encoder = DocumentEncoder(job.data, job.config, job.folder / "tokenizer")
+        self.reader = Reader(job.data)
 
     def write(self, unit: Unit) -> None:
         """Do a unit, from reading to the commit."""
-        final = unit_folder(self.folder, unit.number)
+        final = unit_folder(self.job.folder, unit.number)
         partial = final.with_name(f".{final.name}.{socket.gethostname()}.{os.getpid()}")
         partial.mkdir(parents=True)
         try:
@@ -150,7 +158,7 @@ class UnitWorker:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _write(self, unit: Unit, folder: Path) -> None:
-        left_out = LeftOut(self.data.on_bad_record)
+        left_out = LeftOut(self.job.data.on_bad_record)
         counts, hashes = np.zeros(3, dtype=np.int64), {}
         for batch in _batches(self._documents(unit, left_out)):
             if unit.limit is not None:
@@ -168,7 +176,7 @@ class UnitWorker:
 
     def _documents(self, unit: Unit, left_out: LeftOut) -> Iterator[Document]:
         for span in unit.spans:
-            item = self.items[span.item]
+            item = self.job.items[span.item]
             if unit.rows:
                 yield from self.reader.rows(unit.rows, item, left_out, span.start)
             else:
@@ -204,19 +212,9 @@ def _append(
                 file.write(content)
 
 
-def run_units(
-    units: Iterable[Unit],
-    data: CorpusConfig,
-    config: TokenizerConfig,
-    folder: Path,
-    items: list[Item],
-    *,
-    workers: int,
-    shards: int,
-    shard: int,
-    progress: Progress,
-) -> int:
+def run_units(units: Iterable[Unit], job: Job, *, workers: int, shards: int, shard: int, progress: Progress) -> int:
     """Do the units of a shard that are not done, with `workers` processes; return how many units there are in all."""
+    most = job.data.max_documents
     n_units = n_documents = 0
 
     def add(*added: int) -> None:
@@ -227,27 +225,27 @@ def run_units(
     def to_do() -> Iterator[Unit]:
         nonlocal n_units
         for unit in units:
-            if data.max_documents is not None:
-                if n_documents >= data.max_documents:
+            if most is not None:
+                if n_documents >= most:
                     return
-                unit = replace(unit, limit=data.max_documents - n_documents)
+                unit = replace(unit, limit=most - n_documents)
             n_units += 1
             if unit.number % shards == shard:
-                if (done := read_unit(folder, unit.number)) is None:
+                if (done := read_unit(job.folder, unit.number)) is None:
                     yield unit
                 else:
                     add(*done["counts"])
 
-    if workers == 1 or data.max_documents is not None:  # a unit's limit is known when those before it are done
-        worker = UnitWorker(data, config, folder, items, add)
+    if workers == 1 or most is not None:  # a unit's limit is known when those before it are done
+        worker = UnitWorker(job, add)
         for unit in to_do():
             worker.write(unit)
     else:
-        _run_in_processes(to_do(), (data, config, folder, items), workers, add)
+        _run_in_processes(to_do(), job, workers, add)
     return n_units
 
 
-def _run_in_processes(units: Iterator[Unit], arguments: tuple[Any, ...], workers: int, add: Progress) -> None:
+def _run_in_processes(units: Iterator[Unit], job: Job, workers: int, add: Progress) -> None:
     context = get_context("spawn")
     shared = context.Array("q", 4)  # documents, tokens, bytes of text, and whether to stop
     waiting: set[Future[None]] = set()
@@ -262,7 +260,7 @@ def _run_in_processes(units: Iterator[Unit], arguments: tuple[Any, ...], workers
             future.result()
 
     try:
-        with ProcessPoolExecutor(workers, context, _start_worker, (arguments, shared)) as pool:
+        with ProcessPoolExecutor(workers, context, _start_worker, (job, shared)) as pool:
             try:
                 for unit in units:
                     waiting.add(pool.submit(_write_unit, unit))
@@ -283,7 +281,7 @@ def _run_in_processes(units: Iterator[Unit], arguments: tuple[Any, ...], workers
 _worker: list[UnitWorker] = []  # this process' own
 
 
-def _start_worker(arguments: tuple[Any, ...], shared: Any) -> None:
+def _start_worker(job: Job, shared: Any) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process per core already
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops them
     Thread(target=_end_with_parent, daemon=True).start()
@@ -294,7 +292,7 @@ def _start_worker(arguments: tuple[Any, ...], shared: Any) -> None:
         if shared[3]:
             raise InterruptedError("the main process stopped")
 
-    _worker[:] = [UnitWorker(*arguments, progress=progress)]
+    _worker[:] = [UnitWorker(job, progress)]
 
 
 def _end_with_parent() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +50,9 @@ def test_corpus_holds_every_document_whole(config: DataConfig, tokenizer: Tokeni
             assert counts["tokens"] == sum(shard.n_tokens for shard in shards)
             found = [shard.document(i).tolist() for shard in shards for i in range(shard.n_documents)]
             texts = [tokenizer.decode(ids[:-1]) for ids in found]
-            assert all(ids == [*tokenizer.encode(text), tokenizer.eos_id] for ids, text in zip(found, texts, strict=True))
+            assert all(
+                ids == [*tokenizer.encode(text), tokenizer.eos_id] for ids, text in zip(found, texts, strict=True)
+            )
             assert all(splits[text] == (split, source) for text in texts)
             assert counts["text_bytes"] == sum(len(text.encode()) for text in texts)
             decoded += texts
@@ -71,9 +74,7 @@ def every_format(tmp_path: Path) -> DataConfig:
     return local(tmp_path, "texts", source_key="meta.set")
 
 
-def test_result_does_not_depend_on_workers(
-    every_format: DataConfig, tokenizer: Tokenizer, small_units: None
-) -> None:
+def test_result_does_not_depend_on_workers(every_format: DataConfig, tokenizer: Tokenizer, small_units: None) -> None:
     about = made(every_format, tokenizer)
     assert about["units"] > 10 and n_documents(about) == 5 * 40 + len(RECORDS) + 1
     assert about["left_out"]["duplicates"] == 5 * 25 + len(RECORDS) // 2
@@ -113,7 +114,7 @@ def test_units_cover_every_byte_once(files: list[tuple[str, int]]) -> None:
     for number, item in enumerate(items):
         its = [span for span in spans if span.item == number]
         assert its[0].start == 0 and its[-1].stop == units.END
-        assert all(a.stop == b.start for a, b in zip(its, its[1:], strict=False))
+        assert all(a.stop == b.start for a, b in itertools.pairwise(its))
         assert len(its) == 1 or item.path.startswith("a.jsonl")
 
 
@@ -201,7 +202,7 @@ def test_added_documents_are_on_one_side_too(tmp_path: Path, tokenizer: Tokenize
     config = local(tmp_path, "texts", valid_input=str(tmp_path / "held"))
     made(config, tokenizer)
     (tmp_path / "held" / "v.jsonl").unlink()
-    (tmp_path / "held" / "w.jsonl").write_bytes(lines(RECORDS[10:30] + [{"text": "new"}]))
+    (tmp_path / "held" / "w.jsonl").write_bytes(lines([*RECORDS[10:30], {"text": "new"}]))
     (tmp_path / "texts" / "b.jsonl").write_bytes(lines(RECORDS[10:50]))
     about = made(config, tokenizer, add=True)
     assert (n_documents(about, "train"), n_documents(about, "valid")) == (30, 21)

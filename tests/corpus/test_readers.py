@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import io
+import itertools
 import json
 import lzma
 from collections import Counter
@@ -79,7 +80,7 @@ def test_ranges_share_lines_out(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "READ_BYTES", block)
         found, reader = b"", Lines(str(path))
-        for start, stop in zip(limits, limits[1:], strict=False):
+        for start, stop in itertools.pairwise(limits):
             if anew:
                 reader.file.close()
                 reader = Lines(str(path))
@@ -217,7 +218,19 @@ def test_sources_are_folders_a_key_or_named(tmp_path: Path) -> None:
 
 def test_hidden_files_are_skipped_and_other_formats_counted(tmp_path: Path) -> None:
     (tmp_path / "texts" / ".git").mkdir(parents=True)
-    names = ["a.csv", "b.CSV.gz", "a.jsonl.lz4", "README", "a.TXT", "a.txt", ".a.txt", ".git/a.txt", "a.1", "a.2", "a.3"]
+    names = [
+        "a.csv",
+        "b.CSV.gz",
+        "a.jsonl.lz4",
+        "README",
+        "a.TXT",
+        "a.txt",
+        ".a.txt",
+        ".git/a.txt",
+        "a.1",
+        "a.2",
+        "a.3",
+    ]
     for name in names:
         (tmp_path / "texts" / name).write_text(name)
     (tmp_path / "texts" / "b.JSONL.GZ").write_bytes(gzip.compress(lines(RECORDS[:1])))
