@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from corpus.config import Source
-from data.config import DataConfig, Packing
+from data.config import DataConfig
 from data.dataset import PackedDataset
 from data.loader import keep_freed_memory
-from data.packing import Layout, layout_of
+from data.packing import PACKINGS, Concat, Packing
 from data.shards import FORMAT_VERSION, INDEX_HEADER, MAGIC, Header, Shard, ShardWriter
 
 VOCAB_SIZE = 103168
@@ -44,16 +44,16 @@ def write(folder: Path, n_tokens: int) -> list[Shard]:
     return shards
 
 
-def packs(layout: Layout, packing: Packing) -> PackedDataset:
+def packs(packing: Packing, name: str) -> PackedDataset:
     config = DataConfig(
-        name="b", path="b", source=Source.local, packing=packing, seq_len=SEQ_LEN, micro_batch_size=BATCH
+        name="b", path="b", source=Source.local, packing=name, seq_len=SEQ_LEN, micro_batch_size=BATCH
     )  # fmt: skip
-    return PackedDataset([layout], [0], config, vocab_size=VOCAB_SIZE)
+    return PackedDataset([packing], [0], config, vocab_size=VOCAB_SIZE)
 
 
-def read_speed(layout: Layout, packing: Packing, seconds: float) -> float:
-    """Give the samples a second that one process makes into batches."""
-    found = packs(layout, packing)
+def read_speed(packing: Packing, name: str, seconds: float) -> float:
+    """Return the samples per second that one process makes into batches."""
+    found = packs(packing, name)
     samples = np.arange(BATCH)
     found.batch(found.locate(samples))
     start, done = time.perf_counter(), 0
@@ -65,7 +65,7 @@ def read_speed(layout: Layout, packing: Packing, seconds: float) -> float:
 
 
 def copy_speed(shards: list[Shard], seconds: float) -> float:
-    """Give the samples a second of the same reads alone: a memory map, a slice, a copy to int64."""
+    """Return the samples per second of the same reads alone: a memory map, a slice, a copy to int64."""
     maps = [np.memmap(f"{shard.stem}.bin", dtype=shard.dtype, mode="r") for shard in shards]
     random = np.random.default_rng(0)
     places = [(int(f), int(random.integers(0, len(maps[f]) - SEQ_LEN))) for f in random.integers(0, len(maps), 4096)]
@@ -106,7 +106,7 @@ def write_sparse(folder: Path, n_files: int, n_bytes: int) -> list[Path]:
 
 
 def resident_mb() -> float:
-    """Give this process' resident memory, which its files in the page cache are no part of."""
+    """Return this process' resident memory, without its files in the page cache."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * resource.getpagesize() / 2**20
 
@@ -124,18 +124,16 @@ def main() -> None:
         floor = copy_speed(shards, arguments.seconds)
         print(f"{'':24} {'samples/s':>10} {'of a bare copy':>15} {'padding':>9} {'documents cut':>14}")
         print(f"{'memory map and copy':24} {floor:10,.0f} {1:15.2f}")
-        for packing in Packing:
-            layout = layout_of(list(shards), packing, SEQ_LEN, seed=0, train=True)
-            speed = read_speed(layout, packing, arguments.seconds)
-            padding, cut = layout.waste()
-            print(f"{packing.value:24} {speed:10,.0f} {speed / floor:15.2f} {padding:9.2%} {cut:14.2%}")
+        for packing_name, kind in PACKINGS.items():
+            packing = kind([*shards], SEQ_LEN, seed=0)
+            speed = read_speed(packing, packing_name, arguments.seconds)
+            padding, cut = packing.waste()
+            print(f"{packing_name:24} {speed:10,.0f} {speed / floor:15.2f} {padding:9.2%} {cut:14.2%}")
     with tempfile.TemporaryDirectory() as name:
         n_files = int(arguments.terabytes * 1e12) >> 30
         stems = write_sparse(Path(name), n_files, 1 << 30)
         before, start = resident_mb(), time.perf_counter()
-        found = packs(
-            layout_of([Shard(stem) for stem in stems], Packing.concat, SEQ_LEN, seed=0, train=True), Packing.concat
-        )
+        found = packs(Concat([Shard(stem) for stem in stems], SEQ_LEN, seed=0), "concat")
         opened = time.perf_counter() - start
         for step in range(200):
             found.batch(found.locate(np.arange(step * BATCH, (step + 1) * BATCH)))

@@ -33,6 +33,7 @@ TEMPLATES = {
     ),
 }
 MARKERS = {"internlm": ("<eoh>", "<eoa>"), "chatml": ("<|im_start|>", "<|im_end|>")}
+ANCHOR = "\U000ffffd"  # merges with nothing: what is beside it is encoded as within a text
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 ROLES = {role: role for role in ("system", "user", "assistant")} | {"human": "user", "gpt": "assistant"}
 PRIVATE_USE = range(0xF0000, 0xFFFFE)

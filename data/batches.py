@@ -14,7 +14,7 @@ IGNORED = -100
 
 @dataclass(slots=True)
 class Batch:
-    """One micro-batch of B packs of T tokens; CPU tensors of int32, pinned when asked for."""
+    """One micro-batch of B packs of T tokens; CPU tensors of int32."""
 
     tokens_BT: Tensor
     labels_BT: Tensor  # already shifted: the target of each token, -100 for none
@@ -32,19 +32,19 @@ class Batch:
 
 
 def collate(rows: Rows, sources: np.ndarray, *, seq_len: int, isolated: bool) -> Batch:
-    """Make a micro-batch of rows; sources: int64 (B,).
+    """Return a micro-batch of rows; sources: int64 (B,).
 
-    A token's target is the next one of its document, also where the document is cut by the end of a
-    segment; none after its last. Tokens see each other within segments: `isolated`, these are documents, cut
-    and begun again every `seq_len` tokens; otherwise every `seq_len` tokens whatever is in them, and
-    the pack's last target is left out, as in InternLM's `pack_sample_into_one`. Padding sees only itself.
+    A token's target is the next one of its document, also where the end of a segment cuts the document; its last
+    token has none. Tokens attend within segments. With `isolated` these are documents, cut and begun again every
+    `seq_len` tokens; otherwise they are any `seq_len` tokens, and the pack's last target is left out, as in
+    InternLM's `pack_sample_into_one`. Padding attends to itself only.
     """
     n_rows, pack_len = rows.tokens.shape[0], rows.tokens.shape[1] - 1
     tokens, labels = rows.tokens[:, :-1], rows.tokens[:, 1:].copy()
     row_starts = np.arange(n_rows) * pack_len
     ends = rows.ends + np.repeat(row_starts, rows.n_ends)
-    if rows.learnt is not None:
-        labels[~rows.learnt[:, 1:]] = IGNORED
+    if rows.loss_mask is not None:
+        labels[~rows.loss_mask[:, 1:]] = IGNORED
     labels.reshape(-1)[ends - 1] = IGNORED
     for row in np.flatnonzero(rows.used < pack_len).tolist():
         labels[row, rows.used[row] :] = IGNORED
@@ -56,10 +56,10 @@ def collate(rows: Rows, sources: np.ndarray, *, seq_len: int, isolated: bool) ->
         limits = row_starts + pack_len
     lengths = np.diff(limits, prepend=0)
     if (lengths > seq_len).any():
-        lengths = _cut(lengths, seq_len)
+        lengths = _split(lengths, seq_len)
     starts = np.cumsum(lengths) - lengths
     positions = np.repeat(starts.astype(np.int32), lengths)
-    np.subtract(_places(n_rows * pack_len), positions, out=positions)
+    np.subtract(_arange(n_rows * pack_len), positions, out=positions)
     return Batch(
         tokens_BT=torch.from_numpy(tokens),
         labels_BT=torch.from_numpy(labels),
@@ -71,14 +71,13 @@ def collate(rows: Rows, sources: np.ndarray, *, seq_len: int, isolated: bool) ->
 
 
 @cache
-def _places(count: int) -> np.ndarray:
+def _arange(count: int) -> np.ndarray:
     return np.arange(count, dtype=np.int32)
 
 
-def _cut(lengths: np.ndarray, longest: int) -> np.ndarray:
-    """Cut lengths into pieces of `longest`, the rest of each last."""
-    pieces = -(-lengths // longest)
-    last = np.cumsum(pieces) - 1
-    found = np.full(int(pieces.sum()), longest)
-    found[last] = lengths - (pieces - 1) * longest
+def _split(lengths: np.ndarray, longest: int) -> np.ndarray:
+    """Split lengths into parts of `longest`, the rest of each last."""
+    parts = -(-lengths // longest)
+    found = np.full(int(parts.sum()), longest)
+    found[np.cumsum(parts) - 1] = lengths - (parts - 1) * longest
     return found

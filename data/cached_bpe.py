@@ -1,78 +1,70 @@
-"""SentencePiece's ids at several times its speed: each word is encoded once and remembered.
+"""SentencePiece's ids at several times its speed: each word is encoded once and its ids are cached.
 
 A byte-pair merge joins two neighbours only into a piece of the vocabulary. Where no piece can lie across
-a place in a text, the text may be cut there and its parts, here called words, encoded apart: the ids are
-those of the whole. Where that is so is read off the pieces, not assumed. Everything that is done for
-every character or word is done by numpy on a hundred kilobytes of text at once.
+a place in a text, the text may be split there and its parts, here called words, encoded apart: the ids are
+those of the whole. Where that is so is derived from the pieces. Everything that is done per character or word
+is done by numpy on a hundred kilobytes of text at once.
 """
 
 import re
+from collections.abc import Iterator
 from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
 
-from data.safe_split import SPACE
-
-LONGEST_TEXT = 1 << 20  # characters
+SPACE = "\u2581"  # how SentencePiece, and Hugging Face's Metaspace, write a space
+LONGEST_TEXT = 1 << 20  # characters that are encoded at once; a longer text is split between words
 TOGETHER = 1 << 17  # characters of short texts that are encoded at once
-REMEMBERED_WORDS, REMEMBERED_IDS = 1 << 21, 1 << 23  # with the hash table about 120 MB
-LONGEST_WORD = 64  # characters of a word that is remembered
+CACHED_WORDS, CACHED_IDS = 1 << 21, 1 << 23  # with the hash table about 120 MB
+LONGEST_WORD = 64  # characters of a word that is cached
 PAIR_BITS, SLOT_BITS = 20, 23
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
-class WordEncoder:
+class CachedBPE:
     """Encodes texts by words, with the ids of `model.encode`.
 
-    A text is cut wherever no piece holds the two characters side by side, and before an indent that leads
+    A text is split wherever no piece holds the two characters side by side, and before an indent that leads
     to a word: the pieces that go on from a line end over its indent do so to another line end. A word is
     known by a 64-bit hash of it; two of a million words share one with a probability of 3e-8.
+
+    Args:
+        model: a SentencePiece BPE model with byte fallback that changes nothing of a text but spaces to `SPACE`.
+        pieces: its pieces that can be part of a text.
     """
 
     def __init__(self, model: Any, pieces: list[str]) -> None:
         self.model = model
         pieces = [piece.replace(SPACE, " ") for piece in pieces]
         pairs = np.array([[ord(a), ord(b)] for piece in pieces for a, b in pairwise(piece)], dtype=np.uint32)
-        # All pairs of characters, hashed: where two share a place a cut is missed, and the ids are the same without it.
+        # All pairs of characters, hashed: where two share a slot a split is missed, and the ids are the same.
         self.apart = np.ones(1 << PAIR_BITS, dtype=bool)
         if len(pairs):
             self.apart[_pair(pairs[:, 0], pairs[:, 1])] = False
         across = re.compile("\n[ \t]+(?![ \t\n\r])")
-        self.cut_before_indents = not any(across.search(piece) for piece in pieces)
+        self.split_before_indents = not any(across.search(piece) for piece in pieces)
         self.powers = np.multiply.accumulate(np.full(LONGEST_TEXT + TOGETHER, FACTOR))
-        self._forget()
+        self._clear()
 
-    def _forget(self) -> None:
-        # Words by number: where their ids begin, and how many they are. More than is kept, for those of one text.
+    def _clear(self) -> None:
+        # Words by number: where their ids begin, and how many they are. More than are kept, for those of one text.
         self.n_words = self.n_ids = 0
-        self.first, self.counts = np.zeros((2, REMEMBERED_WORDS + len(self.powers)), dtype=np.int32)
-        self.ids = np.zeros(REMEMBERED_IDS + 4 * len(self.powers), dtype=np.uint32)
+        self.first, self.counts = np.zeros((2, CACHED_WORDS + len(self.powers)), dtype=np.int32)
+        self.ids = np.zeros(CACHED_IDS + 4 * len(self.powers), dtype=np.uint32)
         # Their hash table, with open addressing: a key of 0 is an empty slot.
         self.slot_keys = np.zeros(1 << SLOT_BITS, dtype=np.uint64)
         self.slot_words = np.zeros(1 << SLOT_BITS, dtype=np.int32)
 
-    @classmethod
-    def of(cls, model: Any, proto: Any) -> "WordEncoder | None":
-        """Build it for a SentencePiece model, or give None if the model's pieces do not decide where it can be cut."""
-        kinds, trainer, rules = proto.SentencePiece, proto.trainer_spec, proto.normalizer_spec
-        changes_text = rules.add_dummy_prefix or rules.remove_extra_whitespaces or rules.precompiled_charsmap
-        if trainer.model_type != trainer.BPE or not (trainer.byte_fallback and rules.escape_whitespaces):
-            return None
-        if trainer.treat_whitespace_as_suffix or changes_text:
-            return None
-        return cls(model, [p.piece for p in proto.pieces if p.type in (kinds.NORMAL, kinds.USER_DEFINED, kinds.UNUSED)])
-
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Give each text's ids, uint32."""
+        """Return each text's ids, uint32; of texts of any length."""
         found: list[np.ndarray] = []
         group: list[str] = []
         size = 0
         for text in texts:
-            # to the model it is a space, and to the cuts it is none; what is so long had no place to be cut
-            if SPACE in text or len(text) > LONGEST_TEXT:
+            if len(text) > LONGEST_TEXT:
                 found += self._encode(group)
-                found.append(np.array(self.model.encode(text), dtype=np.uint32))
+                found.append(np.concatenate([self._encode_part(part) for part in self._parts(text)]))
                 group, size = [], 0
                 continue
             group.append(text)
@@ -82,55 +74,71 @@ class WordEncoder:
                 group, size = [], 0
         return found + self._encode(group)
 
+    def _encode_part(self, text: str) -> np.ndarray:
+        if len(text) > LONGEST_TEXT:  # one word
+            return np.array(self.model.encode(text), dtype=np.uint32)
+        return self._encode([text])[0]
+
+    def _parts(self, text: str) -> Iterator[str]:
+        """Yield parts of at most `LONGEST_TEXT` characters, and longer ones where a word is longer."""
+        start, size = 0, LONGEST_TEXT
+        while len(text) - start > size:
+            if split := self.last_split(text[start : start + size]):
+                yield text[start : start + split]
+                start, size = start + split, LONGEST_TEXT
+            else:
+                size *= 2
+        yield text[start:]
+
+    def last_split(self, text: str) -> int:
+        """Return the last place where a word begins, 0 if the text is one."""
+        for size in (1 << 12, len(text)):
+            chars = _chars(text[-size:])
+            if start := int(self.splits(chars, np.array([len(chars)]))[-1]):
+                return len(text) - len(chars) + start
+        return 0
+
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         text = "".join(texts)
         if not text:
             return [np.zeros(0, dtype=np.uint32) for _ in texts]
-        if self.n_words > REMEMBERED_WORDS or self.n_ids > REMEMBERED_IDS:
-            self._forget()
-        chars = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+        if self.n_words > CACHED_WORDS or self.n_ids > CACHED_IDS:
+            self._clear()
+        chars = _chars(text)
         limits = np.cumsum([len(text) for text in texts])
-        starts = self.cuts(chars, limits)
+        starts = self.splits(chars, limits)
         ends = np.append(starts[1:], len(chars))
         sums = np.zeros(len(chars) + 1, dtype=np.uint64)
         np.cumsum((chars + np.uint64(1)) * self.powers[: len(chars)], out=sums[1:])
         keys = (sums[ends] - sums[starts]) * self.powers[len(self.powers) - 1 - starts]
         long = np.flatnonzero(ends - starts > LONGEST_WORD)
-        keys[long] = long + 1  # each for itself: of long words some may be made to share a hash
+        keys[long] = long + 1  # each for itself: long words can be made to share a hash
         words = self._find(keys)
         missing = np.flatnonzero(words < 0)
         if len(missing):
-            words[missing] = self._learn(text, keys[missing], starts[missing], ends[missing])
+            words[missing] = self._add(text, keys[missing], starts[missing], ends[missing])
         counts = self.counts[words]
         done = np.cumsum(counts)
         ids = self.ids[np.repeat(self.first[words] - done + counts, counts) + np.arange(done[-1])]
         before = np.concatenate([[0], done])
         return np.split(ids, before[np.searchsorted(starts, limits[:-1])])
 
-    def cuts(self, chars: np.ndarray, limits: np.ndarray) -> np.ndarray:
-        """Give where words begin in texts end to end; chars: uint32 (N,), code points; limits: where texts end."""
-        cut = self.apart[_pair(chars[:-1], chars[1:])]
-        if self.cut_before_indents:
+    def splits(self, chars: np.ndarray, limits: np.ndarray) -> np.ndarray:
+        """Return where words begin in texts end to end; chars: uint32 (N,), code points; limits: where texts end."""
+        split = self.apart[_pair(chars[:-1], chars[1:])]
+        if self.split_before_indents:
             indent = (chars == 32) | (chars == 9)
             lasts = np.flatnonzero(indent[:-1] > indent[1:])  # of the indents that something follows
             lines = np.flatnonzero((chars[:-1] == 10) & indent[1:])
             lines = lines[: np.searchsorted(lines, lasts[-1])] if len(lasts) else lines[:0]
             following = chars[lasts[np.searchsorted(lasts, lines + 1)] + 1]
-            cut[lines[(following != 10) & (following != 13)]] = True
+            split[lines[(following != 10) & (following != 13)]] = True
         inside = limits[(limits > 0) & (limits < len(chars))]
-        cut[inside - 1] = True
-        return np.concatenate([[0], np.flatnonzero(cut) + 1])
-
-    def last_cut(self, text: str) -> int:
-        """Give the last place where a word begins, 0 if the text is one."""
-        for size in (1 << 12, len(text)):
-            chars = np.frombuffer(text[-size:].replace(SPACE, " ").encode("utf-32-le"), dtype=np.uint32)
-            if len(chars) and (start := int(self.cuts(chars, np.array([len(chars)]))[-1])):
-                return len(text) - len(chars) + start
-        return 0
+        split[inside - 1] = True
+        return np.concatenate([[0], np.flatnonzero(split) + 1])
 
     def _find(self, keys: np.ndarray) -> np.ndarray:
-        """Give the numbers of words, -1 where one is not known."""
+        """Return the numbers of words, -1 where one is not cached."""
         words = np.full(len(keys), -1, dtype=np.int32)
         left, slots = np.arange(len(keys)), _slot(keys)
         while len(left):
@@ -141,13 +149,12 @@ class WordEncoder:
             left, slots = left[on], (slots[on] + 1) & ((1 << SLOT_BITS) - 1)
         return words
 
-    def _learn(self, text: str, keys: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """Encode words that are not known, and give their numbers."""
+    def _add(self, text: str, keys: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Encode words that are not cached, and return their numbers."""
         keys, one, which = np.unique(keys, return_index=True, return_inverse=True)
         starts, ends = starts[one], ends[one]
-        encoded = self.model.encode(
-            [text[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)], num_threads=1
-        )
+        new = [text[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
+        encoded = self.model.encode(new, num_threads=1)
         numbers = np.arange(self.n_words, self.n_words + len(keys), dtype=np.int32)
         counts = np.array([len(ids) for ids in encoded])
         self.counts[numbers] = counts
@@ -167,6 +174,11 @@ class WordEncoder:
             taken = free & (self.slot_keys[slots] == keys)
             self.slot_words[slots[taken]] = words[taken]
             keys, words, slots = keys[~taken], words[~taken], (slots[~taken] + 1) & ((1 << SLOT_BITS) - 1)
+
+
+def _chars(text: str) -> np.ndarray:
+    """Return code points, uint32; a written-out `SPACE` is a space, as it is to the model."""
+    return np.frombuffer(text.replace(SPACE, " ").encode("utf-32-le"), dtype=np.uint32)
 
 
 def _pair(left: np.ndarray, right: np.ndarray) -> np.ndarray:

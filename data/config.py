@@ -1,12 +1,7 @@
-"""What to train on: where text comes from, how it becomes tokens, how tokens become batches.
-
-One `data` group serves `prepare_data.py` (the first half of the fields) and `train.py` (the second).
-Free of torch, so that a wrong value is refused before torch is imported.
-"""
+"""How tokens become batches, on top of how text becomes tokens (`CorpusConfig`). Torch-free."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from enum import Enum
 from pathlib import Path
 
 from omegaconf import MISSING
@@ -14,14 +9,6 @@ from omegaconf import MISSING
 from corpus.config import CorpusConfig, DataError, Source
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
-# What training reads of a DataConfig and preparing does not
-
-
-class Packing(Enum):
-    concat = "concat"  # documents end to end as they lie, cut every pack_len tokens, isolated
-    best_fit = "best_fit"  # documents placed whole where they fit best; only longer ones are cut; isolated
-    internlm = "internlm"  # InternLM's default: documents shuffled, end to end, isolated
-    internlm_one = "internlm_one"  # the same, in samples of seq_len tokens whose documents see each other
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,12 +16,12 @@ class DataConfig(CorpusConfig):
     """A corpus, and how its tokens become batches."""
 
     seq_len: int = MISSING  # longest attention span, in tokens
-    pack_len: int | None = None  # tokens of a pack, a multiple of seq_len (null: seq_len)
-    packing: Packing = Packing.concat
+    pack_len: int | None = None  # tokens per pack, a multiple of seq_len (null: seq_len)
+    packing: str = "concat"  # concat, best_fit, internlm, internlm_one, or module:Class
     mix: dict[str, float] = field(default_factory=dict)  # source -> weight in training (empty: by size)
-    micro_batch_size: int = MISSING  # sequences of seq_len tokens in one forward pass
+    micro_batch_size: int = MISSING  # sequences of seq_len tokens per forward pass
     seed: int = 1024  # order of documents and packs
-    tokenizer: str | None = None  # tokens: what they were made with, for bits per byte and for reading them
+    tokenizer: str | None = None  # source=tokens: what they were made with, for bits per byte and decoding
     workers: int = 2  # loader processes; the order of batches does not depend on it
 
     @property
@@ -53,58 +40,33 @@ class DataConfig(CorpusConfig):
         yield from (f"data.mix.{name} ({weight}) must be 0 or more" for name, weight in wrong.items())
         if self.mix and not wrong and not any(self.mix.values()):
             yield f"data.mix ({self.mix}) must give some source a weight"
-        if self.workers < 0:
-            yield f"data.workers ({self.workers}) must be 0 or more"
-        if not 0 <= self.seed < 2**32:
-            yield f"data.seed ({self.seed}) must be in [0, 2**32)"
-        if self.seq_len < 2 or self.micro_batch_size < 1:
-            if self.seq_len < 2:
-                yield f"data.seq_len ({self.seq_len}) must be at least 2"
-            if self.micro_batch_size < 1:
-                yield f"data.micro_batch_size ({self.micro_batch_size}) must be at least 1"
+        least = {"seq_len": 2, "micro_batch_size": 1, "workers": 0, "seed": 0}
+        small = [key for key, limit in least.items() if getattr(self, key) < limit]
+        yield from (f"data.{key} ({getattr(self, key)}) must be at least {least[key]}" for key in small)
+        if self.seed >= 2**32:
+            yield f"data.seed ({self.seed}) must be below 2**32"
+        if self.pack_len is None or {"seq_len", "micro_batch_size"} & set(small):
             return
-        if self.pack_len is not None and (self.pack_len < 1 or self.pack_len % self.seq_len):
+        if self.pack_len < 1 or self.pack_len % self.seq_len:
             yield f"data.pack_len ({self.pack_len}) must be a multiple of data.seq_len ({self.seq_len})"
-        elif self.micro_batch_size * self.seq_len % self.pack_tokens:
+        elif self.micro_batch_size * self.seq_len % self.pack_len:
             yield (
                 f"data.micro_batch_size ({self.micro_batch_size}) x data.seq_len ({self.seq_len}) "
                 f"must be a multiple of data.pack_len ({self.pack_len})"
             )
 
 
-def refuse_missing(config: DataConfig, settings: str | None = None) -> None:
-    """Raise `DataError` if what training reads is not there; `settings` are those that prepare_data.py needs for it."""
-    if config.source is Source.random:
-        return
-    if config.source is Source.tokens:
-        for key, path in (("input", config.input), ("valid_input", config.valid_input)):
-            if path is not None and not (Path(path).is_file() or any(Path(path).rglob("*.bin"))):
-                raise DataError(f"data.{key} ({path}) is no folder with .bin files, nor one of them")
-        if config.tokenizer is not None:
-            refuse_no_tokenizer(config.tokenizer, "data.tokenizer")
-    elif not (Path(config.path) / "corpus.json").exists():
-        settings = settings or "with the same data settings"
-        if config.source is Source.local and config.input is None and not config.sources:
-            settings += " data.input=..."
-        command = f"python prepare_data.py {settings}"
-        raise DataError(f"there is no prepared data in {config.path}; run: {command}")
+TRAINING_ONLY = {f.name for f in fields(DataConfig)} - {f.name for f in fields(CorpusConfig)}
 
 
-def refuse_no_tokenizer(name: str | Path, key: str = "tokenizer.model") -> None:
-    """Raise `DataError` if a tokenizer's name can only be that of a file or folder and it holds none."""
+def check_tokenizer(name: str | Path, key: str = "tokenizer.model") -> None:
+    """Raise `DataError` if a name can only be that of a file or folder and there is no tokenizer in it."""
     path = Path(name)
     if path.is_dir():
         if not any((path / file).exists() for file in TOKENIZER_FILES):
-            raise DataError(f"{path} holds no tokenizer: neither {' nor '.join(TOKENIZER_FILES)} is there")
+            raise DataError(f"{key} ({name}) holds neither {' nor '.join(TOKENIZER_FILES)}")
     elif not path.is_file() and (path.suffix in (".model", ".json") or len(path.parts) > 2):
-        raise DataError(
-            f"{key} ({name}) does not exist; name a .model, a tokenizer.json, a folder that holds one, or a "
-            "Hugging Face name"
-        )
-
-
-CORPUS_KEYS = {f.name for f in fields(CorpusConfig)}
-TRAINING_ONLY = {f.name for f in fields(DataConfig)} - CORPUS_KEYS
+        raise DataError(f"{key} ({name}) does not exist; name a tokenizer's file or folder, or a Hugging Face name")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -117,7 +79,7 @@ class RampConfig:
 
 
 def packs_of_step(step: int, *, global_batch_tokens: int, ramp: RampConfig, pack_tokens: int) -> int:
-    """Count the packs in the batch of `step` (the first is 0), the ramp-up included."""
+    """Return the number of packs in the batch of `step`, counted from 0, with the ramp-up."""
     tokens = global_batch_tokens
     if ramp.start_tokens is not None:
         tokens = min(tokens, ramp.start_tokens + ramp.increment_tokens * (step // ramp.every_steps))

@@ -1,28 +1,27 @@
-"""A prepared corpus, opened for training: its sources, its packs, its order."""
+"""A corpus, opened for training: its sources, its packs, their order."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
 
 from corpus.config import DataError, Source
-from data.about import read_about, refuse_small_vocabulary, refuse_unknown_sources
 from data.batches import Batch, collate
-from data.config import DataConfig, Packing, refuse_missing
-from data.external_formats import refuse_overlap, token_files
-from data.packing import Layout, Piece, RandomTokens, Tokens, layout_of
+from data.config import DataConfig
+from data.external_formats import check_no_overlap, token_files
+from data.manifest import check_exists, check_sources, check_vocab_size, read_manifest
+from data.packing import Concat, Packing, Pieces, RandomTokens, find_packing, read_rows
 from data.sampler import Mixture, Pool
-from data.shards import Shard
+from data.shards import Shard, TokenFile
 from data.tokenizer import Tokenizer, load_tokenizer
 
 RANDOM_PACKS = {"train": 4096, "valid": 8}
+Split = dict[str, list[TokenFile]]  # files by source
 
 
 class PackedDataset:
-    """The packs of one split, a layout for each source.
+    """The packs of one split, a packing per source.
 
     Sample i of the endless sequence is a pure function of the seed and i: without a mixture all packs are
     shuffled together, and with one each source's packs are, and the sources take turns.
@@ -30,16 +29,19 @@ class PackedDataset:
 
     def __init__(
         self,
-        layouts: list[Layout],
+        packings: list[Packing],
         sources: list[int],
         config: DataConfig,
         *,
         vocab_size: int,
         weights: list[float] | None = None,
     ) -> None:
-        self.layouts, self.sources, self.config, self.vocab_size = layouts, np.array(sources), config, vocab_size
-        self.limits = np.cumsum([0, *(layout.n_packs for layout in layouts)])
+        self.packings, self.sources, self.config, self.vocab_size = packings, np.array(sources), config, vocab_size
+        self.files = [file for packing in packings for file in packing.files]
+        self.first_file = np.cumsum([0, *(len(packing.files) for packing in packings)])
+        self.limits = np.cumsum([0, *(packing.n_packs for packing in packings)])
         self.n_packs = int(self.limits[-1])
+        self.isolated = find_packing(config.packing).isolated
         self.mixture = None if weights is None else Mixture(weights)
         self.first_sample = 0
         self.pools: dict[int, Pool] = {}
@@ -49,15 +51,15 @@ class PackedDataset:
         self.first_sample, self.pools = sample, {}
 
     def _pool(self, number: int) -> Pool:
-        """Give the packs of a layout, or with -1 of all, shuffled."""
+        """Return the shuffled packs of a packing, or with -1 of all."""
         if number not in self.pools:
-            n_packs = self.n_packs if number < 0 else self.layouts[number].n_packs
+            n_packs = self.n_packs if number < 0 else self.packings[number].n_packs
             source = -1 if number < 0 else int(self.sources[number])
             self.pools[number] = Pool(n_packs, self.config.seed, self.first_sample, source + 1)
         return self.pools[number]
 
     def locate(self, samples: np.ndarray) -> np.ndarray:
-        """Give the packs of some samples by their place in the corpus; int64 (N,) to int64 (N,)."""
+        """Return the packs of samples by their place in the corpus; int64 (N,) to int64 (N,)."""
         samples = samples - self.first_sample
         if self.mixture is None:
             return self._pool(-1).packs(samples)
@@ -68,62 +70,58 @@ class PackedDataset:
             found[here] = self._pool(number).packs(draws[here]) + self.limits[number]
         return found
 
-    def numbers_of(self, packs: np.ndarray) -> np.ndarray:
-        """Give the layouts that packs lie in; int64 (N,) to int64 (N,)."""
+    def _packing_of(self, packs: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.limits, packs, side="right") - 1
+
+    def source_of(self, packs: np.ndarray) -> np.ndarray:
+        """Return the sources of packs; int64 (N,) to int64 (N,)."""
+        return self.sources[self._packing_of(packs)]
+
+    def pieces(self, packs: np.ndarray) -> Pieces:
+        """Return what packs hold, with places in `self.files`."""
+        numbers = self._packing_of(packs)
+        parts = []
+        for number in np.unique(numbers).tolist():
+            its = self.packings[number].pieces(packs[numbers == number] - self.limits[number])
+            parts.append(its._replace(files=its.files + self.first_file[number]))
+        return parts[0] if len(parts) == 1 else Pieces.joined(parts, np.argsort(numbers, kind="stable"))
 
     def batch(self, packs: np.ndarray) -> Batch:
         """Read packs by their place in the corpus; raises `DataError` on a token outside the vocabulary."""
-        numbers = self.numbers_of(packs)
-        within = packs - self.limits[numbers]
-        order = np.argsort(numbers, kind="stable")
-        found = [self.layouts[n].rows(within[order][numbers[order] == n]) for n in np.unique(numbers).tolist()]
-        rows = found[0] if len(found) == 1 else found[0].joined(found[1:], order)
+        pieces = self.pieces(packs)
+        rows = read_rows(self.files, pieces, self.config.pack_tokens)
         if rows.tokens.view(np.uint32).max() >= self.vocab_size:  # a negative one is larger still
-            self._refuse(rows.tokens, packs)
-        isolated = self.config.packing is not Packing.internlm_one
-        return collate(rows, self.sources[numbers], seq_len=self.config.seq_len, isolated=isolated)
+            raise self._wrong_token(rows.tokens, pieces)
+        return collate(rows, self.source_of(packs), seq_len=self.config.seq_len, isolated=self.isolated)
 
-    def pieces(self, pack: int) -> list[Piece]:
-        """Give the parts of documents in a pack."""
-        number = int(np.searchsorted(self.limits, pack, side="right")) - 1
-        return self.layouts[number].pieces(pack - int(self.limits[number]))
-
-    def source_of(self, pack: int) -> int:
-        return int(self.sources[int(np.searchsorted(self.limits, pack, side="right")) - 1])
-
-    def _refuse(self, tokens: np.ndarray, packs: np.ndarray) -> None:
-        row, at = np.argwhere((tokens >= self.vocab_size) | (tokens < 0))[0].tolist()
-        wrong, where = int(tokens[row, at]), ""
-        for piece in self.pieces(int(packs[row])):
-            if at < piece.length:
-                offset = piece.start + at
-                document = int(np.searchsorted(piece.file.all_offsets(), offset, side="right")) - 1
-                where = f"{piece.file.stem}.bin: token {offset}, in document {document}, "
-                break
-            at -= piece.length
-        raise DataError(
-            f"{where}is id {wrong}, outside model.vocab_size ({self.vocab_size}): the file is damaged, or was made "
-            "with another tokenizer"
+    def _wrong_token(self, tokens: np.ndarray, pieces: Pieces) -> DataError:
+        row, at = np.argwhere(tokens.view(np.uint32) >= self.vocab_size)[0].tolist()
+        before = int(pieces.n_pieces[:row].sum())
+        lengths = pieces.lengths[before : before + int(pieces.n_pieces[row])]
+        number = min(int(np.searchsorted(np.cumsum(lengths), at, side="right")), len(lengths) - 1)
+        file = self.files[pieces.files[before + number]]
+        place = int(pieces.starts[before + number]) + at - int(lengths[:number].sum())
+        document = int(np.searchsorted(file.offsets(), place, side="right")) - 1
+        return DataError(
+            f"{file.stem}.bin: token {place}, in document {document}, is id {tokens[row, at]}, outside "
+            f"model.vocab_size ({self.vocab_size}); prepare it again with the right tokenizer"
         )
 
     def epochs(self, samples: int) -> dict[int, float]:
-        """Give how often each source has been seen after so many samples."""
+        """Return how often each source has been seen after so many samples."""
         drawn = samples - self.first_sample
         if self.mixture is None:
             return {int(source): drawn / max(1, self.n_packs) for source in self.sources}
-        counts = self.mixture.drawn(drawn)
-        return {
-            int(source): int(count) / max(1, layout.n_packs)
-            for source, count, layout in zip(self.sources, counts, self.layouts, strict=True)
-        }
+        counts = self.mixture.drawn(drawn).tolist()
+        found = zip(self.sources.tolist(), counts, self.packings, strict=True)
+        return {source: count / max(1, packing.n_packs) for source, count, packing in found}
 
     def waste(self) -> tuple[float, float]:
-        """Give the share of tokens that is padding and the share of documents that is cut."""
+        """Return the share of tokens that is padding and the share of documents that is cut."""
         if not self.n_packs:
             return 0.0, 0.0
-        shares = np.array([layout.waste() for layout in self.layouts])
-        padding, cut = np.average(shares, axis=0, weights=[layout.n_packs for layout in self.layouts])
+        shares = [packing.waste() for packing in self.packings]
+        padding, cut = np.average(shares, axis=0, weights=[packing.n_packs for packing in self.packings])
         return float(padding), float(cut)
 
 
@@ -145,144 +143,89 @@ class Corpus:
 
 def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
     """Open what prepare_data.py wrote for a model of `vocab_size`; raises `DataError` on anything amiss."""
-    refuse_missing(config)
+    check_exists(config)
+    tokenizer, add_bos, add_eos = None, False, False
     match config.source:
         case Source.random:
-            return _random_corpus(config, vocab_size)
+            train, valid = ({"random": [_random_tokens(config, split)]} for split in RANDOM_PACKS)
         case Source.tokens:
-            return _foreign_corpus(config, vocab_size)
+            train = token_files(Path(str(config.input)), config.name)
+            valid = token_files(Path(config.valid_input), config.name) if config.valid_input else {}
+            check_no_overlap(train, valid)
+            tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
         case _:
-            return _prepared_corpus(config, vocab_size)
-
-
-def _prepared_corpus(config: DataConfig, vocab_size: int) -> Corpus:
-    folder = Path(config.path)
-    about = read_about(folder)
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    if tokenizer.fingerprint != about["tokenizer"]["fingerprint"]:
-        raise DataError(f"{tokenizer.path} is not the tokenizer that {folder} was made with; prepare the corpus again")
-    refuse_small_vocabulary(str(tokenizer.path), tokenizer.vocab_size, vocab_size)
-    files: dict[str, dict[str, list[Shard]]] = {"train": {}, "valid": {}}
-    for split, sources in about["splits"].items():
-        for source, counts in sources.items():
-            files[split][source] = [_own_shard(folder / stem, tokenizer, vocab_size) for stem in counts["shards"]]
-    return _corpus(
-        config,
-        files,
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        add_bos=about["tokenizer"]["add_bos"],
-        add_eos=about["tokenizer"]["add_eos"],
-    )
-
-
-def _own_shard(stem: Path, tokenizer: Tokenizer, vocab_size: int) -> Shard:
-    if not Path(f"{stem}.json").exists():
-        raise DataError(f"{stem}.json is missing, so the shard beside it is not complete; prepare the corpus again")
-    shard = Shard(stem)
-    assert shard.header is not None
-    if shard.header.tokenizer != tokenizer.fingerprint:
-        raise DataError(
-            f"{stem}.bin was written with another tokenizer than {tokenizer.path}; prepare the corpus again"
-        )
-    if shard.header.max_token >= vocab_size:
-        raise DataError(
-            f"{stem}.bin holds token {shard.header.max_token}, outside model.vocab_size ({vocab_size}); prepare the "
-            "corpus again, or pass a larger model.vocab_size"
-        )
-    return shard
-
-
-def _foreign_corpus(config: DataConfig, vocab_size: int) -> Corpus:
-    assert config.input is not None
-    train = token_files(Path(config.input), config.name)
-    valid = token_files(Path(config.valid_input), config.name) if config.valid_input else {}
-    refuse_overlap(train, valid, config.input, config.valid_input or "")
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+            folder = Path(config.path)
+            manifest = read_manifest(folder)
+            tokenizer = load_tokenizer(folder / "tokenizer")
+            add_bos, add_eos = manifest["tokenizer"]["add_bos"], manifest["tokenizer"]["add_eos"]
+            if tokenizer.fingerprint != manifest["tokenizer"]["fingerprint"]:
+                raise DataError(f"{tokenizer.path} is not the tokenizer of {folder}; prepare the corpus again")
+            train, valid = (_shards(folder, manifest["splits"].get(split, {}), tokenizer) for split in RANDOM_PACKS)
     if tokenizer is not None:
-        refuse_small_vocabulary(str(tokenizer.path), tokenizer.vocab_size, vocab_size)
-    files: Any = {"train": train, "valid": valid}
-    return _corpus(config, files, tokenizer=tokenizer, vocab_size=vocab_size, add_bos=False, add_eos=False)
-
-
-def _corpus(
-    config: DataConfig,
-    files: dict[str, Any],
-    *,
-    tokenizer: Tokenizer | None,
-    vocab_size: int,
-    add_bos: bool,
-    add_eos: bool,
-) -> Corpus:
-    sources = tuple(sorted({name for split in files.values() for name in split}))
-    refuse_unknown_sources(config, set(files["train"]))
-    fingerprints = ["tokenizer/" + (tokenizer.fingerprint if tokenizer else "unknown") + f"/{add_bos}/{add_eos}"]
-    for split in ("train", "valid"):
-        for name in sorted(files[split]):
-            fingerprints += [f"{split}/{name}/{file.fingerprint()}" for file in files[split][name]]
-    make = partial(_packs, config, sources, vocab_size=vocab_size)
-    train, valid = make(files["train"], train=True), make(files["valid"], train=False)
-    if not train.n_packs:
-        n_tokens = sum(file.n_tokens for found in files["train"].values() for file in found)
-        raise DataError(
-            f"{config.input if config.source is Source.tokens else config.path} has {n_tokens} training tokens, and "
-            f"none of its sources fills one pack of {config.pack_tokens}; lower data.seq_len or add text"
-        )
+        check_vocab_size(str(tokenizer.path), tokenizer.vocab_size, vocab_size)
+    check_sources(config, set(train))
+    sources = tuple(sorted({*train, *valid}))
+    fingerprints = [f"tokenizer/{tokenizer.fingerprint if tokenizer else 'unknown'}/{add_bos}/{add_eos}"]
+    for split, files in (("train", train), ("valid", valid)):
+        fingerprints += [f"{split}/{name}/{file.fingerprint()}" for name in sorted(files) for file in files[name]]
+    bytes_per_token = None
+    if tokenizer is not None:
+        bytes_per_token = np.zeros(vocab_size, dtype=np.int32)
+        bytes_per_token[: tokenizer.vocab_size] = tokenizer.token_bytes()
     return Corpus(
         sources=sources,
         fingerprints=fingerprints,
         tokenizer=tokenizer,
         add_bos=add_bos,
         add_eos=add_eos,
-        bytes_per_token=None if tokenizer is None else _padded(tokenizer.token_bytes(), vocab_size),
-        train=train,
-        valid=valid,
+        bytes_per_token=bytes_per_token,
+        train=_train_packs(config, train, sources, vocab_size),
+        valid=_packs(config, valid, sources, vocab_size, seed=None),
     )
+
+
+def _random_tokens(config: DataConfig, split: str) -> TokenFile:
+    n_tokens, seed = RANDOM_PACKS[split] * config.pack_tokens, config.seed + (split == "valid")
+    return RandomTokens(vocab_size=config.vocab_size, n_tokens=n_tokens, document_len=config.seq_len, seed=seed)
+
+
+def _shards(folder: Path, sources: dict[str, dict], tokenizer: Tokenizer) -> Split:
+    found: Split = {}
+    for source, counts in sources.items():
+        shards = [Shard(folder / stem) for stem in counts["shards"]]
+        for shard in shards:
+            if shard.header is None or shard.header.tokenizer != tokenizer.fingerprint:
+                raise DataError(f"{shard.stem}.bin is not of {folder}'s tokenizer; prepare the corpus again")
+        found[source] = [*shards]
+    return found
+
+
+def _train_packs(config: DataConfig, files: Split, sources: tuple[str, ...], vocab_size: int) -> PackedDataset:
+    weights = None
+    if config.mix:
+        files = {name: files[name] for name in files if config.mix.get(name, 0) > 0}
+        weights = [config.mix[name] for name in sorted(files)]
+    packs = _packs(config, files, sources, vocab_size, seed=config.seed, weights=weights)
+    empty = [name for name, packing in zip(sorted(files), packs.packings, strict=True) if not packing.n_packs]
+    if not packs.n_packs or (config.mix and empty):
+        raise DataError(
+            f"source {', '.join(empty)} does not fill one pack of {config.pack_tokens} tokens; "
+            "lower data.seq_len or add text"
+        )
+    return packs
 
 
 def _packs(
-    config: DataConfig, sources: tuple[str, ...], files: dict[str, list[Tokens]], *, vocab_size: int, train: bool
+    config: DataConfig,
+    files: Split,
+    sources: tuple[str, ...],
+    vocab_size: int,
+    *,
+    seed: int | None,
+    weights: list[float] | None = None,
 ) -> PackedDataset:
-    names = sorted(files)
-    if train and config.mix:
-        names = [name for name in names if config.mix.get(name, 0) > 0]
-    packing, pack_len = config.packing, config.pack_tokens
-    layouts = [layout_of(files[name], packing, pack_len, seed=config.seed, train=train) for name in names]
-    weights = None
-    if train and config.mix:
-        weights = [config.mix[name] for name in names]
-        for name, layout in zip(names, layouts, strict=True):
-            if not layout.n_packs:
-                raise DataError(
-                    f"data.mix.{name} ({config.mix[name]}): the source does not fill one pack of {pack_len}"
-                )
-    return PackedDataset(
-        layouts, [sources.index(name) for name in names], config, vocab_size=vocab_size, weights=weights
-    )
-
-
-def _padded(lengths: np.ndarray, size: int) -> np.ndarray:
-    return np.concatenate([lengths, np.zeros(size - len(lengths), dtype=lengths.dtype)])
-
-
-def _random_corpus(config: DataConfig, vocab_size: int) -> Corpus:
-    def packs(split: str, offset: int) -> PackedDataset:
-        layout = RandomTokens(
-            vocab_size=config.vocab_size,
-            pack_len=config.pack_tokens,
-            seq_len=config.seq_len,
-            seed=config.seed + offset,
-            n_packs=RANDOM_PACKS[split],
-        )
-        return PackedDataset([layout], [0], config, vocab_size=vocab_size)
-
-    return Corpus(
-        sources=("random",),
-        fingerprints=[f"random-{config.vocab_size}-{config.seed}"],
-        tokenizer=None,
-        add_bos=False,
-        add_eos=False,
-        bytes_per_token=None,
-        train=packs("train", 0),
-        valid=packs("valid", 1),
-    )
+    # random tokens are not in a folder where a packing could keep a plan
+    packing = Concat if config.source is Source.random else find_packing(config.packing)
+    packings = [packing(files[name], config.pack_tokens, seed=seed) for name in sorted(files)]
+    numbers = [sources.index(name) for name in sorted(files)]
+    return PackedDataset(packings, numbers, config, vocab_size=vocab_size, weights=weights)

@@ -3,65 +3,56 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from corpus.config import DataError
-from data.tokenizer import (
-    CHAT_TEMPLATE,
-    SPACE,
-    HuggingFaceTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-    export_problem,
-    sentencepiece_proto,
-)
+from data.cached_bpe import SPACE
+from data.tokenizer import CHAT_TEMPLATE, SentencePieceTokenizer, Tokenizer, export_problem, sentencepiece_proto
+
+if TYPE_CHECKING:
+    import tokenizers
 
 
 def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, add_bos: bool, max_len: int) -> None:
-    """Write a tokenizer for transformers 4 and 5, with tokenizer.model and the chat template if there are.
+    """Write a tokenizer for transformers 4 and 5, with tokenizer.model and the chat template where there are any.
 
-    As Hugging Face has it everywhere, the name of a control token written out in a text, such as
-    `<s>`, becomes that token; SentencePiece alone would spell it.
+    As everywhere in Hugging Face, the name of a control token written out in a text, such as `<s>`, becomes that
+    token; SentencePiece alone would spell it out.
     """
     import tokenizers
 
+    tokens = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     if isinstance(tokenizer, SentencePieceTokenizer):
         fast = fast_from_sentencepiece(tokenizer)
         shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+        tokens["unk_token"] = tokenizer.model.unk_id()
     else:
-        assert isinstance(tokenizer, HuggingFaceTokenizer)
         fast = tokenizers.Tokenizer.from_file(str(tokenizer.path))
-    names = {
-        key: fast.id_to_token(token)
-        for key, token in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id))
-        if token is not None
-    }
+    names = {key: fast.id_to_token(token) for key, token in tokens.items() if token is not None}
     if add_bos and tokenizer.bos_id is not None:
         bos = names["bos_token"]
         fast.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_id)]
         )
     fast.save(str(folder / "tokenizer.json"))
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        names["unk_token"] = tokenizer.model.id_to_piece(tokenizer.model.unk_id())
-    settings: dict[str, Any] = {
+    settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **names,
-        "pad_token": names.get("eos_token"),
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_len,
     }
-    settings = {key: value for key, value in settings.items() if value is not None}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    if "eos_token" in names:
+        settings["pad_token"] = names["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     template = tokenizer.path.with_name(CHAT_TEMPLATE)
     if template.exists():
-        (folder / CHAT_TEMPLATE).write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
+        (folder / CHAT_TEMPLATE).write_bytes(template.read_bytes())
 
 
-def fast_from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any:
-    """Build the `tokenizers` pipeline of a SentencePiece BPE model: the same merges in the same order.
+def fast_from_sentencepiece(tokenizer: SentencePieceTokenizer) -> "tokenizers.Tokenizer":
+    """Return the `tokenizers` pipeline of a SentencePiece BPE model: the same merges in the same order.
 
-    Raises `DataError` for a model of another kind, or one that changes its text before it is cut.
+    Raises `DataError` for a model of another kind, or one that normalizes text.
     """
     import tokenizers
     from tokenizers import AddedToken, decoders, models, normalizers

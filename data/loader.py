@@ -1,8 +1,9 @@
-"""Steps of micro-batches, read ahead by worker processes, in an order that no worker can change."""
+"""Micro-batches of steps, read ahead by worker processes, in an order that does not depend on them."""
 
 import ctypes
 import signal
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from data.dataset import Corpus, PackedDataset
 
 
 class _MicroBatches(Dataset[Batch | DataError]):
-    """Micro-batches by their samples. An error is handed over, so that it is told where all others are."""
+    """Micro-batches by their samples. An error is returned, to be raised in the main process as it is."""
 
     def __init__(self, packs: PackedDataset) -> None:
         self.packs = packs
@@ -36,21 +37,17 @@ def _start_worker(_worker: int) -> None:
 
 
 def end_with_parent() -> None:
-    """Have the system end this process with the one that started it: what it inherited holds a killed run's folder."""
-    try:
+    """Have the system kill this process when its parent ends: it inherited the lock of the run folder."""
+    with suppress(OSError, AttributeError):  # another system than Linux
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    except (OSError, AttributeError):
-        return  # another system than Linux
 
 
 def keep_freed_memory() -> None:
-    """Tell malloc to keep what batches free for the next ones: the system takes half of a batch's time to give it."""
-    try:
+    """Have malloc keep the memory of batches for the next ones: fresh pages take half of a batch's time."""
+    with suppress(OSError, AttributeError):  # a C library without it
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return  # a C library without it
-    mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD
-    mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, which can be no larger
+        mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD
+        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, which can be no larger
 
 
 def train_batches(
@@ -64,11 +61,11 @@ def train_batches(
     dp_rank: int = 0,
     dp_size: int = 1,
 ) -> Generator[list[Batch], None, None]:
-    """Yield, step by step without end, the micro-batches of the step that are this rank's.
+    """Yield, step by step without end, this rank's micro-batches of the step.
 
     Step `first_step` starts at sample `first_sample` of the corpus' sequence and takes `packs_of_step(step)`
     samples; nothing before it is read. Micro-batch j of data-parallel rank r is the step's number
-    j * dp_size + r, so that a step holds the same samples however many ranks there are.
+    j * dp_size + r, so that a step holds the same samples whatever the number of ranks.
     """
     per_batch = config.packs_per_micro_batch
 
@@ -87,26 +84,26 @@ def train_batches(
         batch_size=None,
         sampler=micro_batches(),  # type: ignore[arg-type]
         num_workers=config.workers,
-        collate_fn=_as_it_is,  # type: ignore[arg-type]
+        collate_fn=_unchanged,  # type: ignore[arg-type]
         worker_init_fn=_start_worker if config.workers else None,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # its draws are of no use here, and must not move the run's own generator
+        generator=torch.Generator(),  # its draws must not move the run's own generator
     )
     batches = iter(loader)
     step = first_step
     try:
         while True:
-            yield [_told(next(batches)) for _ in of_step(step, 0)]
+            yield [_raised(next(batches)) for _ in of_step(step, 0)]
             step += 1
     finally:
-        del batches  # and its workers end: an error that is told keeps this frame, and they heed no signal
+        del batches  # ends the workers: a traceback keeps this frame alive, and they ignore signals
 
 
-def _as_it_is(batch: Batch | DataError) -> Batch | DataError:
+def _unchanged(batch: Batch | DataError) -> Batch | DataError:
     return batch
 
 
-def _told(batch: Batch | DataError) -> Batch:
+def _raised(batch: Batch | DataError) -> Batch:
     if isinstance(batch, DataError):
         raise batch
     return batch
@@ -118,13 +115,13 @@ def valid_batches(
     """Yield the validation split in corpus order, every token once; the last pack of a source is padded.
 
     `max_tokens` keeps about that many, from packs spread evenly over the split. Every rank has as many batches, all
-    of one shape; what is left over is filled with packs whose targets do not count.
+    of one shape; the last ones are filled up with packs whose targets do not count.
     """
-    n_packs = corpus.valid.n_packs
+    n_packs, per_batch = corpus.valid.n_packs, config.packs_per_micro_batch
     kept = n_packs if max_tokens is None else min(n_packs, -(-max_tokens // config.pack_tokens))
     chosen = np.linspace(0, n_packs, kept, endpoint=False).astype(np.int64)
-    per_batch = config.packs_per_micro_batch
-    for at in range(dp_rank * per_batch, -(-kept // (per_batch * dp_size)) * per_batch * dp_size, per_batch * dp_size):
+    rounds = -(-kept // (per_batch * dp_size))
+    for at in range(dp_rank * per_batch, rounds * per_batch * dp_size, per_batch * dp_size):
         here = chosen[at : at + per_batch]
         batch = corpus.valid.batch(np.append(here, np.repeat(chosen[:1], per_batch - len(here))))
         batch.labels_BT[len(here) :] = IGNORED

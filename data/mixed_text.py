@@ -1,4 +1,4 @@
-"""Lines that tokenizers disagree on, for comparing two that must not."""
+"""Lines that tokenizers disagree on, to compare two that must agree."""
 
 import argparse
 import json.decoder
@@ -15,23 +15,13 @@ SCRIPTS = (
     "C:\\path\\to\\file", "\u00a0\u2003wide", "a\0zero",
 )  # fmt: skip
 FRAMES = (
-    "{}",
-    " {}",
-    "   {}",
-    "\t{}",
-    "{}\n",
-    "{}  \n\n",
-    "\n\n{}",
-    "{} {}",
-    "{}\r\n",
-    "    {}:\n        {}",
-    "({})",
+    "{}", " {}", "   {}", "\t{}", "{}\n", "{}  \n\n", "\n\n{}", "{} {}", "{}\r\n", "    {}:\n        {}", "({})",
     "{}," * 3,
-)
+)  # fmt: skip
 
 
 def mixed_lines() -> list[str]:
-    """Give over 1,000 lines: code, prose, scripts, emoji, numbers, and every kind of white space."""
+    """Return over 1,000 lines: code, prose, scripts, emoji, numbers, and every kind of white space."""
     lines = [frame.replace("{}", text) for frame, text in product(FRAMES, SCRIPTS)]
     lines += [" " * n for n in range(1, 20)] + ["\n" * n for n in range(1, 6)] + ["\t" * n for n in range(1, 6)]
     lines += pydoc_data.topics.topics["strings"].split("\n")

@@ -1,10 +1,10 @@
-"""Which pack comes when: a pure function of the seed and the place in the run, in constant memory."""
+"""The order of packs: a pure function of the seed and the sample, in constant memory."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-MIX_PERIOD = 10_000  # samples in which a mixture is exact, wherever they begin
+MIX_PERIOD = 10_000  # consecutive samples in which a mixture is exact
 ROUNDS = 6
 WINDOW = 4096  # draws that are computed at once
 _M = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
@@ -34,7 +34,7 @@ class Permutation:
         self.keys = scramble(state + np.arange(1, ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
 
     def __call__(self, places: np.ndarray) -> np.ndarray:
-        """Give the values at some places; int64 (N,) to int64 (N,)."""
+        """Return the values at places; int64 (N,) to int64 (N,)."""
         values = self._once(places.astype(np.uint64))
         while (outside := values >= self.n).any():
             values[outside] = self._once(values[outside])
@@ -51,14 +51,14 @@ class Permutation:
 
 
 class Pool:
-    """Packs that are shuffled together, anew in each epoch and without end."""
+    """Packs that are shuffled together, anew in each epoch, without end."""
 
     def __init__(self, n_packs: int, *keys: int) -> None:
         self.n_packs, self.keys = n_packs, keys
         self.window, self.found = -1, np.zeros(0, dtype=np.int64)
 
     def packs(self, draws: np.ndarray) -> np.ndarray:
-        """Give the packs of some draws; the first is draw 0. int64 (N,) to int64 (N,)."""
+        """Return the packs of draws, of which the first is draw 0; int64 (N,) to int64 (N,)."""
         windows = draws // WINDOW
         found = np.empty_like(draws)
         for window in sorted(set(windows.tolist())):
@@ -79,16 +79,15 @@ class Pool:
 
 
 class Mixture:
-    """Takes from pools in exact proportions: every `MIX_PERIOD` samples in a row hold the same number of each.
+    """Draws from pools in exact proportions: any `MIX_PERIOD` samples in a row hold the same number of each.
 
-    The same arrangement is repeated, so that this is true of any window, and each pool's turns lie
-    as evenly in it as they can.
+    One arrangement is repeated, in which each pool's turns are spread as evenly as possible.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
         shares = np.array(weights, dtype=np.float64) / np.sum(weights)
         exact = shares * MIX_PERIOD
-        self.counts = np.maximum(np.floor(exact), shares > 0).astype(np.int64)  # none that is asked for is left out
+        self.counts = np.maximum(np.floor(exact), shares > 0).astype(np.int64)  # each with a weight is drawn
         by_rest = np.argsort(self.counts - exact, kind="stable")
         while (missing := MIX_PERIOD - int(self.counts.sum())) > 0:
             self.counts[by_rest[:missing]] += 1
@@ -101,12 +100,12 @@ class Mixture:
         self.turn = np.concatenate([np.arange(count) for count in self.counts.tolist()])[order]
 
     def draws(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Give each sample's pool and its draw from it."""
+        """Return each sample's pool and its draw from it."""
         periods, places = np.divmod(samples, MIX_PERIOD)
         pools = self.pool[places]
         return pools, periods * self.counts[pools] + self.turn[places]
 
     def drawn(self, samples: int) -> np.ndarray:
-        """Count the draws from each pool in the first `samples`."""
+        """Return the number of draws from each pool in the first `samples`."""
         periods, rest = divmod(samples, MIX_PERIOD)
         return periods * self.counts + np.bincount(self.pool[:rest], minlength=len(self.counts))

@@ -1,13 +1,14 @@
 """Tokens on disk: a flat little-endian `.bin`, an `.idx` of its documents, a `.json` header.
 
-The first two are Megatron-LM's (`IndexedDataset`, version 1), so that what is prepared here trains there, and
-what was prepared there is read here, without the header. In a corpus of conversations the highest bit of a
-token says that it is not to be learnt; nothing else is then stored than in any other.
+The first two are Megatron-LM's (`IndexedDataset`, version 1), so what is prepared here trains there, and shards
+prepared there are read here, without the header. In a corpus of conversations the highest bit of a token is its
+loss mask: set where the token is no target.
 """
 
 import json
 import os
 import struct
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class Header:
     dtype: str
     vocab_size: int
     tokenizer: str  # fingerprint
-    masked: bool  # the highest bit of a token says that it is not to be learnt
+    masked: bool  # the highest bit of a token is its loss mask
     documents: int
     tokens: int
     text_bytes: int
@@ -44,328 +45,266 @@ class Header:
     idx_hash: str
 
 
-@dataclass(slots=True)
-class Written:
-    """How far a shard has been written: all that is needed to go on, or to cut it back to here."""
-
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-    max_token: int = 0
-    unfinished: int = 0  # tokens of a document whose end is still to come
-
-
 class ShardWriter:
-    """Appends documents to one shard; the header, written last, is what makes it one.
+    """Appends documents to one shard; the header, which `close` writes last, is what makes it one."""
 
-    `written` of an earlier writer goes on from there: what was written after it is cut off.
-    """
-
-    def __init__(
-        self, stem: Path, *, vocab_size: int, tokenizer: str, masked: bool = False, written: Written | None = None
-    ) -> None:
+    def __init__(self, stem: Path, *, vocab_size: int, tokenizer: str, masked: bool = False) -> None:
         self.stem, self.vocab_size, self.tokenizer, self.masked = stem, vocab_size, tokenizer, masked
         self.dtype = "uint16" if vocab_size <= 1 << 16 and not masked else "uint32"
-        self.written = written or Written()
+        self.lengths: list[np.ndarray] = []
+        self.documents = self.tokens = self.text_bytes = self.max_token = 0
         self.hash = xxhash.xxh3_128()
         stem.parent.mkdir(parents=True, exist_ok=True)
-        mode = "wb" if written is None else "r+b"
-        self.bin = open(f"{stem}.bin", mode)  # noqa: SIM115
-        self.lengths = open(f"{stem}.lengths", mode)  # noqa: SIM115
-        if written is not None:
-            self.bin.truncate((written.tokens + written.unfinished) * DTYPES[self.dtype].itemsize)
-            self.lengths.truncate(written.documents * 4)
-            self.lengths.seek(0, os.SEEK_END)
-            while block := self.bin.read(1 << 20):
-                self.hash.update(block)
+        self.file = open(f"{stem}.bin", "wb")  # noqa: SIM115
 
     @property
     def full(self) -> bool:
-        return not self.written.unfinished and self.written.tokens * DTYPES[self.dtype].itemsize >= SHARD_BYTES
+        return self.tokens * DTYPES[self.dtype].itemsize >= SHARD_BYTES
 
-    def add(self, ids: np.ndarray, text_bytes: int, *, ends: bool = True) -> None:
-        """Append a document, or with `ends` false the beginning of one, whose text is `text_bytes` long."""
-        self.add_many(ids, np.array([len(ids)]), text_bytes, ends=ends)
+    def add(self, ids: np.ndarray, text_bytes: int) -> None:
+        """Append a document whose text is `text_bytes` long; ids: uint32 (n,)."""
+        self.add_many(ids, np.array([len(ids)]), text_bytes)
 
-    def add_many(self, ids: np.ndarray, lengths: np.ndarray, text_bytes: int, *, ends: bool = True) -> None:
-        """Append documents of uint32 ids that lie end to end; the last one goes on in the next call unless `ends`."""
-        now = self.written
+    def add_many(self, ids: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
+        """Append documents that lie end to end; ids: uint32, lengths: their tokens."""
         tokens = ids & ~np.uint32(LOSS_MASKED) if self.masked else ids
-        now.max_token = max(now.max_token, int(tokens.max(initial=0)))
-        if now.max_token >= self.vocab_size:
-            raise DataError(f"{self.stem}.bin: token {now.max_token} is outside the vocabulary ({self.vocab_size})")
+        self.max_token = max(self.max_token, int(tokens.max(initial=0)))
+        if self.max_token >= self.vocab_size:
+            raise DataError(f"{self.stem}.bin: token {self.max_token} is outside the vocabulary ({self.vocab_size})")
         raw = ids.astype(DTYPES[self.dtype]).tobytes()
-        self.bin.write(raw)
+        self.file.write(raw)
         self.hash.update(raw)
-        lengths = lengths.astype("<i8")
-        lengths[0] += now.unfinished
-        now.unfinished = 0
-        if not ends:
-            now.unfinished, lengths = int(lengths[-1]), lengths[:-1]
-        if lengths.max(initial=0) >= 1 << 31:
-            raise DataError(f"{self.stem}.bin: a document of {lengths.max()} tokens; one has at most {(1 << 31) - 1}")
-        self.lengths.write(lengths.astype("<i4").tobytes())
-        now.documents += len(lengths)
-        now.tokens += int(lengths.sum())
-        now.text_bytes += text_bytes
-
-    def sync(self) -> None:
-        """Bring to the disk what was added."""
-        for file in (self.bin, self.lengths):
-            file.flush()
-            os.fsync(file.fileno())
+        self.lengths.append(lengths.astype("<i4"))
+        self.documents += len(lengths)
+        self.tokens += len(ids)
+        self.text_bytes += text_bytes
 
     def close_files(self) -> None:
-        """Let go of the files, whether or not the shard is complete."""
-        self.bin.close()
-        self.lengths.close()
+        """Close the file of a shard that will not be finished."""
+        self.file.close()
 
     def close(self) -> Header:
-        """Write the index and the header, and give the header. `forget` may then be called."""
-        assert not self.written.unfinished
-        self.sync()
-        self.close_files()
-        index_hash = _write_index(self.stem, DTYPES[self.dtype])
-        now = self.written
+        """Write the index and the header, all of it synced to the disk, and return the header."""
+        _sync(self.file)
+        self.file.close()
+        lengths = np.concatenate([np.zeros(0, dtype="<i4"), *self.lengths])
+        dtype = DTYPES[self.dtype]
+        index = (
+            INDEX_HEADER.pack(MAGIC, 1, 8 if dtype.itemsize == 2 else 4, len(lengths), len(lengths) + 1),
+            lengths.tobytes(),
+            ((np.cumsum(lengths, dtype="<i8") - lengths) * dtype.itemsize).astype("<i8").tobytes(),
+            np.arange(len(lengths) + 1, dtype="<i8").tobytes(),
+        )
+        with open(f"{self.stem}.idx", "wb") as file:
+            file.writelines(index)
+            _sync(file)
         header = Header(
             format_version=FORMAT_VERSION,
             dtype=self.dtype,
             vocab_size=self.vocab_size,
             tokenizer=self.tokenizer,
             masked=self.masked,
-            documents=now.documents,
-            tokens=now.tokens,
-            text_bytes=now.text_bytes,
-            max_token=now.max_token,
+            documents=self.documents,
+            tokens=self.tokens,
+            text_bytes=self.text_bytes,
+            max_token=self.max_token,
             bin_hash=self.hash.hexdigest(),
-            idx_hash=index_hash,
+            idx_hash=xxhash.xxh3_128_hexdigest(b"".join(index)),
         )
-        Path(f"{self.stem}.json").write_text(json.dumps(asdict(header), indent=2) + "\n")
+        with open(f"{self.stem}.json", "w", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(header), indent=2) + "\n")
+            _sync(file)
         return header
 
-    def forget(self) -> None:
-        """Remove what is only needed to go on with the shard."""
-        Path(f"{self.stem}.lengths").unlink(missing_ok=True)
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
-def _write_index(stem: Path, dtype: np.dtype) -> str:
-    lengths = np.fromfile(f"{stem}.lengths", dtype="<i4")
-    code = {"<u2": 8, "<u4": 4}[dtype.str]
-    starts = (np.cumsum(lengths, dtype="<i8") - lengths) * dtype.itemsize
-    parts = (
-        INDEX_HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1),
-        lengths.tobytes(),
-        starts.astype("<i8").tobytes(),
-        np.arange(len(lengths) + 1, dtype="<i8").tobytes(),
-    )
-    digest = xxhash.xxh3_128()
-    with open(f"{stem}.idx", "wb") as file:
-        for part in parts:
-            file.write(part)
-            digest.update(part)
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()
+class FileReader:
+    """A file read at any place, opened when first read; a process started with it opens its own.
 
-
-class Shard:
-    """A shard opened for reading, ours or Megatron's; what can be known without reading it whole is checked.
-
-    Nothing is mapped into memory: a file that is cut short while it is read is an error, not a dead process,
-    and a process that has read a terabyte is no larger for it.
+    Nothing is mapped into memory: a file that is cut short while it is read is an error, not a dead process, and
+    a process that has read a terabyte is no larger for it.
     """
 
-    def __init__(self, stem: Path, *, verify: bool = False) -> None:
-        self.stem = stem
-        self.files: dict[str, int] = {}
-        self.hashed = ""
-        self.offsets: np.ndarray | None = None  # of every stride-th document
-        self.stride = SPARSE
-        has_header = Path(f"{stem}.json").exists()
-        self.header = _read_header(Path(f"{stem}.json")) if has_header else None
-        self._read_index_header()
-        self.masked = self.header is not None and self.header.masked
-        if self.header is not None:
-            self.dtype = DTYPES[self.header.dtype]
-            _check_size(Path(f"{stem}.bin"), self.header.tokens * self.dtype.itemsize, "its header")
-            if self.header.documents != self.n_documents:
-                raise DataError(
-                    f"{stem}.idx has {self.n_documents} documents where the header says {self.header.documents}; "
-                    "prepare the corpus again"
-                )
-        if verify and self.header is not None:
-            for name, expected in (("bin", self.header.bin_hash), ("idx", self.header.idx_hash)):
-                if file_hash(Path(f"{stem}.{name}")) != expected:
-                    raise DataError(
-                        f"{stem}.{name} is not what was written: its hash differs from the header's; "
-                        "prepare the corpus again"
-                    )
-        if verify:
-            self.all_offsets()
+    def __init__(self, path: str | Path) -> None:
+        self.path, self.descriptor = Path(path), -1
 
-    def _read_index_header(self) -> None:
-        path = Path(f"{self.stem}.idx")
-        size = path.stat().st_size if path.exists() else -1
-        if size < INDEX_HEADER.size:
-            raise DataError(
-                f"{path} {'is missing' if size < 0 else f'has {size} bytes'}, so it is no index of tokens; "
-                "prepare it again"
-            )
-        with path.open("rb") as file:
-            magic, version, code, sequences, ends = INDEX_HEADER.unpack(file.read(INDEX_HEADER.size))
-        if magic != MAGIC or version != 1 or code not in MEGATRON_TYPES or not ends:
-            raise DataError(
-                f"{path} does not begin as an index of tokens does ({MAGIC!r}, version 1, a known type); "
-                "prepare it again"
-            )
-        expected = INDEX_HEADER.size + sequences * 12 + ends * 8
-        if size not in (expected, expected + sequences):  # the latter with Megatron's modes, a byte a sequence
-            raise DataError(
-                f"{path} has {size} bytes where its own header says {expected}: it was cut short or changed; "
-                "prepare it again"
-            )
-        self.dtype = np.dtype(MEGATRON_TYPES[code])
-        self.n_sequences, self.n_documents = sequences, ends - 1
-        binary = Path(f"{self.stem}.bin")
-        if not binary.exists():
-            raise DataError(f"{binary} is missing; prepare it again")
-        self.n_tokens = binary.stat().st_size // self.dtype.itemsize
-        if self.n_tokens * self.dtype.itemsize != binary.stat().st_size:
-            raise DataError(
-                f"{binary} has {binary.stat().st_size} bytes, no multiple of a token's {self.dtype.itemsize}; "
-                "prepare it again"
-            )
+    def read_into(self, buffer: memoryview, at: int) -> None:
+        """Fill a buffer of bytes from byte `at` on."""
+        if os.preadv(self.fileno(), (buffer,), at) != len(buffer):
+            raise DataError(f"{self.path} was cut short while it was in use")
 
+    def read(self, at: int, n_bytes: int) -> bytes:
+        raw = os.pread(self.fileno(), n_bytes, at)
+        if len(raw) != n_bytes:
+            raise DataError(f"{self.path} was cut short while it was in use")
+        return raw
+
+    def fileno(self) -> int:
+        if self.descriptor < 0:
+            self.descriptor = os.open(self.path, os.O_RDONLY)
+        return self.descriptor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "descriptor": -1}
+
+    def __del__(self) -> None:
+        if self.__dict__.get("descriptor", -1) >= 0:
+            os.close(self.descriptor)
+
+
+class TokenFile(ABC):
+    """A file of documents' tokens, end to end.
+
+    Attributes:
+        stem: its path without `.bin`.
+        masked: the highest bit of a token is its loss mask.
+    """
+
+    stem: Path
+    n_tokens: int
+    n_documents: int
+    masked = False
+    ends: np.ndarray | None = None  # cache of `ends_between`
+
+    @abstractmethod
+    def read_into(self, out: np.ndarray, places: list[int], starts: list[int], counts: list[int]) -> None:
+        """Read `counts` tokens from `starts` on to `places` in `out`, int32 (n,), with the bits that are stored."""
+
+    @abstractmethod
+    def offsets(self) -> np.ndarray:
+        """Return the offsets of documents in tokens, int64 (n_documents + 1,)."""
+
+    @abstractmethod
     def fingerprint(self) -> str:
-        """Give the hash of the tokens and documents; of another program's, of the index and the size."""
-        if self.header is not None:
-            return f"{self.header.bin_hash}/{self.header.idx_hash}"
-        self.hashed = self.hashed or f"{self.n_tokens}/{file_hash(Path(f'{self.stem}.idx'))}"
-        return self.hashed
-
-    def read_parts(self, out: np.ndarray, places: list[int], starts: list[int], counts: list[int]) -> None:
-        """Read `counts` tokens from `starts` on to `places` in `out`, int32 (n,), with the bits of what is stored."""
-        size, file = self.dtype.itemsize, self._file("bin")
-        narrow = np.empty(max(counts) if size != out.itemsize else 0, dtype=self.dtype)
-        into: Any = narrow if len(narrow) else out
-        raw = memoryview(into).cast("B")
-        for place, start, count in zip(places, starts, counts, strict=True):
-            at = 0 if len(narrow) else place * size
-            n_bytes = os.preadv(file, (raw[at : at + count * size],), start * size)
-            if n_bytes != count * size:
-                raise DataError(
-                    f"{self.stem}.bin was cut short while it was in use: {n_bytes // size} of {count} tokens could be "
-                    f"read at token {start}"
-                )
-            if len(narrow):
-                # an id of 64 bits that is none in 32 must not become one
-                out[place : place + count] = narrow[:count].clip(max=(1 << 31) - 1) if size > 4 else narrow[:count]
+        """Return a hash of the tokens and documents."""
 
     def read(self, start: int, n_tokens: int) -> np.ndarray:
-        """Give `n_tokens` tokens from `start` on; int32, with the bits of what is stored in 32 of them."""
+        """Return `n_tokens` tokens from `start` on, int32."""
         out = np.empty(n_tokens, dtype=np.int32)
         if n_tokens:
-            self.read_parts(out, [0], [start], [n_tokens])
+            self.read_into(out, [0], [start], [n_tokens])
         return out
 
     def document(self, index: int) -> np.ndarray:
-        offsets = self.all_offsets()
-        return self.read(int(offsets[index]), int(offsets[index + 1] - offsets[index]))
+        """Return the tokens of a document, int32."""
+        start, end = self.offsets()[index : index + 2].tolist()
+        return self.read(start, end - start)
 
-    def all_offsets(self) -> np.ndarray:
-        """Give the documents' offsets in tokens, int64 (n_documents + 1,); raises `DataError` if they cannot be."""
-        at = INDEX_HEADER.size + 4 * self.n_sequences
-        with open(f"{self.stem}.idx", "rb") as file:
-            file.seek(at)
+    def ends_between(self, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ends of documents in each range (start, stop], range after range, and their number per range."""
+        if self.ends is None:
+            self.ends = np.unique(self.offsets())
+        first, last = (np.searchsorted(self.ends, limits, side="right") for limits in (starts, stops))
+        return np.concatenate([self.ends[a:b] for a, b in zip(first, last, strict=True)]), last - first
+
+
+class Shard(TokenFile):
+    """A shard opened for reading, ours or Megatron's; what can be checked without reading it whole is checked.
+
+    With `verify` the hashes of the files are checked too. Raises `DataError` on a damaged shard.
+    """
+
+    def __init__(self, stem: Path, *, verify: bool = False) -> None:
+        self.stem, self.hashed = stem, ""
+        self.bin, self.idx = FileReader(f"{stem}.bin"), FileReader(f"{stem}.idx")
+        self.header = _read_header(Path(f"{stem}.json"))
+        self.masked = self.header is not None and self.header.masked
+        try:
+            index_bytes, n_bytes = self.idx.path.stat().st_size, self.bin.path.stat().st_size
+        except FileNotFoundError as error:
+            raise DataError(f"{error.filename} is missing; prepare it again") from None
+        if index_bytes < INDEX_HEADER.size:
+            raise _damaged(self.idx.path)
+        magic, version, code, self.n_sequences, ends = INDEX_HEADER.unpack(self.idx.read(0, INDEX_HEADER.size))
+        expected = INDEX_HEADER.size + self.n_sequences * 12 + ends * 8
+        # Megatron's modes of multimodal data, if there are any, take a byte per sequence more.
+        known = (magic, version) == (MAGIC, 1) and code in MEGATRON_TYPES
+        if not known or index_bytes not in (expected, expected + self.n_sequences):
+            raise _damaged(self.idx.path)
+        self.dtype = np.dtype(MEGATRON_TYPES[code])
+        self.n_documents, (self.n_tokens, rest) = ends - 1, divmod(n_bytes, self.dtype.itemsize)
+        if rest or (self.header is not None and self.header.tokens != self.n_tokens):
+            raise _damaged(self.bin.path)
+        if self.header is not None and self.header.documents != self.n_documents:
+            raise _damaged(self.idx.path)
+        if verify and self.header is not None:
+            for path, expected_hash in ((self.bin.path, self.header.bin_hash), (self.idx.path, self.header.idx_hash)):
+                if file_hash(path) != expected_hash:
+                    raise _damaged(path)
+
+    def fingerprint(self) -> str:
+        """Return the hash of both files; of another program's shard, of the index and the size."""
+        if self.header is not None:
+            return f"{self.header.bin_hash}/{self.header.idx_hash}"
+        self.hashed = self.hashed or f"{self.n_tokens}/{file_hash(self.idx.path)}"
+        return self.hashed
+
+    def read_into(self, out: np.ndarray, places: list[int], starts: list[int], counts: list[int]) -> None:
+        size = self.dtype.itemsize
+        if size == out.itemsize:
+            raw = memoryview(out).cast("B")  # type: ignore[arg-type]
+            for place, start, count in zip(places, starts, counts, strict=True):
+                self.bin.read_into(raw[place * size : (place + count) * size], start * size)
+            return
+        stored = np.empty(max(counts), dtype=self.dtype)
+        raw = memoryview(stored).cast("B")  # type: ignore[arg-type]
+        for place, start, count in zip(places, starts, counts, strict=True):
+            self.bin.read_into(raw[: count * size], start * size)
+            # an id too large for 32 bits must not become one that is in the vocabulary
+            out[place : place + count] = stored[:count].clip(max=(1 << 31) - 1) if size > 4 else stored[:count]
+
+    def offsets(self) -> np.ndarray:
+        with self.idx.path.open("rb") as file:
+            file.seek(INDEX_HEADER.size + 4 * self.n_sequences)
             starts = np.fromfile(file, dtype="<i8", count=self.n_sequences) // self.dtype.itemsize
             ends = np.fromfile(file, dtype="<i8", count=self.n_documents + 1)
         if ends[0] or ends[-1] != self.n_sequences or (np.diff(ends) < 0).any():
-            raise DataError(
-                f"{self.stem}.idx: its documents do not divide its {self.n_sequences} sequences; prepare it again"
-            )
+            raise _damaged(self.idx.path)
         offsets = np.append(starts, self.n_tokens)[ends]
-        backwards = np.flatnonzero(np.diff(offsets) < 0)
-        if offsets[0] or len(backwards):
-            document = int(backwards[0]) if len(backwards) else 0
-            raise DataError(
-                f"{self.stem}.idx: document {document} is from token {offsets[document]} to "
-                f"{offsets[min(document + 1, len(offsets) - 1)]} of {self.n_tokens}; prepare it again"
-            )
+        if offsets[0] or (np.diff(offsets) < 0).any():
+            raise _damaged(self.idx.path)
         return offsets
 
     def ends_between(self, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Give the document ends in (start, stop] of several ranges, and how many each range has."""
-        if self.offsets is None:
-            offsets = self.all_offsets()
-            if self.n_documents != self.n_sequences:
-                self.stride = 1  # documents of several sequences: the index has no offsets of theirs
-            self.offsets = offsets[:: self.stride].copy()
-        first = np.searchsorted(self.offsets, starts, side="right")
-        last = np.searchsorted(self.offsets, stops, side="right")
-        if self.stride == 1:
-            counts = last - first
-            ends = np.concatenate([self.offsets[a:b] for a, b in zip(first.tolist(), last.tolist(), strict=True)])
-        else:
-            ends, counts = self._read_offsets((first - 1) * SPARSE, np.minimum(last * SPARSE, self.n_documents))
-        kept = (ends > np.repeat(starts, counts)) & (ends <= np.repeat(stops, counts))
+        if self.n_documents != self.n_sequences:  # the index has no offsets of documents, only of sequences
+            return super().ends_between(starts, stops)
+        if self.ends is None:
+            self.ends = self.offsets()[::SPARSE].copy()
+        first = (np.searchsorted(self.ends, starts, side="right") - 1) * SPARSE
+        last = np.minimum(np.searchsorted(self.ends, stops, side="right") * SPARSE, self.n_documents)
+        counts, at = last - first + 1, INDEX_HEADER.size + 4 * self.n_sequences
+        read = self.idx.read
+        raw = [read(at + 8 * a, 8 * n) for a, n in zip(first.tolist(), counts.tolist(), strict=True)]
+        ends = np.frombuffer(b"".join(raw), dtype="<i8") // self.dtype.itemsize
+        ends[np.cumsum(counts)[last == self.n_documents] - 1] = self.n_tokens  # where the index has something else
+        row = np.repeat(np.arange(len(starts)), counts)
+        kept = (ends > starts[row]) & (ends <= stops[row])
         kept[1:] &= ends[1:] != ends[:-1]  # an empty document ends where another does
-        row = np.repeat(np.arange(len(starts)), counts)[kept]
-        return ends[kept], np.bincount(row, minlength=len(starts))
-
-    def _read_offsets(self, first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Give the offsets `first` to `last`, both included, of several ranges, and how many each has."""
-        file, at = self._file("idx"), INDEX_HEADER.size + 4 * self.n_sequences
-        counts = last - first + 1
-        raw = b"".join(
-            [os.pread(file, 8 * n, at + 8 * a) for a, n in zip(first.tolist(), counts.tolist(), strict=True)]
-        )
-        offsets = np.frombuffer(raw, dtype="<i8") // self.dtype.itemsize
-        finals = np.cumsum(counts)[last == self.n_documents] - 1
-        offsets[finals] = self.n_tokens  # where the index has something else
-        return offsets, counts
-
-    def _file(self, name: str) -> int:
-        if name not in self.files:
-            self.files[name] = os.open(f"{self.stem}.{name}", os.O_RDONLY)
-        return self.files[name]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "files": {}}
-
-    def __del__(self) -> None:
-        for file in self.__dict__.get("files", {}).values():
-            os.close(file)
+        return ends[kept], np.bincount(row[kept], minlength=len(starts))
 
 
-def _read_header(path: Path) -> Header:
+def _damaged(path: Path) -> DataError:
+    return DataError(f"{path} is damaged or was cut short; prepare it again")
+
+
+def _read_header(path: Path) -> Header | None:
+    if not path.exists():
+        return None
     try:
-        fields: Any = json.loads(path.read_text())
-        header = Header(**fields)
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path} is not a shard's header: {error}; prepare the corpus again") from None
+        header = Header(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise _damaged(path) from None
     if header.format_version != FORMAT_VERSION:
-        raise DataError(
-            f"{path}: format_version {header.format_version} is not {FORMAT_VERSION}; prepare the corpus again"
-        )
-    counts = (header.documents, header.tokens, header.vocab_size, header.max_token)
-    if header.dtype not in DTYPES or not all(isinstance(n, int) and n >= 0 for n in counts):
-        raise DataError(
-            f"{path}: dtype ({header.dtype}) or counts {counts} are not a shard's; prepare the corpus again"
-        )
+        raise DataError(f"{path}: format_version {header.format_version} is not {FORMAT_VERSION}; prepare it again")
     return header
 
 
-def _check_size(path: Path, expected: int, whose: str) -> None:
-    size = path.stat().st_size
-    if size != expected:
-        raise DataError(
-            f"{path} has {size} bytes where {whose} says {expected}: it was cut short or changed; "
-            "prepare the corpus again"
-        )
-
-
 def file_hash(path: Path) -> str:
-    """Give the xxh3_128 of a file."""
+    """Return the xxh3_128 of a file."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -1,9 +1,10 @@
-"""What a step trains on: python -m data.show run=runs/demo step=1234
+"""Print what a step trains on: python -m data.show runs/demo --step 1234
 
-Prints the documents of the step, decoded; steps are numbered as the log has them, from 1. What stands in ⟦ ⟧ is read
-and not learnt: the first token of a document, prompts, padding. `samples=n` shows the first n packs only.
+Prints the documents of each pack, decoded; steps are numbered from 1, as they are logged. Text in ⟦ ⟧ is read but is
+no target: the first token of a document, prompts, padding.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -22,121 +23,114 @@ from data.config import DataConfig, RampConfig, packs_of_step
 from data.dataset import Corpus, open_corpus
 from data.tokenizer import Tokenizer
 
-KEYS = ("run", "step", "samples")
-USAGE = "python -m data.show run=runs/demo step=1234"
-
 
 def show(run: Path, step: int, *, samples: int | None = None) -> None:
-    """Print the packs of a step of a run, the first step being 1; raises `DataError` if they are not known any more."""
-    config, packs_of = _run_config(run)
+    """Print the packs of a step of a run, counted from 1; raises `DataError` if the data has changed since."""
+    path = run / "config.yaml"
+    if not path.exists():
+        raise DataError(f"{run} holds no config.yaml; name a run folder")
+    config: Any = OmegaConf.load(path)
+    try:
+        data: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), config.data))
+        ramp: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RampConfig), config.ramp))
+    except OmegaConfBaseException as error:
+        raise DataError(f"{path} is of another version: {error}") from None
+    counts = [
+        packs_of_step(k, global_batch_tokens=config.global_batch_tokens, ramp=ramp, pack_tokens=data.pack_tokens)
+        for k in range(step)
+    ]
+    first, count = sum(counts[:-1]), counts[-1]
     if (last := _last_step(run)) < step:
-        print(f"{run} has not been at step {step} yet: it has come to step {last}")
-    corpus = open_corpus(config["data"], vocab_size=config["vocab_size"])
-    first, count = sum(packs_of(before) for before in range(step - 1)), packs_of(step - 1)
+        print(f"{run} has not reached step {step}: it is at step {last}")
+    corpus = open_corpus(data, vocab_size=config.model.vocab_size)
     corpus.train.begin_at(_first_sample(run, corpus, step, first))
-    print(f"step {step} of {run}: samples {first} to {first + count - 1}, each {config['data'].pack_tokens} tokens")
-    shown = np.arange(first, first + (count if samples is None else min(count, samples)))
+    print(f"step {step} of {run}: samples {first} to {first + count - 1}, each {data.pack_tokens} tokens")
+    shown = np.arange(first, first + min(count, samples or count))
     for sample, pack in zip(shown.tolist(), corpus.train.locate(shown).tolist(), strict=True):
         show_pack(corpus, sample, pack)
 
 
 def show_pack(corpus: Corpus, sample: int, pack: int) -> None:
     """Print the documents of a pack, from the very batch that is trained on."""
-    batch = corpus.train.batch(np.array([pack]))
+    packs = np.array([pack])
+    batch, pieces = corpus.train.batch(packs), corpus.train.pieces(packs)
     tokens, labels = batch.tokens_BT[0].numpy(), batch.labels_BT[0].numpy()
-    learnt = np.concatenate([[False], labels[:-1] != IGNORED])
-    pieces = corpus.train.pieces(pack)
-    source = corpus.sources[corpus.train.source_of(pack)]
-    targets = int((labels != IGNORED).sum())
-    print(f"\n=== sample {sample}: pack {pack} of {source}, {len(pieces)} documents, {targets} targets")
+    is_target = np.concatenate([[False], labels[:-1] != IGNORED])
+    source, targets = corpus.sources[int(corpus.train.source_of(packs)[0])], int((labels != IGNORED).sum())
+    print(f"\n=== sample {sample}: pack {pack} of {source}, {len(pieces.starts)} documents, {targets} targets")
     at = 0
-    for piece in pieces:
-        whole = "" if piece.ends else ", goes on elsewhere"
-        print(f"--- {piece.file.stem}.bin from token {piece.start}, {piece.length} tokens{whole}")
-        here = slice(at, at + piece.length)
-        print(marked(corpus.tokenizer, tokens[here], learnt[here]))
-        at += piece.length
+    for file, start, length, ends in zip(pieces.files, pieces.starts, pieces.lengths, pieces.ends, strict=True):
+        more = "" if ends else ", continued elsewhere"
+        print(f"--- {corpus.train.files[file].stem}.bin from token {start}, {length} tokens{more}")
+        print(marked(corpus.tokenizer, tokens[at : at + length], is_target[at : at + length]))
+        at += length
     if at < len(tokens):
-        print(f"--- {len(tokens) - at} {'tokens of padding' if pieces else 'random tokens'}")
+        print(f"--- {len(tokens) - at} tokens of padding")
 
 
-def marked(tokenizer: Tokenizer | None, tokens: np.ndarray, learnt: np.ndarray) -> str:
-    """Decode tokens, with brackets around those that are not learnt."""
-    limits = [0, *(np.flatnonzero(np.diff(learnt)) + 1).tolist(), len(tokens)]
-    parts = []
-    for start, end in pairwise(limits):
-        ids = tokens[start:end].tolist()
-        text = " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
-        parts.append(text if start < end and learnt[start] else f"⟦{text}⟧")
-    return "".join(parts)
+def marked(tokenizer: Tokenizer | None, tokens: np.ndarray, is_target: np.ndarray) -> str:
+    """Decode a document's tokens, with brackets around those that are no targets."""
+    ids = tokens.tolist()
+    limits = [0, *(np.flatnonzero(np.diff(is_target)) + 1).tolist(), len(ids)]
+    if tokenizer is None:
+        parts = [" ".join(map(str, ids[a:b])) for a, b in pairwise(limits)]
+    else:
+        # decoded as a whole: a character may lie in several tokens
+        text = tokenizer.decode(ids)
+        places = [_common(text, tokenizer.decode(ids[:limit])) for limit in limits[:-1]]
+        parts = [text[a:b] for a, b in pairwise([*places, len(text)])]
+    return "".join(part if is_target[at] else f"⟦{part}⟧" for at, part in zip(limits, parts, strict=False))
+
+
+def _common(one: str, other: str) -> int:
+    """Return how many characters two texts begin with alike."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _last_step(run: Path) -> int:
-    """Give the last step that a run has written down; a line may have been cut short."""
+    """Return the last step that a run logged; a line may have been cut short."""
     path = run / "metrics.jsonl"
-    for line in reversed(path.read_text().splitlines() if path.exists() else []):
+    for line in reversed(path.read_text(encoding="utf-8").splitlines() if path.exists() else []):
         with suppress(ValueError):
             return json.loads(line)["step"]
     return 0
 
 
 def _first_sample(run: Path, corpus: Corpus, step: int, sample: int) -> int:
-    """Give where the order of the data begins, which is not at 0 if files were added to it."""
+    """Return where the order of the data begins, which is not at 0 if files were added to it."""
     stored = sorted(run.glob(f"checkpoints/step-{'[0-9]' * 8}/state.json"))[-1:]
     if not stored:
         return 0
-    state = json.loads(stored[0].read_text())
+    state = json.loads(stored[0].read_text(encoding="utf-8"))
     if state["data"]["parts"] != corpus.fingerprints:
         raise DataError(
-            f"the data or the tokenizer changed after {stored[0].parent} was saved, so what step {step} trained on is "
-            "not known; go on with the run first, or bring back what was there"
+            f"the data or the tokenizer has changed since {stored[0].parent} was saved, so step {step} is not known; "
+            "resume the run first, or restore the data"
         )
     first = state["progress"]["first_sample"]
     if sample < first:
-        raise DataError(
-            f"step {step} was before files were added to the data of {run}, so what it trained on is not known"
-        )
+        raise DataError(f"step {step} was before files were added to the data of {run}, so it is not known")
     return first
 
 
-def _run_config(run: Path) -> tuple[dict[str, Any], Any]:
-    path = run / "config.yaml"
-    if not path.exists():
-        raise DataError(f"run ({run}) holds no config.yaml; name a run folder, such as run=runs/demo")
-    stored: Any = OmegaConf.load(path)
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="data.show", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="a run folder, such as runs/demo")
+    parser.add_argument("--step", type=int, default=1)
+    parser.add_argument("--samples", type=int, help="print only so many packs")
+    given = parser.parse_args(arguments)
+    if given.step < 1:
+        parser.error(f"--step ({given.step}) must be at least 1")
     try:
-        data: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), stored.data))
-        ramp: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RampConfig), stored.ramp))
-    except OmegaConfBaseException as error:
-        raise DataError(f"{path} is not the configuration of a run of this version: {error}") from None
-    batch = stored.global_batch_tokens
-
-    def packs_of(step: int) -> int:
-        return packs_of_step(step, global_batch_tokens=batch, ramp=ramp, pack_tokens=data.pack_tokens)
-
-    return {"data": data, "vocab_size": stored.model.vocab_size}, packs_of
-
-
-def main(arguments: list[str]) -> None:
-    given = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
-    for key in given:
-        if key not in KEYS:
-            raise DataError(f"{key} is not a setting; there are {', '.join(KEYS)}: {USAGE}")
-    if "run" not in given:
-        raise DataError(f"run is not set; name a run folder: {USAGE}")
-    for key in KEYS[1:]:
-        if key in given and not (given[key].isdecimal() and int(given[key])):
-            raise DataError(f"{key} ({given[key]}) must be a whole number from 1 on: {USAGE}")
-    samples = int(given["samples"]) if "samples" in given else None
-    show(Path(given["run"]), int(given.get("step", 1)), samples=samples)
+        show(given.run, given.step, samples=given.samples)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head`: keeps Python from reporting it once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except DataError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough; Python would say so once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    main()

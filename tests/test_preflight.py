@@ -12,7 +12,8 @@ from omegaconf import OmegaConf, open_dict
 from conf.cli import CONF, SweepError, data_settings
 from conf.schema import register
 from corpus.config import DataError, Source
-from data.config import DataConfig, refuse_missing
+from data.config import DataConfig
+from data.manifest import check_exists
 from launch import jobs, slurm
 from launch.sweep import Composed, run_points
 from parallel.config import ParallelError
@@ -71,7 +72,7 @@ def test_the_command_that_prepares_has_what_it_needs_and_no_more(tmp_path: Path,
         sources={"a": "texts"} if "sources" in typed else {}, seq_len=8, micro_batch_size=1,
     )  # fmt: skip
     with pytest.raises(DataError, match=r"; run: python prepare_data.py ") as error:
-        refuse_missing(config, data_settings(hydra))
+        check_exists(config, data_settings(hydra))
     assert str(error.value).endswith(f"; run: python prepare_data.py data=local {remedy}")
 
 

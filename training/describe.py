@@ -47,7 +47,7 @@ def describe(config: TrainConfig, mesh: Mesh, corpus: Corpus, progress: TrainSta
         f"sources {', '.join(corpus.sources)}",
         f"batch      {config.global_batch_tokens:,} tokens = {config.grad_accum_steps(mesh.dp_size)} micro-batches of "
         f"{config.micro_batch_tokens:,}; {config.steps:,} steps; epochs: {by_source}",
-        f"packing    {data.packing.value}: {padding:.2%} of the tokens are padding, {cut:.2%} of the documents are cut",
+        f"packing    {data.packing}: {padding:.2%} of the tokens are padding, {cut:.2%} of the documents are cut",
         f"device     {device}, {precision}, attention {attention}",
         f"start      {start}",
     ):

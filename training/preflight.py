@@ -35,7 +35,7 @@ def needs(config: TrainConfig, run_dir: Path, settings: str | None) -> Iterator[
     if config.data.source is not Source.random:
         foreign = config.data.source is Source.tokens
         path = Path(config.data.input or "") if foreign else Path(config.data.path) / "corpus.json"
-        yield path, partial(refuse_missing, config.data, settings)
+        yield path, partial(check_exists, config.data, settings or "with the same data settings")
     if config.init_from is not None and not committed(run_dir / "checkpoints"):
         origin = Path(config.init_from)
         yield origin, partial(refuse_no_origin, origin)
@@ -43,7 +43,7 @@ def needs(config: TrainConfig, run_dir: Path, settings: str | None) -> Iterator[
 
 def _refuse_unfit(config: TrainConfig) -> None:
     if config.data.source in (Source.builtin, Source.local, Source.huggingface):
-        refuse_unfit(config.data, config.model.vocab_size)
+        check_fits(config.data, config.model.vocab_size)
 
 
 def refuse_or_need(

@@ -1,3 +1,74 @@
-"""Fixtures of `tests/corpus_fixtures.py`."""
+"""A small tokenizer, trained once, and corpora written without the corpus room."""
 
-from tests.corpus_fixtures import *  # noqa: F403
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from corpus.config import Source
+from data.config import DataConfig
+from data.mixed_text import mixed_lines
+from data.shards import Shard, ShardWriter
+from data.tokenizer import Tokenizer, encode_documents, save_tokenizer, train_tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_fsync() -> Iterator[None]:
+    before, os.fsync = os.fsync, lambda _: None
+    yield
+    os.fsync = before
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    return train_tokenizer(iter(mixed_lines()), path, vocab_size=1000, threads=2)
+
+
+def write_shard(stem: Path, documents: Sequence[Sequence[int] | np.ndarray], **settings: Any) -> Shard:
+    writer = ShardWriter(stem, **{"vocab_size": 100_000, "tokenizer": "t"} | settings)
+    for document in documents:
+        writer.add(np.array(document, dtype=np.uint32), len(document))
+    writer.close()
+    return Shard(stem, verify=True)
+
+
+def write_corpus(folder: Path, tokenizer: Tokenizer, texts: dict[str, list[str]]) -> Path:
+    """Write a prepared corpus; every tenth document of a source is held out."""
+    splits: dict[str, dict[str, Any]] = {"train": {}, "valid": {}}
+    for source, documents in texts.items():
+        for split, held_out in (("train", False), ("valid", True)):
+            its = [text for number, text in enumerate(documents) if (number % 10 == 9) is held_out]
+            ids = encode_documents(tokenizer, its, add_bos=False, add_eos=True)
+            stem = f"{split}/{source}-00000"
+            write_shard(folder / stem, ids, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.fingerprint)
+            splits[split][source] = {"shards": [stem]}
+    save_tokenizer(tokenizer, folder / "tokenizer")
+    about = {
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "add_bos": False,
+        "add_eos": True,
+    }
+    (folder / "corpus.json").write_text(json.dumps({"tokenizer": about, "splits": splits}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus_dir(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lines = mixed_lines()
+    texts = {
+        source: ["".join(part[i : i + 8]) for i in range(0, len(part), 8)]
+        for source, part in (("code", lines[600:]), ("prose", lines[:600]))
+    }
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "tokens", tokenizer, texts)
+
+
+def data_config(path: str | Path = "none", **changes: Any) -> DataConfig:
+    plain = DataConfig(name="t", path=str(path), source=Source.local, seq_len=8, micro_batch_size=1, workers=0)
+    return dataclasses.replace(plain, **changes)

@@ -1,4 +1,4 @@
-"""Encoding by words gives SentencePiece's own ids, for any text and any vocabulary it takes."""
+"""Encoding by words gives SentencePiece's own ids, for any text and any vocabulary."""
 
 import random
 from pathlib import Path
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import cached_bpe as module
-from data.cached_bpe import WordEncoder
+from data.cached_bpe import CachedBPE
 from data.mixed_text import mixed_lines
 from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, sentencepiece_proto
 
@@ -40,15 +40,14 @@ def model(request: pytest.FixtureRequest, tokenizer: Tokenizer, tmp_path_factory
     return path
 
 
-def encoder(path: Path) -> tuple[WordEncoder, sentencepiece.SentencePieceProcessor]:
-    own = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    found = WordEncoder.of(own, sentencepiece_proto(path))
-    assert found is not None
-    return found, own
+def encoder(path: Path) -> tuple[CachedBPE, sentencepiece.SentencePieceProcessor]:
+    found = load_tokenizer(path)
+    assert isinstance(found, SentencePieceTokenizer) and found.cached is not None
+    return found.cached, sentencepiece.SentencePieceProcessor(model_file=str(path))
 
 
 @pytest.fixture(scope="module")
-def both(model: Path) -> tuple[WordEncoder, sentencepiece.SentencePieceProcessor]:
+def both(model: Path) -> tuple[CachedBPE, sentencepiece.SentencePieceProcessor]:
     return encoder(model)
 
 
@@ -58,8 +57,8 @@ def both(model: Path) -> tuple[WordEncoder, sentencepiece.SentencePieceProcessor
     )
 )
 @settings(max_examples=400, deadline=None)
-def test_any_texts_have_sentencepieces_ids(
-    both: tuple[WordEncoder, sentencepiece.SentencePieceProcessor], texts: list[str]
+def test_any_texts_have_sentencepiece_ids(
+    both: tuple[CachedBPE, sentencepiece.SentencePieceProcessor], texts: list[str]
 ) -> None:
     words, own = both
     found = words.encode(texts)
@@ -67,11 +66,11 @@ def test_any_texts_have_sentencepieces_ids(
     assert all(ids.dtype == np.uint32 for ids in found)
 
 
-def test_lines_that_are_indented_are_cut_off_where_they_may_be(
-    model: Path, both: tuple[WordEncoder, sentencepiece.SentencePieceProcessor]
+def test_indented_lines_are_split_where_pieces_allow(
+    model: Path, both: tuple[CachedBPE, sentencepiece.SentencePieceProcessor]
 ) -> None:
     words, own = both
-    assert words.cut_before_indents == (
+    assert words.split_before_indents == (
         own.piece_to_id("\n▁▁") == own.unk_id() and own.piece_to_id("aa\n▁a") == own.unk_id()
     )
     draw = random.Random(0)
@@ -79,8 +78,8 @@ def test_lines_that_are_indented_are_cut_off_where_they_may_be(
     assert [ids.tolist() for ids in words.encode(texts)] == [own.encode(text) for text in texts]
 
 
-def test_lines_and_whole_texts_have_sentencepieces_ids(
-    both: tuple[WordEncoder, sentencepiece.SentencePieceProcessor],
+def test_lines_and_whole_texts_have_sentencepiece_ids(
+    both: tuple[CachedBPE, sentencepiece.SentencePieceProcessor],
 ) -> None:
     words, own = both
     lines = mixed_lines()
@@ -90,19 +89,15 @@ def test_lines_and_whole_texts_have_sentencepieces_ids(
 
 @given(text=st.text(ALPHABET, min_size=1, max_size=80))
 @settings(max_examples=200, deadline=None)
-def test_a_text_may_be_cut_where_it_is_said(
-    both: tuple[WordEncoder, sentencepiece.SentencePieceProcessor], text: str
-) -> None:
+def test_last_split_is_safe(both: tuple[CachedBPE, sentencepiece.SentencePieceProcessor], text: str) -> None:
     words, own = both
-    place = words.last_cut(text)
+    place = words.last_split(text)
     assert 0 <= place < len(text)
     assert own.encode(text[:place]) + own.encode(text[place:]) == own.encode(text)
 
 
-def test_what_is_forgotten_and_what_is_too_long_to_be_remembered_have_the_same_ids(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "REMEMBERED_WORDS", 64)
+def test_full_cache_and_long_words_keep_the_ids(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CACHED_WORDS", 64)
     monkeypatch.setattr(module, "LONGEST_WORD", 5)
     words, own = encoder(tokenizer.path)
     draw = random.Random(0)
@@ -110,47 +105,63 @@ def test_what_is_forgotten_and_what_is_too_long_to_be_remembered_have_the_same_i
     for _ in range(30):
         texts = draw.sample(lines, 20)
         assert [ids.tolist() for ids in words.encode(texts)] == [own.encode(text) for text in texts]
-    assert words.n_words < 5000, "it has forgotten more than it knows"
+    assert words.n_words < 5000, "the cache was cleared"
 
 
 def thue_morse(n: int) -> str:
     return "".join("st"[i.bit_count() % 2] for i in range(n))
 
 
-def test_words_made_to_share_a_hash_keep_their_own_ids(tokenizer: Tokenizer) -> None:
+def test_words_made_to_collide_keep_their_ids(tokenizer: Tokenizer) -> None:
     """A polynomial modulo 2**64 gives this word and its opposite one value, whatever its base."""
     words, own = encoder(tokenizer.path)
     one = thue_morse(2048)
     chars = np.frombuffer(one.encode("utf-32-le"), dtype=np.uint32)
-    assert words.cuts(chars, np.array([2048])).tolist() == [0], "it is one word"
+    assert words.splits(chars, np.array([2048])).tolist() == [0], "it is one word"
     other = one.translate(str.maketrans("st", "ts"))
     text = f"{one}, {other}, {one}"
     assert words.encode([text])[0].tolist() == own.encode(text) and own.encode(one) != own.encode(other)
 
 
-@pytest.mark.parametrize(
-    ("section", "setting", "value"),
-    [
-        ("trainer_spec", "model_type", 1),
-        ("trainer_spec", "byte_fallback", False),
-        ("trainer_spec", "treat_whitespace_as_suffix", True),
-        ("normalizer_spec", "add_dummy_prefix", True),
-        ("normalizer_spec", "remove_extra_whitespaces", True),
-        ("normalizer_spec", "escape_whitespaces", False),
-    ],
-)
-def test_a_model_that_does_not_allow_it_is_left_to_sentencepiece(
-    tokenizer: Tokenizer, tmp_path: Path, section: str, setting: str, value: object
+def test_long_texts_are_split_between_words(
+    both: tuple[CachedBPE, sentencepiece.SentencePieceProcessor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, own = both
+    text = "".join(mixed_lines()) + "a" * 3000 + "\u2581word " * 300
+    monkeypatch.setattr(module, "LONGEST_TEXT", 700)
+    parts = [*words._parts(text)]
+    assert "".join(parts) == text and len(parts) > 50
+    assert [ids.tolist() for ids in words.encode(["a b", text, "", "c"])] == [
+        own.encode(one) for one in ("a b", text, "", "c")
+    ]  # fmt: skip
+
+
+RULES = [
+    ("normalizer_spec", {"add_dummy_prefix": True}, True),
+    ("normalizer_spec", {"remove_extra_whitespaces": True}, True),
+    ("normalizer_spec", {"add_dummy_prefix": True, "remove_extra_whitespaces": True}, True),
+    ("normalizer_spec", {"escape_whitespaces": False}, False),
+    ("trainer_spec", {"treat_whitespace_as_suffix": True}, True),
+    ("trainer_spec", {"model_type": 1}, False),
+    ("trainer_spec", {"byte_fallback": False}, False),
+]
+
+
+@pytest.mark.parametrize(("section", "rules", "is_cached"), RULES)
+def test_models_with_other_rules_have_sentencepiece_ids(
+    tokenizer: Tokenizer, tmp_path: Path, section: str, rules: dict[str, object], is_cached: bool
 ) -> None:
     proto = sentencepiece_proto(tokenizer.path)
-    setattr(getattr(proto, section), setting, value)
+    for name, value in rules.items():
+        setattr(getattr(proto, section), name, value)
     for piece in proto.pieces:
-        if setting == "byte_fallback" and piece.type == proto.SentencePiece.BYTE:
+        if "byte_fallback" in rules and piece.type == proto.SentencePiece.BYTE:
             piece.type = proto.SentencePiece.NORMAL
     path = tmp_path / "t.model"
     path.write_bytes(proto.SerializeToString())
     other = load_tokenizer(path)
-    assert isinstance(other, SentencePieceTokenizer) and other.words is None
+    assert isinstance(other, SentencePieceTokenizer) and (other.cached is not None) is is_cached
     own = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    lines = mixed_lines()[:200]
-    assert [ids.tolist() for ids in other.encode_many(lines)] == [own.encode(line) for line in lines]
+    draw = random.Random(0)
+    texts = mixed_lines()[:300] + ["".join(draw.choices(ALPHABET, k=40)) for _ in range(300)]
+    assert [ids.tolist() for ids in other.encode_many(texts)] == [own.encode(text) for text in texts]

@@ -15,26 +15,17 @@ from hypothesis import strategies as st
 
 from corpus.config import DataError, Source
 from data.batches import Batch
-from data.config import DataConfig, Packing
 from data.dataset import Corpus, PackedDataset, open_corpus
 from data.loader import train_batches, valid_batches
-from data.packing import layout_of
-from data.shards import Shard, ShardWriter
+from data.packing import PACKINGS
+from data.shards import Shard
+from tests.data.conftest import data_config, write_shard
 
-CONFIG = DataConfig(
-    name="r",
-    path="none",
-    source=Source.random,
-    vocab_size=100,
-    seq_len=8,
-    pack_len=16,
-    micro_batch_size=4,
-    workers=0,
-)
+CONFIG = data_config(source=Source.random, vocab_size=100, pack_len=16, micro_batch_size=4)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _windows_of_an_order_that_a_few_packs_leave() -> Iterator[None]:
+def _small_windows() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("data.sampler.WINDOW", 16)
         yield
@@ -70,13 +61,13 @@ def rows(steps: list[list[Batch]]) -> torch.Tensor:
 @pytest.fixture
 def corpus() -> Corpus:
     corpus = open_corpus(CONFIG, vocab_size=100)
-    layout = corpus.train.layouts[0]
-    layout.n_packs = 20
-    corpus.train = PackedDataset([layout], [0], CONFIG, vocab_size=100)
+    packing = corpus.train.packings[0]
+    packing.n_packs = 20
+    corpus.train = PackedDataset([packing], [0], CONFIG, vocab_size=100)
     return corpus
 
 
-def test_workers_do_not_change_the_order_and_epochs_hold_every_pack_once(corpus: Corpus) -> None:
+def test_workers_do_not_change_the_order_and_epochs_are_whole(corpus: Corpus) -> None:
     alone = take(corpus, 6)
     assert [len(step) for step in alone] == [4, 4, 4, 8, 8, 8]
     assert torch.equal(rows(alone), rows(take(corpus, 6, workers=2)))
@@ -87,7 +78,7 @@ def test_workers_do_not_change_the_order_and_epochs_hold_every_pack_once(corpus:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_that_starts_later_continues_the_same_sequence(corpus: Corpus, workers: int) -> None:
+def test_later_start_continues_the_sequence(corpus: Corpus, workers: int) -> None:
     whole = rows(take(corpus, 7))
     for step, sample in ((1, 8), (3, 24), (5, 56)):
         later = rows(take(corpus, 7 - step, workers=workers, first_step=step, first_sample=sample))
@@ -95,7 +86,7 @@ def test_a_loader_that_starts_later_continues_the_same_sequence(corpus: Corpus, 
 
 
 @pytest.mark.parametrize("dp_size", [2, 4])
-def test_a_step_holds_the_same_samples_however_many_ranks_share_it(corpus: Corpus, dp_size: int) -> None:
+def test_step_holds_the_same_samples_on_any_number_of_ranks(corpus: Corpus, dp_size: int) -> None:
     alone = take(corpus, 6)
     ranks = [take(corpus, 6, dp_rank=rank, dp_size=dp_size, workers=rank % 2) for rank in range(dp_size)]
     for step in range(6):
@@ -103,7 +94,7 @@ def test_a_step_holds_the_same_samples_however_many_ranks_share_it(corpus: Corpu
         assert torch.equal(rows([alone[step]]), rows([together]))
 
 
-def test_a_batch_joins_packs_with_their_segments(corpus: Corpus) -> None:
+def test_batch_joins_packs_with_their_segments(corpus: Corpus) -> None:
     batch = take(corpus, 1)[0][0]
     assert batch.tokens_BT.shape == batch.labels_BT.shape == (2, 16)
     assert batch.cu_seqlens.tolist() == [0, 8, 16, 24, 32] and batch.cu_seqlens.dtype == torch.int32
@@ -113,20 +104,16 @@ def test_a_batch_joins_packs_with_their_segments(corpus: Corpus) -> None:
 
 def shards(folder: Path, lengths: list[list[int]]) -> list[Shard]:
     """Write documents of tokens that are 0 to their length, of source k from 40 k on."""
-    found = []
-    for source, its in enumerate(lengths):
-        writer = ShardWriter(folder / str(source), vocab_size=10_000, tokenizer="t")
-        for length in its:
-            writer.add(np.arange(length, dtype=np.uint32) + 40 * source, length)
-        writer.close()
-        found.append(Shard(folder / str(source)))
-    return found
+    return [
+        write_shard(folder / str(source), [np.arange(length) + 40 * source for length in its])
+        for source, its in enumerate(lengths)
+    ]
 
 
 def pack_set(files: list[Shard], weights: list[float] | None = None, **changes: object) -> PackedDataset:
     config = dataclasses.replace(CONFIG, **changes)  # type: ignore[arg-type]
-    layouts = [layout_of([file], config.packing, 16, seed=config.seed, train=True) for file in files]
-    return PackedDataset(layouts, list(range(len(files))), config, vocab_size=10_000, weights=weights)
+    packings = [PACKINGS[config.packing]([file], 16, seed=config.seed) for file in files]
+    return PackedDataset(packings, list(range(len(files))), config, vocab_size=10_000, weights=weights)
 
 
 @pytest.fixture
@@ -135,7 +122,7 @@ def documents(tmp_path: Path) -> Corpus:
     return Corpus(("a", "b"), ["f"], None, False, False, None, valid, valid)
 
 
-def test_validation_scores_every_token_once_by_source(documents: Corpus) -> None:
+def test_validation_scores_every_token_once(documents: Corpus) -> None:
     batches = list(valid_batches(documents, CONFIG, max_tokens=None))
     scored = {0: [], 1: []}
     for batch in batches:
@@ -145,23 +132,21 @@ def test_validation_scores_every_token_once_by_source(documents: Corpus) -> None
     assert scored == {0: list(range(1, 37)), 1: list(range(41, 45))}
 
 
-def test_a_capped_validation_is_spread_over_the_split(documents: Corpus) -> None:
+def test_capped_validation_is_spread_over_the_split(documents: Corpus) -> None:
     batches = list(valid_batches(documents, CONFIG, max_tokens=32))
     assert [batch.source_BT[:, 0].tolist() for batch in batches] == [[0, 0]]
     assert [batch.tokens_BT[:, 0].tolist() for batch in batches] == [[0, 32]]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_id_outside_the_vocabulary_is_told_with_its_place(documents: Corpus, workers: int) -> None:
+def test_id_outside_the_vocabulary_is_reported_with_its_place(documents: Corpus, workers: int) -> None:
     documents.train.vocab_size = 44
-    with pytest.raises(
-        DataError, match=r"1.bin: token 4, in document 0, is id 44, outside model.vocab_size \(44\)"
-    ) as told:
+    with pytest.raises(DataError, match=r"1.bin: token 4, in document 0, is id 44") as raised:
         take(documents, 1, workers=workers)
-    assert told.tb and not multiprocessing.active_children(), "the process could not end while one is left"
+    assert raised.tb and not multiprocessing.active_children(), "the process could not end while one is left"
 
 
-def test_a_mixture_takes_sources_in_their_share_and_reports_their_epochs(tmp_path: Path) -> None:
+def test_mixture_takes_sources_in_their_share(tmp_path: Path) -> None:
     packs = pack_set(shards(tmp_path, [[16] * 100, [16] * 10, [16] * 7]), [8, 1, 1])
     sources = packs.batch(packs.locate(np.arange(1000))).source_BT[:, 0]
     assert np.bincount(sources).tolist() == [800, 100, 100]
@@ -170,22 +155,19 @@ def test_a_mixture_takes_sources_in_their_share_and_reports_their_epochs(tmp_pat
     for source, n_packs in enumerate((100, 10, 7)):
         its = found[sources.numpy() == source]
         assert all(len(set(its[i : i + n_packs].tolist())) == n_packs for i in range(0, len(its) - n_packs, n_packs))
-    assert pack_set(packs_files(packs)).epochs(117 * 3) == {0: 3.0, 1: 3.0, 2: 3.0}
-
-
-def packs_files(packs: PackedDataset) -> list[Shard]:
-    return [layout.files[0] for layout in packs.layouts]  # type: ignore[attr-defined]
+    unweighted = PackedDataset(packs.packings, [0, 1, 2], CONFIG, vocab_size=10_000)
+    assert unweighted.epochs(117 * 3) == {0: 3.0, 1: 3.0, 2: 3.0}
 
 
 @given(
     n_packs=st.lists(st.integers(1, 9), min_size=1, max_size=3),
     weighted=st.booleans(),
-    packing=st.sampled_from([Packing.concat, Packing.best_fit, Packing.internlm]),
+    packing=st.sampled_from(["concat", "best_fit", "internlm"]),
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=8),
 )
 @settings(max_examples=30, deadline=None)
-def test_however_steps_divide_the_sequence_it_is_the_same_and_epochs_are_whole(
-    tmp_path_factory: pytest.TempPathFactory, n_packs: list[int], weighted: bool, packing: Packing, sizes: list[int]
+def test_sequence_does_not_depend_on_the_steps(
+    tmp_path_factory: pytest.TempPathFactory, n_packs: list[int], weighted: bool, packing: str, sizes: list[int]
 ) -> None:
     files = shards(tmp_path_factory.mktemp("s"), [[16] * n for n in n_packs])
     packs = pack_set(files, [1.0 + i for i in range(len(files))] if weighted else None, packing=packing)
@@ -200,7 +182,7 @@ def test_however_steps_divide_the_sequence_it_is_the_same_and_epochs_are_whole(
             assert Counter(whole[start : start + total].tolist()) == Counter(range(total))
 
 
-def test_added_files_begin_an_epoch_over_everything(tmp_path: Path) -> None:
+def test_added_files_begin_a_new_epoch(tmp_path: Path) -> None:
     before = pack_set(shards(tmp_path / "a", [[16] * 10]))
     after = pack_set(shards(tmp_path / "b", [[16] * 10, [16] * 4]))
     after.begin_at(13)
@@ -212,16 +194,16 @@ def test_added_files_begin_an_epoch_over_everything(tmp_path: Path) -> None:
 @given(
     lengths=st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=12), min_size=1, max_size=3),
     weighted=st.booleans(),
-    packing=st.sampled_from(list(Packing)),
+    packing=st.sampled_from(list(PACKINGS)),
     dp_sizes=st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=4),
     per_run=st.integers(1, 3),
 )
 @settings(max_examples=25, deadline=None)
-def test_ranks_that_change_at_every_restart_see_the_sequence_of_one_that_never_stops(
+def test_resume_on_other_ranks_continues_the_sequence(
     tmp_path_factory: pytest.TempPathFactory,
     lengths: list[list[int]],
     weighted: bool,
-    packing: Packing,
+    packing: str,
     dp_sizes: list[int],
     per_run: int,
 ) -> None:
@@ -249,9 +231,7 @@ def test_ranks_that_change_at_every_restart_see_the_sequence_of_one_that_never_s
         assert all(epoch == Counter(range(packs.n_packs)) for epoch in epochs)
 
 
-def test_a_batch_is_pinned_without_tensors_that_repeat_one_memory(
-    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pinned_tensors_are_contiguous(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     pinned: list[torch.Tensor] = []
 
     def pin(tensor: torch.Tensor) -> torch.Tensor:

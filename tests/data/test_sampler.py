@@ -1,4 +1,4 @@
-"""The order of packs: every one once an epoch, mixtures exact in any window, nothing kept in memory."""
+"""The order of packs: each once per epoch, mixtures exact in any window, constant memory."""
 
 import numpy as np
 import pytest
@@ -10,11 +10,11 @@ from data.sampler import MIX_PERIOD, WINDOW, Mixture, Permutation, Pool
 
 @given(st.integers(1, 5000), st.integers(0, 2**32))
 @settings(max_examples=100, deadline=None)
-def test_a_permutation_holds_everything_once(n: int, key: int) -> None:
+def test_permutation_holds_every_value_once(n: int, key: int) -> None:
     assert sorted(Permutation(n, key)(np.arange(n)).tolist()) == list(range(n))
 
 
-def test_a_permutation_is_a_shuffle() -> None:
+def test_permutation_is_a_shuffle() -> None:
     n = 20_000
     values = Permutation(n, 1)(np.arange(n))
     assert abs(np.corrcoef(np.arange(n), values)[0, 1]) < 0.02
@@ -24,7 +24,7 @@ def test_a_permutation_is_a_shuffle() -> None:
     assert np.bincount(firsts).min() > 400, "each value comes first about as often: 500 of 4,000"
 
 
-def test_a_permutation_of_very_many_takes_no_memory() -> None:
+def test_permutation_of_2_to_the_40_needs_no_memory() -> None:
     places = np.array([0, 1, 2**40 - 1], dtype=np.int64)
     values = Permutation(2**40, 7)(places)
     assert len(set(values.tolist())) == 3 and values.max() < 2**40
@@ -32,11 +32,10 @@ def test_a_permutation_of_very_many_takes_no_memory() -> None:
 
 @pytest.mark.parametrize("n_packs", [1, 7, WINDOW - 1, WINDOW, 2 * WINDOW + 3])
 def test_each_epoch_is_another_order_of_all_packs(n_packs: int) -> None:
-    pool = Pool(n_packs, 5)
-    drawn = pool.packs(np.arange(3 * n_packs))
+    drawn = Pool(n_packs, 5).packs(np.arange(3 * n_packs))
     epochs = drawn.reshape(3, n_packs)
     assert all(sorted(epoch.tolist()) == list(range(n_packs)) for epoch in epochs)
-    assert n_packs == 1 or n_packs == 7 or not (epochs[0] == epochs[1]).all()
+    assert n_packs <= 7 or not (epochs[0] == epochs[1]).all()
     backwards = np.arange(3 * n_packs)[::-1]
     assert (Pool(n_packs, 5).packs(backwards) == drawn[::-1]).all(), "a draw does not depend on those before it"
 
@@ -52,13 +51,13 @@ def test_any_window_holds_the_same_number_of_each_source(weights: list[float], s
     counts = np.bincount(pools, minlength=len(weights))
     exact = np.array(weights) / sum(weights) * MIX_PERIOD
     assert counts.sum() == MIX_PERIOD and (np.abs(counts - exact) <= len(weights)).all()
-    assert ((counts > 0) == (np.array(weights) > 0)).all(), "none is left out that was asked for"
+    assert ((counts > 0) == (np.array(weights) > 0)).all()
     assert (counts == mixture.counts).all()
     before = mixture.drawn(start)
     for pool in range(len(weights)):
         assert draws[pools == pool].tolist() == list(range(before[pool], before[pool] + counts[pool]))
 
 
-def test_turns_lie_evenly() -> None:
+def test_turns_are_spread_evenly() -> None:
     pools, _ = Mixture([3, 1]).draws(np.arange(400))
     assert set(np.convolve(pools, np.ones(40, dtype=int), "valid").tolist()) <= {9, 10, 11}
