@@ -30,12 +30,12 @@ def work(config: PrepareConfig, settings: str = "with the data settings of this 
     """Prepare a corpus, or this job's share of it, and print what it holds; `settings` are train.py's to find it."""
     from corpus.prepare import is_prepared
     from corpus.sample import sample_texts
-    from data.about import read_about
+    from data.manifest import read_manifest
 
     path = Path(config.data.path)
     if is_prepared(config.data, config.tokenizer, add=config.add):
         print(f"{path} was prepared before with the same settings; it is used as it is")
-        about = read_about(path)
+        about = read_manifest(path)
     elif (about := write(config)) is None:
         print(f"shard {config.shard} of {config.shards} is done; {path} is made when all are")
         return

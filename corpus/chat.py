@@ -11,7 +11,8 @@ import jinja2
 import numpy as np
 
 from corpus.config import DataError
-from data.tokenizer import ANCHOR, CHAT_TEMPLATE, HuggingFaceTokenizer, Tokenizer, sentencepiece_proto
+from data.cached_bpe import SPACE
+from data.tokenizer import CHAT_TEMPLATE, HuggingFaceTokenizer, Tokenizer, sentencepiece_proto
 
 Messages = list[dict[str, str]]
 
@@ -38,7 +39,6 @@ GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 ROLES = {role: role for role in ("system", "user", "assistant")} | {"human": "user", "gpt": "assistant"}
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
 MOST_KEYS, MOST_KEY_CHARS = 10, 40
-SPACE = "\u2581"  # a space in SentencePiece's pieces
 
 
 def read_template(name: str) -> str:

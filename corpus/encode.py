@@ -9,7 +9,7 @@ from corpus.config import CorpusConfig, Style, TokenizerConfig
 from corpus.documents import Document
 from corpus.left_out import LeftOut
 from data.shards import LOSS_MASKED
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer, encode_documents, load_tokenizer
 
 
 class DocumentEncoder:
@@ -34,11 +34,9 @@ class DocumentEncoder:
         Of a conversation, `text_bytes` becomes the bytes that its template writes.
         """
         if self.chat is None:
-            before = [] if self.bos is None else [[self.bos]]
-            after = [] if self.eos is None else [[self.eos]]
-            encoded = self.tokenizer.encode_many([document.text for document in documents])
-            ids = [np.concatenate([*before, its, *after], dtype=np.uint32, casting="unsafe") for its in encoded]
-            return list(zip(documents, ids, strict=True))
+            texts = [document.text for document in documents]
+            bos, eos = self.bos is not None, self.eos is not None
+            return list(zip(documents, encode_documents(self.tokenizer, texts, add_bos=bos, add_eos=eos), strict=True))
         assert self.token_bytes is not None
         found = []
         for document in documents:

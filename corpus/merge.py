@@ -144,8 +144,8 @@ def _shards(parts: list[Part], splits: dict[str, dict[str, Any]]) -> Iterator[tu
 
 def _write_shard(partial: Path, stem: str, parts: list[Part], tokenizer: Tokenizer, data: CorpusConfig) -> Header:
     header = partial / f"{stem}.json"
-    if header.exists():  # it is written last
-        return Header(**json.loads(header.read_text()))
+    if header.exists() and (stored := header.read_text()):  # it is written last, at once
+        return Header(**json.loads(stored))
     masked = data.style is not Style.text
     writer = ShardWriter(
         partial / stem, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.fingerprint, masked=masked
@@ -158,9 +158,7 @@ def _write_shard(partial: Path, stem: str, parts: list[Part], tokenizer: Tokeniz
             kept[dropped] = False
             _copy(group, table, kept, dtype, writer)
             hashes.write(table["hash"][kept].tobytes())
-    found = writer.close()
-    (partial / f"{stem}.lengths").unlink(missing_ok=True)
-    return found
+    return writer.close()
 
 
 def _copy(group: Group, table: np.ndarray, kept: np.ndarray, dtype: np.dtype, writer: ShardWriter) -> None:

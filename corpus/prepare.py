@@ -22,7 +22,7 @@ from corpus.inputs import Item, describe_ignored, list_items
 from corpus.merge import merge_units, write_whole
 from corpus.sample import tokenizer_texts
 from corpus.units import Job, Progress, plan_units, run_units
-from data.about import read_about
+from data.manifest import read_manifest
 from data.tokenizer import CHAT_TEMPLATE, Tokenizer, export_problem, load_tokenizer, save_tokenizer, train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def is_prepared(data: CorpusConfig, tokenizer: TokenizerConfig, *, add: bool = F
         return False
     if not (folder / "corpus.json").exists():
         raise DataError(f"{folder} exists and is not a corpus; choose another data.path, or remove it")
-    about = read_about(folder)
+    about = read_manifest(folder)
     if differing := differences(about["made_by"], made_by(data, tokenizer)):
         raise DataError(f"{folder} was made with other settings: {differing}; choose another data.name, or remove it")
     new = _new_items(data, about)
@@ -111,8 +111,8 @@ def prepare(
         if (partial / "corpus.json").exists():
             _publish(partial, folder)
         if is_prepared(data, tokenizer, add=add):
-            return read_about(folder)
-        before = read_about(folder) if folder.exists() else None
+            return read_manifest(folder)
+        before = read_manifest(folder) if folder.exists() else None
         ignored: Counter[str] = Counter()
         items = list_items(data, ignored) if before is None else _new_items(data, before)
         if ignored and not shard:
@@ -127,7 +127,7 @@ def prepare(
         if shards > 1:
             lock.acquire()
             if not partial.exists():
-                return read_about(folder)  # another one was the last
+                return read_manifest(folder)  # another one was the last
         about = merge_units(job, n_units, before, workers=workers)
         if about is None:
             return None

@@ -13,7 +13,7 @@ from corpus.documents import Document
 from corpus.inputs import Item
 from corpus.left_out import LeftOut
 from corpus.readers import Reader
-from data.about import read_about
+from data.manifest import read_manifest
 from data.shards import LOSS_MASKED, Shard
 from data.tokenizer import load_tokenizer
 
@@ -67,7 +67,7 @@ def sample_texts(config: CorpusConfig, number: int, *, max_tokens: int) -> Itera
     """Yield (source, text) of the beginnings of a few prepared documents, decoded."""
     folder = Path(config.path)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    train = read_about(folder)["splits"]["train"]
+    train = read_manifest(folder)["splits"]["train"]
     shards = [(source, Shard(folder / counts["shards"][0])) for source, counts in train.items()]
     chosen = [
         (i % len(shards), (i + 1) * shards[i % len(shards)][1].n_documents // (number + 1)) for i in range(number)

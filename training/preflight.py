@@ -8,8 +8,7 @@ from typing import Any
 from conf.schema import PrepareConfig, TrainConfig
 from corpus.config import DataError, Source
 from corpus.inputs import check_inputs
-from data.about import refuse_unfit
-from data.config import refuse_missing
+from data.manifest import check_exists, check_fits
 from launch.config import Where
 from launch.ranks import refuse_no_gpu
 from tracking.origin import refuse_no_origin
