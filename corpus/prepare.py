@@ -107,7 +107,7 @@ def prepare(
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    with _held(lock, folder, wait=shards > 1):
+    with _held(lock, wait=shards > 1):
         if (partial / "corpus.json").exists():
             _publish(partial, folder)
         if is_prepared(data, tokenizer, add=add):
@@ -139,13 +139,12 @@ def prepare(
 
 
 @contextmanager
-def _held(lock: FileLock, folder: Path, *, wait: bool) -> Iterator[None]:
+def _held(lock: FileLock, *, wait: bool) -> Iterator[None]:
     try:
         lock.acquire(timeout=-1 if wait else 0)
-    except Timeout:
-        raise DataError(f"{folder} is being prepared by another process; wait for it") from None
-    try:
         yield
+    except Timeout:
+        raise DataError(f"another process prepares this corpus ({lock.lock_file}); wait for it") from None
     finally:
         lock.release(force=True)
 

@@ -1,14 +1,12 @@
 """Samples of a corpus: text to train a tokenizer on, and prepared documents to look at."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from corpus.compression import split_suffix
-from corpus.config import CorpusConfig, DataError, OnBadRecord
+from corpus.config import CorpusConfig, DataError
 from corpus.documents import Document
 from corpus.inputs import Item
 from corpus.left_out import LeftOut
@@ -26,7 +24,7 @@ def tokenizer_texts(config: CorpusConfig, items: list[Item], wanted_bytes: int) 
 
     Of a corpus much larger than that, only the beginning of each file is read.
     """
-    left_out = LeftOut(OnBadRecord.skip)  # reported when the text is encoded
+    left_out = LeftOut(config.on_bad_record)
     taken: dict[int, str] = {}  # by hash, without duplicates
     share, size = 1 << 64, 0
     for document in _beginnings(config, items, SAMPLED_FROM * wanted_bytes, left_out):
@@ -46,14 +44,11 @@ def tokenizer_texts(config: CorpusConfig, items: list[Item], wanted_bytes: int) 
 
 
 def _beginnings(config: CorpusConfig, items: list[Item], limit: int, left_out: LeftOut) -> Iterator[Document]:
-    """Yield the documents of items, of each in proportion to its size if all together are more than `limit` bytes."""
+    """Yield the documents of items, of each in proportion to its size if they have more than `limit` bytes."""
     total, number = sum(item.size for item in items), 0
     reader = Reader(config)
     for item in items:
-        is_all = total <= limit and item.dataset is None and not split_suffix(item.path)[1]
-        most = math.inf if is_all else max(limit * item.size / max(1, total), LEAST_BYTES)
-        most = limit if item.dataset is not None else most
-        size = 0
+        most, size = (max(limit * item.size / total, LEAST_BYTES) if total > limit else limit), 0
         for document in reader.documents(item, left_out):
             if number == config.max_documents:
                 return

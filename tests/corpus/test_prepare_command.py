@@ -74,7 +74,7 @@ def test_corpus_of_one_document_shows_one(
     ("content", "reason"),
     [
         (b"", r"data.source \(local\) has no training text"),
-        (b'{"txt": "x"}\n' * 2, r"data.source \(local\) has no training text: 2 bad records, .*a.jsonl:1"),
+        (b'{"txt": "x"}\n' * 2, "a.jsonl:1"),
         (b'{"text": "a b c"}\n', r"tokenizer.vocab_size"),
     ],
     ids=["empty", "bad", "too little"],

@@ -221,7 +221,7 @@ def test_damaged_unit_is_done_again(config: DataConfig, tokenizer: Tokenizer, sm
 
 def test_corpus_that_another_process_prepares_is_left_to_it(config: DataConfig, tokenizer: Tokenizer) -> None:
     Path(config.path).parent.mkdir()
-    with FileLock(Path(config.path).with_name(".mine.lock")), pytest.raises(DataError, match="by another process"):
+    with FileLock(Path(config.path).with_name(".mine.lock")), pytest.raises(DataError, match="another process"):
         made(config, tokenizer)
 
 
