@@ -120,7 +120,7 @@ def find_duplicates(arrays: Sequence[Callable[[], np.ndarray]]) -> list[np.ndarr
         found.append(all_places[order[1:][again]])
     dropped = np.sort(np.concatenate(found))
     parts = np.split(dropped, np.searchsorted(dropped, limits[1:-1]))
-    return [part - first for part, first in zip(parts, limits, strict=False)]
+    return [part - first for part, first in zip(parts, limits[:-1], strict=False)]
 
 
 Part = tuple[Group, np.ndarray]  # and the indices of its duplicates
@@ -151,14 +151,17 @@ def _write_shard(partial: Path, stem: str, parts: list[Part], tokenizer: Tokeniz
         partial / stem, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.fingerprint, masked=masked
     )
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 and not masked else np.uint32)
-    with open(partial / f"{stem}.hashes", "wb") as hashes:
-        for group, dropped in parts:
-            table = np.fromfile(f"{group.path}.documents", DOCUMENT)
-            kept = np.ones(len(table), dtype=bool)
-            kept[dropped] = False
-            _copy(group, table, kept, dtype, writer)
-            hashes.write(table["hash"][kept].tobytes())
-    return writer.close()
+    try:
+        with open(partial / f"{stem}.hashes", "wb") as hashes:
+            for group, dropped in parts:
+                table = np.fromfile(f"{group.path}.documents", DOCUMENT)
+                kept = np.ones(len(table), dtype=bool)
+                kept[dropped] = False
+                _copy(group, table, kept, dtype, writer)
+                hashes.write(table["hash"][kept].tobytes())
+        return writer.close()
+    finally:
+        writer.close_files()
 
 
 def _copy(group: Group, table: np.ndarray, kept: np.ndarray, dtype: np.dtype, writer: ShardWriter) -> None:

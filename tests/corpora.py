@@ -23,7 +23,7 @@ from data.config import DataConfig
 from data.shards import Shard
 from data.tokenizer import Tokenizer
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 
 RECORDS = [
     {"text": f"Document {i}: {'word ' * (i % 7)}\n", "meta": {"set": "Wikipedia (en)" if i % 3 else "C++"}}
