@@ -89,19 +89,24 @@ def list_files(pattern: str, name: str, key: str, ignored: Counter[str]) -> list
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"{key} ({pattern}) cannot be listed: {error}") from None
     items = []
-    for path in sorted(found):
+    for path in sorted(path for path, about in found.items() if about["type"] == "file" or _is_link(path, about)):
         kind, _ = split_suffix(path)
-        if found[path]["type"] == "file" and kind in SUFFIXES:
+        if kind in SUFFIXES:
             below = path.split("/")[len(folders) : -1]
             place = system.unstrip_protocol(path) if "://" in pattern else path
             items.append(Item(place, source_name(below[0]) if below else name, size=found[path]["size"] or 0))
-        elif found[path]["type"] == "file":
+        else:
             ignored[kind] += 1
     if not items:
         raise DataError(
             f"{key} ({pattern}) has no readable file; formats are {' '.join(SUFFIXES)}, plain or {' '.join(COMPRESSED)}"
         )
     return items
+
+
+def _is_link(path: str, about: dict[str, Any]) -> bool:
+    """Return whether a path is a symbolic link to a file, as in caches of Hugging Face's; fsspec calls it `other`."""
+    return bool(about.get("islink")) and Path(path).is_file()
 
 
 def _is_plain(part: str) -> bool:

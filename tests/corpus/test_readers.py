@@ -233,7 +233,8 @@ def test_hidden_files_are_skipped_and_other_formats_counted(tmp_path: Path) -> N
     ]
     for name in names:
         (tmp_path / "texts" / name).write_text(name)
-    (tmp_path / "texts" / "b.JSONL.GZ").write_bytes(gzip.compress(lines(RECORDS[:1])))
+    (tmp_path / "blob").write_bytes(gzip.compress(lines(RECORDS[:1])))
+    (tmp_path / "texts" / "b.JSONL.GZ").symlink_to(tmp_path / "blob")
     for pattern in ("texts", "texts/[!.]*", f"file://{tmp_path}/texts"):
         ignored: Counter[str] = Counter()
         config = local(tmp_path, pattern) if "://" not in pattern else local(tmp_path, "none", input=pattern)
