@@ -179,5 +179,5 @@ def _copy(group: Group, table: np.ndarray, kept: np.ndarray, dtype: np.dtype, wr
                 text_bytes = int(table["text_bytes"][chunk][keep].sum(dtype=np.int64))
                 writer.add_many(ids.astype(np.uint32), lengths[keep], text_bytes)
     if digest.hexdigest() != group.token_hash:  # as after a power failure
-        shutil.rmtree(group.path.parent)
+        shutil.rmtree(group.path.parent, ignore_errors=True)
         raise DataError(f"{group.path}.tokens is damaged and was removed; run the same command again")
