@@ -154,15 +154,6 @@ def test_held_out_document_is_not_trained_on(tmp_path: Path, tokenizer: Tokenize
     assert about["left_out"]["duplicates"] == 3, "those of the file that is in both, and the copy of one"
 
 
-def test_split_does_not_move_when_data_is_added(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(lines(RECORDS))
-    config, left_out = local(tmp_path, "*.jsonl"), LeftOut(OnBadRecord.error)
-    before = {d.text: d.split for d in read_with(config, left_out)}
-    (tmp_path / "0.jsonl").write_bytes(lines([{"text": f"other {i}"} for i in range(40)]))
-    after = {d.text: d.split for d in read_with(config, left_out)}
-    assert before.items() <= after.items() and set(before.values()) == {"train", "valid"}
-
-
 def test_max_documents_counts_in_order(every_format: DataConfig, tokenizer: Tokenizer, small_units: None) -> None:
     for workers, limit in ((1, 50), (2, 50), (1, 10_000)):
         about = made(other(every_format, f"{workers}-{limit}", max_documents=limit), tokenizer, workers)
