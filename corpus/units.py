@@ -255,7 +255,8 @@ def _run_in_processes(units: Iterator[Unit], job: Job, workers: int, add: Progre
         done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
         with shared.get_lock():
             added, shared[:3] = shared[:3], [0, 0, 0]
-        add(*added)
+        if any(added):
+            add(*added)
         for future in done:
             future.result()
 

@@ -16,7 +16,7 @@ from corpus.chat import MARKERS, TEMPLATES, ChatEncoder, answer_end, special_ids
 from corpus.config import DataError, OnBadRecord, Source, Style, TokenizerConfig
 from corpus.prepare import prepare
 from data.batches import IGNORED
-from data.config import DataConfig, Packing
+from data.config import DataConfig
 from data.dataset import open_corpus
 from data.hf_tokenizer import write_hf_tokenizer
 from data.shards import LOSS_MASKED, Shard
@@ -45,7 +45,7 @@ def symbols(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> T
 def config(tmp_path: Path, style: Style, name: str, **changes: object) -> DataConfig:
     return DataConfig(
         name=style.value, path=str(tmp_path / "tokens"), source=Source.local, input=str(tmp_path / name), style=style,
-        valid_fraction=0.2, seq_len=64, micro_batch_size=1, workers=0, packing=Packing.best_fit, **changes,  # type: ignore[arg-type]
+        valid_fraction=0.2, seq_len=64, micro_batch_size=1, workers=0, packing="best_fit", **changes,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
