@@ -116,7 +116,7 @@ def test_shards_are_a_sweep(arguments: list[str], expected: list[str]) -> None:
 
 def test_shards_are_one_command(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "a.jsonl").write_bytes(lines([{"text": f"{i} " * 20_000} for i in range(120)]))
+    (tmp_path / "texts" / "a.jsonl").write_bytes(lines([{"text": f"{i} " * 40_000} for i in range(120)]))
     command = [sys.executable, "prepare_data.py", "data=local", f"data.input={tmp_path / 'texts'}", "shards=3"]
     places = [f"data.path={tmp_path / 'tokens'}", f"hydra.sweep.dir={tmp_path / 'jobs'}"]
     settings = [*places, f"tokenizer.model={tokenizer.path}", "workers=1"]
