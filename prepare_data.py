@@ -27,82 +27,74 @@ def main(cfg: DictConfig) -> None:
 
 
 def work(config: PrepareConfig, settings: str = "with the data settings of this command") -> None:
-    """Prepare a corpus, or the part of it that this process does, and show what became of it.
-
-    `settings` are those by which train.py finds it.
-    """
-    from corpus.prepare import existing, sample_texts
+    """Prepare a corpus, or this job's share of it, and print what it holds; `settings` are train.py's to find it."""
+    from corpus.prepare import is_prepared
+    from corpus.sample import sample_texts
     from data.manifest import read_manifest
 
     path = Path(config.data.path)
-    if existing(config.data, config.tokenizer, add=config.add):
+    if is_prepared(config.data, config.tokenizer, add=config.add):
         print(f"{path} was prepared before with the same settings; it is used as it is")
-    elif not write(config):
-        print(f"part {config.shard} of {config.shards} is done; {path} is there when all are")
+        about = read_manifest(path)
+    elif (about := write(config)) is None:
+        print(f"shard {config.shard} of {config.shards} is done; {path} is made when all are")
         return
-    about = read_manifest(path)
-    report(about["left_out"])
+    print_left_out(about["left_out"])
     print_table(about)
     for source, text in sample_texts(config.data, 3, max_tokens=SAMPLE_TOKENS):
-        print(f"\n--- a document of {source}, decoded again\n{text.rstrip()}")
+        print(f"\n--- a document of {source}, decoded\n{text.rstrip()}")
     model = "" if config.data.source is Source.builtin else "model=125m "  # for 4,096 pieces the smallest will do
     print(f"\nnext: python train.py {model}{settings}")
 
 
-def write(config: PrepareConfig) -> bool:
-    """Prepare the corpus, with a progress bar; say whether all of it is done."""
+def write(config: PrepareConfig) -> dict[str, Any] | None:
+    """Prepare the corpus with a progress bar; return what corpus.json holds if all of it is done."""
     import os
 
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from corpus.prepare import Counts, prepare
+    from corpus.prepare import prepare
 
-    workers = config.workers or len(os.sched_getaffinity(0))
-    start, before = 0.0, 0
+    start = tokens = text_bytes = 0.0
     # The delay keeps the bar away until there is something to count.
-    with (
-        logging_redirect_tqdm(),
-        tqdm(unit=" documents", mininterval=0.5, delay=1e-3, file=sys.stderr) as bar,
-    ):
+    with logging_redirect_tqdm(), tqdm(unit=" documents", mininterval=0.5, delay=1e-3, file=sys.stderr) as bar:
 
-        def on_progress(counts: Counts) -> None:
-            nonlocal start, before
-            if not start:
-                start, before = time.perf_counter(), counts.text_bytes
-            seconds = time.perf_counter() - start
-            if seconds > 0.1:
-                speed = (counts.text_bytes - before) / 1e6 / seconds
-                bar.set_postfix_str(f"{counts.tokens / 1e6:.2f}M tokens, {speed:.2f} MB/s", refresh=False)
-            bar.update(counts.documents - bar.n)
+        def progress(documents: int, more_tokens: int, more_text_bytes: int) -> None:
+            nonlocal start, tokens, text_bytes
+            tokens += more_tokens
+            if start:
+                text_bytes += more_text_bytes
+                speed = text_bytes / 1e6 / max(0.1, time.perf_counter() - start)
+                bar.set_postfix_str(f"{tokens / 1e6:.2f}M tokens, {speed:.2f} MB/s", refresh=False)
+            start = start or time.perf_counter()  # the first text may be an earlier run's
+            bar.update(documents)
 
-        about, left_out = prepare(
+        return prepare(
             config.data,
             config.tokenizer,
-            workers=workers,
-            on_progress=on_progress,
+            workers=config.workers or len(os.sched_getaffinity(0)),
+            progress=progress,
             shards=config.shards,
             shard=config.shard,
             add=config.add,
-            save_every_s=config.save_every_s,
         )
-    if about is None:
-        report(left_out.as_json())
-    return about is not None
 
 
-def report(left_out: dict[str, Any]) -> None:
-    """Say what was not taken: counts, and the first places."""
+def print_left_out(left_out: dict[str, Any]) -> None:
+    """Print what the corpus does not hold: counts, and the first places of bad records."""
+    if left_out["duplicates"]:
+        print(f"{left_out['duplicates']:,} exact duplicates of documents were left out")
     if left_out["empty"]:
-        print(f"{left_out['empty']} records without text were left out")
+        print(f"{left_out['empty']:,} records without text were left out")
     if left_out["count"]:
-        print(f"{left_out['count']} bad records were left out, among them:")
+        print(f"{left_out['count']:,} bad records were left out, the first at")
         for place in left_out["places"]:
             print(f"  {place}")
 
 
 def print_table(about: dict[str, Any]) -> None:
-    """Print documents, tokens and bytes a token, by split and source."""
+    """Print documents, tokens and bytes per token, by split and source."""
     print(f"\n{'split':6} {'source':24} {'documents':>12} {'tokens':>14} {'bytes/token':>12}")
     for split, sources in about["splits"].items():
         total = {key: sum(s[key] for s in sources.values()) for key in ("documents", "tokens", "text_bytes")}
@@ -112,7 +104,7 @@ def print_table(about: dict[str, Any]) -> None:
 
 
 def spread(arguments: list[str]) -> list[str]:
-    """Make of `shards=64` a sweep over its parts, unless one of them or an option of Hydra's is named."""
+    """Return the arguments that make of `shards=64` a sweep over its shards, unless one or a Hydra option is named."""
     shards = [argument.removeprefix("shards=") for argument in arguments if argument.startswith("shards=")]
     if not shards or not shards[-1].isdigit() or any(a.startswith(("shard=", "-")) for a in arguments):
         return []

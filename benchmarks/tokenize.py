@@ -19,11 +19,10 @@ from typing import Any
 import numpy as np
 
 from corpus.config import OnBadRecord, Source, TokenizerConfig
-from corpus.inputs import BadRecords, items
-from corpus.journal import Counts
+from corpus.inputs import list_items
+from corpus.left_out import LeftOut
 from corpus.prepare import prepare
-from corpus.read import blocks
-from corpus.texts import all_documents
+from corpus.readers import END, Lines, read_documents
 from data.config import DataConfig
 from data.hf_tokenizer import fast_from_sentencepiece
 from data.tokenizer import SentencePieceTokenizer, encode_documents, load_tokenizer, train_tokenizer
@@ -60,9 +59,9 @@ def local_texts(pattern: str, limit: int) -> Iterator[str]:
         seq_len=2048, micro_batch_size=1,
     )  # fmt: skip
     size = 0
-    for document in all_documents(config, BadRecords(OnBadRecord.skip)):
+    for document in read_documents(list_items(config), config, LeftOut(OnBadRecord.skip)):
         yield document.text
-        size += len(document.text.encode())
+        size += document.text_bytes
         if size >= limit:
             return
 
@@ -117,23 +116,25 @@ def corpus_config(folder: Path, name: str) -> DataConfig:
 
 
 def reading(folder: Path) -> float:
-    """Give the megabytes a second of reading alone, which is the main process' and bounds all the others."""
-    config, bad = corpus_config(folder, "none"), BadRecords(OnBadRecord.skip)
+    """Return the megabytes per second of reading alone, which bounds the processes that share a compressed file."""
+    config = corpus_config(folder, "none")
+    (item,) = list_items(config)
     start = time.perf_counter()
-    size = sum(len(block.payload) for item in items(config, bad) for block in blocks(item, config, bad))
+    size = sum(len(chunk or b"") for _, chunk in Lines(item.path).read(0, END))
     return size / 1e6 / (time.perf_counter() - start)
 
 
 def pipeline(folder: Path, model: Path, workers: int) -> float:
-    """Give the megabytes a second of all of prepare_data.py's work on a compressed file, its start left out."""
-    config = corpus_config(folder, f"corpus-{workers}")
+    """Return the megabytes per second of all of prepare_data.py's work on a compressed file, its start left out."""
     seen: list[tuple[float, int]] = []
 
-    def on_progress(counts: Counts) -> None:
-        seen.append((time.perf_counter(), counts.text_bytes))
+    def progress(documents: int, tokens: int, text_bytes: int) -> None:
+        if text_bytes:
+            seen.append((time.perf_counter(), text_bytes))
 
-    prepare(config, TokenizerConfig(model=str(model), vocab_size=1), workers=workers, on_progress=on_progress)
-    return (seen[-1][1] - seen[0][1]) / 1e6 / (seen[-1][0] - seen[0][0])
+    config, settings = corpus_config(folder, f"corpus-{workers}"), TokenizerConfig(model=str(model), vocab_size=1)
+    prepare(config, settings, workers=workers, progress=progress)
+    return sum(size for _, size in seen[1:]) / 1e6 / (time.perf_counter() - seen[0][0])
 
 
 def write(texts: list[str], path: Path) -> None:

@@ -149,10 +149,9 @@ class PrepareConfig:
     data: DataConfig = MISSING
     tokenizer: TokenizerConfig = MISSING
     workers: int | None = None  # processes (null: all of this process's cores)
-    shards: int = 1  # parts that the work is divided into, each a job of its own
-    shard: int = 0  # the part that this process does
+    shards: int = 1  # jobs that the work is divided into
+    shard: int = 0  # the one that this process is
     add: bool = False  # add to a prepared corpus the files that came since
-    save_every_s: float = 20.0  # seconds between the places where a killed run goes on
     launcher: LauncherConfig = MISSING
 
     def problems(self) -> Iterator[str]:
@@ -165,7 +164,6 @@ class PrepareConfig:
             yield f"shard ({self.shard}) must be in [0, shards), and shards ({self.shards}) in [1, {MOST_SHARDS}]"
         if self.shards > 1 and self.data.max_documents is not None:
             yield f"data.max_documents ({self.data.max_documents}) counts in order, so it needs shards=1"
-        yield from _below(self, 0, "save_every_s")
         yield from _below(self, 1, "workers")
 
 

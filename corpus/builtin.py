@@ -7,41 +7,34 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from corpus.documents import Document
-
-LEFT_OUT = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idlelib",
-    "lib2to3",
-    "turtledemo",
-    "__pycache__",
-    "ensurepip",
-}
+ROOT = Path(sysconfig.get_paths()["stdlib"])
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
 SHORTEST_DOCSTRING = 200
 
 
-def builtin_documents() -> Iterator[Document]:
-    """Yield the library's sources (`code`), and its docstrings and language reference (`en`).
+def builtin_files() -> Iterator[tuple[str, int]]:
+    """Yield the library's files and their sizes, in order."""
+    for path in sorted(ROOT.rglob("*.py")):
+        place = path.relative_to(ROOT)
+        if not LEFT_OUT & set(place.parts) and not place.parts[0].startswith(("config-", "ensurepip")):
+            yield str(path), path.stat().st_size
+
+
+def builtin_texts(path: str) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (text, source, place, split key) of a file: itself (`code`), and its docstrings or topics (`en`).
 
     What comes from one file has one key, so that a docstring is never held out from its own source.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        place = path.relative_to(root)
-        if LEFT_OUT & set(place.parts) or place.parts[0].startswith("config-"):
-            continue
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue  # a few files are there to be in another encoding
-        if place.parts[0] == "pydoc_data":
-            yield from _topics(text, str(place))
-        elif text.strip():
-            yield Document(text, "code", str(place), key=str(place))
-            yield from _docstrings(text, str(place))
+    place = str(Path(path).relative_to(ROOT))
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return  # the library has a few files in other encodings
+    if place.startswith("pydoc_data"):
+        yield from _topics(text, place)
+    elif text.strip():
+        yield text, "code", place, place
+        yield from _docstrings(text, place)
 
 
 def _parse(text: str) -> ast.Module:
@@ -50,16 +43,16 @@ def _parse(text: str) -> ast.Module:
         return ast.parse(text)
 
 
-def _docstrings(text: str, place: str) -> Iterator[Document]:
+def _docstrings(text: str, place: str) -> Iterator[tuple[str, str, str, str]]:
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(_parse(text)):
         if isinstance(node, kinds) and len(doc := inspect.cleandoc(ast.get_docstring(node) or "")) > SHORTEST_DOCSTRING:
-            yield Document(doc + "\n", "en", f"{place}:{getattr(node, 'name', 'module')}", key=place)
+            yield doc + "\n", "en", f"{place}:{getattr(node, 'name', 'module')}", place
 
 
-def _topics(text: str, place: str) -> Iterator[Document]:
+def _topics(text: str, place: str) -> Iterator[tuple[str, str, str, str]]:
     for node in ast.walk(_parse(text)):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             topics: dict[str, str] = ast.literal_eval(node.value)
             for name, topic in sorted(topics.items()):
-                yield Document(topic, "en", f"{place}:{name}", key=f"{place}:{name}")
+                yield topic, "en", f"{place}:{name}", f"{place}:{name}"

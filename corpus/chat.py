@@ -1,4 +1,4 @@
-"""Conversations to token ids, by a Jinja chat template, with a mask of what the assistant said."""
+"""Conversations to token ids by a Jinja chat template, with the loss mask of what the assistant says."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from data.tokenizer import CHAT_TEMPLATE, HuggingFaceTokenizer, Tokenizer, sente
 
 Messages = list[dict[str, str]]
 
-# What is written between the generation markers is learnt: the answer and the token that ends it.
+# What lies between the generation markers is trained on: an answer and the token that ends it.
 TEMPLATES = {
     "internlm": (
         "{% for message in messages %}{% if message['role'] == 'assistant' %}"
@@ -38,21 +38,21 @@ ANCHOR = "\U000ffffd"  # merges with nothing: what is beside it is encoded as wi
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 ROLES = {role: role for role in ("system", "user", "assistant")} | {"human": "user", "gpt": "assistant"}
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
-KEYS_TOLD, KEY_CHARS = 10, 40
+MOST_KEYS, MOST_KEY_CHARS = 10, 40
 
 
 def read_template(name: str) -> str:
-    """Give a built-in template, or the one of a .jinja file, a tokenizer_config.json, or a folder with either."""
+    """Return a built-in template, or that of a .jinja file, a tokenizer_config.json, or a folder with either."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = TEMPLATES.get(name) or _stored_template(Path(name))
     if not isinstance(template, str):
         raise DataError(
-            f"data.chat_template ({name}) is neither built in ({', '.join(TEMPLATES)}) nor a .jinja file, "
-            "nor a tokenizer_config.json or a folder that holds a chat_template"
+            f"data.chat_template ({name}) has no template; name one of {', '.join(TEMPLATES)}, a .jinja file, a "
+            "tokenizer_config.json, or a folder with either"
         )
     try:
-        render_jinja_template(conversations=[], chat_template=template)  # compiles it, by their rules
+        render_jinja_template(conversations=[], chat_template=template)  # compiles it
     except jinja2.TemplateSyntaxError as error:
         line = f"line {error.lineno}: {error.message}"
         raise DataError(f"data.chat_template ({name}) is not a Jinja template: {line}") from None
@@ -76,86 +76,61 @@ def _stored_template(path: Path) -> Any:
 
 
 def messages_of(record: Any, style: Literal["alpaca", "chat"], key: str = "messages") -> Messages:
-    """Give a record's conversation; raise `ValueError` with the reason if there is none to learn from."""
+    """Return a record's conversation; raises `ValueError` if there is none to train on."""
     if style == "alpaca":
-        parts = [_string(record, field) for field in ("instruction", "output")]
+        question, answer = (_string(record, field) for field in ("instruction", "output"))
         if lookup(record, "input"):
-            parts[0] += "\n" + _string(record, "input")
-        return _taught([{"role": "user", "content": parts[0]}, {"role": "assistant", "content": parts[1]}])
-    turns = lookup(record, key)
-    if not isinstance(turns, list):
-        raise ValueError(f"data.messages_key ({key}) {not_there(record, key, 'a list')}")
-    if not turns:
-        raise ValueError(f"data.messages_key ({key}) is an empty list in it")
-    messages = []
-    for turn in turns:
-        role, content = ("role", "content") if lookup(turn, "from") is None else ("from", "value")
-        named = _string(turn, role)
-        if named not in ROLES:
-            raise ValueError(f"{named!r} is not a role; there are {', '.join(ROLES)}")
-        messages.append({"role": ROLES[named], "content": _string(turn, content)})
-    return _taught(messages)
+            question += "\n" + _string(record, "input")
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    else:
+        turns = lookup(record, key)
+        if not isinstance(turns, list) or not turns:
+            raise ValueError(describe_missing(record, "data.messages_key", key, "a list of messages"))
+        messages = [_message(turn) for turn in turns]
+    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
+        raise ValueError("no message of the assistant")
+    return messages
 
 
-def lookup(record: Any, dotted: str) -> Any:
-    """Give a record's value at a dotted key, or None."""
-    for part in dotted.split("."):
-        record = record.get(part) if isinstance(record, dict) else None
-    return record
-
-
-def shape(record: Any) -> str:
-    """Say what a record has, for the message that something is missing."""
-    if not isinstance(record, dict) or not record:
-        return "nothing" if record == {} else type(record).__name__
-    keys = [str(key) if len(str(key)) <= KEY_CHARS else "..." for key in islice(record, KEYS_TOLD)]
-    return ", ".join([*keys, "..."] if len(record) > KEYS_TOLD else keys)
-
-
-def not_there(record: Any, dotted: str, wanted: str) -> str:
-    """Say what a record holds at a dotted key instead of what is wanted, or which keys it has."""
-    above, _, last = dotted.rpartition(".")
-    parent = lookup(record, above) if above else record
-    if not isinstance(parent, dict) or last not in parent:
-        return f"is missing in it; it has {shape(record)}"
-    return f"is {_kind(parent[last])} in it, not {wanted}"
-
-
-def _kind(value: Any) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "true or false"
-        case int() | float():
-            return "a number"
-        case str():
-            return "a string"
-        case list():
-            return "a list"
-        case dict():
-            return "an object"
-        case _:
-            return f"of type {type(value).__name__}"
+def _message(turn: Any) -> dict[str, str]:
+    role, content = ("role", "content") if lookup(turn, "from") is None else ("from", "value")
+    named = _string(turn, role)
+    if named not in ROLES:
+        raise ValueError(f"unknown role {named!r}; roles are {', '.join(ROLES)}")
+    return {"role": ROLES[named], "content": _string(turn, content)}
 
 
 def _string(record: Any, field: str) -> str:
     value = lookup(record, field)
     if not isinstance(value, str):
-        raise ValueError(f"{field} is missing or not a string; there is {shape(record)}")
+        raise ValueError(f"{field} {_kind_and_keys(value, record, 'a string')}")
     if re.search("[\ud800-\udfff]", value):
-        raise ValueError(f"{field} holds half a surrogate pair, which is no character")
+        raise ValueError(f"{field} holds half a surrogate pair")
     return value
 
 
-def _taught(messages: Messages) -> Messages:
-    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
-        raise ValueError("the assistant says nothing")
-    return messages
+def lookup(record: Any, dotted: str) -> Any:
+    """Return a record's value at a dotted key, or None."""
+    for part in dotted.split("."):
+        record = record.get(part) if isinstance(record, dict) else None
+    return record
+
+
+def describe_missing(record: Any, setting: str, key: str, wanted: str) -> str:
+    """Describe what a record has instead of what a setting's key should name."""
+    return f"{setting} ({key}) {_kind_and_keys(lookup(record, key), record, wanted)}"
+
+
+def _kind_and_keys(value: Any, record: Any, wanted: str) -> str:
+    if not isinstance(record, dict):
+        return f"must be {wanted}, and the record is of type {type(record).__name__}"
+    keys = [str(key) if len(str(key)) <= MOST_KEY_CHARS else "..." for key in islice(record, MOST_KEYS + 1)]
+    keys[MOST_KEYS:] = ["..."] * (len(record) > MOST_KEYS)
+    return f"must be {wanted}, not {type(value).__name__}; the record has {', '.join(keys) or 'no keys'}"
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Give the ids of control tokens and user-defined pieces, in a tokenizer.json of all added tokens, by name."""
+    """Return the ids of control tokens and user-defined pieces, or of a tokenizer.json's added tokens, by name."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return {token.content: i for i, token in tokenizer.model.get_added_tokens_decoder().items()}
     proto = sentencepiece_proto(tokenizer.path)
@@ -164,12 +139,12 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def markers(template: str | None) -> tuple[str, ...]:
-    """Give the special tokens that a built-in template writes, the last of which ends an answer; of others, none."""
+    """Return the special tokens that a built-in template writes, the last of which ends an answer; none of others."""
     return next((MARKERS[name] for name in MARKERS if template == TEMPLATES[name]), ())
 
 
 def answer_end(tokenizer: Tokenizer) -> int | None:
-    """Give the token that ends an answer in the built-in template that lies beside a tokenizer."""
+    """Return the token that ends an answer in the built-in template beside a tokenizer."""
     path = tokenizer.path.with_name(CHAT_TEMPLATE)
     written = markers(path.read_text(encoding="utf-8") if path.exists() else None)
     return special_ids(tokenizer).get(written[-1]) if written else None
@@ -178,13 +153,12 @@ def answer_end(tokenizer: Tokenizer) -> int | None:
 class ChatEncoder:
     """Encodes conversations by a template.
 
-    What is learnt and what is not are encoded apart, so no token lies in both. A control token becomes its
-    id where the template writes it (`bos_token` and `eos_token` among its variables); where a message holds
-    its name the name is spelt, so nobody ends a turn by typing `</s>`. The limits: a name that the template
-    begins and a content completes (`<` and `/s>`) counts as the template's; pieces that the tokenizer finds
-    in any text, SentencePiece's user-defined and Hugging Face's added ones that are not special, it finds in
-    a content too; special tokens never swallow the blanks beside them (Hugging Face's lstrip and rstrip); a
-    blank that a tokenizer puts before every text is put before the first only.
+    What is trained on and what is not are encoded apart, so that no token lies in both. A control token becomes its
+    id where the template writes it; where a message holds its name the name is spelled out, so that nobody ends a turn
+    by typing `</s>`. Limits: a name that the template begins and a message completes counts as the template's; pieces
+    that the tokenizer finds in any text (SentencePiece's user-defined ones, Hugging Face's added ones that are not
+    special) it finds in a message too; special tokens never swallow the spaces beside them; a space that a tokenizer
+    puts before every text is put before the first only.
     """
 
     def __init__(self, template: str, tokenizer: Tokenizer) -> None:
@@ -193,8 +167,8 @@ class ChatEncoder:
             missing = [marker for marker in markers if marker not in ids]
             if template == TEMPLATES[name] and missing:
                 raise DataError(
-                    f"data.chat_template ({name}) writes {' and '.join(missing)}, no special token of "
-                    f"{tokenizer.path.name}; choose another data.chat_template, or a tokenizer that has it"
+                    f"data.chat_template ({name}) writes {' and '.join(missing)}, which {tokenizer.path.name} lacks; "
+                    "choose another template or tokenizer"
                 )
         self.template = template
         self.marked = GENERATION.search(template) is not None
@@ -210,29 +184,29 @@ class ChatEncoder:
         self.prefixes = self.spell("a") != self.spell(ANCHOR + "a")[len(self.anchor) :]
 
     def encode(self, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
-        """Give a conversation's ids, uint32 (T,), and which of them are learnt, bool (T,).
+        """Return a conversation's ids, uint32 (T,), and its loss mask, bool (T,), true where a token is trained on.
 
-        Raises `ValueError` for a conversation that the template refuses or marks no answer in, and
-        `DataError` for a template whose answers cannot be told from the rest.
+        Raises `ValueError` for a conversation that the template rejects or marks no answer in, and `DataError` for a
+        template whose answers cannot be found.
         """
         written = self.template + "".join(message["content"] for message in messages)
         mark = next(char for char in map(chr, PRIVATE_USE) if char not in written)
-        # Marks break the names that contents hold: those still whole after rendering are the template's.
+        # Marks break the names that messages hold: those still whole after rendering are the template's.
         messages = [{**m, "content": self.names.sub(lambda n: mark.join([*n[0], ""]), m["content"])} for m in messages]
         text, spans = self._render(messages)
         if not self.marked:
             spans = list(self._answers(messages, text))
         if not any(start < end for start, end in spans):
-            raise ValueError("the chat template marks no answer in it")
+            raise ValueError("the chat template marks no answer")
         ids: list[int] = []
-        learnt: list[bool] = []
+        loss_mask: list[bool] = []
         done = 0
         for start, end in [*spans, (len(text), len(text))]:
-            for part, is_learnt in ((text[done:start], False), (text[start:end], True)):
+            for part, is_answer in ((text[done:start], False), (text[start:end], True)):
                 ids += self._part_ids(part, mark, first=not ids)
-                learnt += [is_learnt] * (len(ids) - len(learnt))
+                loss_mask += [is_answer] * (len(ids) - len(loss_mask))
             done = end
-        return np.array(ids, dtype=np.uint32), np.array(learnt, dtype=bool)
+        return np.array(ids, dtype=np.uint32), np.array(loss_mask, dtype=bool)
 
     def _render(self, messages: Messages, prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -240,8 +214,8 @@ class ChatEncoder:
         options = {"return_assistant_tokens_mask": self.marked, "add_generation_prompt": prompt, **self.variables}
         try:
             rendered: Any = render_jinja_template([messages], chat_template=self.template, **options)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:  # its own, and those of what it computes
-            raise ValueError(f"the chat template refuses it: {error}") from None
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise ValueError(f"the chat template rejects it: {error}") from None
         return rendered[0][0], rendered[1][0] if self.marked else []
 
     def _answers(self, messages: Messages, text: str) -> Iterator[tuple[int, int]]:
@@ -252,8 +226,8 @@ class ChatEncoder:
                 after, _ = self._render(messages[: k + 1])
                 if not (after.startswith(before) and text.startswith(after)):
                     raise DataError(
-                        "data.chat_template renders a conversation's beginning otherwise than the whole of it, so its "
-                        "answers cannot be found; add {% generation %} and {% endgeneration %} around what is learnt"
+                        "data.chat_template: answers cannot be found by rendering turn by turn; add {% generation %} "
+                        "and {% endgeneration %} around what is trained on"
                     )
                 yield len(before), len(after)
 
@@ -272,7 +246,7 @@ class ChatEncoder:
 
 
 def _speller(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
-    """Give an encoder that spells the names of control tokens, as SentencePiece's own does."""
+    """Return an encoder that spells out the names of control tokens, as SentencePiece's own does."""
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         return tokenizer.encode
     model = type(tokenizer.model).from_str(tokenizer.model.to_str())

@@ -1,116 +1,74 @@
-"""Files opened for what is in them, whatever they are packed with, here or in an object store."""
+"""Files opened for their content, whatever they are compressed with, on this machine or in an object store."""
 
 import bz2
+import gzip
+import io
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import zstandard
 
-STREAMS: dict[str, Callable[[], Any]] = {
-    ".gz": partial(zlib.decompressobj, 16 + zlib.MAX_WBITS),
-    ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(),
-    ".xz": lzma.LZMADecompressor,
-    ".bz2": bz2.BZ2Decompressor,
-}
-PACKED = tuple(STREAMS)
-BEGINNINGS = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".xz": b"\xfd7zXZ\0", ".bz2": b"BZh"}
-NAMES = {".gz": "gzip", ".zst": "Zstandard", ".xz": "xz", ".bz2": "bzip2"}
-PADDED = (".gz", ".xz")  # zeros may follow their streams
-READ_BYTES = 1 << 17
-PACKED_BYTES = 1 << 11  # unpacked at once: of the most repetitive text it is 20 MB
+COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+# What reading a damaged or truncated file raises; gzip and bz2 also raise an OSError without a number.
+DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
+ZSTD_READ_BYTES = 1 << 12  # decompressed at once: at most some 40 MB, of the most repetitive text
 
 
-class DamageError(Exception):
-    """A packed file that is cut short or is none, in words that its place goes before."""
-
-
-def kind_of(path: str) -> str:
-    """Give the suffix that says what a file holds: .jsonl of A.JSONL.gz."""
+def split_suffix(path: str) -> tuple[str, str]:
+    """Return the suffixes of content and compression: .jsonl and .gz of A.JSONL.gz."""
     name = Path(path.lower())
-    return Path(name.stem).suffix if name.suffix in PACKED else name.suffix
+    return (Path(name.stem).suffix, name.suffix) if name.suffix in COMPRESSED else (name.suffix, "")
 
 
-def packing_of(path: str) -> str:
-    """Give the suffix that says what a file is packed with, or nothing."""
-    suffix = Path(path).suffix.lower()
-    return suffix if suffix in PACKED else ""
+def open_content(path: str) -> Any:
+    """Open a file or an fsspec address for its decompressed bytes."""
+    if "://" in path:
+        import fsspec
+
+        raw: Any = fsspec.open(path, "rb").open()  # type: ignore[union-attr]
+    else:
+        raw = Path(path)
+    match split_suffix(path)[1]:
+        case ".gz":
+            return gzip.open(raw)
+        case ".xz":
+            return lzma.open(raw)
+        case ".bz2":
+            return bz2.open(raw)
+    raw = raw.open("rb") if isinstance(raw, Path) else raw
+    return io.BufferedReader(ZstdFile(raw), 1 << 17) if split_suffix(path)[1] else raw
 
 
-def open_raw(path: str) -> Any:
-    """Open a file or an address for its bytes as they lie."""
-    if "://" not in path:
-        return open(path, "rb")
-    import fsspec
+class ZstdFile(io.RawIOBase):
+    """Zstandard frames one after another. The package's own reader takes a truncated file for a complete one."""
 
-    return fsspec.open(path, "rb").open()  # type: ignore[union-attr]
+    def __init__(self, raw: IO[bytes]) -> None:
+        self.raw = raw
+        self.frame: Any = None
+        self.unread, self.content = b"", memoryview(b"")
 
+    def readable(self) -> bool:
+        return True
 
-@contextmanager
-def unpacked(path: str) -> Iterator[Any]:
-    """Open a file for its content, unpacked; what is packed has `read` alone."""
-    packing = packing_of(path)
-    with open_raw(path) as raw:
-        yield Unpacked(raw, packing) if packing else raw
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
 
-
-class Unpacked:
-    """Reads streams that lie one after the other, of each a little at a time.
-
-    What comes before the few kilobytes that a damage lies in is given, and then `read` raises `DamageError`. Python's
-    own readers raise at once, and what follows a first stream of .xz or .bz2 and is none they take for the end.
-    """
-
-    def __init__(self, file: Any, packing: str) -> None:
-        self.file, self.packing, self.begin = file, packing, STREAMS[packing]
-        self.stream: Any = None
-        self.head: bytes | None = None
-        self.packed, self.plain = bytearray(), bytearray()
-        self.padding, self.between = b"\0" if packing in PADDED else b"", b""
-        self.failure: DamageError | None = None
-        self.over = False
-
-    def read(self, size: int) -> bytes:
-        """Give `size` bytes, or those that are left."""
-        while len(self.plain) < size and not self.over:
-            if not self.packed:
-                self.packed += self.file.read(READ_BYTES)
-            if self.packed:
-                self._unpack()
-            else:
-                self._end("it ends within a stream" if self.stream is not None else "")
-        if self.failure is not None and not self.plain:
-            raise self.failure
-        data = bytes(self.plain[:size])
-        del self.plain[:size]
-        return data
-
-    def _unpack(self) -> None:
-        piece = bytes(self.packed[:PACKED_BYTES])
-        self.head = piece if self.head is None else self.head
-        del self.packed[:PACKED_BYTES]
-        if self.stream is None:
-            piece = piece.lstrip(self.between)
-            if not piece:
-                return
-            self.stream = self.begin()
-        try:
-            self.plain += self.stream.decompress(piece)
-        except (zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError) as error:
-            self._end(str(error))
-            return
-        if self.stream.eof:
-            self.packed[:0] = self.stream.unused_data
-            self.stream, self.between = None, self.padding
-
-    def _end(self, reason: str) -> None:
-        self.over = True
-        head, known = self.head or b"", BEGINNINGS[self.packing]
-        if reason and not head.startswith(known[: len(head)]):
-            self.failure = DamageError(f"this is no {NAMES[self.packing]} file, as its suffix ({self.packing}) says")
-        elif reason:
-            self.failure = DamageError(f"the compressed file is damaged or cut short here ({reason})")
+    def readinto(self, buffer: Any) -> int:
+        while not self.content:
+            packed = self.unread or self.raw.read(ZSTD_READ_BYTES)
+            if not packed:
+                if self.frame is not None:
+                    raise EOFError("it ends within a frame")
+                return 0
+            if self.frame is None:
+                self.frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            self.content, self.unread = memoryview(self.frame.decompress(packed)), b""
+            if self.frame.eof:
+                self.unread, self.frame = self.frame.unused_data, None
+        size = min(len(buffer), len(self.content))
+        buffer[:size] = self.content[:size]
+        self.content = self.content[size:]
+        return size

@@ -8,11 +8,11 @@ from omegaconf import MISSING
 
 
 class DataError(Exception):
-    """Text, tokens or a tokenizer that cannot be used, told as a sentence for the user."""
+    """Text, tokens or a tokenizer that cannot be used; the message is for the user."""
 
 
 def cause_of(error: BaseException) -> str:
-    """Give the first line of what an error of another library came of."""
+    """Return the first line of the error that another library's error came of."""
     while error.__cause__ is not None:
         error = error.__cause__
     return next(iter(str(error).splitlines()), "") or type(error).__name__
@@ -42,12 +42,12 @@ class SplitBy(Enum):
     train_test_split = "train_test_split"  # as InternLM's tutorial splits a dataset
 
 
-MOST_SHARDS = 1000  # parts that one corpus may be prepared in
+MOST_SHARDS = 1000  # jobs that one corpus may be prepared by
 
 
 @dataclass(kw_only=True, slots=True)
 class CorpusConfig:
-    """What decides a corpus's tokens. A run whose tokens are the same may change any of it."""
+    """What decides a corpus' tokens. A run whose tokens are the same may change any of it."""
 
     name: str = MISSING
     path: str = MISSING  # the folder prepare_data.py writes and train.py reads
@@ -75,7 +75,7 @@ class CorpusConfig:
     vocab_size: int = 32768  # of a tokenizer trained for this corpus; the range of random tokens
 
     def source_problems(self) -> Iterator[str]:
-        """What is missing to prepare this corpus; training reads what was prepared."""
+        """Yield what is missing to prepare this corpus; training reads what was prepared."""
         if self.source is Source.local and self.input is None and not self.sources:
             yield "data.input is not set; name a file, a folder or a glob, such as data.input='texts/*.jsonl.gz'"
         if self.input is not None and self.sources:

@@ -1,181 +1,119 @@
-"""Documents made of what was read, each with its source and its split; what cannot be one is told."""
+"""Records to documents, each with its source, its split and the hash of its text; the others are left out."""
 
-import io
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import xxhash
 
-from corpus.chat import lookup, messages_of, not_there
-from corpus.config import Style
-from corpus.inputs import BadRecords, source_name
-from corpus.rows import records
-from data.config import DataConfig
+from corpus.chat import describe_missing, lookup, messages_of
+from corpus.config import CorpusConfig, Style
+from corpus.inputs import Item, source_name
+from corpus.left_out import LeftOut
 
-SOURCE_CHARS = 100  # of a source's name, which files are named by
-HALF_A_PAIR = "its text holds half a surrogate pair, which is no character"
+MOST_SOURCE_CHARS = 100
 
 
 @dataclass(slots=True)
 class Document:
-    """A document, or with `begins` or `ends` false a part of one that is too long to hold."""
+    """A document of a corpus.
+
+    Attributes:
+        hash: xxh3_64 of the text; of equal ones a corpus holds the first.
+        messages: of a conversation; `text` is then their JSON.
+    """
 
     text: str
     source: str
-    place: str  # file and record, for messages
-    key: str | None = None  # what decides the split (None: the text)
-    split: str | None = None  # where the dataset itself decides
-    messages: list[dict[str, str]] | None = None  # of a conversation; `text` is then their JSON
-    begins: bool = True
-    ends: bool = True
-    digest: int | None = None  # of the whole of which this is a part
+    split: str
+    place: str
+    hash: int
+    text_bytes: int
+    messages: list[dict[str, str]] | None = None
 
 
-@dataclass(slots=True)
-class Block:
-    """Some records of an item, not yet understood.
+class DocumentMaker:
+    """Makes documents of what is read from an item; returns None for what is left out."""
 
-    Attributes:
-        first: the number of the first record; lines count from 1, records from 0.
-        payload: lines of JSON or text as bytes, a text, records, or rows as an Arrow stream.
-    """
+    def __init__(self, item: Item, config: CorpusConfig, left_out: LeftOut) -> None:
+        self.item, self.config, self.left_out = item, config, left_out
+        self.most_bytes = config.max_document_mb << 20
 
-    kind: str
-    path: str
-    source: str
-    split: str | None
-    first: int
-    payload: Any
-    begins: bool = True
-    ends: bool = True
-    digest: int | None = None  # of the document of which the text is a part
+    def too_large(self, place: str) -> None:
+        self.left_out.bad(place, f"is larger than data.max_document_mb ({self.config.max_document_mb})")
 
+    def from_text(
+        self,
+        text: str,
+        place: str,
+        *,
+        source: str | None = None,
+        split_key: str | None = None,
+        messages: list[dict[str, str]] | None = None,
+    ) -> Document | None:
+        """Return the document of a text.
 
-def split_of(digest: int, config: DataConfig) -> str:
-    """Decide by content, so that a document stays where it is when others are added."""
-    return "valid" if not config.valid_input and digest < config.valid_fraction * 2**64 else "train"
-
-
-def digest_of(document: Document, config: DataConfig) -> int:
-    if document.digest is not None:
-        return document.digest
-    return xxhash.xxh3_64_intdigest((document.key or document.text).encode(), seed=config.valid_seed)
-
-
-def documents(block: Block, config: DataConfig, bad: BadRecords) -> Iterator[Document]:
-    """Yield the documents of a block, each with its split."""
-    for document in _documents(block, config, bad):
-        if document.begins and document.ends and not document.text.strip():
-            bad.empty += 1
-            continue
-        if document.split is None:
-            document.split = split_of(digest_of(document, config), config)
-        yield document
-
-
-def _documents(block: Block, config: DataConfig, bad: BadRecords) -> Iterator[Document]:
-    match block.kind:
-        case "documents":
-            yield from block.payload
-        case "text":
-            text = block.payload if isinstance(block.payload, str) else _decoded(block.payload, block.path, bad)
-            if text is not None:
-                whole = (block.begins, block.ends, block.digest)
-                yield Document(text, block.source, block.path, None, block.split, None, *whole)
-        case "records" | "rows":
-            found = block.payload if block.kind == "records" else records(block.payload)
-            for number, record in enumerate(found, block.first):
-                place = f"{block.path}[{number}]"
-                if isinstance(record, ValueError):
-                    bad.add(place, unreadable(record))
-                else:
-                    yield from from_record(record, place, block, config, bad)
-        case "text_lines" | "lines":
-            one = block.payload.find(b"\n", 0, -1) < 0  # perhaps too long to be copied
-            for number, line in enumerate([block.payload] if one else io.BytesIO(block.payload), block.first):
-                if not line.isspace():
-                    yield from _from_line(line, f"{block.path}:{number}", block, config, bad)
-
-
-def _decoded(raw: bytes, place: str, bad: BadRecords) -> str | None:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        bad.add(place, f"not UTF-8 at byte {error.start}")
-        return None
-
-
-def _from_line(line: bytes, place: str, block: Block, config: DataConfig, bad: BadRecords) -> Iterator[Document]:
-    text = _decoded(line, place, bad)
-    if text is None:
-        return
-    if is_plain(block, config):
-        yield Document(text if config.raw_json else text.strip(), block.source, place, split=block.split)
-        return
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        bad.add(place, not_json(error))
-        return
-    yield from from_record(record, place, block, config, bad, line=text)
-
-
-def is_plain(block: Block, config: DataConfig) -> bool:
-    """Say whether a line is a document without being parsed."""
-    return block.kind == "text_lines" or (config.raw_json and not config.source_key)
-
-
-def not_json(error: Exception, place: Callable[[int], int] = int) -> str:
-    """Say why json took no record; `place` gives the place in the record of one in what json was given."""
-    match error:
-        case json.JSONDecodeError():
-            reason = error.msg.rstrip(": ").removesuffix(" at").removesuffix(" starting")
-            return f"not JSON: {reason} at character {place(error.pos)}"
-        case RecursionError():
-            return "not JSON that can be read: it is nested too deeply"
-        case _:
-            return f"not JSON that can be read: {error}"  # a number of thousands of digits
-
-
-def unreadable(error: ValueError) -> str:
-    return f"not UTF-8 at byte {error.start} of a cell" if isinstance(error, UnicodeDecodeError) else not_json(error)
-
-
-def from_record(
-    record: Any, place: str, block: Block, config: DataConfig, bad: BadRecords, *, line: str | None = None
-) -> Iterator[Document]:
-    """Yield the document of a record, if it has a source, and a text that UTF-8 can hold.
-
-    `line` is how the record is written, where it is written in one.
-    """
-    messages = None
-    if config.style is not Style.text:
+        Its split is the item's, or decided by the hash of the text (of `split_key`, where files stay together), so that
+        a document stays where it is when others are added.
+        """
+        config = self.config
+        if not text or text.isspace():
+            self.left_out.empty += 1
+            return None
         try:
-            messages = messages_of(record, config.style.value, config.messages_key)
-        except ValueError as error:
-            bad.add(place, str(error))
-            return
-    if config.raw_json:
+            raw = text.encode()
+        except UnicodeEncodeError:
+            return self.left_out.bad(place, "the text holds half a surrogate pair")
+        if len(raw) > self.most_bytes:
+            return self.too_large(place)
+        digest = xxhash.xxh3_64_intdigest(raw, seed=config.valid_seed)
+        split = self.item.split
+        if split is None:
+            key = digest if split_key is None else xxhash.xxh3_64_intdigest(split_key.encode(), seed=config.valid_seed)
+            split = "valid" if not config.valid_input and key < config.valid_fraction * 2**64 else "train"
+        return Document(text, source or self.item.source, split, place, digest, len(raw), messages)
+
+    def from_bytes(self, raw: bytes, place: str, *, strip: bool = False) -> Document | None:
+        """Return the document that a whole file, or a line of plain text, is."""
         try:
-            text: Any = json.dumps(record) if line is None else line
-        except TypeError as error:  # of Parquet: bytes, dates
-            bad.add(place, f"cannot be written as JSON, as data.raw_json asks: {error}")
-            return
-    else:
-        text = lookup(record, config.text_key) if messages is None else json.dumps(messages, ensure_ascii=False)
-    if not isinstance(text, str):
-        bad.add(place, f"data.text_key ({config.text_key}) {not_there(record, config.text_key, 'a string')}")
-        return
-    named = (lookup(record, config.source_key) if config.source_key else None) or None
-    if named is not None and (isinstance(named, dict | list) or len(str(named)) > SOURCE_CHARS):
-        bad.add(place, f"data.source_key ({config.source_key}) is no name of at most {SOURCE_CHARS} characters in it")
-        return
-    try:
-        _ = text.isascii() or text.encode()
-    except UnicodeEncodeError:
-        bad.add(place, HALF_A_PAIR)
-        return
-    source = block.source if named is None else source_name(str(named))
-    yield Document(text, source, place, split=block.split, messages=messages)
+            text = raw.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            return self.left_out.bad(place, f"not UTF-8 at byte {error.start}")
+        return self.from_text(text.strip() if strip else text, place)
+
+    def from_line(self, line: bytes, place: str) -> Document | None:
+        """Return the document of a line of JSON."""
+        if self.config.raw_json and not self.config.source_key:
+            return self.from_bytes(line, place)
+        try:
+            text = line.decode("utf-8-sig")
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            return self.left_out.bad(place, f"not JSON: {error}")
+        return self.from_record(record, place, line=text)
+
+    def from_record(self, record: Any, place: str, *, line: str | None = None) -> Document | None:
+        """Return the document of a record; `line` is its JSON as it was written, if it was."""
+        config, messages = self.config, None
+        try:
+            if isinstance(record, ValueError):  # of a row that cannot be read
+                raise record
+            if config.style is not Style.text:
+                messages = messages_of(record, config.style.value, config.messages_key)
+                text: Any = json.dumps(messages, ensure_ascii=False)
+            elif config.raw_json:
+                text = json.dumps(record) if line is None else line
+            else:
+                text = lookup(record, config.text_key)
+        except (ValueError, TypeError) as error:  # no messages, or what JSON cannot hold, such as Parquet's dates
+            return self.left_out.bad(place, str(error))
+        if not isinstance(text, str):
+            reason = describe_missing(record, "data.text_key", config.text_key, "a string")
+            return self.left_out.bad(place, reason)
+        source = (lookup(record, config.source_key) if config.source_key else None) or None
+        if isinstance(source, dict | list) or len(str(source)) > MOST_SOURCE_CHARS:
+            reason = f"data.source_key ({config.source_key}) must be a name of {MOST_SOURCE_CHARS} characters"
+            return self.left_out.bad(place, reason)
+        return self.from_text(
+            text, place, source=None if source is None else source_name(str(source)), messages=messages
+        )

@@ -1,217 +1,130 @@
-"""What there is to read: files, addresses of object stores, datasets, each with its source."""
+"""What a corpus is made of: files, addresses of object stores, datasets, each with its source."""
 
 import glob
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import xxhash
+from corpus.builtin import builtin_files
+from corpus.compression import COMPRESSED, split_suffix
+from corpus.config import CorpusConfig, DataError, Source, SplitBy, cause_of
 
-from corpus.compression import PACKED, kind_of, open_raw
-from corpus.config import DataError, OnBadRecord, Source, SplitBy, cause_of
-from data.config import DataConfig
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
-PLACES_TOLD = 10
-SUFFIXES_TOLD = 5
-
-
-@dataclass(slots=True)
-class BadRecords:
-    """What could not be read: the first stops everything, or all are counted and ten are told."""
-
-    policy: OnBadRecord
-    count: int = 0
-    empty: int = 0
-    places: list[str] = field(default_factory=list)
-    passed_over: Counter[str] = field(default_factory=Counter)  # files that are of no known kind, by suffix
-
-    def add(self, place: str, reason: str) -> None:
-        if self.policy is OnBadRecord.error:
-            raise DataError(f"{place}: {reason}; mend it, or leave such records out by data.on_bad_record=skip")
-        self.count += 1
-        if len(self.places) < PLACES_TOLD:
-            self.places.append(f"{place}: {reason}")
-
-    def clear(self) -> None:
-        self.count, self.empty, self.places = 0, 0, []
-
-    def as_json(self) -> dict[str, Any]:
-        return {"count": self.count, "empty": self.empty, "places": self.places}
-
-    def merge(self, other: "BadRecords") -> None:
-        self.count += other.count
-        self.empty += other.empty
-        self.places += other.places[: PLACES_TOLD - len(self.places)]
-
-    def passed_over_line(self) -> str:
-        """Say which files are of no known kind; nothing if there are none."""
-        if not self.passed_over:
-            return ""
-        by_number = sorted(self.passed_over.items(), key=lambda each: (-each[1], each[0]))
-        told = [f"{count} {suffix or 'without a suffix'}" for suffix, count in by_number[:SUFFIXES_TOLD]]
-        more = ["..."] if len(by_number) > SUFFIXES_TOLD else []
-        n = self.passed_over.total()
-        return f"{n} file{'s were' if n > 1 else ' was'} passed over: {', '.join([*told, *more])}"
+MOST_SUFFIXES = 5
 
 
 @dataclass(slots=True)
 class Item:
-    """What is read from its beginning to its end: a file, or a dataset."""
+    """A file or a dataset, with the split of all that is in it if that is decided."""
 
     path: str
     source: str
     split: str | None = None
     size: int = 0
-    dataset: Any = None
+    dataset: "Dataset | IterableDataset | None" = None
 
 
 def source_name(name: str) -> str:
-    """Make a name that is safe as a file's: `Wikipedia (en)` becomes `wikipedia_en`."""
+    """Return a name that is safe in a file's: `Wikipedia (en)` becomes `wikipedia_en`."""
     return re.sub(r"[^a-z0-9.+-]+", "_", name.lower()).strip("_.") or "unnamed"
 
 
-def items(config: DataConfig, bad: BadRecords, *, known: Container[str] = ()) -> list[Item]:
-    """List what a corpus is made of, in order; what is held out whole comes first.
-
-    Of files with the same bytes one is kept: one that is `known`, which is in the corpus already, or the first.
-    """
+def list_items(config: CorpusConfig, ignored: Counter[str] | None = None) -> list[Item]:
+    """List what a corpus is made of, validation first; counts files of other formats in `ignored`, by suffix."""
     match config.source:
         case Source.builtin:
-            return [Item("the standard library", "code")]
+            return [Item(path, "code", size=size) for path, size in builtin_files()]
         case Source.huggingface:
-            return _dataset_items(config)
+            return _load_dataset(config)
         case _:
-            found = [*_local_items(config, bad.passed_over)]
-            copies = _copies(sorted(found, key=lambda item: item.path not in known), bad)
-            return [item for item in found if id(item) not in copies]
+            return list(_local_items(config, Counter() if ignored is None else ignored))
 
 
-def _local_items(config: DataConfig, passed_over: Counter[str]) -> Iterator[Item]:
-    def files(pattern: str, key: str) -> list[Item]:
-        return local_files(pattern, source_name(config.name), key, passed_over)
-
+def _local_items(config: CorpusConfig, ignored: Counter[str]) -> Iterator[Item]:
+    name = source_name(config.name)
     if config.valid_input is not None:
-        yield from (replace(item, split="valid") for item in files(config.valid_input, "data.valid_input"))
+        found = list_files(config.valid_input, name, "data.valid_input", ignored)
+        yield from (replace(item, split="valid") for item in found)
     if config.input is not None:
-        found = files(config.input, "data.input")
+        found = list_files(config.input, name, "data.input", ignored)
     else:
-        parts = config.sources.items()
-        found = [replace(i, source=source_name(k)) for k, v in parts for i in files(v, f"data.sources.{k}")]
+        named = config.sources.items()
+        found = [
+            replace(item, source=source_name(key))
+            for key, pattern in named
+            for item in list_files(pattern, name, f"data.sources.{key}", ignored)
+        ]
     yield from (replace(item, split="train") for item in found) if config.valid_input else found
 
 
-def refuse_no_files(config: DataConfig) -> None:
-    """Raise `DataError` if a corpus is still to be made, of files, and there are none."""
+def check_inputs(config: CorpusConfig) -> None:
+    """Raise `DataError` if a corpus is still to be made of files and there are none."""
     if config.source is Source.local and not (Path(config.path) / "corpus.json").exists():
-        for _ in _local_items(config, Counter()):
-            pass
+        list_items(config)
 
 
-def local_files(pattern: str, name: str, key: str, passed_over: Counter[str]) -> list[Item]:
-    """List the readable files of a path, a folder, a glob or an fsspec address; a sub-folder names the source.
+def list_files(pattern: str, name: str, key: str, ignored: Counter[str]) -> list[Item]:
+    """List the readable files of a path, folder, glob or fsspec address, without a folder's hidden ones.
 
-    Counts the others in `passed_over`, but for those of a folder that are hidden.
+    The first sub-folder below the folder, or below a glob's first wildcard, names the source; `name` is the others'.
     """
-    if "://" in pattern:
-        root, paths = _remote_files(pattern, key)
-    else:
-        base = Path(pattern).absolute()  # so that files are known again from another working directory
-        in_folder = (path for path in base.rglob("*") if not _is_hidden(str(path.relative_to(base))))
-        found = in_folder if base.is_dir() else map(Path, glob.glob(str(base), recursive=True))
-        paths = {str(path): path.stat().st_size for path in found if path.is_file()}
-        # of a glob, sources are the folders under what comes before its first wildcard
-        root = str(base if base.is_dir() else Path(*_before_wildcard(base.parts)))
-    files = []
-    for path in sorted(paths):
-        if kind_of(path) not in SUFFIXES:
-            passed_over[kind_of(path)] += 1
-            continue
-        folders = Path(path.removeprefix(root).lstrip("/")).parts[:-1] if path.startswith(root) else ()
-        files.append(Item(path, source_name(folders[0]) if folders else name, size=paths[path]))
-    if not files:
-        raise DataError(
-            f"{key} ({pattern}) names no file that can be read: it takes {', '.join(SUFFIXES)}, "
-            f"each plain or {', '.join(PACKED)}"
-        )
-    return files
-
-
-def _is_hidden(path: str) -> bool:
-    return any(part.startswith(".") for part in Path(path).parts)
-
-
-def _before_wildcard(parts: tuple[str, ...]) -> Iterator[str]:
-    for part in parts[:-1]:
-        if glob.has_magic(part):
-            return
-        yield part
-
-
-def _remote_files(address: str, key: str) -> tuple[str, dict[str, int]]:
-    """List the files of an address such as s3://bucket/texts/*.jsonl.zst, with their sizes."""
     import fsspec
 
     try:
-        system, path = fsspec.core.url_to_fs(address)
+        system, path = fsspec.core.url_to_fs(pattern)  # of a path on this machine: absolute
         if glob.has_magic(path):
-            found = system.glob(path, detail=True)
-            root = str(Path(*_before_wildcard(Path(path).parts)))
+            found, folders = system.glob(path, detail=True), list(takewhile(_is_plain, path.split("/")))
+        elif system.isdir(path):
+            found, folders = system.find(path, detail=True), path.split("/")
+            found = {place: about for place, about in found.items() if "/." not in place.removeprefix(path)}
         else:
-            in_folder = system.find(path, detail=True) if system.isdir(path) else {}
-            found = {k: v for k, v in in_folder.items() if not _is_hidden(k.removeprefix(path).lstrip("/"))}
-            found = found if system.isdir(path) else {path: system.info(path)}
-            root = path if system.isdir(path) else path.rpartition("/")[0]
+            found, folders = {path: system.info(path)}, path.split("/")[:-1]
     except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"{key} ({address}) cannot be listed: {error}") from None
-    sizes = {name: int(info.get("size") or 0) for name, info in found.items() if info["type"] == "file"}
-    return system.unstrip_protocol(root), {system.unstrip_protocol(name): size for name, size in sizes.items()}
+        raise DataError(f"{key} ({pattern}) cannot be listed: {error}") from None
+    items = []
+    for path in sorted(path for path, about in found.items() if about["type"] == "file" or _is_link(path, about)):
+        kind, _ = split_suffix(path)
+        if kind in SUFFIXES:
+            below = path.split("/")[len(folders) : -1]
+            place = system.unstrip_protocol(path) if "://" in pattern else path
+            items.append(Item(place, source_name(below[0]) if below else name, size=found[path]["size"] or 0))
+        else:
+            ignored[kind] += 1
+    if not items:
+        raise DataError(
+            f"{key} ({pattern}) has no readable file; formats are {' '.join(SUFFIXES)}, plain or {' '.join(COMPRESSED)}"
+        )
+    return items
 
 
-def _copies(found: list[Item], bad: BadRecords) -> set[int]:
-    """Give the ids of items that have the bytes of an earlier one; few files are read for it."""
-    groups = [[item for item in found if item.size]]
-    for key in (_size, _head, _digest):
-        groups = [alike for group in groups for alike in _alike(group, key)]
-    for first, *others in groups:
-        for item in others:
-            if item.path != first.path:
-                bad.add(item.path, f"has the same bytes as {first.path}")
-            else:
-                bad.add(item.path, "is in data.valid_input as well" if first.split == "valid" else "is named twice")
-    return {id(item) for _, *others in groups for item in others}
+def _is_link(path: str, about: dict[str, Any]) -> bool:
+    """Return whether a path is a symbolic link to a file, as in caches of Hugging Face's; fsspec calls it `other`."""
+    return bool(about.get("islink")) and Path(path).is_file()
 
 
-def _alike(found: list[Item], key: Callable[[Item], Any]) -> list[list[Item]]:
-    """Give the items that share a key with others."""
-    groups: dict[Any, list[Item]] = {}
-    for item in found:
-        groups.setdefault(key(item), []).append(item)
-    return [group for group in groups.values() if len(group) > 1]
+def _is_plain(part: str) -> bool:
+    return not glob.has_magic(part)
 
 
-def _size(item: Item) -> int:
-    return item.size
+def describe_ignored(ignored: Counter[str]) -> str:
+    """Return a line about the files that are of no readable format, or an empty string."""
+    if not ignored:
+        return ""
+    by_number = sorted(ignored.items(), key=lambda each: (-each[1], each[0]))
+    named = [f"{count} {suffix or 'without a suffix'}" for suffix, count in by_number[:MOST_SUFFIXES]]
+    more = ["..."] if len(by_number) > MOST_SUFFIXES else []
+    return f"files of other formats were ignored: {', '.join([*named, *more])}"
 
 
-def _head(item: Item) -> bytes:
-    with open_raw(item.path) as file:
-        return file.read(1 << 12)
-
-
-def _digest(item: Item) -> bytes:
-    digest = xxhash.xxh3_128()
-    with open_raw(item.path) as file:
-        while raw := file.read(1 << 20):
-            digest.update(raw)
-    return digest.digest()
-
-
-def _dataset_items(config: DataConfig) -> list[Item]:
-    """Load a dataset: whole, or by rows as `train_test_split(valid_fraction, seed=valid_seed)` splits it."""
+def _load_dataset(config: CorpusConfig) -> list[Item]:
+    """Load a dataset: whole, or in the two parts of `train_test_split(valid_fraction, seed=valid_seed)`."""
     import datasets
     from datasets.exceptions import DatasetsError
 

@@ -15,14 +15,15 @@ import zstandard
 
 from corpus.config import Source, TokenizerConfig
 from corpus.documents import Document
-from corpus.inputs import BadRecords
+from corpus.inputs import list_items
+from corpus.left_out import LeftOut
 from corpus.prepare import prepare
-from corpus.texts import all_documents
+from corpus.readers import read_documents
 from data.config import DataConfig
 from data.shards import Shard
 from data.tokenizer import Tokenizer
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 
 RECORDS = [
     {"text": f"Document {i}: {'word ' * (i % 7)}\n", "meta": {"set": "Wikipedia (en)" if i % 3 else "C++"}}
@@ -43,7 +44,11 @@ def lines(records: list[dict]) -> bytes:
 
 
 def read(config: DataConfig) -> list[Document]:
-    return list(all_documents(config, BadRecords(config.on_bad_record)))
+    return read_with(config, LeftOut(config.on_bad_record))
+
+
+def read_with(config: DataConfig, left_out: LeftOut) -> list[Document]:
+    return list(read_documents(list_items(config), config, left_out))
 
 
 def parquet(records: list[dict]) -> bytes:
@@ -59,11 +64,11 @@ PACKED = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress, ".xz": lz
 
 def made(config: DataConfig, tokenizer: Tokenizer, workers: int = 1, **changes: object) -> Any:
     settings = TokenizerConfig(model=str(tokenizer.path), vocab_size=1200)
-    return prepare(config, settings, workers=workers, on_progress=lambda counts: None, **changes)[0]  # type: ignore[arg-type]
+    return prepare(config, settings, workers=workers, progress=lambda *added: None, **changes)  # type: ignore[arg-type]
 
 
 def contents(folder: str | Path) -> dict[str, bytes]:
-    """Give all that a corpus holds but the description of where it was made."""
+    """Return every file of a corpus, without what corpus.json says of where it was made."""
     root = Path(folder)
     files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
     files["corpus.json"] = json.dumps(json.loads(files["corpus.json"])["splits"]).encode()

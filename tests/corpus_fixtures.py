@@ -1,4 +1,4 @@
-"""A small tokenizer, trained once."""
+"""A small tokenizer, trained once, and a small corpus to be made."""
 
 import os
 from collections.abc import Iterator
@@ -34,6 +34,8 @@ def config(tmp_path: Path) -> Iterator[DataConfig]:
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("corpus.read.BLOCK_BYTES", 100)
-    monkeypatch.setattr("data.shards.SHARD_BYTES", 400)
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units, batches and shards of a few records."""
+    monkeypatch.setattr("corpus.units.LEAST_UNIT_BYTES", 300)
+    monkeypatch.setattr("corpus.units.BATCH_BYTES", 100)
+    monkeypatch.setattr("corpus.merge.SHARD_BYTES", 400)

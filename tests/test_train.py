@@ -185,7 +185,7 @@ def test_changed_data_is_refused(run_dir: Path, corpus_dir: Path, tmp_path: Path
     shutil.copytree(run_dir, folder)
     shutil.copytree(corpus_dir, tmp_path / "tokens")
     for name in ("bin", "idx", "json"):
-        file = f"code-00000-00000.{name}"
+        file = f"code-00000.{name}"
         shutil.copyfile(corpus_dir / "valid" / file, tmp_path / "tokens" / "train" / file)
     with pytest.raises(CheckpointError, match="data.fingerprint"):
         trained(folder, *small, f"data.path={tmp_path / 'tokens'}")

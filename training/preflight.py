@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conf.schema import ExportConfig, GenerateConfig, PrepareConfig, TrainConfig, to_plain
 from corpus.config import DataError, Source
-from corpus.inputs import refuse_no_files
+from corpus.inputs import check_inputs
 from data.config import check_tokenizer
 from data.manifest import check_exists, check_fits
 from launch.config import Where
@@ -63,7 +63,7 @@ def check_run(config: TrainConfig | PrepareConfig, run_dir: Path, settings: str 
     """
     here = config.launcher.where is Where.local
     if isinstance(config, PrepareConfig):
-        _ = here and refuse_no_files(config.data)
+        _ = here and check_inputs(config.data)
         return []
     inputs = list(_inputs(config, run_dir, settings))
     if here:

@@ -1,4 +1,4 @@
-"""Conversations become the ids of their text, and only what the assistant says is learnt."""
+"""Conversations become the ids of their text, and only what the assistant says is trained on."""
 
 import json
 import os
@@ -71,32 +71,32 @@ def either(request: pytest.FixtureRequest, pieces: Tokenizer, fast: Tokenizer) -
     return pieces if request.param == "sentencepiece" else fast
 
 
-def learnt_texts(tokenizer: Tokenizer, ids: np.ndarray, learnt: np.ndarray) -> list[str]:
-    """Decode each run of learnt ids."""
-    runs = np.split(ids, np.flatnonzero(np.diff(learnt)) + 1)
-    return [tokenizer.decode(run.tolist()) for run in runs[not learnt[0] :: 2]]
+def answers(tokenizer: Tokenizer, ids: np.ndarray, mask: np.ndarray) -> list[str]:
+    """Decode each run of ids in the mask."""
+    runs = np.split(ids, np.flatnonzero(np.diff(mask)) + 1)
+    return [tokenizer.decode(run.tolist()) for run in runs[not mask[0] :: 2]]
 
 
-def test_the_internlm_form_is_exactly_its_text_and_only_answers_are_learnt(either: Tokenizer) -> None:
-    ids, learnt = ChatEncoder(TEMPLATES["internlm"], either).encode(TURNS)
-    assert ids.dtype == np.uint32 and learnt.dtype == bool and ids.shape == learnt.shape
+def test_internlm_template_masks_all_but_answers(either: Tokenizer) -> None:
+    ids, mask = ChatEncoder(TEMPLATES["internlm"], either).encode(TURNS)
+    assert ids.dtype == np.uint32 and mask.dtype == bool and ids.shape == mask.shape
     assert either.decode(ids.tolist()) == INTERNLM_TEXT
-    assert learnt_texts(either, ids, learnt) == ["It is 42.<eoa>\n", "Naïve café.\n\n    indented<eoa>\n"]
+    assert answers(either, ids, mask) == ["It is 42.<eoa>\n", "Naïve café.\n\n    indented<eoa>\n"]
     eoh, eoa = (special_ids(either)[name] for name in ("<eoh>", "<eoa>"))
     assert (eoh, eoa) == (1200, 1201)
-    assert (ids == eoh).sum() == 3 and not learnt[ids == eoh].any()
-    assert (ids == eoa).sum() == 2 and learnt[ids == eoa].all()
+    assert (ids == eoh).sum() == 3 and not mask[ids == eoh].any()
+    assert (ids == eoa).sum() == 2 and mask[ids == eoa].all()
 
 
-def test_chatml_is_exactly_its_text_and_only_answers_are_learnt(either: Tokenizer) -> None:
-    ids, learnt = ChatEncoder(TEMPLATES["chatml"], either).encode(TURNS)
+def test_chatml_masks_all_but_answers(either: Tokenizer) -> None:
+    ids, mask = ChatEncoder(TEMPLATES["chatml"], either).encode(TURNS)
     text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in TURNS)
     assert either.decode(ids.tolist()) == text
-    assert learnt_texts(either, ids, learnt) == ["It is 42.<|im_end|>\n", "Naïve café.\n\n    indented<|im_end|>\n"]
+    assert answers(either, ids, mask) == ["It is 42.<|im_end|>\n", "Naïve café.\n\n    indented<|im_end|>\n"]
     assert (ids == special_ids(either)["<|im_start|>"]).sum() == 5
 
 
-def test_both_kinds_of_tokenizer_give_the_same(pieces: Tokenizer, fast: Tokenizer) -> None:
+def test_both_kinds_of_tokenizer_agree(pieces: Tokenizer, fast: Tokenizer) -> None:
     turns = [TURNS[1], {"role": "assistant", "content": "a </s> b <eoa> c"}]
     for template in (*TEMPLATES.values(), INST):
         for one, other in zip(*(ChatEncoder(template, each).encode(turns) for each in (pieces, fast)), strict=True):
@@ -104,13 +104,13 @@ def test_both_kinds_of_tokenizer_give_the_same(pieces: Tokenizer, fast: Tokenize
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_template_without_generation_markers_gives_the_same_mask(either: Tokenizer, name: str) -> None:
+def test_template_without_generation_markers_has_the_same_mask(either: Tokenizer, name: str) -> None:
     template = unmarked(TEMPLATES[name])
     assert "generation %}" not in template
     for turns in (TURNS, TURNS[1:], TURNS[:3], [*TURNS, TURNS[4]]):
-        ids, learnt = ChatEncoder(template, either).encode(turns)
-        ids_marked, learnt_marked = ChatEncoder(TEMPLATES[name], either).encode(turns)
-        assert ids.tolist() == ids_marked.tolist() and learnt.tolist() == learnt_marked.tolist()
+        ids, mask = ChatEncoder(template, either).encode(turns)
+        ids_marked, mask_marked = ChatEncoder(TEMPLATES[name], either).encode(turns)
+        assert ids.tolist() == ids_marked.tolist() and mask.tolist() == mask_marked.tolist()
 
 
 @given(TEXT, TEXT, TEXT)
@@ -124,58 +124,56 @@ def test_ids_and_mask_are_those_of_transformers(pieces: Tokenizer, fast: Tokeniz
         turns, chat_template=TEMPLATES["chatml"], return_assistant_tokens_mask=True, return_dict=True
     )
     for tokenizer in (pieces, fast):
-        ids, learnt = ChatEncoder(TEMPLATES["chatml"], tokenizer).encode(turns)
+        ids, mask = ChatEncoder(TEMPLATES["chatml"], tokenizer).encode(turns)
         assert ids.tolist() == theirs["input_ids"]
-        assert learnt.astype(int).tolist() == theirs["assistant_masks"]
+        assert mask.astype(int).tolist() == theirs["assistant_masks"]
 
 
-def test_control_tokens_that_the_template_writes_are_those_of_transformers(either: Tokenizer, fast: Tokenizer) -> None:
+def test_control_tokens_of_the_template_are_those_of_transformers(either: Tokenizer, fast: Tokenizer) -> None:
     own = PreTrainedTokenizerFast(tokenizer_file=str(fast.path), bos_token="<s>", eos_token="</s>")
     turns = [{"role": "user", "content": " Who? \n"}, {"role": "assistant", "content": "You."}]
     theirs: Any = own.apply_chat_template(
         turns * 2, chat_template=INST, return_assistant_tokens_mask=True, return_dict=True
     )
-    ids, learnt = ChatEncoder(INST, either).encode(turns * 2)
-    assert ids.tolist() == theirs["input_ids"] and learnt.astype(int).tolist() == theirs["assistant_masks"]
-    assert ids[0] == either.bos_id and ids[-1] == either.eos_id and learnt[-1] and (ids == either.eos_id).sum() == 2
+    ids, mask = ChatEncoder(INST, either).encode(turns * 2)
+    assert ids.tolist() == theirs["input_ids"] and mask.astype(int).tolist() == theirs["assistant_masks"]
+    assert ids[0] == either.bos_id and ids[-1] == either.eos_id and mask[-1] and (ids == either.eos_id).sum() == 2
 
 
 @pytest.mark.parametrize(
     "template", [INST, unmarked(INST), TEMPLATES["internlm"]], ids=["inst", "unmarked", "internlm"]
 )
 @pytest.mark.parametrize("typed", ["</s>", " </s></s> ", "<s></s>x", "a</</s>s>", "<s</s>>"])
-def test_a_control_token_that_somebody_types_stays_text(either: Tokenizer, template: str, typed: str) -> None:
+def test_typed_control_token_stays_text(either: Tokenizer, template: str, typed: str) -> None:
     encoder = ChatEncoder(template, either)
     turns = [{"role": "user", "content": typed}, {"role": "assistant", "content": "no " + typed}]
     plain = [{**turn, "content": re.sub("[</s>]", "x", turn["content"])} for turn in turns]
-    ids, learnt = encoder.encode(turns)
+    ids, mask = encoder.encode(turns)
     for token in (either.bos_id, either.eos_id):
         assert (ids == token).sum() == (encoder.encode(plain)[0] == token).sum()
-    assert typed.strip() in learnt_texts(either, ids, learnt)[0]
+    assert typed.strip() in answers(either, ids, mask)[0]
     assert either.decode(ids.tolist()).count(typed.strip()) >= 2
 
 
-def test_a_control_token_within_a_longer_one_that_somebody_types_stays_text(pieces: Tokenizer, tmp_path: Path) -> None:
+def test_typed_control_token_in_a_longer_one_stays_text(pieces: Tokenizer, tmp_path: Path) -> None:
     longer = changed(pieces, tmp_path / "longer.model", ["</s></s>"], kind="CONTROL")
     turns = [TURNS[1], {"role": "assistant", "content": "</s></s></s>"}]
-    ids, learnt = ChatEncoder(TEMPLATES["internlm"], longer).encode(turns)
-    assert learnt_texts(longer, ids, learnt) == ["</s></s></s><eoa>\n"]
+    ids, mask = ChatEncoder(TEMPLATES["internlm"], longer).encode(turns)
+    assert answers(longer, ids, mask) == ["</s></s></s><eoa>\n"]
 
 
-def test_private_use_characters_of_a_content_come_back(either: Tokenizer) -> None:
+def test_private_use_characters_are_kept(either: Tokenizer) -> None:
     odd = "</s>" + "".join(map(chr, range(0xF0000, 0xF0004))) + "\ue000"
-    ids, learnt = ChatEncoder(TEMPLATES["chatml"], either).encode([TURNS[1], {"role": "assistant", "content": odd}])
-    assert learnt_texts(either, ids, learnt) == [odd + "<|im_end|>\n"]
+    ids, mask = ChatEncoder(TEMPLATES["chatml"], either).encode([TURNS[1], {"role": "assistant", "content": odd}])
+    assert answers(either, ids, mask) == [odd + "<|im_end|>\n"]
 
 
-def test_a_tokenizer_that_puts_a_blank_before_a_text_puts_one_before_the_first_only(
-    tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_dummy_prefix_is_put_before_the_first_text_only(tokenizer: Tokenizer, tmp_path: Path) -> None:
     blank = changed(tokenizer, tmp_path / "blank.model", SYMBOLS, add_dummy_prefix=True)
     assert blank.encode("It") != tokenizer.encode("It")
-    ids, learnt = ChatEncoder(TEMPLATES["internlm"], blank).encode(TURNS)
+    ids, mask = ChatEncoder(TEMPLATES["internlm"], blank).encode(TURNS)
     assert blank.encode(INTERNLM_TEXT) == ids.tolist()
-    assert learnt.sum() == len(tokenizer.encode("It is 42.Naïve café.\n\n    indented\n\n")) + 2
+    assert mask.sum() == len(tokenizer.encode("It is 42.Naïve café.\n\n    indented\n\n")) + 2
 
 
 @pytest.mark.parametrize(
@@ -187,35 +185,29 @@ def test_a_tokenizer_that_puts_a_blank_before_a_text_puts_one_before_the_first_o
         "{{ messages | length }} {% for m in messages %}{{ m['content'] }}\n{% endfor %}",
     ],
 )
-def test_a_template_whose_answers_cannot_be_found_is_refused(pieces: Tokenizer, template: str) -> None:
-    with pytest.raises(DataError, match=r"answers cannot be found; add \{% generation %\}"):
+def test_template_whose_answers_cannot_be_found_is_an_error(pieces: Tokenizer, template: str) -> None:
+    with pytest.raises(DataError, match="data.chat_template: answers cannot be found"):
         ChatEncoder(template, pieces).encode(TURNS)
 
 
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("{{ raise_exception('roles must alternate') }}", "the chat template refuses it: roles must alternate"),
-        ("{{ 1 + messages[0]['content'] }}", "the chat template refuses it: unsupported operand .*"),
-        ("{{ messages[0]['content'] }}{% generation %}{% endgeneration %}", "the chat template marks no answer in it"),
+        ("{{ raise_exception('roles must alternate') }}", "the chat template rejects it: roles must alternate"),
+        ("{{ 1 + messages[0]['content'] }}", "the chat template rejects it: unsupported operand .*"),
+        ("{{ messages[0]['content'] }}{% generation %}{% endgeneration %}", "the chat template marks no answer"),
     ],
 )
-def test_a_conversation_that_the_template_cannot_take_gives_its_reason(
-    pieces: Tokenizer, template: str, reason: str
-) -> None:
+def test_conversation_that_the_template_rejects_has_its_reason(pieces: Tokenizer, template: str, reason: str) -> None:
     with pytest.raises(ValueError, match=f"^{reason}$"):
         ChatEncoder(template, pieces).encode(TURNS)
 
 
-def test_a_tokenizer_without_the_tokens_of_a_built_in_template_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(DataError) as told:
+def test_tokenizer_without_the_template_tokens_is_an_error(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data.chat_template \(internlm\) writes <eoh> and <eoa>"):
         ChatEncoder(TEMPLATES["internlm"], tokenizer)
-    assert str(told.value) == (
-        f"data.chat_template (internlm) writes <eoh> and <eoa>, no special token of {tokenizer.path.name}; "
-        "choose another data.chat_template, or a tokenizer that has it"
-    )
     half = changed(tokenizer, tmp_path / "half.model", ["<|im_start|>"])
-    with pytest.raises(DataError, match=r"\(chatml\) writes <\|im_end\|>, no special token of"):
+    with pytest.raises(DataError, match=r"\(chatml\) writes <\|im_end\|>,"):
         ChatEncoder(TEMPLATES["chatml"], half)
 
 
@@ -224,7 +216,7 @@ def test_special_tokens_are_found_by_name(either: Tokenizer) -> None:
     assert special_ids(either) == named
 
 
-def test_a_template_is_read_by_name_or_from_where_a_model_keeps_it(tmp_path: Path) -> None:
+def test_template_is_read_by_name_or_from_a_model(tmp_path: Path) -> None:
     assert read_template("chatml") == TEMPLATES["chatml"]
     (tmp_path / "my.jinja").write_text("{{ 'jinja' }}")
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "listed"}]
@@ -242,15 +234,15 @@ def test_a_template_is_read_by_name_or_from_where_a_model_keeps_it(tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("vicuna", r"is neither built in \(internlm, chatml\) nor a \.jinja file, nor a tokenizer_config"),
-        ("missing.jinja", "is neither built in"),
-        ("", "is neither built in"),
-        ("none.json", "is neither built in"),
+        ("vicuna", "has no template; name one of internlm, chatml"),
+        ("missing.jinja", "has no template"),
+        ("", "has no template"),
+        ("none.json", "has no template"),
         ("bad.json", "cannot be read: "),
         ("bad.jinja", "is not a Jinja template: line 2: "),
     ],
 )
-def test_what_is_no_template_is_told(tmp_path: Path, name: str, sentence: str) -> None:
+def test_no_template_is_an_error(tmp_path: Path, name: str, sentence: str) -> None:
     (tmp_path / "none.json").write_text('{"bos_token": "<s>"}')
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "bad.jinja").write_text("ok\n{% for m in %}")
@@ -262,7 +254,7 @@ def two(question: str, answer: str) -> Messages:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def test_records_of_each_style_become_the_same_messages() -> None:
+def test_records_of_each_style_become_messages() -> None:
     assert messages_of({"instruction": "Add.", "input": "1 2", "output": "3"}, "alpaca", "messages") == two(
         "Add.\n1 2", "3"
     )
@@ -281,35 +273,35 @@ def test_records_of_each_style_become_the_same_messages() -> None:
 @pytest.mark.parametrize(
     ("record", "style", "reason"),
     [
-        ({"texts": []}, "chat", "data.messages_key (messages) is missing in it; it has texts"),
-        ([], "chat", "data.messages_key (messages) is missing in it; it has list"),
-        ({"messages": "hello"}, "chat", "data.messages_key (messages) is a string in it, not a list"),
-        ({"messages": []}, "chat", "data.messages_key (messages) is an empty list in it"),
-        ({"messages": ["hello"]}, "chat", "role is missing or not a string; there is str"),
-        ({"messages": [{"content": "a"}]}, "chat", "role is missing or not a string; there is content"),
-        ({"messages": [{"role": "user", "content": None}]}, "chat", "content is missing or not a string; there is role, content"),
-        ({"messages": [{"from": "gpt", "content": "a"}]}, "chat", "value is missing or not a string; there is from, content"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "chat", "'tool' is not a role; there are system, user, assistant, human, gpt"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "chat", "content holds half a surrogate pair, which is no character"),
-        ({"messages": TURNS[:2]}, "chat", "the assistant says nothing"),
-        ({"messages": two("a", " \n")}, "chat", "the assistant says nothing"),
-        ({"instruction": "a"}, "alpaca", "output is missing or not a string; there is instruction"),
-        ({"instruction": 3, "output": "b"}, "alpaca", "instruction is missing or not a string; there is instruction, output"),
-        ({"instruction": "a", "input": ["b"], "output": "b"}, "alpaca", "input is missing or not a string; there is instruction, input, output"),
-        ({"instruction": "a", "output": ""}, "alpaca", "the assistant says nothing"),
-        ("text", "alpaca", "instruction is missing or not a string; there is str"),
+        ({"texts": []}, "chat", "data.messages_key (messages)"),
+        ([], "chat", "data.messages_key (messages)"),
+        ({"messages": "hello"}, "chat", "data.messages_key (messages)"),
+        ({"messages": []}, "chat", "data.messages_key (messages)"),
+        ({"messages": ["hello"]}, "chat", "role must be a string"),
+        ({"messages": [{"content": "a"}]}, "chat", "role must be a string"),
+        ({"messages": [{"role": "user", "content": None}]}, "chat", "content must be a string"),
+        ({"messages": [{"from": "gpt", "content": "a"}]}, "chat", "value must be a string"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "chat", "unknown role 'tool'"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "chat", "content holds half a surrogate pair"),
+        ({"messages": TURNS[:2]}, "chat", "no message of the assistant"),
+        ({"messages": two("a", " \n")}, "chat", "no message of the assistant"),
+        ({"instruction": "a"}, "alpaca", "output must be a string"),
+        ({"instruction": 3, "output": "b"}, "alpaca", "instruction must be a string"),
+        ({"instruction": "a", "input": ["b"], "output": "b"}, "alpaca", "input must be a string"),
+        ({"instruction": "a", "output": ""}, "alpaca", "no message of the assistant"),
+        ("text", "alpaca", "instruction must be a string"),
     ],
-)  # fmt: skip
-def test_a_bad_record_gives_its_reason(record: Any, style: Any, reason: str) -> None:
-    with pytest.raises(ValueError) as told:
+)
+def test_bad_conversation_has_its_reason(record: Any, style: Any, reason: str) -> None:
+    with pytest.raises(ValueError) as raised:
         messages_of(record, style, "messages")
-    assert str(told.value) == reason
+    assert str(raised.value).startswith(reason)
 
 
 @pytest.mark.skipif("INTERNLM_TOKENIZER" not in os.environ, reason="INTERNLM_TOKENIZER names no V7_sft.model")
 def test_internlms_tokenizer_has_its_tokens_by_name() -> None:
     internlm = load_tokenizer(os.environ["INTERNLM_TOKENIZER"])
     assert [special_ids(internlm)[name] for name in ("<eoh>", "<eoa>")] == [103027, 103028]
-    ids, learnt = ChatEncoder(TEMPLATES["internlm"], internlm).encode(TURNS)
+    ids, mask = ChatEncoder(TEMPLATES["internlm"], internlm).encode(TURNS)
     assert internlm.decode(ids.tolist()) == INTERNLM_TEXT
-    assert learnt_texts(internlm, ids, learnt) == ["It is 42.<eoa>\n", "Naïve café.\n\n    indented<eoa>\n"]
+    assert answers(internlm, ids, mask) == ["It is 42.<eoa>\n", "Naïve café.\n\n    indented<eoa>\n"]

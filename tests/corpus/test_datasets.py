@@ -1,4 +1,4 @@
-"""Hugging Face's datasets, from a folder or as they arrive: their rows, their split, and what is refused."""
+"""Hugging Face's datasets, from a folder or streamed: their rows, their splits, their units."""
 
 import json
 from pathlib import Path
@@ -6,25 +6,26 @@ from typing import Any
 
 import pytest
 
-from corpus import read as reading
+from corpus import readers
 from corpus.config import DataError, OnBadRecord, Source, SplitBy
-from corpus.documents import documents
-from corpus.inputs import BadRecords, items
-from corpus.texts import all_documents
+from corpus.inputs import list_items
+from corpus.units import plan_units
 from data.config import DataConfig
-from tests.corpora import RECORDS, lines, local, read
+from data.tokenizer import Tokenizer
+from tests.corpora import RECORDS, contents, lines, local, made, read
 
 
 @pytest.fixture
 def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(readers, "DATASET_ROWS", 7)
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_bytes(lines(RECORDS))
     return local(tmp_path, "none", source=Source.huggingface, dataset=str(tmp_path / "set"), source_key="meta.set")
 
 
-def test_the_tutorials_dataset_is_split_as_the_tutorial_splits_it(dataset: DataConfig) -> None:
+def test_train_test_split_is_the_tutorials(dataset: DataConfig, tokenizer: Tokenizer, small_units: None) -> None:
     import datasets
 
     dataset.split_by = SplitBy.train_test_split
@@ -32,14 +33,12 @@ def test_the_tutorials_dataset_is_split_as_the_tutorial_splits_it(dataset: DataC
     split = datasets.Dataset.from_list(RECORDS).train_test_split(test_size=0.2, seed=42)
     for part, rows in (("train", split["train"]), ("valid", split["test"])):
         assert [document.text for document in found if document.split == part] == rows["text"][:]
-    assert {document.source for document in found} == {"wikipedia_en", "c++"}
-    dataset.max_documents = 7
-    assert len(read(dataset)) == 7
+    about = made(dataset, tokenizer)
+    counted = {part: sum(its["documents"] for its in its.values()) for part, its in about["splits"].items()}
+    assert counted == {"train": 48, "valid": 12}
 
 
-def test_any_other_dataset_is_split_by_content_whether_or_not_it_streams_and_when_rows_are_added(
-    dataset: DataConfig, tmp_path: Path
-) -> None:
+def test_split_by_hash_is_that_of_any_text(dataset: DataConfig, tmp_path: Path) -> None:
     before = {d.text: d.split for d in read(dataset)}
     assert list(before) == [record["text"] for record in RECORDS] and set(before.values()) == {"train", "valid"}
     dataset.streaming = True
@@ -50,24 +49,21 @@ def test_any_other_dataset_is_split_by_content_whether_or_not_it_streams_and_whe
     assert len(after) == len(before) + 1 and after.items() > before.items()
 
 
-def test_a_row_of_a_dataset_that_is_too_long_to_hold_comes_in_parts(
-    dataset: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_corpus_is_the_same_streamed_or_not_with_any_workers(
+    dataset: DataConfig, tokenizer: Tokenizer, small_units: None
 ) -> None:
-    long = "".join(record["text"] for record in RECORDS)
-    rows = [*RECORDS[:3], {"text": long, "meta": RECORDS[0]["meta"]}, *RECORDS[3:]]
-    (tmp_path / "set" / "train.jsonl").write_bytes(lines(rows))
-    monkeypatch.setattr(reading, "BLOCK_BYTES", 300)
-    monkeypatch.setattr(reading, "TEXT_BYTES", 300)
-    monkeypatch.setattr("corpus.long.LONG_STRING", 100)
-    monkeypatch.setattr("corpus.long.PIECE_CHARS", 200)
-    for dataset.streaming in (False, True):
-        found = read(dataset)
-        parts = [d for d in found if d.digest is not None]
-        assert len(parts) > 3 and "".join(d.text for d in parts) == long and len({d.split for d in parts}) == 1
-        assert parts[0].place.endswith("set[3]") and len(found) == len(RECORDS) + len(parts)
+    assert len(list(plan_units(list_items(dataset), dataset))) > 4
+    found = []
+    for streaming, workers, shards in ((False, 1, 1), (True, 1, 1), (True, 2, 1), (False, 2, 1), (True, 1, 3)):
+        dataset.streaming = streaming
+        dataset.path = f"{dataset.path}+"
+        for shard in range(shards):
+            made(dataset, tokenizer, workers, shards=shards, shard=shard)
+        found.append(contents(dataset.path))
+    assert all(each == found[0] for each in found)
 
 
-def test_what_differs_in_shape_in_a_dataset_is_what_it_is_in_its_file(dataset: DataConfig, tmp_path: Path) -> None:
+def test_records_that_differ_in_shape_are_kept(dataset: DataConfig, tmp_path: Path) -> None:
     metas: list[Any] = [{"set": "a"}, {"set": "b", "more": [1, {"x": "y"}]}, ["no", "key"], None]
     rows = [{"text": f"text {i}", "meta": meta} for i, meta in enumerate(metas)]
     (tmp_path / "set" / "train.jsonl").write_bytes(lines(rows))
@@ -77,32 +73,23 @@ def test_what_differs_in_shape_in_a_dataset_is_what_it_is_in_its_file(dataset: D
     assert [json.loads(d.text) for d in read(dataset)] == rows
 
 
-def test_a_dataset_without_the_column_is_refused_at_once(dataset: DataConfig) -> None:
-    dataset.text_key, dataset.on_bad_record = "content.plain", OnBadRecord.skip
-    with pytest.raises(DataError, match=r"data.dataset \(.*set\) has no column content; it has text, meta"):
-        read(dataset)
+def test_bad_row_is_named(dataset: DataConfig, tokenizer: Tokenizer, tmp_path: Path, small_units: None) -> None:
+    rows = [*RECORDS[:30], {"text": None, "meta": {"set": "x"}}, *RECORDS[30:]]
+    (tmp_path / "set" / "train.jsonl").write_bytes(lines(rows))
+    dataset.on_bad_record = OnBadRecord.skip
+    about = made(dataset, tokenizer)
+    assert about["left_out"]["count"] == 1 and about["left_out"]["places"][0].startswith(f"{tmp_path}/set[30]: ")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_dataset_is_read_on_from_where_it_was(
-    dataset: DataConfig, monkeypatch: pytest.MonkeyPatch, streaming: bool
-) -> None:
-    monkeypatch.setattr(reading, "BLOCK_RECORDS", 7)
+def test_what_cannot_be_loaded_is_named(dataset: DataConfig, tmp_path: Path, streaming: bool) -> None:
     dataset.streaming = streaming
-    bad = BadRecords(OnBadRecord.error)
-    (item,) = items(dataset, bad)
-    later = [d.text for block in reading.blocks(item, dataset, bad, skip=3) for d in documents(block, dataset, bad)]
-    assert later == [record["text"] for record in RECORDS[21:]]
-
-
-def test_what_a_dataset_cannot_be_loaded_for_is_told(dataset: DataConfig, tmp_path: Path) -> None:
+    dataset.text_key = "content.plain"
+    with pytest.raises(DataError, match=r"data.dataset \(.*set\) .*column content"):
+        read(dataset)
     (tmp_path / "set" / "train.jsonl").write_bytes(b'{"text": "x"}\n{"text": 3, broken\n')
-    for dataset.streaming in (False, True):
-        with pytest.raises(DataError, match=r"^data.dataset \(.*set\) cannot be loaded: Expected .* at position 11$"):
-            read(dataset)
-
-
-def test_a_dataset_that_cannot_be_had_is_a_sentence(tmp_path: Path) -> None:
-    config = local(tmp_path, "none", source=Source.huggingface, dataset=str(tmp_path / "nothing"))
+    with pytest.raises(DataError, match=r"data.dataset \(.*set\) cannot be loaded"):
+        read(dataset)
+    dataset.dataset = str(tmp_path / "nothing")
     with pytest.raises(DataError, match=r"data.dataset \(.*nothing\) cannot be loaded"):
-        list(all_documents(config, BadRecords(OnBadRecord.error)))
+        read(dataset)

@@ -2,146 +2,237 @@
 
 import dataclasses
 import gzip
+import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpus import read as reading
-from corpus.config import DataError, TokenizerConfig
-from corpus.documents import Document, digest_of, split_of
+from corpus import merge, units
+from corpus.config import DataError, OnBadRecord, Source, TokenizerConfig
 from corpus.inputs import Item
-from corpus.part import shares
-from corpus.prepare import existing, prepare
+from corpus.left_out import LeftOut
+from corpus.merge import find_duplicates
+from corpus.prepare import is_prepared, prepare
+from corpus.units import plan_units
 from data.config import DataConfig
 from data.dataset import open_corpus
 from data.shards import Shard
 from data.tokenizer import Tokenizer
-from tests.corpora import RECORDS, contents, lines, local, made, texts_of
+from tests.corpora import PACKED, RECORDS, contents, lines, local, made, parquet, read_with, texts_of
 
 
-def test_a_corpus_holds_every_document_whole(config: DataConfig, tokenizer: Tokenizer) -> None:
+def other(config: DataConfig, name: str = "2", **changes: Any) -> DataConfig:
+    return dataclasses.replace(config, path=config.path + name, **changes)
+
+
+def n_documents(about: dict[str, Any], split: str = "") -> int:
+    return sum(its["documents"] for name, found in about["splits"].items() if split in name for its in found.values())
+
+
+def settings_of(tokenizer: Tokenizer) -> TokenizerConfig:
+    return TokenizerConfig(model=str(tokenizer.path), vocab_size=1200)
+
+
+def test_corpus_holds_every_document_whole(config: DataConfig, tokenizer: Tokenizer, small_units: None) -> None:
     about = made(config, tokenizer)
+    splits = {d.text: (d.split, d.source) for d in read_with(config, LeftOut(OnBadRecord.error))}
     decoded = []
     for split, sources in about["splits"].items():
-        for counts in sources.values():
-            (stem,) = counts["shards"]
-            shard = Shard(Path(config.path) / stem, verify=True)
-            assert counts["documents"] == shard.n_documents and counts["tokens"] == shard.n_tokens
-            for i in range(shard.n_documents):
-                ids = shard.document(i).tolist()
-                assert ids[-1] == tokenizer.eos_id
-                decoded.append(tokenizer.decode(ids[:-1]))
-                assert split_of(digest_of(Document(decoded[-1], "", ""), config), config) == split
+        for source, counts in sources.items():
+            shards = [Shard(Path(config.path) / stem, verify=True) for stem in counts["shards"]]
+            assert counts["documents"] == sum(shard.n_documents for shard in shards)
+            assert counts["tokens"] == sum(shard.n_tokens for shard in shards)
+            found = [shard.document(i).tolist() for shard in shards for i in range(shard.n_documents)]
+            texts = [tokenizer.decode(ids[:-1]) for ids in found]
+            assert all(
+                ids == [*tokenizer.encode(text), tokenizer.eos_id] for ids, text in zip(found, texts, strict=True)
+            )
+            assert all(splits[text] == (split, source) for text in texts)
+            assert counts["text_bytes"] == sum(len(text.encode()) for text in texts)
+            decoded += texts
     assert sorted(decoded) == sorted(record["text"] for record in RECORDS)
     corpus = open_corpus(config, vocab_size=1280)
     assert corpus.sources == ("c++", "wikipedia_en") and corpus.train.n_packs > 0 and corpus.valid.n_packs > 0
     assert corpus.bytes_per_token is not None and len(corpus.bytes_per_token) == 1280
 
 
-def test_the_result_does_not_depend_on_the_workers(
-    config: DataConfig, tokenizer: Tokenizer, small_blocks: None
+@pytest.fixture
+def every_format(tmp_path: Path) -> DataConfig:
+    """Files of every format and compression, with duplicates in and across them."""
+    (tmp_path / "texts").mkdir()
+    for k, (suffix, pack) in enumerate(PACKED.items()):
+        records = [{"text": f"{k} {i}", "meta": {"set": f"s{i % 3}"}} for i in range(40)] + RECORDS[:25]
+        (tmp_path / "texts" / f"a{k}.jsonl{suffix}").write_bytes(pack(lines(records)))
+    (tmp_path / "texts" / "b.parquet").write_bytes(parquet(RECORDS + RECORDS[::2]))
+    (tmp_path / "texts" / "c.txt").write_text("A text of its own. " * 30)
+    return local(tmp_path, "texts", source_key="meta.set")
+
+
+def test_result_does_not_depend_on_workers(every_format: DataConfig, tokenizer: Tokenizer, small_units: None) -> None:
+    about = made(every_format, tokenizer)
+    assert about["units"] > 10 and n_documents(about) == 5 * 40 + len(RECORDS) + 1
+    assert about["left_out"]["duplicates"] == 5 * 25 + len(RECORDS) // 2
+    for workers in (2, 3):
+        again = other(every_format, str(workers))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(units, "BATCH_BYTES", 5000)
+            made(again, tokenizer, workers)
+        assert contents(again.path) == contents(every_format.path)
+    assert len([name for name in contents(every_format.path) if name.endswith(".bin")]) > 6
+
+
+@pytest.mark.parametrize("shards", [2, 64])
+def test_shards_make_the_same_corpus_in_any_order(
+    every_format: DataConfig, tokenizer: Tokenizer, small_units: None, shards: int
 ) -> None:
-    made(config, tokenizer, workers=1)
-    other = dataclasses.replace(config, path=config.path + "2")
-    made(other, tokenizer, workers=3)
-    assert contents(config.path) == contents(other.path)
-    assert len([name for name in contents(config.path) if name.endswith(".bin")]) > 4, "files of limited size"
+    made(every_format, tokenizer)
+    again = other(every_format)
+    for shard in random.Random(shards).sample(range(shards), shards):
+        assert not Path(again.path).exists()
+        made(again, tokenizer, shards=shards, shard=shard)
+    assert contents(again.path) == contents(every_format.path)
+    assert made(again, tokenizer, shards=shards, shard=0) is not None, "a job that is started again finds it done"
 
 
-@pytest.mark.parametrize("shards", [2, 3, 7])
-def test_parts_make_the_same_documents_whichever_ends_last(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    tmp_path: Path,
-    small_blocks: None,
-    monkeypatch: pytest.MonkeyPatch,
-    shards: int,
-) -> None:
-    (tmp_path / "texts" / "b.jsonl.gz").write_bytes(gzip.compress(lines([{"text": f"{i} more"} for i in range(40)])))
-    monkeypatch.setattr(reading, "TEXT_BYTES", 300)
-    monkeypatch.setattr("corpus.long.PIECE_CHARS", 200)
-    for name in ("c", "d"):
-        (tmp_path / "texts" / f"{name}.txt").write_text(f"{name} is a long text. " * 90)
-    whole = made(config, tokenizer)
-    other = dataclasses.replace(config, path=config.path + "2")
-    order = random.Random(shards).sample(range(shards), shards)
-    for shard in order:
-        assert not Path(other.path).exists()
-        about = made(other, tokenizer, shards=shards, shard=shard)
-    assert about is not None
-    for split, sources in whole["splits"].items():
-        for source, counts in sources.items():
-            for key in ("documents", "tokens", "text_bytes"):
-                assert counts[key] == about["splits"][split][source][key]
-    assert texts_of(config, whole, tokenizer) == texts_of(other, about, tokenizer)
+@given(st.lists(st.tuples(st.sampled_from(["a.jsonl", "a.jsonl.gz", "a.json", "a.txt"]), st.integers(0, 5000))))
+@settings(max_examples=100, deadline=None)
+def test_units_cover_every_byte_once(files: list[tuple[str, int]]) -> None:
+    items = [Item(name, "s", size=size) for name, size in files]
+    config = DataConfig(name="x", path="x", source=Source.local, seq_len=8, micro_batch_size=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(units, "LEAST_UNIT_BYTES", 500)
+        plan = list(plan_units(items, config))
+    assert [unit.number for unit in plan] == list(range(len(plan)))
+    spans = [span for unit in plan for span in unit.spans]
+    assert [span.item for span in spans] == sorted(span.item for span in spans)
+    for number, item in enumerate(items):
+        its = [span for span in spans if span.item == number]
+        assert its[0].start == 0 and its[-1].stop == units.END
+        assert all(a.stop == b.start for a, b in itertools.pairwise(its))
+        assert len(its) == 1 or item.path.startswith("a.jsonl")
 
 
-@given(st.lists(st.integers(1, 1000), min_size=1, max_size=9), st.integers(1, 12))
+@given(st.lists(st.lists(st.integers(0, 40), max_size=30), max_size=6), st.integers(1, 50))
 @settings(max_examples=200, deadline=None)
-def test_every_block_of_every_item_is_one_parts(sizes: list[int], shards: int) -> None:
-    todo = [Item(str(i), "s", size=size) for i, size in enumerate(sizes)]
-    parts = [shares(todo, shards, shard) for shard in range(shards)]
-    for number in range(len(todo)):
-        taken = [(first, step) for first, step in (part[number] for part in parts) if first >= 0]
-        assert sorted(first for first, _ in taken) == list(range(len(taken))) and {step for _, step in taken} == {
-            len(taken)
-        }
+def test_duplicates_are_all_but_the_first(arrays: list[list[int]], at_once: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merge, "COMPARED_HASHES", at_once)
+        found = find_duplicates([lambda its=its: np.array(its, dtype=np.uint64) for its in arrays])
+    seen: set[int] = set()
+    for its, dropped in zip(arrays, found, strict=True):
+        expected = []
+        for k, value in enumerate(its):
+            if value in seen:
+                expected.append(k)
+            seen.add(value)
+        assert dropped.tolist() == expected
 
 
-def test_the_same_corpus_is_used_again_and_another_is_not_overwritten(config: DataConfig, tokenizer: Tokenizer) -> None:
-    settings = TokenizerConfig(model=str(tokenizer.path), vocab_size=1200)
-    assert not existing(config, settings)
-    made(config, tokenizer)
-    assert existing(dataclasses.replace(config, seq_len=64, workers=7), settings)
-    with pytest.raises(DataError, match=r"was made with other settings: data.text_key \(text, now body\)"):
-        existing(dataclasses.replace(config, text_key="body"), settings)
-    with pytest.raises(DataError, match=r"tokenizer.add_bos \(False, now True\)"):
-        existing(config, dataclasses.replace(settings, add_bos=True))
+def test_copies_of_files_stop_nobody(tmp_path: Path, tokenizer: Tokenizer, small_units: None) -> None:
+    for k in range(9):
+        (tmp_path / "texts" / f"repository{k}").mkdir(parents=True)
+        (tmp_path / "texts" / f"repository{k}" / "LICENSE.txt").write_text("Permission is granted. " * 20)
+        (tmp_path / "texts" / f"repository{k}" / "README.txt").write_text(f"This is repository {k}")
+    about = made(local(tmp_path, "texts", valid_fraction=0.0), tokenizer)
+    assert n_documents(about) == 10 and about["left_out"]["duplicates"] == 8 and not about["left_out"]["count"]
+    assert about["splits"]["train"]["repository0"]["documents"] == 2
 
 
-def test_a_tokenizer_without_the_asked_for_token_is_refused(
-    config: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+def test_held_out_document_is_not_trained_on(tmp_path: Path, tokenizer: Tokenizer, small_units: None) -> None:
+    (tmp_path / "texts").mkdir()
+    for name, records in (("a", RECORDS), ("held", [{"text": "only held out"}, RECORDS[7]])):
+        (tmp_path / "texts" / f"{name}.jsonl").write_bytes(lines(records))
+    config = local(tmp_path, "texts", valid_input=str(tmp_path / "texts" / "held.jsonl"))
+    about = made(config, tokenizer)
+    assert (n_documents(about, "train"), n_documents(about, "valid")) == (len(RECORDS) - 1, 2)
+    assert about["left_out"]["duplicates"] == 3, "those of the file that is in both, and the copy of one"
+
+
+def test_max_documents_counts_in_order(every_format: DataConfig, tokenizer: Tokenizer, small_units: None) -> None:
+    for workers, limit in ((1, 50), (2, 50), (1, 10_000)):
+        about = made(other(every_format, f"{workers}-{limit}", max_documents=limit), tokenizer, workers)
+        assert n_documents(about) + about["left_out"]["duplicates"] == min(limit, 5 * 65 + 90 + 1)
+    assert contents(every_format.path + "1-50") == contents(every_format.path + "2-50")
+
+
+def test_new_files_are_added_and_the_rest_is_kept(
+    config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, small_units: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("corpus.prepare.load_tokenizer", lambda path: _without_eos(tokenizer))
-    with pytest.raises(DataError, match=r"tokenizer.add_eos \(true\): .* has no such token"):
+    monkeypatch.chdir(tmp_path)
+    made(dataclasses.replace(config, input="texts"), tokenizer)
+    monkeypatch.chdir("/")
+    before, fingerprints = contents(config.path), open_corpus(config, vocab_size=1200).fingerprints
+    new = [{"text": f"new {i}", "meta": {"set": "new"}} for i in range(30)]
+    (tmp_path / "texts" / "0.jsonl").write_bytes(lines(RECORDS[:9] + new))
+    with pytest.raises(DataError, match=r"0.jsonl first; .*add=true"):
+        is_prepared(config, settings_of(tokenizer))
+    assert not is_prepared(config, settings_of(tokenizer), add=True)
+    about = made(config, tokenizer, add=True)
+    assert about == made(config, tokenizer, add=True), "it is there already"
+    assert n_documents(about) == len(RECORDS) + 30 and about["left_out"]["duplicates"] == 9
+    after = contents(config.path)
+    assert all(after[name] == content for name, content in before.items() if name != "corpus.json")
+    corpus = open_corpus(config, vocab_size=1200)
+    assert set(fingerprints) < set(corpus.fingerprints) and "new" in corpus.sources
+    (tmp_path / "texts" / "a.jsonl").write_bytes(lines(RECORDS[1:]))
+    with pytest.raises(DataError, match=r"a.jsonl has changed"):
+        is_prepared(config, settings_of(tokenizer))
+
+
+def test_added_documents_are_on_one_side_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """What is trained on already is not held out later, nor the other way round, though the first files are gone."""
+    for name, records in (("texts/a", RECORDS[:20]), ("held/v", RECORDS[20:40])):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(records))
+    config = local(tmp_path, "texts", valid_input=str(tmp_path / "held"))
+    made(config, tokenizer)
+    (tmp_path / "held" / "v.jsonl").unlink()
+    (tmp_path / "held" / "w.jsonl").write_bytes(lines([*RECORDS[10:30], {"text": "new"}]))
+    (tmp_path / "texts" / "b.jsonl").write_bytes(lines(RECORDS[10:50]))
+    about = made(config, tokenizer, add=True)
+    assert (n_documents(about, "train"), n_documents(about, "valid")) == (30, 21)
+    assert texts_of(config, about, tokenizer) == sorted([*(record["text"] for record in RECORDS[:50]), "new"])
+
+
+def test_same_corpus_is_used_and_another_not_overwritten(config: DataConfig, tokenizer: Tokenizer) -> None:
+    of_model = settings_of(tokenizer)
+    assert not is_prepared(config, of_model)
+    made(config, tokenizer)
+    assert is_prepared(dataclasses.replace(config, seq_len=64, workers=7), of_model)
+    with pytest.raises(DataError, match=r"data.text_key \(text, now body\)"):
+        is_prepared(dataclasses.replace(config, text_key="body"), of_model)
+    with pytest.raises(DataError, match=r"tokenizer.add_bos \(False, now True\)"):
+        is_prepared(config, dataclasses.replace(of_model, add_bos=True))
+    (Path(config.path) / "corpus.json").unlink()
+    with pytest.raises(DataError, match="not a corpus"):
         made(config, tokenizer)
 
 
-def _without_eos(tokenizer: Tokenizer) -> Tokenizer:
-    other = type(tokenizer)(tokenizer.path)  # type: ignore[call-arg]
-    other.eos_id = None
-    return other
+def test_tokenizer_without_eos_is_an_error(
+    config: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = type(tokenizer)(tokenizer.path)  # type: ignore[call-arg]
+    without.eos_id = None
+    monkeypatch.setattr("corpus.prepare.load_tokenizer", lambda path: without)
+    with pytest.raises(DataError, match=r"tokenizer.add_eos \(true\)"):
+        made(config, tokenizer)
 
 
-def test_a_long_document_takes_memory_in_proportion(tokenizer: Tokenizer) -> None:
-    import tracemalloc
-
-    from data.tokenizer import encode_documents
-
-    text = ("a line of some words, again and again\n" * 10_000) * 8  # 3 MB
-    tracemalloc.start()
-    ids = encode_documents(tokenizer, [text], add_bos=False, add_eos=True)[0]
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert len(ids) > 400_000
-    assert peak < 4 * ids.nbytes + 20 * 2**20
-    assert ids[:1000].tolist() == tokenizer.encode(text[:8000])[:1000]
-
-
-def test_a_tokenizer_of_a_large_corpus_is_trained_on_the_beginning_of_each_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("pack", ["", ".gz"])
+def test_tokenizer_of_a_large_corpus_is_trained_on_the_beginning_of_each_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: str
 ) -> None:
     (tmp_path / "texts").mkdir()
     for name in "ab":
         records = [{"text": f"{name}{i} some words of a text that goes on"} for i in range(4000)]
-        (tmp_path / "texts" / f"{name}.jsonl").write_bytes(lines(records))
-    monkeypatch.setattr(reading, "BLOCK_BYTES", 5000)
-    monkeypatch.setattr("corpus.texts.LEAST_SAMPLE", 10_000)
+        (tmp_path / "texts" / f"{name}.jsonl{pack}").write_bytes(PACKED[pack](lines(records)))
+    monkeypatch.setattr("corpus.sample.LEAST_BYTES", 10_000)
     seen: list[str] = []
 
     def train(texts: Iterator[str], path: Path, **options: Any) -> None:
@@ -149,11 +240,21 @@ def test_a_tokenizer_of_a_large_corpus_is_trained_on_the_beginning_of_each_file(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("corpus.prepare.train_tokenizer", train)
-    for limit, most in ((1_000_000, 8000), (2_000, 100)):
+    for wanted, most in ((1_000_000, 8000), (2_000, 100)):
         seen.clear()
         with pytest.raises(KeyboardInterrupt):
-            settings = TokenizerConfig(vocab_size=500, train_bytes=limit)
-            prepare(local(tmp_path, "texts"), settings, workers=1, on_progress=lambda counts: None)
+            made_of = TokenizerConfig(vocab_size=500, train_bytes=wanted)
+            prepare(local(tmp_path, "texts"), made_of, workers=1, progress=lambda *added: None)
         assert {text[0] for text in seen} == {"a", "b"} and len(seen) <= most
         numbers = [int(text.split()[0][1:]) for text in seen]
         assert max(numbers) < 2500 if most == 100 else max(numbers) > 3990
+
+
+def test_long_document_has_the_ids_of_the_whole(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    text = "".join(record["text"] for record in RECORDS) * 500 + "ende\u0301 今天\n"
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines([{"text": "x"}, {"text": text}, {"text": "y"}])))
+    config = local(tmp_path, "a.jsonl.gz", valid_fraction=0.0)
+    about = made(config, tokenizer)
+    shard = Shard(Path(config.path) / about["splits"]["train"]["mine"]["shards"][0], verify=True)
+    assert len(text) > 1 << 18 and shard.n_documents == 3
+    assert shard.document(1).tolist() == [*tokenizer.encode(text), tokenizer.eos_id]

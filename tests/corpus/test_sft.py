@@ -1,4 +1,4 @@
-"""Instructions and conversations, from a file to steps that learn the answers alone."""
+"""Instructions and conversations, from a file to steps that train on the answers alone."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from corpus.chat import MARKERS, TEMPLATES, ChatEncoder, answer_end, special_ids
 from corpus.config import DataError, OnBadRecord, Source, Style, TokenizerConfig
 from corpus.prepare import prepare
 from data.batches import IGNORED
-from data.config import DataConfig, Packing
+from data.config import DataConfig
 from data.dataset import open_corpus
 from data.hf_tokenizer import write_hf_tokenizer
 from data.shards import LOSS_MASKED, Shard
@@ -45,12 +45,12 @@ def symbols(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> T
 def config(tmp_path: Path, style: Style, name: str, **changes: object) -> DataConfig:
     return DataConfig(
         name=style.value, path=str(tmp_path / "tokens"), source=Source.local, input=str(tmp_path / name), style=style,
-        valid_fraction=0.2, seq_len=64, micro_batch_size=1, workers=0, packing=Packing.best_fit, **changes,  # type: ignore[arg-type]
+        valid_fraction=0.2, seq_len=64, micro_batch_size=1, workers=0, packing="best_fit", **changes,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
-def learnt(data: DataConfig, vocab_size: int) -> tuple[str, list[str]]:
-    """Give all that the packs hold, decoded, and what of it is a target, in runs."""
+def targets_of(data: DataConfig, vocab_size: int) -> tuple[str, list[str]]:
+    """Return all that the packs hold, decoded, and the targets in it, in runs."""
     corpus = open_corpus(data, vocab_size=vocab_size)
     assert corpus.tokenizer is not None
     whole, runs = "", []
@@ -69,13 +69,13 @@ def learnt(data: DataConfig, vocab_size: int) -> tuple[str, list[str]]:
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-def test_of_instructions_the_answers_alone_are_learnt(tmp_path: Path, symbols: Tokenizer, name: str) -> None:
+def test_instructions_train_on_answers_alone(tmp_path: Path, symbols: Tokenizer, name: str) -> None:
     raw = json.dumps(ALPACA) if name == "a.json" else "".join(json.dumps(record) + "\n" for record in ALPACA)
     (tmp_path / name).write_text(raw)
     data = config(tmp_path, Style.alpaca, name)
     about = made(data, symbols)
     assert sum(s["documents"] for split in about["splits"].values() for s in split.values()) == len(ALPACA)
-    whole, runs = learnt(data, 1204)
+    whole, runs = targets_of(data, 1204)
     asked = re.findall(r"<\|User\|>:Add (\d+) and 1\.(\nBriefly\.)?<eoh>\n<\|Bot\|>:It is (\d+)\.<eoa>\n", whole)
     assert len(asked) == about["splits"]["train"]["alpaca"]["documents"] > 20
     assert all(int(a) + 1 == int(b) and bool(brief) == bool(int(a) % 2) for a, brief, b in asked)
@@ -88,53 +88,55 @@ def test_of_instructions_the_answers_alone_are_learnt(tmp_path: Path, symbols: T
 
 
 @pytest.mark.parametrize("template", ["internlm", "chatml"])
-def test_of_conversations_every_answer_is_learnt(tmp_path: Path, symbols: Tokenizer, template: str) -> None:
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": TURNS, "id": i}) + "\n" for i in range(5)))
+def test_conversations_train_on_every_answer(tmp_path: Path, symbols: Tokenizer, template: str) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        "".join(
+            json.dumps({"messages": [TURNS[0], {**TURNS[1], "content": f"{i}?"}, *TURNS[2:]]}) + "\n" for i in range(5)
+        )
+    )
     data = config(tmp_path, Style.chat, "a.jsonl", chat_template=template)
     data.valid_fraction, data.seq_len = 0.0, 256
     counts = made(data, symbols)["splits"]["train"]["chat"]
     end = {"internlm": "<eoa>\n", "chatml": "<|im_end|>\n"}[template]
-    whole, runs = learnt(data, 1204)
+    whole, runs = targets_of(data, 1204)
     assert runs == ["It is 42." + end, "Naïve café.\n\n    indented" + end] * 5
     written = len(whole.replace(" \u2047 ", "").encode())  # padding is the unknown token
     marks = sum(whole.count(name) * len(name) for name in special_ids(symbols))
     assert written - marks <= counts["text_bytes"] <= written < 5 * len(json.dumps(TURNS, ensure_ascii=False).encode())
 
 
-def test_a_bad_conversation_is_named_or_counted(tmp_path: Path, symbols: Tokenizer) -> None:
+def test_bad_conversation_is_named_or_counted(tmp_path: Path, symbols: Tokenizer) -> None:
     bad = [{"messages": TURNS[:2]}, {"messages": "x"}, {}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [{"messages": TURNS}, *bad]))
     data = config(tmp_path, Style.chat, "a.jsonl")
-    with pytest.raises(DataError, match="a.jsonl:2: the assistant says nothing"):
+    data.valid_fraction = 0.0
+    with pytest.raises(DataError, match="a.jsonl:2: "):
         made(data, symbols)
     data.on_bad_record = OnBadRecord.skip
-    settings = TokenizerConfig(model=str(symbols.path), vocab_size=1)
-    about, found = prepare(data, settings, workers=1, on_progress=lambda counts: None)
-    assert (
-        about is not None
-        and found.count == 3
-        and found.places[1].endswith("a.jsonl:3: data.messages_key (messages) is a string in it, not a list")
-    )
+    left_out = made(data, symbols)["left_out"]
+    assert left_out["count"] == 3 and "a.jsonl:3: data.messages_key (messages)" in left_out["places"][1]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_tokenizer_that_the_template_does_not_go_with_is_refused_before_anything_is_read(
+def test_tokenizer_that_does_not_fit_the_template_is_an_error_before_anything_is_read(
     tmp_path: Path, tokenizer: Tokenizer, workers: int
 ) -> None:
     (tmp_path / "a.jsonl").write_text("no record is read\n")
-    with pytest.raises(DataError, match=r"data.chat_template \(internlm\) writes <eoh> and <eoa>, no special token of"):
+    with pytest.raises(DataError, match=r"data.chat_template \(internlm\).*<eoh> and <eoa>"):
         made(config(tmp_path, Style.chat, "a.jsonl"), tokenizer, workers)
     assert not (tmp_path / "tokens").exists()
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_a_tokenizer_trained_for_conversations_has_what_the_template_writes(tmp_path: Path, template: str) -> None:
+def test_tokenizer_trained_for_conversations_has_the_template_tokens(tmp_path: Path, template: str) -> None:
     words = [f"{'abcdefghij'[i % 10]}{'klmnopqrst'[i // 10]}" for i in range(100)]
-    turns = [[{**turn, "content": " ".join([turn["content"], *words])} for turn in TURNS[1:3]]] * 9
+    turns = [
+        [{**turn, "content": " ".join([turn["content"], *words, str(i)])} for turn in TURNS[1:3]] for i in range(9)
+    ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": its}) + "\n" for its in turns))
     data = config(tmp_path, Style.chat, "a.jsonl", chat_template=template)
     data.valid_fraction = 0.0
-    prepare(data, TokenizerConfig(vocab_size=360), workers=1, on_progress=lambda counts: None)
+    prepare(data, TokenizerConfig(vocab_size=360), workers=1, progress=lambda *added: None)
     own = load_tokenizer(Path(data.path) / "tokenizer")
     assert set(MARKERS[template]) < set(special_ids(own)) and answer_end(own) == special_ids(own)[MARKERS[template][1]]
     write_hf_tokenizer(own, tmp_path, add_bos=False, max_len=64)
@@ -145,7 +147,7 @@ def test_a_tokenizer_trained_for_conversations_has_what_the_template_writes(tmp_
     assert special_ids(own)["</s>"] not in own.encode("<eoa></s>") and own.decode(own.encode("<eoa>")) == "<eoa>"
 
 
-def test_the_experiment_starts_from_a_model_and_learns_the_answers(tmp_path: Path, symbols: Tokenizer) -> None:
+def test_experiment_starts_from_a_model_and_trains_on_answers(tmp_path: Path, symbols: Tokenizer) -> None:
     (tmp_path / "a.json").write_text(json.dumps(ALPACA))
     data = config(tmp_path, Style.alpaca, "a.json")
     made(data, symbols)

@@ -1,239 +1,282 @@
-"""What is left when the work stops, for whatever reason, and what the next run makes of it."""
+"""Whenever and however the work stops, the next run goes on and makes the same bytes."""
 
 import dataclasses
-import fcntl
-import gzip
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from filelock import FileLock
 
-from corpus import read as reading
+from corpus import units
 from corpus.config import DataError, OnBadRecord, TokenizerConfig
 from corpus.prepare import prepare
 from data.config import DataConfig
 from data.shards import ShardWriter
 from data.tokenizer import Tokenizer
-from tests.corpora import RECORDS, contents, lines, local, made
+from tests.corpora import PACKED, RECORDS, ROOT, contents, lines, local, made, parquet
+
+KILLED = """
+import sys, time
+from corpus import merge, units
+from corpus.config import Source, TokenizerConfig
+from corpus.prepare import prepare
+from data.config import DataConfig
+units.LEAST_UNIT_BYTES, units.BATCH_BYTES, merge.SHARD_BYTES = 4000, 2000, 9000
+text, path, tokenizer, workers = sys.argv[1:]
+data = DataConfig(name="mine", path=path, source=Source.local, input=text, source_key="set", valid_fraction=0.1,
+                  seq_len=8, micro_batch_size=1)
+def progress(*added):
+    print(added[0], flush=True)
+    time.sleep(0.004)
+prepare(data, TokenizerConfig(model=tokenizer, vocab_size=1), workers=int(workers), progress=progress)
+"""
 
 
-def test_a_failure_leaves_no_corpus_and_what_was_done_is_gone_on_with(
-    config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, small_blocks: None, capsys: pytest.CaptureFixture[str]
+def start(tmp_path: Path, tokenizer: Tokenizer, path: str, workers: int) -> subprocess.Popen[str]:
+    arguments = [str(tmp_path / "texts"), str(tmp_path / path), str(tokenizer.path), str(workers)]
+    command = [sys.executable, "-c", KILLED, *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def test_run_killed_at_any_moment_goes_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    draw = random.Random(0)
+    (tmp_path / "texts").mkdir()
+    for name in ("a.jsonl", "b.jsonl.gz", "c.txt", "d.jsonl.zst", "e.parquet"):
+        records = [{"text": f"{i} " + "some words " * draw.randrange(60), "set": f"s{i % 3}"} for i in range(250)]
+        pack = PACKED["." + name.split(".")[2]] if name.count(".") == 2 else bytes
+        (tmp_path / "texts" / name).write_bytes(pack(parquet(records) if ".parquet" in name else lines(records)))
+    whole = start(tmp_path, tokenizer, "whole", 1)
+    printed = whole.communicate(timeout=200)[0].split()
+    assert whole.returncode == 0 and len(printed) > 100
+    kills = resumed = 0
+    while not (tmp_path / "killed").exists() and kills < 20:
+        run = start(tmp_path, tokenizer, "killed", 2 if kills == 3 else 1)
+        assert run.stdout is not None
+        first = run.stdout.readline()
+        resumed += (tmp_path / ".killed.partial" / "units" / "000000").exists() and first != ""
+        time.sleep(draw.uniform(0, 0.08))
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+        run.stdout.close()
+        kills += 1
+    assert kills >= 20, "it was done before it was killed so often: make the text longer"
+    assert resumed > 5
+    assert start(tmp_path, tokenizer, "killed", 1).communicate(timeout=200)[0] is not None
+    assert contents(tmp_path / "whole") == contents(tmp_path / "killed")
+
+
+def test_workers_end_with_a_killed_main_process(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    records = [{"text": f"{i} " + "some words " * 40, "set": "s"} for i in range(4000)]
+    (tmp_path / "texts" / "a.jsonl").write_bytes(lines(records))
+    run = start(tmp_path, tokenizer, "killed", 2)
+    assert run.stdout is not None and run.stdout.readline()
+    workers = psutil.Process(run.pid).children(recursive=True)
+    assert len(workers) >= 2
+    run.kill()
+    run.wait()
+    run.stdout.close()
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
+
+
+def units_done(config: DataConfig) -> list[str]:
+    folder = Path(config.path)
+    return sorted(path.name for path in folder.with_name(f".{folder.name}.partial").glob("units/*"))
+
+
+def test_failure_keeps_finished_units(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    small_units: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "texts" / "b.jsonl").write_bytes(b"{")
     with pytest.raises(DataError, match="b.jsonl:1"):
         made(config, tokenizer)
-    partial = tmp_path / "corpora" / ".mine.partial"
-    assert not Path(config.path).exists() and (partial / "journal-000.json").exists()
+    done = units_done(config)
+    assert not Path(config.path).exists() and len(done) > 5 and all(name.isdigit() for name in done)
+    original, written = units.UnitWorker.write, []
+    monkeypatch.setattr(units.UnitWorker, "write", lambda self, unit: (written.append(unit), original(self, unit)))
     skipping = dataclasses.replace(config, on_bad_record=OnBadRecord.skip)
-    settings = TokenizerConfig(model=str(tokenizer.path), vocab_size=1200)
-    firsts: list[int] = []
-    _, bad = prepare(skipping, settings, workers=1, on_progress=lambda counts: firsts.append(counts.documents))
-    assert firsts[0] > 50 and bad.count == 1 and "b.jsonl:1" in bad.places[0]
+    about = made(skipping, tokenizer)
+    assert len(written) == 1 and about["left_out"]["count"] == 1 and "b.jsonl:1" in about["left_out"]["places"][0]
     (tmp_path / "texts" / "b.jsonl").unlink()
     other = dataclasses.replace(config, path=config.path + "2")
     made(other, tokenizer)
-    assert contents(config.path) == contents(other.path)
-    assert "removed" not in capsys.readouterr().out
+    assert contents(config.path) == contents(other.path) and "removing" not in capsys.readouterr().out
 
 
-def test_what_other_settings_or_another_text_left_is_not_gone_on_with(
-    config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, small_blocks: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "texts" / "b.jsonl").write_bytes(b"{")
-    for change in ("settings", "text"):
-        with pytest.raises(DataError, match="b.jsonl:1"):
-            made(config, tokenizer)
-        if change == "settings":
-            config = dataclasses.replace(config, valid_seed=7)
-        else:
-            (tmp_path / "texts" / "a.jsonl").write_bytes(lines(RECORDS[1:]))
-    (tmp_path / "texts" / "b.jsonl").unlink()
-    made(config, tokenizer)
-    told = capsys.readouterr().out.splitlines()
-    assert len(told) == 2 and "data.valid_seed (42, now 7)" in told[0] and "another" in told[1] and "a.jsonl" in told[1]
-    other = dataclasses.replace(config, path=config.path + "2")
-    made(other, tokenizer)
-    assert contents(config.path) == contents(other.path)
-
-
-def test_a_full_disk_leaves_nothing_that_looks_like_a_corpus(
-    config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(writer: ShardWriter) -> None:
-        writer.close_files()
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("data.shards.ShardWriter.close", full)
-        with pytest.raises(OSError, match="No space left"):
-            made(config, tokenizer)
-    assert [path.name for path in (tmp_path / "corpora").iterdir()] == [".mine.partial"]
-    made(config, tokenizer)
-    assert [path.name for path in (tmp_path / "corpora").iterdir()] == ["mine"]
-
-
-@pytest.mark.parametrize(
-    ("add", "call", "number"),
-    [(False, "unlink", 0), (False, "rename", 0), (True, "unlink", 1), (True, "rename", 0), (True, "rename", 4)],
-)
-def test_a_commit_that_was_interrupted_is_finished(
+@pytest.mark.parametrize("change", ["settings", "text", "files"])
+def test_other_work_begins_anew(
     config: DataConfig,
     tokenizer: Tokenizer,
     tmp_path: Path,
-    small_blocks: None,
+    small_units: None,
+    capsys: pytest.CaptureFixture[str],
+    change: str,
+) -> None:
+    (tmp_path / "texts" / "z.jsonl").write_bytes(b"{")
+    with pytest.raises(DataError, match="z.jsonl:1"):
+        made(config, tokenizer)
+    (tmp_path / "texts" / "z.jsonl").write_bytes(b"")
+    if change == "settings":
+        config.valid_seed = 7
+    elif change == "text":
+        (tmp_path / "texts" / "a.jsonl").write_bytes(lines(RECORDS[1:]))
+    else:
+        (tmp_path / "texts" / "0.jsonl").write_bytes(lines([{"text": "first in order"}]))
+    made(config, tokenizer)
+    printed = capsys.readouterr().out
+    assert ("data.valid_seed (42, now 7)" if change == "settings" else "other input files") in printed
+    other = dataclasses.replace(config, path=config.path + "2")
+    made(other, tokenizer)
+    assert contents(config.path) == contents(other.path)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("call", ["corpus.units._append", "data.shards.ShardWriter.close"])
+def test_stop_leaves_nothing_that_looks_like_a_corpus(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    small_units: None,
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    error: BaseException,
+) -> None:
+    def fail(first: Any, *rest: Any) -> None:
+        if isinstance(first, ShardWriter):
+            first.close_files()
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(call, fail)
+        with pytest.raises(type(error)):
+            made(config, tokenizer)
+    assert not Path(config.path).exists() and all(name.isdigit() for name in units_done(config))
+    made(config, tokenizer)
+    assert sorted(path.name for path in Path(config.path).parent.iterdir()) == [".mine.lock", "mine"]
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("number", range(0, 12, 3))
+def test_interrupted_commit_is_finished(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    small_units: None,
     monkeypatch: pytest.MonkeyPatch,
     add: bool,
-    call: str,
     number: int,
 ) -> None:
+    """Stop at one of the renames after the last unit: of corpus.json, of the folder, or of the files in it."""
     whole = dataclasses.replace(config, path=config.path + "2")
     if add:
         for each in (config, whole):
             made(each, tokenizer)
         (tmp_path / "texts" / "b.jsonl").write_bytes(lines([{"text": f"new {i}"} for i in range(90)]))
     made(whole, tokenizer, add=add)
-    original, folder, count = getattr(Path, call), Path(config.path), 0
+    original, count = Path.rename, 0
 
-    def stopped(path: Path, *arguments: Any, **options: Any) -> Any:
+    def stopped(path: Path, target: Path) -> Path:
         nonlocal count
-        moved = call == "rename" and (arguments[0] == folder or folder in arguments[0].parents)
-        if moved or path.name.startswith("journal-") or path.name == "plan.json":
+        if not path.name.startswith("."):
+            pass
+        elif "corpus.json" in path.name or path.name == ".mine.partial":
             count += 1
-            if count > number:
-                raise KeyboardInterrupt
-        return original(path, *arguments, **options)
+        count += path.parent.name in ("train", "valid") or path.name == "corpus.json"
+        if count > (number if add else number // 6):
+            raise KeyboardInterrupt
+        return original(path, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, call, stopped)
+        patch.setattr(Path, "rename", stopped)
         with pytest.raises(KeyboardInterrupt):
             made(config, tokenizer, add=add)
-    assert (tmp_path / "corpora" / ".mine.partial" / "corpus.json").exists()
-    monkeypatch.setattr("corpus.part.encoded", lambda *arguments, **options: pytest.fail("it begins anew"))
+    monkeypatch.setattr("corpus.units.UnitWorker.write", lambda *arguments: pytest.fail("it begins anew"))
     assert made(config, tokenizer, add=add) is not None
     assert contents(config.path) == contents(whole.path)
     assert not (tmp_path / "corpora" / ".mine.partial").exists()
 
 
-def test_an_input_that_came_or_went_begins_the_work_anew(
-    config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "texts" / "z.jsonl").write_bytes(b"{")
-    with pytest.raises(DataError, match="z.jsonl:1"):
-        made(config, tokenizer)
-    (tmp_path / "texts" / "0.jsonl").write_bytes(lines([{"text": "first in order"}]))
-    (tmp_path / "texts" / "1.jsonl").write_bytes(lines([{"text": "second"}]))
-    about = made(dataclasses.replace(config, on_bad_record=OnBadRecord.skip), tokenizer)
-    assert "is removed, because it was made with 2 inputs, now 4" in capsys.readouterr().out
-    assert sum(s["documents"] for split in about["splits"].values() for s in split.values()) == len(RECORDS) + 2
-
-
-def test_what_is_bad_is_told_once_by_whichever_parts_and_after_a_stop(
-    tokenizer: Tokenizer, tmp_path: Path, small_blocks: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reading, "TEXT_BYTES", 300)
-    (tmp_path / "texts").mkdir()
-    long = b'{"text": ' + b"1" * 700 + b" 2}\n"
-    (tmp_path / "texts" / "a.jsonl").write_bytes(lines(RECORDS[:20]) + long + lines(RECORDS[20:]))
-    (tmp_path / "texts" / "b.jsonl.gz").write_bytes(gzip.compress(long + lines(RECORDS), 0)[:-6])
-    (tmp_path / "texts" / "c.jsonl").write_bytes(b"{}\n")
-    config = local(tmp_path, "texts", on_bad_record=OnBadRecord.skip)
-    settings = TokenizerConfig(model=str(tokenizer.path), vocab_size=1200)
-    options: Any = {"workers": 1, "on_progress": lambda counts: None}
-    _, bad = prepare(config, settings, **options)
-    assert bad.count == 4 and "damaged or cut short" in bad.places[2] and "c.jsonl:1" in bad.places[3]
-    parts = dataclasses.replace(config, path=config.path + "2")
-    told = [prepare(parts, settings, shards=5, shard=shard, **options)[1].places for shard in range(5)]
-    assert sorted(place for places in told for place in places) == sorted(bad.places)
-
-    def stop(counts: Any) -> None:
-        if counts.documents > 70:
-            raise KeyboardInterrupt
-
-    again = dataclasses.replace(config, path=config.path + "3")
-    with pytest.raises(KeyboardInterrupt):
-        prepare(again, settings, workers=1, on_progress=stop)
-    assert prepare(again, settings, **options)[1].places == bad.places
-
-
-def test_work_that_others_are_at_is_not_removed(
-    config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, small_blocks: None
-) -> None:
+def test_damaged_unit_is_done_again(config: DataConfig, tokenizer: Tokenizer, small_units: None) -> None:
     made(config, tokenizer, shards=2, shard=0)
-    lock = tmp_path / "corpora" / ".mine.part-1.lock"
-    with lock.open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match=r"1 other processes prepare .*/mine with shards \(2, now 3\)"):
-            made(config, tokenizer, shards=3, shard=0)
-        with pytest.raises(DataError, match=r"mine is being prepared by another process; wait for it"):
-            made(config, tokenizer, shards=2, shard=1)
-    lock.unlink(missing_ok=True)
-    assert made(config, tokenizer, shards=2, shard=1) is not None
-
-
-def test_that_a_worker_was_killed_is_a_sentence_and_the_work_goes_on_from_there(
-    config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, small_blocks: None
-) -> None:
-    settings = TokenizerConfig(model=str(tokenizer.path), vocab_size=1200)
-    main = psutil.Process()
-
-    def kill_one(counts: Any) -> None:
-        for worker in main.children()[-1:]:
-            worker.kill()
-
-    with pytest.raises(
-        DataError, match=r"one of the 2 processes that encode was killed, .* run the same again to go on"
-    ):
-        prepare(config, settings, workers=2, on_progress=kill_one, save_every_s=0)
-    firsts: list[int] = []
-    prepare(config, settings, workers=1, on_progress=lambda counts: firsts.append(counts.documents))
+    tokens = next(Path(config.path).with_name(".mine.partial").glob("units/000000/*.tokens"))
+    tokens.write_bytes(bytes(tokens.stat().st_size))
+    with pytest.raises(DataError, match="damaged"):
+        made(config, tokenizer, shards=2, shard=1)
+    assert made(config, tokenizer) is not None
     other = dataclasses.replace(config, path=config.path + "2")
     made(other, tokenizer)
-    assert firsts[0] > 1 and contents(config.path) == contents(other.path)
+    assert contents(config.path) == contents(other.path)
 
 
-def test_what_is_left_out_is_told_by_the_corpus_and_where_nothing_is_left(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "a.jsonl").write_bytes(lines([{"body": "x"}]) * 12 + lines([{"text": " "}]))
-    config = local(tmp_path, "texts", on_bad_record=OnBadRecord.skip)
-    with pytest.raises(
-        DataError,
-        match=r"no training document in data.source \(local\): 12 bad records were left out, the first .*a.jsonl:1: "
-        r"data.text_key \(text\) is missing in it; it has body",
-    ):
+def test_corpus_that_another_process_prepares_is_left_to_it(config: DataConfig, tokenizer: Tokenizer) -> None:
+    Path(config.path).parent.mkdir()
+    with FileLock(Path(config.path).with_name(".mine.lock")), pytest.raises(DataError, match="another process"):
         made(config, tokenizer)
-    (tmp_path / "texts" / "b.jsonl").write_bytes(lines([{"text": f"text {i}"} for i in range(20)]))
-    (tmp_path / "texts" / "c.jsonl").write_bytes((tmp_path / "texts" / "b.jsonl").read_bytes())
-    for shard in range(3):
-        about = made(config, tokenizer, shards=3, shard=shard)
-    assert (about["left_out"]["count"], about["left_out"]["empty"], len(about["left_out"]["places"])) == (13, 1, 10)
 
 
-def test_an_input_of_another_size_begins_the_work_anew(
-    config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_unit_that_another_process_wrote_is_kept(
+    config: DataConfig, tokenizer: Tokenizer, small_units: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Parts divide the work by size: two that saw different ones would both leave something out."""
-    (tmp_path / "texts" / "z.jsonl").write_bytes(lines(RECORDS[:20]))
-    made(config, tokenizer, shards=2, shard=0)
-    (tmp_path / "texts" / "z.jsonl").write_bytes(lines([{"text": f"another {i}"} for i in range(900)]))
-    for shard in (1, 0):
-        about = made(config, tokenizer, shards=2, shard=shard)
-    assert "is removed, because" in capsys.readouterr().out
-    assert sum(s["documents"] for split in about["splits"].values() for s in split.values()) == len(RECORDS) + 900
+    """Two jobs with the same number do the same work twice and no harm."""
+    monkeypatch.setattr(units, "read_unit", lambda folder, number: None)
+    monkeypatch.setattr("corpus.merge.read_unit", lambda folder, number: None)
+    for _ in range(2):
+        assert made(config, tokenizer, shards=2, shard=0) is None
+    assert all(name.isdigit() for name in units_done(config))
 
 
-def test_a_run_that_was_killed_as_it_had_noted_that_a_file_is_done_leaves_nothing_behind(
-    config: DataConfig, tokenizer: Tokenizer, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+def test_killed_worker_is_an_error_and_the_work_goes_on(
+    config: DataConfig, tokenizer: Tokenizer, small_units: None
 ) -> None:
-    def killed(writer: ShardWriter) -> None:
-        raise KeyboardInterrupt
+    def kill_one(*added: int) -> None:
+        workers = (c for c in psutil.Process().children() if "resource_tracker" not in " ".join(c.cmdline()))
+        next(workers).kill()
 
-    with monkeypatch.context() as patch:
-        patch.setattr(ShardWriter, "forget", killed)
-        with pytest.raises(KeyboardInterrupt):
-            made(config, tokenizer, save_every_s=0)
+    settings = TokenizerConfig(model=str(tokenizer.path), vocab_size=1200)
+    with pytest.raises(DataError, match="worker process was killed"):
+        prepare(config, settings, workers=2, progress=kill_one)
     made(config, tokenizer)
     other = dataclasses.replace(config, path=config.path + "2")
     made(other, tokenizer)
     assert contents(config.path) == contents(other.path)
+
+
+def test_error_in_a_worker_is_raised(config: DataConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "texts" / "b.jsonl").write_bytes(b"{")
+    with pytest.raises(DataError, match="b.jsonl:1"):
+        made(config, tokenizer, workers=2)
+
+
+def test_left_out_is_reported_once_whatever_shards_and_stops(
+    tokenizer: Tokenizer, tmp_path: Path, small_units: None
+) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.jsonl").write_bytes(lines([{"body": "x"}]) * 12 + lines([{"text": " "}]))
+    config = local(tmp_path, "texts", on_bad_record=OnBadRecord.skip)
+    with pytest.raises(DataError, match=r"data.source \(local\) has no training document: 12 bad records, .*a.jsonl:1"):
+        made(config, tokenizer)
+    (tmp_path / "texts" / "b.jsonl").write_bytes(lines([{"text": f"text {i}"} for i in range(20)]))
+    (tmp_path / "texts" / "c.jsonl").write_bytes((tmp_path / "texts" / "b.jsonl").read_bytes())
+
+    def stop(*added: int) -> None:
+        raise KeyboardInterrupt
+
+    settings = TokenizerConfig(model=str(tokenizer.path), vocab_size=1200)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, settings, workers=1, progress=stop)
+    for shard in (2, 0, 1):
+        about = made(config, tokenizer, shards=3, shard=shard)
+    left_out = about["left_out"]
+    assert (left_out["count"], left_out["empty"], left_out["duplicates"]) == (12, 1, 20)
+    assert len(left_out["places"]) == 10

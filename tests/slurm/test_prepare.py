@@ -1,6 +1,5 @@
-"""One corpus prepared by jobs on a real Slurm: the bytes of one process, and what a killed task leaves is gone on with."""
+"""One corpus prepared by jobs on a real Slurm: the bytes of one process, also after a task was killed."""
 
-import json
 import os
 import random
 import signal
@@ -20,7 +19,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(why_not()), reason=why_
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts, and what the parts of them are when they are prepared on this machine, one after another."""
+    """Texts, and the corpus that two shards make of them on this machine, one after the other."""
     root = tmp_path_factory.mktemp("corpus")
     (root / "texts").mkdir()
     draw = random.Random(0)
@@ -49,15 +48,7 @@ def until(done: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
-def holder_of(lock: Path) -> int | None:
-    """Give the process that holds a lock: all nodes are this machine."""
-    if not lock.exists():
-        return None
-    held = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
-    return next((int(words[4]) for words in held if words[5].endswith(f":{lock.stat().st_ino}")), None)
-
-
-def test_tasks_of_slurm_make_the_bytes_of_one_machine(corpus: Path) -> None:
+def test_slurm_tasks_make_the_bytes_of_one_machine(corpus: Path) -> None:
     done = subprocess.run(command(corpus, "slurm", *SLURM), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("is submitted: ") == 2 and done.stdout.count("split  source") == 1
@@ -66,24 +57,17 @@ def test_tasks_of_slurm_make_the_bytes_of_one_machine(corpus: Path) -> None:
     assert again.returncode == 0 and again.stdout.count("it is used as it is") == 2
 
 
-def test_what_a_killed_task_leaves_is_gone_on_with_by_the_same_command(corpus: Path) -> None:
+def test_killed_task_goes_on_with_the_same_command(corpus: Path) -> None:
     run = subprocess.Popen(
-        command(corpus, "killed", *SLURM, "save_every_s=0.1"),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        command(corpus, "killed", *SLURM), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    journal = corpus / ".killed.partial" / "journal-001.json"
-    until(journal.exists)
-    task = holder_of(corpus / ".killed.part-1.lock")
-    assert task is not None
-    os.kill(task, signal.SIGKILL)
-    _, told = run.communicate(timeout=120)
-    assert run.returncode == 1 and "error: 1 of 2 points did not finish: shard=1" in told
-    until(lambda: not subprocess.check_output(["squeue", "--noheader"]))  # what answered is still ending
-    left = json.loads(journal.read_text())
-    assert not left["complete"] and left["counts"]["documents"] > 0 and not (corpus / "killed").exists()
+    units = corpus / ".killed.partial" / "units"
+    until(lambda: any(units.glob(".000001.*")))
+    os.kill(int(next(units.glob(".000001.*")).name.split(".")[-1]), signal.SIGKILL)  # all nodes are this machine
+    _, printed = run.communicate(timeout=120)
+    assert run.returncode == 1 and "shard=1" in printed
+    until(lambda: not subprocess.check_output(["squeue", "--noheader"]))  # the other task is still ending
+    assert not (units / "000001").exists() and (units / "000000").exists() and not (corpus / "killed").exists()
     done = subprocess.run(command(corpus, "killed", *SLURM), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert contents(corpus / "killed") == contents(corpus / "local") and "removed" not in done.stdout
+    assert contents(corpus / "killed") == contents(corpus / "local") and "removing" not in done.stdout

@@ -1,0 +1,37 @@
+"""What a corpus does not hold: bad records, documents without text, exact duplicates."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from corpus.config import DataError, OnBadRecord
+
+MOST_PLACES = 10
+
+
+@dataclass(slots=True)
+class LeftOut:
+    """Counts of what was left out, and the first places of bad records."""
+
+    policy: OnBadRecord
+    count: int = 0  # bad records
+    empty: int = 0
+    duplicates: int = 0
+    places: list[str] = field(default_factory=list)
+
+    def bad(self, place: str, reason: str) -> None:
+        """Count a bad record; raise `DataError` if the policy is to stop there."""
+        if self.policy is OnBadRecord.error:
+            raise DataError(f"{place}: {reason}; fix it, or leave such records out with data.on_bad_record=skip")
+        self.count += 1
+        if len(self.places) < MOST_PLACES:
+            self.places.append(f"{place}: {reason}")
+
+    def merge(self, other: dict[str, Any]) -> None:
+        """Add what `as_json` of another returned."""
+        self.count += other["count"]
+        self.empty += other["empty"]
+        self.duplicates += other["duplicates"]
+        self.places += other["places"][: MOST_PLACES - len(self.places)]
+
+    def as_json(self) -> dict[str, Any]:
+        return {"count": self.count, "empty": self.empty, "duplicates": self.duplicates, "places": self.places}

@@ -1,0 +1,263 @@
+"""Files and rows read by ranges, as documents in order."""
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from shutil import copyfileobj
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Any
+
+from corpus.builtin import builtin_texts
+from corpus.compression import DAMAGE, open_content, split_suffix
+from corpus.config import CorpusConfig, DataError, Source, Style, cause_of
+from corpus.documents import Document, DocumentMaker
+from corpus.inputs import Item
+from corpus.left_out import LeftOut
+
+if TYPE_CHECKING:
+    import pyarrow
+
+READ_BYTES = 1 << 20
+DATASET_ROWS = 64  # of a dataset or a Parquet file, read at once
+END = sys.maxsize
+
+
+class Lines:
+    """The lines of a file by byte ranges; ranges in ascending order take one pass over a compressed file."""
+
+    def __init__(self, path: str, longest: int = END) -> None:
+        self.path, self.longest, self.file = path, longest, open_content(path)
+        self.can_seek = not split_suffix(path)[1]
+        self.position = 0  # of the first line that is unread
+        self.unread = b""
+        self.before = 0  # every line that begins before this has been read
+
+    def read(self, start: int, stop: int) -> Iterator[tuple[int, bytes | None]]:
+        """Yield whole lines that begin in [start, stop), many at a time, and their offset; None is one too long."""
+        assert start >= self.before
+        if start > self.position:
+            self._skip_to(start)
+        while self.position < stop:
+            end = self.unread.rfind(b"\n") + 1
+            if not end and len(self.unread) > self.longest:
+                yield self.position, None
+                self._skip_line()
+            elif not end:
+                more = self.file.read(max(READ_BYTES, len(self.unread)))  # twice as much of a long line
+                self.unread += more
+                if not more:
+                    if self.unread:
+                        yield self.position, self.unread
+                    self._advance(len(self.unread))
+                    break
+            else:
+                if self.position + end > stop:
+                    end = self.unread.find(b"\n", stop - self.position - 1) + 1
+                yield self.position, self.unread[:end]
+                self._advance(end)
+        self.before = stop
+
+    def _skip_to(self, start: int) -> None:
+        """Go to the first line that begins at `start` or later."""
+        if self.can_seek:
+            self.file.seek(start - 1)
+            self.position, self.unread = start - 1, b""
+        while self.position + len(self.unread) < start - 1:
+            self.position, self.unread = self.position + len(self.unread), self.file.read(READ_BYTES)
+            if not self.unread:
+                return
+        self._advance(max(0, start - 1 - self.position))
+        self._skip_line()
+
+    def _skip_line(self) -> None:
+        while not (end := self.unread.find(b"\n") + 1):
+            self._advance(len(self.unread))
+            self.unread = self.file.read(READ_BYTES)
+            if not self.unread:
+                return
+        self._advance(end)
+
+    def _advance(self, size: int) -> None:
+        self.position, self.unread = self.position + size, self.unread[size:]
+
+
+class Reader:
+    """Reads ranges of items; keeps the last compressed file open for the next range of it."""
+
+    def __init__(self, config: CorpusConfig) -> None:
+        self.config = config
+        self.lines: Lines | None = None
+
+    def documents(self, item: Item, left_out: LeftOut, start: int = 0, stop: int = END) -> Iterator[Document]:
+        """Yield the documents of an item, or those that begin in bytes [start, stop) of its decompressed content."""
+        try:
+            yield from filter(None, self._documents(item, DocumentMaker(item, self.config, left_out), start, stop))
+        except DAMAGE as error:
+            left_out.bad(item.path, f"damaged or cut short: {error}")
+        except OSError as error:
+            if error.errno is not None or "://" in item.path:
+                raise DataError(f"{item.path} cannot be read: {error}") from None
+            left_out.bad(item.path, f"damaged or cut short: {cause_of(error)}")  # as gzip, bz2 and pyarrow report it
+
+    def rows(self, stream: bytes, item: Item, left_out: LeftOut, first: int) -> Iterator[Document]:
+        """Yield the documents of rows of a dataset, an Arrow stream; the first row has the number `first`."""
+        import pyarrow
+
+        make = DocumentMaker(item, self.config, left_out)
+        for batch in pyarrow.ipc.open_stream(stream):
+            yield from filter(None, self._records(records_of(batch), make, first))
+            first += batch.num_rows
+
+    def close(self) -> None:
+        if self.lines is not None:
+            self.lines.file.close()
+        self.lines = None
+
+    def _documents(self, item: Item, make: DocumentMaker, start: int, stop: int) -> Iterator[Document | None]:
+        kind, compression = split_suffix(item.path)
+        if self.config.source is Source.builtin:
+            for text, source, place, key in builtin_texts(item.path):
+                yield make.from_text(text, place, source=source, split_key=key)
+        elif item.dataset is not None:
+            first = 0
+            for batch in dataset_batches(item, self.config):
+                yield from self._records(records_of(batch), make, first)
+                first += batch.num_rows
+        elif kind == ".jsonl" or (kind == ".txt" and self.config.text_lines):
+            yield from self._lines(item, make, start, stop)
+        else:
+            with open_content(item.path) as file, TemporaryFile() as copy:
+                if kind == ".txt":
+                    yield make.from_bytes(file.read(make.most_bytes + 1), item.path)
+                elif kind == ".json":
+                    yield from self._json(file, make)
+                elif not compression:
+                    yield from self._parquet(file, make, start, stop)
+                else:  # Parquet is read from its end
+                    copyfileobj(file, copy, READ_BYTES)
+                    yield from self._parquet(copy, make, start, stop)
+
+    def _lines(self, item: Item, make: DocumentMaker, start: int, stop: int) -> Iterator[Document | None]:
+        if self.lines is not None and (self.lines.path != item.path or self.lines.before > start):
+            self.close()
+        self.lines = lines = self.lines or Lines(item.path, make.most_bytes)
+        kind, compression = split_suffix(item.path)
+        number = 1
+        try:
+            for at, chunk in lines.read(start, stop):
+                for line in [None] if chunk is None else io.BytesIO(chunk):
+                    place = f"{item.path}: line at byte {at}" if start else f"{item.path}:{number}"
+                    number, at = number + 1, at + len(line or b"")
+                    if line is None or len(line) > lines.longest:
+                        make.too_large(place)
+                    elif kind == ".txt":
+                        yield make.from_bytes(line, place, strip=True)
+                    elif not line.isspace():
+                        yield make.from_line(line, place)
+        finally:
+            if not compression or lines.before < stop or stop == END:
+                self.close()
+
+    def _json(self, file: Any, make: DocumentMaker) -> Iterator[Document | None]:
+        try:
+            records = json.loads(file.read().removeprefix(b"\xef\xbb\xbf"))
+        except (ValueError, RecursionError) as error:
+            make.left_out.bad(make.item.path, f"not JSON: {error}")
+            return
+        if isinstance(records, list):
+            yield from self._records(records, make, 0)
+        else:
+            reason = "a .json file must hold a list of records; one record per line is .jsonl"
+            make.left_out.bad(make.item.path, reason)
+
+    def _parquet(self, file: Any, make: DocumentMaker, start: int, stop: int) -> Iterator[Document | None]:
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            table = parquet.ParquetFile(file, pre_buffer=False)
+            columns = columns_of(self.config, table.schema_arrow.names)
+            end = 0
+            for group in range(table.num_row_groups):
+                about = table.metadata.row_group(group)
+                number, end = end, end + about.num_rows
+                if not start <= (about.column(0).dictionary_page_offset or about.column(0).data_page_offset) < stop:
+                    continue
+                for batch in table.iter_batches(DATASET_ROWS, [group], columns, use_threads=False):
+                    yield from self._records(records_of(batch), make, number)
+                    number += batch.num_rows
+        except (pyarrow.ArrowException, ValueError) as error:
+            make.left_out.bad(make.item.path, f"unreadable Parquet: {cause_of(error)}")
+
+    def _records(self, records: list[Any], make: DocumentMaker, first: int) -> Iterator[Document | None]:
+        for number, record in enumerate(records, first):
+            yield make.from_record(record, f"{make.item.path}[{number}]")
+
+
+def columns_of(config: CorpusConfig, names: list[str]) -> list[str]:
+    """Return the columns that make a document, all for the whole record; raises `ValueError` if one is missing."""
+    if config.style is Style.text and config.raw_json:
+        return names
+    keys = {Style.text: [config.text_key], Style.chat: [config.messages_key], Style.alpaca: ["instruction", "output"]}
+    wanted = [key.split(".")[0] for key in keys[config.style]]
+    if missing := [name for name in wanted if name not in names]:
+        raise ValueError(f"no column {missing[0]} among {', '.join(names)}")
+    optional = ["input"] * (config.style is Style.alpaca) + [(config.source_key or "").split(".")[0]]
+    return list(dict.fromkeys([*wanted, *(name for name in optional if name in names)]))
+
+
+def dataset_batches(item: Item, config: CorpusConfig) -> "Iterator[pyarrow.RecordBatch]":
+    """Yield the rows of a dataset, streamed or not."""
+    import pyarrow
+    from datasets.exceptions import DatasetsError
+
+    dataset: Any = item.dataset
+    try:
+        if dataset.column_names:
+            dataset = dataset.select_columns(columns_of(config, dataset.column_names))
+        for table in dataset.with_format("arrow").iter(DATASET_ROWS):
+            yield from table.combine_chunks().to_batches()
+    except (OSError, ValueError, pyarrow.ArrowException, DatasetsError) as error:
+        raise DataError(f"data.dataset ({item.path}) cannot be read: {cause_of(error)}") from None
+
+
+def records_of(batch: "pyarrow.RecordBatch") -> list[Any]:
+    """Return rows as Python values; of one that is not UTF-8 or, where its type says so, JSON, the `ValueError`."""
+    try:
+        found = batch.to_pylist()
+        for field in batch.schema:
+            if _holds_json(field.type):
+                for record in found:
+                    record[field.name] = _parse_json(record[field.name], field.type)
+    except ValueError as error:
+        return [error] if len(batch) == 1 else [r for i in range(len(batch)) for r in records_of(batch.slice(i, 1))]
+    return found
+
+
+def _holds_json(kind: "pyarrow.DataType") -> bool:
+    import pyarrow
+
+    parts = (kind.field(i).type for i in range(kind.num_fields))
+    return isinstance(kind, pyarrow.JsonType) or any(map(_holds_json, parts))
+
+
+def _parse_json(value: Any, kind: "pyarrow.DataType") -> Any:
+    """Parse the JSON in a value, which is how `datasets` stores records that differ in shape."""
+    import pyarrow
+
+    match value:
+        case str() if isinstance(kind, pyarrow.JsonType):
+            return json.loads(value)
+        case dict():
+            return {name: _parse_json(part, kind.field(name).type) for name, part in value.items()}
+        case list():
+            return [_parse_json(part, kind.field(0).type) for part in value]
+    return value
+
+
+def read_documents(items: list[Item], config: CorpusConfig, left_out: LeftOut) -> Iterator[Document]:
+    """Yield the documents of items one after another, duplicates included."""
+    reader = Reader(config)
+    for item in items:
+        yield from reader.documents(item, left_out)

@@ -1,0 +1,307 @@
+"""A corpus' work in units: what each reads, the process that does it, and what it leaves.
+
+A unit is some megabytes of input, up to about a gigabyte. One process reads it, encodes it and writes its tokens to a
+folder under a temporary name; renaming the folder is the commit. A killed process costs the units it was at.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from corpus.compression import split_suffix
+from corpus.config import CorpusConfig, DataError, Source, TokenizerConfig
+from corpus.documents import Document
+from corpus.encode import DocumentEncoder
+from corpus.inputs import Item
+from corpus.left_out import LeftOut
+from corpus.readers import END, Reader, dataset_batches
+
+# Small units keep many processes busy and large ones make few files; neither may depend on the processes.
+LEAST_UNIT_BYTES, MOST_UNIT_BYTES, MOST_UNITS = 1 << 22, 1 << 30, 512
+MOST_ROW_BYTES = 1 << 27  # in a unit of a dataset, which is held in memory
+COMPRESSION_RATIO = 4  # a guess, to divide compressed files; the last range of each goes to its end
+BATCH_BYTES = 1 << 20  # of text that is encoded at once
+DOCUMENT = np.dtype([("hash", "<u8"), ("tokens", "<u4"), ("text_bytes", "<u4")])
+
+Progress = Callable[[int, int, int], None]  # takes the documents, tokens and bytes of text that were added
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be prepared, and the folder where it is while it is not finished."""
+
+    data: CorpusConfig
+    config: TokenizerConfig
+    folder: Path
+    items: list[Item]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What begins in [start, stop) of an item: bytes of a file's content, or rows of a dataset."""
+
+    item: int
+    start: int = 0
+    stop: int = END
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    number: int
+    spans: tuple[Span, ...]
+    rows: bytes = b""  # of a dataset, as an Arrow stream
+    limit: int | None = None  # documents
+
+
+def plan_units(items: list[Item], config: CorpusConfig) -> Iterator[Unit]:
+    """Yield the units of some items: a function of the items alone."""
+    units = _dataset_units if config.source is Source.huggingface else _file_units
+    return (Unit(number, *unit) for number, unit in enumerate(units(items, config)))
+
+
+def _file_units(items: list[Item], config: CorpusConfig) -> Iterator[tuple[tuple[Span, ...], bytes]]:
+    sizes = [item.size * (COMPRESSION_RATIO if split_suffix(item.path)[1] else 1) for item in items]
+    unit_bytes = min(max(sum(sizes) // MOST_UNITS, LEAST_UNIT_BYTES), MOST_UNIT_BYTES)
+    spans: list[Span] = []
+    total = 0
+    for number, (item, size) in enumerate(zip(items, sizes, strict=True)):
+        n_spans = max(1, size // unit_bytes) if _has_ranges(item, config) else 1
+        step = -(-size // n_spans)
+        for k in range(n_spans):
+            spans.append(Span(number, k * step, END if k == n_spans - 1 else (k + 1) * step))
+            total += size // n_spans
+            if total >= unit_bytes:
+                yield tuple(spans), b""
+                spans, total = [], 0
+    if spans:
+        yield tuple(spans), b""
+
+
+def _has_ranges(item: Item, config: CorpusConfig) -> bool:
+    """Return whether ranges of a file can be read apart: lines, and the row groups of Parquet."""
+    kind, compression = split_suffix(item.path)
+    return kind == ".jsonl" or (kind == ".txt" and config.text_lines) or (kind == ".parquet" and not compression)
+
+
+def _dataset_units(items: list[Item], config: CorpusConfig) -> Iterator[tuple[tuple[Span, ...], bytes]]:
+    """Yield rows of datasets, read by this process, once and in order, as a stream must be.
+
+    Units grow with the bytes before them, since the size of a stream is not known.
+    """
+    total = 0
+    for number, item in enumerate(items):
+        first, batches, size = 0, [], 0
+        for batch in dataset_batches(item, config):
+            batches.append(batch)
+            size += batch.nbytes
+            if size >= min(max(total // MOST_UNITS, LEAST_UNIT_BYTES), MOST_ROW_BYTES):
+                yield (Span(number, first),), _as_stream(batches)
+                first, total = first + sum(map(len, batches)), total + size
+                batches, size = [], 0
+        if batches:
+            yield (Span(number, first),), _as_stream(batches)
+
+
+def _as_stream(batches: list[Any]) -> bytes:
+    import pyarrow
+
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, batches[0].schema) as stream:
+        for batch in batches:
+            stream.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def unit_folder(folder: Path, number: int) -> Path:
+    return folder / "units" / f"{number:06d}"
+
+
+def read_unit(folder: Path, number: int) -> dict[str, Any] | None:
+    """Return what a unit says of itself, or None if it is not done."""
+    path = unit_folder(folder, number) / "unit.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+class UnitWorker:
+    """Reads, encodes and writes units; one per process. What `progress` raises ends a unit."""
+
+    def __init__(self, job: Job, progress: Progress) -> None:
+        self.job, self.progress = job, progress
+        self.encoder = DocumentEncoder(job.data, job.config, job.folder / "tokenizer")
+        self.reader = Reader(job.data)
+
+    def write(self, unit: Unit) -> None:
+        """Do a unit, from reading to the commit."""
+        final = unit_folder(self.job.folder, unit.number)
+        partial = final.with_name(f".{final.name}.{socket.gethostname()}.{os.getpid()}")
+        partial.mkdir(parents=True)
+        try:
+            self._write(unit, partial)
+            partial.rename(final)
+        except OSError:
+            if not final.exists():  # or another process was faster
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _write(self, unit: Unit, folder: Path) -> None:
+        left_out = LeftOut(self.job.data.on_bad_record)
+        counts, hashes = np.zeros(3, dtype=np.int64), {}
+        for batch in _batches(self._documents(unit, left_out)):
+            if unit.limit is not None:
+                batch = batch[: unit.limit - counts[0]]
+            found = self.encoder.encode(batch, left_out)
+            _append(found, folder, self.encoder.dtype, hashes)
+            added = len(found), sum(len(ids) for _, ids in found), sum(d.text_bytes for d, _ in found)
+            counts += added
+            self.progress(*added)
+            if counts[0] == unit.limit:
+                break
+        groups = {group: digest.hexdigest() for group, digest in sorted(hashes.items())}
+        about = {"counts": counts.tolist(), "left_out": left_out.as_json(), "groups": groups}
+        (folder / "unit.json").write_text(json.dumps(about))
+
+    def _documents(self, unit: Unit, left_out: LeftOut) -> Iterator[Document]:
+        for span in unit.spans:
+            item = self.job.items[span.item]
+            if unit.rows:
+                yield from self.reader.rows(unit.rows, item, left_out, span.start)
+            else:
+                yield from self.reader.documents(item, left_out, span.start, span.stop)
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += document.text_bytes
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _append(
+    encoded: list[tuple[Document, np.ndarray]], folder: Path, dtype: Any, hashes: dict[str, xxhash.xxh3_128]
+) -> None:
+    """Append documents to a file of tokens and one of `DOCUMENT` for each split and source."""
+    groups: dict[str, list[tuple[Document, np.ndarray]]] = {}
+    for document, ids in encoded:
+        groups.setdefault(f"{document.split}.{document.source}", []).append((document, ids))
+    for group, found in groups.items():
+        raw = np.concatenate([ids for _, ids in found]).astype(dtype).tobytes()
+        table = np.array([(d.hash, len(ids), d.text_bytes) for d, ids in found], dtype=DOCUMENT)
+        hashes.setdefault(group, xxhash.xxh3_128()).update(raw)
+        for kind, content in ((".tokens", raw), (".documents", table.tobytes())):
+            with open(folder / f"{group}{kind}", "ab") as file:  # not kept open: there may be thousands of sources
+                file.write(content)
+
+
+def run_units(units: Iterable[Unit], job: Job, *, workers: int, shards: int, shard: int, progress: Progress) -> int:
+    """Do the units of a shard that are not done, with `workers` processes; return how many units there are in all."""
+    most = job.data.max_documents
+    n_units = n_documents = 0
+
+    def add(*added: int) -> None:
+        nonlocal n_documents
+        n_documents += added[0]
+        progress(*added)
+
+    def to_do() -> Iterator[Unit]:
+        nonlocal n_units
+        for unit in units:
+            if most is not None:
+                if n_documents >= most:
+                    return
+                unit = replace(unit, limit=most - n_documents)
+            n_units += 1
+            if unit.number % shards == shard:
+                if (done := read_unit(job.folder, unit.number)) is None:
+                    yield unit
+                else:
+                    add(*done["counts"])
+
+    if workers == 1 or most is not None:  # a unit's limit is known when those before it are done
+        worker = UnitWorker(job, add)
+        for unit in to_do():
+            worker.write(unit)
+    else:
+        _run_in_processes(to_do(), job, workers, add)
+    return n_units
+
+
+def _run_in_processes(units: Iterator[Unit], job: Job, workers: int, add: Progress) -> None:
+    context = get_context("spawn")
+    shared = context.Array("q", 4)  # documents, tokens, bytes of text, and whether to stop
+    waiting: set[Future[None]] = set()
+
+    def wait_for_one() -> None:
+        nonlocal waiting
+        done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+        with shared.get_lock():
+            added, shared[:3] = shared[:3], [0, 0, 0]
+        if any(added):
+            add(*added)
+        for future in done:
+            future.result()
+
+    try:
+        with ProcessPoolExecutor(workers, context, _start_worker, (job, shared)) as pool:
+            try:
+                for unit in units:
+                    waiting.add(pool.submit(_write_unit, unit))
+                    while len(waiting) > workers:
+                        wait_for_one()
+                while waiting:
+                    wait_for_one()
+            except BaseException:
+                shared[3] = 1
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    except BrokenProcessPool:
+        raise DataError(
+            "a worker process was killed, perhaps for lack of memory; run the same command again with fewer workers"
+        ) from None
+
+
+_worker: list[UnitWorker] = []  # this process' own
+
+
+def _start_worker(job: Job, shared: Any) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process per core already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops them
+    Thread(target=_end_with_parent, daemon=True).start()
+
+    def progress(*added: int) -> None:
+        with shared.get_lock():
+            shared[:3] = [a + b for a, b in zip(shared[:3], added, strict=True)]
+        if shared[3]:
+            raise InterruptedError("the main process stopped")
+
+    _worker[:] = [UnitWorker(job, progress)]
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _write_unit(unit: Unit) -> None:
+    _worker[0].write(unit)
