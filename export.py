@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig
 
-from conf.cli import report_user_errors, run
-from conf.schema import ExportConfig, stored_model, to_config, to_plain
+from conf.cli import checked, report_user_errors, run
+from conf.schema import ExportConfig, stored_model, to_plain
 from model.config import ModelConfig, ModelError
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ library_name: transformers
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="export")
 def main(cfg: DictConfig) -> None:
-    config: ExportConfig = to_config(cfg)
     with report_user_errors():
+        config: ExportConfig = checked(cfg)
         if config.from_hf is not None:
             import_hf(Path(config.from_hf), config.out)
         else:

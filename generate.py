@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig
 
-from conf.cli import report_user_errors, run
-from conf.schema import GenerateConfig, to_config
+from conf.cli import checked, report_user_errors, run
+from conf.schema import GenerateConfig
 from model.config import ModelError
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ INCOMPLETE = "\ufffd"  # what the bytes of half a character decode to
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="generate")
 def main(cfg: DictConfig) -> None:
-    config: GenerateConfig = to_config(cfg)
     with report_user_errors():
+        config: GenerateConfig = checked(cfg)
         prompts = read_prompts(config)
         saved, model = load_model(config)
         jobs = [(number, text, sample) for number, text in enumerate(prompts) for sample in range(config.samples)]

@@ -21,7 +21,7 @@ class AuxLosses:
     def attach(self, x_BTD: Tensor, losses: dict[str, Tensor]) -> Tensor:
         """Return x_BTD with losses whose gradient is `weight` wherever x_BTD has a gradient."""
         for name, value in losses.items():
-            loss: Any = value.full_tensor() if hasattr(value, "full_tensor") else value  # of tensor-parallel layers
+            loss: Any = getattr(value, "full_tensor", lambda value=value: value)()  # of tensor-parallel layers
             attached: Any = _Attach.apply(x_BTD, loss.float() * self.weight)
             x_BTD = attached
             self.sums[name] = self.sums.get(name, 0) + loss.detach().float()

@@ -44,7 +44,9 @@ def parallelize(
     """
     stages = split_stages(model, mesh, config)
     blocks = list(model.blocks.values())
-    model.to(dtype)
+    for module in model.modules():  # not model.to(): a dry run's tensors cannot be swapped
+        for name, param in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(param.to(dtype)))
     if mesh.param_mesh is not None and mesh.axes.tp > 1:
         apply_tp(model, mesh.param_mesh["tp"], sequence_parallel=config.sequence_parallel)
         if config.async_tp:

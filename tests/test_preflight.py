@@ -13,7 +13,8 @@ from omegaconf import OmegaConf, open_dict
 from conf.cli import CONF, checked, data_settings, is_user_error
 from conf.schema import register
 from corpus.config import DataError, Source
-from data.config import DataConfig, refuse_missing
+from data.config import DataConfig
+from data.manifest import check_exists
 from launch import jobs, slurm
 from launch.sweep import SweepError, SweepPoint, run_points
 from parallel.config import ParallelError
@@ -83,7 +84,7 @@ def test_remedy_has_the_settings_that_preparing_reads(tmp_path: Path, typed: str
         sources={"a": "texts"} if "sources" in typed else {}, seq_len=8, micro_batch_size=1,
     )  # fmt: skip
     with pytest.raises(DataError) as error:
-        refuse_missing(config, data_settings(hydra))
+        check_exists(config, data_settings(hydra))
     assert str(error.value).endswith(f"python prepare_data.py data=local {remedy}")
 
 

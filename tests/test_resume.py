@@ -89,5 +89,8 @@ def test_one_process_exports_what_several_saved(
         GenerateConfig(run=run, max_new_tokens=8, device="cpu"),
         GenerateConfig(hf=hf, max_new_tokens=8, device="cpu"),
     )
-    texts = [generate.write(generate.load(source), source, [(0, "def", 0)])[0] for source in sources]
+    texts = []
+    for source in sources:
+        saved, model = generate.load_model(source)
+        texts += generate.write(model, saved, source, [(0, "def", 0)])
     assert texts[0] == texts[1] != ""

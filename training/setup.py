@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from conf.schema import TrainConfig
 from data.batches import Batch
@@ -44,7 +43,7 @@ def compute_dtype(config: PrecisionConfig, device: torch.device) -> tuple[torch.
 
 def build_model(
     config: TrainConfig, mesh: Mesh, fill: Callable[[Transformer, int], object] | None = None
-) -> tuple[Transformer, list[nn.Module]]:
+) -> tuple[Transformer, list[Transformer]]:
     """Return this rank's part of the model, laid out and filled with weights, and its pipeline stages.
 
     `fill(model, seed)` draws the weights in another way than the model does.
@@ -63,7 +62,7 @@ def build_engine(
     config: TrainConfig,
     mesh: Mesh,
     model: Transformer,
-    stages: list[nn.Module],
+    stages: list[Transformer],
     optimizer: Optimizer,
     scaler: LossScaler,
     state: TrainState,

@@ -165,7 +165,7 @@ def test_experiment_starts_from_a_model_and_trains_on_answers(tmp_path: Path, sy
     assert generation["eos_token_id"] == ends
     of_run = GenerateConfig(run=str(tmp_path / "sft"), prompt="x", device="cpu")
     of_export = GenerateConfig(hf=str(tmp_path / "sft" / "hf"), prompt="x", device="cpu")
-    assert generate.load(of_run).stop_ids == generate.load(of_export).stop_ids == set(ends)
+    assert generate.load_model(of_run)[0].stop_ids == generate.load_model(of_export)[0].stop_ids == set(ends)
     asked = [{"role": "user", "content": "Add 3 and 1.\nBriefly."}, {"role": "assistant", "content": "It is 4."}]
     ids = [*theirs.apply_chat_template(asked, return_dict=True)["input_ids"], 2]
     shard = next(iter((Path(data.path) / "train").glob("*.bin"))).with_suffix("")

@@ -77,7 +77,7 @@ def write_internlm(path: Path, documents: list[list[int]], dtype: Any) -> None:
 
 
 def config(folder: Path, **changes: Any) -> DataConfig:
-    return data_config(source=Source.tokens, input=str(folder), **{"seq_len": 4} | changes)
+    return data_config(source=Source.tokens, input=str(folder), **({"seq_len": 4} | changes))
 
 
 def tokens_and_labels(corpus: Corpus) -> list[tuple[list[int], list[int]]]:
