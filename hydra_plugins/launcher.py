@@ -16,7 +16,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict, read_write
 
-from conf.schema import TrainConfig, to_plain
+from conf.schema import TrainConfig
 from launch.sweep import SweepError, SweepPoint, run_points, share_cores
 
 
@@ -73,12 +73,9 @@ class JobLauncher(Launcher):
             run_dir = Path(os.path.relpath(cfg.hydra.sweep.dir)) / str(cfg.hydra.sweep.subdir or "")
             hydra = cfg.pop("hydra")
         config = share_cores(checked(cfg), n_points)
-        if isinstance(config, TrainConfig):
-            args = (config, to_plain(config), run_dir)
-        else:
-            args = (config, data_settings(hydra, "data.name", "data.path"))
+        other = run_dir if isinstance(config, TrainConfig) else data_settings(hydra, "data.name", "data.path")
         label = " ".join(override for override in overrides if _key(override) in swept)
-        return SweepPoint(label, run_dir, config, args, data_settings(hydra))
+        return SweepPoint(label, run_dir, config, (config, other), data_settings(hydra))
 
     def _swept(self, job_overrides: Sequence[Sequence[str]]) -> set[str]:
         """Return the keys that have several values, here or in the sweep that this batch is part of."""

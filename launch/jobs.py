@@ -220,7 +220,9 @@ class _Jobs:
 
     def __init__(self, folder: Path, code: Path, labelled: bool) -> None:
         self.folder, self.labelled = folder, labelled
-        self.variables = {"PYTHONPATH": str(code.resolve()), "PYTHONSAFEPATH": "1"}  # import from the copy alone
+        # Imports come from the copy of the code, then from the user's own folders, not from the one this runs in.
+        folders = filter(None, (str(code.resolve()), os.environ.get("PYTHONPATH")))
+        self.variables = {"PYTHONPATH": os.pathsep.join(folders), "PYTHONSAFEPATH": "1"}
         self.running: list[Running] = []
         self.numbers = count()
 
