@@ -88,6 +88,10 @@ class Point:
     job: Job
     needed: list[tuple[Path, str]] = field(default_factory=list)  # paths that nodes must see; see slurm.check
 
+    @property
+    def name(self) -> str:
+        return self.label or str(self.run_dir)
+
 
 @dataclass
 class Outcome:
@@ -105,7 +109,6 @@ class Running:
     point: Point
     job_id: str
     folder: Path  # of logs and results
-    prefix: str = ""  # of its lines on the screen
     process: subprocess.Popen | None = None  # on this machine
     gpus: list[int] = field(default_factory=list)
     state: str = ""  # in Slurm
@@ -123,17 +126,18 @@ class Running:
             new = file.read()
         whole = new[: new.rfind(b"\n") + 1]
         self.shown += len(whole)
+        prefix = f"[{self.point.label}] " if self.point.label else ""
         for line in whole.decode(errors="replace").splitlines():
             if not line.startswith("submitit "):
-                print(f"{self.prefix}{line}", flush=True)
+                print(f"{prefix}{line}", flush=True)
 
     def is_over(self, states: Mapping[str, str]) -> bool:
-        """Return whether nothing more will come of the job, given the states that Slurm reported, if it was asked."""
+        """Return whether nothing more will come of the job; `states` are Slurm's, {} if it was not asked."""
         if self.process is not None:
             return self.process.poll() is not None
         before, self.state = self.state, states.get(self.job_id, self.state)
         if self.state != before:
-            logger.info("job %s is %s: %s", self.job_id, self.state, self.point.label or self.point.run_dir)
+            logger.info("job %s is %s: %s", self.job_id, self.state, self.point.name)
         return bool(states) and self.state in slurm.OVER and before in slurm.OVER  # twice: its files may come late
 
     def outcome(self, over: bool) -> Outcome | None:
@@ -170,23 +174,23 @@ def run_jobs(
     `folder` takes logs and results, `code` is the copy of the code that jobs import. `begin` is called with every
     point once all have passed the checks, which raise `ParallelError`. An interrupt stops the jobs, which save.
     """
-    jobs = _Jobs(folder, code, labelled=len(points) > 1)
+    jobs = _Jobs(folder, code)
     queue = [point for point in points if point.launcher.where is Where.local]
     to_submit = sorted((point for point in points if point.launcher.where is Where.slurm), key=_settings)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         for point in queue:
             free_gpus(point, [])
-        queued = [(point, id_) for point in to_submit if (id_ := slurm.queued_job(point.run_dir, point.described))]
-        for point, _ in queued:
-            to_submit.remove(point)
-        arrays = [list(points) for _, points in groupby(to_submit, _settings)]
+        ids = {point.run_dir: slurm.queued_job(point.run_dir, point.described) for point in to_submit}
+        new = [point for point in to_submit if not ids[point.run_dir]]
+        arrays = [list(array) for _, array in groupby(new, _settings)]
         for array in arrays:
             slurm.check(array[0].launcher, folder, [need for point in array for need in point.needed])
         for point in points:
             begin(point)
-        for point, job_id in queued:
-            jobs.follow(point, job_id, "already in the queue")
+        for point in to_submit:
+            if job_id := ids[point.run_dir]:
+                jobs.follow(point, job_id, "already in the queue")
         for array in arrays:
             jobs.submit(array)
         queried = -math.inf
@@ -218,8 +222,8 @@ def _settings(point: Point) -> str:
 class _Jobs:
     """The jobs of a sweep that run, or wait in Slurm's queue."""
 
-    def __init__(self, folder: Path, code: Path, labelled: bool) -> None:
-        self.folder, self.labelled = folder, labelled
+    def __init__(self, folder: Path, code: Path) -> None:
+        self.folder = folder
         # Imports come from the copy of the code, then from the user's own folders, not from the one this runs in.
         folders = filter(None, (str(code.resolve()), os.environ.get("PYTHONPATH")))
         self.variables = {"PYTHONPATH": os.pathsep.join(folders), "PYTHONSAFEPATH": "1"}
@@ -235,7 +239,7 @@ class _Jobs:
         gpus = free_gpus(point, here)
         if gpus is None or len(here) >= (point.launcher.parallel_jobs or math.inf):
             return False
-        job = self._add(point, f"{os.getpid()}-{next(self.numbers)}")
+        job = Running(point, f"{os.getpid()}-{next(self.numbers)}", self.folder, gpus=gpus)
         paths = job.paths()
         paths.folder.mkdir(parents=True, exist_ok=True)
         end_file(paths).unlink(missing_ok=True)  # of an earlier process with this id
@@ -244,7 +248,7 @@ class _Jobs:
         command = [sys.executable, "-u", "-m", "launch.jobs", str(self.folder), job.job_id]
         with paths.stdout.open("w") as out, paths.stderr.open("w") as errors:
             job.process = subprocess.Popen(command, env=environment, stdout=out, stderr=errors, process_group=0)
-        job.gpus = gpus
+        self.running.append(job)
         return True
 
     def submit(self, points: list[Point]) -> None:
@@ -255,18 +259,14 @@ class _Jobs:
             self.follow(point, job_id, "submitted")
 
     def follow(self, point: Point, job_id: str, how: str) -> None:
-        self._add(point, job_id)
-        logger.info("job %s is %s: %s", job_id, how, point.label or point.run_dir)
-
-    def _add(self, point: Point, job_id: str) -> Running:
-        self.running.append(Running(point, job_id, self.folder, f"[{point.label}] " if self.labelled else ""))
-        return self.running[-1]
+        self.running.append(Running(point, job_id, self.folder))
+        logger.info("job %s is %s: %s", job_id, how, point.name)
 
     def stop(self) -> None:
         """Stop all jobs and wait until those of this machine have saved; a second interrupt kills these."""
-        if self.slurm_ids():
-            slurm.cancel(self.slurm_ids())
-            print(f"\ncancelled {', '.join(self.slurm_ids())}; the same command resumes their runs", file=sys.stderr)
+        if ids := self.slurm_ids():
+            slurm.ask("scancel", *ids)
+            print(f"\ncancelled {', '.join(ids)}; the same command resumes their runs", file=sys.stderr)
         here = [(job, job.process) for job in self.running if job.process is not None]
         deadline = time.monotonic() + STOP_S
         try:
@@ -282,10 +282,7 @@ class _Jobs:
 
 
 def free_gpus(point: Point, here: list[Running]) -> list[int] | None:
-    """Return the GPUs for a new job on this machine; None while too few are free.
-
-    Raises `ParallelError` if the machine has fewer than the job requests.
-    """
+    """Return the GPUs for a new job here, None while too few are free; raise `ParallelError` if there are too few."""
     n_gpus, asked = visible_gpus(), point.launcher.gpus_per_node or 0
     if asked > n_gpus:
         raise ParallelError(f"launcher.gpus_per_node ({asked}) must be at most the number of GPUs here ({n_gpus})")

@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 from launch.config import RankError
-from launch.environment import VARIABLES, check_joined, free_port, joined_environment, nproc_per_node, set_defaults
+from launch.environment import DEFAULTS, VARIABLES, check_joined, free_port, joined_environment, nproc_per_node
 from parallel.config import ParallelConfig
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
@@ -41,9 +41,9 @@ def launch(work: Callable[..., Any], *args: Any, config: ParallelConfig, is_user
     Everything is pickled for spawned ranks. The exception of the rank that failed first is raised as it is if it
     `is_user_error`, otherwise as a `RankError` with that rank's traceback.
     """
-    set_defaults()
-    joined = joined_environment(os.environ)
-    if joined:
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if joined := joined_environment(os.environ):
         check_joined(joined, config)
         os.environ.update(joined)
     n_ranks = 1 if joined else nproc_per_node(config)
