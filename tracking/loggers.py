@@ -70,10 +70,12 @@ class Wandb(Logger):
     def __init__(self, run_dir: Path, run_config: dict[str, Any], step: int) -> None:
         import wandb
 
-        id_file = run_dir / "wandb_id"
+        id_file, stored = run_dir / "wandb_id", None
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
-        if not _has_wandb_key():
+        with suppress(FileNotFoundError, netrc.NetrcParseError):
+            stored = netrc.netrc().authenticators("api.wandb.ai")
+        if not (os.environ.get("WANDB_API_KEY") or stored):
             os.environ.setdefault("WANDB_MODE", "offline")
         logger.info("wandb: %s", os.environ.get("WANDB_MODE", "online"))
         self.run = wandb.init(
@@ -136,9 +138,3 @@ class Loggers:
 
 def _metrics(record: Record) -> Record:
     return {key: value for key, value in record.items() if key != "step" and value is not None}
-
-
-def _has_wandb_key() -> bool:
-    with suppress(FileNotFoundError, netrc.NetrcParseError):
-        return bool(os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators("api.wandb.ai"))
-    return False

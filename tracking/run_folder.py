@@ -51,10 +51,10 @@ def is_held(run_dir: Path) -> bool:
 
 def check_not_held(run_dir: Path) -> None:
     if is_held(run_dir):
-        raise _in_use(run_dir, LOCK)
+        raise _in_use(run_dir)
 
 
-def _in_use(folder: Path, name: str) -> CheckpointError:
+def _in_use(folder: Path, name: str = LOCK) -> CheckpointError:
     owner = (folder / name).read_text().strip() or "another process"
     return CheckpointError(f"{folder} is in use by {owner}; wait for it, or pass another name=")
 
