@@ -4,6 +4,7 @@ Hydra finds launchers in this folder alone.
 """
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ ConfigStore.instance().store(group="hydra/launcher", name="jobs", node=JobsConf,
 
 
 class JobLauncher(Launcher):
-    """Runs the points of a sweep as the group `launcher` says, and waits for them."""
+    """Runs the points of a sweep where the group `launcher` decides, and waits for them."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.config = hydra_context, config
@@ -42,7 +43,10 @@ class JobLauncher(Launcher):
         setup_globals()
         swept = self._swept(job_overrides)
         points = [self._point(n, o, swept, len(job_overrides)) for n, o in enumerate(job_overrides, initial_job_idx)]
-        if any(map(_is_dry, points)):
+        dry = {isinstance(point.config, TrainConfig) and point.config.dry_run.enabled for point in points}
+        if len(dry) > 1:
+            raise SweepError("dry_run.enabled must be the same at all points of a sweep")
+        if True in dry:
             results = list(map(_run_dry, points))
         else:
             results = run_points(
@@ -82,25 +86,19 @@ class JobLauncher(Launcher):
         params = self.config.hydra.sweeper.get("params") or {}
         lines = [*self.config.hydra.overrides.task, *(f"{key}={value}" for key, value in params.items())]
         swept = {o.key_or_group for o in OverridesParser.create().parse_overrides(lines) if o.is_sweep_override()}
-        different = {override for overrides in job_overrides for override in overrides}
-        keys = [_key(override) for override in different]
-        return swept | {key for key in keys if keys.count(key) > 1}
+        keys = Counter(map(_key, {override for overrides in job_overrides for override in overrides}))
+        return swept | {key for key, n_values in keys.items() if n_values > 1}
 
 
 def _key(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
 
 
-def _is_dry(point: SweepPoint) -> bool:
-    return isinstance(point.config, TrainConfig) and point.config.dry_run.enabled
-
-
 def _run_dry(point: SweepPoint) -> None:
-    """Print what a point would be; no job is started for it."""
+    """Print the report of a point's dry run; no job is started for it."""
     from dry_run.run import run_dry_run
 
-    if not isinstance(point.config, TrainConfig) or not point.config.dry_run.enabled:
-        raise SweepError(f"dry_run ({point.label}) must be the same at all points of a sweep")
+    assert isinstance(point.config, TrainConfig)
     if point.label:
         print(f"\n== {point.label}", flush=True)
     run_dry_run(point.config)

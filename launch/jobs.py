@@ -26,7 +26,7 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 from launch import slurm
 from launch.config import LauncherConfig, Where
 from launch.environment import visible_gpus
-from launch.ranks import RankEnd, UserErrorTest, first_failure, hung_stacks, is_timeout, launch, read_end
+from launch.ranks import RankEnd, UserErrorTest, first_failure, hung_stacks, is_timeout, launch, read_ends
 from parallel.config import ParallelConfig, ParallelError
 
 STOP_S = 60.0  # for jobs of this machine to save when they are stopped
@@ -49,8 +49,9 @@ class Job:
     launcher: LauncherConfig
     hopeless: Callable[[], bool]  # whether the last crash repeats the one before
 
-    def run(self, paths: JobPaths) -> Any:
+    def __call__(self, paths: JobPaths | None = None) -> Any:
         """Run the work on this job's ranks and write how it ended; a failure exits with 1, which Slurm acts on."""
+        paths = paths or JobEnvironment().paths
         work, on_slurm = pkgutil.resolve_name(self.work), self.launcher.where is Where.slurm
         start = partial(launch, work, *self.args, config=self.config, is_user_error=self.is_user_error)
         end = RankEnd.of(start, end_file(paths), self.is_user_error)
@@ -68,9 +69,6 @@ class Job:
                 slurm.request_stacks()
             os._exit(1)  # submitit would make an exception a result, and the job a success
         return end.value
-
-    def __call__(self) -> Any:
-        return self.run(JobEnvironment().paths)
 
     def checkpoint(self) -> DelayedSubmission:
         """Have submitit requeue the same job if a signal comes before there is anything to save."""
@@ -100,6 +98,9 @@ class Outcome:
     state: str
     value: Any = None
     reason: str = ""
+
+
+Report = Callable[[Point, Outcome], None]
 
 
 @dataclass
@@ -145,7 +146,7 @@ class Running:
         config = self.point.launcher
         n_ranks = config.nodes * config.ranks_per_node if self.process is None else 1
         files = {rank: end_file(self.paths(rank)) for rank in range(n_ranks)}
-        ends = {rank: end for rank, path in files.items() if (end := read_end(path)) is not None}
+        ends = read_ends(files)
         first = first_failure(ends)
         if 0 in ends and first is None and ends[0].exit_code is None:
             return Outcome("finished", ends[0].value)
@@ -163,11 +164,7 @@ class Running:
 
 
 def run_jobs(
-    points: Sequence[Point],
-    folder: Path,
-    code: Path,
-    report: Callable[[Point, Outcome], None],
-    begin: Callable[[Point], None] = lambda _: None,
+    points: Sequence[Point], folder: Path, code: Path, report: Report, begin: Callable[[Point], None] = lambda _: None
 ) -> None:
     """Run a job for every point and report each as it ends; a failed one does not stop the others.
 
@@ -267,17 +264,17 @@ class _Jobs:
         if ids := self.slurm_ids():
             slurm.ask("scancel", *ids)
             print(f"\ncancelled {', '.join(ids)}; the same command resumes their runs", file=sys.stderr)
-        here = [(job, job.process) for job in self.running if job.process is not None]
+        processes = [job.process for job in self.running if job.process is not None]
         deadline = time.monotonic() + STOP_S
         try:
-            for _, process in here:
+            for process in processes:
                 process.terminate()
-            while any(process.poll() is None for _, process in here) and time.monotonic() < deadline:
+            while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
                 time.sleep(0.2)
-                for job, _ in here:
+                for job in self.running:
                     job.show()
         finally:
-            for _, process in here:
+            for process in processes:
                 process.kill()
 
 
@@ -299,7 +296,7 @@ def _main(folder: str, job_id: str) -> None:
     paths = JobPaths(folder, job_id=job_id, task_id=0)
     client, job = pickle.loads(paths.submitted_pickle.read_bytes())
     if os.getppid() == client:
-        job.run(paths)
+        job(paths)
 
 
 if __name__ == "__main__":

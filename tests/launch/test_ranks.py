@@ -122,10 +122,6 @@ def test_variables_of_torchrun_are_taken_as_they_are(monkeypatch: pytest.MonkeyP
     values = join(monkeypatch)
     answer = launch(ranks.variables, config=ParallelConfig(nproc_per_node=7), is_user_error=bool)
     assert {name: answer[name] for name in VARIABLES} == values
-
-
-def test_incomplete_variables_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    join(monkeypatch)
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(ParallelError, match="WORLD_SIZE must be set beside RANK, LOCAL_RANK"):
         launch(os.getpid, config=ParallelConfig(), is_user_error=bool)
