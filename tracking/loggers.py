@@ -101,16 +101,13 @@ class Loggers:
     def __init__(
         self, run_dir: Path, config: LoggerConfig, *, run_config: dict[str, Any], step: int, rank: int = 0
     ) -> None:
-        self.run_dir, self.run_config, self.step, self.rank = run_dir, run_config, step, rank
-        self.classes: list[Callable[[Path, dict[str, Any], int], Logger]] = [] if rank else [JsonLines]
-        if not rank:
-            self.classes += [TensorBoard] * config.tensorboard + [Wandb] * config.wandb
-            self.classes += [pkgutil.resolve_name(name) for name in config.extra]
+        self.run_dir, self.rank = run_dir, rank
         self.loggers: list[Logger] = []
+        own: list[type[Logger]] = [JsonLines, *[TensorBoard] * config.tensorboard, *[Wandb] * config.wandb]
+        for make in () if rank else (*own, *map(pkgutil.resolve_name, config.extra)):
+            self._try(make, lambda make=make: self.loggers.append(make(run_dir, run_config, step)))
 
     def __enter__(self) -> "Loggers":
-        for make in self.classes:
-            self._try(make, lambda make=make: self.loggers.append(make(self.run_dir, self.run_config, self.step)))
         return self
 
     def __exit__(self, *_: object) -> None:
