@@ -35,10 +35,10 @@ def main(cfg: DictConfig) -> float | None:
 
             return run_dry_run(config)
         check_run(config, run_dir, data_settings(HydraConfig.get()))
-        return launch(work, config, to_plain(config), run_dir, config=config.parallel, is_user_error=is_user_error)
+        return launch(work, config, run_dir, config=config.parallel, is_user_error=is_user_error)
 
 
-def work(config: TrainConfig, run_config: dict[str, Any], run_dir: Path) -> float | None:
+def work(config: TrainConfig, run_dir: Path) -> float | None:
     """Run one rank of a run and return its validation loss; after a stop, exit with the signal's code."""
     from launch.slurm import requeue_slurm_job
     from parallel.mesh import distributed
@@ -48,6 +48,7 @@ def work(config: TrainConfig, run_config: dict[str, Any], run_dir: Path) -> floa
     from training.out_of_memory import explain_oom
     from training.stop import StopRequest
 
+    run_config = to_plain(config)
     with (
         distributed(config.parallel) as mesh,
         locked(run_dir, mesh.rank),

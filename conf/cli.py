@@ -34,7 +34,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from conf.schema import SCHEMAS, ConfigError, did_you_mean, register, to_object
+from conf.schema import SCHEMAS, ConfigError, did_you_mean, register, to_config, to_object
 from corpus.config import DataError
 from data.config import TRAINING_ONLY
 from launch.config import RankError
@@ -50,7 +50,10 @@ USER_ERRORS = (ConfigError, DataError, ModelError, ParallelError, CheckpointErro
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 HYDRA_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 NO_CONFIG = ("hydra_help", "shell_completion", "experimental_rerun")  # flags of Hydra's that check no configuration
-HERE = ("jobs", "basic")  # launchers that start a job's ranks on this machine, or as `launcher` in the config says
+HERE = (
+    "jobs",
+    "basic",
+)  # launchers that start a job's ranks on this machine, or where `launcher` in the config decides
 
 
 def run(main: Callable[[], Any], command: str) -> None:
@@ -62,10 +65,9 @@ def run(main: Callable[[], Any], command: str) -> None:
     args = get_args_parser().parse_args()
     try:
         if not any(getattr(args, flag) for flag in NO_CONFIG):
-            with _composer(args, command) as composer:
-                problems = composer.problems()
-                if problems:
-                    # A rank reports its own wrong variables; the rest is the same for all.
+            with open_composer(args, command) as composer:
+                if problems := composer.problems():
+                    # Each rank reports its own wrong variables; the rest is the same for all.
                     is_first = joined_environment(os.environ).get("RANK", "0") == "0"
                     _print_errors([problem for problem in problems if is_first or problem.startswith(VARIABLES)])
                     sys.exit(2)
@@ -84,10 +86,9 @@ def run(main: Callable[[], Any], command: str) -> None:
 
 @contextmanager
 def report_user_errors() -> Iterator[None]:
-    """Report an error that the user can fix, without a traceback, and exit with 1.
+    """Report an error that the user can fix without a traceback and exit with 1; a sweep's point raises it.
 
-    For the body of a command's `main`, outside of which Hydra prints lines of its own. A sweep's point raises it: its
-    launcher goes on with the other points.
+    For the body of a command's `main`, outside of which Hydra prints lines of its own.
     """
     try:
         yield
@@ -119,10 +120,7 @@ def _print_errors(messages: list[str]) -> None:
 
 
 def data_settings(hydra: Any, *keys: str) -> str:
-    """Return the data settings of a command, from Hydra's configuration, as another command takes them.
-
-    They are those of `keys`, or all but those that only training reads.
-    """
+    """Return the data settings of a command line as another command takes them: `keys`, or all that preparing reads."""
     folders = [f"--config-dir={s.path}" for s in hydra.runtime.config_sources if s.provider == "command-line"]
     folders += [o for o in hydra.overrides.hydra if o.startswith("hydra.searchpath=")]
     typed = [o for o in (o.lstrip("+") for o in hydra.overrides.task) if o.startswith("data.")]
@@ -133,16 +131,7 @@ def data_settings(hydra: Any, *keys: str) -> str:
 
 def checked(cfg: DictConfig) -> Any:
     """Return a composed configuration as its checked dataclass; raise `ConfigError` with all that is wrong with it."""
-    config = to_object(cfg)
-    if problems := [*config.problems(), *preflight_problems(config)]:
-        raise ConfigError("\n".join(problems))
-    return config
-
-
-def command_line_problems(argv: Sequence[str], command: str) -> list[str]:
-    """Return everything that is wrong with a command line, in one line each."""
-    with _composer(get_args_parser().parse_args(argv), command) as composer:
-        return composer.problems()
+    return to_config(cfg, preflight_problems)
 
 
 def _as_hydra_reads(argument: str, command: str) -> str:
@@ -167,19 +156,19 @@ class _ConfigDir(SearchPathPlugin):
 
 
 @contextmanager
-def _composer(args: argparse.Namespace, command: str) -> Iterator["_Composer"]:
+def open_composer(args: argparse.Namespace, command: str) -> Iterator["Composer"]:
     """Open the folders of `--config-path` and `--config-dir` for composing."""
     Plugins.instance().register(_ConfigDir)
     _ConfigDir.folder = args.config_dir
     with initialize_config_dir(str((CONF.parent / (args.config_path or CONF)).resolve()), version_base="1.3"):
         _ConfigDir.folder = None  # it has been read
         try:
-            yield _Composer(args, command)
+            yield Composer(args, command)
         finally:
             HydraConfig.instance().cfg = None
 
 
-class _Composer:
+class Composer:
     """A command's configurations, composed as Hydra will compose them, and what is wrong with them."""
 
     def __init__(self, args: argparse.Namespace, command: str) -> None:
@@ -239,15 +228,14 @@ class _Composer:
         wrong: list[str] = []
         try:
             for problem in self._problems():
-                wrong += [problem] if problem not in wrong else []
+                wrong.append(problem)
         except HYDRA_ERRORS as error:
             wrong.append(_message(error))
-        return wrong
+        return list(dict.fromkeys(wrong))
 
     def _problems(self) -> Iterator[str]:
-        folder = self.args.config_dir
-        if folder is not None and not Path(folder).is_dir():
-            yield f"--config-dir ({folder}) is not a folder"
+        if not Path(self.args.config_dir or CONF).is_dir():
+            yield f"--config-dir ({self.args.config_dir}) is not a folder"
             return
         wrong = [self._unread_problem(argument) for argument in self.unread]
         wrong += [problem for override in self.overrides for problem in self._option_problems(override)]

@@ -5,10 +5,10 @@ The dataclasses beside the code are the truth; YAML only chooses values. Imports
 
 import dataclasses
 import difflib
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -78,9 +78,8 @@ class TrainConfig:
 
     def packs_of_step(self, step: int) -> int:
         """Packs in the batch of `step` (the first is 0), the ramp-up included."""
-        return packs_of_step(
-            step, global_batch_tokens=self.global_batch_tokens, ramp=self.ramp, pack_tokens=self.data.pack_tokens
-        )
+        tokens, pack_tokens = self.global_batch_tokens, self.data.pack_tokens
+        return packs_of_step(step, global_batch_tokens=tokens, ramp=self.ramp, pack_tokens=pack_tokens)
 
     def micro_batches(self) -> list[int]:
         """Return the micro-batches per step over all ranks, for every batch size of the ramp-up."""
@@ -219,12 +218,7 @@ def _below(section: object, least: int, *keys: str) -> Iterator[str]:
     yield from (f"{key} ({v}) must be at least {least}" for key, v in values.items() if v is not None and v < least)
 
 
-SCHEMAS = {
-    "train": TrainConfig,
-    "prepare_data": PrepareConfig,
-    "export": ExportConfig,
-    "generate": GenerateConfig,
-}
+SCHEMAS = {"train": TrainConfig, "prepare_data": PrepareConfig, "export": ExportConfig, "generate": GenerateConfig}
 
 
 def register() -> None:
@@ -254,30 +248,21 @@ def to_object(cfg: DictConfig) -> Any:
         raise ConfigError(str(error).splitlines()[0]) from None
 
 
-def to_config(cfg: DictConfig) -> Any:
+def to_config(cfg: DictConfig, more_problems: Callable[[Any], Iterable[str]] = lambda _: ()) -> Any:
     """Return a composed configuration as its dataclass; raise `ConfigError` with everything that is wrong with it."""
     config = to_object(cfg)
-    if problems := list(config.problems()):
+    if problems := [*config.problems(), *more_problems(config)]:
         raise ConfigError("\n".join(problems))
     return config
 
 
 def to_plain(config: Any) -> dict[str, Any]:
     """Return a typed configuration as JSON can hold it, enums by their value: what is stored with a run."""
-    return dataclasses.asdict(config, dict_factory=lambda items: {key: _plain(value) for key, value in items})
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    return value.value if isinstance(value, Enum) else value
+    return json.loads(json.dumps(dataclasses.asdict(config), default=lambda option: option.value))
 
 
 def free_keys(section: type = TrainConfig, prefix: str = "") -> list[str]:
-    """Return the dotted keys that may change when a run is resumed.
-
-    They are the fields marked `free`, and all that decide a corpus's tokens, which are compared themselves.
-    """
+    """Return the keys that may change on resume: fields marked `free`, and a corpus's, whose tokens are compared."""
     keys = []
     for found in dataclasses.fields(section):
         if found.metadata.get("free") is True or (section is DataConfig and found.name not in TRAINING_ONLY):

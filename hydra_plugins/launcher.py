@@ -4,6 +4,7 @@ Hydra finds launchers in this folder alone.
 """
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict, read_write
 
-from conf.schema import TrainConfig, to_plain
+from conf.schema import TrainConfig
 from launch.sweep import SweepError, SweepPoint, run_points, share_cores
 
 
@@ -29,7 +30,7 @@ ConfigStore.instance().store(group="hydra/launcher", name="jobs", node=JobsConf,
 
 
 class JobLauncher(Launcher):
-    """Runs the points of a sweep as the group `launcher` says, and waits for them."""
+    """Runs the points of a sweep where the group `launcher` decides, and waits for them."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.config = hydra_context, config
@@ -42,7 +43,10 @@ class JobLauncher(Launcher):
         setup_globals()
         swept = self._swept(job_overrides)
         points = [self._point(n, o, swept, len(job_overrides)) for n, o in enumerate(job_overrides, initial_job_idx)]
-        if any(map(_is_dry, points)):
+        dry = {isinstance(point.config, TrainConfig) and point.config.dry_run.enabled for point in points}
+        if len(dry) > 1:
+            raise SweepError("dry_run.enabled must be the same at all points of a sweep")
+        if True in dry:
             results = list(map(_run_dry, points))
         else:
             results = run_points(
@@ -73,37 +77,28 @@ class JobLauncher(Launcher):
             run_dir = Path(os.path.relpath(cfg.hydra.sweep.dir)) / str(cfg.hydra.sweep.subdir or "")
             hydra = cfg.pop("hydra")
         config = share_cores(checked(cfg), n_points)
-        if isinstance(config, TrainConfig):
-            args = (config, to_plain(config), run_dir)
-        else:
-            args = (config, data_settings(hydra, "data.name", "data.path"))
+        other = run_dir if isinstance(config, TrainConfig) else data_settings(hydra, "data.name", "data.path")
         label = " ".join(override for override in overrides if _key(override) in swept)
-        return SweepPoint(label, run_dir, config, args, data_settings(hydra))
+        return SweepPoint(label, run_dir, config, (config, other), data_settings(hydra))
 
     def _swept(self, job_overrides: Sequence[Sequence[str]]) -> set[str]:
         """Return the keys that have several values, here or in the sweep that this batch is part of."""
         params = self.config.hydra.sweeper.get("params") or {}
         lines = [*self.config.hydra.overrides.task, *(f"{key}={value}" for key, value in params.items())]
         swept = {o.key_or_group for o in OverridesParser.create().parse_overrides(lines) if o.is_sweep_override()}
-        different = {override for overrides in job_overrides for override in overrides}
-        keys = [_key(override) for override in different]
-        return swept | {key for key in keys if keys.count(key) > 1}
+        keys = Counter(map(_key, {override for overrides in job_overrides for override in overrides}))
+        return swept | {key for key, n_values in keys.items() if n_values > 1}
 
 
 def _key(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
 
 
-def _is_dry(point: SweepPoint) -> bool:
-    return isinstance(point.config, TrainConfig) and point.config.dry_run.enabled
-
-
 def _run_dry(point: SweepPoint) -> None:
-    """Print what a point would be; no job is started for it."""
+    """Print the report of a point's dry run; no job is started for it."""
     from dry_run.run import run_dry_run
 
-    if not isinstance(point.config, TrainConfig) or not point.config.dry_run.enabled:
-        raise SweepError(f"dry_run ({point.label}) must be the same at all points of a sweep")
+    assert isinstance(point.config, TrainConfig)
     if point.label:
         print(f"\n== {point.label}", flush=True)
     run_dry_run(point.config)

@@ -7,6 +7,7 @@ Hydra's own plugin of this name needs Optuna before 3, whose storage breaks with
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from launch.sweep import SweepError
+from tracking.run_folder import changed_keys, is_free_key
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -54,8 +56,7 @@ class OptunaSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Run trials until there are `n_trials`; raise `SweepError` if one failed, or none can be asked for."""
-        lines = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
-        overrides = OverridesParser.create().parse_overrides(lines)
+        overrides = OverridesParser.create().parse_overrides([*_settings(self.params), *arguments])
         try:
             space = {o.get_key_element(): distribution(o) for o in overrides if o.is_sweep_override()}
             study = self._study()
@@ -65,7 +66,9 @@ class OptunaSweeper(Sweeper):
 
         fixed = {o.get_key_element(): o.input_line or "" for o in overrides if not o.is_sweep_override()}
         if not space:
-            raise SweepError("hydra/sweeper=optuna has nothing to vary; pass optimizer.lr='interval(1e-4, 1e-2)', say")
+            raise SweepError(
+                "hydra/sweeper=optuna has nothing to vary; pass, for instance, optimizer.lr='interval(1e-4, 1e-2)'"
+            )
         other = f"{self.folder} holds a search with other settings; pass another name="
         if changed := self._changed_settings(study, list(fixed.values())):
             raise SweepError(f"{other}: {', '.join(changed)}")
@@ -83,18 +86,18 @@ class OptunaSweeper(Sweeper):
             points = [[*fixed.values(), *_settings(trial.params)] for trial in trials]
             returns = self.jobs.launch(points, initial_job_idx=trials[0].number)
             for trial, result in zip(trials, returns, strict=True):
-                value = result.return_value if result.status is JobStatus.COMPLETED else math.nan
-                if value is not None and math.isfinite(value):
-                    study.tell(trial, value)
-                elif value == math.inf:  # early_stop gave it up
+                value = result.return_value if result.status is JobStatus.COMPLETED else None
+                if value == math.inf:  # early_stop gave it up
                     study.tell(trial, state=TrialState.PRUNED)
-                else:
+                elif value is None or math.isnan(value):
                     study.tell(trial, state=TrialState.FAIL)
                     failed.append(" ".join(_settings(trial.params)))
+                else:
+                    study.tell(trial, value)
         if done := study.get_trials(states=(TrialState.COMPLETE,)):
             print(f"best of {len(done)} trials: {study.best_value:.4f} at {' '.join(_settings(study.best_params))}")
         if failed:
-            raise SweepError(f"{len(failed)} of {self.n_trials} trials gave no loss: {'; '.join(failed)}")
+            raise SweepError(f"{len(failed)} of {self.n_trials} trials have no loss: {'; '.join(failed)}")
 
     def _study(self) -> "Study":
         """Open the study in the sweep's folder, or begin it."""
@@ -118,8 +121,6 @@ class OptunaSweeper(Sweeper):
 
     def _changed_settings(self, study: "Study", fixed: list[str]) -> list[str]:
         """Return how the trials so far differ from those to come, in what does not vary; the study keeps it."""
-        from tracking.run_folder import changed_keys, is_free_key
-
         assert self.hydra_context is not None and self.config is not None
         cfg = self.hydra_context.config_loader.load_sweep_config(self.config, fixed)
         settings: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
@@ -143,5 +144,5 @@ def distribution(override: Override) -> "BaseDistribution":
     return FloatDistribution(float(start or 0), float(end or 0), log=log)
 
 
-def _settings(params: dict[str, Any]) -> list[str]:
+def _settings(params: Mapping[Any, Any]) -> list[str]:
     return [f"{key}={value}" for key, value in params.items()]

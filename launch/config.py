@@ -72,7 +72,5 @@ class LauncherConfig:
             if getattr(self, key):
                 yield f"launcher.{key} ({getattr(self, key)}) is for launcher=slurm; pass that too, or leave it out"
         if (self.tasks_per_node or 0) > (self.gpus_per_node or self.tasks_per_node or 0):
-            yield (
-                f"launcher.tasks_per_node ({self.tasks_per_node}) must be at most launcher.gpus_per_node "
-                f"({self.gpus_per_node}): each rank needs its own GPU"
-            )
+            most = f"launcher.gpus_per_node ({self.gpus_per_node})"
+            yield f"launcher.tasks_per_node ({self.tasks_per_node}) must be at most {most}: each rank needs its own GPU"

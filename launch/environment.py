@@ -22,27 +22,17 @@ if TYPE_CHECKING:
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PORTS = range(20000, 32000)  # below the range from which systems assign ports
-DEFAULTS = {
+DEFAULTS = {  # what libraries read from the environment as they load, unless the user has set it
     "OMP_WAIT_POLICY": "PASSIVE",  # an idle OpenMP thread that spins takes a core from a busy one
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # less fragmentation near the end of a GPU's memory
 }
 
 
-def set_defaults() -> None:
-    """Set what libraries read from the environment as they load, unless the user has; call before torch is imported."""
-    for name, value in DEFAULTS.items():
-        os.environ.setdefault(name, value)
-
-
 def world_size(config: "TrainConfig") -> int:
-    """Return the number of ranks of a run: those a dry run simulates, those already started, or those to start.
-
-    Raises `ParallelError` if they cannot be started.
-    """
+    """Return the ranks that a dry run simulates, that were started, or are to start; raise `ParallelError`."""
     if config.dry_run.enabled:
         return config.dry_run.world_size
-    joined = joined_environment(os.environ)
-    if joined:
+    if joined := joined_environment(os.environ):
         check_joined(joined, config.parallel)
         return int(joined["WORLD_SIZE"])
     if config.launcher.where is Where.slurm:
@@ -59,8 +49,8 @@ def nproc_per_node(config: ParallelConfig, launcher: LauncherConfig | None = Non
     n_gpus = 0 if config.device is Device.cpu else visible_gpus()
     n_gpus = n_gpus if launcher is None else launcher.gpus_per_job(n_gpus)
     sizes = {axis: getattr(config, axis) for axis in AXES}
-    fewest = max(1, math.prod(size for size in sizes.values() if size != -1))
-    n_ranks = config.nproc_per_node or (n_gpus if n_gpus and -1 in sizes.values() else fewest)
+    fewest = math.prod(size for size in sizes.values() if size != -1)
+    n_ranks = config.nproc_per_node or (n_gpus if n_gpus and -1 in sizes.values() else max(1, fewest))
     if n_gpus and n_ranks > n_gpus:
         layout = " x ".join(f"parallel.{axis} ({size})" for axis, size in sizes.items() if size > 1)
         asked = f"parallel.nproc_per_node ({n_ranks})" if config.nproc_per_node else layout
@@ -132,9 +122,9 @@ def check_joined(variables: Mapping[str, str], config: ParallelConfig) -> None:
         raise ParallelError(f"{', '.join(missing)} must be set beside {', '.join(variables)}, as torchrun and srun do")
     n_gpus = 0 if config.device is Device.cpu else visible_gpus()
     if n_gpus and int(variables["LOCAL_RANK"]) >= n_gpus:
-        size = variables["LOCAL_WORLD_SIZE"]
+        n_ranks = variables["LOCAL_WORLD_SIZE"]
         raise ParallelError(
-            f"LOCAL_WORLD_SIZE ({size}) ranks were started on a machine with {n_gpus} GPUs; start fewer"
+            f"LOCAL_WORLD_SIZE ({n_ranks}) is more than this machine's {n_gpus} GPUs; start fewer ranks"
         )
 
 

@@ -26,7 +26,7 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 from launch import slurm
 from launch.config import LauncherConfig, Where
 from launch.environment import visible_gpus
-from launch.ranks import RankEnd, UserErrorTest, first_failure, hung_stacks, is_timeout, launch, read_end
+from launch.ranks import RankEnd, UserErrorTest, first_failure, hung_stacks, is_timeout, launch, read_ends
 from parallel.config import ParallelConfig, ParallelError
 
 STOP_S = 60.0  # for jobs of this machine to save when they are stopped
@@ -49,8 +49,9 @@ class Job:
     launcher: LauncherConfig
     hopeless: Callable[[], bool]  # whether the last crash repeats the one before
 
-    def run(self, paths: JobPaths) -> Any:
+    def __call__(self, paths: JobPaths | None = None) -> Any:
         """Run the work on this job's ranks and write how it ended; a failure exits with 1, which Slurm acts on."""
+        paths = paths or JobEnvironment().paths
         work, on_slurm = pkgutil.resolve_name(self.work), self.launcher.where is Where.slurm
         start = partial(launch, work, *self.args, config=self.config, is_user_error=self.is_user_error)
         end = RankEnd.of(start, end_file(paths), self.is_user_error)
@@ -69,9 +70,6 @@ class Job:
             os._exit(1)  # submitit would make an exception a result, and the job a success
         return end.value
 
-    def __call__(self) -> Any:
-        return self.run(JobEnvironment().paths)
-
     def checkpoint(self) -> DelayedSubmission:
         """Have submitit requeue the same job if a signal comes before there is anything to save."""
         return DelayedSubmission(self)
@@ -88,6 +86,10 @@ class Point:
     job: Job
     needed: list[tuple[Path, str]] = field(default_factory=list)  # paths that nodes must see; see slurm.check
 
+    @property
+    def name(self) -> str:
+        return self.label or str(self.run_dir)
+
 
 @dataclass
 class Outcome:
@@ -98,6 +100,9 @@ class Outcome:
     reason: str = ""
 
 
+Report = Callable[[Point, Outcome], None]
+
+
 @dataclass
 class Running:
     """A point whose job was started."""
@@ -105,7 +110,6 @@ class Running:
     point: Point
     job_id: str
     folder: Path  # of logs and results
-    prefix: str = ""  # of its lines on the screen
     process: subprocess.Popen | None = None  # on this machine
     gpus: list[int] = field(default_factory=list)
     state: str = ""  # in Slurm
@@ -123,17 +127,18 @@ class Running:
             new = file.read()
         whole = new[: new.rfind(b"\n") + 1]
         self.shown += len(whole)
+        prefix = f"[{self.point.label}] " if self.point.label else ""
         for line in whole.decode(errors="replace").splitlines():
             if not line.startswith("submitit "):
-                print(f"{self.prefix}{line}", flush=True)
+                print(f"{prefix}{line}", flush=True)
 
     def is_over(self, states: Mapping[str, str]) -> bool:
-        """Return whether nothing more will come of the job, given the states that Slurm reported, if it was asked."""
+        """Return whether nothing more will come of the job; `states` are Slurm's, {} if it was not asked."""
         if self.process is not None:
             return self.process.poll() is not None
         before, self.state = self.state, states.get(self.job_id, self.state)
         if self.state != before:
-            logger.info("job %s is %s: %s", self.job_id, self.state, self.point.label or self.point.run_dir)
+            logger.info("job %s is %s: %s", self.job_id, self.state, self.point.name)
         return bool(states) and self.state in slurm.OVER and before in slurm.OVER  # twice: its files may come late
 
     def outcome(self, over: bool) -> Outcome | None:
@@ -141,7 +146,7 @@ class Running:
         config = self.point.launcher
         n_ranks = config.nodes * config.ranks_per_node if self.process is None else 1
         files = {rank: end_file(self.paths(rank)) for rank in range(n_ranks)}
-        ends = {rank: end for rank, path in files.items() if (end := read_end(path)) is not None}
+        ends = read_ends(files)
         first = first_failure(ends)
         if 0 in ends and first is None and ends[0].exit_code is None:
             return Outcome("finished", ends[0].value)
@@ -159,34 +164,30 @@ class Running:
 
 
 def run_jobs(
-    points: Sequence[Point],
-    folder: Path,
-    code: Path,
-    report: Callable[[Point, Outcome], None],
-    begin: Callable[[Point], None] = lambda _: None,
+    points: Sequence[Point], folder: Path, code: Path, report: Report, begin: Callable[[Point], None] = lambda _: None
 ) -> None:
     """Run a job for every point and report each as it ends; a failed one does not stop the others.
 
     `folder` takes logs and results, `code` is the copy of the code that jobs import. `begin` is called with every
     point once all have passed the checks, which raise `ParallelError`. An interrupt stops the jobs, which save.
     """
-    jobs = _Jobs(folder, code, labelled=len(points) > 1)
+    jobs = _Jobs(folder, code)
     queue = [point for point in points if point.launcher.where is Where.local]
     to_submit = sorted((point for point in points if point.launcher.where is Where.slurm), key=_settings)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         for point in queue:
             free_gpus(point, [])
-        queued = [(point, id_) for point in to_submit if (id_ := slurm.queued_job(point.run_dir, point.described))]
-        for point, _ in queued:
-            to_submit.remove(point)
-        arrays = [list(points) for _, points in groupby(to_submit, _settings)]
+        ids = {point.run_dir: slurm.queued_job(point.run_dir, point.described) for point in to_submit}
+        new = [point for point in to_submit if not ids[point.run_dir]]
+        arrays = [list(array) for _, array in groupby(new, _settings)]
         for array in arrays:
             slurm.check(array[0].launcher, folder, [need for point in array for need in point.needed])
         for point in points:
             begin(point)
-        for point, job_id in queued:
-            jobs.follow(point, job_id, "already in the queue")
+        for point in to_submit:
+            if job_id := ids[point.run_dir]:
+                jobs.follow(point, job_id, "already in the queue")
         for array in arrays:
             jobs.submit(array)
         queried = -math.inf
@@ -218,9 +219,11 @@ def _settings(point: Point) -> str:
 class _Jobs:
     """The jobs of a sweep that run, or wait in Slurm's queue."""
 
-    def __init__(self, folder: Path, code: Path, labelled: bool) -> None:
-        self.folder, self.labelled = folder, labelled
-        self.variables = {"PYTHONPATH": str(code.resolve()), "PYTHONSAFEPATH": "1"}  # import from the copy alone
+    def __init__(self, folder: Path, code: Path) -> None:
+        self.folder = folder
+        # Imports come from the copy of the code, then from the user's own folders, not from the one this runs in.
+        folders = filter(None, (str(code.resolve()), os.environ.get("PYTHONPATH")))
+        self.variables = {"PYTHONPATH": os.pathsep.join(folders), "PYTHONSAFEPATH": "1"}
         self.running: list[Running] = []
         self.numbers = count()
 
@@ -233,7 +236,7 @@ class _Jobs:
         gpus = free_gpus(point, here)
         if gpus is None or len(here) >= (point.launcher.parallel_jobs or math.inf):
             return False
-        job = self._add(point, f"{os.getpid()}-{next(self.numbers)}")
+        job = Running(point, f"{os.getpid()}-{next(self.numbers)}", self.folder, gpus=gpus)
         paths = job.paths()
         paths.folder.mkdir(parents=True, exist_ok=True)
         end_file(paths).unlink(missing_ok=True)  # of an earlier process with this id
@@ -242,7 +245,7 @@ class _Jobs:
         command = [sys.executable, "-u", "-m", "launch.jobs", str(self.folder), job.job_id]
         with paths.stdout.open("w") as out, paths.stderr.open("w") as errors:
             job.process = subprocess.Popen(command, env=environment, stdout=out, stderr=errors, process_group=0)
-        job.gpus = gpus
+        self.running.append(job)
         return True
 
     def submit(self, points: list[Point]) -> None:
@@ -253,37 +256,30 @@ class _Jobs:
             self.follow(point, job_id, "submitted")
 
     def follow(self, point: Point, job_id: str, how: str) -> None:
-        self._add(point, job_id)
-        logger.info("job %s is %s: %s", job_id, how, point.label or point.run_dir)
-
-    def _add(self, point: Point, job_id: str) -> Running:
-        self.running.append(Running(point, job_id, self.folder, f"[{point.label}] " if self.labelled else ""))
-        return self.running[-1]
+        self.running.append(Running(point, job_id, self.folder))
+        logger.info("job %s is %s: %s", job_id, how, point.name)
 
     def stop(self) -> None:
         """Stop all jobs and wait until those of this machine have saved; a second interrupt kills these."""
-        if self.slurm_ids():
-            slurm.cancel(self.slurm_ids())
-            print(f"\ncancelled {', '.join(self.slurm_ids())}; the same command resumes their runs", file=sys.stderr)
-        here = [(job, job.process) for job in self.running if job.process is not None]
+        if ids := self.slurm_ids():
+            slurm.ask("scancel", *ids)
+            print(f"\ncancelled {', '.join(ids)}; the same command resumes their runs", file=sys.stderr)
+        processes = [job.process for job in self.running if job.process is not None]
         deadline = time.monotonic() + STOP_S
         try:
-            for _, process in here:
+            for process in processes:
                 process.terminate()
-            while any(process.poll() is None for _, process in here) and time.monotonic() < deadline:
+            while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
                 time.sleep(0.2)
-                for job, _ in here:
+                for job in self.running:
                     job.show()
         finally:
-            for _, process in here:
+            for process in processes:
                 process.kill()
 
 
 def free_gpus(point: Point, here: list[Running]) -> list[int] | None:
-    """Return the GPUs for a new job on this machine; None while too few are free.
-
-    Raises `ParallelError` if the machine has fewer than the job requests.
-    """
+    """Return the GPUs for a new job here, None while too few are free; raise `ParallelError` if there are too few."""
     n_gpus, asked = visible_gpus(), point.launcher.gpus_per_node or 0
     if asked > n_gpus:
         raise ParallelError(f"launcher.gpus_per_node ({asked}) must be at most the number of GPUs here ({n_gpus})")
@@ -300,7 +296,7 @@ def _main(folder: str, job_id: str) -> None:
     paths = JobPaths(folder, job_id=job_id, task_id=0)
     client, job = pickle.loads(paths.submitted_pickle.read_bytes())
     if os.getppid() == client:
-        job.run(paths)
+        job(paths)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 from launch.config import RankError
-from launch.environment import VARIABLES, check_joined, free_port, joined_environment, nproc_per_node, set_defaults
+from launch.environment import DEFAULTS, VARIABLES, check_joined, free_port, joined_environment, nproc_per_node
 from parallel.config import ParallelConfig
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
@@ -41,9 +41,9 @@ def launch(work: Callable[..., Any], *args: Any, config: ParallelConfig, is_user
     Everything is pickled for spawned ranks. The exception of the rank that failed first is raised as it is if it
     `is_user_error`, otherwise as a `RankError` with that rank's traceback.
     """
-    set_defaults()
-    joined = joined_environment(os.environ)
-    if joined:
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if joined := joined_environment(os.environ):
         check_joined(joined, config)
         os.environ.update(joined)
     n_ranks = 1 if joined else nproc_per_node(config)
@@ -86,9 +86,9 @@ class RankEnd:
         partial.rename(end_file)
 
 
-def read_end(end_file: Path) -> RankEnd | None:
-    """Return how a rank ended; None if it was killed or still runs."""
-    return pickle.loads(end_file.read_bytes()) if end_file.exists() else None
+def read_ends(end_files: Mapping[int, Path]) -> dict[int, RankEnd]:
+    """Return how ranks ended, without those that were killed or still run."""
+    return {rank: pickle.loads(path.read_bytes()) for rank, path in end_files.items() if path.exists()}
 
 
 def stack_file(end_file: Path) -> Path:
@@ -127,7 +127,7 @@ class _Ranks:
             self._spawn(work)
             deadline = None
             while running := [rank for rank, process in enumerate(self.processes) if process.exitcode is None]:
-                if deadline is None and any(map(self._has_failed, self.end_files)):
+                if deadline is None and self._has_a_failure():
                     deadline = time.monotonic() + GRACE_S
                 if deadline is not None and time.monotonic() > deadline:
                     break
@@ -159,13 +159,13 @@ class _Ranks:
             if process.pid is not None and process.exitcode is None:
                 os.kill(process.pid, signum)
 
-    def _has_failed(self, rank: int) -> bool:
-        exited = self.processes[rank].exitcode is not None
-        end = read_end(self.end_files[rank])
-        return exited if end is None else bool(end.text)
+    def _has_a_failure(self) -> bool:
+        exited = {rank for rank, process in enumerate(self.processes) if process.exitcode is not None}
+        ends = read_ends(self.end_files)  # read after, because a rank writes its end before it exits
+        return first_failure(ends) is not None or not exited <= ends.keys()
 
     def _result(self, hung: Mapping[int, Path]) -> Any:
-        ends = {rank: end for rank, path in self.end_files.items() if (end := read_end(path)) is not None}
+        ends = read_ends(self.end_files)
         killed = [rank for rank in self.end_files if rank not in ends and rank not in hung]
         first = first_failure(ends)
         if self.signum is not None and (killed or first is not None) and not hung:

@@ -23,6 +23,7 @@ MEMORY = "slurm_job.json"  # in a run folder: the job that runs it
 ANSWER_S = 120
 STACKS_S = 3
 UNSEEN = "unseen: "
+WHERE = ("partition", "account", "qos", "constraint")  # options that decide which nodes are asked
 
 logger = logging.getLogger(__name__)
 
@@ -49,35 +50,30 @@ def check(config: LauncherConfig, folder: Path, needed: Sequence[tuple[Path, str
     if shutil.which("sbatch") is None:
         raise ParallelError("launcher=slurm needs sbatch; run this where jobs are submitted")
     options = _options(config)
-    tried = _ask("sbatch", "--test-only", *_flags(options), "--wrap=true")
+    tried = ask("sbatch", "--test-only", *_flags(options), "--wrap=true")
     if tried.returncode:
         raise ParallelError(f"launcher=slurm: {_message(tried.stderr)}")
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder.resolve() / ".probe"
     errors = {probe: _unshared(f"{probe.parent} (hydra.sweep.dir)"), Path(sys.executable): _unshared(sys.executable)}
     errors |= {} if config.setup else {path: error or _unshared(str(path)) for path, error in needed}
-    where = {name: options[name] for name in ("partition", "account", "qos", "constraint") if name in options}
+    where = _flags({name: options[name] for name in WHERE if name in options})
+    step = ["srun", "--immediate=2", "--time=1", "--ntasks=1", "--quiet", *where, *config.srun_args]
+    script = f'for path; do test -e "$path" || echo "{UNSEEN}$path"; done'
     probe.touch()
-    unseen = _unseen(list(errors), [*_flags(where), *config.srun_args])
+    answer = ask(*step, "sh", "-c", script, "sh", *map(str, errors))
     probe.unlink()
+    answered = answer.returncode == 0  # no node does if all are busy, for instance
+    unseen = [path for path in errors if answered and f"{UNSEEN}{path}" in answer.stdout.splitlines()]
     if unseen:
         raise ParallelError("\n".join(errors[path] for path in ([probe] if probe in unseen else unseen)))
-    if unseen is None or config.setup:
+    if not answered or config.setup:
         for error in dict.fromkeys(error for _, error in needed if error):
             logger.warning("on this machine %s; the nodes could not be asked", error)
 
 
 def _unshared(what: str) -> str:
     return f"launcher=slurm: the nodes do not see {what}; it must be on a disk that they share"
-
-
-def _unseen(paths: Sequence[Path], options: Sequence[str]) -> list[Path] | None:
-    """Return which paths a node does not see; None if no node answers, for instance because all are busy."""
-    step = ["srun", "--immediate=2", "--time=1", "--ntasks=1", "--quiet", *options]
-    script = f'for path; do test -e "$path" || echo "{UNSEEN}$path"; done'
-    answer = _ask(*step, "sh", "-c", script, "sh", *map(str, paths))
-    lines = answer.stdout.splitlines()
-    return None if answer.returncode else [path for path in paths if f"{UNSEEN}{path}" in lines]
 
 
 @_outside_job()
@@ -117,19 +113,15 @@ def states(job_ids: Sequence[str]) -> dict[str, str]:
     if not job_ids:
         return {}
     arrays = sorted({job_id.split("_")[0] for job_id in job_ids})
-    answer = _ask("squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(arrays)}", "--format=%i|%T")
+    answer = ask("squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(arrays)}", "--format=%i|%T")
     found = dict(line.split("|") for line in answer.stdout.split() if "|" in line)
     if answer.returncode and "Invalid job id" not in answer.stderr:
         return dict.fromkeys(job_ids, "UNKNOWN")
     forgotten = [job_id for job_id in job_ids if job_id not in found]
     if forgotten and shutil.which("sacct"):
-        answer = _ask("sacct", "--noheader", "--parsable2", f"--jobs={','.join(forgotten)}", "--format=JobID,State")
+        answer = ask("sacct", "--noheader", "--parsable2", f"--jobs={','.join(forgotten)}", "--format=JobID,State")
         found |= dict(line.split("|")[:2] for line in answer.stdout.splitlines() if "|" in line)
     return {job_id: (found.get(job_id) or "GONE").split()[0] for job_id in job_ids}
-
-
-def cancel(job_ids: Sequence[str]) -> None:
-    _ask("scancel", *job_ids)
 
 
 def remember_job(run_dir: Path, job_id: str, described: dict[str, Any]) -> None:
@@ -162,15 +154,15 @@ def requeue(max_requeues: int) -> str:
     job_id, times = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     if times >= max_requeues:
         return f"it was requeued {times} times, and launcher.max_requeues is {max_requeues}"
-    if "JobState=RUNNING" not in _ask("scontrol", "show", "job", "--oneliner", job_id).stdout:
+    if "JobState=RUNNING" not in ask("scontrol", "show", "job", "--oneliner", job_id).stdout:
         return ""
-    done = _ask("scontrol", "requeue", job_id)
+    done = ask("scontrol", "requeue", job_id)
     return _message(done.stderr) if done.returncode else ""
 
 
 def request_stacks() -> None:
     """Have every rank of this job write its stack."""
-    _ask("scancel", "--signal=QUIT", f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}")
+    ask("scancel", "--signal=QUIT", f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}")
     time.sleep(STACKS_S)
 
 
@@ -199,10 +191,7 @@ def requeue_slurm_job(run_dir: Path, *, rank: int, max_requeues: int) -> None:
 def _options(config: LauncherConfig) -> dict[str, Any]:
     """Return a job's options by sbatch's names; True is an option without a value, such as exclusive."""
     options = {
-        "partition": config.partition,
-        "account": config.account,
-        "qos": config.qos,
-        "constraint": config.constraint,
+        **{name: getattr(config, name) for name in WHERE},
         "nodes": config.nodes,
         "ntasks-per-node": config.ranks_per_node,
         "gpus-per-node": config.gpus_per_node,
@@ -218,7 +207,8 @@ def _flags(options: dict[str, Any]) -> list[str]:
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
 
 
-def _ask(*command: str) -> subprocess.CompletedProcess[str]:
+def ask(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of Slurm's and return its answer, or a failure after `ANSWER_S`."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S)
     except subprocess.TimeoutExpired:

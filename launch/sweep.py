@@ -57,8 +57,7 @@ def run_points(
     The value of a point that was given up is infinite. Raise `SweepError` before the first one starts if any cannot.
     """
     trains = isinstance(points[0].config, TrainConfig)
-    finished = [is_finished(point.run_dir, to_plain(point.config)) for point in points]
-    missing = [point for point, done in zip(points, finished, strict=True) if not done]
+    missing = [point for point in points if not is_finished(point.run_dir, to_plain(point.config))]
     needed = _needed(missing, len(points), check, is_user_error)
     from launch.jobs import Job, Outcome, Point, run_jobs
     from tracking.compare import compare
@@ -74,11 +73,12 @@ def run_points(
                 outcomes[run_dir] = Outcome("finished", _value(run_dir, status["valid_loss"]))
                 logger.info("%s already: %s", status["state"], run_dir)
                 continue
-            if isinstance(point.config, TrainConfig):
-                work, parallel = "train:work", point.config.parallel
-            else:
-                work, parallel = "prepare_data:work", ParallelConfig(device=Device.cpu, nproc_per_node=1)
-            hopeless = partial(crashed_the_same_way_twice, run_dir)
+            one_process = ParallelConfig(device=Device.cpu, nproc_per_node=1)
+            parallel = point.config.parallel if isinstance(point.config, TrainConfig) else one_process
+            work, hopeless = (
+                f"{'train' if trains else 'prepare_data'}:work",
+                partial(crashed_the_same_way_twice, run_dir),
+            )
             job = Job(work, point.args, parallel, is_user_error, launcher, hopeless=hopeless)
             jobs.append(Point(point.label, run_dir, launcher, to_plain(point.config), job, needed[run_dir]))
 
@@ -92,11 +92,10 @@ def run_points(
             if outcome.state == "finished":
                 loss = outcome.value = _value(point.run_dir, outcome.value)
                 shown = f", validation loss {loss:.4f}" if isinstance(loss, float) and loss < math.inf else ""
-                state = "given up" if loss == math.inf else "finished"
-                logger.info("%s: %s%s", state, point.label or point.run_dir, shown)
+                logger.info("%s: %s%s", "given up" if loss == math.inf else "finished", point.name, shown)
             else:
                 note_end(point.run_dir, outcome.state, outcome.reason)
-                print(f"error: {point.label or point.run_dir} {outcome.state}: {outcome.reason}", file=sys.stderr)
+                print(f"error: {point.name} {outcome.state}: {outcome.reason}", file=sys.stderr)
 
         try:
             if jobs:
@@ -162,9 +161,8 @@ def share_cores(config: TrainConfig | PrepareConfig, n_points: int) -> TrainConf
 def is_finished(run_dir: Path, run_config: dict[str, Any]) -> bool:
     """Return whether a run folder holds the end of this very run, or the place where the same rule gave it up."""
     status = read_status(run_dir)
-    if status.get("state") not in ("finished", "given up"):
-        return False
-    if status["state"] == "given up" and status["config"]["early_stop"] != run_config["early_stop"]:
+    given_up = status.get("state") == "given up" and status["config"]["early_stop"] == run_config["early_stop"]
+    if not given_up and status.get("state") != "finished":
         return False
     return all(is_free_key(key) for key, _, _ in changed_keys(status["config"], run_config))
 

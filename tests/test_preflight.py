@@ -73,12 +73,8 @@ def test_sweep_without_its_corpus_is_refused_once_and_without_torch(tmp_path: Pa
     ],
 )
 def test_remedy_has_the_settings_that_preparing_reads(tmp_path: Path, typed: str, remedy: str) -> None:
-    hydra = OmegaConf.create(
-        {
-            "overrides": {"task": typed.split(), "hydra": []},
-            "runtime": {"choices": {"data": "local"}, "config_sources": []},
-        }
-    )
+    runtime = {"choices": {"data": "local"}, "config_sources": []}
+    hydra = OmegaConf.create({"overrides": {"task": typed.split(), "hydra": []}, "runtime": runtime})
     config = DataConfig(
         name="x", path=str(tmp_path / "no"), source=Source.local, input="texts" if "data.input" in typed else None,
         sources={"a": "texts"} if "sources" in typed else {}, seq_len=8, micro_batch_size=1,
@@ -112,9 +108,13 @@ def test_folder_of_another_run_is_refused(tmp_path: Path, small: list[str]) -> N
         assert f"{folder} is in use by process " in refused(tmp_path, *small, "steps=1")
 
 
-def test_points_that_share_a_folder_are_refused(tmp_path: Path, small: list[str]) -> None:
+def test_sweeps_and_points_do_not_share_a_folder(tmp_path: Path, small: list[str]) -> None:
+    found = points(tmp_path, *small)
     with pytest.raises(SweepError, match=r"hydra.sweep.subdir"):
-        run([replace(point, run_dir=tmp_path) for point in points(tmp_path, *small)], tmp_path)
+        run([replace(point, run_dir=tmp_path) for point in found], tmp_path)
+    with locked(tmp_path, name=SWEEP_LOCK), pytest.raises(CheckpointError, match=r"is in use by process \d+ on "):
+        run(found, tmp_path)
+    assert not list(tmp_path.glob("point*"))
 
 
 def test_more_gpus_than_there_are_is_refused(tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,9 +154,3 @@ def test_what_corpus_or_machine_cannot_do_is_refused(
 ) -> None:
     monkeypatch.setattr("launch.environment.visible_gpus", lambda: 0)
     assert expected in refused(tmp_path, *small, "parallel.device=auto", override)
-
-
-def test_two_sweeps_do_not_share_a_folder(tmp_path: Path, small: list[str]) -> None:
-    with locked(tmp_path, name=SWEEP_LOCK), pytest.raises(CheckpointError, match=r"is in use by process \d+ on "):
-        run(points(tmp_path, *small), tmp_path)
-    assert not list(tmp_path.glob("point*"))

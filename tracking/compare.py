@@ -9,13 +9,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tracking.metrics_file import METRICS, Curve, loss_curve, read_records, smoothed
 from tracking.plot import figure
 from tracking.run_folder import changed_keys, is_held
 from tracking.status import read_status
 from training.config import CheckpointError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 NOT_COMPARED = ("name", "launcher", "logger", "checkpoint")
 WIDE_RANGE = 8.0  # values that span this factor are drawn on a logarithmic scale
@@ -54,7 +57,9 @@ def compare(folder: Path, *, show: bool = False) -> str:
     keys = swept_keys(runs)
     rows = table(runs, keys)
     notes = [f"{run.name}: {run.reason.splitlines()[0]}" for run in runs if run.state == "failed" and run.reason]
-    text = "\n".join([as_text(rows), *notes])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[*map(str.rjust, row[:-1], widths), row[-1]] for row in rows]
+    text = "\n".join([*map("  ".join, cells), *notes])
     if show:
         print(text, flush=True)
     out = folder / "compare"
@@ -75,15 +80,15 @@ def read_runs(folder: Path) -> list[Run]:
     found = sorted(path.parent for path in folder.glob("**/status.json") if read_status(path.parent))
     if not found:
         raise CheckpointError(f"there is no run in {folder}; name a sweep's folder, such as runs/lr_sweep")
-    return [_read(path, str(path.relative_to(folder)) if path != folder else folder.name) for path in found]
+    return [_read(path, folder) for path in found]
 
 
-def _read(path: Path, name: str) -> Run:
+def _read(path: Path, folder: Path) -> Run:
     status, records = read_status(path), read_records(path / METRICS)
     killed = status["state"] == "running" and not is_held(path)
     last = {key: value for record in records for key, value in record.items() if value is not None}
     return Run(
-        name=name,
+        name=str(path.relative_to(folder)) if path != folder else folder.name,
         state="failed" if killed else status["state"],
         config=status["config"],
         train=smoothed(loss_curve(records, "train/loss")),
@@ -96,10 +101,7 @@ def _read(path: Path, name: str) -> Run:
 
 
 def swept_keys(runs: Sequence[Run]) -> list[str]:
-    """Return the dotted keys in which runs differ, without those of where and how they ran.
-
-    Keys that follow from a group's name, such as the width of model=125m, are left out beside it.
-    """
+    """Return the dotted keys in which runs differ, but for where and how they ran, and what a group's name implies."""
     changed = [key for run in runs[1:] for key, _, _ in changed_keys(runs[0].config, run.config)]
     keys = [key for key in dict.fromkeys(changed) if key.split(".")[0] not in NOT_COMPARED]
 
@@ -111,7 +113,7 @@ def swept_keys(runs: Sequence[Run]) -> list[str]:
 
 
 def short_names(keys: Sequence[str]) -> list[str]:
-    """Return the last word of each key, or the whole key where two share it; a group's name has the group's word."""
+    """Return the last word of each key, the group's for its name, or the whole key where two share a word."""
     words = [key.removesuffix(".name").rsplit(".", 1)[-1] for key in keys]
     return [word if words.count(word) == 1 else key for key, word in zip(keys, words, strict=True)]
 
@@ -131,13 +133,6 @@ def _shown(value: Any, spec: str) -> str:
     if isinstance(value, float):
         return format(value, spec) if math.isfinite(value) else "-"
     return "-" if value is None else str(value)
-
-
-def as_text(rows: list[list[str]]) -> str:
-    """Return a table in columns, aligned right but for the last."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    cells = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    return "\n".join("  ".join([*padded[:-1], row[-1]]) for padded, row in zip(cells, rows, strict=True))
 
 
 def as_markdown(rows: list[list[str]]) -> str:
@@ -168,7 +163,7 @@ def draw(runs: Sequence[Run], keys: Sequence[str], out: Path) -> None:
             _draw_final(axes, runs, key, colors, [other for other in keys if other != key])
 
 
-def _draw_final(axes: Any, runs: Sequence[Run], key: str, colors: dict[str, Any], others: Sequence[str]) -> None:
+def _draw_final(axes: "Axes", runs: Sequence[Run], key: str, colors: dict[str, Any], others: Sequence[str]) -> None:
     """Draw last losses over the values of a key, with a line through finished runs that agree in all `others`."""
     values = [run.value(key) for run in runs]
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)

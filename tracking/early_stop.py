@@ -1,6 +1,7 @@
 """Ends a point of a sweep whose loss falls behind that of the best point at the same tokens."""
 
 import logging
+import math
 from pathlib import Path
 
 from tracking.config import EarlyStopConfig
@@ -18,18 +19,14 @@ def is_hopeless(config: EarlyStopConfig, run_dir: Path, step: int) -> bool:
         return False
     tokens, loss = own[-1]
     others = {path.parent for path in run_dir.parent.glob("*/status.json")} - {run_dir}
-    losses = {other: at for other in others if (at := _loss_at(_curve(other), tokens)) is not None}
-    best = min(losses, key=lambda other: losses[other], default=None)
-    if best is None or loss <= losses[best] + config.margin:
+    at_these_tokens = [(next((loss for at, loss in _curve(o) if at >= tokens), math.inf), o.name) for o in others]
+    best, name = min(at_these_tokens, default=(math.inf, ""))
+    if loss <= best + config.margin:
         return False
     message = "given up at step %d: the loss is %.4f, that of %s at the same tokens %.4f (early_stop.margin is %g)"
-    logger.info(message, step, loss, best.name, losses[best], config.margin)
+    logger.info(message, step, loss, name, best, config.margin)
     return True
 
 
 def _curve(run_dir: Path) -> Curve:
     return smoothed(loss_curve(read_records(run_dir / METRICS), "train/loss"))
-
-
-def _loss_at(curve: Curve, tokens: int) -> float | None:
-    return next((loss for at, loss in curve if at >= tokens), None)

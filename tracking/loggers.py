@@ -70,10 +70,12 @@ class Wandb(Logger):
     def __init__(self, run_dir: Path, run_config: dict[str, Any], step: int) -> None:
         import wandb
 
-        id_file = run_dir / "wandb_id"
+        id_file, stored = run_dir / "wandb_id", None
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
-        if not _has_wandb_key():
+        with suppress(FileNotFoundError, netrc.NetrcParseError):
+            stored = netrc.netrc().authenticators("api.wandb.ai")
+        if not (os.environ.get("WANDB_API_KEY") or stored):
             os.environ.setdefault("WANDB_MODE", "offline")
         logger.info("wandb: %s", os.environ.get("WANDB_MODE", "online"))
         self.run = wandb.init(
@@ -99,16 +101,13 @@ class Loggers:
     def __init__(
         self, run_dir: Path, config: LoggerConfig, *, run_config: dict[str, Any], step: int, rank: int = 0
     ) -> None:
-        self.run_dir, self.run_config, self.step, self.rank = run_dir, run_config, step, rank
-        self.classes: list[Callable[[Path, dict[str, Any], int], Logger]] = [] if rank else [JsonLines]
-        if not rank:
-            self.classes += [TensorBoard] * config.tensorboard + [Wandb] * config.wandb
-            self.classes += [pkgutil.resolve_name(name) for name in config.extra]
+        self.run_dir, self.rank = run_dir, rank
         self.loggers: list[Logger] = []
+        own: list[type[Logger]] = [JsonLines, *[TensorBoard] * config.tensorboard, *[Wandb] * config.wandb]
+        for make in () if rank else (*own, *map(pkgutil.resolve_name, config.extra)):
+            self._try(make, lambda make=make: self.loggers.append(make(run_dir, run_config, step)))
 
     def __enter__(self) -> "Loggers":
-        for make in self.classes:
-            self._try(make, lambda make=make: self.loggers.append(make(self.run_dir, self.run_config, self.step)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -136,9 +135,3 @@ class Loggers:
 
 def _metrics(record: Record) -> Record:
     return {key: value for key, value in record.items() if key != "step" and value is not None}
-
-
-def _has_wandb_key() -> bool:
-    with suppress(FileNotFoundError, netrc.NetrcParseError):
-        return bool(os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators("api.wandb.ai"))
-    return False

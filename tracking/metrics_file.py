@@ -46,10 +46,7 @@ def last_step(run_dir: Path) -> int:
 
 def truncate_metrics(path: Path, step: int, validated: bool) -> None:
     """Drop the records after `step`, from which a run resumes, and the validation of `step` unless it was saved."""
-    kept = [
-        r
-        for r in read_records(path)
-        if r["step"] < step or (r["step"] == step and (validated or "valid/loss" not in r))
-    ]
+    # A validation counts as after its step.
+    kept = [r for r in read_records(path) if r["step"] + ("valid/loss" in r and not validated) <= step]
     if path.exists():
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))

@@ -51,10 +51,10 @@ def is_held(run_dir: Path) -> bool:
 
 def check_not_held(run_dir: Path) -> None:
     if is_held(run_dir):
-        raise _in_use(run_dir, LOCK)
+        raise _in_use(run_dir)
 
 
-def _in_use(folder: Path, name: str) -> CheckpointError:
+def _in_use(folder: Path, name: str = LOCK) -> CheckpointError:
     owner = (folder / name).read_text().strip() or "another process"
     return CheckpointError(f"{folder} is in use by {owner}; wait for it, or pass another name=")
 
@@ -153,12 +153,13 @@ class StopFile:
     """A file holding N: save at step N and stop; -N: save at step N and go on (InternLM's `stop_file_path`)."""
 
     def __init__(self, path: str | None) -> None:
-        self.path = Path(path or os.devnull)
+        self.path, self.ignored = Path(path or os.devnull), ""
 
     def read(self, step: int) -> tuple[bool, bool]:
         """Return whether to save at `step`, and whether to stop there."""
         text = self.path.read_text().strip() if self.path.exists() else ""
         asked = int(text) if text.removeprefix("-").isdecimal() else 0
-        if text and not asked:
+        if text not in ("", self.ignored) and not asked:
+            self.ignored = text
             logger.warning("%s holds %r, which is no step; it is ignored", self.path, text)
         return abs(asked) == step, 0 < asked <= step

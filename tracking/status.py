@@ -56,10 +56,10 @@ class Status:
 
     def _write(self) -> None:
         if not self.rank:
-            _write(self.run_dir, self.record)
+            _write(self.run_dir, **self.record)
 
 
-def _write(run_dir: Path, record: dict[str, Any]) -> None:
+def _write(run_dir: Path, **record: Any) -> None:
     write_atomically(run_dir / NAME, json.dumps({**record, "time": time.time()}))
 
 
@@ -67,14 +67,14 @@ def note_queued(run_dir: Path, run_config: dict[str, Any]) -> None:
     """Record that a run is to begin."""
     run_dir.mkdir(parents=True, exist_ok=True)
     if not read_status(run_dir):
-        _write(run_dir, {"state": "queued", "config": run_config})
+        _write(run_dir, state="queued", config=run_config)
 
 
 def note_end(run_dir: Path, state: str, reason: str) -> None:
     """Record the end of a run that was killed before it could; one that another process holds goes on."""
     status = read_status(run_dir)
     if status.get("state") in ("running", "queued") and not is_held(run_dir):
-        _write(run_dir, {**status, "state": state, "reason": reason})
+        _write(run_dir, **{**status, "state": state, "reason": reason})
 
 
 def crashed_the_same_way_twice(run_dir: Path) -> bool:

@@ -37,7 +37,7 @@ def _check_model(config: ExportConfig | GenerateConfig) -> None:
     """Raise a user error if there is no model, or no tokenizer to generate text with."""
     hf = config.hf if isinstance(config, GenerateConfig) else config.from_hf
     if (config.run is None) == (hf is None):
-        return  # which the configuration's own problems say
+        return  # a problem of the configuration itself
     if hf is not None and not (Path(hf) / "config.json").is_file():
         raise ModelError(f"{hf} holds no config.json; name a Hugging Face folder such as runs/demo/hf")
     tokenizer = Path(hf) if hf is not None else checkpoints_in(Path(config.run or ""))[0].parent.parent / "tokenizer"
@@ -46,9 +46,9 @@ def _check_model(config: ExportConfig | GenerateConfig) -> None:
 
 
 def _layout_problems(config: TrainConfig) -> Iterator[str]:
-    if any(True for section in (config.model, config.data, config.parallel) for _ in section.problems()):
+    if any(any(section.problems()) for section in (config.model, config.data, config.parallel)):
         return
-    # A dry run says itself what the batch should be.
+    # A dry run proposes a batch itself.
     steps = [] if config.dry_run.enabled or any(config.batch_problems()) else config.micro_batches()
     yield from layout_problems(
         config.parallel, world_size(config), model=config.model, pack_len=config.data.pack_tokens, micro_batches=steps
@@ -63,7 +63,8 @@ def check_run(config: TrainConfig | PrepareConfig, run_dir: Path, settings: str 
     """
     here = config.launcher.where is Where.local
     if isinstance(config, PrepareConfig):
-        _ = here and check_inputs(config.data)
+        if here:
+            check_inputs(config.data)
         return []
     inputs = list(_inputs(config, run_dir, settings))
     if here:

@@ -122,10 +122,6 @@ def test_variables_of_torchrun_are_taken_as_they_are(monkeypatch: pytest.MonkeyP
     values = join(monkeypatch)
     answer = launch(ranks.variables, config=ParallelConfig(nproc_per_node=7), is_user_error=bool)
     assert {name: answer[name] for name in VARIABLES} == values
-
-
-def test_incomplete_variables_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    join(monkeypatch)
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(ParallelError, match="WORLD_SIZE must be set beside RANK, LOCAL_RANK"):
         launch(os.getpid, config=ParallelConfig(), is_user_error=bool)
@@ -181,10 +177,12 @@ def test_jobs_share_the_gpus_of_a_machine(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert LauncherConfig(parallel_jobs=None).gpus_per_job(8) == 1 and pair.gpus_per_job(0) == 0
 
 
-def test_jobs_of_this_machine_are_reported_by_how_they_ended(tmp_path: Path) -> None:
+def test_jobs_of_this_machine_are_reported_by_how_they_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "outside.py").write_text("from os import getpid\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # jobs find code of the user's own
     outcomes: dict[str, Outcome] = {}
     both = LauncherConfig(parallel_jobs=2)
-    points = [point(tmp_path, work, both) for work in ("os:getpid", "tests.parallel.ranks:variables")]
+    points = [point(tmp_path, work, both) for work in ("outside:getpid", "tests.parallel.ranks:variables")]
     run_jobs(points, tmp_path / ".jobs", ROOT, lambda point, outcome: outcomes.update({point.label: outcome}))
     finished, failed = (outcomes[point.label] for point in points)
     assert finished.state == "finished" and finished.value not in (None, os.getpid())

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from conf.cli import CONF, is_user_error
 from conf.schema import register, to_config
@@ -105,12 +104,10 @@ def training(run_dir: Path, settings: list[str], work: str = "train:work", *args
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         overrides = [*settings, "launcher=slurm", "launcher.poll_s=0.5", f"name={run_dir.name}"]
-        cfg = compose("train", overrides=overrides)
-    stored: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-    config = to_config(cfg)
+        config = to_config(compose("train", overrides=overrides))
     run_dir.mkdir()
     again = partial(crashed_the_same_way_twice, run_dir)
-    job = Job(work, (config, stored, run_dir, *args), config.parallel, is_user_error, config.launcher, hopeless=again)
+    job = Job(work, (config, run_dir, *args), config.parallel, is_user_error, config.launcher, hopeless=again)
     return Point(run_dir.name, run_dir, config.launcher, {"name": run_dir.name}, job)
 
 

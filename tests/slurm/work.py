@@ -47,19 +47,18 @@ def wait_for_cancel(run_dir: Path) -> None:
     sys.exit(stop.exit_code)
 
 
-def train_slowly_at_first(config: Any, run_config: dict[str, Any], run_dir: Path, after_step: int = 0) -> float | None:
+def train_slowly_at_first(config: Any, run_dir: Path, after_step: int = 0) -> float | None:
     """Train; in the first attempt a step after `after_step` takes so long that something comes between."""
-    return _train(config, run_config, run_dir, slow=lambda attempt, step: attempt == 0 and step >= after_step)
+    return _train(config, run_dir, slow=lambda attempt, step: attempt == 0 and step >= after_step)
 
 
-def train_and_crash(config: Any, run_config: dict[str, Any], run_dir: Path) -> float | None:
+def train_and_crash(config: Any, run_dir: Path) -> float | None:
     """Train and crash in the second step of the first attempt, and in the third of every later one."""
-    return _train(config, run_config, run_dir, crash=lambda attempt, step: step == 1 + (attempt > 0))
+    return _train(config, run_dir, crash=lambda attempt, step: step == 1 + (attempt > 0))
 
 
 def _train(
     config: Any,
-    run_config: dict[str, Any],
     run_dir: Path,
     slow: Callable[[int, int], bool] = lambda _attempt, _step: False,
     crash: Callable[[int, int], bool] = lambda _attempt, _step: False,
@@ -80,4 +79,4 @@ def _train(
     TrainState.take_batch = disturbed
     with (run_dir / "attempts").open("a") as file:
         file.write(f"{attempt}\n")
-    return work(config, run_config, run_dir)
+    return work(config, run_dir)

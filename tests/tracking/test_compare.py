@@ -75,9 +75,8 @@ def test_lines_join_runs_that_differ_in_one_key(tmp_path: Path, axes: list[Axes]
             written(tmp_path / f"{seed},{rate}", [rate + seed], seed=seed, optimizer={"lr": rate})
     compare(tmp_path)
     _, *final = axes
-    lines = [
-        [np.asarray(line.get_xdata()).tolist() for line in panel.lines if line.get_color() == "0.7"] for panel in final
-    ]
+    grey = [[line for line in panel.lines if line.get_color() == "0.7"] for panel in final]
+    lines = [[np.asarray(line.get_xdata()).tolist() for line in panel] for panel in grey]
     assert lines == [[[0.1, 0.2, 0.3]] * 2, [[1, 2]] * 3]
 
 

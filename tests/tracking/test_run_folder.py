@@ -97,9 +97,12 @@ def test_checkpoints_are_found_by_run_and_by_name(tmp_path: Path) -> None:
         (None, {3: (False, False)}),
     ],
 )
-def test_a_stop_file_names_a_step(tmp_path: Path, text: str | None, answers: dict) -> None:
+def test_a_stop_file_names_a_step(
+    tmp_path: Path, text: str | None, answers: dict, caplog: pytest.LogCaptureFixture
+) -> None:
     if text is not None:
         (tmp_path / "stop").write_text(f"{text}\n")
     stop = StopFile(str(tmp_path / "stop"))
     assert {step: stop.read(step) for step in answers} == answers
+    assert len(caplog.records) == (text == "soon"), "once per text"
     assert StopFile(None).read(3) == (False, False)

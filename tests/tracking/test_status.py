@@ -1,4 +1,4 @@
-"""status.json says how a run ended, crashes.jsonl how often, and early_stop when it falls behind."""
+"""How a run ended, how often it crashed, and when early_stop ends it."""
 
 import json
 from pathlib import Path
