@@ -44,40 +44,37 @@ def merge_units(job: Job, n_units: int, before: dict[str, Any] | None, *, worker
     `before` is the corpus that the units are added to. What is done already is not done again.
     """
     data, partial = job.data, job.folder
-    units = [read_unit(partial, number) for number in range(n_units)]
-    if None in units:
-        return None
     left_out = LeftOut(data.on_bad_record)
     groups: list[Group] = []
-    for number, unit in enumerate(units):
-        assert unit is not None
+    for number in range(n_units):
+        if (unit := read_unit(partial, number)) is None:
+            return None
         left_out.merge(unit["left_out"])
         for name, token_hash in unit["groups"].items():
             split, source = name.split(".", 1)
             groups.append(Group(unit_folder(partial, number) / name, split, source, token_hash))
     groups.sort(key=lambda group: group.split != "valid")  # of equal documents the one that is held out stays
-    known = _stored_hashes(Path(data.path), before)
+    splits = before["splits"] if before else {"train": {}, "valid": {}}
+    stored = (stem for split in splits.values() for its in split.values() for stem in its["shards"])
+    known = [Path(data.path) / f"{stem}.hashes" for stem in stored]
     places = [lambda path=path: np.fromfile(path, "<u8") for path in known]
     places += [lambda group=group: np.fromfile(f"{group.path}.documents", DOCUMENT)["hash"] for group in groups]
     dropped = find_duplicates(places)[len(known) :]
     left_out.duplicates = sum(map(len, dropped))
     tokenizer = load_tokenizer(partial / "tokenizer")
-    splits = before["splits"] if before else {"train": {}, "valid": {}}
     tasks = list(_shards(list(zip(groups, dropped, strict=True)), splits))
     with ThreadPoolExecutor(workers) as pool:
-        headers = list(pool.map(lambda task: _write_shard(partial, task[0], task[1], tokenizer, data), tasks))
+        headers = list(pool.map(lambda task: _write_shard(partial, *task, tokenizer, data), tasks))
     for (stem, parts), header in zip(tasks, headers, strict=True):
         group = parts[0][0]
-        counts = splits[group.split].setdefault(
-            group.source, {"documents": 0, "tokens": 0, "text_bytes": 0, "shards": []}
-        )
+        none = {"documents": 0, "tokens": 0, "text_bytes": 0, "shards": []}
+        counts = splits[group.split].setdefault(group.source, none)
         for key in ("documents", "tokens", "text_bytes"):
             counts[key] += getattr(header, key)
         counts["shards"].append(stem)
     if not splits["train"]:
         shutil.rmtree(partial)
-        first = f": {left_out.count} bad records, the first {left_out.places[0]}" if left_out.count else ""
-        raise DataError(f"data.source ({data.source.value}) has no training document{first}")
+        raise DataError(f"data.source ({data.source.value}) has no training document{left_out.first()}")
     if before:
         left_out.merge(before["left_out"])
     return {
@@ -94,11 +91,6 @@ def merge_units(job: Job, n_units: int, before: dict[str, Any] | None, *, worker
     }
 
 
-def _stored_hashes(folder: Path, about: dict[str, Any] | None) -> list[Path]:
-    splits = about["splits"] if about else {}
-    return [folder / f"{stem}.hashes" for split in splits.values() for its in split.values() for stem in its["shards"]]
-
-
 def find_duplicates(arrays: Sequence[Callable[[], np.ndarray]]) -> list[np.ndarray]:
     """Return for each array of hashes the indices of those that an earlier place has, in it or in one before.
 
@@ -107,17 +99,16 @@ def find_duplicates(arrays: Sequence[Callable[[], np.ndarray]]) -> list[np.ndarr
     limits = np.cumsum([0, *(len(read()) for read in arrays)])
     n_parts = 1 + int(limits[-1]) // COMPARED_HASHES
     found = [np.zeros(0, dtype=np.int64)]
-    for part in range(n_parts):
-        hashes, places = [np.zeros(0, dtype=np.uint64)], [np.zeros(0, dtype=np.int64)]
+    for part in range(n_parts if arrays else 0):
+        parts = []
         for read, first in zip(arrays, limits[:-1], strict=True):
             its = read()
             inside = np.flatnonzero(its % np.uint64(n_parts) == part)
-            hashes.append(its[inside])
-            places.append(inside + first)
-        all_hashes, all_places = np.concatenate(hashes), np.concatenate(places)
-        order = np.argsort(all_hashes, kind="stable")
-        again = all_hashes[order][1:] == all_hashes[order][:-1]
-        found.append(all_places[order[1:][again]])
+            parts.append((its[inside], inside + first))
+        hashes, places = map(np.concatenate, zip(*parts, strict=True))
+        order = np.argsort(hashes, kind="stable")
+        again = hashes[order][1:] == hashes[order][:-1]
+        found.append(places[order[1:][again]])
     dropped = np.sort(np.concatenate(found))
     parts = np.split(dropped, np.searchsorted(dropped, limits[1:-1]))
     return [part - first for part, first in zip(parts, limits[:-1], strict=False)]
@@ -161,7 +152,7 @@ def _write_shard(partial: Path, stem: str, parts: list[Part], tokenizer: Tokeniz
                 hashes.write(table["hash"][kept].tobytes())
         return writer.close()
     finally:
-        writer.close_files()
+        writer.file.close()
 
 
 def _copy(group: Group, table: np.ndarray, kept: np.ndarray, dtype: np.dtype, writer: ShardWriter) -> None:

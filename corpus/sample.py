@@ -38,8 +38,7 @@ def tokenizer_texts(config: CorpusConfig, items: list[Item], wanted_bytes: int) 
             size = sum(len(text.encode()) for text in taken.values())
     share = int(share * min(1.0, wanted_bytes / max(1, size)))
     if not taken:
-        first = f": {left_out.count} bad records, the first {left_out.places[0]}" if left_out.count else ""
-        raise DataError(f"data.source ({config.source.value}) has no training text{first}")
+        raise DataError(f"data.source ({config.source.value}) has no training text{left_out.first()}")
     return [text for digest, text in taken.items() if digest < share] or [min(taken.items())[1]]
 
 

@@ -78,7 +78,10 @@ def _file_units(items: list[Item], config: CorpusConfig) -> Iterator[tuple[tuple
     spans: list[Span] = []
     total = 0
     for number, (item, size) in enumerate(zip(items, sizes, strict=True)):
-        n_spans = max(1, size // unit_bytes) if _has_ranges(item, config) else 1
+        kind, compression = split_suffix(item.path)
+        lines = kind == ".jsonl" or (kind == ".txt" and config.text_lines)
+        has_ranges = lines or (kind == ".parquet" and not compression)  # of lines, or row groups
+        n_spans = max(1, size // unit_bytes) if has_ranges else 1
         step = -(-size // n_spans)
         for k in range(n_spans):
             spans.append(Span(number, k * step, END if k == n_spans - 1 else (k + 1) * step))
@@ -88,12 +91,6 @@ def _file_units(items: list[Item], config: CorpusConfig) -> Iterator[tuple[tuple
                 spans, total = [], 0
     if spans:
         yield tuple(spans), b""
-
-
-def _has_ranges(item: Item, config: CorpusConfig) -> bool:
-    """Return whether ranges of a file can be read apart: lines, and the row groups of Parquet."""
-    kind, compression = split_suffix(item.path)
-    return kind == ".jsonl" or (kind == ".txt" and config.text_lines) or (kind == ".parquet" and not compression)
 
 
 def _dataset_units(items: list[Item], config: CorpusConfig) -> Iterator[tuple[tuple[Span, ...], bytes]]:
@@ -274,9 +271,7 @@ def _run_in_processes(units: Iterator[Unit], job: Job, workers: int, add: Progre
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     except BrokenProcessPool:
-        raise DataError(
-            "a worker process was killed, perhaps for lack of memory; run the same command again with fewer workers"
-        ) from None
+        raise DataError("a worker process was killed, perhaps for lack of memory; take fewer workers") from None
 
 
 _worker: list[UnitWorker] = []  # this process' own

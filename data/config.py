@@ -50,10 +50,8 @@ class DataConfig(CorpusConfig):
         if self.pack_len < 1 or self.pack_len % self.seq_len:
             yield f"data.pack_len ({self.pack_len}) must be a multiple of data.seq_len ({self.seq_len})"
         elif self.micro_batch_size * self.seq_len % self.pack_len:
-            yield (
-                f"data.micro_batch_size ({self.micro_batch_size}) x data.seq_len ({self.seq_len}) "
-                f"must be a multiple of data.pack_len ({self.pack_len})"
-            )
+            tokens = f"data.micro_batch_size ({self.micro_batch_size}) x data.seq_len ({self.seq_len})"
+            yield f"{tokens} must be a multiple of data.pack_len ({self.pack_len})"
 
 
 TRAINING_ONLY = {f.name for f in fields(DataConfig)} - {f.name for f in fields(CorpusConfig)}

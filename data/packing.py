@@ -28,8 +28,11 @@ class Pieces(NamedTuple):
     ends: np.ndarray  # bool: a document ends with it
 
     @staticmethod
-    def joined(parts: "Sequence[Pieces]", order: np.ndarray) -> "Pieces":
-        """Join the packs of several; the i-th pack of all comes to place order[i]."""
+    def joined(parts: "Sequence[Pieces]", groups: np.ndarray) -> "Pieces":
+        """Join the packs of one part per group in ascending order; groups: that of each pack."""
+        if len(parts) == 1:
+            return parts[0]
+        order = np.argsort(groups, kind="stable")
         n_pieces, *columns = (np.concatenate(column) for column in zip(*parts, strict=True))
         by_pack = np.argsort(np.repeat(order, n_pieces), kind="stable")
         return Pieces(n_pieces[np.argsort(order)], *(column[by_pack] for column in columns))
@@ -177,13 +180,12 @@ class BestFit(Packing):
 
     def pieces(self, packs: np.ndarray) -> Pieces:
         files = np.searchsorted(self.limits, packs, side="right") - 1
-        order = np.argsort(files, kind="stable")
         parts = []
         for file in np.unique(files).tolist():
             n_pieces, lines = self.plans[file].read(packs[files == file] - self.limits[file])
             starts, lengths, begins, ends = lines.T
             parts.append(Pieces(n_pieces, np.full(len(lines), file), starts, lengths, begins > 0, ends > 0))
-        return parts[0] if len(parts) == 1 else Pieces.joined(parts, order)
+        return Pieces.joined(parts, files)
 
 
 PACKINGS = {"concat": Concat, "best_fit": BestFit, "internlm": InternLM, "internlm_one": InternLMOne}

@@ -22,7 +22,7 @@ from tests.corpora import RECORDS, ROOT, lines
 def closing_output(
     config: DataConfig, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> tuple[str, list[str]]:
-    """Prepare a corpus as the command does; give the table and the documents that are shown after it."""
+    """Prepare a corpus as the command does; return the table and the documents that are shown after it."""
     settings = TokenizerConfig(model=str(tokenizer.path), vocab_size=1200)
     whole = PrepareConfig(data=config, tokenizer=settings, workers=1, launcher=LauncherConfig())
     prepare_data.work(whole, "data=local data.name=mine")
@@ -95,7 +95,7 @@ def test_interrupt_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None
 
     cfg = OmegaConf.create({})
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare_data, "to_config", interrupted)
+        patch.setattr(prepare_data, "checked", interrupted)
         prepare_data.main.__wrapped__(cfg)  # type: ignore[attr-defined]
     assert "same command" in capsys.readouterr().err
 

@@ -154,7 +154,7 @@ def test_stop_leaves_nothing_that_looks_like_a_corpus(
 ) -> None:
     def fail(first: Any, *rest: Any) -> None:
         if isinstance(first, ShardWriter):
-            first.close_files()
+            first.file.close()
         raise error
 
     with monkeypatch.context() as patch:

@@ -39,7 +39,7 @@ def test_id_outside_the_vocabulary_is_not_written(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path / "a", vocab_size=100, tokenizer="t")
     with pytest.raises(DataError, match="a.bin: token 100"):
         writer.add(np.array([100], dtype=np.uint32), 1)
-    writer.close_files()
+    writer.file.close()
 
 
 def rewrite(path: Path, **changes: object) -> None:

@@ -103,11 +103,7 @@ def test_tokenizer_json_gives_the_same_ids_bytes_and_text(tokenizer: Tokenizer, 
         ids = tokenizer.encode(line)
         assert fast.encode(line) == ids and fast.decode(ids) == line
     assert np.array_equal(fast.token_bytes(), tokenizer.token_bytes())
-    assert (fast.bos_id, fast.eos_id, fast.vocab_size) == (
-        tokenizer.bos_id,
-        tokenizer.eos_id,
-        tokenizer.vocab_size,
-    )
+    assert (fast.bos_id, fast.eos_id, fast.vocab_size) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size)
     assert adds_bos(tmp_path) is add_bos
 
 
