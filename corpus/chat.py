@@ -1,4 +1,4 @@
-"""Conversations to token ids by a Jinja chat template, with the loss mask of what the assistant says."""
+"""Conversations to token ids by a Jinja chat template, with a loss mask of the assistant's turns."""
 
 import json
 import re

@@ -6,7 +6,7 @@ from typing import Any
 
 import xxhash
 
-from corpus.chat import describe_missing, lookup, messages_of
+from corpus.chat import Messages, describe_missing, lookup, messages_of
 from corpus.config import CorpusConfig, Style
 from corpus.inputs import Item, source_name
 from corpus.left_out import LeftOut
@@ -29,7 +29,7 @@ class Document:
     place: str
     hash: int
     text_bytes: int
-    messages: list[dict[str, str]] | None = None
+    messages: Messages | None = None
 
 
 class DocumentMaker:
@@ -43,13 +43,7 @@ class DocumentMaker:
         self.left_out.bad(place, f"is larger than data.max_document_mb ({self.config.max_document_mb})")
 
     def from_text(
-        self,
-        text: str,
-        place: str,
-        source: str = "",
-        *,
-        split_key: str | None = None,
-        messages: list[dict[str, str]] | None = None,
+        self, text: str, place: str, source: str = "", *, split_key: str = "", messages: Messages | None = None
     ) -> Document | None:
         """Return the document of a text.
 

@@ -181,10 +181,9 @@ def _write_tokenizer(job: Job, workers: int, before: dict[str, Any] | None) -> N
         save_tokenizer(tokenizer, folder)
     else:
         print(f"training a tokenizer of {config.vocab_size} pieces", flush=True)
-        texts = tokenizer_texts(data, job.items, config.train_bytes)
-        special = () if template is None else markers(template)
-        path = folder / "tokenizer.model"
-        tokenizer = train_tokenizer(iter(texts), path, vocab_size=config.vocab_size, threads=workers, special=special)
+        texts, path = iter(tokenizer_texts(data, job.items, config.train_bytes)), folder / "tokenizer.model"
+        special = markers(template)
+        tokenizer = train_tokenizer(texts, path, vocab_size=config.vocab_size, threads=workers, special=special)
     for key, token in (("add_bos", tokenizer.bos_id), ("add_eos", tokenizer.eos_id)):
         if getattr(config, key) and token is None:
             raise DataError(f"tokenizer.{key} (true): {tokenizer.path.name} has no such token; set it to false")
@@ -200,9 +199,9 @@ def _publish(partial: Path, folder: Path) -> None:
     if not folder.exists():
         partial.rename(folder)
         return
-    for split in ("train", "valid"):
-        for path in partial.glob(f"{split}/*"):
-            (folder / split).mkdir(exist_ok=True)
-            path.rename(folder / split / path.name)
+    for path in (*partial.glob("train/*"), *partial.glob("valid/*")):
+        target = folder / path.relative_to(partial)
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
     (partial / "corpus.json").rename(folder / "corpus.json")  # the commit
     shutil.rmtree(partial)

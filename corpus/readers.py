@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from shutil import copyfileobj
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
@@ -131,7 +132,8 @@ class Reader:
         if not isinstance(records, list):
             make.left_out.bad(make.item.path, "a .json file must hold a list of records; one record per line is .jsonl")
             return
-        yield from self._records(records, make, 0)
+        for number, record in enumerate(records):
+            yield make.from_record(record, f"{make.item.path}[{number}]")
 
     def _parquet(self, file: Any, make: DocumentMaker, start: int, stop: int) -> Iterator[Document | None]:
         import pyarrow
@@ -154,12 +156,7 @@ class Reader:
     def _rows(
         self, batches: "Iterable[pyarrow.RecordBatch]", make: DocumentMaker, first: int
     ) -> Iterator[Document | None]:
-        for batch in batches:
-            yield from self._records(records_of(batch), make, first)
-            first += batch.num_rows
-
-    def _records(self, records: list[Any], make: DocumentMaker, first: int) -> Iterator[Document | None]:
-        for number, record in enumerate(records, first):
+        for number, record in enumerate(chain.from_iterable(map(records_of, batches)), first):
             yield make.from_record(record, f"{make.item.path}[{number}]")
 
 
@@ -191,7 +188,7 @@ def dataset_batches(item: Item, config: CorpusConfig) -> "Iterator[pyarrow.Recor
 
 
 def records_of(batch: "pyarrow.RecordBatch") -> list[Any]:
-    """Return rows as Python values; of one that is not UTF-8 or, where its type says so, JSON, the `ValueError`."""
+    """Return rows as Python values; a row that is not UTF-8, or not JSON in a column of JSON, is its `ValueError`."""
     try:
         found = batch.to_pylist()
         for field in batch.schema:

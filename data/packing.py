@@ -39,7 +39,7 @@ class Pieces(NamedTuple):
 
 
 class Packing(ABC):
-    """The packs of a source's files. A subclass says which pieces of documents each pack holds.
+    """The packs of a source's files. A subclass decides which pieces of documents each pack holds.
 
     `data.packing=module:Class` names a class of the user's own.
 

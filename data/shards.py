@@ -12,7 +12,7 @@ import struct
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import xxhash
@@ -58,11 +58,7 @@ class ShardWriter:
         stem.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(f"{stem}.bin", "wb")  # noqa: SIM115
 
-    def add(self, ids: np.ndarray, text_bytes: int) -> None:
-        """Append a document whose text is `text_bytes` long; ids: uint32 (n,)."""
-        self.add_many(ids, np.array([len(ids)]), text_bytes)
-
-    def add_many(self, ids: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
+    def add(self, ids: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
         """Append documents that lie end to end; ids: uint32, lengths: their tokens."""
         tokens = ids & ~np.uint32(LOSS_MASKED) if self.masked else ids
         self.max_token = max(self.max_token, int(tokens.max(initial=0)))
@@ -78,8 +74,7 @@ class ShardWriter:
 
     def close(self) -> Header:
         """Write the index and the header, all of it synced to the disk, and return the header."""
-        _sync(self.file)
-        self.file.close()
+        _close_synced(self.file)
         lengths = np.concatenate([np.zeros(0, dtype="<i4"), *self.lengths])
         dtype = DTYPES[self.dtype]
         index = (
@@ -88,21 +83,20 @@ class ShardWriter:
             ((np.cumsum(lengths, dtype="<i8") - lengths) * dtype.itemsize).astype("<i8").tobytes(),
             np.arange(len(lengths) + 1, dtype="<i8").tobytes(),
         )
-        with open(f"{self.stem}.idx", "wb") as file:
-            file.writelines(index)
-            _sync(file)
+        _close_synced(open(f"{self.stem}.idx", "wb"), b"".join(index))  # noqa: SIM115
         counts = self.documents, self.tokens, self.text_bytes, self.max_token
         hashes = self.hash.hexdigest(), xxhash.xxh3_128_hexdigest(b"".join(index))
         header = Header(FORMAT_VERSION, self.dtype, self.vocab_size, self.tokenizer, self.masked, *counts, *hashes)
-        with open(f"{self.stem}.json", "w", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(header), indent=2) + "\n")
-            _sync(file)
+        raw = (json.dumps(asdict(header), indent=2) + "\n").encode()
+        _close_synced(open(f"{self.stem}.json", "wb"), raw)  # noqa: SIM115
         return header
 
 
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _close_synced(file: IO[bytes], raw: bytes = b"") -> None:
+    with file:
+        file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class FileReader:

@@ -36,11 +36,9 @@ def show(run: Path, step: int, *, samples: int | None = None) -> None:
         ramp: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RampConfig), config.ramp))
     except OmegaConfBaseException as error:
         raise DataError(f"{path} is of another version: {error}") from None
-    counts = [
-        packs_of_step(k, global_batch_tokens=config.global_batch_tokens, ramp=ramp, pack_tokens=data.pack_tokens)
-        for k in range(step)
-    ]
-    first, count = sum(counts[:-1]), counts[-1]
+    of_run = {"global_batch_tokens": config.global_batch_tokens, "ramp": ramp, "pack_tokens": data.pack_tokens}
+    *before, count = (packs_of_step(k, **of_run) for k in range(step))
+    first = sum(before)
     if (last := _last_step(run)) < step:
         print(f"{run} has not reached step {step}: it is at step {last}")
     corpus = open_corpus(data, vocab_size=config.model.vocab_size)
