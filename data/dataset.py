@@ -77,12 +77,12 @@ class PackedDataset:
 
     def pieces(self, packs: np.ndarray) -> Pieces:
         """Return what packs hold, with places in `self.files`."""
-        numbers = np.searchsorted(self.limits, packs, side="right") - 1
-        parts = []
-        for number in np.unique(numbers).tolist():
-            its = self.packings[number].pieces(packs[numbers == number] - self.limits[number])
-            parts.append(its._replace(files=its.files + self.first_file[number]))
-        return Pieces.joined(parts, numbers)
+
+        def of_packing(number: int, its: np.ndarray) -> Pieces:
+            found = self.packings[number].pieces(its)
+            return found._replace(files=found.files + self.first_file[number])
+
+        return Pieces.gathered(packs, self.limits, of_packing)
 
     def batch(self, packs: np.ndarray) -> Batch:
         """Read packs by their place in the corpus; raises `DataError` on a token outside the vocabulary."""
