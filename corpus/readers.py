@@ -19,7 +19,7 @@ from corpus.left_out import LeftOut
 if TYPE_CHECKING:
     import pyarrow
 
-READ_BYTES = 1 << 20
+READ_BYTES = 1 << 17  # fits in a cache: with 1 << 20 lines of gzip are read at half the speed
 DATASET_ROWS = 64  # of a dataset or a Parquet file, read at once
 END = sys.maxsize
 
