@@ -70,27 +70,18 @@ def write(config: PrepareConfig) -> dict[str, Any] | None:
             start = start or time.perf_counter()  # the first text may be an earlier run's
             bar.update(documents)
 
-        return prepare(
-            config.data,
-            config.tokenizer,
-            workers=config.workers or len(os.sched_getaffinity(0)),
-            progress=progress,
-            shards=config.shards,
-            shard=config.shard,
-            add=config.add,
-        )
+        workers, part = config.workers or len(os.sched_getaffinity(0)), {"shards": config.shards, "shard": config.shard}
+        return prepare(config.data, config.tokenizer, workers=workers, progress=progress, **part, add=config.add)
 
 
 def print_left_out(left_out: dict[str, Any]) -> None:
     """Print what the corpus does not hold: counts, and the first places of bad records."""
-    if left_out["duplicates"]:
-        print(f"{left_out['duplicates']:,} exact duplicates of documents were left out")
-    if left_out["empty"]:
-        print(f"{left_out['empty']:,} records without text were left out")
-    if left_out["count"]:
-        print(f"{left_out['count']:,} bad records were left out, the first at")
-        for place in left_out["places"]:
-            print(f"  {place}")
+    kinds = {"duplicates": "exact duplicates of documents", "empty": "records without text", "count": "bad records"}
+    for key, kind in kinds.items():
+        if left_out[key]:
+            print(f"{left_out[key]:,} {kind} were left out{', the first at' * (key == 'count')}")
+    for place in left_out["places"]:
+        print(f"  {place}")
 
 
 def print_table(about: dict[str, Any]) -> None:

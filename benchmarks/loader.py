@@ -38,7 +38,7 @@ def write(folder: Path, n_tokens: int) -> list[Shard]:
     for number in range(4):
         writer = ShardWriter(folder / f"en-{number:05d}", vocab_size=VOCAB_SIZE, tokenizer="t")
         sizes = lengths(random, n_tokens // 4 // 750)
-        writer.add_many(random.integers(0, VOCAB_SIZE, int(sizes.sum()), dtype=np.uint32), sizes, 0)
+        writer.add(random.integers(0, VOCAB_SIZE, int(sizes.sum()), dtype=np.uint32), sizes, 0)
         writer.close()
         shards.append(Shard(writer.stem))
     return shards

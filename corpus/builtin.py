@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(sysconfig.get_paths()["stdlib"])
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
 SHORTEST_DOCSTRING = 200
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def builtin_files() -> Iterator[tuple[str, int]]:
@@ -30,29 +31,18 @@ def builtin_texts(path: str) -> Iterator[tuple[str, str, str, str]]:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         return  # the library has a few files in other encodings
-    if place.startswith("pydoc_data"):
-        yield from _topics(text, place)
-    elif text.strip():
-        yield text, "code", place, place
-        yield from _docstrings(text, place)
-
-
-def _parse(text: str) -> ast.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", (SyntaxWarning, DeprecationWarning))  # about escapes in old code
-        return ast.parse(text)
-
-
-def _docstrings(text: str, place: str) -> Iterator[tuple[str, str, str, str]]:
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(_parse(text)):
-        if isinstance(node, kinds) and len(doc := inspect.cleandoc(ast.get_docstring(node) or "")) > SHORTEST_DOCSTRING:
-            yield doc + "\n", "en", f"{place}:{getattr(node, 'name', 'module')}", place
-
-
-def _topics(text: str, place: str) -> Iterator[tuple[str, str, str, str]]:
-    for node in ast.walk(_parse(text)):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
-            topics: dict[str, str] = ast.literal_eval(node.value)
-            for name, topic in sorted(topics.items()):
-                yield topic, "en", f"{place}:{name}", f"{place}:{name}"
+        nodes = list(ast.walk(ast.parse(text)))
+    if place.startswith("pydoc_data"):
+        for node in nodes:
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+                topics: dict[str, str] = ast.literal_eval(node.value)
+                for name, topic in sorted(topics.items()):
+                    yield topic, "en", f"{place}:{name}", f"{place}:{name}"
+    elif text.strip():
+        yield text, "code", place, place
+        for node in nodes:
+            doc = inspect.cleandoc(ast.get_docstring(node) or "") if isinstance(node, DOCUMENTED) else ""
+            if len(doc) > SHORTEST_DOCSTRING:
+                yield doc + "\n", "en", f"{place}:{getattr(node, 'name', 'module')}", place

@@ -1,9 +1,8 @@
-"""Conversations to token ids by a Jinja chat template, with the loss mask of what the assistant says."""
+"""Conversations to token ids by a Jinja chat template, with a loss mask of the assistant's turns."""
 
 import json
 import re
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,40 +37,32 @@ ANCHOR = "\U000ffffd"  # merges with nothing: what is beside it is encoded as wi
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 ROLES = {role: role for role in ("system", "user", "assistant")} | {"human": "user", "gpt": "assistant"}
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
-MOST_KEYS, MOST_KEY_CHARS = 10, 40
+MOST_KEY_CHARS = 200  # of the names of a record, in a message
 
 
 def read_template(name: str) -> str:
     """Return a built-in template, or that of a .jinja file, a tokenizer_config.json, or a folder with either."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    template = TEMPLATES.get(name) or _stored_template(Path(name))
+    template: Any = TEMPLATES.get(name)
+    path = Path(name) / CHAT_TEMPLATE
+    path = path if path.is_file() else Path(name) / "tokenizer_config.json" if Path(name).is_dir() else Path(name)
+    try:
+        if template is None and path.is_file() and path.suffix in (".jinja", ".json"):
+            text = path.read_text(encoding="utf-8")
+            template = lookup(json.loads(text), "chat_template") if path.suffix == ".json" else text
+    except ValueError as error:
+        raise DataError(f"data.chat_template ({path}) cannot be read: {error}") from None
+    if isinstance(template, list):  # several, each with its name
+        template = next((lookup(each, "template") for each in template if lookup(each, "name") == "default"), None)
     if not isinstance(template, str):
-        raise DataError(
-            f"data.chat_template ({name}) has no template; name one of {', '.join(TEMPLATES)}, a .jinja file, a "
-            "tokenizer_config.json, or a folder with either"
-        )
+        known = f"{', '.join(TEMPLATES)}, a .jinja file, a tokenizer_config.json, or a folder with either"
+        raise DataError(f"data.chat_template ({name}) has no template; name one of {known}")
     try:
         render_jinja_template(conversations=[], chat_template=template)  # compiles it
     except jinja2.TemplateSyntaxError as error:
         line = f"line {error.lineno}: {error.message}"
         raise DataError(f"data.chat_template ({name}) is not a Jinja template: {line}") from None
-    return template
-
-
-def _stored_template(path: Path) -> Any:
-    if path.is_dir():
-        jinja = path / CHAT_TEMPLATE
-        path = jinja if jinja.is_file() else path / "tokenizer_config.json"
-    if not path.is_file() or path.suffix not in (".jinja", ".json"):
-        return None
-    try:
-        text = path.read_text(encoding="utf-8")
-        template = lookup(json.loads(text), "chat_template") if path.suffix == ".json" else text
-    except ValueError as error:
-        raise DataError(f"data.chat_template ({path}) cannot be read: {error}") from None
-    if isinstance(template, list):  # several, each with its name
-        template = next((lookup(each, "template") for each in template if lookup(each, "name") == "default"), None)
     return template
 
 
@@ -86,18 +77,15 @@ def messages_of(record: Any, style: Literal["alpaca", "chat"], key: str = "messa
         turns = lookup(record, key)
         if not isinstance(turns, list) or not turns:
             raise ValueError(describe_missing(record, "data.messages_key", key, "a list of messages"))
-        messages = [_message(turn) for turn in turns]
+        messages = []
+        for turn in turns:
+            role, content = ("role", "content") if lookup(turn, "from") is None else ("from", "value")
+            if (named := _string(turn, role)) not in ROLES:
+                raise ValueError(f"unknown role {named!r}; roles are {', '.join(ROLES)}")
+            messages.append({"role": ROLES[named], "content": _string(turn, content)})
     if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
         raise ValueError("no message of the assistant")
     return messages
-
-
-def _message(turn: Any) -> dict[str, str]:
-    role, content = ("role", "content") if lookup(turn, "from") is None else ("from", "value")
-    named = _string(turn, role)
-    if named not in ROLES:
-        raise ValueError(f"unknown role {named!r}; roles are {', '.join(ROLES)}")
-    return {"role": ROLES[named], "content": _string(turn, content)}
 
 
 def _string(record: Any, field: str) -> str:
@@ -124,9 +112,9 @@ def describe_missing(record: Any, setting: str, key: str, wanted: str) -> str:
 def _kind_and_keys(value: Any, record: Any, wanted: str) -> str:
     if not isinstance(record, dict):
         return f"must be {wanted}, and the record is of type {type(record).__name__}"
-    keys = [str(key) if len(str(key)) <= MOST_KEY_CHARS else "..." for key in islice(record, MOST_KEYS + 1)]
-    keys[MOST_KEYS:] = ["..."] * (len(record) > MOST_KEYS)
-    return f"must be {wanted}, not {type(value).__name__}; the record has {', '.join(keys) or 'no keys'}"
+    keys = ", ".join(map(str, record))
+    keys = keys if len(keys) <= MOST_KEY_CHARS else keys[:MOST_KEY_CHARS] + "..."
+    return f"must be {wanted}, not {type(value).__name__}; the record has {keys or 'no keys'}"
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
@@ -164,15 +152,17 @@ class ChatEncoder:
     def __init__(self, template: str, tokenizer: Tokenizer) -> None:
         ids = special_ids(tokenizer)
         for name, markers in MARKERS.items():
-            missing = [marker for marker in markers if marker not in ids]
+            missing = " and ".join(marker for marker in markers if marker not in ids)
             if template == TEMPLATES[name] and missing:
-                raise DataError(
-                    f"data.chat_template ({name}) writes {' and '.join(missing)}, which {tokenizer.path.name} lacks; "
-                    "choose another template or tokenizer"
-                )
+                raise DataError(f"data.chat_template ({name}) writes {missing}, which {tokenizer.path.name} lacks")
         self.template = template
         self.marked = GENERATION.search(template) is not None
-        self.spell = _speller(tokenizer)
+        # Encodes text and spells out the names of control tokens, as SentencePiece does by itself.
+        self.spell: Callable[[str], list[int]] = tokenizer.encode
+        if isinstance(tokenizer, HuggingFaceTokenizer):
+            model = type(tokenizer.model).from_str(tokenizer.model.to_str())
+            model.encode_special_tokens = True
+            self.spell = lambda text: model.encode(text, add_special_tokens=False).ids
         # All other special tokens are found by the tokenizer, which may look at the text around them.
         self.controls = {name: token for name, token in ids.items() if token not in self.spell(name)}
         longest_first = sorted(map(re.escape, self.controls), key=len, reverse=True)
@@ -225,10 +215,8 @@ class ChatEncoder:
                 before, _ = self._render(messages[:k], prompt=True)
                 after, _ = self._render(messages[: k + 1])
                 if not (after.startswith(before) and text.startswith(after)):
-                    raise DataError(
-                        "data.chat_template: answers cannot be found by rendering turn by turn; add {% generation %} "
-                        "and {% endgeneration %} around what is trained on"
-                    )
+                    advice = "mark them by {% generation %} and {% endgeneration %}"
+                    raise DataError(f"data.chat_template: answers cannot be found turn by turn; {advice}")
                 yield len(before), len(after)
 
     def _part_ids(self, part: str, mark: str, *, first: bool) -> list[int]:
@@ -243,12 +231,3 @@ class ChatEncoder:
             else:
                 ids += self.spell(text)
         return ids
-
-
-def _speller(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
-    """Return an encoder that spells out the names of control tokens, as SentencePiece's own does."""
-    if not isinstance(tokenizer, HuggingFaceTokenizer):
-        return tokenizer.encode
-    model = type(tokenizer.model).from_str(tokenizer.model.to_str())
-    model.encode_special_tokens = True
-    return lambda text: model.encode(text, add_special_tokens=False).ids

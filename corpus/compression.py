@@ -5,12 +5,14 @@ import gzip
 import io
 import lzma
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import zstandard
 
-COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+COMPRESSED = (".zst", *OPENERS)
 # What reading a damaged or truncated file raises; gzip and bz2 also raise an OSError without a number.
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 ZSTD_READ_BYTES = 1 << 12  # decompressed at once: at most some 40 MB, of the most repetitive text
@@ -24,30 +26,23 @@ def split_suffix(path: str) -> tuple[str, str]:
 
 def open_content(path: str) -> Any:
     """Open a file or an fsspec address for its decompressed bytes."""
+    raw: Any = Path(path)
     if "://" in path:
         import fsspec
 
-        raw: Any = fsspec.open(path, "rb").open()  # type: ignore[union-attr]
-    else:
-        raw = Path(path)
-    match split_suffix(path)[1]:
-        case ".gz":
-            return gzip.open(raw)
-        case ".xz":
-            return lzma.open(raw)
-        case ".bz2":
-            return bz2.open(raw)
+        raw = fsspec.open(path, "rb").open()  # type: ignore[union-attr]
+    compression = split_suffix(path)[1]
+    if compression in OPENERS:
+        return OPENERS[compression](raw)
     raw = raw.open("rb") if isinstance(raw, Path) else raw
-    return io.BufferedReader(ZstdFile(raw), 1 << 17) if split_suffix(path)[1] else raw
+    return io.BufferedReader(ZstdFile(raw), 1 << 17) if compression else raw
 
 
 class ZstdFile(io.RawIOBase):
     """Zstandard frames one after another. The package's own reader takes a truncated file for a complete one."""
 
     def __init__(self, raw: IO[bytes]) -> None:
-        self.raw = raw
-        self.frame: Any = None
-        self.unread, self.content = b"", memoryview(b"")
+        self.raw, self.parts, self.content = raw, _decompressed(raw), memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -58,17 +53,20 @@ class ZstdFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self.content:
-            packed = self.unread or self.raw.read(ZSTD_READ_BYTES)
-            if not packed:
-                if self.frame is not None:
-                    raise EOFError("it ends within a frame")
+            if (part := next(self.parts, None)) is None:
                 return 0
-            if self.frame is None:
-                self.frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            self.content, self.unread = memoryview(self.frame.decompress(packed)), b""
-            if self.frame.eof:
-                self.unread, self.frame = self.frame.unused_data, None
+            self.content = memoryview(part)
         size = min(len(buffer), len(self.content))
-        buffer[:size] = self.content[:size]
-        self.content = self.content[size:]
+        buffer[:size], self.content = self.content[:size], self.content[size:]
         return size
+
+
+def _decompressed(raw: IO[bytes]) -> Iterator[bytes]:
+    frame: Any = None
+    while packed := raw.read(ZSTD_READ_BYTES):
+        while packed:
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            yield frame.decompress(packed)
+            packed, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame is not None:
+        raise EOFError("it ends within a frame")

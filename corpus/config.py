@@ -92,11 +92,9 @@ class CorpusConfig:
             yield f"data.raw_json (true) needs data.style text, not {self.style.value}"
         if not 0 <= self.valid_fraction < 1:
             yield f"data.valid_fraction ({self.valid_fraction}) must be in [0, 1)"
-        for key in ("max_document_mb", "vocab_size"):
-            if getattr(self, key) < 1:
-                yield f"data.{key} ({getattr(self, key)}) must be at least 1"
-        if self.max_documents is not None and self.max_documents < 1:
-            yield f"data.max_documents ({self.max_documents}) must be at least 1, or null for all"
+        for key in ("max_document_mb", "vocab_size", "max_documents"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                yield f"data.{key} ({value}) must be at least 1"
 
 
 @dataclass(kw_only=True, slots=True)

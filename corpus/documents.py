@@ -6,7 +6,7 @@ from typing import Any
 
 import xxhash
 
-from corpus.chat import describe_missing, lookup, messages_of
+from corpus.chat import Messages, describe_missing, lookup, messages_of
 from corpus.config import CorpusConfig, Style
 from corpus.inputs import Item, source_name
 from corpus.left_out import LeftOut
@@ -29,7 +29,7 @@ class Document:
     place: str
     hash: int
     text_bytes: int
-    messages: list[dict[str, str]] | None = None
+    messages: Messages | None = None
 
 
 class DocumentMaker:
@@ -43,13 +43,7 @@ class DocumentMaker:
         self.left_out.bad(place, f"is larger than data.max_document_mb ({self.config.max_document_mb})")
 
     def from_text(
-        self,
-        text: str,
-        place: str,
-        *,
-        source: str | None = None,
-        split_key: str | None = None,
-        messages: list[dict[str, str]] | None = None,
+        self, text: str, place: str, source: str = "", *, split_key: str = "", messages: Messages | None = None
     ) -> Document | None:
         """Return the document of a text.
 
@@ -69,7 +63,7 @@ class DocumentMaker:
         digest = xxhash.xxh3_64_intdigest(raw, seed=config.valid_seed)
         split = self.item.split
         if split is None:
-            key = digest if split_key is None else xxhash.xxh3_64_intdigest(split_key.encode(), seed=config.valid_seed)
+            key = xxhash.xxh3_64_intdigest(split_key.encode(), seed=config.valid_seed) if split_key else digest
             split = "valid" if not config.valid_input and key < config.valid_fraction * 2**64 else "train"
         return Document(text, source or self.item.source, split, place, digest, len(raw), messages)
 
@@ -108,12 +102,8 @@ class DocumentMaker:
         except (ValueError, TypeError) as error:  # no messages, or what JSON cannot hold, such as Parquet's dates
             return self.left_out.bad(place, str(error))
         if not isinstance(text, str):
-            reason = describe_missing(record, "data.text_key", config.text_key, "a string")
-            return self.left_out.bad(place, reason)
-        source = (lookup(record, config.source_key) if config.source_key else None) or None
+            return self.left_out.bad(place, describe_missing(record, "data.text_key", config.text_key, "a string"))
+        source = (lookup(record, config.source_key) if config.source_key else None) or ""
         if isinstance(source, dict | list) or len(str(source)) > MOST_SOURCE_CHARS:
-            reason = f"data.source_key ({config.source_key}) must be a name of {MOST_SOURCE_CHARS} characters"
-            return self.left_out.bad(place, reason)
-        return self.from_text(
-            text, place, source=None if source is None else source_name(str(source)), messages=messages
-        )
+            return self.left_out.bad(place, f"data.source_key ({config.source_key}) must be a short name")
+        return self.from_text(text, place, source and source_name(str(source)), messages=messages)

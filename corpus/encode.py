@@ -33,11 +33,9 @@ class DocumentEncoder:
 
         Of a conversation, `text_bytes` becomes the bytes that its template writes.
         """
-        if self.chat is None:
-            texts = [document.text for document in documents]
-            bos, eos = self.bos is not None, self.eos is not None
+        if self.chat is None or self.token_bytes is None:
+            texts, bos, eos = [document.text for document in documents], self.bos is not None, self.eos is not None
             return list(zip(documents, encode_documents(self.tokenizer, texts, add_bos=bos, add_eos=eos), strict=True))
-        assert self.token_bytes is not None
         found = []
         for document in documents:
             try:

@@ -3,9 +3,7 @@
 import glob
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,30 +36,24 @@ def source_name(name: str) -> str:
 
 def list_items(config: CorpusConfig, ignored: Counter[str] | None = None) -> list[Item]:
     """List what a corpus is made of, validation first; counts files of other formats in `ignored`, by suffix."""
-    match config.source:
-        case Source.builtin:
-            return [Item(path, "code", size=size) for path, size in builtin_files()]
-        case Source.huggingface:
-            return _load_dataset(config)
-        case _:
-            return list(_local_items(config, Counter() if ignored is None else ignored))
-
-
-def _local_items(config: CorpusConfig, ignored: Counter[str]) -> Iterator[Item]:
-    name = source_name(config.name)
+    if config.source is Source.builtin:
+        return [Item(path, "code", size=size) for path, size in builtin_files()]
+    if config.source is Source.huggingface:
+        return _load_dataset(config)
+    name, ignored = source_name(config.name), Counter() if ignored is None else ignored
+    held_out: list[Item] = []
     if config.valid_input is not None:
-        found = list_files(config.valid_input, name, "data.valid_input", ignored)
-        yield from (replace(item, split="valid") for item in found)
+        held_out = list_files(config.valid_input, name, "data.valid_input", ignored)
     if config.input is not None:
-        found = list_files(config.input, name, "data.input", ignored)
+        items = list_files(config.input, name, "data.input", ignored)
     else:
-        named = config.sources.items()
-        found = [
+        items = [
             replace(item, source=source_name(key))
-            for key, pattern in named
+            for key, pattern in config.sources.items()
             for item in list_files(pattern, name, f"data.sources.{key}", ignored)
         ]
-    yield from (replace(item, split="train") for item in found) if config.valid_input else found
+    train = "train" if held_out else None
+    return [replace(i, split="valid") for i in held_out] + [replace(i, split=train) for i in items]
 
 
 def check_inputs(config: CorpusConfig) -> None:
@@ -80,47 +72,38 @@ def list_files(pattern: str, name: str, key: str, ignored: Counter[str]) -> list
     try:
         system, path = fsspec.core.url_to_fs(pattern)  # of a path on this machine: absolute
         if glob.has_magic(path):
-            found, folders = system.glob(path, detail=True), list(takewhile(_is_plain, path.split("/")))
+            found = system.glob(path, detail=True)
+            depth = next(depth for depth, part in enumerate(path.split("/")) if glob.has_magic(part))
         elif system.isdir(path):
-            found, folders = system.find(path, detail=True), path.split("/")
+            found, depth = system.find(path, detail=True), path.count("/") + 1
             found = {place: about for place, about in found.items() if "/." not in place.removeprefix(path)}
         else:
-            found, folders = {path: system.info(path)}, path.split("/")[:-1]
+            found, depth = {path: system.info(path)}, path.count("/")
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"{key} ({pattern}) cannot be listed: {error}") from None
     items = []
-    for path in sorted(path for path, about in found.items() if about["type"] == "file" or _is_link(path, about)):
-        kind, _ = split_suffix(path)
-        if kind in SUFFIXES:
-            below = path.split("/")[len(folders) : -1]
-            place = system.unstrip_protocol(path) if "://" in pattern else path
-            items.append(Item(place, source_name(below[0]) if below else name, size=found[path]["size"] or 0))
-        else:
+    for path, about in sorted(found.items()):
+        # fsspec calls a symbolic link to a file, as in caches of Hugging Face's, `other`
+        if about["type"] != "file" and not (about.get("islink") and Path(path).is_file()):
+            continue
+        if (kind := split_suffix(path)[0]) not in SUFFIXES:
             ignored[kind] += 1
+            continue
+        below = path.split("/")[depth:-1]
+        place = system.unstrip_protocol(path) if "://" in pattern else path
+        items.append(Item(place, source_name(below[0]) if below else name, size=about["size"] or 0))
     if not items:
-        raise DataError(
-            f"{key} ({pattern}) has no readable file; formats are {' '.join(SUFFIXES)}, plain or {' '.join(COMPRESSED)}"
-        )
+        formats = f"{' '.join(SUFFIXES)}, plain or {' '.join(COMPRESSED)}"
+        raise DataError(f"{key} ({pattern}) has no readable file; formats are {formats}")
     return items
-
-
-def _is_link(path: str, about: dict[str, Any]) -> bool:
-    """Return whether a path is a symbolic link to a file, as in caches of Hugging Face's; fsspec calls it `other`."""
-    return bool(about.get("islink")) and Path(path).is_file()
-
-
-def _is_plain(part: str) -> bool:
-    return not glob.has_magic(part)
 
 
 def describe_ignored(ignored: Counter[str]) -> str:
     """Return a line about the files that are of no readable format, or an empty string."""
-    if not ignored:
-        return ""
     by_number = sorted(ignored.items(), key=lambda each: (-each[1], each[0]))
     named = [f"{count} {suffix or 'without a suffix'}" for suffix, count in by_number[:MOST_SUFFIXES]]
-    more = ["..."] if len(by_number) > MOST_SUFFIXES else []
-    return f"files of other formats were ignored: {', '.join([*named, *more])}"
+    named += ["..."] * (len(by_number) > MOST_SUFFIXES)
+    return f"files of other formats were ignored: {', '.join(named)}" if named else ""
 
 
 def _load_dataset(config: CorpusConfig) -> list[Item]:

@@ -28,10 +28,13 @@ class LeftOut:
 
     def merge(self, other: dict[str, Any]) -> None:
         """Add what `as_json` of another returned."""
-        self.count += other["count"]
-        self.empty += other["empty"]
-        self.duplicates += other["duplicates"]
+        for key in ("count", "empty", "duplicates"):
+            setattr(self, key, getattr(self, key) + other[key])
         self.places += other["places"][: MOST_PLACES - len(self.places)]
 
     def as_json(self) -> dict[str, Any]:
         return {"count": self.count, "empty": self.empty, "duplicates": self.duplicates, "places": self.places}
+
+    def first(self) -> str:
+        """Return the number and the first of the bad records, to end a message with."""
+        return f": {self.count} bad records, the first {self.places[0]}" if self.count else ""

@@ -1,27 +1,30 @@
 """The tokens of finished units to a corpus: exact duplicates left out, shards of about a gigabyte, corpus.json."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from corpus.config import CorpusConfig, DataError, Style
+from corpus.config import DataError, Style
 from corpus.left_out import LeftOut
 from corpus.units import DOCUMENT, Job, read_unit, unit_folder
-from data.shards import FORMAT_VERSION, SHARD_BYTES, Header, ShardWriter
+from data.shards import DTYPES, FORMAT_VERSION, SHARD_BYTES, Header, ShardWriter
 from data.tokenizer import Tokenizer, load_tokenizer
 
 COPY_TOKENS = 1 << 22
 COMPARED_HASHES = 1 << 25  # at once, in about a gigabyte of memory
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Group:
     """The documents of one split and source in a unit: `path`.tokens, and `path`.documents."""
 
@@ -29,6 +32,7 @@ class Group:
     split: str
     source: str
     token_hash: str
+    dropped: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # documents that are duplicates
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -44,59 +48,47 @@ def merge_units(job: Job, n_units: int, before: dict[str, Any] | None, *, worker
     `before` is the corpus that the units are added to. What is done already is not done again.
     """
     data, partial = job.data, job.folder
-    units = [read_unit(partial, number) for number in range(n_units)]
-    if None in units:
-        return None
     left_out = LeftOut(data.on_bad_record)
     groups: list[Group] = []
-    for number, unit in enumerate(units):
-        assert unit is not None
+    for number in range(n_units):
+        if (unit := read_unit(partial, number)) is None:
+            return None
         left_out.merge(unit["left_out"])
         for name, token_hash in unit["groups"].items():
             split, source = name.split(".", 1)
             groups.append(Group(unit_folder(partial, number) / name, split, source, token_hash))
     groups.sort(key=lambda group: group.split != "valid")  # of equal documents the one that is held out stays
-    known = _stored_hashes(Path(data.path), before)
+    splits = before["splits"] if before else {"train": {}, "valid": {}}
+    stored = (stem for split in splits.values() for its in split.values() for stem in its["shards"])
+    known = [Path(data.path) / f"{stem}.hashes" for stem in stored]
     places = [lambda path=path: np.fromfile(path, "<u8") for path in known]
     places += [lambda group=group: np.fromfile(f"{group.path}.documents", DOCUMENT)["hash"] for group in groups]
-    dropped = find_duplicates(places)[len(known) :]
-    left_out.duplicates = sum(map(len, dropped))
+    for group, dropped in zip(groups, find_duplicates(places)[len(known) :], strict=True):
+        group.dropped = dropped
+        left_out.duplicates += len(dropped)
     tokenizer = load_tokenizer(partial / "tokenizer")
-    splits = before["splits"] if before else {"train": {}, "valid": {}}
-    tasks = list(_shards(list(zip(groups, dropped, strict=True)), splits))
+    tasks, masked = list(_shards(groups, splits)), data.style is not Style.text
     with ThreadPoolExecutor(workers) as pool:
-        headers = list(pool.map(lambda task: _write_shard(partial, task[0], task[1], tokenizer, data), tasks))
-    for (stem, parts), header in zip(tasks, headers, strict=True):
-        group = parts[0][0]
-        counts = splits[group.split].setdefault(
-            group.source, {"documents": 0, "tokens": 0, "text_bytes": 0, "shards": []}
-        )
+        headers = list(pool.map(lambda task: _write_shard(partial, *task, tokenizer, masked), tasks))
+    for (stem, [group, *_]), header in zip(tasks, headers, strict=True):
+        none = {"documents": 0, "tokens": 0, "text_bytes": 0, "shards": []}
+        counts = splits[group.split].setdefault(group.source, none)
         for key in ("documents", "tokens", "text_bytes"):
             counts[key] += getattr(header, key)
         counts["shards"].append(stem)
     if not splits["train"]:
         shutil.rmtree(partial)
-        first = f": {left_out.count} bad records, the first {left_out.places[0]}" if left_out.count else ""
-        raise DataError(f"data.source ({data.source.value}) has no training document{first}")
+        raise DataError(f"data.source ({data.source.value}) has no training document{left_out.first()}")
     if before:
         left_out.merge(before["left_out"])
     return {
         "format_version": FORMAT_VERSION,
         "units": n_units + (before["units"] if before else 0),
         "left_out": left_out.as_json(),
-        "tokenizer": {
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "add_bos": job.config.add_bos,
-            "add_eos": job.config.add_eos,
-        },
+        "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
+        | {key: getattr(job.config, key) for key in ("add_bos", "add_eos")},
         "splits": {split: dict(sorted(sources.items())) for split, sources in splits.items()},
     }
-
-
-def _stored_hashes(folder: Path, about: dict[str, Any] | None) -> list[Path]:
-    splits = about["splits"] if about else {}
-    return [folder / f"{stem}.hashes" for split in splits.values() for its in split.values() for stem in its["shards"]]
 
 
 def find_duplicates(arrays: Sequence[Callable[[], np.ndarray]]) -> list[np.ndarray]:
@@ -107,64 +99,56 @@ def find_duplicates(arrays: Sequence[Callable[[], np.ndarray]]) -> list[np.ndarr
     limits = np.cumsum([0, *(len(read()) for read in arrays)])
     n_parts = 1 + int(limits[-1]) // COMPARED_HASHES
     found = [np.zeros(0, dtype=np.int64)]
-    for part in range(n_parts):
-        hashes, places = [np.zeros(0, dtype=np.uint64)], [np.zeros(0, dtype=np.int64)]
+    for part in range(n_parts if arrays else 0):
+        parts = []
         for read, first in zip(arrays, limits[:-1], strict=True):
             its = read()
             inside = np.flatnonzero(its % np.uint64(n_parts) == part)
-            hashes.append(its[inside])
-            places.append(inside + first)
-        all_hashes, all_places = np.concatenate(hashes), np.concatenate(places)
-        order = np.argsort(all_hashes, kind="stable")
-        again = all_hashes[order][1:] == all_hashes[order][:-1]
-        found.append(all_places[order[1:][again]])
+            parts.append((its[inside], inside + first))
+        hashes, places = map(np.concatenate, zip(*parts, strict=True))
+        order = np.argsort(hashes, kind="stable")
+        again = hashes[order][1:] == hashes[order][:-1]
+        found.append(places[order[1:][again]])
     dropped = np.sort(np.concatenate(found))
     parts = np.split(dropped, np.searchsorted(dropped, limits[1:-1]))
     return [part - first for part, first in zip(parts, limits[:-1], strict=False)]
 
 
-Part = tuple[Group, np.ndarray]  # and the indices of its duplicates
-
-
-def _shards(parts: list[Part], splits: dict[str, dict[str, Any]]) -> Iterator[tuple[str, list[Part]]]:
-    """Yield (stem, parts) of each shard to be written: about a gigabyte of one split and source."""
-    by_source: dict[tuple[str, str], list[Part]] = {}
-    for group, dropped in parts:
-        if len(dropped) < Path(f"{group.path}.documents").stat().st_size // DOCUMENT.itemsize:
-            by_source.setdefault((group.split, group.source), []).append((group, dropped))
-    for (split, source), its in sorted(by_source.items()):
+def _shards(groups: list[Group], splits: dict[str, dict[str, Any]]) -> Iterator[tuple[str, list[Group]]]:
+    """Yield (stem, groups) of each shard to be written: about a gigabyte of one split and source."""
+    kept = [g for g in groups if len(g.dropped) < os.path.getsize(f"{g.path}.documents") // DOCUMENT.itemsize]
+    of_one = attrgetter("split", "source")
+    for (split, source), found in groupby(sorted(kept, key=of_one), of_one):
+        its = list(found)
         number, size, shard = len(splits[split].get(source, {}).get("shards", ())), 0, []
-        for group, dropped in its:
-            shard.append((group, dropped))
-            size += Path(f"{group.path}.tokens").stat().st_size
-            if size >= SHARD_BYTES or group is its[-1][0]:
+        for group in its:
+            shard.append(group)
+            size += os.path.getsize(f"{group.path}.tokens")
+            if size >= SHARD_BYTES or group is its[-1]:
                 yield f"{split}/{source}-{number:05d}", shard
                 number, size, shard = number + 1, 0, []
 
 
-def _write_shard(partial: Path, stem: str, parts: list[Part], tokenizer: Tokenizer, data: CorpusConfig) -> Header:
+def _write_shard(partial: Path, stem: str, groups: list[Group], tokenizer: Tokenizer, masked: bool) -> Header:
     header = partial / f"{stem}.json"
     if header.exists() and (stored := header.read_text()):  # it is written last, at once
         return Header(**json.loads(stored))
-    masked = data.style is not Style.text
-    writer = ShardWriter(
-        partial / stem, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.fingerprint, masked=masked
-    )
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 and not masked else np.uint32)
+    made_by = {"vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.fingerprint}
+    writer = ShardWriter(partial / stem, **made_by, masked=masked)
     try:
         with open(partial / f"{stem}.hashes", "wb") as hashes:
-            for group, dropped in parts:
+            for group in groups:
                 table = np.fromfile(f"{group.path}.documents", DOCUMENT)
                 kept = np.ones(len(table), dtype=bool)
-                kept[dropped] = False
-                _copy(group, table, kept, dtype, writer)
+                kept[group.dropped] = False
+                _copy(group, table, kept, writer)
                 hashes.write(table["hash"][kept].tobytes())
         return writer.close()
     finally:
-        writer.close_files()
+        writer.file.close()
 
 
-def _copy(group: Group, table: np.ndarray, kept: np.ndarray, dtype: np.dtype, writer: ShardWriter) -> None:
+def _copy(group: Group, table: np.ndarray, kept: np.ndarray, writer: ShardWriter) -> None:
     """Append the kept documents of a unit to a shard; raises `DataError` if its tokens are not what was written."""
     ends = np.cumsum(table["tokens"], dtype=np.int64)
     cuts = np.searchsorted(ends, np.arange(COPY_TOKENS, ends[-1], COPY_TOKENS))
@@ -172,12 +156,12 @@ def _copy(group: Group, table: np.ndarray, kept: np.ndarray, dtype: np.dtype, wr
     with open(f"{group.path}.tokens", "rb") as file:
         for chunk in np.split(np.arange(len(table)), np.unique(cuts)):
             lengths, keep = table["tokens"][chunk].astype(np.int64), kept[chunk]
-            ids = np.fromfile(file, dtype, int(lengths.sum()))
+            ids = np.fromfile(file, DTYPES[writer.dtype], int(lengths.sum()))
             digest.update(ids.data)
             if keep.any():
                 ids = ids if keep.all() else ids[np.repeat(keep, lengths)]
                 text_bytes = int(table["text_bytes"][chunk][keep].sum(dtype=np.int64))
-                writer.add_many(ids.astype(np.uint32), lengths[keep], text_bytes)
+                writer.add(ids.astype(np.uint32), lengths[keep], text_bytes)
     if digest.hexdigest() != group.token_hash:  # as after a power failure
         shutil.rmtree(group.path.parent, ignore_errors=True)
         raise DataError(f"{group.path}.tokens is damaged and was removed; run the same command again")

@@ -6,6 +6,7 @@ shards. Renaming the hidden folder is the commit. A run that was stopped goes on
 
 import json
 import logging
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -32,14 +33,12 @@ NOT_CONTENT = {"name", "path", "on_bad_record"}  # fields that do not decide wha
 
 def made_by(data: CorpusConfig, tokenizer: TokenizerConfig) -> dict[str, Any]:
     """Return everything that decides what a corpus holds, as JSON."""
-    values = asdict(data)
-    made = {f"data.{f.name}": values[f.name] for f in fields(CorpusConfig) if f.name not in NOT_CONTENT}
+    made = {f"data.{f.name}": getattr(data, f.name) for f in fields(CorpusConfig) if f.name not in NOT_CONTENT}
     made |= {f"tokenizer.{key}": value for key, value in asdict(tokenizer).items()}
     if tokenizer.model is not None:
         made["data.vocab_size"] = made["tokenizer.vocab_size"] = None  # the model has its own
     if data.source is Source.local:
-        for key in ("data.input", "data.valid_input"):
-            made[key] = made[key] and _absolute(made[key])
+        made |= {key: made[key] and _absolute(made[key]) for key in ("data.input", "data.valid_input")}
     made["data.sources"] = {name: _absolute(path) for name, path in data.sources.items()}
     return {key: getattr(value, "value", value) for key, value in made.items()}
 
@@ -68,10 +67,7 @@ def is_prepared(data: CorpusConfig, tokenizer: TokenizerConfig, *, add: bool = F
         raise DataError(f"{folder} was made with other settings: {differing}; choose another data.name, or remove it")
     new = _new_items(data, about)
     if new and not add:
-        raise DataError(
-            f"{folder} was made before {len(new)} of its files, {new[0].path} first; add them with add=true, or choose "
-            "another data.name"
-        )
+        raise DataError(f"{folder} lacks {len(new)} new files, {new[0].path} first; add them with add=true")
     return not new
 
 
@@ -121,9 +117,8 @@ def prepare(
         _begin(job, workers, before, alone=shards == 1)
         if shards > 1:
             lock.release()  # others work beside this one; no unit is written twice
-        n_units = run_units(
-            plan_units(items, data), job, workers=workers, shards=shards, shard=shard, progress=progress
-        )
+        plan = plan_units(items, data)
+        n_units = run_units(plan, job, workers=workers, shards=shards, shard=shard, progress=progress)
         if shards > 1:
             lock.acquire()
             if not partial.exists():
@@ -154,14 +149,13 @@ def _begin(job: Job, workers: int, before: dict[str, Any] | None, *, alone: bool
     partial = job.folder
     plan = {
         "made_by": made_by(job.data, job.config) | {"add": before is not None},
-        "items": [[item.path, item.size, _modified(item.path)] for item in job.items],
+        "items": [[i.path, i.size, os.path.exists(i.path) and os.path.getmtime(i.path)] for i in job.items],
     }
     if (partial / "plan.json").exists():
         old = json.loads((partial / "plan.json").read_text())
         if old == plan:
-            if alone:
-                for path in (partial / "units").glob(".*"):  # begun by a process that was killed
-                    shutil.rmtree(path)
+            for path in (partial / "units").glob(".*") if alone else ():  # begun by a process that was killed
+                shutil.rmtree(path)
             return
         why = differences(old["made_by"], plan["made_by"]) or "other input files"
         print(f"removing what an earlier run left of {job.data.path}: it was made with {why}")
@@ -173,10 +167,6 @@ def _begin(job: Job, workers: int, before: dict[str, Any] | None, *, alone: bool
         shutil.rmtree(partial)
         raise
     write_whole(partial / "plan.json", json.dumps(plan))
-
-
-def _modified(path: str) -> float:
-    return Path(path).stat().st_mtime if "://" not in path and Path(path).exists() else 0.0
 
 
 def _write_tokenizer(job: Job, workers: int, before: dict[str, Any] | None) -> None:
@@ -191,10 +181,9 @@ def _write_tokenizer(job: Job, workers: int, before: dict[str, Any] | None) -> N
         save_tokenizer(tokenizer, folder)
     else:
         print(f"training a tokenizer of {config.vocab_size} pieces", flush=True)
-        texts = tokenizer_texts(data, job.items, config.train_bytes)
-        special = () if template is None else markers(template)
-        path = folder / "tokenizer.model"
-        tokenizer = train_tokenizer(iter(texts), path, vocab_size=config.vocab_size, threads=workers, special=special)
+        texts, path = iter(tokenizer_texts(data, job.items, config.train_bytes)), folder / "tokenizer.model"
+        special = markers(template)
+        tokenizer = train_tokenizer(texts, path, vocab_size=config.vocab_size, threads=workers, special=special)
     for key, token in (("add_bos", tokenizer.bos_id), ("add_eos", tokenizer.eos_id)):
         if getattr(config, key) and token is None:
             raise DataError(f"tokenizer.{key} (true): {tokenizer.path.name} has no such token; set it to false")
@@ -210,9 +199,9 @@ def _publish(partial: Path, folder: Path) -> None:
     if not folder.exists():
         partial.rename(folder)
         return
-    for split in ("train", "valid"):
-        for path in partial.glob(f"{split}/*"):
-            (folder / split).mkdir(exist_ok=True)
-            path.rename(folder / split / path.name)
+    for path in (*partial.glob("train/*"), *partial.glob("valid/*")):
+        target = folder / path.relative_to(partial)
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
     (partial / "corpus.json").rename(folder / "corpus.json")  # the commit
     shutil.rmtree(partial)

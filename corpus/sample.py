@@ -38,8 +38,7 @@ def tokenizer_texts(config: CorpusConfig, items: list[Item], wanted_bytes: int) 
             size = sum(len(text.encode()) for text in taken.values())
     share = int(share * min(1.0, wanted_bytes / max(1, size)))
     if not taken:
-        first = f": {left_out.count} bad records, the first {left_out.places[0]}" if left_out.count else ""
-        raise DataError(f"data.source ({config.source.value}) has no training text{first}")
+        raise DataError(f"data.source ({config.source.value}) has no training text{left_out.first()}")
     return [text for digest, text in taken.items() if digest < share] or [min(taken.items())[1]]
 
 
@@ -64,10 +63,8 @@ def sample_texts(config: CorpusConfig, number: int, *, max_tokens: int) -> Itera
     tokenizer = load_tokenizer(folder / "tokenizer")
     train = read_manifest(folder)["splits"]["train"]
     shards = [(source, Shard(folder / counts["shards"][0])) for source, counts in train.items()]
-    chosen = [
-        (i % len(shards), (i + 1) * shards[i % len(shards)][1].n_documents // (number + 1)) for i in range(number)
-    ]
-    for which, index in dict.fromkeys(chosen):  # a small corpus has fewer
-        source, shard = shards[which]
+    chosen = [shards[i % len(shards)] for i in range(number)]
+    places = ((source, shard, (i + 1) * shard.n_documents // (number + 1)) for i, (source, shard) in enumerate(chosen))
+    for source, shard, index in dict.fromkeys(places):  # a small corpus has fewer
         ids = (shard.document(index).astype(np.int64) & (LOSS_MASKED - 1)).tolist()
         yield source, tokenizer.decode(ids[:max_tokens]) + (" ..." if len(ids) > max_tokens else "")

@@ -78,7 +78,10 @@ def _file_units(items: list[Item], config: CorpusConfig) -> Iterator[tuple[tuple
     spans: list[Span] = []
     total = 0
     for number, (item, size) in enumerate(zip(items, sizes, strict=True)):
-        n_spans = max(1, size // unit_bytes) if _has_ranges(item, config) else 1
+        kind, compression = split_suffix(item.path)
+        lines = kind == ".jsonl" or (kind == ".txt" and config.text_lines)
+        has_ranges = lines or (kind == ".parquet" and not compression)  # of lines, or row groups
+        n_spans = max(1, size // unit_bytes) if has_ranges else 1
         step = -(-size // n_spans)
         for k in range(n_spans):
             spans.append(Span(number, k * step, END if k == n_spans - 1 else (k + 1) * step))
@@ -88,12 +91,6 @@ def _file_units(items: list[Item], config: CorpusConfig) -> Iterator[tuple[tuple
                 spans, total = [], 0
     if spans:
         yield tuple(spans), b""
-
-
-def _has_ranges(item: Item, config: CorpusConfig) -> bool:
-    """Return whether ranges of a file can be read apart: lines, and the row groups of Parquet."""
-    kind, compression = split_suffix(item.path)
-    return kind == ".jsonl" or (kind == ".txt" and config.text_lines) or (kind == ".parquet" and not compression)
 
 
 def _dataset_units(items: list[Item], config: CorpusConfig) -> Iterator[tuple[tuple[Span, ...], bytes]]:
@@ -130,7 +127,7 @@ def unit_folder(folder: Path, number: int) -> Path:
 
 
 def read_unit(folder: Path, number: int) -> dict[str, Any] | None:
-    """Return what a unit says of itself, or None if it is not done."""
+    """Return what unit.json holds, or None if it is not done."""
     path = unit_folder(folder, number) / "unit.json"
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -161,8 +158,7 @@ class UnitWorker:
         left_out = LeftOut(self.job.data.on_bad_record)
         counts, hashes = np.zeros(3, dtype=np.int64), {}
         for batch in _batches(self._documents(unit, left_out)):
-            if unit.limit is not None:
-                batch = batch[: unit.limit - counts[0]]
+            batch = batch if unit.limit is None else batch[: unit.limit - counts[0]]
             found = self.encoder.encode(batch, left_out)
             _append(found, folder, self.encoder.dtype, hashes)
             added = len(found), sum(len(ids) for _, ids in found), sum(d.text_bytes for d, _ in found)
@@ -225,10 +221,9 @@ def run_units(units: Iterable[Unit], job: Job, *, workers: int, shards: int, sha
     def to_do() -> Iterator[Unit]:
         nonlocal n_units
         for unit in units:
-            if most is not None:
-                if n_documents >= most:
-                    return
-                unit = replace(unit, limit=most - n_documents)
+            if most is not None and n_documents >= most:
+                return
+            unit = replace(unit, limit=None if most is None else most - n_documents)
             n_units += 1
             if unit.number % shards == shard:
                 if (done := read_unit(job.folder, unit.number)) is None:
@@ -274,9 +269,7 @@ def _run_in_processes(units: Iterator[Unit], job: Job, workers: int, add: Progre
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     except BrokenProcessPool:
-        raise DataError(
-            "a worker process was killed, perhaps for lack of memory; run the same command again with fewer workers"
-        ) from None
+        raise DataError("a worker process was killed, perhaps for lack of memory; take fewer workers") from None
 
 
 _worker: list[UnitWorker] = []  # this process' own
@@ -285,7 +278,9 @@ _worker: list[UnitWorker] = []  # this process' own
 def _start_worker(job: Job, shared: Any) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process per core already
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops them
-    Thread(target=_end_with_parent, daemon=True).start()
+    parent = parent_process()
+    assert parent is not None
+    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # ends with the main process
 
     def progress(*added: int) -> None:
         with shared.get_lock():
@@ -294,13 +289,6 @@ def _start_worker(job: Job, shared: Any) -> None:
             raise InterruptedError("the main process stopped")
 
     _worker[:] = [UnitWorker(job, progress)]
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _write_unit(unit: Unit) -> None:

@@ -62,17 +62,16 @@ class CachedBPE:
         group: list[str] = []
         size = 0
         for text in texts:
+            if size > TOGETHER or len(text) > LONGEST_TEXT:
+                found += self._encode(group)
+                group, size = [], 0
             if len(text) > LONGEST_TEXT:
                 parts = [*self._parts(text)]
                 its = self.encode(parts) if len(parts) > 1 else [self.model.encode(text)]  # perhaps one long word
-                found += [*self._encode(group), np.concatenate(its, dtype=np.uint32, casting="unsafe")]
-                group, size = [], 0
-                continue
-            group.append(text)
-            size += len(text)
-            if size > TOGETHER:
-                found += self._encode(group)
-                group, size = [], 0
+                found.append(np.concatenate(its, dtype=np.uint32, casting="unsafe"))
+            else:
+                group.append(text)
+                size += len(text)
         return found + self._encode(group)
 
     def _parts(self, text: str) -> Iterator[str]:

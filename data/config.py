@@ -39,7 +39,7 @@ class DataConfig(CorpusConfig):
         wrong = {name: weight for name, weight in self.mix.items() if not 0 <= weight < float("inf")}
         yield from (f"data.mix.{name} ({weight}) must be 0 or more" for name, weight in wrong.items())
         if self.mix and not wrong and not any(self.mix.values()):
-            yield f"data.mix ({self.mix}) must give some source a weight"
+            yield f"data.mix ({self.mix}) needs a weight above 0"
         least = {"seq_len": 2, "micro_batch_size": 1, "workers": 0, "seed": 0}
         small = [key for key, limit in least.items() if getattr(self, key) < limit]
         yield from (f"data.{key} ({getattr(self, key)}) must be at least {least[key]}" for key in small)
@@ -50,10 +50,8 @@ class DataConfig(CorpusConfig):
         if self.pack_len < 1 or self.pack_len % self.seq_len:
             yield f"data.pack_len ({self.pack_len}) must be a multiple of data.seq_len ({self.seq_len})"
         elif self.micro_batch_size * self.seq_len % self.pack_len:
-            yield (
-                f"data.micro_batch_size ({self.micro_batch_size}) x data.seq_len ({self.seq_len}) "
-                f"must be a multiple of data.pack_len ({self.pack_len})"
-            )
+            tokens = f"data.micro_batch_size ({self.micro_batch_size}) x data.seq_len ({self.seq_len})"
+            yield f"{tokens} must be a multiple of data.pack_len ({self.pack_len})"
 
 
 TRAINING_ONLY = {f.name for f in fields(DataConfig)} - {f.name for f in fields(CorpusConfig)}

@@ -71,21 +71,18 @@ class PackedDataset:
             found[here] = self._pool(number).packs(draws[here]) + self.limits[number]
         return found
 
-    def _packing_of(self, packs: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self.limits, packs, side="right") - 1
-
     def source_of(self, packs: np.ndarray) -> np.ndarray:
         """Return the sources of packs; int64 (N,) to int64 (N,)."""
-        return self.sources[self._packing_of(packs)]
+        return self.sources[np.searchsorted(self.limits, packs, side="right") - 1]
 
     def pieces(self, packs: np.ndarray) -> Pieces:
         """Return what packs hold, with places in `self.files`."""
-        numbers = self._packing_of(packs)
-        parts = []
-        for number in np.unique(numbers).tolist():
-            its = self.packings[number].pieces(packs[numbers == number] - self.limits[number])
-            parts.append(its._replace(files=its.files + self.first_file[number]))
-        return parts[0] if len(parts) == 1 else Pieces.joined(parts, np.argsort(numbers, kind="stable"))
+
+        def of_packing(number: int, its: np.ndarray) -> Pieces:
+            found = self.packings[number].pieces(its)
+            return found._replace(files=found.files + self.first_file[number])
+
+        return Pieces.gathered(packs, self.limits, of_packing)
 
     def batch(self, packs: np.ndarray) -> Batch:
         """Read packs by their place in the corpus; raises `DataError` on a token outside the vocabulary."""
@@ -103,18 +100,16 @@ class PackedDataset:
         file = self.files[pieces.files[before + number]]
         place = int(pieces.starts[before + number]) + at - int(lengths[:number].sum())
         document = int(np.searchsorted(file.offsets(), place, side="right")) - 1
-        return DataError(
-            f"{file.stem}.bin: token {place}, in document {document}, is id {tokens[row, at]}, outside "
-            f"model.vocab_size ({self.vocab_size}); prepare it again with the right tokenizer"
-        )
+        what = f"{file.stem}.bin: token {place}, in document {document}, is id {tokens[row, at]}"
+        return DataError(f"{what}, outside model.vocab_size ({self.vocab_size}); prepare it with the right tokenizer")
 
     def epochs(self, samples: int) -> dict[int, float]:
         """Return how often each source has been seen after so many samples."""
         drawn = samples - self.first_sample
+        sources = self.sources.tolist()
         if self.mixture is None:
-            return {int(source): drawn / max(1, self.n_packs) for source in self.sources}
-        counts = self.mixture.drawn(drawn).tolist()
-        found = zip(self.sources.tolist(), counts, self.packings, strict=True)
+            return dict.fromkeys(sources, drawn / max(1, self.n_packs))
+        found = zip(sources, self.mixture.drawn(drawn).tolist(), self.packings, strict=True)
         return {source: count / max(1, packing.n_packs) for source, count, packing in found}
 
     def waste(self) -> tuple[float, float]:
@@ -173,9 +168,8 @@ def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
     if tokenizer is not None:
         bytes_per_token = np.zeros(vocab_size, dtype=np.int32)
         bytes_per_token[: tokenizer.vocab_size] = tokenizer.token_bytes()
-    train_packs = _packs(config, train, sources, vocab_size, train=True)
-    valid_packs = _packs(config, valid, sources, vocab_size, train=False)
-    return Corpus(sources, fingerprints, tokenizer, add_bos, add_eos, bytes_per_token, train_packs, valid_packs)
+    packs = (_packs(config, files, sources, vocab_size, train=files is train) for files in (train, valid))
+    return Corpus(sources, fingerprints, tokenizer, add_bos, add_eos, bytes_per_token, *packs)
 
 
 def _random_tokens(config: DataConfig, split: str) -> TokenFile:
@@ -191,9 +185,7 @@ def _shards(folder: Path, sources: dict[str, dict[str, Any]], tokenizer: Tokeniz
     return found
 
 
-def _packs(
-    config: DataConfig, files: Split, sources: tuple[str, ...], vocab_size: int, *, train: bool
-) -> PackedDataset:
+def _packs(config: DataConfig, files: Split, sources: tuple[str, ...], vocab_size: int, train: bool) -> PackedDataset:
     is_mixed = train and bool(config.mix)
     names = [name for name in sorted(files) if not is_mixed or config.mix.get(name, 0) > 0]
     # random tokens are not in a folder where a packing could keep a plan
@@ -202,9 +194,7 @@ def _packs(
     weights = [config.mix[name] for name in names] if is_mixed else None
     empty = [name for name, packing in zip(names, packings, strict=True) if not packing.n_packs]
     if train and (len(empty) == len(names) or (is_mixed and empty)):
-        raise DataError(
-            f"source {', '.join(empty)} does not fill one pack of {config.pack_tokens} tokens; "
-            "lower data.seq_len or add text"
-        )
+        size = f"{config.pack_tokens} tokens; lower data.seq_len or add text"
+        raise DataError(f"source {', '.join(empty)} does not fill one pack of {size}")
     numbers = [sources.index(name) for name in names]
     return PackedDataset(packings, numbers, config, vocab_size=vocab_size, weights=weights)

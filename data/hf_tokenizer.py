@@ -35,18 +35,14 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, add_bos: bool, max
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_id)]
         )
     fast.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **names,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": max_len,
-    }
     if "eos_token" in names:
-        settings["pad_token"] = names["eos_token"]
+        names["pad_token"] = names["eos_token"]
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "model_max_length": max_len}
+    settings["clean_up_tokenization_spaces"] = False
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     template = tokenizer.path.with_name(CHAT_TEMPLATE)
     if template.exists():
-        (folder / CHAT_TEMPLATE).write_bytes(template.read_bytes())
+        shutil.copyfile(template, folder / CHAT_TEMPLATE)
 
 
 def fast_from_sentencepiece(tokenizer: SentencePieceTokenizer) -> "tokenizers.Tokenizer":
@@ -71,15 +67,9 @@ def fast_from_sentencepiece(tokenizer: SentencePieceTokenizer) -> "tokenizers.To
             known = [(left, right) for left, right in splits if left in vocab and right in vocab]
             merges += [(-piece.score, vocab[left], vocab[right], left, right) for left, right in known]
     merges.sort(key=lambda merge: merge[:3])
-    fast = tokenizers.Tokenizer(
-        models.BPE(
-            vocab=vocab,
-            merges=[(left, right) for *_, left, right in merges],
-            unk_token=proto.pieces[tokenizer.model.unk_id()].piece,
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
+    unknown = proto.pieces[tokenizer.model.unk_id()].piece
+    pairs = [(left, right) for *_, left, right in merges]
+    fast = tokenizers.Tokenizer(models.BPE(vocab, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     fast.normalizer = normalizers.Replace(" ", SPACE)
     fast.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     control = [piece.piece for piece in proto.pieces if piece.type in (kinds.CONTROL, kinds.UNKNOWN)]

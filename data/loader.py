@@ -30,16 +30,12 @@ class _MicroBatches(Dataset[Batch | DataError]):
 
 def _start_worker(_worker: int) -> None:
     keep_freed_memory()
-    end_with_parent()
+    with suppress(OSError, AttributeError):  # another system than Linux
+        # end with the main process: a worker inherited the lock of the run folder
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     # Ctrl-C and a scheduler's SIGTERM reach every process; the main one decides when the workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def end_with_parent() -> None:
-    """Have the system kill this process when its parent ends: it inherited the lock of the run folder."""
-    with suppress(OSError, AttributeError):  # another system than Linux
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def keep_freed_memory() -> None:
@@ -92,16 +88,13 @@ def train_batches(
     step = first_step
     try:
         while True:
-            yield [_raised(next(batches)) for _ in of_step(step, 0)]
+            found = [next(batches) for _ in of_step(step, 0)]
+            if errors := [each for each in found if isinstance(each, DataError)]:
+                raise errors[0]
+            yield found
             step += 1
     finally:
         del batches  # ends the workers: a traceback keeps this frame alive, and they ignore signals
-
-
-def _raised(batch: Batch | DataError) -> Batch:
-    if isinstance(batch, DataError):
-        raise batch
-    return batch
 
 
 def valid_batches(

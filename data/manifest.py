@@ -45,10 +45,8 @@ def check_fits(config: DataConfig, vocab_size: int) -> None:
 
 def check_vocab_size(tokenizer: str, n_pieces: int, vocab_size: int) -> None:
     if n_pieces > vocab_size:
-        raise DataError(
-            f"{tokenizer} has {n_pieces} pieces, more than model.vocab_size ({vocab_size}); "
-            f"pass model.vocab_size={-(-n_pieces // 128) * 128}"
-        )
+        enough = f"pass model.vocab_size={-(-n_pieces // 128) * 128}"
+        raise DataError(f"{tokenizer} has {n_pieces} pieces, more than model.vocab_size ({vocab_size}); {enough}")
 
 
 def check_sources(config: DataConfig, sources: set[str]) -> None:

@@ -1,7 +1,7 @@
 """Packings: how documents are laid out in packs of equal length, by name or as a class of the user's own."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
@@ -28,15 +28,20 @@ class Pieces(NamedTuple):
     ends: np.ndarray  # bool: a document ends with it
 
     @staticmethod
-    def joined(parts: "Sequence[Pieces]", order: np.ndarray) -> "Pieces":
-        """Join the packs of several; the i-th pack of all comes to place order[i]."""
+    def gathered(packs: np.ndarray, limits: np.ndarray, pieces_of: "Callable[[int, np.ndarray], Pieces]") -> "Pieces":
+        """Return the pieces of packs in groups that lie between `limits`; `pieces_of(group, packs)` is one group's."""
+        groups = np.searchsorted(limits, packs, side="right") - 1
+        parts = [pieces_of(group, packs[groups == group] - limits[group]) for group in np.unique(groups).tolist()]
+        if len(parts) == 1:
+            return parts[0]
+        order = np.argsort(groups, kind="stable")
         n_pieces, *columns = (np.concatenate(column) for column in zip(*parts, strict=True))
         by_pack = np.argsort(np.repeat(order, n_pieces), kind="stable")
         return Pieces(n_pieces[np.argsort(order)], *(column[by_pack] for column in columns))
 
 
 class Packing(ABC):
-    """The packs of a source's files. A subclass says which pieces of documents each pack holds.
+    """The packs of a source's files. A subclass decides which pieces of documents each pack holds.
 
     `data.packing=module:Class` names a class of the user's own.
 
@@ -176,14 +181,12 @@ class BestFit(Packing):
         self.n_packs = int(self.limits[-1])
 
     def pieces(self, packs: np.ndarray) -> Pieces:
-        files = np.searchsorted(self.limits, packs, side="right") - 1
-        order = np.argsort(files, kind="stable")
-        parts = []
-        for file in np.unique(files).tolist():
-            n_pieces, lines = self.plans[file].read(packs[files == file] - self.limits[file])
+        def of_file(file: int, its: np.ndarray) -> Pieces:
+            n_pieces, lines = self.plans[file].read(its)
             starts, lengths, begins, ends = lines.T
-            parts.append(Pieces(n_pieces, np.full(len(lines), file), starts, lengths, begins > 0, ends > 0))
-        return parts[0] if len(parts) == 1 else Pieces.joined(parts, order)
+            return Pieces(n_pieces, np.full(len(lines), file), starts, lengths, begins > 0, ends > 0)
+
+        return Pieces.gathered(packs, self.limits, of_file)
 
 
 PACKINGS = {"concat": Concat, "best_fit": BestFit, "internlm": InternLM, "internlm_one": InternLMOne}

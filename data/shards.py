@@ -5,13 +5,14 @@ prepared there are read here, without the header. In a corpus of conversations t
 loss mask: set where the token is no target.
 """
 
+import hashlib
 import json
 import os
 import struct
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import xxhash
@@ -57,15 +58,7 @@ class ShardWriter:
         stem.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(f"{stem}.bin", "wb")  # noqa: SIM115
 
-    @property
-    def full(self) -> bool:
-        return self.tokens * DTYPES[self.dtype].itemsize >= SHARD_BYTES
-
-    def add(self, ids: np.ndarray, text_bytes: int) -> None:
-        """Append a document whose text is `text_bytes` long; ids: uint32 (n,)."""
-        self.add_many(ids, np.array([len(ids)]), text_bytes)
-
-    def add_many(self, ids: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
+    def add(self, ids: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
         """Append documents that lie end to end; ids: uint32, lengths: their tokens."""
         tokens = ids & ~np.uint32(LOSS_MASKED) if self.masked else ids
         self.max_token = max(self.max_token, int(tokens.max(initial=0)))
@@ -79,14 +72,9 @@ class ShardWriter:
         self.tokens += len(ids)
         self.text_bytes += text_bytes
 
-    def close_files(self) -> None:
-        """Close the file of a shard that will not be finished."""
-        self.file.close()
-
     def close(self) -> Header:
         """Write the index and the header, all of it synced to the disk, and return the header."""
-        _sync(self.file)
-        self.file.close()
+        _close_synced(self.file)
         lengths = np.concatenate([np.zeros(0, dtype="<i4"), *self.lengths])
         dtype = DTYPES[self.dtype]
         index = (
@@ -95,21 +83,20 @@ class ShardWriter:
             ((np.cumsum(lengths, dtype="<i8") - lengths) * dtype.itemsize).astype("<i8").tobytes(),
             np.arange(len(lengths) + 1, dtype="<i8").tobytes(),
         )
-        with open(f"{self.stem}.idx", "wb") as file:
-            file.writelines(index)
-            _sync(file)
+        _close_synced(open(f"{self.stem}.idx", "wb"), b"".join(index))  # noqa: SIM115
         counts = self.documents, self.tokens, self.text_bytes, self.max_token
         hashes = self.hash.hexdigest(), xxhash.xxh3_128_hexdigest(b"".join(index))
         header = Header(FORMAT_VERSION, self.dtype, self.vocab_size, self.tokenizer, self.masked, *counts, *hashes)
-        with open(f"{self.stem}.json", "w", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(header), indent=2) + "\n")
-            _sync(file)
+        raw = (json.dumps(asdict(header), indent=2) + "\n").encode()
+        _close_synced(open(f"{self.stem}.json", "wb"), raw)  # noqa: SIM115
         return header
 
 
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _close_synced(file: IO[bytes], raw: bytes = b"") -> None:
+    with file:
+        file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class FileReader:
@@ -122,21 +109,17 @@ class FileReader:
     def __init__(self, path: str | Path) -> None:
         self.path, self.descriptor = Path(path), -1
 
-    def read_into(self, buffer: memoryview, at: int) -> None:
+    def read_into(self, buffer: memoryview | bytearray, at: int) -> None:
         """Fill a buffer of bytes from byte `at` on."""
-        if os.preadv(self.fileno(), (buffer,), at) != len(buffer):
-            raise DataError(f"{self.path} was cut short while it was in use")
-
-    def read(self, at: int, n_bytes: int) -> bytes:
-        raw = os.pread(self.fileno(), n_bytes, at)
-        if len(raw) != n_bytes:
-            raise DataError(f"{self.path} was cut short while it was in use")
-        return raw
-
-    def fileno(self) -> int:
         if self.descriptor < 0:
             self.descriptor = os.open(self.path, os.O_RDONLY)
-        return self.descriptor
+        if os.preadv(self.descriptor, (buffer,), at) != len(buffer):
+            raise DataError(f"{self.path} was cut short while it was in use")
+
+    def read(self, at: int, n_bytes: int) -> bytearray:
+        raw = bytearray(n_bytes)
+        self.read_into(raw, at)
+        return raw
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "descriptor": -1}
@@ -203,12 +186,10 @@ class Shard(TokenFile):
         self.bin, self.idx = FileReader(f"{stem}.bin"), FileReader(f"{stem}.idx")
         self.header = _read_header(Path(f"{stem}.json"))
         self.masked = self.header is not None and self.header.masked
-        try:
-            index_bytes, n_bytes = self.idx.path.stat().st_size, self.bin.path.stat().st_size
-        except FileNotFoundError as error:
-            raise DataError(f"{error.filename} is missing; prepare it again") from None
-        if index_bytes < INDEX_HEADER.size:
-            raise _damaged(self.idx.path)
+        for file in (self.idx, self.bin):
+            if not file.path.exists() or (file is self.idx and file.path.stat().st_size < INDEX_HEADER.size):
+                raise _damaged(file.path)
+        index_bytes, n_bytes = self.idx.path.stat().st_size, self.bin.path.stat().st_size
         magic, version, code, self.n_sequences, ends = INDEX_HEADER.unpack(self.idx.read(0, INDEX_HEADER.size))
         expected = INDEX_HEADER.size + self.n_sequences * 12 + ends * 8
         # Megatron's modes of multimodal data, if there are any, take a byte per sequence more.
@@ -217,14 +198,13 @@ class Shard(TokenFile):
             raise _damaged(self.idx.path)
         self.dtype = np.dtype(MEGATRON_TYPES[code])
         self.n_documents, (self.n_tokens, rest) = ends - 1, divmod(n_bytes, self.dtype.itemsize)
-        if rest or (self.header is not None and self.header.tokens != self.n_tokens):
-            raise _damaged(self.bin.path)
-        if self.header is not None and self.header.documents != self.n_documents:
-            raise _damaged(self.idx.path)
-        if verify and self.header is not None:
-            for path, expected_hash in ((self.bin.path, self.header.bin_hash), (self.idx.path, self.header.idx_hash)):
-                if file_hash(path) != expected_hash:
-                    raise _damaged(path)
+        header = self.header
+        for path, expected_hash, same in (
+            (self.bin.path, header and header.bin_hash, not rest and (not header or header.tokens == self.n_tokens)),
+            (self.idx.path, header and header.idx_hash, not header or header.documents == self.n_documents),
+        ):
+            if not same or (verify and header and file_hash(path) != expected_hash):
+                raise _damaged(path)
 
     def fingerprint(self) -> str:
         """Return the hash of both files; of another program's shard, of the index and the size."""
@@ -249,12 +229,11 @@ class Shard(TokenFile):
             file.seek(INDEX_HEADER.size + 4 * self.n_sequences)
             starts = np.fromfile(file, dtype="<i8", count=self.n_sequences) // self.dtype.itemsize
             ends = np.fromfile(file, dtype="<i8", count=self.n_documents + 1)
-        if ends[0] or ends[-1] != self.n_sequences or (np.diff(ends) < 0).any():
-            raise _damaged(self.idx.path)
-        offsets = np.append(starts, self.n_tokens)[ends]
-        if offsets[0] or (np.diff(offsets) < 0).any():
-            raise _damaged(self.idx.path)
-        return offsets
+        if not ends[0] and ends[-1] == self.n_sequences and (np.diff(ends) >= 0).all():
+            offsets = np.append(starts, self.n_tokens)[ends]
+            if not offsets[0] and (np.diff(offsets) >= 0).all():
+                return offsets
+        raise _damaged(self.idx.path)
 
     def ends_between(self, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if self.n_documents != self.n_sequences:  # the index has no offsets of documents, only of sequences
@@ -275,7 +254,7 @@ class Shard(TokenFile):
 
 
 def _damaged(path: Path) -> DataError:
-    return DataError(f"{path} is damaged or was cut short; prepare it again")
+    return DataError(f"{path} is missing or damaged; prepare it again")
 
 
 def _read_header(path: Path) -> Header | None:
@@ -292,8 +271,5 @@ def _read_header(path: Path) -> Header | None:
 
 def file_hash(path: Path) -> str:
     """Return the xxh3_128 of a file."""
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ import os
 import sys
 from contextlib import suppress
 from itertools import pairwise
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,9 @@ def show(run: Path, step: int, *, samples: int | None = None) -> None:
         ramp: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RampConfig), config.ramp))
     except OmegaConfBaseException as error:
         raise DataError(f"{path} is of another version: {error}") from None
-    counts = [
-        packs_of_step(k, global_batch_tokens=config.global_batch_tokens, ramp=ramp, pack_tokens=data.pack_tokens)
-        for k in range(step)
-    ]
-    first, count = sum(counts[:-1]), counts[-1]
+    of_run = {"global_batch_tokens": config.global_batch_tokens, "ramp": ramp, "pack_tokens": data.pack_tokens}
+    *before, count = (packs_of_step(k, **of_run) for k in range(step))
+    first = sum(before)
     if (last := _last_step(run)) < step:
         print(f"{run} has not reached step {step}: it is at step {last}")
     corpus = open_corpus(data, vocab_size=config.model.vocab_size)
@@ -77,14 +76,9 @@ def marked(tokenizer: Tokenizer | None, tokens: np.ndarray, is_target: np.ndarra
     else:
         # decoded as a whole: a character may lie in several tokens
         text = tokenizer.decode(ids)
-        places = [_common(text, tokenizer.decode(ids[:limit])) for limit in limits[:-1]]
+        places = [len(commonprefix([text, tokenizer.decode(ids[:limit])])) for limit in limits[:-1]]  # noqa: RUF071
         parts = [text[a:b] for a, b in pairwise([*places, len(text)])]
     return "".join(part if is_target[at] else f"⟦{part}⟧" for at, part in zip(limits, parts, strict=False))
-
-
-def _common(one: str, other: str) -> int:
-    """Return how many characters two texts begin with alike."""
-    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _last_step(run: Path) -> int:
@@ -103,10 +97,8 @@ def _first_sample(run: Path, corpus: Corpus, step: int, sample: int) -> int:
         return 0
     state = json.loads(stored[0].read_text(encoding="utf-8"))
     if state["data"]["parts"] != corpus.fingerprints:
-        raise DataError(
-            f"the data or the tokenizer has changed since {stored[0].parent} was saved, so step {step} is not known; "
-            "resume the run first, or restore the data"
-        )
+        reason = f"the data or the tokenizer has changed since {stored[0].parent} was saved"
+        raise DataError(f"{reason}, so step {step} is not known; resume the run first, or restore the data")
     first = state["progress"]["first_sample"]
     if sample < first:
         raise DataError(f"step {step} was before files were added to the data of {run}, so it is not known")
@@ -114,9 +106,7 @@ def _first_sample(run: Path, corpus: Corpus, step: int, sample: int) -> int:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="data.show", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser("data.show", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", type=Path, help="a run folder, such as runs/demo")
     parser.add_argument("--step", type=int, default=1)
     parser.add_argument("--samples", type=int, help="print only so many packs")

@@ -58,12 +58,19 @@ class SentencePieceTokenizer(Tokenizer):
         except (RuntimeError, OSError) as error:
             raise DataError(f"{path} is not a SentencePiece model: {error}") from None
         proto = sentencepiece_proto(path)
-        rules, is_bpe = proto.normalizer_spec, proto.trainer_spec.model_type == proto.trainer_spec.BPE
+        kinds, rules = proto.SentencePiece, proto.normalizer_spec
+        is_bpe = proto.trainer_spec.model_type == proto.trainer_spec.BPE
         self.normalizes = bool(rules.add_dummy_prefix or rules.remove_extra_whitespaces or rules.precompiled_charsmap)
         self.exportable = is_bpe and not self.normalizes
         # Without byte fallback unknown characters in a row are one id, which a split between them would change.
         can_split = is_bpe and proto.trainer_spec.byte_fallback and rules.escape_whitespaces
-        self.cached = _cached_bpe(proto) if can_split else None
+        self.cached = None
+        if can_split:  # it encodes normalized text: by the same pieces, without the model's own normalizer
+            rules.add_dummy_prefix = rules.remove_extra_whitespaces = False
+            rules.precompiled_charsmap = b""
+            model = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+            inside_texts = (kinds.NORMAL, kinds.USER_DEFINED, kinds.UNUSED)
+            self.cached = CachedBPE(model, [piece.piece for piece in proto.pieces if piece.type in inside_texts])
         self.vocab_size = self.model.vocab_size()
         self.bos_id, self.eos_id = (i if i >= 0 else None for i in (self.model.bos_id(), self.model.eos_id()))
 
@@ -87,16 +94,6 @@ class SentencePieceTokenizer(Tokenizer):
         return lengths
 
 
-def _cached_bpe(proto: Any) -> CachedBPE:
-    """Return the encoder of normalized text: of the same pieces, without the model's own normalizer."""
-    kinds, rules = proto.SentencePiece, proto.normalizer_spec
-    rules.add_dummy_prefix = rules.remove_extra_whitespaces = False
-    rules.precompiled_charsmap = b""
-    model = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-    inside_texts = (kinds.NORMAL, kinds.USER_DEFINED, kinds.UNUSED)
-    return CachedBPE(model, [piece.piece for piece in proto.pieces if piece.type in inside_texts])
-
-
 class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         import tokenizers
@@ -113,8 +110,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.special = {i for i, token in self.model.get_added_tokens_decoder().items() if token.special}
         byte_tokens = {f"<0x{byte:02X}>": byte for byte in range(256)}
         self.bytes = {self.vocab[token]: byte for token, byte in byte_tokens.items() if token in self.vocab}
-        settings = path.with_name("tokenizer_config.json")
-        named = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+        named = _read_json(path.with_name("tokenizer_config.json"))
         self.bos_id = self._special_id(named.get("bos_token"), BEGIN_OF_TEXT)
         self.eos_id = self._special_id(named.get("eos_token"), END_OF_TEXT)
 
@@ -146,7 +142,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return self.model.decoder.decode(tokens)
 
     def token_bytes(self) -> np.ndarray:
-        byte_level = "ByteLevel" in str(json.loads(self.path.read_text(encoding="utf-8")).get("decoder"))
+        byte_level = "ByteLevel" in str(_read_json(self.path).get("decoder"))
         lengths = np.zeros(self.vocab_size, dtype=np.int32)
         for piece, token in self.vocab.items():
             if token in self.bytes and not byte_level:
@@ -160,10 +156,8 @@ def export_problem(tokenizer: Tokenizer) -> str | None:
     """Return why a tokenizer cannot be exported, and what to do; None if it can."""
     if not isinstance(tokenizer, SentencePieceTokenizer) or tokenizer.exportable:
         return None
-    return (
-        f"{tokenizer.path} is not a BPE model that leaves text as it is, so it has no equal tokenizer.json; "
-        "use the tokenizer.json of the same model, or a folder with both"
-    )
+    reason = f"{tokenizer.path} is not a BPE model that leaves text as it is, so it has no equal tokenizer.json"
+    return f"{reason}; use the tokenizer.json of the same model, or a folder with both"
 
 
 def sentencepiece_proto(path: Path) -> Any:
@@ -188,40 +182,37 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         return load_tokenizer(files[-1]) if export_problem(first) else first
     if path.is_file():
         return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
-    return _from_hub(str(name))
+    from transformers import AutoTokenizer
+
+    folder = Path(tempfile.mkdtemp(prefix="tokenizer-"))
+    try:
+        AutoTokenizer.from_pretrained(str(name), use_fast=True).save_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"tokenizer.model ({name}) is neither a file nor a tokenizer on the hub: {reason}") from None
+    return load_tokenizer(folder)
 
 
 def adds_bos(folder: Path) -> bool:
     """Return whether a Hugging Face folder's tokenizer begins every text with its bos token."""
-    settings, fast = folder / "tokenizer_config.json", folder / "tokenizer.json"
-    named = json.loads(settings.read_text(encoding="utf-8")).get("add_bos_token") if settings.exists() else None
-    if named is not None:
+    if (named := _read_json(folder / "tokenizer_config.json").get("add_bos_token")) is not None:
         return bool(named)
-    processor = json.loads(fast.read_text(encoding="utf-8")).get("post_processor") if fast.exists() else None
-    return bool(processor) and "SpecialToken" in str((processor.get("single") or [None])[0])
+    processor = _read_json(folder / "tokenizer.json").get("post_processor") or {}
+    return "SpecialToken" in str((processor.get("single") or [None])[0])
 
 
-def _from_hub(name: str) -> Tokenizer:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"tokenizer.model ({name}) is neither a file nor a tokenizer on the hub: {reason}") from None
-    folder = Path(tempfile.mkdtemp(prefix="tokenizer-"))
-    tokenizer.save_pretrained(folder)
-    return load_tokenizer(folder)
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Copy a tokenizer's files to where `load_tokenizer(folder)` finds them."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = "tokenizer.json" if tokenizer.path.suffix == ".json" else "tokenizer.model"
-    shutil.copyfile(tokenizer.path, folder / name)
-    for other in ("tokenizer_config.json", CHAT_TEMPLATE) if name == "tokenizer.json" else (CHAT_TEMPLATE,):
-        if tokenizer.path.with_name(other).exists():
-            shutil.copyfile(tokenizer.path.with_name(other), folder / other)
+    is_json = tokenizer.path.suffix == ".json"
+    shutil.copyfile(tokenizer.path, folder / ("tokenizer.json" if is_json else "tokenizer.model"))
+    for other in ("tokenizer_config.json", CHAT_TEMPLATE) if is_json else (CHAT_TEMPLATE,):
+        if (path := tokenizer.path.with_name(other)).exists():
+            shutil.copyfile(path, folder / other)
 
 
 def train_tokenizer(

@@ -62,13 +62,17 @@ PLAIN = {".jsonl": lines, ".json": lambda records: json.dumps(records).encode(),
 PACKED = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
 
 
-def made(config: DataConfig, tokenizer: Tokenizer, workers: int = 1, **changes: object) -> Any:
-    settings = TokenizerConfig(model=str(tokenizer.path), vocab_size=1200)
-    return prepare(config, settings, workers=workers, progress=lambda *added: None, **changes)  # type: ignore[arg-type]
+def settings_of(tokenizer: Tokenizer) -> TokenizerConfig:
+    return TokenizerConfig(model=str(tokenizer.path), vocab_size=1200)
+
+
+def made(config: DataConfig, tokenizer: Tokenizer, workers: int = 1, **changes: Any) -> Any:
+    progress = changes.pop("progress", lambda *added: None)
+    return prepare(config, settings_of(tokenizer), workers=workers, progress=progress, **changes)
 
 
 def contents(folder: str | Path) -> dict[str, bytes]:
-    """Return every file of a corpus, without what corpus.json says of where it was made."""
+    """Return every file of a corpus, of corpus.json only its splits."""
     root = Path(folder)
     files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
     files["corpus.json"] = json.dumps(json.loads(files["corpus.json"])["splits"]).encode()

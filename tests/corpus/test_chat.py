@@ -1,4 +1,4 @@
-"""Conversations become the ids of their text, and only what the assistant says is trained on."""
+"""Conversations become the ids of their text, and only the assistant's turns are trained on."""
 
 import json
 import os
@@ -29,6 +29,7 @@ INTERNLM_TEXT = (
     "<|System|>:Be brief.<eoh>\n<|User|>:What is 12 + 30?<eoh>\n<|Bot|>:It is 42.<eoa>\n"
     "<|User|>:晴朗\n  and then 😀?<eoh>\n<|Bot|>:Naïve café.\n\n    indented<eoa>\n"
 )
+CHATML_TEXT = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in TURNS)
 INST = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]"
     "{% else %}{% generation %}{{ m['content'] | trim + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
@@ -77,23 +78,18 @@ def answers(tokenizer: Tokenizer, ids: np.ndarray, mask: np.ndarray) -> list[str
     return [tokenizer.decode(run.tolist()) for run in runs[not mask[0] :: 2]]
 
 
-def test_internlm_template_masks_all_but_answers(either: Tokenizer) -> None:
-    ids, mask = ChatEncoder(TEMPLATES["internlm"], either).encode(TURNS)
+@pytest.mark.parametrize(
+    ("name", "text", "begin", "end"),
+    [("internlm", INTERNLM_TEXT, "<eoh>", "<eoa>"), ("chatml", CHATML_TEXT, "<|im_start|>", "<|im_end|>")],
+)
+def test_template_masks_all_but_answers(either: Tokenizer, name: str, text: str, begin: str, end: str) -> None:
+    ids, mask = ChatEncoder(TEMPLATES[name], either).encode(TURNS)
     assert ids.dtype == np.uint32 and mask.dtype == bool and ids.shape == mask.shape
-    assert either.decode(ids.tolist()) == INTERNLM_TEXT
-    assert answers(either, ids, mask) == ["It is 42.<eoa>\n", "Naïve café.\n\n    indented<eoa>\n"]
-    eoh, eoa = (special_ids(either)[name] for name in ("<eoh>", "<eoa>"))
-    assert (eoh, eoa) == (1200, 1201)
-    assert (ids == eoh).sum() == 3 and not mask[ids == eoh].any()
-    assert (ids == eoa).sum() == 2 and mask[ids == eoa].all()
-
-
-def test_chatml_masks_all_but_answers(either: Tokenizer) -> None:
-    ids, mask = ChatEncoder(TEMPLATES["chatml"], either).encode(TURNS)
-    text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in TURNS)
     assert either.decode(ids.tolist()) == text
-    assert answers(either, ids, mask) == ["It is 42.<|im_end|>\n", "Naïve café.\n\n    indented<|im_end|>\n"]
-    assert (ids == special_ids(either)["<|im_start|>"]).sum() == 5
+    assert answers(either, ids, mask) == [f"It is 42.{end}\n", f"Naïve café.\n\n    indented{end}\n"]
+    for symbol in (begin, end):
+        assert (ids == special_ids(either)[symbol]).sum() == text.count(symbol)
+    assert not mask[ids == special_ids(either)[begin]].any()
 
 
 def test_both_kinds_of_tokenizer_agree(pieces: Tokenizer, fast: Tokenizer) -> None:

@@ -24,7 +24,7 @@ from data.config import DataConfig
 from data.dataset import open_corpus
 from data.shards import Shard
 from data.tokenizer import Tokenizer
-from tests.corpora import PACKED, RECORDS, contents, lines, local, made, parquet, read_with, texts_of
+from tests.corpora import PACKED, RECORDS, contents, lines, local, made, parquet, read_with, settings_of, texts_of
 
 
 def other(config: DataConfig, name: str = "2", **changes: Any) -> DataConfig:
@@ -33,10 +33,6 @@ def other(config: DataConfig, name: str = "2", **changes: Any) -> DataConfig:
 
 def n_documents(about: dict[str, Any], split: str = "") -> int:
     return sum(its["documents"] for name, found in about["splits"].items() if split in name for its in found.values())
-
-
-def settings_of(tokenizer: Tokenizer) -> TokenizerConfig:
-    return TokenizerConfig(model=str(tokenizer.path), vocab_size=1200)
 
 
 def test_corpus_holds_every_document_whole(config: DataConfig, tokenizer: Tokenizer, small_units: None) -> None:

@@ -16,15 +16,14 @@ from corpus.prepare import prepare
 from data.config import DataConfig
 from data.tokenizer import Tokenizer
 from launch.config import LauncherConfig
-from tests.corpora import RECORDS, ROOT, lines
+from tests.corpora import RECORDS, ROOT, lines, settings_of
 
 
 def closing_output(
     config: DataConfig, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> tuple[str, list[str]]:
-    """Prepare a corpus as the command does; give the table and the documents that are shown after it."""
-    settings = TokenizerConfig(model=str(tokenizer.path), vocab_size=1200)
-    whole = PrepareConfig(data=config, tokenizer=settings, workers=1, launcher=LauncherConfig())
+    """Prepare a corpus as the command does; return the table and the documents that are shown after it."""
+    whole = PrepareConfig(data=config, tokenizer=settings_of(tokenizer), workers=1, launcher=LauncherConfig())
     prepare_data.work(whole, "data=local data.name=mine")
     shown, command = capsys.readouterr().out.rsplit("\n\nnext: ", 1)
     assert command == "python train.py model=125m data=local data.name=mine\n"
@@ -89,13 +88,13 @@ def test_text_that_no_tokenizer_can_be_trained_on(
     assert [path.name for path in Path(config.path).parent.iterdir()] == [".mine.lock"]
 
 
-def test_interrupt_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_interrupt_prints_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(cfg: object) -> None:
         raise KeyboardInterrupt
 
     cfg = OmegaConf.create({})
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare_data, "to_config", interrupted)
+        patch.setattr(prepare_data, "checked", interrupted)
         prepare_data.main.__wrapped__(cfg)  # type: ignore[attr-defined]
     assert "same command" in capsys.readouterr().err
 

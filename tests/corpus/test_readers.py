@@ -320,7 +320,7 @@ def test_builtin_text_keeps_files_together(tmp_path: Path) -> None:
     assert len(splits["argparse.py"]) == len(splits["ast.py"]) == 1 and len(splits["pydoc_data/topics.py"]) == 2
 
 
-def test_one_reader_of_a_missing_file_says_so(tmp_path: Path) -> None:
+def test_missing_file_is_named(tmp_path: Path) -> None:
     config = local(tmp_path, "none", style=Style.text)
     with pytest.raises(DataError, match=r"gone.jsonl cannot be read"):
         list(Reader(config).documents(Item(str(tmp_path / "gone.jsonl"), "s"), LeftOut(OnBadRecord.skip)))

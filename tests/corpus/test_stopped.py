@@ -15,12 +15,13 @@ import pytest
 from filelock import FileLock
 
 from corpus import units
-from corpus.config import DataError, OnBadRecord, TokenizerConfig
-from corpus.prepare import prepare
+from corpus.config import DataError, OnBadRecord
 from data.config import DataConfig
 from data.shards import ShardWriter
 from data.tokenizer import Tokenizer
 from tests.corpora import PACKED, RECORDS, ROOT, contents, lines, local, made, parquet
+
+pytestmark = pytest.mark.usefixtures("small_units")
 
 KILLED = """
 import sys, time
@@ -86,6 +87,13 @@ def test_workers_end_with_a_killed_main_process(tokenizer: Tokenizer, tmp_path: 
     assert psutil.wait_procs(workers, timeout=60)[1] == []
 
 
+def check_whole(config: DataConfig, tokenizer: Tokenizer) -> None:
+    """Compare a corpus with one that was made without a stop."""
+    whole = dataclasses.replace(config, path=config.path + "2")
+    made(whole, tokenizer)
+    assert contents(config.path) == contents(whole.path)
+
+
 def units_done(config: DataConfig) -> list[str]:
     folder = Path(config.path)
     return sorted(path.name for path in folder.with_name(f".{folder.name}.partial").glob("units/*"))
@@ -95,7 +103,6 @@ def test_failure_keeps_finished_units(
     config: DataConfig,
     tokenizer: Tokenizer,
     tmp_path: Path,
-    small_units: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -110,19 +117,13 @@ def test_failure_keeps_finished_units(
     about = made(skipping, tokenizer)
     assert len(written) == 1 and about["left_out"]["count"] == 1 and "b.jsonl:1" in about["left_out"]["places"][0]
     (tmp_path / "texts" / "b.jsonl").unlink()
-    other = dataclasses.replace(config, path=config.path + "2")
-    made(other, tokenizer)
-    assert contents(config.path) == contents(other.path) and "removing" not in capsys.readouterr().out
+    check_whole(config, tokenizer)
+    assert "removing" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change", ["settings", "text", "files"])
 def test_other_work_begins_anew(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    tmp_path: Path,
-    small_units: None,
-    capsys: pytest.CaptureFixture[str],
-    change: str,
+    config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str
 ) -> None:
     (tmp_path / "texts" / "z.jsonl").write_bytes(b"{")
     with pytest.raises(DataError, match="z.jsonl:1"):
@@ -137,24 +138,17 @@ def test_other_work_begins_anew(
     made(config, tokenizer)
     printed = capsys.readouterr().out
     assert ("data.valid_seed (42, now 7)" if change == "settings" else "other input files") in printed
-    other = dataclasses.replace(config, path=config.path + "2")
-    made(other, tokenizer)
-    assert contents(config.path) == contents(other.path)
+    check_whole(config, tokenizer)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("call", ["corpus.units._append", "data.shards.ShardWriter.close"])
 def test_stop_leaves_nothing_that_looks_like_a_corpus(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    small_units: None,
-    monkeypatch: pytest.MonkeyPatch,
-    call: str,
-    error: BaseException,
+    config: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, call: str, error: BaseException
 ) -> None:
     def fail(first: Any, *rest: Any) -> None:
         if isinstance(first, ShardWriter):
-            first.close_files()
+            first.file.close()
         raise error
 
     with monkeypatch.context() as patch:
@@ -169,13 +163,7 @@ def test_stop_leaves_nothing_that_looks_like_a_corpus(
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("number", range(0, 12, 3))
 def test_interrupted_commit_is_finished(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    tmp_path: Path,
-    small_units: None,
-    monkeypatch: pytest.MonkeyPatch,
-    add: bool,
-    number: int,
+    config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, add: bool, number: int
 ) -> None:
     """Stop at one of the renames after the last unit: of corpus.json, of the folder, or of the files in it."""
     whole = dataclasses.replace(config, path=config.path + "2")
@@ -207,16 +195,14 @@ def test_interrupted_commit_is_finished(
     assert not (tmp_path / "corpora" / ".mine.partial").exists()
 
 
-def test_damaged_unit_is_done_again(config: DataConfig, tokenizer: Tokenizer, small_units: None) -> None:
+def test_damaged_unit_is_done_again(config: DataConfig, tokenizer: Tokenizer) -> None:
     made(config, tokenizer, shards=2, shard=0)
     tokens = next(Path(config.path).with_name(".mine.partial").glob("units/000000/*.tokens"))
     tokens.write_bytes(bytes(tokens.stat().st_size))
     with pytest.raises(DataError, match="damaged"):
         made(config, tokenizer, shards=2, shard=1)
     assert made(config, tokenizer) is not None
-    other = dataclasses.replace(config, path=config.path + "2")
-    made(other, tokenizer)
-    assert contents(config.path) == contents(other.path)
+    check_whole(config, tokenizer)
 
 
 def test_corpus_that_another_process_prepares_is_left_to_it(config: DataConfig, tokenizer: Tokenizer) -> None:
@@ -226,7 +212,7 @@ def test_corpus_that_another_process_prepares_is_left_to_it(config: DataConfig, 
 
 
 def test_unit_that_another_process_wrote_is_kept(
-    config: DataConfig, tokenizer: Tokenizer, small_units: None, monkeypatch: pytest.MonkeyPatch
+    config: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two jobs with the same number do the same work twice and no harm."""
     monkeypatch.setattr(units, "read_unit", lambda folder, number: None)
@@ -236,20 +222,19 @@ def test_unit_that_another_process_wrote_is_kept(
     assert all(name.isdigit() for name in units_done(config))
 
 
-def test_killed_worker_is_an_error_and_the_work_goes_on(
-    config: DataConfig, tokenizer: Tokenizer, small_units: None
-) -> None:
-    def kill_one(*added: int) -> None:
-        workers = (c for c in psutil.Process().children() if "resource_tracker" not in " ".join(c.cmdline()))
-        next(workers).kill()
+def test_killed_worker_is_an_error_and_the_work_goes_on(config: DataConfig, tokenizer: Tokenizer) -> None:
+    killed: list[psutil.Process] = []
 
-    settings = TokenizerConfig(model=str(tokenizer.path), vocab_size=1200)
+    def kill_one(*added: int) -> None:
+        if not killed:
+            workers = (c for c in psutil.Process().children() if "resource_tracker" not in " ".join(c.cmdline()))
+            killed.append(next(workers))
+            killed[0].kill()
+
     with pytest.raises(DataError, match="worker process was killed"):
-        prepare(config, settings, workers=2, progress=kill_one)
+        made(config, tokenizer, workers=2, progress=kill_one)
     made(config, tokenizer)
-    other = dataclasses.replace(config, path=config.path + "2")
-    made(other, tokenizer)
-    assert contents(config.path) == contents(other.path)
+    check_whole(config, tokenizer)
 
 
 def test_error_in_a_worker_is_raised(config: DataConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -258,9 +243,7 @@ def test_error_in_a_worker_is_raised(config: DataConfig, tokenizer: Tokenizer, t
         made(config, tokenizer, workers=2)
 
 
-def test_left_out_is_reported_once_whatever_shards_and_stops(
-    tokenizer: Tokenizer, tmp_path: Path, small_units: None
-) -> None:
+def test_left_out_is_reported_once_whatever_shards_and_stops(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.jsonl").write_bytes(lines([{"body": "x"}]) * 12 + lines([{"text": " "}]))
     config = local(tmp_path, "texts", on_bad_record=OnBadRecord.skip)
@@ -272,9 +255,8 @@ def test_left_out_is_reported_once_whatever_shards_and_stops(
     def stop(*added: int) -> None:
         raise KeyboardInterrupt
 
-    settings = TokenizerConfig(model=str(tokenizer.path), vocab_size=1200)
     with pytest.raises(KeyboardInterrupt):
-        prepare(config, settings, workers=1, progress=stop)
+        made(config, tokenizer, progress=stop)
     for shard in (2, 0, 1):
         about = made(config, tokenizer, shards=3, shard=shard)
     left_out = about["left_out"]

@@ -2,8 +2,7 @@
 
 import dataclasses
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,7 @@ from data.config import DataConfig
 from data.mixed_text import mixed_lines
 from data.shards import Shard, ShardWriter
 from data.tokenizer import Tokenizer, encode_documents, save_tokenizer, train_tokenizer
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _no_fsync() -> Iterator[None]:
-    before, os.fsync = os.fsync, lambda _: None
-    yield
-    os.fsync = before
+from tests.corpus_fixtures import _no_waiting_for_the_disk  # noqa: F401
 
 
 @pytest.fixture(scope="session")
@@ -32,8 +25,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 def write_shard(stem: Path, documents: Sequence[Sequence[int] | np.ndarray], **settings: Any) -> Shard:
     writer = ShardWriter(stem, **{"vocab_size": 100_000, "tokenizer": "t"} | settings)
-    for document in documents:
-        writer.add(np.array(document, dtype=np.uint32), len(document))
+    for ids in (np.array(document, dtype=np.uint32) for document in documents):
+        writer.add(ids, np.array([len(ids)]), len(ids))
     writer.close()
     return Shard(stem, verify=True)
 
@@ -49,12 +42,8 @@ def write_corpus(folder: Path, tokenizer: Tokenizer, texts: dict[str, list[str]]
             write_shard(folder / stem, ids, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.fingerprint)
             splits[split][source] = {"shards": [stem]}
     save_tokenizer(tokenizer, folder / "tokenizer")
-    about = {
-        "fingerprint": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "add_bos": False,
-        "add_eos": True,
-    }
+    about: dict[str, Any] = {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
+    about |= {"add_bos": False, "add_eos": True}
     (folder / "corpus.json").write_text(json.dumps({"tokenizer": about, "splits": splits}))
     return folder
 

@@ -17,6 +17,8 @@ from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, se
 # Characters that pieces join with, and that SentencePiece or numpy could take for others.
 ALPHABET = "aab \t\n\r  e\u0301é,.(_=今天😀\u2581\0\u00a0\ufeff0" + "the <s>"
 
+Both = tuple[CachedBPE, sentencepiece.SentencePieceProcessor]
+
 
 @pytest.fixture(scope="module", params=["plain", "whitespace", "indents", "symbols"])
 def model(request: pytest.FixtureRequest, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -40,14 +42,14 @@ def model(request: pytest.FixtureRequest, tokenizer: Tokenizer, tmp_path_factory
     return path
 
 
-def encoder(path: Path) -> tuple[CachedBPE, sentencepiece.SentencePieceProcessor]:
+def encoder(path: Path) -> Both:
     found = load_tokenizer(path)
     assert isinstance(found, SentencePieceTokenizer) and found.cached is not None
     return found.cached, sentencepiece.SentencePieceProcessor(model_file=str(path))
 
 
 @pytest.fixture(scope="module")
-def both(model: Path) -> tuple[CachedBPE, sentencepiece.SentencePieceProcessor]:
+def both(model: Path) -> Both:
     return encoder(model)
 
 
@@ -57,18 +59,14 @@ def both(model: Path) -> tuple[CachedBPE, sentencepiece.SentencePieceProcessor]:
     )
 )
 @settings(max_examples=400, deadline=None)
-def test_any_texts_have_sentencepiece_ids(
-    both: tuple[CachedBPE, sentencepiece.SentencePieceProcessor], texts: list[str]
-) -> None:
+def test_any_texts_have_sentencepiece_ids(both: Both, texts: list[str]) -> None:
     words, own = both
     found = words.encode(texts)
     assert [ids.tolist() for ids in found] == [own.encode(text) for text in texts]
     assert all(ids.dtype == np.uint32 for ids in found)
 
 
-def test_indented_lines_are_split_where_pieces_allow(
-    model: Path, both: tuple[CachedBPE, sentencepiece.SentencePieceProcessor]
-) -> None:
+def test_indented_lines_are_split_where_pieces_allow(model: Path, both: Both) -> None:
     words, own = both
     assert words.split_before_indents == (
         own.piece_to_id("\n▁▁") == own.unk_id() and own.piece_to_id("aa\n▁a") == own.unk_id()
@@ -78,9 +76,7 @@ def test_indented_lines_are_split_where_pieces_allow(
     assert [ids.tolist() for ids in words.encode(texts)] == [own.encode(text) for text in texts]
 
 
-def test_lines_and_whole_texts_have_sentencepiece_ids(
-    both: tuple[CachedBPE, sentencepiece.SentencePieceProcessor],
-) -> None:
+def test_lines_and_whole_texts_have_sentencepiece_ids(both: Both) -> None:
     words, own = both
     lines = mixed_lines()
     for texts in (lines, ["".join(lines)], ["\n".join(lines[i : i + 20]) for i in range(0, len(lines), 20)]):
@@ -89,7 +85,7 @@ def test_lines_and_whole_texts_have_sentencepiece_ids(
 
 @given(text=st.text(ALPHABET, min_size=1, max_size=80))
 @settings(max_examples=200, deadline=None)
-def test_last_split_is_safe(both: tuple[CachedBPE, sentencepiece.SentencePieceProcessor], text: str) -> None:
+def test_last_split_is_safe(both: Both, text: str) -> None:
     words, own = both
     place = words.last_split(text)
     assert 0 <= place < len(text)
@@ -123,9 +119,7 @@ def test_words_made_to_collide_keep_their_ids(tokenizer: Tokenizer) -> None:
     assert words.encode([text])[0].tolist() == own.encode(text) and own.encode(one) != own.encode(other)
 
 
-def test_long_texts_are_split_between_words(
-    both: tuple[CachedBPE, sentencepiece.SentencePieceProcessor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_texts_are_split_between_words(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     words, own = both
     text = "".join(mixed_lines()) + "a" * 3000 + "\u2581word " * 300
     monkeypatch.setattr(module, "LONGEST_TEXT", 700)

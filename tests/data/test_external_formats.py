@@ -28,19 +28,10 @@ def write_megatron(stem: Path, documents: list[list[int]], code: int, dtype: str
     itemsize = np.dtype(dtype).itemsize
     starts = [itemsize * sum(lengths[:i]) for i in range(len(lengths))]
     ends = [0, *np.cumsum([len(its) for its in parts]).tolist()]
-    with open(f"{stem}.bin", "wb") as file:
-        for its in parts:
-            for part in its:
-                file.write(part.tobytes(order="C"))
-    with open(f"{stem}.idx", "wb") as file:
-        file.write(b"MMIDIDX\x00\x00")
-        file.write(struct.pack("<Q", 1))
-        file.write(struct.pack("<B", code))
-        file.write(struct.pack("<Q", len(lengths)))
-        file.write(struct.pack("<Q", len(ends)))
-        file.write(np.array(lengths, dtype=np.int32).tobytes(order="C"))
-        file.write(np.array(starts, dtype=np.int64).tobytes(order="C"))
-        file.write(np.array(ends, dtype=np.int64).tobytes(order="C"))
+    Path(f"{stem}.bin").write_bytes(b"".join(part.tobytes() for its in parts for part in its))
+    header = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(lengths), len(ends))
+    arrays = np.array(lengths, dtype=np.int32), np.array(starts, dtype=np.int64), np.array(ends, dtype=np.int64)
+    Path(f"{stem}.idx").write_bytes(header + b"".join(array.tobytes() for array in arrays))
 
 
 def read_megatron(stem: Path) -> list[list[int]]:

@@ -31,25 +31,13 @@ def _small_windows() -> Iterator[None]:
         yield
 
 
-def take(
-    corpus: Corpus,
-    n_steps: int,
-    *,
-    workers: int = 0,
-    first_step: int = 0,
-    first_sample: int = 0,
-    dp_rank: int = 0,
-    dp_size: int = 1,
-) -> list[list[Batch]]:
+def take(corpus: Corpus, n_steps: int, workers: int = 0, **settings: int) -> list[list[Batch]]:
     steps = train_batches(
         corpus,
         dataclasses.replace(CONFIG, workers=workers),
         packs_of_step=lambda step: 8 if step < 3 else 16,  # a ramp-up
-        first_step=first_step,
-        first_sample=first_sample,
         pin_memory=False,
-        dp_rank=dp_rank,
-        dp_size=dp_size,
+        **{"first_step": 0, "first_sample": 0} | settings,
     )
     return list(islice(steps, n_steps))
 

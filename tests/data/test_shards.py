@@ -38,8 +38,8 @@ def test_documents_are_stored_in_the_smallest_type(tmp_path: Path, vocab_size: i
 def test_id_outside_the_vocabulary_is_not_written(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path / "a", vocab_size=100, tokenizer="t")
     with pytest.raises(DataError, match="a.bin: token 100"):
-        writer.add(np.array([100], dtype=np.uint32), 1)
-    writer.close_files()
+        writer.add(np.array([100], dtype=np.uint32), np.array([1]), 1)
+    writer.file.close()
 
 
 def rewrite(path: Path, **changes: object) -> None:
@@ -118,7 +118,7 @@ def test_ends_are_found_without_all_offsets_in_memory(
 ) -> None:
     stem = tmp_path_factory.mktemp("s") / "a"
     writer = ShardWriter(stem, vocab_size=100, tokenizer="t")
-    writer.add_many(np.zeros(sum(lengths), dtype=np.uint32), np.array(lengths), 0)
+    writer.add(np.zeros(sum(lengths), dtype=np.uint32), np.array(lengths), 0)
     writer.close()
     shard, total = Shard(stem), sum(lengths)
     limits = [sorted((int(a * total), int(b * total))) for a, b in ranges]
