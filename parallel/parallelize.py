@@ -39,8 +39,8 @@ def parallelize(
 ) -> list[Transformer]:
     """Lay out a model that was built on the meta device, and allocate it; returns its stages, which run it.
 
-    The model keeps this rank's parameters, not initialised. `fp8` is `none` or the name
-    of a scaling; `grad_dtype` accumulates the gradients of micro-batches, if it is not `dtype`.
+    The model keeps this rank's parameters, not initialised. `fp8` is `none` or the name of a scaling; `grad_dtype`
+    accumulates the gradients of micro-batches, if it is not `dtype`.
     """
     stages = split_stages(model, mesh, config)
     blocks = list(model.blocks.values())
@@ -110,7 +110,6 @@ def apply_fp8(blocks: list[nn.Module], scaling: str) -> None:
 
 
 def check_fp8_device(scaling: str, device: torch.device) -> None:
-    """Raise `ParallelError` if a device cannot multiply in 8 bits."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         raise no_fp8(scaling, torch.cuda.get_device_name(device) if device.type == "cuda" else str(device))
 

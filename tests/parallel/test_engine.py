@@ -95,11 +95,7 @@ def reference_losses(steps: list[list[Batch]], reduction: Reduction, max_norm: f
 @pytest.mark.parametrize("reduction", list(Reduction))
 def test_accumulated_packed_clipped_steps_equal_plain_autograd(reduction: Reduction) -> None:
     steps = [
-        [
-            micro_batch([9, 7], 10 * s, ignored=5),
-            micro_batch([16], 10 * s + 1),
-            micro_batch([4, 4, 8], 10 * s + 2),
-        ]
+        [micro_batch([9, 7], 10 * s, ignored=5), micro_batch([16], 10 * s + 1), micro_batch([4, 4, 8], 10 * s + 2)]
         for s in range(6)
     ]
     engine = build(reduction=reduction, optimizer=OptimizerConfig(lr=1e-2, max_grad_norm=0.3, eps=EPS))

@@ -101,7 +101,7 @@ def steps(case: Case, mesh: Mesh, config: ParallelConfig, *, before: bool) -> Fo
     kept, loaded = (optimizer.state_tensors() for optimizer in optimizers)
     for name, tensor in loaded.items():
         local(tensor).copy_(local(kept[name]))
-    optimizers[1].refresh(loaded)
+    optimizers[1].load_tensors(loaded)
     resumed = [other.evaluate(valid).flatten().tolist(), figures_of_step(other, third)]
     figures += [engine.evaluate(valid).flatten().tolist(), figures_of_step(engine, third)]
     weights = {name: local(param.detach()).cpu().clone() for name, param in engine.params.items()}

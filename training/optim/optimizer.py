@@ -8,8 +8,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from parallel.tensor_parallel import local
 from training.config import OPTIMIZERS, Decay, Dtype, OptimizerConfig, TrainingError
-from training.optim.master_weights import MasterWeights, like, local
+from training.optim.master_weights import MasterWeights, like
 
 # Numbers updated by one call of a rule: enough for a full launch, little enough that their fp32 copies are a small
 # part of memory.
