@@ -145,11 +145,8 @@ def apply_zero(model: Transformer, mesh: Mesh, config: ParallelConfig) -> None:
     # A sharded embedding returns a view; nothing changes it in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     reduce_dtype = torch.float32 if config.reduce_dtype is ReduceDtype.fp32 else torch.bfloat16
-    wrap = partial(
-        fully_shard,
-        mesh=mesh.param_mesh["dp_replicate", "dp_shard"],
-        mp_policy=MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False),
-    )
+    policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    wrap = partial(fully_shard, mesh=mesh.param_mesh["dp_replicate", "dp_shard"], mp_policy=policy)
     tied = model.norm is not None and model.head is None  # the embedding is gathered with the root, for the head
     parts = [*([] if model.embed is None or tied else [model.embed]), *model.blocks.values()]
     for module in parts:

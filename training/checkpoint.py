@@ -135,8 +135,8 @@ class Checkpoints:
         if good is not None:
             self.ranks.on_first(lambda: [_set_aside(path, reason) for path, reason in damaged.items()])
         elif damaged:
-            reasons = "; ".join(damaged.values())
-            raise CheckpointError(f"every checkpoint in {self.folder} is damaged ({reasons}); pass another name=")
+            what = f"every checkpoint in {self.folder} is damaged ({'; '.join(damaged.values())})"
+            raise CheckpointError(f"{what}; restore one, or pass another name=")
         return good
 
     def _sweep(self) -> None:

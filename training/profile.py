@@ -57,11 +57,10 @@ def profile_steps(step: Callable[[], object], device: torch.device, folder: Path
     on_cuda = device.type == "cuda"
     for _ in range(WARM_UP):
         step()
-    activities = [ProfilerActivity.CPU]
     if on_cuda:
-        activities.append(ProfilerActivity.CUDA)
         torch.cuda.memory._record_memory_history()
         torch.cuda.synchronize(device)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     with profile(activities=activities) as found, record_function(WINDOW):
         host = time.perf_counter()
         for _ in range(PROFILED):

@@ -30,8 +30,7 @@ def peak_tflops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    found = [part for part in PEAK_TFLOPS if part in name]
-    return PEAK_TFLOPS[max(found, key=len)] if found else None
+    return PEAK_TFLOPS.get(max((part for part in PEAK_TFLOPS if part in name), key=len, default=""))
 
 
 def loss_metrics(totals: Sequence[Sequence[float]], sources: Sequence[str], prefix: str) -> dict[str, float]:

@@ -91,9 +91,8 @@ def steps(case: Case, mesh: Mesh, config: ParallelConfig, *, before: bool) -> Fo
         engine, other = (build(case, mesh, config) for _ in range(2))
     gathered = Gathered()
     figures = [engine.evaluate(valid).flatten().tolist()]
-    with (
-        nullcontext() if apply.compiles(config, mesh) else ObserveOps(gathered.observe)
-    ):  # a compiler refuses to be observed
+    # A compiler refuses to be observed.
+    with nullcontext() if apply.compiles(config, mesh) else ObserveOps(gathered.observe):
         figures.append(figures_of_step(engine, first))
     graphs = [counters["stats"]["unique_graphs"]]
     figures.append(figures_of_step(engine, second))
