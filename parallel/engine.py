@@ -90,14 +90,11 @@ class Engine:
         self.params = dict(model.named_parameters())  # between steps: this rank's shards
         self.counted = [p for name, p in self.params.items() if name not in model.tied_params and is_first_copy(p)]
         self.casts = [m.cast for m in model.modules() if isinstance(m, Fp8Linear) and m.cast is not None]
-        self.reduction = loss.reduction
+        self.reduction, self.n_sources = loss.reduction, n_sources
+        smoothing, z_loss = loss.label_smoothing, loss.z_loss
         self.linear_loss: Callable[..., tuple[Tensor, Tensor, Tensor]] = partial(
-            linear_cross_entropy,
-            chunk_tokens=loss.chunk_tokens,
-            label_smoothing=loss.label_smoothing,
-            z_loss=loss.z_loss,
+            linear_cross_entropy, chunk_tokens=loss.chunk_tokens, label_smoothing=smoothing, z_loss=z_loss
         )
-        self.n_sources = n_sources
         self.bytes_per_token = None if bytes_per_token is None else bytes_per_token.to(mesh.device)
         self.aux_names: list[str] | None = None  # of all ranks; known after the first step's passes
         self.pipeline = None
@@ -105,12 +102,9 @@ class Engine:
             from parallel.pipeline import Pipeline
 
             self.pipeline = Pipeline(self.stages, mesh, parallel, model.config)
-        self.graphs = self._open_graphs() if parallel.cuda_graphs else None
-
-    def _open_graphs(self) -> Graphs:
-        if self.mesh.device.type != "cuda":
-            raise no_graphs(str(self.mesh.device))
-        return self.graphs_on(torch.cuda.Stream(self.mesh.device))
+        if parallel.cuda_graphs and mesh.device.type != "cuda":
+            raise no_graphs(str(mesh.device))
+        self.graphs = self.graphs_on(torch.cuda.Stream(mesh.device)) if parallel.cuda_graphs else None
 
     def graphs_on(self, stream: torch.cuda.Stream | None) -> Graphs:
         return Graphs(self.params.values(), self._run_one, self._update, self._no_sums(), stream)
@@ -164,14 +158,12 @@ class Engine:
         """Rerun a step's passes without an update, and name the first non-finite module of all ranks; a collective."""
         watch = NonfiniteWatch(self.model)
         try:
-            for name, param in self.params.items():
-                watch.check_param(name, param)
+            watch.check_params(self.params)
             if not self.mesh.all_reduce_max(bool(watch.events)):
                 _, weights, aux_weight = self._weights(batches)
                 with watch:
                     self._run(batches, weights, self._no_sums(aux_weight))
-                for name, param in self.params.items():
-                    watch.check_param(name, param)
+                watch.check_params(self.params)
             events = [event for events in self.mesh.gather(watch.events) for event in events]
             return min(events).text if events else "the sum of finite gradients overflowed"
         finally:
@@ -206,9 +198,10 @@ class Engine:
 
     def _inputs(self, batch: Batch, weight: float | Tensor, sums: Sums) -> "Inputs":
         """Return this rank's tokens on the device; the head returns the weighted loss and adds to `sums`."""
-        device = self.mesh.device
+        device, row_len = self.mesh.device, batch.tokens_BT.shape[1]
+        length = row_len // self.mesh.axes.cp
         tokens_BT, labels_BT, positions_BT, source_BT = (
-            self._slice(x_BT).to(device, non_blocking=True)
+            x_BT.narrow(1, length * self.mesh.coordinate("cp"), length).to(device, non_blocking=True)
             for x_BT in (batch.tokens_BT, batch.labels_BT, batch.positions_BT, batch.source_BT)
         )
         labels_N = labels_BT.flatten()
@@ -218,28 +211,20 @@ class Engine:
             h_BTD, weight_VD, shard = local_head(h_BTD, weight_VD)
             loss, nll_N, correct_N = self.linear_loss(h_BTD.flatten(0, 1), weight_VD, labels_N, weights_N, shard=shard)
             sums.loss += loss.detach()
-            sums.totals_S4.index_add_(0, source_BT.flatten(), self._totals(labels_N, nll_N, correct_N))
+            target_N, lengths = labels_N != IGNORED, self.bytes_per_token
+            bytes_N = torch.zeros_like(nll_N) if lengths is None else lengths[labels_N.clamp(min=0)] * target_N
+            totals_N4 = torch.stack([x_N.double() for x_N in (nll_N, correct_N, target_N, bytes_N)], dim=1)
+            sums.totals_S4.index_add_(0, source_BT.flatten(), totals_N4)
             return loss
 
         return tokens_BT, {
             "positions_BT": positions_BT,
             "cu_seqlens": batch.cu_seqlens.to(device, non_blocking=True),
             "max_seq_len": batch.max_seq_len,
-            "row_len": batch.tokens_BT.shape[1],
+            "row_len": row_len,
             "head": head,
             "aux": AuxLosses(sums.aux_weight),
         }
-
-    def _slice(self, x_BT: Tensor) -> Tensor:
-        size = x_BT.shape[1] // self.mesh.axes.cp
-        return x_BT.narrow(1, size * self.mesh.coordinate("cp"), size)
-
-    def _totals(self, labels_N: Tensor, nll_N: Tensor, correct_N: Tensor) -> Tensor:
-        """Return each token's nll, and whether it is correct, a target, and its bytes, float64 (N, 4)."""
-        target_N = labels_N != IGNORED
-        lengths = self.bytes_per_token
-        bytes_N = torch.zeros_like(nll_N) if lengths is None else lengths[labels_N.clamp(min=0)] * target_N
-        return torch.stack([x_N.double() for x_N in (nll_N, correct_N, target_N, bytes_N)], dim=1)
 
     def _weights(self, batches: Sequence[Batch]) -> tuple[list[int], list[float], float]:
         """Return all ranks' target counts, this rank's weights of target tokens, and the weight of auxiliary losses.
@@ -253,8 +238,12 @@ class Engine:
 
     def _reduce(self, sums: Sums, grad_norm: Tensor) -> Sequence[Tensor]:
         """Return loss, gradient norm, totals_S4 and auxiliary losses of all ranks, from those of each."""
-        names = self._all_aux_names(sums)
-        aux = [sums.aux[name] if name in sums.aux else torch.zeros_like(grad_norm) for name in names]
+        if self.aux_names is None:  # they may differ between pipeline stages
+            names = set(sums.aux)
+            if self.mesh.axes.pp > 1 and self.mesh.all_reduce_max(bool(names)):
+                names = names.union(*self.mesh.gather(names))
+            self.aux_names = sorted(names)
+        aux = [sums.aux[name] if name in sums.aux else torch.zeros_like(grad_norm) for name in self.aux_names]
         if self.mesh.world_size == 1:
             return sums.loss, grad_norm, sums.totals_S4, *aux
         scalars = [x.double()[None] for x in (sums.loss, *aux, grad_norm.square())]
@@ -265,21 +254,15 @@ class Engine:
         totals, (loss, *aux, square) = figures[: -len(scalars)], figures[-len(scalars) :].unbind()
         return loss.float(), square.sqrt().float(), totals.view_as(sums.totals_S4), *aux
 
-    def _all_aux_names(self, sums: Sums) -> list[str]:
-        """Return the names of the auxiliary losses, which may differ between pipeline stages; found once."""
-        if self.aux_names is None:
-            names = set(sums.aux)
-            if self.mesh.axes.pp > 1 and self.mesh.all_reduce_max(bool(names)):
-                names = names.union(*self.mesh.gather(names))
-            self.aux_names = sorted(names)
-        return self.aux_names
-
     def _no_sums(self, aux_weight: float = 0.0) -> Sums:
         zero = torch.zeros((), device=self.mesh.device)
         return Sums(zero, zero.new_zeros(self.n_sources, 4, dtype=torch.float64), torch.full_like(zero, aux_weight))
 
-    def _complete_gradients(self) -> None:
-        """Give every parameter a gradient with its own layout, and tied parameters the sum of theirs."""
+    def _grad_norm(self) -> Tensor:
+        """Return the 2-norm over this rank's gradients, times the loss scale; each parameter is counted once.
+
+        Every parameter gets a gradient with its own layout, and tied parameters the sum of theirs.
+        """
         for param in self.params.values():
             if param.grad is None:  # a step without a single target
                 param.grad = torch.zeros_like(param)
@@ -288,10 +271,6 @@ class Engine:
                 param.grad = param.grad.redistribute(placements=param.placements)
         if self.pipeline is not None and self.pipeline.tied:
             self.pipeline.sum_tied(self.params)
-
-    def _grad_norm(self) -> Tensor:
-        """Return the 2-norm over this rank's gradients, times the loss scale; each parameter is counted once."""
-        self._complete_gradients()
         grads = [param.grad for param in self.counted if param.grad is not None]
         norms = [torch.linalg.vector_norm(local(grad), dtype=torch.float32) for grad in grads]
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self.mesh.device)
@@ -305,9 +284,8 @@ def is_first_copy(param: Tensor) -> bool:
     """Return whether, of all ranks that hold the same shard of a parameter, this one counts it."""
     if not isinstance(param, DTensor):
         return True
-    mesh = param.device_mesh
     replicated = [axis for axis, placement in enumerate(param.placements) if sharded_dim(placement) is None]
-    return all(mesh.get_local_rank(axis) == 0 for axis in replicated)
+    return all(param.device_mesh.get_local_rank(axis) == 0 for axis in replicated)
 
 
 def token_weights(target_counts: list[int], reduction: Reduction) -> list[float]:

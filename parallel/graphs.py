@@ -30,12 +30,11 @@ class Recorded:
         if self.stream is None:
             return self.function()
         if not self.warm:
+            self.warm = True
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 self.function()
-            torch.cuda.current_stream().wait_stream(self.stream)
-            self.warm = True
-            return
+            return torch.cuda.current_stream().wait_stream(self.stream)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             # Other threads, such as the one that pins batches, may call CUDA meanwhile.

@@ -14,8 +14,7 @@ class LossScaler:
         self.config = config
         self.dynamic = config.compute is Dtype.fp16
         self.scale = config.initial_scale if self.dynamic else 1.0
-        self.finite_steps = 0
-        self.overflows = 0
+        self.finite_steps = self.overflows = 0
 
     def update(self, *, finite: bool) -> None:
         """Record whether a step's gradients were finite."""

@@ -45,11 +45,6 @@ class Mesh:
     def dp_rank(self) -> int:
         return self.coordinate("dp")
 
-    @property
-    def maximum(self) -> Callable[[int], int] | None:
-        """`all_reduce_max`, or None for a single rank."""
-        return None if self.world_size == 1 else self.all_reduce_max
-
     def coordinate(self, axis: str) -> int:
         """This rank's coordinate on `pp`, `dp`, `cp` or `tp`."""
         return 0 if self.batch_mesh is None else self.batch_mesh.get_local_rank(axis)
@@ -93,8 +88,7 @@ class Mesh:
 def distributed(config: ParallelConfig) -> Iterator[Mesh]:
     """Open the mesh of a layout and close it again; raises `ParallelError` if the ranks cannot join."""
     axes = resolve_axes(config, int(os.environ.get("WORLD_SIZE", "1")))
-    device = _device(config)
-    threads = torch.get_num_threads()
+    device, threads = _device(config), torch.get_num_threads()
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", str(axes.world_size)))
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
     try:

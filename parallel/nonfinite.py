@@ -1,5 +1,6 @@
 """Find the first module whose values were not finite, in either pass and on any rank."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -39,10 +40,11 @@ class NonfiniteWatch:
         for hook in self.hooks:
             hook.remove()
 
-    def check_param(self, name: str, param: nn.Parameter) -> None:
-        self._check(param, 0, 0, False, name.rpartition(".")[0], f"{name} (weight)")
-        if param.grad is not None:
-            self._check(param.grad, 2, 0, True, name.rpartition(".")[0], f"{name} (gradient)")
+    def check_params(self, params: Mapping[str, nn.Parameter]) -> None:
+        for name, param in params.items():
+            self._check(param, 0, 0, False, name.rpartition(".")[0], f"{name} (weight)")
+            if param.grad is not None:
+                self._check(param.grad, 2, 0, True, name.rpartition(".")[0], f"{name} (gradient)")
 
     def _hook(self, name: str, _module: nn.Module, _inputs: object, output: Tensor) -> None:
         # Private: nothing public tells a forward pass from its recomputation by activation checkpointing.

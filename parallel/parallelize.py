@@ -39,8 +39,8 @@ def parallelize(
 ) -> list[Transformer]:
     """Lay out a model that was built on the meta device, and allocate it; returns its stages, which run it.
 
-    The model keeps this rank's parameters, not initialised. `fp8` is `none` or the name
-    of a scaling; `grad_dtype` accumulates the gradients of micro-batches, if it is not `dtype`.
+    The model keeps this rank's parameters, not initialised. `fp8` is `none` or the name of a scaling; `grad_dtype`
+    accumulates the gradients of micro-batches, if it is not `dtype`.
     """
     stages = split_stages(model, mesh, config)
     blocks = list(model.blocks.values())
@@ -110,7 +110,6 @@ def apply_fp8(blocks: list[nn.Module], scaling: str) -> None:
 
 
 def check_fp8_device(scaling: str, device: torch.device) -> None:
-    """Raise `ParallelError` if a device cannot multiply in 8 bits."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         raise no_fp8(scaling, torch.cuda.get_device_name(device) if device.type == "cuda" else str(device))
 
@@ -146,11 +145,8 @@ def apply_zero(model: Transformer, mesh: Mesh, config: ParallelConfig) -> None:
     # A sharded embedding returns a view; nothing changes it in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     reduce_dtype = torch.float32 if config.reduce_dtype is ReduceDtype.fp32 else torch.bfloat16
-    wrap = partial(
-        fully_shard,
-        mesh=mesh.param_mesh["dp_replicate", "dp_shard"],
-        mp_policy=MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False),
-    )
+    policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    wrap = partial(fully_shard, mesh=mesh.param_mesh["dp_replicate", "dp_shard"], mp_policy=policy)
     tied = model.norm is not None and model.head is None  # the embedding is gathered with the root, for the head
     parts = [*([] if model.embed is None or tied else [model.embed]), *model.blocks.values()]
     for module in parts:

@@ -80,7 +80,9 @@ class Stage(PipelineStage):
             params = gathered(module)
             nodes = {get_gradient_edge(param).node for param in params}
             stage_backward_weight(iter(params), [group for group in param_groups if nodes.issuperset(group["params"])])
-            finish(module)
+            group = module._get_fsdp_state()._fsdp_param_group
+            assert group is not None
+            group.post_backward()  # reduces gradients and frees parameters, as FSDP does by itself
         # Private, like torch's own pipelining: nothing public ends a pass that autograd did not run.
         state._root_post_backward_final_callback()
 
@@ -89,13 +91,6 @@ def gathered(module: FSDPModule) -> list[nn.Parameter]:
     """Return a module's own parameters as autograd knows them; their memory may be freed."""
     group = module._get_fsdp_state()._fsdp_param_group
     return [] if group is None else [param.unsharded_param for param in group.fsdp_params]
-
-
-def finish(module: FSDPModule) -> None:
-    """Reduce a module's gradients and free its parameters, as FSDP does at the end of its backward pass."""
-    group = module._get_fsdp_state()._fsdp_param_group
-    assert group is not None
-    group.post_backward()
 
 
 class Pipeline:
@@ -132,7 +127,7 @@ class Pipeline:
                 dist.send(x.contiguous(), group=self.group, group_dst=self.rank_of[number + 1])
 
     def sum_tied(self, params: Mapping[str, nn.Parameter]) -> None:
-        """Give both copies of a tied embedding, on the first and last stage, the sum of their gradients, in place."""
+        """Set the gradients of a tied embedding's copies, on the first and last stage, to their sum, in place."""
         grads: Any = [params[name].grad for name in ("embed.weight", "head.weight") if name in params]
         ends = [local(grad) for grad in grads]
         if len(ends) == 2:

@@ -33,22 +33,13 @@ def test_init_content_model_and_all(run_dir: Path, tmp_path: Path, small: list[s
 
 def test_init_content_takes_one_thing(run_dir: Path, tmp_path: Path, small: list[str]) -> None:
     # So little is learnt, and moments are so long, that what a run began with can be read from its end.
-    still = [
-        *small,
-        "steps=11",
-        "valid_tokens=64",
-        "optimizer.lr=1e-12",
-        "optimizer.beta1=0.9999999",
-        "optimizer.beta2=0.9999999",
-    ]
+    moments = ["optimizer.beta1=0.9999999", "optimizer.beta2=0.9999999"]
+    still = [*small, "steps=11", "valid_tokens=64", "optimizer.lr=1e-12", *moments]
     trained(tmp_path / "none", *still, "skip_batches=[1-10]")  # 10 batches on, without an update
     source, fresh = open_checkpoint(run_dir), open_checkpoint(tmp_path / "none")
     first = {"none": metrics(tmp_path / "none")[0]}
-    for content, step, updates, optimizer_step in (
-        ("optimizer", 1, 11, 21),
-        ("scheduler", 1, 21, 11),
-        ("sampler", 11, 1, 1),
-    ):
+    expected = (("optimizer", 1, 11, 21), ("scheduler", 1, 21, 11), ("sampler", 11, 1, 1))
+    for content, step, updates, optimizer_step in expected:
         trained(tmp_path / content, *still, f"init_from={run_dir}", f"init_content=[{content}]")
         found, first[content] = open_checkpoint(tmp_path / content), metrics(tmp_path / content)[0]
         progress, tensors = found.state["progress"], found.read("")

@@ -85,12 +85,9 @@ def test_one_process_exports_what_several_saved(
     run, hf = str(runs / layout), str(tmp_path / "hf")
     export.export(runs / layout, ExportConfig(run=run, out=hf, dtype=Dtype.fp32))
     assert f"exported step {SAVED} of {run}" in capsys.readouterr().out
-    sources = (
-        GenerateConfig(run=run, max_new_tokens=8, device="cpu"),
-        GenerateConfig(hf=hf, max_new_tokens=8, device="cpu"),
-    )
     texts = []
-    for source in sources:
+    for place in ({"run": run}, {"hf": hf}):
+        source = GenerateConfig(**place, max_new_tokens=8, device="cpu")
         saved, model = generate.load_model(source)
         texts += generate.write(model, saved, source, [(0, "def", 0)])
     assert texts[0] == texts[1] != ""

@@ -45,9 +45,8 @@ def test_a_run_learns_and_writes_its_files(tmp_path: Path, small: list[str]) -> 
     valid = [record["valid/loss"] for record in records if "valid/loss" in record]
     assert len(valid) == 3 and valid[-1] == valid_loss and valid[0] > valid[-1]
     assert records[0]["train/loss"] == pytest.approx(6.93, abs=0.05) and records[-1]["valid/loss"] < 5.5
-    assert {"train/loss/code", "train/accuracy/prose", "train/perplexity", "train/bits_per_byte/code"} <= {
-        k for r in records for k in r
-    }
+    keys = {"train/loss/code", "train/accuracy/prose", "train/perplexity", "train/bits_per_byte/code"}
+    assert keys <= {key for record in records for key in record}
     names = {path.name for path in (tmp_path / "r").iterdir()}
     assert {"metrics.jsonl", "loss.png", "config.yaml", "tokenizer", "checkpoints", "tensorboard"} <= names
 
@@ -66,14 +65,10 @@ def test_a_run_describes_itself_first(
     # Matrices: 2 layers of 9,216 weights and the head's 32,768; attention: 2 layers, 2 products, 16.5 keys of width 32.
     causal = 6 * (2 * 9_216 + 32_768 + 2 * 2 * 16.5 * 32)
     # InternLM: 3 or 4 passes of 2 layers of (8 + 6 x 2) x 32^2 + 4 x 32 x 32, and 6 x 32 x 1,024.
-    assert (
-        lines[first + 1] == f"           {causal / 1e9:.4g} GFLOP per token (causal), {internlm} by InternLM's formula"
-    )
+    assert f"{causal / 1e9:.4g} GFLOP per token (causal), {internlm} by InternLM" in lines[first + 1]
     assert lines[first + 3].startswith("batch      128 tokens = 2 micro-batches of 64; 1 steps; epochs: code ")
-    assert (
-        lines[first + 5].startswith("device     CPU, 2 threads, fp32, attention ")
-        and lines[first + 6] == "start      step 0"
-    )
+    assert lines[first + 5].startswith("device     CPU, 2 threads, fp32, attention ")
+    assert lines[first + 6] == "start      step 0"
     caplog.clear()
     trained(tmp_path / "r", *settings)
     assert "start      step 1, nothing is left to train" in caplog.messages

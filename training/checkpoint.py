@@ -3,6 +3,7 @@
 Every rank writes and hashes what it holds; rank 0 alone commits, removes, and decides which one is read.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -61,9 +62,7 @@ class Checkpoint:
         missing = wanted - self.tensors.keys()
         unused = {name for name in self.tensors.keys() - wanted if not name.startswith(PER_RANK)}
         if missing or unused:
-            raise CheckpointError(
-                f"{self.path} holds other tensors than this run needs: missing {some(missing)}, unused {some(unused)}"
-            )
+            raise CheckpointError(f"{self.path} does not fit: missing {some(missing)}, unused {some(unused)}")
         self.load(tensors)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -85,13 +84,12 @@ class Checkpoint:
 
     def read(self, prefix: str) -> dict[str, Tensor]:
         """Read the tensors whose names begin with `prefix`, whole, on the CPU, without the prefix."""
-        names = [name for name in self.tensors if name.startswith(prefix)]
-        return {name.removeprefix(prefix): tensor for name, tensor in self.read_names(names).items()}
+        tensors = self.read_names(name for name in self.tensors if name.startswith(prefix))
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
     def read_names(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read the named tensors, whole, on the CPU."""
-        saved = {name: self.tensors[name] for name in names}
-        found = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in saved.items()}
+        found = {n: torch.empty(self.tensors[n].size, dtype=self.tensors[n].properties.dtype) for n in names}
         self.load(found)
         return found
 
@@ -117,16 +115,13 @@ class Checkpoints:
         partial_dir = self.ranks.on_first(lambda: self.folder / f".tmp-{final.name}-{os.getpid()}")
         try:
             _write(partial_dir, step, tensors, text, self.ranks)
-            self.ranks.on_first(lambda: self._commit(partial_dir, final))
+            self.ranks.on_first(lambda: (os.rename(partial_dir, final), _fsync(self.folder)))
         except CheckpointError as error:
             if self.ranks.rank == 0:
                 shutil.rmtree(partial_dir, ignore_errors=True)
-            n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-            free = shutil.disk_usage(self.folder).free
-            raise CheckpointError(
-                f"step {step} was not saved to {self.folder}: {error} (about {n_bytes:,} bytes are needed, {free:,} "
-                "are free); earlier checkpoints are untouched"
-            ) from error
+            needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(self.folder).free
+            why = f"{error} (about {needed:,} bytes are needed, {free:,} are free); earlier checkpoints are untouched"
+            raise CheckpointError(f"step {step} was not saved to {self.folder}: {why}") from error
         self.ranks.on_first(self._purge)
         return final
 
@@ -140,20 +135,14 @@ class Checkpoints:
         if good is not None:
             self.ranks.on_first(lambda: [_set_aside(path, reason) for path, reason in damaged.items()])
         elif damaged:
-            raise CheckpointError(
-                f"every checkpoint in {self.folder} is damaged ({'; '.join(damaged.values())}); restore one, or pass "
-                "another name="
-            )
+            what = f"every checkpoint in {self.folder} is damaged ({'; '.join(damaged.values())})"
+            raise CheckpointError(f"{what}; restore one, or pass another name=")
         return good
 
     def _sweep(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(".*"):  # of a run that was killed while writing or removing
             shutil.rmtree(leftover)
-
-    def _commit(self, partial_dir: Path, final: Path) -> None:
-        os.rename(partial_dir, final)
-        _fsync(self.folder)
 
     def _purge(self) -> None:
         for path in committed(self.folder)[self.keep :] if self.keep else []:
@@ -230,16 +219,15 @@ def _open(path: Path, ranks: Ranks) -> Checkpoint:
     """Verify a checkpoint against its manifest, each rank a share of the files, and open it."""
     step, files = ranks.on_first(partial(_read_manifest, path))
     largest_first = sorted(files, key=lambda name: (-files[name]["size"], name))
+    mine = {name: files[name] for name in largest_first[ranks.rank :: ranks.size]}
+    ranks.all_gather(lambda: _verify(path, mine))
 
     def read() -> tuple[dict[str, Any], Metadata]:
         metadata = read_metadata(path)
-        named = {place.relative_path for place in (metadata.storage_data or {}).values()}
-        if named - set(files):
-            raise CheckpointError(f"{path}/.metadata names {some(named - set(files))}, which its manifest does not")
+        if unlisted := {place.relative_path for place in (metadata.storage_data or {}).values()} - files.keys():
+            raise CheckpointError(f"{path}/.metadata names {some(unlisted)}, which its manifest does not")
         return json.loads((path / "state.json").read_text()), metadata
 
-    mine = {name: files[name] for name in largest_first[ranks.rank :: ranks.size]}
-    ranks.all_gather(lambda: _verify(path, mine))
     state, metadata = ranks.on_first(read)
     return Checkpoint(path, step, state, metadata, ranks)
 
@@ -282,10 +270,8 @@ def _sync(path: Path) -> dict[str, Any]:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+        digest = hashlib.file_digest(file, xxhash.xxh3_128)
     return {"size": path.stat().st_size, "xxh3_128": digest.hexdigest()}
 
 

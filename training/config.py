@@ -91,8 +91,7 @@ class OptimizerConfig:
         if ":" not in self.name and self.name not in OPTIMIZERS:
             yield f"optimizer.name ({self.name}) must be {', '.join(OPTIMIZERS)} or module:Class"
         yield from unless(self, "optimizer", "positive and finite", lambda x: 0 < x < math.inf, "lr", "eps")
-        keys = ("weight_decay", "beta2_c", "max_grad_norm")
-        yield from unless(self, "optimizer", "0 or more", lambda x: x >= 0, *keys)
+        yield from unless(self, "optimizer", "0 or more", lambda x: x >= 0, "weight_decay", "beta2_c", "max_grad_norm")
         yield from unless(self, "optimizer", "in [0, 1)", lambda x: 0 <= x < 1, "beta1", "beta2")
         yield from unless(self, "optimizer", "at least 1", lambda x: x >= 1, "max_nonfinite_steps")
         if self.state_dtype not in (Dtype.fp32, Dtype.bf16):
@@ -114,10 +113,7 @@ class SchedulerConfig:
         yield from unless(self, "scheduler", "in [0, 1]", lambda x: 0 <= x <= 1, *keys)
         yield from unless(self, "scheduler", "0 or more", lambda x: x >= 0, "init_steps")
         if self.type is ScheduleType.wsd and self.warmup_ratio + self.decay_ratio > 1:
-            yield (
-                f"scheduler.warmup_ratio ({self.warmup_ratio}) + scheduler.decay_ratio ({self.decay_ratio}) "
-                "must be at most 1"
-            )
+            yield f"scheduler.warmup_ratio ({self.warmup_ratio}) + decay_ratio ({self.decay_ratio}) must be at most 1"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -146,10 +142,8 @@ class PrecisionConfig:
         if self.grad_dtype not in (None, Dtype.fp32) and self.grad_dtype is not self.compute:
             yield f"precision.grad_dtype ({self.grad_dtype.value}) must be fp32, {self.compute.value} or null"
         if not 0 < self.min_scale <= self.initial_scale <= self.max_scale:
-            yield (
-                f"precision.initial_scale ({self.initial_scale}) must be between precision.min_scale "
-                f"({self.min_scale}, above 0) and precision.max_scale ({self.max_scale})"
-            )
+            bounds = f"min_scale ({self.min_scale}, above 0) and max_scale ({self.max_scale})"
+            yield f"precision.initial_scale ({self.initial_scale}) must be between {bounds}"
         yield from unless(self, "precision", "above 1", lambda x: x > 1, "growth_factor")
         yield from unless(self, "precision", "in (0, 1)", lambda x: 0 < x < 1, "backoff_factor")
         yield from unless(self, "precision", "at least 1", lambda x: x >= 1, "growth_interval", "hysteresis")

@@ -52,20 +52,19 @@ class Periodic:
 
     def run_if_due(self, run: Run) -> None:
         step = run.state.step
-        due = (self.every and step % self.every == 0) or (self.at_end and step == run.config.steps)
-        if step and due:
+        if step and ((self.every and step % self.every == 0) or (self.at_end and step == run.config.steps)):
             self.action(run)
 
 
 def loop(run: Run, batches: Iterator[list[Batch]], periodic: Sequence[Periodic] = ()) -> None:
     """Train until the run is over or asked to stop, then save; `periodic` comes before validation."""
-    config, state, stop = run.config, run.state, run.stop
+    config, state, stop, early = run.config, run.state, run.stop, run.config.early_stop
     skipped = parse_ranges(config.skip_batches)
     validation = Periodic(config.valid_every, validate, at_end=True)
     actions = (
         Periodic(config.logger.every, log_step, at_end=True),
         Periodic(config.logger.every, lambda _: gc.collect(1)),
-        Periodic(config.early_stop.every, give_up_if_hopeless),
+        Periodic(early.every, lambda _: is_hopeless(early, run.report.loggers.run_dir, state.step) and stop.give_up()),
         *periodic,
         Periodic(1, lambda run: run.stop.agree()),
         validation,
@@ -104,23 +103,17 @@ def log_step(run: Run) -> None:
     if run.result is None:
         return
     nonfinite = run.state.sync()
-    run.report.throughput.device_done()
+    run.report.throughput.lap()  # until now the host waited for the device
     if nonfinite:
         in_a_row, limit = run.state.nonfinite_in_a_row, run.config.optimizer.max_nonfinite_steps
         text = "step %d changed nothing: its gradient is not finite (%d such steps, %d in a row, the limit is %d)"
         logger.warning(text, run.state.step, run.state.nonfinite_steps, in_a_row, limit)
         if in_a_row >= limit:
-            raise TrainingError(
-                f"{in_a_row} steps in a row had no finite gradient (optimizer.max_nonfinite_steps), first in "
-                f"{run.engine.find_nonfinite_module(run.batches)}; lower optimizer.lr, or use skip_batches"
-            )
+            module = run.engine.find_nonfinite_module(run.batches)
+            why = f"{in_a_row} steps in a row had no finite gradient (optimizer.max_nonfinite_steps), first in {module}"
+            raise TrainingError(f"{why}; lower optimizer.lr, or use skip_batches")
     epochs = run.corpus.train.epochs(run.state.samples)
     run.report.step(run.state, run.result, epochs=epochs, loss_scale=run.loss_scale)
-
-
-def give_up_if_hopeless(run: Run) -> None:
-    if is_hopeless(run.config.early_stop, run.report.loggers.run_dir, run.state.step):
-        run.stop.give_up()
 
 
 def validate(run: Run) -> None:
@@ -149,7 +142,6 @@ def follow(stop_file: StopFile, run: Run) -> None:
 @contextmanager
 def garbage_collection_paused() -> Iterator[None]:
     """Keep Python's collector out of the steps: it stops the host for longer than a small step takes."""
-    was_enabled = gc.isenabled()
     gc.collect()
     gc.freeze()  # the model and the modules stay: they are not looked at again
     gc.disable()
@@ -157,5 +149,4 @@ def garbage_collection_paused() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-        if was_enabled:
-            gc.enable()
+        gc.enable()

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 WARM_UP, PROFILED = 3, 2  # steps
 WINDOW = "profiled steps"
 KINDS = {
-    "loss": ("_statistics_kernel", "_gradient_kernel", "_scaled_kernel", "_LinearCrossEntropy"),
+    "loss": ("_statistics_kernel", "_gradient_kernel", "_scaled_kernel", "_WithGradients"),
     "optimizer": ("_adamw_kernel", "fused_adam", "FusedAdam", "multi_tensor"),
     "attention": ("flash", "fmha", "cudnn_generated", "sdpa", "scaled_dot_product", "efficient_attention"),
     "communication": ("nccl", "c10d::", "gloo:"),
@@ -57,11 +57,10 @@ def profile_steps(step: Callable[[], object], device: torch.device, folder: Path
     on_cuda = device.type == "cuda"
     for _ in range(WARM_UP):
         step()
-    activities = [ProfilerActivity.CPU]
     if on_cuda:
-        activities.append(ProfilerActivity.CUDA)
         torch.cuda.memory._record_memory_history()
         torch.cuda.synchronize(device)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     with profile(activities=activities) as found, record_function(WINDOW):
         host = time.perf_counter()
         for _ in range(PROFILED):
@@ -76,22 +75,17 @@ def profile_steps(step: Callable[[], object], device: torch.device, folder: Path
     events: list[Any] = list(found.events() or [])
     window = next(e for e in events if e.name == WINDOW and e.device_type == DeviceType.CPU)
     # On CUDA kernels; on the CPU all operations: of those inside each other, the kind that comes first counts.
-    where = DeviceType.CUDA if on_cuda else DeviceType.CPU
-    work = [e for e in events if e.device_type == where and e.name != WINDOW]
+    work = [e for e in events if (e.device_type == DeviceType.CUDA) is on_cuda and e.name != WINDOW]
     intervals = [(e.time_range.start, e.time_range.end, kind_of(e.name)) for e in work]
     parts = time_by_kind(intervals, window.time_range.start, window.time_range.end)
-    text = table(parts, launches=len(intervals), host_s=host / PROFILED)
-    (folder / "table.txt").write_text(text + "\n")
-    for line in (*text.splitlines(), f"trace and table in {folder}"):
-        logger.info("%s", line)
-    return text
-
-
-def table(parts: dict[str, float], *, launches: int, host_s: float) -> str:
-    """Return microseconds of all profiled steps as milliseconds per step."""
     total = sum(parts.values())
     rows = [f"{'per step':15} {'ms':>10} {'share':>7}"]
     for kind, microseconds in {**parts, "step": total}.items():
         rows.append(f"{kind:15} {microseconds / 1e3 / PROFILED:10.3f} {microseconds / total:7.1%}")
-    rows.append(f"{launches // PROFILED:,} launches per step; the host was busy with them for {host_s * 1e3:.1f} ms")
-    return "\n".join(rows)
+    launches, busy_ms = len(intervals) // PROFILED, host / PROFILED * 1e3
+    rows.append(f"{launches:,} launches per step; the host was busy with them for {busy_ms:.1f} ms")
+    text = "\n".join(rows)
+    (folder / "table.txt").write_text(text + "\n")
+    for line in (*rows, f"trace and table in {folder}"):
+        logger.info("%s", line)
+    return text

@@ -18,7 +18,6 @@ from training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
-
 # Dense bf16 peak of one device in TFLOP/s, by a part of its name (NVIDIA's data sheets); fp16 is the same
 PEAK_TFLOPS = {
     "A100": 312, "A800": 312, "H100 PCIe": 756, "H100": 989, "H800": 989, "H200": 989, "GH200": 989,
@@ -31,8 +30,7 @@ def peak_tflops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    found = [part for part in PEAK_TFLOPS if part in name]
-    return PEAK_TFLOPS[max(found, key=len)] if found else None
+    return PEAK_TFLOPS.get(max((part for part in PEAK_TFLOPS if part in name), key=len, default=""))
 
 
 def loss_metrics(totals: Sequence[Sequence[float]], sources: Sequence[str], prefix: str) -> dict[str, float]:
@@ -46,8 +44,7 @@ def loss_metrics(totals: Sequence[Sequence[float]], sources: Sequence[str], pref
     for name, (nll, correct, targets, n_bytes) in [("", overall), *zip(sources, totals, strict=True)]:
         if not targets:
             continue
-        end = f"/{name}" if name else ""
-        loss = nll / targets
+        end, loss = f"/{name}" if name else "", nll / targets
         metrics[f"{prefix}/loss{end}"] = loss
         metrics[f"{prefix}/perplexity{end}"] = math.exp(min(loss, 700.0))
         metrics[f"{prefix}/accuracy{end}"] = correct / targets
@@ -77,19 +74,16 @@ class Throughput:
 
     def data_ready(self) -> None:
         """Note that the step's batch is there: until now the step waited for data."""
-        self.waited += self._lap()
+        self.waited += self.lap()
 
     def end(self, tokens: int) -> None:
-        """Note that a step was given to the device."""
-        self._lap()
+        """Note that all work of a step was handed to the device."""
+        self.lap()
         self.tokens += tokens
         self.steps += 1
 
-    def device_done(self) -> None:
-        """Note that the device has finished the last step: until now the host waited for it."""
-        self._lap()
-
-    def _lap(self) -> float:
+    def lap(self) -> float:
+        """Count the time since the last call of any of these methods, and return it."""
         now = time.perf_counter()
         elapsed, self.at = now - self.at, now
         self.seconds += elapsed

@@ -1,6 +1,7 @@
 """Where a run starts: its own newest checkpoint, another run's weights, a Hugging Face model, or nothing."""
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +24,22 @@ logger = logging.getLogger(__name__)
 FIRST_RNG = f"{PER_RANK}cpu"
 
 
+@dataclass
 class RunCheckpoints:
-    """Saves and restores a run: weights, optimizer, counters, loss scale, random states.
+    """Saves and restores a run: weights, optimizer, counters, loss scale, random states."""
 
-    `data` is what is saved of the corpus; `data["parts"]` are the fingerprints of its files.
-    """
+    checkpoints: Checkpoints
+    state: TrainState
+    optimizer: Optimizer
+    scaler: LossScaler
+    run_config: dict[str, Any]
+    data: dict[str, Any]  # what is saved of the corpus; data["parts"] are the fingerprints of its files
+    saved_step: int = 0
 
-    def __init__(
-        self,
-        checkpoints: Checkpoints,
-        state: TrainState,
-        optimizer: Optimizer,
-        scaler: LossScaler,
-        *,
-        run_config: dict[str, Any],
-        data: dict[str, Any],
-    ) -> None:
-        self.checkpoints, self.state, self.optimizer, self.scaler = checkpoints, state, optimizer, scaler
-        self.run_config, self.data = run_config, data
-        self.run_dir = checkpoints.folder.parent
-        rank = checkpoints.ranks.rank
+    def __post_init__(self) -> None:
+        self.run_dir = self.checkpoints.folder.parent
+        rank = self.checkpoints.ranks.rank
         self.rng_name = f"{FIRST_RNG}.{rank}" if rank else FIRST_RNG
-        self.saved_step = 0
 
     def save(self) -> None:
         """Save the run as it stands, all ranks together, unless that was done at this step."""
@@ -54,9 +49,8 @@ class RunCheckpoints:
         tensors = {**self.optimizer.state_tensors(), self.rng_name: torch.get_rng_state()}
         progress = {"progress": self.state.state_dict(), "scaler": self.scaler.state_dict()}
         state = {"config": self.run_config, "data": self.data, **progress}
-        path = self.checkpoints.save(self.state.step, tensors, state)
+        logger.info("saved %s", self.checkpoints.save(self.state.step, tensors, state))
         self.saved_step = self.state.step
-        logger.info("saved %s", path)
 
     def resume_or_start(self, config: TrainConfig) -> None:
         """Bring the run to where it starts, and log where that is.
@@ -64,18 +58,14 @@ class RunCheckpoints:
         A checkpoint of this run comes first, then `init_from`, then freshly drawn weights. A run that was begun with
         another configuration or other data is refused.
         """
-        checkpoint = self.checkpoints.newest()
-        resume = config.checkpoint.resume
+        checkpoint, resume = self.checkpoints.newest(), config.checkpoint.resume
         if checkpoint is not None:
             if resume is Resume.never:
-                raise CheckpointError(
-                    f"checkpoint.resume (never): {self.run_dir} holds {checkpoint.path.name}; pass another name="
-                )
+                held = f"{self.run_dir} holds {checkpoint.path.name}"
+                raise CheckpointError(f"checkpoint.resume (never): {held}; pass another name=")
             self._resume(checkpoint, config.checkpoint)
         elif resume is Resume.must:
-            raise CheckpointError(
-                f"checkpoint.resume (must): there is no checkpoint in {self.run_dir}; pass checkpoint.resume=auto"
-            )
+            raise CheckpointError(f"checkpoint.resume (must): {self.run_dir} holds no checkpoint; pass resume=auto")
         elif config.init_from is not None:
             self._initialise(config, Path(config.init_from))
         self.saved_step = self.state.step
@@ -93,15 +83,13 @@ class RunCheckpoints:
 
     def _resume(self, checkpoint: Checkpoint, config: CheckpointConfig) -> None:
         check_changes(checkpoint.state["config"], self.run_config, config.accept_changes, self.run_dir)
-        before, now = set(checkpoint.state["data"]["parts"]), set(self.data["parts"])
+        saved, parts = checkpoint.state["data"]["parts"], self.data["parts"]
+        before, now, changed = set(saved), set(parts), saved != parts
         key = "data.added" if before <= now else "data.fingerprint"
-        changed = checkpoint.state["data"]["parts"] != self.data["parts"]
         if changed and key not in config.accept_changes:
             what = f"{len(now - before)} files were added to the data" if before <= now else "the data changed"
-            raise CheckpointError(
-                f"{what} since {self.run_dir} was begun; pass checkpoint.accept_changes=[{key}] to begin an epoch over "
-                "all of it here, or another name= for a new run"
-            )
+            remedy = f"pass checkpoint.accept_changes=[{key}] to begin an epoch over all of it, or another name="
+            raise CheckpointError(f"{what} since {self.run_dir} was begun; {remedy}")
         self.restore(checkpoint)
         if changed:
             self.state.first_sample = self.state.samples
@@ -160,5 +148,5 @@ def read_hf_weights(folder: Path, model: ModelConfig) -> dict[str, Tensor]:
         wrong.pop("vocab_size")
     if wrong:
         values = " ".join(f"model.{key}={value}" for key, value in wrong.items())
-        raise ModelError(f"init_from ({folder}) is of another model than {model.name}; give {values}")
+        raise ModelError(f"init_from ({folder}) is of another model than {model.name}; pass {values}")
     return pad_vocabulary(read_weights(folder), model.vocab_size)

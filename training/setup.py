@@ -50,10 +50,10 @@ def build_model(
     """
     torch.manual_seed(config.seed)
     model = Transformer.on_meta(config.model)
-    dtype, _ = compute_dtype(config.precision, mesh.device)
-    grad_dtype = DTYPES.get(config.precision.grad_dtype.value) if config.precision.grad_dtype else None
-    fp8 = config.precision.fp8.value
-    stages = parallelize(model, mesh, config.parallel, dtype, fp8=fp8, grad_dtype=grad_dtype)
+    precision = config.precision
+    dtype, _ = compute_dtype(precision, mesh.device)
+    grad_dtype = DTYPES[precision.grad_dtype.value] if precision.grad_dtype else None
+    stages = parallelize(model, mesh, config.parallel, dtype, fp8=precision.fp8.value, grad_dtype=grad_dtype)
     (fill or partial(Transformer.init_weights, write=write_shard))(model, config.seed)
     return model, stages
 

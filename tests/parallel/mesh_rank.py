@@ -22,11 +22,7 @@ def meet(config: ParallelConfig, hangs: int | None) -> None:
 if __name__ == "__main__":
     init_s, step_s, *hanging = sys.argv[1:]
     config = ParallelConfig(
-        device=Device.cpu,
-        dp_replicate=-1,
-        nproc_per_node=2,
-        init_timeout_s=float(init_s),
-        step_timeout_s=float(step_s),
+        device=Device.cpu, dp_replicate=-1, nproc_per_node=2, init_timeout_s=float(init_s), step_timeout_s=float(step_s)
     )
     with report_user_errors():
         launch(meet, config, *map(int, hanging or ["-1"]), config=config, is_user_error=is_user_error)

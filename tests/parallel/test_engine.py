@@ -29,7 +29,7 @@ DYNAMO_WARNING = pytest.mark.filterwarnings("ignore:The .grad attribute of a Ten
 # A rounding error d of a gradient near 0 moves a weight by up to lr * d / eps: with the usual eps of 1e-8 that is a whole
 # update where d decides the sign. These gradients are about 1e-3, and their rounding errors below 1e-9.
 EPS = 1e-4
-CPU = Mesh(device=torch.device("cpu"))
+CPU, CUDA = Mesh(device=torch.device("cpu")), Mesh(device=torch.device("cuda", 0))
 
 
 def build(
@@ -95,11 +95,7 @@ def reference_losses(steps: list[list[Batch]], reduction: Reduction, max_norm: f
 @pytest.mark.parametrize("reduction", list(Reduction))
 def test_accumulated_packed_clipped_steps_equal_plain_autograd(reduction: Reduction) -> None:
     steps = [
-        [
-            micro_batch([9, 7], 10 * s, ignored=5),
-            micro_batch([16], 10 * s + 1),
-            micro_batch([4, 4, 8], 10 * s + 2),
-        ]
+        [micro_batch([9, 7], 10 * s, ignored=5), micro_batch([16], 10 * s + 1), micro_batch([4, 4, 8], 10 * s + 2)]
         for s in range(6)
     ]
     engine = build(reduction=reduction, optimizer=OptimizerConfig(lr=1e-2, max_grad_norm=0.3, eps=EPS))
@@ -122,14 +118,9 @@ def test_token_weights() -> None:
 def test_activation_checkpointing_changes_nothing_but_memory(mode: ActivationCheckpointing) -> None:
     plain, checkpointed = build(), build(parallel=ParallelConfig(activation_checkpointing=mode))
     batches = [micro_batch([9, 7], 0), micro_batch([16], 1)]
-    calls = 0
-
-    def count(*_: object) -> None:
-        nonlocal calls
-        calls += 1
-
+    calls: list[object] = []
     for block in checkpointed.model.get_submodule("blocks").children():
-        block.get_submodule("mlp").register_forward_pre_hook(count)
+        block.get_submodule("mlp").register_forward_pre_hook(lambda *_: calls.append(None))
     for _ in range(3):
         one = plain.train_step(batches)
         other = checkpointed.train_step(batches)
@@ -138,7 +129,7 @@ def test_activation_checkpointing_changes_nothing_but_memory(mode: ActivationChe
         assert torch.equal(a, b)
     recomputed = recomputed_blocks(3, ParallelConfig(activation_checkpointing=mode))
     assert recomputed == {"none": 0, "full": 3, "fraction": 2}[mode.value]
-    assert calls == 6 * (3 + recomputed)
+    assert len(calls) == 6 * (3 + recomputed)
 
 
 @DYNAMO_WARNING
@@ -178,9 +169,11 @@ def test_grad_dtype_accumulates_in_fp32() -> None:
     assert norms["kept"] == pytest.approx(norms["exact"], rel=1e-2)
 
 
-def test_fp8_needs_a_gpu() -> None:
+def test_fp8_and_cuda_graphs_need_a_gpu() -> None:
     with pytest.raises(ParallelError, match="precision.fp8"):
-        parallelize(Transformer(CONFIG), CPU, ParallelConfig(), torch.bfloat16, fp8="tensorwise")
+        build(compute=Dtype.bf16, fp8="tensorwise")
+    with pytest.raises(ParallelError, match="parallel.cuda_graphs"):
+        build(parallel=ParallelConfig(cuda_graphs=True))
 
 
 def test_evaluate_returns_totals_by_source() -> None:
@@ -238,15 +231,18 @@ def test_fp16_scale_backs_off_until_gradients_are_finite() -> None:
     assert engine.scaler.scale < 2.0**24
 
 
-@pytest.mark.parametrize("compute", [Dtype.bf16, Dtype.fp16])
-def test_low_precision_learns_like_fp32(compute: Dtype) -> None:
+@pytest.mark.parametrize(
+    ("mesh", "compute"), [(CPU, Dtype.bf16), (CPU, Dtype.fp16), pytest.param(CUDA, Dtype.bf16, marks=pytest.mark.gpu)]
+)
+def test_low_precision_learns_like_fp32(mesh: Mesh, compute: Dtype) -> None:
     batches = [micro_batch([16, 16], 0), micro_batch([32], 1)]
-    losses = {}
-    for dtype in (Dtype.fp32, compute):
-        engine = build(compute=dtype, optimizer=OptimizerConfig(lr=3e-3))
-        losses[dtype] = [float(engine.train_step(batches).loss) for _ in range(15)]
-    assert losses[Dtype.fp32][-1] < losses[Dtype.fp32][0] - 1.0
-    assert losses[compute] == pytest.approx(losses[Dtype.fp32], rel=2e-2)
+    exact, low = (
+        build(optimizer=OptimizerConfig(lr=3e-3)),
+        build(mesh=mesh, compute=compute, optimizer=OptimizerConfig(lr=3e-3)),
+    )
+    expected, losses = ([float(engine.train_step(batches).loss) for _ in range(15)] for engine in (exact, low))
+    assert expected[-1] < expected[0] - 1.0
+    assert losses == pytest.approx(expected, rel=2e-2)
 
 
 def steps_of_packs() -> list[list[Batch]]:
@@ -290,11 +286,6 @@ def test_fixed_micro_batch_memory_survives_a_nonfinite_step() -> None:
     compare_with_graphs(plain, graphed, steps_of_packs())
 
 
-def test_cuda_graphs_need_a_gpu() -> None:
-    with pytest.raises(ParallelError, match="parallel.cuda_graphs"):
-        build(parallel=ParallelConfig(cuda_graphs=True))
-
-
 @pytest.fixture
 def deterministic() -> Iterator[None]:
     """Sum the embedding's gradient and the totals by source in a fixed order."""
@@ -314,10 +305,9 @@ def deterministic() -> Iterator[None]:
     ],
 )
 def test_cuda_graphs_give_the_same_steps(mode: ActivationCheckpointing, compiled: Compile, fp8: str) -> None:
-    cuda = Mesh(device=torch.device("cuda", 0))
     plain, graphed = (
         build(
-            mesh=cuda,
+            mesh=CUDA,
             compute=Dtype.bf16,
             fp8=fp8,
             parallel=ParallelConfig(activation_checkpointing=mode, compile=compiled, cuda_graphs=graphs),
@@ -333,18 +323,8 @@ def test_cuda_graphs_give_the_same_steps(mode: ActivationCheckpointing, compiled
 
 
 @pytest.mark.gpu
-def test_bf16_on_cuda_learns_like_fp32_on_cpu() -> None:
-    batches = [micro_batch([16, 16], 0), micro_batch([32], 1)]
-    cpu = build(optimizer=OptimizerConfig(lr=3e-3))
-    expected = [float(cpu.train_step(batches).loss) for _ in range(15)]
-    engine = build(mesh=Mesh(device=torch.device("cuda", 0)), compute=Dtype.bf16, optimizer=OptimizerConfig(lr=3e-3))
-    losses = [float(engine.train_step(batches).loss) for _ in range(15)]
-    assert losses == pytest.approx(expected, rel=2e-2)
-
-
-@pytest.mark.gpu
 def test_step_does_not_wait_for_the_device() -> None:
-    engine = build(mesh=Mesh(device=torch.device("cuda", 0)), compute=Dtype.bf16)
+    engine = build(mesh=CUDA, compute=Dtype.bf16)
     batches = [micro_batch([16, 16], 0), micro_batch([32], 1)]
     for field in ("tokens_BT", "labels_BT", "positions_BT", "source_BT", "cu_seqlens"):
         for batch in batches:

@@ -22,7 +22,11 @@ def relative(found: Tensor, exact: Tensor) -> float:
     return float((found.float() - exact).norm() / exact.norm())
 
 
-def compare(device: str) -> None:
+ON_DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+@ON_DEVICES
+def test_product_and_gradients_have_8_bit_precision(device: str) -> None:
     torch.manual_seed(0)
     exact = nn.Linear(96, 64).to(device)
     linear = nn.Linear(96, 64, dtype=torch.bfloat16, device=device)
@@ -40,15 +44,6 @@ def compare(device: str) -> None:
     assert outs[1].dtype == torch.bfloat16 and 1e-3 < relative(outs[1].detach(), outs[0].detach()) < 0.05
     for found, other, limit in zip(grads[1], grads[0], (0.1, 0.1, 0.01), strict=True):
         assert found.dtype == torch.bfloat16 and relative(found, other) < limit
-
-
-def test_product_and_gradients_have_8_bit_precision() -> None:
-    compare("cpu")
-
-
-@pytest.mark.gpu
-def test_product_and_gradients_have_8_bit_precision_on_gpu() -> None:
-    compare("cuda")
 
 
 def test_odd_number_of_tokens_is_padded() -> None:
@@ -77,7 +72,8 @@ def gathered(linear: nn.Linear) -> nn.Linear:
     return other
 
 
-def compare_gathered(device: str) -> None:
+@ON_DEVICES
+def test_gathered_weight_equals_one_that_is_cast_now(device: str) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(96, 64, dtype=torch.bfloat16, device=device)
     linear.__class__ = Fp8Linear
@@ -88,15 +84,6 @@ def compare_gathered(device: str) -> None:
         found.append((out, *torch.autograd.grad(out.square().sum(), (x, layer.weight))))
     assert all(torch.equal(part, other) for part, other in zip(*found, strict=True))
     assert type(found[1][2]) is Tensor and found[1][2].dtype == torch.bfloat16
-
-
-def test_gathered_weight_equals_one_that_is_cast_now() -> None:
-    compare_gathered("cpu")
-
-
-@pytest.mark.gpu
-def test_gathered_weight_equals_one_that_is_cast_now_on_gpu() -> None:
-    compare_gathered("cuda")
 
 
 def test_gathered_weight_allows_only_views_and_products() -> None:

@@ -91,9 +91,8 @@ def steps(case: Case, mesh: Mesh, config: ParallelConfig, *, before: bool) -> Fo
         engine, other = (build(case, mesh, config) for _ in range(2))
     gathered = Gathered()
     figures = [engine.evaluate(valid).flatten().tolist()]
-    with (
-        nullcontext() if apply.compiles(config, mesh) else ObserveOps(gathered.observe)
-    ):  # a compiler refuses to be observed
+    # A compiler refuses to be observed.
+    with nullcontext() if apply.compiles(config, mesh) else ObserveOps(gathered.observe):
         figures.append(figures_of_step(engine, first))
     graphs = [counters["stats"]["unique_graphs"]]
     figures.append(figures_of_step(engine, second))
@@ -101,7 +100,7 @@ def steps(case: Case, mesh: Mesh, config: ParallelConfig, *, before: bool) -> Fo
     kept, loaded = (optimizer.state_tensors() for optimizer in optimizers)
     for name, tensor in loaded.items():
         local(tensor).copy_(local(kept[name]))
-    optimizers[1].refresh(loaded)
+    optimizers[1].load_tensors(loaded)
     resumed = [other.evaluate(valid).flatten().tolist(), figures_of_step(other, third)]
     figures += [engine.evaluate(valid).flatten().tolist(), figures_of_step(engine, third)]
     weights = {name: local(param.detach()).cpu().clone() for name, param in engine.params.items()}

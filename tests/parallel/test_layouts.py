@@ -15,6 +15,11 @@ from training.config import Reduction
 # Tensor- and context-parallel ranks all run every micro-batch, so fewer of them do.
 few = partial(Case, n_micro_batches=4)
 
+RECOMPUTED = {"activation_checkpointing": ActivationCheckpointing.full}
+INTERLEAVED = {"pp": 2, "virtual_stages": 2, "pipeline_schedule": Schedule["interleaved_1f1b"]}
+ZERO_BUBBLE = {"pp": 2, "pipeline_schedule": Schedule["zero_bubble"]}
+ZBV = {"pp": 2, "virtual_stages": 2, "pipeline_schedule": Schedule["zbv"]}
+
 ZERO = {
     "ddp_2": Case(2, layout={"dp_replicate": 2}),
     "zero1_2": Case(2, layout={"dp_shard": -1, "zero_stage": 1}),
@@ -24,15 +29,9 @@ ZERO = {
     "hybrid1_4": Case(4, layout={"dp_replicate": 2, "dp_shard": 2, "zero_stage": 1}),
     "hybrid2_4": Case(4, layout={"dp_replicate": 2, "dp_shard": 2, "zero_stage": 2}),
     "hybrid3_8": Case(8, layout={"dp_replicate": 4, "dp_shard": 2, "zero_stage": 3}),
-    "zero3_recomputed_2": Case(
-        2, "biased", layout={"dp_shard": 2, "zero_stage": 3, "activation_checkpointing": ActivationCheckpointing.full}
-    ),
+    "zero3_recomputed_2": Case(2, "biased", layout={**RECOMPUTED, "dp_shard": 2, "zero_stage": 3}),
     "row_mean_4": Case(4, reduction=Reduction.micro_batch_mean, layout={"dp_shard": 4, "zero_stage": 1}),
-    "aux_zero3_recomputed_2": Case(
-        2,
-        regularized=True,
-        layout={"dp_shard": 2, "zero_stage": 3, "activation_checkpointing": ActivationCheckpointing.full},
-    ),
+    "aux_zero3_recomputed_2": Case(2, regularized=True, layout={**RECOMPUTED, "dp_shard": 2, "zero_stage": 3}),
     "one_rank_is_bad_4": Case(4, layout={"dp_shard": 4, "zero_stage": 2}, bad_rank=2),
     "one_rank_is_bad_tp_4": few(4, layout={"dp_shard": 2, "tp": 2, "zero_stage": 1}, bad_rank=3),
     "one_rank_is_bad_pp_4": Case(4, layout={"pp": 2, "dp_shard": 2, "zero_stage": 1}, bad_rank=1),
@@ -57,58 +56,28 @@ CONTEXT = {
 PIPELINE = {
     "pp_2": Case(2, "biased", layout={"pp": 2}),
     "aux_pp_dp_4": Case(4, regularized=True, layout={"pp": 2, "dp_replicate": 2}),
-    "aux_zbv_2": Case(
-        2, regularized=True, layout={"pp": 2, "virtual_stages": 2, "pipeline_schedule": Schedule["zbv"]}
-    ),
+    "aux_zbv_2": Case(2, regularized=True, layout=ZBV),
     "pp_2_uneven": Case(2, layout={"pp": 2, "pipeline_layers": [1, 3]}),
-    "interleaved_2": Case(
-        2, "biased", layout={"pp": 2, "virtual_stages": 2, "pipeline_schedule": Schedule["interleaved_1f1b"]}
-    ),
-    "zero_bubble_2": Case(2, "biased", layout={"pp": 2, "pipeline_schedule": Schedule["zero_bubble"]}),
-    "zero_bubble_recomputed_2": Case(
-        2, layout={"pp": 2, "pipeline_schedule": Schedule["zero_bubble"],
-                   "activation_checkpointing": ActivationCheckpointing.full},
-    ),
-    "zbv_2": Case(2, layout={"pp": 2, "virtual_stages": 2, "pipeline_schedule": Schedule["zbv"]}),
+    "interleaved_2": Case(2, "biased", layout=INTERLEAVED),
+    "zero_bubble_2": Case(2, "biased", layout=ZERO_BUBBLE),
+    "zero_bubble_recomputed_2": Case(2, layout={**RECOMPUTED, **ZERO_BUBBLE}),
+    "zbv_2": Case(2, layout=ZBV),
     "pp_tp_zero1_8": Case(8, "biased", layout={"pp": 2, "dp_shard": 2, "tp": 2, "zero_stage": 1}),
-    "zero_bubble_tp_cp_8": few(
-        8, "biased", layout={"pp": 2, "cp": 2, "tp": 2, "zero_stage": 1, "pipeline_schedule": Schedule["zero_bubble"]}
-    ),
+    "zero_bubble_tp_cp_8": few(8, "biased", layout={**ZERO_BUBBLE, "cp": 2, "tp": 2, "zero_stage": 1}),
     "pp_tied_2": Case(2, "tied", layout={"pp": 2}),
     "pp_tied_tp_zero1_8": Case(8, "tied", layout={"pp": 2, "dp_shard": 2, "tp": 2, "zero_stage": 1}),
-    "zero_bubble_tied_zero3_4": Case(
-        4, "tied", layout={"pp": 2, "dp_shard": 2, "zero_stage": 3, "pipeline_schedule": Schedule["zero_bubble"]}
-    ),
-    "zbv_tied_hybrid2_8": Case(
-        8, "tied", layout={"pp": 2, "dp_replicate": 2, "dp_shard": 2, "zero_stage": 2, "virtual_stages": 2,
-                           "pipeline_schedule": Schedule["zbv"]},
-    ),
+    "zero_bubble_tied_zero3_4": Case(4, "tied", layout={**ZERO_BUBBLE, "dp_shard": 2, "zero_stage": 3}),
+    "zbv_tied_hybrid2_8": Case(8, "tied", layout={**ZBV, "dp_replicate": 2, "dp_shard": 2, "zero_stage": 2}),
     "pp_zero2_4": Case(4, "biased", layout={"pp": 2, "dp_shard": 2, "zero_stage": 2}),
     "pp_4_zero3_8": Case(8, layout={"pp": 4, "dp_shard": 2, "zero_stage": 3}),
     "pp_tp_zero3_8": Case(8, "biased", layout={"pp": 2, "dp_shard": 2, "tp": 2, "zero_stage": 3}),
-    "interleaved_hybrid3_8": Case(
-        8, layout={"pp": 2, "dp_replicate": 2, "dp_shard": 2, "zero_stage": 3, "virtual_stages": 2,
-                   "pipeline_schedule": Schedule["interleaved_1f1b"]},
-    ),
-    "zero_bubble_zero2_4": Case(
-        4, "biased", layout={"pp": 2, "dp_shard": 2, "zero_stage": 2, "pipeline_schedule": Schedule["zero_bubble"]}
-    ),
-    "zero_bubble_zero3_recomputed_4": Case(
-        4, layout={"pp": 2, "dp_shard": 2, "zero_stage": 3, "pipeline_schedule": Schedule["zero_bubble"],
-                   "activation_checkpointing": ActivationCheckpointing.full},
-    ),
-    "zero_bubble_tp_zero3_8": Case(
-        8, "biased", layout={"pp": 2, "dp_shard": 2, "tp": 2, "zero_stage": 3,
-                             "pipeline_schedule": Schedule["zero_bubble"]},
-    ),
-    "zbv_zero2_4": Case(
-        4, layout={"pp": 2, "dp_shard": 2, "zero_stage": 2, "virtual_stages": 2, "pipeline_schedule": Schedule["zbv"]}
-    ),
-    "zbv_zero3_4": Case(
-        4, "biased", layout={"pp": 2, "dp_shard": 2, "zero_stage": 3, "virtual_stages": 2,
-                             "pipeline_schedule": Schedule["zbv"]},
-    ),
-}  # fmt: skip
+    "interleaved_hybrid3_8": Case(8, layout={**INTERLEAVED, "dp_replicate": 2, "dp_shard": 2, "zero_stage": 3}),
+    "zero_bubble_zero2_4": Case(4, "biased", layout={**ZERO_BUBBLE, "dp_shard": 2, "zero_stage": 2}),
+    "zero_bubble_zero3_recomputed_4": Case(4, layout={**RECOMPUTED, **ZERO_BUBBLE, "dp_shard": 2, "zero_stage": 3}),
+    "zero_bubble_tp_zero3_8": Case(8, "biased", layout={**ZERO_BUBBLE, "dp_shard": 2, "tp": 2, "zero_stage": 3}),
+    "zbv_zero2_4": Case(4, layout={**ZBV, "dp_shard": 2, "zero_stage": 2}),
+    "zbv_zero3_4": Case(4, "biased", layout={**ZBV, "dp_shard": 2, "zero_stage": 3}),
+}
 BF16 = {
     "bf16_tp_zero2_4": Case(4, "biased", dtype=torch.bfloat16, layout={"dp_shard": 2, "tp": 2, "zero_stage": 2}),
     "bf16_pp_zero1_4": Case(4, "biased", dtype=torch.bfloat16, layout={"pp": 2, "dp_shard": 2, "zero_stage": 1}),

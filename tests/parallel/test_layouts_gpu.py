@@ -46,11 +46,7 @@ COMPILED = {
 }  # fmt: skip
 ALL = {**ONE, **EXACT, "one_wide": replace(_compiled(), world_size=1), **COMPILED}
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(N_GPUS < 2, reason="needs two GPUs"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900), pytest.mark.skipif(N_GPUS < 2, reason="needs two GPUs")]
 
 
 @pytest.fixture(scope="module")

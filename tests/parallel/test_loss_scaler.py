@@ -19,10 +19,6 @@ def fp16(**settings: float) -> LossScaler:
     return LossScaler(PrecisionConfig(compute=Dtype.fp16, **settings))  # type: ignore[arg-type]
 
 
-def test_scale_halves_from_the_third_overflow() -> None:
-    assert scales(fp16(), [False] * 4) == [65536, 65536, 32768, 16384]
-
-
 def test_growth_doubles_and_resets_the_overflows() -> None:
     scaler = fp16()
     assert scales(scaler, [False, False] + [True] * 999)[-1] == 65536
@@ -30,13 +26,17 @@ def test_growth_doubles_and_resets_the_overflows() -> None:
     assert scales(scaler, [False] * 3) == [131072, 131072, 65536]
 
 
-def test_overflow_restarts_the_growth_interval() -> None:
-    assert scales(fp16(growth_interval=3), [True, True, False, True, True, True]) == [65536.0] * 5 + [131072.0]
-
-
-def test_scale_stays_in_bounds() -> None:
-    assert scales(fp16(initial_scale=2, hysteresis=1, min_scale=1), [False] * 5)[-1] == 1
-    assert scales(fp16(initial_scale=2.0**23, growth_interval=1), [True] * 5)[-1] == 2.0**24
+@pytest.mark.parametrize(
+    ("settings", "steps", "last"),
+    [
+        ({}, [False] * 4, [65536, 65536, 32768, 16384]),  # halved from the third overflow
+        ({"growth_interval": 3}, [True, True, False, True, True, True], [65536, 65536, 131072]),  # restarted
+        ({"initial_scale": 2, "hysteresis": 1, "min_scale": 1}, [False] * 5, [1, 1, 1]),
+        ({"initial_scale": 2.0**23, "growth_interval": 1}, [True] * 5, [2.0**24] * 5),
+    ],
+)
+def test_scale_falls_and_grows_within_bounds(settings: dict, steps: list[bool], last: list[float]) -> None:
+    assert scales(fp16(**settings), steps)[-len(last) :] == last
 
 
 def test_equals_torch_without_hysteresis() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from training.config import Decay, Dtype, OptimizerConfig, OptimizerImpl, TrainingError
 from training.optim.adamw import AdamW, resolve_impl
 from training.optim.master_weights import join, split
-from training.optim.optimizer import build_optimizer
+from training.optim.optimizer import Optimizer, build_optimizer
 
 ONE, FINITE = torch.tensor(1.0), torch.tensor(True)
 
@@ -37,50 +37,56 @@ def reference_for(model: nn.Module, config: OptimizerConfig, *, fused: bool = Fa
     )
 
 
-@pytest.mark.parametrize("decay", list(Decay))
-def test_updates_equal_torch_adamw(decay: Decay) -> None:
-    config = OptimizerConfig(lr=1e-2, weight_decay=0.1, decay=decay)
-    ours, theirs = network(), network()
-    optimizer, reference = build_optimizer(ours, config), reference_for(theirs, config)
-    rates = [(1e-2 / (step + 1), 0.95 + step / 1000) for step in range(20)]
+def train_both(optimizer: Optimizer, reference: torch.optim.AdamW, full: nn.Module, lr: float, n_steps: int) -> None:
+    """Make the same updates of an optimizer's parameters and of their fp32 reference, with falling rates."""
+    rates = [(lr / (step + 1), 0.95 + step / 1000) for step in range(n_steps)]
     optimizer.set_schedule(rates)
     for lr, beta2 in rates:
         for group in reference.param_groups:
-            group["lr"], group["betas"] = lr, (config.beta1, beta2)
-        x = torch.randn(5, 8)
-        for model in (ours, theirs):
-            model(x).square().sum().backward()
+            group["lr"], group["betas"] = lr, (optimizer.config.beta1, beta2)
+        scale = torch.rand((), device=optimizer.device) + 1
+        for param, other in zip(optimizer.params.values(), full.parameters(), strict=True):
+            param.grad = torch.randn_like(param)
+            other.grad = param.grad.float() / scale
         reference.step()
-        reference.zero_grad()
-        assert optimizer.step(grad_scale=ONE, finite=FINITE).tolist() == [lr, beta2]
+        finite = FINITE.to(optimizer.device)
+        assert optimizer.step(grad_scale=scale, finite=finite).tolist() == [lr, beta2]
+
+
+@pytest.mark.parametrize("decay", list(Decay))
+def test_updates_equal_torch_adamw(decay: Decay) -> None:
+    config = OptimizerConfig(weight_decay=0.1, decay=decay)
+    ours, theirs = network(), network()
+    train_both(build_optimizer(ours, config), reference_for(theirs, config), theirs, lr=1e-2, n_steps=20)
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_are_divided_by_the_scale_and_dropped() -> None:
-    config = OptimizerConfig(eps=1.0)  # a large eps makes the update depend on the gradient's size
-    one, other = network(), network()
-    first, second = build_optimizer(one, config), build_optimizer(other, config)
-    for model, optimizer, factor in ((one, first, 1.0), (other, second, 512.0)):
+    models = network(), network()
+    for model, factor in zip(models, (1.0, 512.0), strict=True):
+        # a large eps makes the update depend on the gradient's size
+        optimizer = build_optimizer(model, OptimizerConfig(eps=1.0))
         for param in model.parameters():
             param.grad = torch.full_like(param, 0.25) * factor
         optimizer.set_schedule([(0.1, 0.95)])
         optimizer.step(grad_scale=torch.tensor(factor), finite=FINITE)
         assert all(param.grad is None for param in model.parameters())
-    for a, b in zip(one.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
 
 
-def test_a_nonfinite_update_changes_nothing_and_takes_no_rate() -> None:
-    model = network(torch.bfloat16)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_nonfinite_update_changes_nothing_and_takes_no_rate(device: str) -> None:
+    model = network(torch.bfloat16).to(device)
     optimizer = build_optimizer(model, OptimizerConfig())
+    assert optimizer.rule.on_device is (device == "cuda")
     optimizer.set_schedule([(0.1, 0.95), (0.2, 0.96)])
     before = {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}
     rates = []
     for finite in (False, True):
         for param in model.parameters():
             param.grad = torch.full_like(param, torch.nan if not finite else 0.5)
-        rates.append(optimizer.step(grad_scale=ONE, finite=torch.tensor(finite)).tolist())
+        rates.append(optimizer.step(grad_scale=ONE.to(device), finite=torch.tensor(finite, device=device)).tolist())
         same = all(torch.equal(tensor, before[name]) for name, tensor in optimizer.state_tensors().items())
         assert same is not finite
     assert rates == [[0.1, 0.95], [0.1, 0.95]]
@@ -127,16 +133,10 @@ def test_bf16_weights_follow_fp32_masters_exactly(state_dtype: Dtype) -> None:
 
 def test_only_matrices_decay_unless_all_do() -> None:
     model = network()
-    decayed = {
-        d: [
-            n
-            for n in dict(model.named_parameters())
-            if build_optimizer(model, OptimizerConfig(decay=d)).weight_decay(n)
-        ]
-        for d in Decay
-    }
-    assert decayed[Decay.matrices] == ["0.weight", "2.weight"]
-    assert decayed[Decay.all] == [name for name, _ in model.named_parameters()]
+    names = [name for name, _ in model.named_parameters()]
+    for decay, decayed in ((Decay.matrices, ["0.weight", "2.weight"]), (Decay.all, names)):
+        optimizer = build_optimizer(model, OptimizerConfig(decay=decay))
+        assert [name for name in names if optimizer.weight_decay(name)] == decayed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -185,11 +185,8 @@ def stand_in_for_apex(monkeypatch: pytest.MonkeyPatch) -> None:
     def multi_tensor_applier(op: Any, noop_flag: Tensor, tensor_lists: Sequence[Sequence[Tensor]], *args: Any) -> None:
         op(2048 * 32, noop_flag, tensor_lists, *args)
 
-    for name, function in (
-        ("amp_C", multi_tensor_adam),
-        ("apex", None),
-        ("apex.multi_tensor_apply", multi_tensor_applier),
-    ):
+    functions = {"amp_C": multi_tensor_adam, "apex": None, "apex.multi_tensor_apply": multi_tensor_applier}
+    for name, function in functions.items():
         module = ModuleType(name)
         if function is not None:
             setattr(module, function.__name__, function)
@@ -204,16 +201,7 @@ def test_apex_arguments_make_it_torch_adamw(monkeypatch: pytest.MonkeyPatch, dty
     optimizer, reference = build_optimizer(low, config), reference_for(full, config)
     assert isinstance(optimizer.rule, AdamW)
     optimizer.rule.impl = OptimizerImpl.apex
-    rates = [(1e-2 / (step + 1), 0.95 + step / 1000) for step in range(5)]
-    optimizer.set_schedule(rates)
-    for lr, beta2 in rates:
-        for group in reference.param_groups:
-            group["lr"], group["betas"] = lr, (config.beta1, beta2)
-        for param, other in zip(low.parameters(), full.parameters(), strict=True):
-            param.grad = torch.randn_like(param)
-            other.grad = param.grad.float() / 4
-        reference.step()
-        optimizer.step(grad_scale=torch.tensor(4.0), finite=FINITE)
+    train_both(optimizer, reference, full, lr=1e-2, n_steps=5)
     kept = optimizer.state_tensors()
     for name, other in full.named_parameters():
         torch.testing.assert_close(kept[f"model.{name}"], other.detach(), rtol=1e-5, atol=1e-6)
@@ -229,17 +217,7 @@ def test_kernel_equals_torch_adamw_exactly(dtype: torch.dtype, beta1: float) -> 
     full = nn.Linear(333, 4099, device="cuda")
     full.load_state_dict({name: p.float() for name, p in low.state_dict().items()})
     optimizer, reference = build_optimizer(low, config), reference_for(full, config)
-    rates = [(1e-3 / (step + 1), 0.95 + step / 1000) for step in range(30)]
-    optimizer.set_schedule(rates)
-    for lr, beta2 in rates:
-        for group in reference.param_groups:
-            group["lr"], group["betas"] = lr, (config.beta1, beta2)
-        scale = torch.rand((), device="cuda") + 1
-        for param, other in zip(low.parameters(), full.parameters(), strict=True):
-            param.grad = torch.randn_like(param)
-            other.grad = param.grad.float() / scale
-        reference.step()
-        optimizer.step(grad_scale=scale, finite=torch.tensor(True, device="cuda"))
+    train_both(optimizer, reference, full, lr=1e-3, n_steps=30)
     kept = optimizer.state_tensors()
     for (name, param), other in zip(low.named_parameters(), full.named_parameters(), strict=True):
         state: dict[str, Tensor] = reference.state[other[1]]
@@ -248,19 +226,6 @@ def test_kernel_equals_torch_adamw_exactly(dtype: torch.dtype, beta1: float) -> 
         assert torch.equal(kept[f"model.{name}"].cpu(), other[1].detach().cpu())
         rounded = split(other[1].detach())[0] if dtype == torch.bfloat16 else other[1].detach().to(dtype)
         assert torch.equal(param.detach(), rounded)
-
-
-@pytest.mark.gpu
-def test_kernel_changes_nothing_if_a_gradient_is_not_finite() -> None:
-    model = network(torch.bfloat16).cuda()
-    optimizer = build_optimizer(model, OptimizerConfig())
-    assert optimizer.rule.on_device
-    optimizer.set_schedule([(0.1, 0.95)] * 2)
-    before = {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}
-    for param in model.parameters():
-        param.grad = torch.full_like(param, torch.nan)
-    optimizer.step(grad_scale=ONE.cuda(), finite=~FINITE.cuda())
-    assert all(torch.equal(tensor, before[name]) for name, tensor in optimizer.state_tensors().items())
 
 
 def test_a_tied_copy_is_saved_once_and_loaded_into_both() -> None:

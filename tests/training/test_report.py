@@ -33,7 +33,7 @@ def test_speed_follows_internlms_formula(monkeypatch: pytest.MonkeyPatch) -> Non
     throughput.begin()
     throughput.data_ready()
     throughput.end(16412)
-    throughput.device_done()
+    throughput.lap()
     metrics = throughput.metrics(steps_left=10)
     assert metrics["perf/tgs"] == 4103 and metrics["perf/data_wait_s"] == 0.5
     assert metrics["perf/tflops"] == pytest.approx(182.2, abs=0.05)
@@ -43,7 +43,7 @@ def test_speed_follows_internlms_formula(monkeypatch: pytest.MonkeyPatch) -> Non
         throughput.begin()
         throughput.data_ready()
         throughput.end(3000)
-    throughput.device_done()
+    throughput.lap()
     metrics = throughput.metrics(steps_left=1)
     assert metrics["perf/tgs"] == 1000 and metrics["perf/step_s"] == 1.5 and metrics["perf/left_s"] == 5 / 3
     assert metrics["perf/tgs_all"] == pytest.approx(22412 / 5 / 2)

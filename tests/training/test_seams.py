@@ -72,9 +72,8 @@ def test_an_action_runs_every_n_steps_with_the_run_at_hand(tmp_path: Path, small
         norm = run.engine.model.get_parameter("embed.weight").detach().norm()
         run.report.loggers.log({"step": run.state.step, "train/embed_norm": float(norm)})
 
-    trained(
-        tmp_path / "r", *small, "steps=7", periodic=[Periodic(3, weight_norm), Periodic(0, weight_norm, at_end=True)]
-    )
+    periodic = [Periodic(3, weight_norm), Periodic(0, weight_norm, at_end=True)]
+    trained(tmp_path / "r", *small, "steps=7", periodic=periodic)
     assert steps == [3, 6, 7]
     assert [r["step"] for r in metrics(tmp_path / "r") if "train/embed_norm" in r] == steps
 

@@ -4,32 +4,29 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from tests.conftest import ROOT
 from tests.training.sharded_rank import WHOLE
 from training.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent.parent
-
 
 def run_ranks(folder: Path, scenarios: str, size: int = 4) -> list[tuple[int, str]]:
     """Run scenarios on `size` ranks; return each rank's exit code and what it wrote on stderr."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.training.sharded_rank"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(size), str(folder), scenarios],
-            cwd=ROOT,
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
+    commands = [[*command, str(rank), str(size), str(folder), scenarios] for rank in range(size)]
+    settings: Any = {
+        "cwd": ROOT,
+        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
+    ranks = [subprocess.Popen(command, **settings) for command in commands]
     errors = [rank.communicate(timeout=240)[1] for rank in ranks]
     return [(rank.returncode, text) for rank, text in zip(ranks, errors, strict=True)]
 

@@ -37,16 +37,9 @@ class AdamW(UpdateRule):
         row = (1 - lr * weight_decay, beta2, 1 - beta2, -step_size, 1 / bias_correction2_sqrt)
         row_7 = torch.stack([grad_scale.double(), finite.double(), *row]).float()
         for name in names:
-            update(
-                weights.shards[name],
-                weights.remainder.get(name),
-                gradient(weights.params[name]),
-                state["exp_avg"][name],
-                state["exp_avg_sq"][name],
-                row_7,
-                beta1=self.config.beta1,
-                eps=self.config.eps,
-            )
+            tensors = weights.shards[name], weights.remainder.get(name), gradient(weights.params[name])
+            moments = state["exp_avg"][name], state["exp_avg_sq"][name]
+            update(*tensors, *moments, row_7, beta1=self.config.beta1, eps=self.config.eps)
 
     def update(self, chunk: Chunk) -> None:
         if self.impl is OptimizerImpl.apex:
@@ -78,8 +71,6 @@ def resolve_impl(asked: OptimizerImpl, device: torch.device) -> OptimizerImpl:
     if asked is OptimizerImpl.auto:
         return OptimizerImpl.triton if usable else OptimizerImpl.torch
     if asked is not OptimizerImpl.torch and not usable:
-        built = " (NVIDIA apex built with its CUDA extensions)" if asked is OptimizerImpl.apex else ""
-        raise TrainingError(
-            f"optimizer.impl ({asked.value}) needs a CUDA device and {package}{built}; use optimizer.impl=auto"
-        )
+        needed = "NVIDIA apex with its CUDA extensions" if asked is OptimizerImpl.apex else package
+        raise TrainingError(f"optimizer.impl ({asked.value}) needs a CUDA device and {needed}; use auto")
     return asked

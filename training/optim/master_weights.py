@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
+from parallel.tensor_parallel import local
+
 
 class MasterWeights:
     """The fp32 masters of a model's parameters, by name.
@@ -63,11 +65,6 @@ def split(master: Tensor) -> tuple[Tensor, Tensor]:
 def join(upper: Tensor, lower: Tensor) -> Tensor:
     """Return the fp32 numbers that `split` divided."""
     return ((upper.view(torch.int16).int() << 16) + lower).view(torch.float32)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return this process's shard of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def like(param: Tensor, shard: Tensor) -> Tensor:

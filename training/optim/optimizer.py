@@ -1,15 +1,17 @@
 """An update rule applied to a model: master weights, sharded state, rates on the device, checkpoint names."""
 
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
+from parallel.tensor_parallel import local
 from training.config import OPTIMIZERS, Decay, Dtype, OptimizerConfig, TrainingError
-from training.optim.master_weights import MasterWeights, like, local
+from training.optim.master_weights import MasterWeights, like
 
 # Numbers updated by one call of a rule: enough for a full launch, little enough that their fp32 copies are a small
 # part of memory.
@@ -139,19 +141,13 @@ class Optimizer:
                 for key, tensors in self.state.items():
                     tensors[name].copy_(state[key][i])
 
-    def _chunks(self) -> list[tuple[float, list[str]]]:
-        """Return weight decays and names, in groups of about `CHUNK_NUMEL` numbers."""
-        chunks: list[tuple[float, list[str]]] = []
+    def _chunks(self) -> Iterator[tuple[float, list[str]]]:
+        """Yield weight decays and names, in groups of about `CHUNK_NUMEL` numbers."""
         for weight_decay, names in self.groups.items():
-            total = CHUNK_NUMEL + 1  # so that the first begins a chunk, even if its shard is empty
-            for name in names:
-                numel = self.weights.shards[name].numel()
-                if total + numel > CHUNK_NUMEL:
-                    chunks.append((weight_decay, []))
-                    total = 0
-                chunks[-1][1].append(name)
-                total += numel
-        return chunks
+            ends = accumulate(self.weights.shards[name].numel() for name in names)
+            chunks = (end // CHUNK_NUMEL for end in ends)
+            for _, chunk in groupby(zip(chunks, names, strict=True), lambda pair: pair[0]):
+                yield weight_decay, [name for _, name in chunk]
 
     @torch.no_grad()
     def state_tensors(self) -> dict[str, Tensor]:
@@ -164,8 +160,7 @@ class Optimizer:
             saved_as = self.tied_params.get(name, name)
             saved[f"model.{saved_as}"] = self.weights.to_save(name)
             for key, tensors in self.state.items():
-                tensor = tensors[name]
-                tensor = tensor if tensor.dtype == torch.float32 else tensor.cpu().float()
+                tensor = tensors[name] if tensors[name].dtype == torch.float32 else tensors[name].cpu().float()
                 saved[f"optimizer.{saved_as}.{key}"] = like(param, tensor)
             saved[f"optimizer.{saved_as}.step"] = self.updates
         return saved
