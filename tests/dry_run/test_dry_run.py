@@ -5,8 +5,6 @@ import sys
 from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -35,6 +33,7 @@ def configure(*overrides: str, world_size: int = WORLD) -> TrainConfig:
         return to_config(compose("train", overrides=[*settings, *overrides]))
 
 
+@cache
 def profile(*overrides: str, world_size: int = WORLD) -> tuple[TrainConfig, StepProfile]:
     """Profile a step of `MICRO_BATCHES` per rank, of a layout without a pipeline."""
     config = configure(*overrides, world_size=world_size)
@@ -239,20 +238,6 @@ def test_pipeline_memory_per_zero_stage() -> None:
         assert first.bytes_at_peak["parameters"] == pytest.approx(2 * (numbers / 8 + gathered), abs=small), zero_stage
         kept = numbers if zero_stage == 1 else numbers / 8
         assert first.bytes_at_peak["gradients"] == pytest.approx(4 * kept, abs=2 * small), zero_stage
-
-
-def test_a_superfluous_reduction_is_found() -> None:
-    def always(model: Any, _zero_stage: int, *, last: bool) -> None:
-        model.set_requires_gradient_sync(True)
-        model.set_reshard_after_backward(last)
-
-    with mock.patch("parallel.engine.set_gradient_sync", always):
-        config, found = profile("parallel=hybrid_zero")
-    expected = data_parallel_collectives(Sizes(config, 8), 8, gathers=(1, 1), scatters=1)
-    assert found.collectives != expected
-    assert found.collectives["dp_shard", "reduce_scatter"] == tuple(
-        MICRO_BATCHES * figure for figure in expected["dp_shard", "reduce_scatter"]
-    )
 
 
 @pytest.mark.slow
