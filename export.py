@@ -168,7 +168,7 @@ def verify(folder: Path, tokenizer: "Tokenizer | None") -> str:
     if not difference <= LOGITS_TOLERANCE:
         wrong.append(f"logits differ by {difference:.2e}")
     if found["wrong_texts"]:
-        wrong.append(f"token ids differ on {found['wrong_texts'][0]!r}")
+        wrong.append(f"token ids differ on {found['wrong_texts'][0]}")
     if wrong:
         raise ModelError(f"nothing was exported: {'; '.join(wrong)}")
     tokens = f"token ids and decoding equal on {len(texts):,} texts" if texts else "no tokenizer"

@@ -22,12 +22,11 @@ def main(folder: str, expected_path: str) -> None:
     with torch.no_grad():
         logits = model.eval()(reference["tokens"]).logits
     tokenizer: Any = AutoTokenizer.from_pretrained(folder) if expected["texts"] else None
-    wrong = [
-        text
-        for text, ids in expected["texts"]
-        if tokenizer(text, add_special_tokens=False)["input_ids"] != ids
-        or tokenizer.decode(ids, skip_special_tokens=True) != text
-    ]
+    wrong = []
+    for text, ids in expected["texts"]:
+        found = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if found != ids or tokenizer.decode(ids, skip_special_tokens=True) != text:
+            wrong.append({"text": text, "expected": ids, "found": found})
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     result = {
         "transformers": __version__,
