@@ -14,9 +14,12 @@ from omegaconf import DictConfig
 
 from conf.cli import checked, report_user_errors, run
 from conf.schema import ExportConfig, stored_model, to_plain
+from corpus.config import DataError
 from model.config import ModelConfig, ModelError
 
 if TYPE_CHECKING:
+    import torch
+
     from data.tokenizer import Tokenizer
     from training.checkpoint import Checkpoint
 
@@ -47,11 +50,11 @@ def main(cfg: DictConfig) -> None:
 
 def export(path: Path, config: ExportConfig) -> None:
     """Write the newest checkpoint of a run as a Hugging Face folder, verified before it gets its name."""
-    from corpus.config import DataError
     from data.tokenizer import export_problem
     from model.counts import count_params
     from training.checkpoint import open_checkpoint
     from training.load import run_dir_of, tokenizer_in
+    from training.setup import DTYPES
 
     checkpoint = open_checkpoint(path)
     run_dir = run_dir_of(checkpoint)
@@ -70,9 +73,11 @@ def export(path: Path, config: ExportConfig) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        model = without_padding(checkpoint, tokenizer)
-        write_weights(partial, checkpoint, model, config.dtype.value)
-        write_settings(partial, checkpoint, model, tokenizer, config.dtype.value)
+        model, dtype = stored_model(checkpoint.state["config"]), DTYPES[config.dtype.value]
+        if tokenizer is not None and checkpoint.state["data"]["parts"]:  # an imported model keeps its vocabulary
+            model = replace(model, vocab_size=min(model.vocab_size, tokenizer.vocab_size))
+        write_weights(partial, checkpoint, model, dtype)
+        write_settings(partial, checkpoint, model, tokenizer, dtype)
         card = CARD.format(name=model.name, params=count_params(model), step=checkpoint.step, run=run_dir, out=out)
         (partial / "README.md").write_text(card)
         write_json(partial / "export.json", origin)
@@ -83,44 +88,35 @@ def export(path: Path, config: ExportConfig) -> None:
     print(f"exported step {checkpoint.step} of {run_dir} to {out} ({config.dtype.value})")
 
 
-def without_padding(checkpoint: "Checkpoint", tokenizer: "Tokenizer | None") -> ModelConfig:
-    """Return a checkpoint's model with the vocabulary of its tokenizer; an imported one keeps its own."""
-    model = stored_model(checkpoint.state["config"])
-    if tokenizer is None or not checkpoint.state["data"]["parts"]:
-        return model
-    return replace(model, vocab_size=min(model.vocab_size, tokenizer.vocab_size))
-
-
-def write_weights(folder: Path, checkpoint: "Checkpoint", model: ModelConfig, dtype_name: str) -> None:
+def write_weights(folder: Path, checkpoint: "Checkpoint", model: ModelConfig, dtype: "torch.dtype") -> None:
     """Write the weights in a dtype, in shards of about 5 GB, one in memory at a time."""
-    import torch
+    from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.torch import save_file
 
     from model.hf.families import export_family
+    from model.transformer import Transformer
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype_name]
-    names = {f"model.{ours}": theirs for ours, theirs in export_family(model).names(model).items()}
-    sizes = {name: checkpoint.tensors[name].size.numel() * dtype.itemsize for name in names}
-    shards, index = [list[str]()], {}
-    for name, size in sizes.items():
-        if shards[-1] and sum(sizes[one] for one in shards[-1]) + size > SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(name)
-    for number, shard in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for name, tensor in checkpoint.read_names(shard).items():
-            rows = model.vocab_size if name in ("model.embed.weight", "model.head.weight") else len(tensor)
-            tensors[names[name]] = tensor[:rows].to(dtype).contiguous()
+    names = {theirs: ours for ours, theirs in export_family(model).names(model).items()}
+    shapes = {name: param.shape for name, param in Transformer.on_meta(model).named_parameters()}
+    split = split_state_dict_into_shards_factory(
+        {theirs: shapes[ours].numel() * dtype.itemsize for theirs, ours in names.items()},
+        get_storage_size=int,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
+    for file, shard in split.filename_to_tensors.items():
+        read = checkpoint.read_names([f"model.{names[theirs]}" for theirs in shard])
+        # Padding of the vocabulary is left out.
+        rows = {theirs: read[f"model.{names[theirs]}"][: shapes[names[theirs]][0]] for theirs in shard}
+        tensors = {theirs: tensor.to(dtype).contiguous() for theirs, tensor in rows.items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(tensors, file)
-    if len(shards) > 1:
-        about = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
+    if split.is_sharded:
+        about = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", about)
 
 
 def write_settings(
-    folder: Path, checkpoint: "Checkpoint", model: ModelConfig, tokenizer: "Tokenizer | None", dtype_name: str
+    folder: Path, checkpoint: "Checkpoint", model: ModelConfig, tokenizer: "Tokenizer | None", dtype: "torch.dtype"
 ) -> None:
     """Write the configuration and the tokenizer."""
     from corpus.chat import answer_end
@@ -129,8 +125,8 @@ def write_settings(
 
     bos, eos = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
     ids: dict[str, Any] = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
-    dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype_name]
-    write_json(folder / "config.json", export_family(model).write_config(model, dtype=dtype, **ids))
+    about = export_family(model).write_config(model, dtype=str(dtype).removeprefix("torch."), **ids)
+    write_json(folder / "config.json", about)
     if tokenizer is not None:
         if (end := answer_end(tokenizer)) is not None:
             ids["eos_token_id"] = [end] if eos is None else [eos, end]
@@ -167,21 +163,17 @@ def verify(folder: Path, tokenizer: "Tokenizer | None") -> str:
     if done.returncode:
         raise ModelError(f"transformers cannot load the export: {done.stderr.strip().splitlines()[-1]}")
     found = json.loads(done.stdout.splitlines()[-1])
-    difference, wrong = (
-        found["logits_difference"],
-        [f"{kind} {names}" for kind, names in found["keys"].items() if names],
-    )
+    difference = found["logits_difference"]
+    wrong = [f"{kind} {names}" for kind, names in found["keys"].items() if names]
     if not difference <= LOGITS_TOLERANCE:
         wrong.append(f"logits differ by {difference:.2e}")
     if found["wrong_texts"]:
         wrong.append(f"token ids differ on {found['wrong_texts'][0]}")
     if wrong:
         raise ModelError(f"nothing was exported: {'; '.join(wrong)}")
-    return (
-        f"verified with transformers {found['transformers']} ({found['class']}): no missing or unexpected keys, "
-        f"logits equal to {difference:.1e}, "
-        + (f"token ids and decoding equal on {len(texts):,} texts" if texts else "no tokenizer")
-    )
+    tokens = f"token ids and decoding equal on {len(texts):,} texts" if texts else "no tokenizer"
+    version = f"transformers {found['transformers']} ({found['class']})"
+    return f"verified with {version}: no missing or unexpected keys, logits equal to {difference:.1e}, {tokens}"
 
 
 def import_hf(folder: Path, out: str | None) -> None:
@@ -201,10 +193,9 @@ def import_hf(folder: Path, out: str | None) -> None:
         print(f"{folder} has no tokenizer: generate.py cannot use {run_dir}, and its export will have none")
     elif problem := export_problem(tokenizer):
         print(problem)
-    config, weights = read_config(folder)[0], read_weights(folder)
-    add_bos = tokenizer is not None and adds_bos(folder)
+    weights, add_bos = read_weights(folder), tokenizer is not None and adds_bos(folder)
     state = {
-        "config": {"name": run_dir.name, "model": to_plain(config)},
+        "config": {"name": run_dir.name, "model": to_plain(read_config(folder)[0])},
         "data": {"parts": [], "sources": [], "add_bos": add_bos, "add_eos": False},
         "progress": TrainState().state_dict(),
         "scaler": {},

@@ -28,9 +28,8 @@ def main(cfg: DictConfig) -> None:
         saved, model = load_model(config)
         jobs = [(number, text, sample) for number, text in enumerate(prompts) for sample in range(config.samples)]
         if len(jobs) == 1:
-            print_now = partial(print, end="", flush=True)
-            print_now(prompts[0])
-            write(model, saved, config, jobs, print_now)
+            print(prompts[0], end="", flush=True)
+            write(model, saved, config, jobs, partial(print, end="", flush=True))
             print()
             return
         for start in range(0, len(jobs), config.batch_size):
@@ -43,12 +42,14 @@ def load_model(config: GenerateConfig) -> "tuple[Saved, Transformer]":
     import torch
 
     from training.load import open_saved
+    from training.setup import DTYPES
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ModelError("device (cuda): torch sees no CUDA device here; use device=cpu")
     saved = open_saved(Path(str(config.run or config.hf)))
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.dtype.value]
-    return saved, saved.build(None if config.device == "auto" else config.device, dtype)
+    if saved.tokenizer is None:
+        raise ModelError(f"{config.run or config.hf} has no tokenizer, which generate.py needs")
+    return saved, saved.build(None if config.device == "auto" else config.device, DTYPES[config.dtype.value])
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:
@@ -81,13 +82,13 @@ def write(
     from model.sampling import Sampling, generate
 
     tokenizer = saved.tokenizer
-    assert tokenizer is not None  # checked with the configuration
+    assert tokenizer is not None  # checked by load_model
     bos = [tokenizer.bos_id] if saved.add_bos and tokenizer.bos_id is not None else []
     # An empty prompt continues the end of a text.
     prompts = [bos + tokenizer.encode(text) or [tokenizer.eos_id or 0] for _, text, _ in jobs]
+    most = model.config.max_seq_len - 1
     for (_, text, _), ids in zip(jobs, prompts, strict=True):
-        if len(ids) >= model.config.max_seq_len:
-            most = model.config.max_seq_len - 1
+        if len(ids) > most:
             raise ModelError(f"prompt ({text[:40]}...) has {len(ids)} tokens, more than {most}; shorten it")
     streams = [TextStream(tokenizer, ids, config.stop) for ids in prompts]
 
@@ -126,28 +127,23 @@ class TextStream:
     def add(self, token: int) -> str:
         """Take the next token; return the text that can be shown since the last time."""
         self.ids.append(token)
-        self._decode()
-        return self._show(max(map(len, self.stops), default=1) - 1)
+        return self._decode(held=max(map(len, self.stops), default=1) - 1)
 
     def finish(self) -> str:
         """Return what was held back, unfinished characters too."""
-        self._decode(whole=True)
-        return self._show(0)
+        return self._decode(held=0, whole=True)
 
-    def _decode(self, *, whole: bool = False) -> None:
+    def _decode(self, *, held: int, whole: bool = False) -> str:
+        """Return what is new in the text, but for its last `held` characters."""
         decode = self.tokenizer.decode
         before, now = decode(self.ids[self.start : self.end]), decode(self.ids[self.start :])
-        if self.stopped or (now.endswith(INCOMPLETE) and not whole):
-            return
-        # Wrong bytes change how right ones before them are decoded, which then are no context.
-        new = now.removeprefix(before) if now.startswith(before) else decode(self.ids[self.end :])
-        self.start, self.end = self.end if new else self.start, len(self.ids)
-        self.text += new
-        found = [at for stop in self.stops if (at := self.text.find(stop)) >= 0]
-        if found:
-            self.text, self.stopped = self.text[: min(found)], True
-
-    def _show(self, held: int) -> str:
+        if not self.stopped and (whole or not now.endswith(INCOMPLETE)):
+            # Wrong bytes change how right ones before them are decoded, which then are no context.
+            new = now.removeprefix(before) if now.startswith(before) else decode(self.ids[self.end :])
+            self.start, self.end = self.end if new else self.start, len(self.ids)
+            self.text += new
+            if found := [at for stop in self.stops if (at := self.text.find(stop)) >= 0]:
+                self.text, self.stopped = self.text[: min(found)], True
         end = max(self.shown, len(self.text) - (0 if self.stopped else held))
         piece, self.shown = self.text[self.shown : end], end
         return piece

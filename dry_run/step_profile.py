@@ -85,10 +85,9 @@ def profile_rank(config: TrainConfig, rank: int, n_micro_batches: int) -> StepPr
         engine.train_step([_batch(config) for _ in range(n_micro_batches)])
     workspace = config.dry_run.workspace_mib * 2**20
     bytes_at_peak = {**memory.bytes_at_peak(), "workspace": workspace}
-    flops = sum(phase.flops for phase in trace.phases)
-    time = estimate_time(trace.phases, config.dry_run)
-    peak_bytes = memory.peak_bytes + workspace
-    return StepProfile(rank, n_params, peak_bytes, bytes_at_peak, trace.collectives(), flops, time, trace.phases)
+    flops, time = sum(phase.flops for phase in trace.phases), estimate_time(trace.phases, config.dry_run)
+    peak = memory.peak_bytes + workspace
+    return StepProfile(rank, n_params, peak, bytes_at_peak, trace.collectives(), flops, time, trace.phases)
 
 
 def _build_engine(config: TrainConfig, mesh: Mesh) -> Engine:

@@ -45,25 +45,22 @@ class Segments:
 
 @cache
 def missing(backend: Attention) -> str | None:
-    """Return what to install for a backend; None if nothing is missing.
-
-    By distribution: flash-attn 2.8 has a `flash_attn/cute` too, which flash-attn-4 overwrites, or the other way round.
-    """
+    """Return what to install for a backend; None if nothing is missing."""
     two, four = _version("flash-attn"), _version("flash-attn-4")
-    if backend is Attention.flash_attn and (two is None or two < (2, 0)):
+    if backend is Attention.flash_attn and two < (2, 0):
         return 'pip install "flash-attn>=2.8,<3"'
-    if backend is Attention.flash_attn_4 and four is None:
+    if backend is Attention.flash_attn_4 and four < (4, 0):
         return "pip install flash-attn-4"
-    if backend is Attention.flash_attn_4 and two is not None and two >= (2, 8):
+    if backend is Attention.flash_attn_4 and two >= (2, 8):  # both write flash_attn/cute
         return "pip uninstall flash-attn, which shares files with it; pip install --force-reinstall flash-attn-4"
     return None
 
 
-def _version(distribution: str) -> tuple[int, ...] | None:
+def _version(distribution: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in metadata.version(distribution).split(".")[:2])
     except metadata.PackageNotFoundError:
-        return None
+        return ()
 
 
 def resolve_backend(asked: Attention, device: torch.device, dtype: torch.dtype, *, equal: bool) -> Attention:
@@ -71,9 +68,9 @@ def resolve_backend(asked: Attention, device: torch.device, dtype: torch.dtype, 
 
     Raises `ModelError` if the one asked for cannot run here, with the remedy.
     """
-    low_precision = dtype in (torch.bfloat16, torch.float16)
+    fused = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     if asked is Attention.auto:
-        if device.type != "cuda" or not low_precision:
+        if not fused:
             return Attention.sdpa
         if torch.cuda.get_device_capability(device)[0] >= 9 and not missing(Attention.flash_attn_4):
             return Attention.flash_attn_4
@@ -82,9 +79,9 @@ def resolve_backend(asked: Attention, device: torch.device, dtype: torch.dtype, 
         return Attention.cudnn if equal else Attention.varlen
     if asked in (Attention.sdpa, Attention.reference):
         return asked
-    if device.type != "cuda" or not low_precision:
+    if not fused:
         needs = f"needs bf16 or fp16 on a CUDA device, not {dtype} on {device}"
-        raise ModelError(f"model.attention ({asked.value}) {needs}; use model.attention=sdpa")
+        raise ModelError(f"model.attention ({asked.value}) {needs}; use sdpa")
     if remedy := missing(asked):
         raise ModelError(f"model.attention ({asked.value}) is not installed: {remedy}")
     return asked

@@ -92,14 +92,10 @@ def _last_logits(
     # Padded on the right: causal attention, and the cache's positions, keep the padding unseen.
     tokens_BT = torch.tensor([part + [0] * (width - len(part)) for part in unread], device=device)
     first_B1 = torch.tensor([[len(text) - len(part)] for text, part in zip(texts, unread, strict=True)], device=device)
+    positions_BT = first_B1 + torch.arange(width, device=device)
     rows_B, last_B = torch.arange(len(unread)), torch.tensor([len(part) - 1 for part in unread])
-    return (
-        model(
-            tokens_BT,
-            positions_BT=first_B1 + torch.arange(width, device=device),
-            cache=cache,
-            head=lambda h_BTD, weight_VD: h_BTD[rows_B, last_B] @ weight_VD.T,
-        )
-        .float()
-        .cpu()
-    )
+
+    def head(h_BTD: Tensor, weight_VD: Tensor) -> Tensor:
+        return h_BTD[rows_B, last_B] @ weight_VD.T
+
+    return model(tokens_BT, positions_BT=positions_BT, cache=cache, head=head).float().cpu()

@@ -41,12 +41,7 @@ class Block(nn.Module):
         self.attend = attend  # replaced by context parallelism
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        cos_sin: tuple[Tensor, Tensor],
-        segments: Segments,
-        cache: KVCache | None,
-        layer: int,
+        self, x_BTD: Tensor, cos_sin: tuple[Tensor, Tensor], segments: Segments, cache: KVCache | None, layer: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the new hidden states, and the auxiliary losses of attention and MLP by name."""
         q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD, *cos_sin)
@@ -141,8 +136,7 @@ class Transformer(nn.Module):
         ones at `positions_BT`. `row_len` is a row's length where `tokens_BT` are slices of rows. Auxiliary losses go
         to `aux`; without it they are dropped.
         """
-        rows, row_len = len(tokens_BT), row_len or tokens_BT.shape[1]
-        device = tokens_BT.device
+        rows, row_len, device = len(tokens_BT), row_len or tokens_BT.shape[1], tokens_BT.device
         if positions_BT is None:
             positions_BT = torch.arange(row_len, device=device).expand(rows, row_len)
         if cu_seqlens is None or max_seq_len is None:
@@ -198,9 +192,7 @@ class Transformer(nn.Module):
         So the weights do not depend on the device, the dtype, the layout or the order of drawing, and tied
         parameters are equal. `write(param, whole)` sets a parameter that may be a shard of the whole.
         """
-        stds = self.init_stds()
-        for name, param in self.named_parameters():
-            std = stds[name]
+        for (name, param), std in zip(self.named_parameters(), self.init_stds().values(), strict=True):
             if std is None:
                 write(param, torch.full(param.shape, 1.0 if name.endswith("norm.weight") else 0.0))
                 continue

@@ -58,8 +58,10 @@ def test_export_again_is_a_no_op_and_another_is_not_overwritten(
         export.export(run_dir, ExportConfig(run=str(run_dir), out=str(exported), dtype=Dtype.fp32))
 
 
-def test_export_and_import_change_no_bit(run_dir: Path, tmp_path: Path) -> None:
+def test_export_and_import_change_no_bit(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "SHARD_BYTES", 50_000)
     export.export(run_dir, ExportConfig(run=str(run_dir), out=str(tmp_path / "hf"), dtype=Dtype.fp32))
+    assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
     export.import_hf(tmp_path / "hf", str(tmp_path / "back"))
     before, after = open_checkpoint(run_dir), open_checkpoint(tmp_path / "back")
     weights, again = before.read("model."), after.read("model.")
@@ -70,17 +72,19 @@ def test_export_and_import_change_no_bit(run_dir: Path, tmp_path: Path) -> None:
     shape, returned = stored_model(before.state["config"]), stored_model(after.state["config"])
     assert (shape.vocab_size, returned.vocab_size) == (1024, 1000), "the tokenizer's: the rest was padding"
     assert (shape.rope_theta, shape.max_seq_len) == (returned.rope_theta, returned.max_seq_len)
+    monkeypatch.undo()
     again_config = ExportConfig(run=str(tmp_path / "back"), out=str(tmp_path / "hf2"), dtype=Dtype.fp32)
     export.export(tmp_path / "back", again_config)
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "hf2"))
+    assert (tmp_path / "hf2" / "model.safetensors").exists()
+    first, second = (read_weights(tmp_path / name) for name in ("hf", "hf2"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_init_from_a_model_that_computes_something_else_is_refused(
     tmp_path: Path, small: list[str], exported: Path
 ) -> None:
-    changed = ["model.norm_eps=1e-6", "model.n_heads=8", "model.n_kv_heads=4"]
-    with pytest.raises(ModelError, match=r"model\.n_heads=4 model\.n_kv_heads=2 model\.norm_eps=1e-05"):
+    changed = ["model.d_model=64", "model.n_heads=8", "model.norm_eps=1e-6"]
+    with pytest.raises(ModelError, match=r"model\.d_model=32 model\.n_heads=4 model\.norm_eps=1e-05"):
         trained(tmp_path / "r", *small, *changed, f"init_from={exported}")
 
 
@@ -144,8 +148,6 @@ def test_training_starts_from_a_hugging_face_folder(
     run_dir: Path, tmp_path: Path, small: list[str], exported: Path
 ) -> None:
     trained(tmp_path / "r", *small, "steps=1", "optimizer.lr=1e-12", f"init_from={exported}")
-    with pytest.raises(CheckpointError, match=r"32\) there and \(.*64\) here; pass the model= that"):
-        trained(tmp_path / "other", *small, f"init_from={exported}", "model.d_model=64")
     weights = open_checkpoint(tmp_path / "r").read("model.")
     for name, tensor in open_checkpoint(run_dir).read("model.").items():
         rows = 1000 if f"model.{name}" in ("model.embed.weight", "model.head.weight") else len(tensor)
@@ -157,11 +159,10 @@ def test_training_starts_from_a_hugging_face_folder(
 
 def test_init_content_of_an_import_is_the_model_alone(exported: Path, tmp_path: Path, small: list[str]) -> None:
     export.import_hf(exported, str(tmp_path / "in"))
-    for origin, words in ((tmp_path / "in", "was brought in and"), (exported, "is a Hugging Face folder and")):
-        with pytest.raises(CheckpointError, match=rf"init_content \(model, scheduler\): .* {words} holds a model only"):
-            trained(
-                tmp_path / "r", *small, "model.vocab_size=1000", f"init_from={origin}", "init_content=[model,scheduler]"
-            )
+    content = ["model.vocab_size=1000", "init_content=[model,scheduler]"]
+    for origin in (tmp_path / "in", exported):
+        with pytest.raises(CheckpointError, match=rf"init_content \(model, scheduler\): .*{origin}"):
+            trained(tmp_path / "r", *small, *content, f"init_from={origin}")
 
 
 def damage(folder: Path, what: str) -> None:
@@ -177,12 +178,7 @@ def damage(folder: Path, what: str) -> None:
             about = json.loads((folder / "config.json").read_text())
             (folder / "config.json").write_text(json.dumps({**about, "attention_bias": False}))
         case "tokenizer":
-            text = (folder / "tokenizer.json").read_text()
-            (folder / "tokenizer.json").write_text(
-                text.replace('"normalizer":', '"x":', 1) if '"normalizer":' in text else text
-            )
             fast = json.loads((folder / "tokenizer.json").read_text())
-            fast.pop("x", None)
             (folder / "tokenizer.json").write_text(json.dumps({**fast, "normalizer": None}))
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 

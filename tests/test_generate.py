@@ -58,8 +58,9 @@ def test_load_opens_runs_checkpoints_and_hugging_face_folders(run_dir: Path, hf_
         load(str(run_dir), device="cpu", dtype=torch.bfloat16)[0].get_parameter("embed.weight").dtype == torch.bfloat16
     )
     bare = shutil.copytree(hf_dir, tmp_path / "hf", ignore=shutil.ignore_patterns("tokenizer*"))
-    with pytest.raises(ModelError, match="no tokenizer"):
-        load(bare)
+    for opening in (load, lambda path: generate.load_model(settings(run_dir, run=None, hf=str(path)))):
+        with pytest.raises(ModelError, match="no tokenizer"):
+            opening(bare)
 
 
 def test_command_streams_the_prompt_and_its_continuation(run_dir: Path) -> None:

@@ -34,17 +34,16 @@ class Saved:
 
     def build(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Transformer:
         """Return the model with its weights, ready for inference."""
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype or torch.float32
         model = Transformer.on_meta(self.config)
-        weights = {name: weight.to(device, dtype or torch.float32) for name, weight in self.read().items()}
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict({name: weight.to(*place) for name, weight in self.read().items()}, assign=True)
         return model.eval()
 
 
 def load(
     path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> tuple[Transformer, Tokenizer]:
-    """Return the model and the tokenizer that are saved at a path, on a GPU if there is one, in fp32 by default."""
+    """Return the model and the tokenizer saved at a path, on a GPU if there is one, in fp32 by default."""
     saved = open_saved(Path(path))
     if saved.tokenizer is None:
         raise ModelError(f"{path} has no tokenizer; open_saved(path).build() returns the model alone")
@@ -54,19 +53,18 @@ def load(
 def open_saved(path: Path) -> Saved:
     """Open a run folder, a checkpoint or a Hugging Face folder without reading weights."""
     if (path / "config.json").exists():
-        tokenizer, stop_ids = tokenizer_in(path), read_stop_ids(path)
+        tokenizer, ends = tokenizer_in(path), list[int | None](read_stop_ids(path))
         config, add_bos = read_config(path)[0], tokenizer is not None and adds_bos(path)
         read = partial(read_weights, path)
     else:
         checkpoint = open_checkpoint(path)
         tokenizer, config = tokenizer_in(run_dir_of(checkpoint) / "tokenizer"), stored_model(checkpoint.state["config"])
         add_bos = bool(checkpoint.state["data"]["add_bos"])
-        end = None if tokenizer is None else answer_end(tokenizer)
-        stop_ids = set() if end is None else {end}
+        ends = [] if tokenizer is None else [answer_end(tokenizer)]
         read = partial(checkpoint.read, "model.")
-    if tokenizer is not None and tokenizer.eos_id is not None:
-        stop_ids.add(tokenizer.eos_id)
-    return Saved(config, tokenizer, add_bos, stop_ids, read)
+    if tokenizer is not None:
+        ends.append(tokenizer.eos_id)
+    return Saved(config, tokenizer, add_bos, {token for token in ends if token is not None}, read)
 
 
 def run_dir_of(checkpoint: Checkpoint) -> Path:

@@ -78,15 +78,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import safe_open
+    from safetensors.torch import load_file
 
-    paths = sorted(folder.glob("*.safetensors"))
-    for path in paths:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                yield name, file.get_tensor(name)
-    pickled = [] if paths else sorted(folder.glob("pytorch_model*.bin"))
-    if not paths and not pickled:
+    paths = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not paths:
         raise ModelError(f"{folder} has no weights: neither *.safetensors nor pytorch_model*.bin")
-    for path in pickled:
-        yield from torch.load(path, map_location="cpu", weights_only=True).items()
+    for path in paths:
+        pickled = path.suffix == ".bin"
+        yield from (torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)).items()

@@ -5,8 +5,6 @@ import sys
 from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -35,6 +33,7 @@ def configure(*overrides: str, world_size: int = WORLD) -> TrainConfig:
         return to_config(compose("train", overrides=[*settings, *overrides]))
 
 
+@cache
 def profile(*overrides: str, world_size: int = WORLD) -> tuple[TrainConfig, StepProfile]:
     """Profile a step of `MICRO_BATCHES` per rank, of a layout without a pipeline."""
     config = configure(*overrides, world_size=world_size)
@@ -42,22 +41,29 @@ def profile(*overrides: str, world_size: int = WORLD) -> tuple[TrainConfig, Step
     return config, found
 
 
-class Sizes:
-    """Parameter counts of FSDP's groups: each block, the embedding, and the rest.
+def padded(rows: int, shard: int) -> int:
+    return -(-rows // shard) * shard
 
-    Rows are padded to a multiple of the ranks that share them.
-    """
+
+def n_params_of(config: TrainConfig, *, tp: int, shard: int, layers: int, embed: bool = True, head: bool = True) -> int:
+    """Parameters of a tp rank: matrices are split over tp, then rows are padded for FSDP."""
+    width, d_ff = config.model.d_model, config.model.d_ff
+    columns = 3 * (padded(width // tp, shard) * width + padded(width // tp, shard))
+    rows = width * (width // tp) + width + width * (d_ff // tp)
+    block = columns + rows + 2 * padded(d_ff // tp, shard) * width + 2 * width
+    vocabulary = padded(config.model.vocab_size // tp, shard) * width
+    return layers * block + embed * vocabulary + head * (vocabulary + width)
+
+
+class Sizes:
+    """Parameter counts of FSDP's groups: each block, the embedding, and the rest."""
 
     def __init__(self, config: TrainConfig, shard: int) -> None:
-        width = config.model.d_model
-        vocab_size, d_ff = (-(-n // shard) * shard for n in (config.model.vocab_size, config.model.d_ff))
-        assert width % shard == 0 and config.model.attention_bias and config.model.n_kv_heads == config.model.n_heads
-        matrices = 4 * width * width + width * (2 * d_ff + config.model.d_ff)
-        block = matrices + 4 * width + 2 * width
-        self.in_8_bits = config.model.n_layers * matrices if config.precision.fp8 is Fp8.tensorwise else 0
-        self.rest = vocab_size * width + width
-        self.all = config.model.n_layers * block + vocab_size * width + self.rest
-        self.groups = config.model.n_layers + 2
+        layers, part = config.model.n_layers, partial(n_params_of, config, tp=1, shard=shard)
+        vectors = layers * 6 * config.model.d_model  # biases and norms
+        matrices = part(layers=layers, embed=False, head=False) - vectors
+        self.in_8_bits = matrices if config.precision.fp8 is Fp8.tensorwise else 0
+        self.rest, self.all, self.groups = part(layers=0, embed=False), part(layers=layers), layers + 2
 
 
 def metric_bytes(dp: int) -> int:
@@ -80,10 +86,7 @@ def data_parallel_collectives(
             blocks * (sizes.groups - 1) + rest,
             BF16 * (blocks * (sizes.all - sizes.rest) + rest * sizes.rest) - blocks * sizes.in_8_bits,
         )
-        expected["dp_shard", "reduce_scatter"] = (
-            scatters * sizes.groups,
-            scatters * reduce_bytes * sizes.all,
-        )
+        expected["dp_shard", "reduce_scatter"] = (scatters * sizes.groups, scatters * reduce_bytes * sizes.all)
         if sizes.in_8_bits:  # the largest value of each matrix of a block
             expected["dp_shard", "all_reduce"] = (1, 4 * 7 * LAYERS)
     count, n_bytes = expected.get((dp, "all_reduce"), (0, 0))
@@ -118,20 +121,6 @@ def test_data_parallel_collectives_on_1024_gpus(
         Sizes(config, shard), shard, gathers=gathers, scatters=scatters, reduce_bytes=reduce_bytes
     )
     assert found.collectives == expected
-
-
-def padded(rows: int, shard: int) -> int:
-    return -(-rows // shard) * shard
-
-
-def n_params_of(config: TrainConfig, *, tp: int, shard: int, layers: int, embed: bool = True, head: bool = True) -> int:
-    """Parameters of a tp rank: matrices are split over tp, then rows are padded for FSDP."""
-    width, d_ff = config.model.d_model, config.model.d_ff
-    columns = 3 * (padded(width // tp, shard) * width + padded(width // tp, shard))
-    rows = width * (width // tp) + width + width * (d_ff // tp)
-    block = columns + rows + 2 * padded(d_ff // tp, shard) * width + 2 * width
-    vocabulary = padded(config.model.vocab_size // tp, shard) * width
-    return layers * block + embed * vocabulary + head * (vocabulary + width)
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
@@ -249,20 +238,6 @@ def test_pipeline_memory_per_zero_stage() -> None:
         assert first.bytes_at_peak["parameters"] == pytest.approx(2 * (numbers / 8 + gathered), abs=small), zero_stage
         kept = numbers if zero_stage == 1 else numbers / 8
         assert first.bytes_at_peak["gradients"] == pytest.approx(4 * kept, abs=2 * small), zero_stage
-
-
-def test_a_superfluous_reduction_is_found() -> None:
-    def always(model: Any, _zero_stage: int, *, last: bool) -> None:
-        model.set_requires_gradient_sync(True)
-        model.set_reshard_after_backward(last)
-
-    with mock.patch("parallel.engine.set_gradient_sync", always):
-        config, found = profile("parallel=hybrid_zero")
-    expected = data_parallel_collectives(Sizes(config, 8), 8, gathers=(1, 1), scatters=1)
-    assert found.collectives != expected
-    assert found.collectives["dp_shard", "reduce_scatter"] == tuple(
-        MICRO_BATCHES * figure for figure in expected["dp_shard", "reduce_scatter"]
-    )
 
 
 @pytest.mark.slow

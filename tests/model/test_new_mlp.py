@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,9 +66,8 @@ def gradients(model: Transformer, loss: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("way", ["whole", "recomputed", "stages"])
 def test_auxiliary_losses_join_the_gradient_with_their_weight(model: Transformer, way: str) -> None:
     losses: list[Tensor] = []
-    hooks = [
-        block.mlp.register_forward_hook(lambda *args: losses.append(args[2][1]["balance"])) for block in blocks(model)
-    ]
+    blocks: list[Any] = list(model.blocks.values())
+    hooks = [block.mlp.register_forward_hook(lambda *args: losses.append(args[2][1]["balance"])) for block in blocks]
     loss = model(TOKENS_BT).square().mean()
     expected = gradients(model, loss + 0.25 * sum(losses))
     total = float(sum(losses).detach())  # type: ignore[union-attr]
@@ -79,7 +79,7 @@ def test_auxiliary_losses_join_the_gradient_with_their_weight(model: Transformer
         out = last(first(TOKENS_BT, aux=aux), aux=aux)
     else:
         if way == "recomputed":
-            for block in blocks(model):
+            for block in blocks:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         out = model(TOKENS_BT, aux=aux)
     found = gradients(model, out.square().mean())
@@ -88,18 +88,6 @@ def test_auxiliary_losses_join_the_gradient_with_their_weight(model: Transformer
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-7)
     assert not torch.allclose(plain["blocks.0.mlp.router.weight"], expected["blocks.0.mlp.router.weight"], rtol=1e-2)
-
-
-def blocks(model: Transformer) -> list[nn.Module]:
-    return list(model.blocks.values())
-
-
-def test_swiglu_has_no_auxiliary_losses() -> None:
-    model = Transformer(replace(CONFIG, mlp="swiglu"))
-    model.init_weights(0)
-    aux = AuxLosses(1.0)
-    model(TOKENS_BT, aux=aux)
-    assert aux.sums == {}
 
 
 def test_counts_follow_the_new_mlp() -> None:

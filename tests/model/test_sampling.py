@@ -79,31 +79,22 @@ def test_greedy_decoding_equals_transformers(model: Transformer) -> None:
         assert out[0, len(prompt) :].tolist() == new
 
 
-@pytest.mark.parametrize(
-    ("sampling", "processors"),
-    [
-        (Sampling(repetition_penalty=1.7), [RepetitionPenaltyLogitsProcessor(1.7)]),
-        (Sampling(temperature=0.6), [TemperatureLogitsWarper(0.6)]),
-        (Sampling(top_k=5), [TopKLogitsWarper(5)]),
-        (Sampling(top_p=0.7), [TopPLogitsWarper(0.7)]),
-        (
-            Sampling(1.3, 0.7, 20, 0.8),
-            [
-                RepetitionPenaltyLogitsProcessor(1.3),
-                TemperatureLogitsWarper(0.7),
-                TopKLogitsWarper(20),
-                TopPLogitsWarper(0.8),
-            ],
-        ),
-    ],
-)
-def test_next_logits_equal_transformers_processors(sampling: Sampling, processors: list) -> None:
+PROCESSORS: dict[str, tuple[type, float]] = {  # in the order they are applied
+    "repetition_penalty": (RepetitionPenaltyLogitsProcessor, 1.3),
+    "temperature": (TemperatureLogitsWarper, 0.6),
+    "top_k": (TopKLogitsWarper, 20),
+    "top_p": (TopPLogitsWarper, 0.7),
+}
+
+
+@pytest.mark.parametrize("names", [*([name] for name in PROCESSORS), list(PROCESSORS)], ids="+".join)
+def test_next_logits_equal_transformers_processors(names: list[str]) -> None:
     logits = torch.randn(64, generator=torch.Generator().manual_seed(1)) * 3
-    seen = torch.tensor([3, 5, 5, 8])
-    expected = logits[None].clone()
-    for processor in processors:
-        expected = processor(seen[None], expected)
-    torch.testing.assert_close(next_logits(logits, seen.unique(), sampling), expected[0])
+    seen, expected, settings = torch.tensor([3, 5, 5, 8]), logits[None].clone(), {}
+    for name in names:
+        processor, settings[name] = PROCESSORS[name]
+        expected = processor(settings[name])(seen[None], expected)
+    torch.testing.assert_close(next_logits(logits, seen.unique(), Sampling(**settings)), expected[0])
 
 
 def test_draws_follow_the_distribution(model: Transformer) -> None:
@@ -134,8 +125,7 @@ def test_on_token_can_end_a_text(model: Transformer) -> None:
 
 
 def test_text_ends_at_max_seq_len(model: Transformer) -> None:
-    new = run(model, GREEDY, [[1] * 40], max_new_tokens=100)[0]
-    assert len(new) == 8
+    assert len(run(model, GREEDY, [[1] * 40], max_new_tokens=100)[0]) == 8
 
 
 def test_padded_rows_of_the_vocabulary_are_never_chosen(model: Transformer) -> None:
