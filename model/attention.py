@@ -93,8 +93,9 @@ def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, *, segments: Segments
         case Attention.reference:
             return _reference(q_BTHK, k_BTGK, v_BTGK, segments)
         case Attention.cudnn:
-            # With a mask cuDNN is slower than the memory-efficient kernel.
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if segments.equal else SDPBackend.EFFICIENT_ATTENTION):
+            # With a mask cuDNN is slower than the memory-efficient kernel. Of some head sizes it has no kernel.
+            kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION]
+            with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *kernels] if segments.equal else kernels, set_priority=True):
                 return _sdpa(q_BTHK, k_BTGK, v_BTGK, segments)
         case Attention.varlen:
             return _varlen(q_BTHK, k_BTGK, v_BTGK, segments)
