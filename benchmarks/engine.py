@@ -78,7 +78,7 @@ def main() -> None:
         pairs.append([timed(way) for way in ways])
     ours, bare = (statistics.median(times) for times in zip(*pairs, strict=True))
     ratio = statistics.median(a / b for a, b in pairs)
-    print(f"{where(device)}; {arguments.case}, {config.global_batch_tokens:,} tokens a step, {len(pairs)} pairs")
+    print(f"{where(device)}; {arguments.case}, {config.global_batch_tokens:,} tokens per step, {len(pairs)} pairs")
     for name, seconds in (("engine", ours), ("bare", bare)):
         print(f"{name:6} {seconds * 1e3:9.1f} ms {config.global_batch_tokens / seconds:9,.0f} tokens/s")
     print(f"the engine takes {ratio:.3f} of the bare step's time (median of the pairs)")

@@ -173,8 +173,7 @@ class Run:
             self.received = torch.empty(total // self.size, dtype=self.dtype, device=self.device)
         self.flat.normal_(0, 0.02, generator=torch.Generator(device=self.device).manual_seed(5))
         self.units: list[dict[str, nn.Parameter]] = []
-        self.offset: dict[Tensor, int] = {}
-        at = 0
+        self.offset, at = dict[Tensor, int](), 0
         for unit in shapes:
             found = {}
             for name, size in unit.items():
@@ -374,8 +373,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="sequences of 2,048 tokens per micro-batch")
     parser.add_argument("--micro-batches", type=int, default=1)
     args = parser.parse_args()
-    rank = int(os.environ["RANK"])
-    torch.cuda.set_device(rank)
+    torch.cuda.set_device(rank := int(os.environ["RANK"]))
     dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
     run = Run(args.case, args.shape, args.rows, args.micro_batches)
     for _ in range(6):

@@ -90,13 +90,13 @@ def build(config: TrainConfig, mesh: Mesh) -> Engine:
 
 
 def products(model: ModelConfig) -> list[tuple[int, int, int]]:
-    """Give the matrices a token is multiplied with: rows, columns, how many."""
+    """Return the matrices that a token is multiplied with: rows, columns, how many."""
     d, kv, n = model.d_model, model.n_kv_heads * model.head_dim, model.n_layers
     return [(d, d, 2 * n), (kv, d, 2 * n), (model.d_ff, d, 2 * n), (d, model.d_ff, n), (model.vocab_size, d, 1)]
 
 
 def gemm_tflops(model: ModelConfig, tokens: int, device: torch.device, seconds: float) -> float:
-    """Give the rate of the model's own products, forward and both gradients, each as often as a step has it."""
+    """Return the rate of the model's own products, forward and both gradients, each as often as a step has it."""
     total_s, flops, shapes = 0.0, 0.0, products(model)
     for rows, columns, times in shapes:
         n = min(tokens, 4096) if rows == model.vocab_size else tokens  # the head works in chunks

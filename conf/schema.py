@@ -166,6 +166,11 @@ class PrepareConfig:
         yield from _below(self, 1, "workers")
 
 
+def _chosen_dtype(dtype: Dtype) -> Iterator[str]:
+    if dtype is Dtype.auto:
+        yield "dtype (auto) is for training; choose bf16, fp16 or fp32"
+
+
 @dataclass(kw_only=True, slots=True)
 class ExportConfig:
     run: str | None = None  # a run folder or one of its checkpoints
@@ -176,6 +181,7 @@ class ExportConfig:
     def problems(self) -> Iterator[str]:
         if (self.run is None) == (self.from_hf is None):
             yield "run and from_hf: set one of them, run=runs/<name> to export or from_hf=<folder> to import"
+        yield from _chosen_dtype(self.dtype)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -200,6 +206,7 @@ class GenerateConfig:
     def problems(self) -> Iterator[str]:
         if (self.run is None) == (self.hf is None):
             yield "run and hf: set one of them, run=runs/<name> or hf=<folder>"
+        yield from _chosen_dtype(self.dtype)
         if (self.prompt is None) == (self.prompts is None):
             yield 'prompt and prompts: set one of them, prompt="..." or prompts=<file>'
         yield from _below(self, 1, "max_new_tokens", "samples", "batch_size")

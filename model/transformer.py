@@ -93,7 +93,7 @@ class Transformer(nn.Module):
         return {"head.weight": "embed.weight"} if self.config.tie_embeddings and self.head is not None else {}
 
     def untie_head(self) -> None:
-        """Give a tied head a copy of the embedding, for when they are in different places."""
+        """Copy the embedding into a head of its own, for when the two are on different ranks."""
         if self.config.tie_embeddings:
             self.head = nn.Linear(self.config.d_model, self.config.vocab_size, bias=False)
 

@@ -154,6 +154,7 @@ def test_everything_wrong_is_reported_at_once(line: str, expected: list[str]) ->
         ("export", "run=/nowhere", ["/nowhere"]),
         ("generate", "run=/nowhere prompt=x stop=end", ["stop (end)"]),
         ("generate", "hf=/nowhere prompt=x", ["/nowhere holds no config.json"]),
+        ("generate", "hf=/nowhere prompt=x dtype=auto", ["dtype (auto)", "/nowhere"]),
     ],
 )
 def test_other_commands_are_checked_too(name: str, line: str, expected: list[str]) -> None:
