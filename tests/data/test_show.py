@@ -1,6 +1,7 @@
 """What is shown of a step is what it trains on."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def test_step_is_shown_with_its_documents(run_dir: Path, corpus_dir: Path) -> No
     command = [sys.executable, "-m", "data.show", str(run_dir), "--step", "8"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    head, *packs = done.stdout.split("\n=== ")
+    head, *packs = re.split(r"\n=== (?=sample \d)", done.stdout)
     assert head == f"step 8 of {run_dir}: samples 28 to 31, each 32 tokens\n"
     corpus = open_corpus(config_of(corpus_dir), vocab_size=1024)
     assert corpus.tokenizer is not None and len(packs) == 4
@@ -42,7 +43,8 @@ def test_step_is_shown_with_its_documents(run_dir: Path, corpus_dir: Path) -> No
         pieces = corpus.train.pieces(np.array([pack]))
         head = f"sample {28 + row}: pack {pack} of {source}, {len(pieces.starts)} documents, {targets} targets\n"
         assert shown.startswith(head)
-        texts = ["".join(part.split("\n", 1)[1:]) for part in shown.split("\n--- ")[1:] if "of padding" not in part]
+        shown, *_ = re.split(r"\n--- \d+ tokens of padding", shown)
+        texts = [part.split("\n", 1)[1] for part in re.split(r"\n--- (?=\S+\.bin from token \d)", shown)[1:]]
         text = "".join(text.rstrip("\n") for text in texts).replace("⟦", "").replace("⟧", "")
         parts = zip(pieces.files, pieces.starts, pieces.lengths, strict=True)
         whole = "".join(corpus.tokenizer.decode(corpus.train.files[f].read(s, n).tolist()) for f, s, n in parts)
