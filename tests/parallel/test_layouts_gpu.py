@@ -27,6 +27,7 @@ def _compiled(**layout: Any) -> Case:
 
 
 ONE = {f"one_{model}": _eager(Case(1, model)) for model in ("plain", "biased", "tied")}
+ONE["one_plain_aux"] = _eager(Case(1, "plain", regularized=True))
 EXACT = {
     name: _eager(case)
     for name, case in CASES.items()
@@ -57,7 +58,7 @@ def references() -> dict[str, Outcome | str]:
 
 def _pair(name: str, folder: Path, references: dict[str, Outcome | str]) -> tuple[Outcome, Outcome]:
     """Return the results of a case on two GPUs, and of its model on one."""
-    alone = f"one_{ALL[name].model}"
+    alone = f"one_{ALL[name].model}{'_aux' if ALL[name].regularized else ''}"
     if alone not in references:
         references |= run(folder, {alone: ALL[alone]}, 1, "cuda")
     here, one = run(folder, {name: ALL[name]}, 2, "cuda")[name], references[alone]
