@@ -18,7 +18,7 @@ from tests.resume_rank import PAIRS, SAVED, STEPS, TIED, WORLD_SIZE
 from training.checkpoint import open_checkpoint
 from training.config import Dtype
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> Path:
         )
         for rank in range(WORLD_SIZE)
     ]
-    errors = [rank.communicate(timeout=800)[1] for rank in ranks]
+    errors = [rank.communicate(timeout=1700)[1] for rank in ranks]
     assert all(rank.returncode == 0 for rank in ranks), "\n".join(errors)
     for name, tied in (("whole", []), ("tied_whole", [TIED])):
         trained(folder / name, *overrides, *tied, f"steps={STEPS}", "data.micro_batch_size=1")

@@ -88,7 +88,7 @@ CASES = {name: case for name, case in ALL.items() if not list(ParallelConfig(**c
 
 
 # One group of processes runs all layouts, and the first test waits for them.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2700)]
 
 
 @pytest.fixture(scope="module")
