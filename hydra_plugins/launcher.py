@@ -75,11 +75,12 @@ class JobLauncher(Launcher):
             cfg.hydra.job.update(num=number, id=str(number))
             HydraConfig.instance().set_config(cfg.copy())
             run_dir = Path(os.path.relpath(cfg.hydra.sweep.dir)) / str(cfg.hydra.sweep.subdir or "")
-            hydra = cfg.pop("hydra")
+            settings, named = data_settings(cfg.hydra), data_settings(cfg.hydra, "data.name", "data.path")
+            del cfg["hydra"]
         config = share_cores(checked(cfg), n_points)
-        other = run_dir if isinstance(config, TrainConfig) else data_settings(hydra, "data.name", "data.path")
+        other = run_dir if isinstance(config, TrainConfig) else named
         label = " ".join(override for override in overrides if _key(override) in swept)
-        return SweepPoint(label, run_dir, config, (config, other), data_settings(hydra))
+        return SweepPoint(label, run_dir, config, (config, other), settings)
 
     def _swept(self, job_overrides: Sequence[Sequence[str]]) -> set[str]:
         """Return the keys that have several values, here or in the sweep that this batch is part of."""
