@@ -112,6 +112,7 @@ def _label_engine(engine: Engine, memory: Memory) -> None:
         return linear_loss(*args, **kwargs)
 
     engine.linear_loss = loss
+    engine.aux_names = []  # which fake pipeline ranks cannot agree on
     engine.optimizer.step = memory.label("optimizer")(engine.optimizer.step)  # type: ignore[method-assign]
 
 
