@@ -69,7 +69,7 @@ def merge_units(job: Job, n_units: int, before: dict[str, Any] | None, *, worker
     tokenizer = load_tokenizer(partial / "tokenizer")
     tasks, masked = list(_shards(groups, splits)), data.style is not Style.text
     with ThreadPoolExecutor(workers) as pool:
-        headers = list(pool.map(lambda task: _write_shard(partial, *task, tokenizer, masked), tasks))
+        headers = list(pool.map(lambda task: _write_shard(partial, task[0], task[1], tokenizer, masked), tasks))
     for (stem, [group, *_]), header in zip(tasks, headers, strict=True):
         none = {"documents": 0, "tokens": 0, "text_bytes": 0, "shards": []}
         counts = splits[group.split].setdefault(group.source, none)

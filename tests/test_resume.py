@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,8 +87,8 @@ def test_one_process_exports_what_several_saved(
     export.export(runs / layout, ExportConfig(run=run, out=hf, dtype=Dtype.fp32))
     assert f"exported step {SAVED} of {run}" in capsys.readouterr().out
     texts = []
-    for place in ({"run": run}, {"hf": hf}):
-        source = GenerateConfig(**place, max_new_tokens=8, device="cpu")
+    for source in (GenerateConfig(run=run), GenerateConfig(hf=hf)):
+        source = replace(source, max_new_tokens=8, device="cpu")
         saved, model = generate.load_model(source)
         texts += generate.write(model, saved, source, [(0, "def", 0)])
     assert texts[0] == texts[1] != ""

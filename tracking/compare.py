@@ -175,7 +175,8 @@ def _draw_final(axes: "Axes", runs: Sequence[Run], key: str, colors: dict[str, A
     for value, run in zip(values, runs, strict=True):
         if run.state == "finished":
             lines.setdefault(str([run.value(other) for other in others]), []).append((value, run.loss))
-        axes.plot([value], [run.loss], "o" if run.state == "finished" else "x", color=colors[run.name], zorder=2)
+        loss, marker = math.nan if run.loss is None else run.loss, "o" if run.state == "finished" else "x"
+        axes.plot(value, loss, marker, color=colors[run.name], zorder=2)
     for line in lines.values() if numeric else ():
         axes.plot(*zip(*sorted(line), strict=True), color="0.7", zorder=1)
 

@@ -68,7 +68,8 @@ def write_internlm(path: Path, documents: list[list[int]], dtype: Any) -> None:
 
 
 def config(folder: Path, **changes: Any) -> DataConfig:
-    return data_config(source=Source.tokens, input=str(folder), **({"seq_len": 4} | changes))
+    changes = {"seq_len": 4, **changes}
+    return data_config("none", source=Source.tokens, input=str(folder), **changes)
 
 
 def tokens_and_labels(corpus: Corpus) -> list[tuple[list[int], list[int]]]:
