@@ -16,8 +16,9 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(PY) -m pytest -n 2 -m "slow or slurm"
 
-test-all: $(VENV)/.dev  # in one session, which makes fixtures once
-	$(PY) -m pytest -n 2
+test-all: $(VENV)/.dev  # the tests of Slurm by themselves: they wait for its timers
+	$(PY) -m pytest -n 2 -m "not slurm"
+	$(PY) -m pytest -m slurm
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .
