@@ -5,6 +5,8 @@ import sys
 from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -121,6 +123,19 @@ def test_data_parallel_collectives_on_1024_gpus(
         Sizes(config, shard), shard, gathers=gathers, scatters=scatters, reduce_bytes=reduce_bytes
     )
     assert found.collectives == expected
+
+
+def test_a_reduction_too_many_is_noticed() -> None:
+    def always(model: Any, _zero_stage: int, *, last: bool) -> None:
+        model.set_requires_gradient_sync(True)
+        model.set_reshard_after_backward(last)
+
+    with mock.patch("parallel.engine.set_gradient_sync", always):
+        config, found = profile.__wrapped__("parallel=hybrid_zero")
+    expected = data_parallel_collectives(Sizes(config, 8), 8, gathers=(1, 1), scatters=1)
+    assert found.collectives != expected
+    scattered = expected["dp_shard", "reduce_scatter"]
+    assert found.collectives["dp_shard", "reduce_scatter"] == tuple(MICRO_BATCHES * figure for figure in scattered)
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
