@@ -48,16 +48,6 @@ def write_corpus(folder: Path, tokenizer: Tokenizer, texts: dict[str, list[str]]
     return folder
 
 
-@pytest.fixture(scope="session")
-def corpus_dir(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    lines = mixed_lines()
-    texts = {
-        source: ["".join(part[i : i + 8]) for i in range(0, len(part), 8)]
-        for source, part in (("code", lines[600:]), ("prose", lines[:600]))
-    }
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "tokens", tokenizer, texts)
-
-
 def data_config(path: str | Path = "none", **changes: Any) -> DataConfig:
     plain = DataConfig(name="t", path=str(path), source=Source.local, seq_len=8, micro_batch_size=1, workers=0)
     return dataclasses.replace(plain, **changes)

@@ -48,7 +48,7 @@ def test_port_in_use() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         (line,) = errors_of(start_rank(0, 2, port))
-    assert f"MASTER_PORT ({port})" in line
+    assert f"127.0.0.1:{port} (MASTER_ADDR, MASTER_PORT)" in line
 
 
 @pytest.mark.parametrize(("rank", "why"), [(0, "1/2 clients joined"), (1, "timed out")])
