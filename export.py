@@ -1,4 +1,4 @@
-"""Export a run to Hugging Face, or import from it: python export.py run=runs/demo, python export.py from_hf=folder."""
+"""Export a run to Hugging Face: python export.py run=runs/demo; or import: from_hf=folder, from_internlm=folder."""
 
 import json
 import shutil
@@ -14,7 +14,6 @@ from omegaconf import DictConfig
 
 from conf.cli import checked, report_user_errors, run
 from conf.schema import ExportConfig, stored_model, to_plain
-from corpus.config import DataError
 from model.config import ModelConfig, ModelError
 
 if TYPE_CHECKING:
@@ -42,22 +41,25 @@ library_name: transformers
 def main(cfg: DictConfig) -> None:
     with report_user_errors():
         config: ExportConfig = checked(cfg)
-        if config.from_hf is not None:
-            import_hf(Path(config.from_hf), config.out)
+        if config.run is None:
+            import_model(config)
         else:
-            export(Path(str(config.run)), config)
+            export(Path(config.run), config)
 
 
 def export(path: Path, config: ExportConfig) -> None:
-    """Write the newest checkpoint of a run as a Hugging Face folder, verified before it gets its name."""
-    from data.tokenizer import export_problem
+    """Write a checkpoint of a run, the newest or that of a step, as a Hugging Face folder.
+
+    It is verified before it gets its name.
+    """
     from model.counts import count_params
+    from tracking.run_folder import run_dir_of
     from training.checkpoint import open_checkpoint
-    from training.load import run_dir_of, tokenizer_in
+    from training.load import tokenizer_in
     from training.setup import DTYPES
 
-    checkpoint = open_checkpoint(path)
-    run_dir = run_dir_of(checkpoint)
+    checkpoint = open_checkpoint(path, step=config.step)
+    run_dir = run_dir_of(checkpoint.path)
     out = Path(config.out) if config.out else run_dir / "hf"
     manifest = json.loads((checkpoint.path / "manifest.json").read_text())
     origin = {"checkpoint": manifest, "dtype": config.dtype.value}
@@ -67,21 +69,20 @@ def export(path: Path, config: ExportConfig) -> None:
             return
         raise ModelError(f"{out} exists and is another export or none; remove it, or pass another out=")
     tokenizer = tokenizer_in(run_dir / "tokenizer")
-    if tokenizer is not None and (problem := export_problem(tokenizer)):
-        raise DataError(problem)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         model, dtype = stored_model(checkpoint.state["config"]), DTYPES[config.dtype.value]
+        add_bos = tokenizer is not None and tokenizer.bos_id is not None and bool(checkpoint.state["data"]["add_bos"])
         if tokenizer is not None and checkpoint.state["data"]["parts"]:  # an imported model keeps its vocabulary
             model = replace(model, vocab_size=min(model.vocab_size, tokenizer.vocab_size))
         write_weights(partial, checkpoint, model, dtype)
-        write_settings(partial, checkpoint, model, tokenizer, dtype)
+        write_settings(partial, model, tokenizer, dtype, add_bos=add_bos)
         card = CARD.format(name=model.name, params=count_params(model), step=checkpoint.step, run=run_dir, out=out)
         (partial / "README.md").write_text(card)
         write_json(partial / "export.json", origin)
-        print(verify(partial, tokenizer))
+        print(verify(partial, tokenizer, add_bos=add_bos))
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -110,40 +111,43 @@ def write_weights(folder: Path, checkpoint: "Checkpoint", model: ModelConfig, dt
         rows = {theirs: read[f"model.{names[theirs]}"][: shapes[names[theirs]][0]] for theirs in shard}
         tensors = {theirs: tensor.to(dtype).contiguous() for theirs, tensor in rows.items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # as the umask has it: save_file lets its owner alone read
     if split.is_sharded:
         about = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", about)
 
 
 def write_settings(
-    folder: Path, checkpoint: "Checkpoint", model: ModelConfig, tokenizer: "Tokenizer | None", dtype: "torch.dtype"
+    folder: Path, model: ModelConfig, tokenizer: "Tokenizer | None", dtype: "torch.dtype", *, add_bos: bool
 ) -> None:
     """Write the configuration and the tokenizer."""
     from corpus.chat import answer_end
     from data.hf_tokenizer import write_hf_tokenizer
     from model.hf.families import export_family
 
-    bos, eos = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
-    ids: dict[str, Any] = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
+    ids: dict[str, int | None] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    stops: list[int | None] = []
+    if tokenizer is not None:
+        end = answer_end(tokenizer)
+        ids = write_hf_tokenizer(tokenizer, folder, add_bos=add_bos, max_len=model.max_seq_len, answer_end=end)
+        stops = [end, tokenizer.eos_id] if end not in (None, tokenizer.eos_id) else []
     about = export_family(model).write_config(model, dtype=str(dtype).removeprefix("torch."), **ids)
     write_json(folder / "config.json", about)
-    if tokenizer is not None:
-        if (end := answer_end(tokenizer)) is not None:
-            ids["eos_token_id"] = [end] if eos is None else [eos, end]
-        write_hf_tokenizer(tokenizer, folder, add_bos=checkpoint.state["data"]["add_bos"], max_len=model.max_seq_len)
-    named = {key: token for key, token in ids.items() if token is not None}
-    write_json(folder / "generation_config.json", {"_from_model_config": False, **named})
+    named: dict[str, Any] = {**ids, **({"eos_token_id": [t for t in stops if t is not None]} if stops else {})}
+    known = {key: token for key, token in named.items() if token is not None}
+    write_json(folder / "generation_config.json", {"_from_model_config": False, **known})
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def verify(folder: Path, tokenizer: "Tokenizer | None") -> str:
+def verify(folder: Path, tokenizer: "Tokenizer | None", *, add_bos: bool) -> str:
     """Return what transformers finds equal in a fresh process; raises `ModelError` for what is not."""
     import torch
     from safetensors.torch import save_file
 
+    from data.hf_tokenizer import export_problem
     from data.mixed_text import mixed_lines
     from model.hf import verify
     from training.load import open_saved
@@ -153,11 +157,18 @@ def verify(folder: Path, tokenizer: "Tokenizer | None") -> str:
     tokens_BT = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits_BTV = model(tokens_BT)
-    texts = [] if tokenizer is None else [(line, tokenizer.encode(line)) for line in mixed_lines()]
+    texts: list[tuple[str, list[int | None], str | None]] = []  # of ids that stand for unknown text none is compared
+    if tokenizer is not None and (folder / "tokenizer.json").exists():
+        bos = [tokenizer.bos_id] if add_bos else []
+        encoded = ((line, tokenizer.encode(line)) for line in ("", *mixed_lines()))
+        texts = [(x, [*bos, *ids], None if tokenizer.unk_id in ids else tokenizer.decode(ids)) for x, ids in encoded]
+    elif tokenizer is not None:
+        print(export_problem(tokenizer))
     with tempfile.TemporaryDirectory() as scratch:
         logits_file, expected = Path(scratch) / "logits.safetensors", Path(scratch) / "expected.json"
         save_file({"tokens": tokens_BT, "logits": logits_BTV.contiguous()}, logits_file)
-        write_json(expected, {"logits": str(logits_file), "texts": texts})
+        any_order = tokenizer is not None and tokenizer.any_order
+        write_json(expected, {"logits": str(logits_file), "texts": texts, "any_order": any_order})
         command = [sys.executable, "-P", str(verify.__file__), str(folder.resolve()), str(expected)]
         done = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
     if done.returncode:
@@ -171,31 +182,42 @@ def verify(folder: Path, tokenizer: "Tokenizer | None") -> str:
         wrong.append(f"token ids differ on {found['wrong_texts'][0]}")
     if wrong:
         raise ModelError(f"nothing was exported: {'; '.join(wrong)}")
-    tokens = f"token ids and decoding equal on {len(texts):,} texts" if texts else "no tokenizer"
+    tokens = f"token ids and decoding equal on {len(texts):,} texts" if texts else "no tokenizer.json"
     version = f"transformers {found['transformers']} ({found['class']})"
     return f"verified with {version}: no missing or unexpected keys, logits equal to {difference:.1e}, {tokens}"
 
 
-def import_hf(folder: Path, out: str | None) -> None:
-    """Turn a Hugging Face folder into a run folder with one checkpoint, to train, generate or export from."""
-    from data.tokenizer import adds_bos, export_problem, save_tokenizer
+def import_model(config: ExportConfig) -> None:
+    """Turn a folder of Hugging Face's or InternLM's into a run folder with one checkpoint.
+
+    To train, generate or export from it.
+    """
+    from data.hf_tokenizer import export_problem
+    from data.tokenizer import adds_bos, load_tokenizer, save_tokenizer
     from model.hf.families import read_config, read_weights
+    from model.hf.internlm_training import read_training_checkpoint
     from tracking.run_folder import locked
     from training.checkpoint import Checkpoints
     from training.load import tokenizer_in
     from training.state import TrainState
 
-    run_dir = Path(out) if out else Path("runs") / folder.resolve().name
+    folder = Path(str(config.from_hf or config.from_internlm))
+    run_dir = Path(config.out) if config.out else Path("runs") / folder.resolve().name
     if (run_dir / "checkpoints").exists():
         raise ModelError(f"{run_dir} is a run already; pass another out=")
-    tokenizer = tokenizer_in(folder)
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else tokenizer_in(folder)
     if tokenizer is None:
         print(f"{folder} has no tokenizer: generate.py cannot use {run_dir}, and its export will have none")
     elif problem := export_problem(tokenizer):
         print(problem)
-    weights, add_bos = read_weights(folder), tokenizer is not None and adds_bos(folder)
+    if config.from_hf is not None:
+        model, weights = read_config(folder)[0], read_weights(folder)
+        add_bos = tokenizer is not None and adds_bos(folder)
+    else:
+        model, weights = read_training_checkpoint(folder)
+        add_bos = True  # by InternLM's own preparation of text
     state = {
-        "config": {"name": run_dir.name, "model": to_plain(read_config(folder)[0])},
+        "config": {"name": run_dir.name, "model": to_plain(model)},
         "data": {"parts": [], "sources": [], "add_bos": add_bos, "add_eos": False},
         "progress": TrainState().state_dict(),
         "scaler": {},

@@ -46,7 +46,7 @@ def load_model(config: GenerateConfig) -> "tuple[Saved, Transformer]":
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ModelError("device (cuda): torch sees no CUDA device here; use device=cpu")
-    saved = open_saved(Path(str(config.run or config.hf)))
+    saved = open_saved(Path(str(config.run or config.hf)), config.step)
     if saved.tokenizer is None:
         raise ModelError(f"{config.run or config.hf} has no tokenizer, which generate.py needs")
     return saved, saved.build(None if config.device == "auto" else config.device, DTYPES[config.dtype.value])

@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from corpus.config import MOST_SHARDS, Source, TokenizerConfig
+from corpus.config import MOST_SHARDS, Source, Style, TokenizerConfig
 from data.config import TRAINING_ONLY, DataConfig, RampConfig, packs_of_step
 from dry_run.config import DryRunConfig
 from launch.config import LauncherConfig
@@ -157,6 +157,8 @@ class PrepareConfig:
         yield from self.data.source_problems()
         for section in (self.data, self.tokenizer, self.launcher):
             yield from section.problems()
+        if self.tokenizer.special_tokens_in_text and self.data.style is not Style.text:
+            yield f"tokenizer.special_tokens_in_text (true) needs data.style text, not {self.data.style.value}"
         if self.data.source in (Source.random, Source.tokens):
             yield f"data.source ({self.data.source.value}) has nothing to prepare; train.py reads it as it is"
         if not 1 <= self.shards <= MOST_SHARDS or not 0 <= self.shard < self.shards:
@@ -174,19 +176,27 @@ def _chosen_dtype(dtype: Dtype) -> Iterator[str]:
 @dataclass(kw_only=True, slots=True)
 class ExportConfig:
     run: str | None = None  # a run folder or one of its checkpoints
+    step: int | None = None  # of the run's checkpoint (null: the newest)
     from_hf: str | None = None  # a Hugging Face folder to import
+    from_internlm: str | None = None  # a folder of InternLM's training checkpoints to import
+    tokenizer: str | None = None  # from_internlm: a tokenizer's file or folder, as those checkpoints hold none
     out: str | None = None  # the folder to write (null: <run>/hf, or runs/<name of the folder>)
     dtype: Dtype = Dtype.bf16
 
     def problems(self) -> Iterator[str]:
-        if (self.run is None) == (self.from_hf is None):
-            yield "run and from_hf: set one of them, run=runs/<name> to export or from_hf=<folder> to import"
+        if [self.run, self.from_hf, self.from_internlm].count(None) != 2:
+            yield "run, from_hf and from_internlm: set one, run=runs/<name> to export or from_hf=<folder> to import"
+        if self.step is not None and self.run is None:
+            yield f"step ({self.step}) needs run"
+        if self.tokenizer is not None and self.from_internlm is None:
+            yield f"tokenizer ({self.tokenizer}) needs from_internlm"
         yield from _chosen_dtype(self.dtype)
 
 
 @dataclass(kw_only=True, slots=True)
 class GenerateConfig:
     run: str | None = None  # a run folder or one of its checkpoints
+    step: int | None = None  # of the run's checkpoint (null: the newest)
     hf: str | None = None  # an exported or other Hugging Face folder
     prompt: str | None = None
     prompts: str | None = None  # a file with one prompt per line
@@ -206,6 +216,8 @@ class GenerateConfig:
     def problems(self) -> Iterator[str]:
         if (self.run is None) == (self.hf is None):
             yield "run and hf: set one of them, run=runs/<name> or hf=<folder>"
+        if self.step is not None and self.run is None:
+            yield f"step ({self.step}) needs run"
         yield from _chosen_dtype(self.dtype)
         if (self.prompt is None) == (self.prompts is None):
             yield 'prompt and prompts: set one of them, prompt="..." or prompts=<file>'

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +10,7 @@ import jinja2
 import numpy as np
 
 from corpus.config import DataError
-from data.cached_bpe import SPACE
-from data.tokenizer import CHAT_TEMPLATE, HuggingFaceTokenizer, Tokenizer, sentencepiece_proto
+from data.tokenizer import ANCHOR, CHAT_TEMPLATE, Tokenizer
 
 Messages = list[dict[str, str]]
 
@@ -33,7 +32,6 @@ TEMPLATES = {
     ),
 }
 MARKERS = {"internlm": ("<eoh>", "<eoa>"), "chatml": ("<|im_start|>", "<|im_end|>")}
-ANCHOR = "\U000ffffd"  # merges with nothing: what is beside it is encoded as within a text
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 ROLES = {role: role for role in ("system", "user", "assistant")} | {"human": "user", "gpt": "assistant"}
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
@@ -117,15 +115,6 @@ def _kind_and_keys(value: Any, record: Any, wanted: str) -> str:
     return f"must be {wanted}, not {type(value).__name__}; the record has {keys or 'no keys'}"
 
 
-def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Return the ids of control tokens and user-defined pieces, or of a tokenizer.json's added tokens, by name."""
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        return {token.content: i for i, token in tokenizer.model.get_added_tokens_decoder().items()}
-    proto = sentencepiece_proto(tokenizer.path)
-    kinds = (proto.SentencePiece.CONTROL, proto.SentencePiece.UNKNOWN, proto.SentencePiece.USER_DEFINED)
-    return {p.piece.replace(SPACE, " "): i for i, p in enumerate(proto.pieces) if p.type in kinds}
-
-
 def markers(template: str | None) -> tuple[str, ...]:
     """Return the special tokens that a built-in template writes, the last of which ends an answer; none of others."""
     return next((MARKERS[name] for name in MARKERS if template == TEMPLATES[name]), ())
@@ -135,7 +124,7 @@ def answer_end(tokenizer: Tokenizer) -> int | None:
     """Return the token that ends an answer in the built-in template beside a tokenizer."""
     path = tokenizer.path.with_name(CHAT_TEMPLATE)
     written = markers(path.read_text(encoding="utf-8") if path.exists() else None)
-    return special_ids(tokenizer).get(written[-1]) if written else None
+    return tokenizer.special_ids.get(written[-1]) if written else None
 
 
 class ChatEncoder:
@@ -150,19 +139,14 @@ class ChatEncoder:
     """
 
     def __init__(self, template: str, tokenizer: Tokenizer) -> None:
-        ids = special_ids(tokenizer)
+        ids = tokenizer.special_ids
         for name, markers in MARKERS.items():
             missing = " and ".join(marker for marker in markers if marker not in ids)
             if template == TEMPLATES[name] and missing:
                 raise DataError(f"data.chat_template ({name}) writes {missing}, which {tokenizer.path.name} lacks")
         self.template = template
         self.marked = GENERATION.search(template) is not None
-        # Encodes text and spells out the names of control tokens, as SentencePiece does by itself.
-        self.spell: Callable[[str], list[int]] = tokenizer.encode
-        if isinstance(tokenizer, HuggingFaceTokenizer):
-            model = type(tokenizer.model).from_str(tokenizer.model.to_str())
-            model.encode_special_tokens = True
-            self.spell = lambda text: model.encode(text, add_special_tokens=False).ids
+        self.spell = tokenizer.encode
         # All other special tokens are found by the tokenizer, which may look at the text around them.
         self.controls = {name: token for name, token in ids.items() if token not in self.spell(name)}
         longest_first = sorted(map(re.escape, self.controls), key=len, reverse=True)
@@ -171,7 +155,7 @@ class ChatEncoder:
         named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         self.variables: dict[str, Any] = {key: by_id[token] for key, token in named.items() if token in by_id}
         self.anchor = self.spell(ANCHOR)
-        self.prefixes = self.spell("a") != self.spell(ANCHOR + "a")[len(self.anchor) :]
+        self.prefixes = tokenizer.adds_prefix_space
 
     def encode(self, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
         """Return a conversation's ids, uint32 (T,), and its loss mask, bool (T,), true where a token is trained on.

@@ -101,6 +101,7 @@ class CorpusConfig:
 class TokenizerConfig:
     model: str | None = None  # a SentencePiece .model, a tokenizer.json, a folder, or a Hugging Face name
     vocab_size: int = MISSING  # of the tokenizer that is trained when no model is given
+    special_tokens_in_text: bool = False  # their names in a document become the tokens; false: they are text
     add_bos: bool = False
     add_eos: bool = True
     train_bytes: int = 64_000_000  # of text the tokenizer is trained on, drawn evenly from the corpus

@@ -23,8 +23,9 @@ from corpus.inputs import Item, describe_ignored, list_items
 from corpus.merge import merge_units, write_whole
 from corpus.sample import tokenizer_texts
 from corpus.units import Job, Progress, plan_units, run_units
+from data.hf_tokenizer import export_problem
 from data.manifest import read_manifest
-from data.tokenizer import CHAT_TEMPLATE, Tokenizer, export_problem, load_tokenizer, save_tokenizer, train_tokenizer
+from data.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -3,77 +3,133 @@
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from corpus.config import DataError
 from data.cached_bpe import SPACE
-from data.tokenizer import CHAT_TEMPLATE, SentencePieceTokenizer, Tokenizer, export_problem, sentencepiece_proto
+from data.mixed_text import mixed_lines
+from data.tokenizer import CHAT_TEMPLATE, SentencePieceTokenizer, Tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
 
 
-def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, add_bos: bool, max_len: int) -> None:
+def write_hf_tokenizer(
+    tokenizer: Tokenizer, folder: Path, *, add_bos: bool, max_len: int, answer_end: int | None = None
+) -> dict[str, int | None]:
     """Write a tokenizer for transformers 4 and 5, with tokenizer.model and the chat template where there are any.
 
-    As everywhere in Hugging Face, the name of a control token written out in a text, such as `<s>`, becomes that
-    token; SentencePiece alone would spell it out.
+    Nothing is left to a client's default. A text gets bos if training gave it one, and never eos, which is for the
+    model to write; of a chat model eos is the end of an answer. As everywhere in Hugging Face, the name of a special
+    token written out in a text, such as `<s>`, becomes that token: a chat template needs it.
+
+    Returns:
+        The special tokens as config.json names them: bos_token_id, eos_token_id, pad_token_id.
     """
     import tokenizers
+    from tokenizers import processors
 
-    tokens = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    eos = tokenizer.eos_id if answer_end is None else answer_end
+    ids = {"bos": tokenizer.bos_id, "eos": eos, "pad": eos if tokenizer.eos_id is None else tokenizer.eos_id}
     if isinstance(tokenizer, SentencePieceTokenizer):
-        fast = fast_from_sentencepiece(tokenizer)
         shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
-        tokens["unk_token"] = tokenizer.model.unk_id()
+        fast = None if export_problem(tokenizer) else fast_from_sentencepiece(tokenizer)
     else:
         fast = tokenizers.Tokenizer.from_file(str(tokenizer.path))
-    names = {key: fast.id_to_token(token) for key, token in tokens.items() if token is not None}
-    if add_bos and tokenizer.bos_id is not None:
-        bos = names["bos_token"]
-        fast.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_id)]
+    named = {**ids, "unk": tokenizer.unk_id}
+    special = {f"{kind}_token": tokenizer.name_of(token) for kind, token in named.items() if token is not None}
+    adds_bos = add_bos and tokenizer.bos_id is not None
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast" if fast else "SentencePieceProcessor",  # no class of transformers'
+        "add_bos_token": adds_bos,
+        "add_eos_token": False,
+        "add_prefix_space": tokenizer.adds_prefix_space,
+        "legacy": False,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": False,
+        "model_max_length": max_len,
+        **special,
+    }
+    if fast is not None:
+        bos = [special["bos_token"]] if adds_bos else []
+        fast.post_processor = processors.TemplateProcessing(
+            single=[*bos, "$A"], pair=[*bos, "$A", *bos, "$B"], special_tokens=[(x, tokenizer.bos_id) for x in bos]
         )
-    fast.save(str(folder / "tokenizer.json"))
-    if "eos_token" in names:
-        names["pad_token"] = names["eos_token"]
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "model_max_length": max_len}
-    settings["clean_up_tokenization_spaces"] = False
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        fast.save(str(folder / "tokenizer.json"))
+        added = json.loads(fast.to_str())["added_tokens"]  # again, for clients that read tokenizer.model: llama.cpp
+        settings["added_tokens_decoder"] = {str(token.pop("id")): token for token in added}
+    for name, content in (("tokenizer_config.json", settings), ("special_tokens_map.json", special)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     template = tokenizer.path.with_name(CHAT_TEMPLATE)
     if template.exists():
         shutil.copyfile(template, folder / CHAT_TEMPLATE)
+    return {f"{kind}_token_id": token for kind, token in ids.items()}
+
+
+def export_problem(tokenizer: Tokenizer) -> str | None:
+    """Return what whoever exports a tokenizer must know; None if transformers can read it."""
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return None
+    rules = tokenizer.proto.trainer_spec
+    if rules.model_type == rules.BPE and not tokenizer.normalizes:
+        return None
+    if rules.model_type in (rules.BPE, rules.UNIGRAM):
+        fast = fast_from_sentencepiece(tokenizer)
+        defined = [f"a {name} b{name} " for name in tokenizer.special_ids if name not in tokenizer.controls]
+        texts = [*mixed_lines(), *defined]
+        encoded = ((fast.encode(x, add_special_tokens=False).ids, tokenizer.encode(x)) for x in texts)
+        if all(found == ids or (tokenizer.any_order and sorted(found) == sorted(ids)) for found, ids in encoded):
+            return None
+    reason = f"{tokenizer.path} has no equal tokenizer.json, so transformers cannot read it"
+    return f"{reason}; an export holds it as it is, for sentencepiece"
 
 
 def fast_from_sentencepiece(tokenizer: SentencePieceTokenizer) -> "tokenizers.Tokenizer":
-    """Return the `tokenizers` pipeline of a SentencePiece BPE model: the same merges in the same order.
-
-    Raises `DataError` for a model of another kind, or one that normalizes text.
-    """
+    """Return the `tokenizers` pipeline of a SentencePiece BPE or Unigram model: its rules, pieces and merges."""
     import tokenizers
-    from tokenizers import AddedToken, decoders, models, normalizers
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-    if problem := export_problem(tokenizer):
-        raise DataError(problem)
-    proto = sentencepiece_proto(tokenizer.path)
-    kinds = proto.SentencePiece
-    # a character that SentencePiece takes for unused is written in bytes
-    written = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    proto, unk = tokenizer.proto, tokenizer.unk_id
+    kinds, rules, trained = proto.SentencePiece, proto.normalizer_spec, proto.trainer_spec
+    if trained.model_type == trained.UNIGRAM:
+        scored = [(piece.piece, piece.score) for piece in proto.pieces]
+        fast = tokenizers.Tokenizer(models.Unigram(scored, unk, trained.byte_fallback))
+    else:
+        vocab, merges = _merges(tokenizer)
+        unknown = proto.pieces[unk].piece
+        fast = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    steps = [normalizers.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
+    if rules.remove_extra_whitespaces:
+        ends = r" +\z" if rules.add_dummy_prefix else r"\A +| +\z"  # a blank at the start is then the prefix
+        steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(ends), "")]
+    fast.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    written = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if rules.add_dummy_prefix:
+        # Before the first word only, not after special tokens within a text; without the removal of blanks also before
+        # a blank. Metaspace prepends its mark unless it is there: of a mark that is not, there is always one.
+        mark = SPACE if rules.remove_extra_whitespaces else " "
+        prefix = pre_tokenizers.Metaspace(replacement=mark, prepend_scheme="first", split=False)
+        space = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never", split=False)
+        fast.pre_tokenizer = pre_tokenizers.Sequence([prefix, space])
+        written.append(decoders.Strip(" ", 1, 0))
+    fast.decoder = decoders.Sequence(written)
+    control = [piece.piece for piece in proto.pieces if piece.type in (kinds.CONTROL, kinds.UNKNOWN)]
+    fast.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in control])
+    defined = [piece.piece for piece in proto.pieces if piece.type == kinds.USER_DEFINED]
+    # Found in normalized text, so that the blanks beside them are not taken for those at the ends of a text.
+    fast.add_tokens([AddedToken(piece, normalized=True) for piece in defined])
+    return fast
+
+
+def _merges(tokenizer: SentencePieceTokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return the vocabulary and the merges, in their order, of a BPE model."""
+    # A character that SentencePiece takes for unused is written in bytes.
+    written = {piece.piece: i for i, piece in enumerate(tokenizer.proto.pieces)}
     vocab = {piece: i for piece, i in written.items() if len(piece) > 1 or not tokenizer.model.is_unused(i)}
     merges = []
-    for piece in proto.pieces:
-        if piece.type == kinds.NORMAL:
+    for piece in tokenizer.proto.pieces:
+        if piece.type == tokenizer.proto.SentencePiece.NORMAL:
             splits = ((piece.piece[:k], piece.piece[k:]) for k in range(1, len(piece.piece)))
             known = [(left, right) for left, right in splits if left in vocab and right in vocab]
             merges += [(-piece.score, vocab[left], vocab[right], left, right) for left, right in known]
     merges.sort(key=lambda merge: merge[:3])
-    unknown = proto.pieces[tokenizer.model.unk_id()].piece
-    pairs = [(left, right) for *_, left, right in merges]
-    fast = tokenizers.Tokenizer(models.BPE(vocab, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    fast.normalizer = normalizers.Replace(" ", SPACE)
-    fast.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    control = [piece.piece for piece in proto.pieces if piece.type in (kinds.CONTROL, kinds.UNKNOWN)]
-    fast.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in control])
-    defined = [piece.piece.replace(SPACE, " ") for piece in proto.pieces if piece.type == kinds.USER_DEFINED]
-    fast.add_tokens([AddedToken(piece, normalized=False) for piece in defined])
-    return fast
+    return vocab, [(left, right) for *_, left, right in merges]

@@ -18,31 +18,49 @@ import xxhash
 from corpus.config import DataError
 from data.cached_bpe import SPACE, CachedBPE
 from data.config import TOKENIZER_FILES, check_tokenizer
+from data.mixed_text import mixed_lines
 
+ANCHOR = "\U000ffffd"  # merges with nothing: what is beside it is encoded as within a text
 CHAT_TEMPLATE = "chat_template.jinja"  # beside a tokenizer, as transformers has it
+UNLIKELY = -1e6  # the logarithm of a probability
 END_OF_TEXT = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 BEGIN_OF_TEXT = ("<s>", "<|begin_of_text|>", "<bos>")
 
 
 class Tokenizer(ABC):
-    """Text to ids and back. `encode` adds neither bos nor eos; where the vocabulary lacks one, its id is None."""
+    """Text to ids and back. `encode` adds neither bos nor eos; where the vocabulary lacks one, its id is None.
+
+    The name of a special token is text like any other; with `special` it becomes the token.
+    """
 
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
+    unk_id: int | None = None
+    special_ids: dict[str, int]  # of control and user-defined pieces, or of a tokenizer.json's added tokens, by name
+    any_order = False  # whether some texts have several encodings of the same tokens, equally probable
 
     def __init__(self, path: Path) -> None:
         self.path, self.fingerprint = path, xxhash.xxh3_128_hexdigest(path.read_bytes())
 
     @abstractmethod
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, *, special: bool = False) -> list[int]: ...
 
     @abstractmethod
-    def encode_many(self, texts: list[str]) -> list[np.ndarray]:
+    def encode_many(self, texts: list[str], *, special: bool = False) -> list[np.ndarray]:
         """Return the ids of texts, uint32: those of `encode`, faster."""
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str: ...
+
+    @abstractmethod
+    def name_of(self, token: int) -> str: ...
+
+    @property
+    def adds_prefix_space(self) -> bool:
+        """Whether a text is encoded as if it began with a space."""
+        after = self.encode(ANCHOR + "a")
+        return self.encode("a") != after[len(self.encode(ANCHOR)) :]
 
     @abstractmethod
     def token_bytes(self) -> np.ndarray:
@@ -57,33 +75,48 @@ class SentencePieceTokenizer(Tokenizer):
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
             raise DataError(f"{path} is not a SentencePiece model: {error}") from None
-        proto = sentencepiece_proto(path)
+        self.proto = proto = sentencepiece_proto(path)
         kinds, rules = proto.SentencePiece, proto.normalizer_spec
         is_bpe = proto.trainer_spec.model_type == proto.trainer_spec.BPE
         self.normalizes = bool(rules.add_dummy_prefix or rules.remove_extra_whitespaces or rules.precompiled_charsmap)
-        self.exportable = is_bpe and not self.normalizes
+        named = [(i, piece.piece.replace(SPACE, " "), piece.type) for i, piece in enumerate(proto.pieces)]
+        self.controls = {name: i for i, name, kind in named if kind in (kinds.CONTROL, kinds.UNKNOWN)}
+        self.special_ids = self.controls | {name: i for i, name, kind in named if kind == kinds.USER_DEFINED}
+        self.any_order = proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM
         # Without byte fallback unknown characters in a row are one id, which a split between them would change.
         can_split = is_bpe and proto.trainer_spec.byte_fallback and rules.escape_whitespaces
         self.cached = None
         if can_split:  # it encodes normalized text: by the same pieces, without the model's own normalizer
-            rules.add_dummy_prefix = rules.remove_extra_whitespaces = False
-            rules.precompiled_charsmap = b""
-            model = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+            plain = sentencepiece_proto(path)
+            plain.normalizer_spec.add_dummy_prefix = plain.normalizer_spec.remove_extra_whitespaces = False
+            plain.normalizer_spec.precompiled_charsmap = b""
+            model = sentencepiece.SentencePieceProcessor(model_proto=plain.SerializeToString())
             inside_texts = (kinds.NORMAL, kinds.USER_DEFINED, kinds.UNUSED)
             self.cached = CachedBPE(model, [piece.piece for piece in proto.pieces if piece.type in inside_texts])
         self.vocab_size = self.model.vocab_size()
         self.bos_id, self.eos_id = (i if i >= 0 else None for i in (self.model.bos_id(), self.model.eos_id()))
+        self.unk_id = self.model.unk_id()
 
-    def encode(self, text: str) -> list[int]:
-        return self.model.encode(text)
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        return self._with_controls(text) if special else self.model.encode(text)
 
-    def encode_many(self, texts: list[str]) -> list[np.ndarray]:
+    def _with_controls(self, text: str) -> list[int]:
+        names = re.compile(f"({'|'.join(map(re.escape, sorted(self.controls, key=len, reverse=True)))})")
+        parts = enumerate(names.split(text))  # text, name, text, ..., text
+        return [i for k, part in parts for i in ([self.controls[part]] if k % 2 else self.model.encode(part))]
+
+    def encode_many(self, texts: list[str], *, special: bool = False) -> list[np.ndarray]:
+        if special:
+            return [np.array(self._with_controls(text), dtype=np.uint32) for text in texts]
         if self.cached is None:
             return [np.array(ids, dtype=np.uint32) for ids in self.model.encode(texts, num_threads=1)]
         return self.cached.encode(self.model.normalize(texts) if self.normalizes else texts)
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids)
+
+    def name_of(self, token: int) -> str:
+        return self.model.id_to_piece(token)
 
     def token_bytes(self) -> np.ndarray:
         model, lengths = self.model, np.zeros(self.vocab_size, dtype=np.int32)
@@ -107,9 +140,19 @@ class HuggingFaceTokenizer(Tokenizer):
         self.model.no_padding()
         self.vocab = self.model.get_vocab()
         self.vocab_size = max(self.vocab.values(), default=-1) + 1  # some ids may have no token
-        self.special = {i for i, token in self.model.get_added_tokens_decoder().items() if token.special}
+        added = self.model.get_added_tokens_decoder()
+        self.special = {i for i, token in added.items() if token.special}
+        self.special_ids = {token.content: i for i, token in added.items()}
         byte_tokens = {f"<0x{byte:02X}>": byte for byte in range(256)}
         self.bytes = {self.vocab[token]: byte for token, byte in byte_tokens.items() if token in self.vocab}
+        self.spelling = None
+        if isinstance(self.model.model, tokenizers.models.Unigram):  # it finds the names in its vocabulary in any text
+            state = json.loads(self.model.to_str())
+            self.spelt = {i for i in self.special if i != state["model"]["unk_id"]}
+            for token in (i for i in self.spelt if i < len(state["model"]["vocab"])):
+                state["model"]["vocab"][token][1] = UNLIKELY
+            self.spelling = tokenizers.Tokenizer.from_str(json.dumps(state))
+            self.spelling.encode_special_tokens = True
         named = _read_json(path.with_name("tokenizer_config.json"))
         self.bos_id = self._special_id(named.get("bos_token"), BEGIN_OF_TEXT)
         self.eos_id = self._special_id(named.get("eos_token"), END_OF_TEXT)
@@ -120,12 +163,16 @@ class HuggingFaceTokenizer(Tokenizer):
         ids = (self.model.token_to_id(token) for token in ((named,) if named else usual))
         return next((token for token in ids if token is not None), None)
 
-    def encode(self, text: str) -> list[int]:
-        return self.model.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        return self.encode_many([text], special=special)[0].tolist()
 
-    def encode_many(self, texts: list[str]) -> list[np.ndarray]:
-        found = self.model.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(one.ids, dtype=np.uint32) for one in found]
+    def encode_many(self, texts: list[str], *, special: bool = False) -> list[np.ndarray]:
+        self.model.encode_special_tokens = not special
+        found = [one.ids for one in self.model.encode_batch_fast(texts, add_special_tokens=False)]
+        if self.spelling is not None and not special:
+            for i in (i for i, ids in enumerate(found) if not self.spelt.isdisjoint(ids)):
+                found[i] = self.spelling.encode(texts[i], add_special_tokens=False).ids
+        return [np.array(ids, dtype=np.uint32) for ids in found]
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids, without special tokens.
@@ -141,6 +188,9 @@ class HuggingFaceTokenizer(Tokenizer):
             tokens += [text] if "\ufffd" in text else [self.model.id_to_token(i) or "" for i in some]
         return self.model.decoder.decode(tokens)
 
+    def name_of(self, token: int) -> str:
+        return self.model.id_to_token(token) or ""
+
     def token_bytes(self) -> np.ndarray:
         byte_level = "ByteLevel" in str(_read_json(self.path).get("decoder"))
         lengths = np.zeros(self.vocab_size, dtype=np.int32)
@@ -150,14 +200,6 @@ class HuggingFaceTokenizer(Tokenizer):
             elif token not in self.special:  # in a byte-level vocabulary one character stands for one byte
                 lengths[token] = len(piece) if byte_level else len(piece.replace(SPACE, " ").encode())
         return lengths
-
-
-def export_problem(tokenizer: Tokenizer) -> str | None:
-    """Return why a tokenizer cannot be exported, and what to do; None if it can."""
-    if not isinstance(tokenizer, SentencePieceTokenizer) or tokenizer.exportable:
-        return None
-    reason = f"{tokenizer.path} is not a BPE model that leaves text as it is, so it has no equal tokenizer.json"
-    return f"{reason}; use the tokenizer.json of the same model, or a folder with both"
 
 
 def sentencepiece_proto(path: Path) -> Any:
@@ -172,14 +214,13 @@ def sentencepiece_proto(path: Path) -> Any:
 def load_tokenizer(name: str | Path) -> Tokenizer:
     """Open a SentencePiece `.model`, a `tokenizer.json`, a folder that holds one, or a Hugging Face name.
 
-    Of a folder with both it is tokenizer.model, unless that cannot be exported.
+    Of a folder with both it is tokenizer.model, which is faster, if they are equal, else tokenizer.json.
     """
     path = Path(name)
     check_tokenizer(path)
     if path.is_dir():
-        files = [path / file for file in TOKENIZER_FILES if (path / file).exists()]
-        first = load_tokenizer(files[0])
-        return load_tokenizer(files[-1]) if export_problem(first) else first
+        found = [load_tokenizer(path / file) for file in TOKENIZER_FILES if (path / file).exists()]
+        return found[0] if are_equal(found[0], found[-1]) else found[-1]
     if path.is_file():
         return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
     from transformers import AutoTokenizer
@@ -193,12 +234,22 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     return load_tokenizer(folder)
 
 
+def are_equal(one: Tokenizer, other: Tokenizer) -> bool:
+    """Return whether two tokenizers have the same vocabulary and, as far as can be tried, give the same ids."""
+    if one is other:
+        return True
+    same = (one.vocab_size, one.special_ids) == (other.vocab_size, other.special_ids)
+    return same and all(one.encode(text) == other.encode(text) for text in (*mixed_lines(), *one.special_ids))
+
+
 def adds_bos(folder: Path) -> bool:
     """Return whether a Hugging Face folder's tokenizer begins every text with its bos token."""
     if (named := _read_json(folder / "tokenizer_config.json").get("add_bos_token")) is not None:
         return bool(named)
-    processor = _read_json(folder / "tokenizer.json").get("post_processor") or {}
-    return "SpecialToken" in str((processor.get("single") or [None])[0])
+    if not (folder / "tokenizer.json").exists():
+        return True  # as the SentencePiece tokenizers of Llama, InternLM and InternLM2 do unless told otherwise
+    tokenizer = HuggingFaceTokenizer(folder / "tokenizer.json")
+    return tokenizer.bos_id is not None and tokenizer.model.encode("a").ids[:1] == [tokenizer.bos_id]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -256,9 +307,11 @@ def train_tokenizer(
     return SentencePieceTokenizer(path)
 
 
-def encode_documents(tokenizer: Tokenizer, texts: list[str], *, add_bos: bool, add_eos: bool) -> list[np.ndarray]:
+def encode_documents(
+    tokenizer: Tokenizer, texts: list[str], *, add_bos: bool, add_eos: bool, special: bool = False
+) -> list[np.ndarray]:
     """Return the ids of documents, uint32, with bos and eos where asked for and known."""
     bos = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
     eos = [tokenizer.eos_id] if add_eos and tokenizer.eos_id is not None else []
     before, after = np.array(bos, dtype=np.uint32), np.array(eos, dtype=np.uint32)
-    return [np.concatenate([before, ids, after]) for ids in tokenizer.encode_many(texts)]
+    return [np.concatenate([before, ids, after]) for ids in tokenizer.encode_many(texts, special=special)]

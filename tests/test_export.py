@@ -22,6 +22,11 @@ from tests.conftest import ROOT, trained
 from training.checkpoint import open_checkpoint
 from training.config import CheckpointError, Dtype
 
+
+def import_hf(folder: Path, out: Path) -> None:
+    export.import_model(ExportConfig(from_hf=str(folder), out=str(out)))
+
+
 TRANSFORMERS_4 = Path(sys.prefix) / "transformers4"
 
 
@@ -62,7 +67,7 @@ def test_export_and_import_change_no_bit(run_dir: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(export, "SHARD_BYTES", 50_000)
     export.export(run_dir, ExportConfig(run=str(run_dir), out=str(tmp_path / "hf"), dtype=Dtype.fp32))
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
-    export.import_hf(tmp_path / "hf", str(tmp_path / "back"))
+    import_hf(tmp_path / "hf", tmp_path / "back")
     before, after = open_checkpoint(run_dir), open_checkpoint(tmp_path / "back")
     weights, again = before.read("model."), after.read("model.")
     assert weights.keys() == again.keys()
@@ -120,13 +125,13 @@ def test_tokenizer_of_an_import_is_checked_before_the_weights_are_read(
     with monkeypatch.context() as patch:
         patch.setattr("model.hf.families.read_weights", no_weights)
         with pytest.raises((DataError, RuntimeError)) as raised:
-            export.import_hf(folder, str(tmp_path / "run"))
+            import_hf(folder, tmp_path / "run")
     printed = capsys.readouterr().out
     named = "no tokenizer" if name == "x.txt" else name
     assert named in printed + str(raised.value) and isinstance(raised.value, RuntimeError) == bool(printed)
     assert not (tmp_path / "run").exists()
     if content is None:
-        export.import_hf(folder, str(tmp_path / "run"))
+        import_hf(folder, tmp_path / "run")
         monkeypatch.setattr(export, "write_weights", no_weights)
         with pytest.raises(DataError, match=name):
             export.export(tmp_path / "run", ExportConfig(run=str(tmp_path / "run"), out=str(tmp_path / "out")))
@@ -139,7 +144,7 @@ def test_import_with_a_dummy_prefix_is_exported_again(exported: Path, tmp_path: 
     fast["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, fast["normalizer"]]}
     fast["decoder"]["decoders"].append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     (llama / "tokenizer.json").write_text(json.dumps(fast))
-    export.import_hf(llama, str(tmp_path / "run"))
+    import_hf(llama, tmp_path / "run")
     export.export(tmp_path / "run", ExportConfig(run=str(tmp_path / "run"), out=str(tmp_path / "hf")))
     assert load_tokenizer(tmp_path / "hf").encode("x y") == load_tokenizer(llama / "tokenizer.json").encode("x y")
 
@@ -158,7 +163,7 @@ def test_training_starts_from_a_hugging_face_folder(
 
 
 def test_init_content_of_an_import_is_the_model_alone(exported: Path, tmp_path: Path, small: list[str]) -> None:
-    export.import_hf(exported, str(tmp_path / "in"))
+    import_hf(exported, tmp_path / "in")
     content = ["model.vocab_size=1000", "init_content=[model,scheduler]"]
     for origin in (tmp_path / "in", exported):
         with pytest.raises(CheckpointError, match=rf"init_content \(model, scheduler\): .*{origin}"):

@@ -127,17 +127,29 @@ def committed(folder: Path) -> list[Path]:
 
 
 def checkpoints_of(path: Path) -> list[Path]:
-    """Return the checkpoint that a path is, or those of a run folder, newest first."""
+    """Return the checkpoint that a path is, or those of a run folder or its `checkpoints`, newest first."""
     is_checkpoint = (path / "manifest.json").exists() or (STEP.fullmatch(path.name) and path.is_dir())
-    return [path] if is_checkpoint else committed(path / "checkpoints")
+    return [path] if is_checkpoint else committed(path / "checkpoints") or committed(path)
 
 
-def checkpoints_in(path: Path) -> list[Path]:
-    """Return `checkpoints_of`; raises `CheckpointError` if there is none."""
+def checkpoints_in(path: Path, step: int | None = None) -> list[Path]:
+    """Return `checkpoints_of`, or the one of a step; raises `CheckpointError` if there is none."""
     found = checkpoints_of(path)
     if not found:
         raise CheckpointError(f"there is no checkpoint in {path}; name a run folder such as runs/demo, or a checkpoint")
-    return found
+    if step is None:
+        return found
+    steps = {int(name[1]): one for one in found if (name := STEP.fullmatch(one.resolve().name))}
+    if step not in steps:
+        known = ", ".join(map(str, sorted(steps)))
+        raise CheckpointError(f"step ({step}): {path} has no checkpoint of that step; choose from {known}")
+    return [steps[step]]
+
+
+def run_dir_of(checkpoint: Path) -> Path:
+    """Return the run folder of a checkpoint, <run>/checkpoints/step-<n>, however its path is spelt."""
+    names = checkpoint if checkpoint.parent.name == "checkpoints" else Path(os.path.abspath(checkpoint))
+    return (names if names.parent.name == "checkpoints" else checkpoint.resolve()).parents[1]
 
 
 def check_origin(init_from: Path) -> None:

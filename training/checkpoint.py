@@ -154,10 +154,10 @@ class Checkpoints:
             shutil.rmtree(trash, ignore_errors=True)
 
 
-def open_checkpoint(path: Path, ranks: Ranks | None = None) -> Checkpoint:
-    """Open a checkpoint folder, or the newest good one of a run folder, changing nothing."""
+def open_checkpoint(path: Path, ranks: Ranks | None = None, *, step: int | None = None) -> Checkpoint:
+    """Open a checkpoint folder, or that of a step or the newest good one of a run folder, changing nothing."""
     ranks = ranks or Ranks()
-    good, damaged = _first_good(ranks.on_first(lambda: checkpoints_in(path)), ranks)
+    good, damaged = _first_good(ranks.on_first(lambda: checkpoints_in(path, step)), ranks)
     if good is None:
         raise CheckpointError(f"{'; '.join(damaged.values())}; name another run or checkpoint")
     for reason in damaged.values():

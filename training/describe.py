@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from conf.schema import TrainConfig
 from data.dataset import Corpus
-from data.tokenizer import export_problem, save_tokenizer
+from data.tokenizer import save_tokenizer
 from model.attention import resolve_backend
 from model.counts import count_params
 from parallel.mesh import Mesh
@@ -50,8 +50,6 @@ def describe(config: TrainConfig, mesh: Mesh, corpus: Corpus, state: TrainState,
         f"start      step {state.step}" + (", nothing is left to train" if state.step >= config.steps else ""),
     ):
         logger.info("%s", line)
-    if mesh.rank == 0 and corpus.tokenizer is not None and (problem := export_problem(corpus.tokenizer)):
-        logger.warning("%s", problem)
 
 
 def save_run_inputs(config: TrainConfig, run_config: dict[str, Any], run_dir: Path, corpus: Corpus) -> None:

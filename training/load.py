@@ -19,7 +19,8 @@ from data.tokenizer import Tokenizer, adds_bos, load_tokenizer
 from model.config import ModelConfig, ModelError
 from model.hf.families import read_config, read_stop_ids, read_weights
 from model.transformer import Transformer
-from training.checkpoint import Checkpoint, open_checkpoint
+from tracking.run_folder import run_dir_of
+from training.checkpoint import open_checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,27 +51,25 @@ def load(
     return saved.build(device, dtype), saved.tokenizer
 
 
-def open_saved(path: Path) -> Saved:
-    """Open a run folder, a checkpoint or a Hugging Face folder without reading weights."""
+def open_saved(path: Path, step: int | None = None) -> Saved:
+    """Open a run folder (its newest checkpoint, or that of a step), a checkpoint or a Hugging Face folder.
+
+    The weights are not read yet.
+    """
     if (path / "config.json").exists():
         tokenizer, ends = tokenizer_in(path), list[int | None](read_stop_ids(path))
         config, add_bos = read_config(path)[0], tokenizer is not None and adds_bos(path)
         read = partial(read_weights, path)
     else:
-        checkpoint = open_checkpoint(path)
-        tokenizer, config = tokenizer_in(run_dir_of(checkpoint) / "tokenizer"), stored_model(checkpoint.state["config"])
+        checkpoint = open_checkpoint(path, step=step)
+        tokenizer = tokenizer_in(run_dir_of(checkpoint.path) / "tokenizer")
+        config = stored_model(checkpoint.state["config"])
         add_bos = bool(checkpoint.state["data"]["add_bos"])
         ends = [] if tokenizer is None else [answer_end(tokenizer)]
         read = partial(checkpoint.read, "model.")
     if tokenizer is not None:
         ends.append(tokenizer.eos_id)
     return Saved(config, tokenizer, add_bos, {token for token in ends if token is not None}, read)
-
-
-def run_dir_of(checkpoint: Checkpoint) -> Path:
-    """Return the run folder of a checkpoint, <run>/checkpoints/step-<n>."""
-    path = checkpoint.path if len(checkpoint.path.parts) > 2 else checkpoint.path.absolute()
-    return path.parents[1]
 
 
 def tokenizer_in(folder: Path) -> Tokenizer | None:

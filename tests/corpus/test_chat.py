@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from corpus.chat import TEMPLATES, ChatEncoder, Messages, messages_of, read_template, special_ids
+from corpus.chat import TEMPLATES, ChatEncoder, Messages, messages_of, read_template
 from corpus.config import DataError
 from data.hf_tokenizer import write_hf_tokenizer
 from data.tokenizer import Tokenizer, load_tokenizer, sentencepiece_proto
@@ -88,8 +88,8 @@ def test_template_masks_all_but_answers(either: Tokenizer, name: str, text: str,
     assert either.decode(ids.tolist()) == text
     assert answers(either, ids, mask) == [f"It is 42.{end}\n", f"Naïve café.\n\n    indented{end}\n"]
     for symbol in (begin, end):
-        assert (ids == special_ids(either)[symbol]).sum() == text.count(symbol)
-    assert not mask[ids == special_ids(either)[begin]].any()
+        assert (ids == either.special_ids[symbol]).sum() == text.count(symbol)
+    assert not mask[ids == either.special_ids[begin]].any()
 
 
 def test_both_kinds_of_tokenizer_agree(pieces: Tokenizer, fast: Tokenizer) -> None:
@@ -209,7 +209,7 @@ def test_tokenizer_without_the_template_tokens_is_an_error(tokenizer: Tokenizer,
 
 def test_special_tokens_are_found_by_name(either: Tokenizer) -> None:
     named = {"<unk>": 0, "<s>": 1, "</s>": 2, "<eoh>": 1200, "<eoa>": 1201, "<|im_start|>": 1202, "<|im_end|>": 1203}
-    assert special_ids(either) == named
+    assert either.special_ids == named
 
 
 def test_template_is_read_by_name_or_from_a_model(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_bad_conversation_has_its_reason(record: Any, style: Any, reason: str) -
 @pytest.mark.skipif("INTERNLM_TOKENIZER" not in os.environ, reason="INTERNLM_TOKENIZER names no V7_sft.model")
 def test_internlms_tokenizer_has_its_tokens_by_name() -> None:
     internlm = load_tokenizer(os.environ["INTERNLM_TOKENIZER"])
-    assert [special_ids(internlm)[name] for name in ("<eoh>", "<eoa>")] == [103027, 103028]
+    assert [internlm.special_ids[name] for name in ("<eoh>", "<eoa>")] == [103027, 103028]
     ids, mask = ChatEncoder(TEMPLATES["internlm"], internlm).encode(TURNS)
     assert internlm.decode(ids.tolist()) == INTERNLM_TEXT
     assert answers(internlm, ids, mask) == ["It is 42.<eoa>\n", "Naïve café.\n\n    indented<eoa>\n"]

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 import export
 import generate
 from conf.schema import ExportConfig, GenerateConfig
-from corpus.chat import MARKERS, TEMPLATES, ChatEncoder, answer_end, special_ids
+from corpus.chat import MARKERS, TEMPLATES, ChatEncoder, answer_end
 from corpus.config import DataError, OnBadRecord, Source, Style, TokenizerConfig
 from corpus.prepare import prepare
 from data.batches import IGNORED
@@ -82,7 +82,7 @@ def test_instructions_train_on_answers_alone(tmp_path: Path, symbols: Tokenizer,
     assert sorted(runs) == sorted(f"It is {answer}.<eoa>\n" for _, _, answer in asked)
     corpus = open_corpus(data, vocab_size=1204)
     labels = np.concatenate([corpus.train.batch(np.array([p])).labels_BT[0] for p in range(corpus.train.n_packs)])
-    names = special_ids(symbols)
+    names = symbols.special_ids
     assert (labels == names["<eoa>"]).sum() == (labels == symbols.eos_id).sum() == len(asked)
     assert not (labels == names["<eoh>"]).any()
 
@@ -101,7 +101,7 @@ def test_conversations_train_on_every_answer(tmp_path: Path, symbols: Tokenizer,
     whole, runs = targets_of(data, 1204)
     assert runs == ["It is 42." + end, "Naïve café.\n\n    indented" + end] * 5
     written = len(whole.replace(" \u2047 ", "").encode())  # padding is the unknown token
-    marks = sum(whole.count(name) * len(name) for name in special_ids(symbols))
+    marks = sum(whole.count(name) * len(name) for name in symbols.special_ids)
     assert written - marks <= counts["text_bytes"] <= written < 5 * len(json.dumps(TURNS, ensure_ascii=False).encode())
 
 
@@ -138,13 +138,13 @@ def test_tokenizer_trained_for_conversations_has_the_template_tokens(tmp_path: P
     data.valid_fraction = 0.0
     prepare(data, TokenizerConfig(vocab_size=360), workers=1, progress=lambda *added: None)
     own = load_tokenizer(Path(data.path) / "tokenizer")
-    assert set(MARKERS[template]) < set(special_ids(own)) and answer_end(own) == special_ids(own)[MARKERS[template][1]]
+    assert set(MARKERS[template]) < set(own.special_ids) and answer_end(own) == own.special_ids[MARKERS[template][1]]
     write_hf_tokenizer(own, tmp_path, add_bos=False, max_len=64)
     theirs: Any = AutoTokenizer.from_pretrained(tmp_path)
     ids, _ = ChatEncoder(TEMPLATES[template], own).encode(turns[0])
     assert theirs.apply_chat_template(turns[0], return_dict=True)["input_ids"] == ids.tolist()
-    assert all((ids == special_ids(own)[name]).any() for name in MARKERS[template])
-    assert special_ids(own)["</s>"] not in own.encode("<eoa></s>") and own.decode(own.encode("<eoa>")) == "<eoa>"
+    assert all((ids == own.special_ids[name]).any() for name in MARKERS[template])
+    assert own.special_ids["</s>"] not in own.encode("<eoa></s>") and own.decode(own.encode("<eoa>")) == "<eoa>"
 
 
 def test_experiment_starts_from_a_model_and_trains_on_answers(tmp_path: Path, symbols: Tokenizer) -> None:
@@ -161,7 +161,7 @@ def test_experiment_starts_from_a_model_and_trains_on_answers(tmp_path: Path, sy
     text = theirs.apply_chat_template(TURNS[1:2], tokenize=False, add_generation_prompt=True)
     assert text == "<|User|>:What is 12 + 30?<eoh>\n<|Bot|>:"
     generation = json.loads((tmp_path / "sft" / "hf" / "generation_config.json").read_text())
-    ends = [2, special_ids(symbols)["<eoa>"]]
+    ends = [2, symbols.special_ids["<eoa>"]]
     assert generation["eos_token_id"] == ends
     of_run = GenerateConfig(run=str(tmp_path / "sft"), prompt="x", device="cpu")
     of_export = GenerateConfig(hf=str(tmp_path / "sft" / "hf"), prompt="x", device="cpu")

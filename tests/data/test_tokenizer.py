@@ -10,13 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus.config import DataError
-from data.hf_tokenizer import write_hf_tokenizer
+from data.hf_tokenizer import export_problem, write_hf_tokenizer
 from data.mixed_text import mixed_lines
 from data.tokenizer import (
     Tokenizer,
     adds_bos,
     encode_documents,
-    export_problem,
     load_tokenizer,
     save_tokenizer,
     sentencepiece_proto,
