@@ -130,7 +130,7 @@ def write_settings(
     if tokenizer is not None:
         end = answer_end(tokenizer)
         ids = write_hf_tokenizer(tokenizer, folder, add_bos=add_bos, max_len=model.max_seq_len, answer_end=end)
-        stops = [end, tokenizer.eos_id] if end not in (None, tokenizer.eos_id) else []
+        stops = [tokenizer.eos_id, end] if end not in (None, tokenizer.eos_id) else []
     about = export_family(model).write_config(model, dtype=str(dtype).removeprefix("torch."), **ids)
     write_json(folder / "config.json", about)
     named: dict[str, Any] = {**ids, **({"eos_token_id": [t for t in stops if t is not None]} if stops else {})}

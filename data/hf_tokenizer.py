@@ -3,11 +3,11 @@
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from data.cached_bpe import SPACE
 from data.mixed_text import mixed_lines
-from data.tokenizer import CHAT_TEMPLATE, SentencePieceTokenizer, Tokenizer
+from data.tokenizer import CHAT_TEMPLATE, SentencePieceTokenizer, Tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
@@ -20,7 +20,8 @@ def write_hf_tokenizer(
 
     Nothing is left to a client's default. A text gets bos if training gave it one, and never eos, which is for the
     model to write; of a chat model eos is the end of an answer. As everywhere in Hugging Face, the name of a special
-    token written out in a text, such as `<s>`, becomes that token: a chat template needs it.
+    token written out in a text, such as `<s>`, becomes that token: a chat template needs it. A tokenizer that
+    transformers cannot have goes into a folder of its own, where it is not taken for another.
 
     Returns:
         The special tokens as config.json names them: bos_token_id, eos_token_id, pad_token_id.
@@ -30,17 +31,27 @@ def write_hf_tokenizer(
 
     eos = tokenizer.eos_id if answer_end is None else answer_end
     ids = {"bos": tokenizer.bos_id, "eos": eos, "pad": eos if tokenizer.eos_id is None else tokenizer.eos_id}
+    token_ids = {f"{kind}_token_id": token for kind, token in ids.items()}
+    if export_problem(tokenizer):
+        save_tokenizer(tokenizer, folder / "tokenizer")
+        return token_ids
     if isinstance(tokenizer, SentencePieceTokenizer):
-        shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
-        fast = None if export_problem(tokenizer) else fast_from_sentencepiece(tokenizer)
+        if not tokenizer.any_order:  # llama.cpp takes every tokenizer.model for BPE
+            shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+        fast = fast_from_sentencepiece(tokenizer)
     else:
         fast = tokenizers.Tokenizer.from_file(str(tokenizer.path))
     named = {**ids, "unk": tokenizer.unk_id}
     special = {f"{kind}_token": tokenizer.name_of(token) for kind, token in named.items() if token is not None}
-    adds_bos = add_bos and tokenizer.bos_id is not None
-    settings: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast" if fast else "SentencePieceProcessor",  # no class of transformers'
-        "add_bos_token": adds_bos,
+    bos = [special["bos_token"]] if add_bos and tokenizer.bos_id is not None else []
+    fast.post_processor = processors.TemplateProcessing(
+        single=[*bos, "$A"], pair=[*bos, "$A", *bos, "$B"], special_tokens=[(x, tokenizer.bos_id) for x in bos]
+    )
+    fast.save(str(folder / "tokenizer.json"))
+    added = json.loads(fast.to_str())["added_tokens"]
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": bool(bos),
         "add_eos_token": False,
         "add_prefix_space": tokenizer.adds_prefix_space,
         "legacy": False,
@@ -48,21 +59,14 @@ def write_hf_tokenizer(
         "split_special_tokens": False,
         "model_max_length": max_len,
         **special,
+        "added_tokens_decoder": {str(token.pop("id")): token for token in added},  # for readers of tokenizer.model
     }
-    if fast is not None:
-        bos = [special["bos_token"]] if adds_bos else []
-        fast.post_processor = processors.TemplateProcessing(
-            single=[*bos, "$A"], pair=[*bos, "$A", *bos, "$B"], special_tokens=[(x, tokenizer.bos_id) for x in bos]
-        )
-        fast.save(str(folder / "tokenizer.json"))
-        added = json.loads(fast.to_str())["added_tokens"]  # again, for clients that read tokenizer.model: llama.cpp
-        settings["added_tokens_decoder"] = {str(token.pop("id")): token for token in added}
     for name, content in (("tokenizer_config.json", settings), ("special_tokens_map.json", special)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     template = tokenizer.path.with_name(CHAT_TEMPLATE)
     if template.exists():
         shutil.copyfile(template, folder / CHAT_TEMPLATE)
-    return {f"{kind}_token_id": token for kind, token in ids.items()}
+    return token_ids
 
 
 def export_problem(tokenizer: Tokenizer) -> str | None:
@@ -74,13 +78,13 @@ def export_problem(tokenizer: Tokenizer) -> str | None:
         return None
     if rules.model_type in (rules.BPE, rules.UNIGRAM):
         fast = fast_from_sentencepiece(tokenizer)
-        defined = [f"a {name} b{name} " for name in tokenizer.special_ids if name not in tokenizer.controls]
+        defined = [f"{name} a {name} b{name} " for name in tokenizer.special_ids if name not in tokenizer.controls]
         texts = [*mixed_lines(), *defined]
         encoded = ((fast.encode(x, add_special_tokens=False).ids, tokenizer.encode(x)) for x in texts)
         if all(found == ids or (tokenizer.any_order and sorted(found) == sorted(ids)) for found, ids in encoded):
             return None
     reason = f"{tokenizer.path} has no equal tokenizer.json, so transformers cannot read it"
-    return f"{reason}; an export holds it as it is, for sentencepiece"
+    return f"{reason}; an export holds it in tokenizer/, for sentencepiece"
 
 
 def fast_from_sentencepiece(tokenizer: SentencePieceTokenizer) -> "tokenizers.Tokenizer":
@@ -99,18 +103,18 @@ def fast_from_sentencepiece(tokenizer: SentencePieceTokenizer) -> "tokenizers.To
         fast = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     steps = [normalizers.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
     if rules.remove_extra_whitespaces:
-        ends = r" +\z" if rules.add_dummy_prefix else r"\A +| +\z"  # a blank at the start is then the prefix
+        ends = r" +\z" if rules.add_dummy_prefix else r"\A +| +\z"  # a blank at the start then is the prefix
         steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(ends), "")]
-    fast.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     written = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if rules.add_dummy_prefix:
-        # Before the first word only, not after special tokens within a text; without the removal of blanks also before
-        # a blank. Metaspace prepends its mark unless it is there: of a mark that is not, there is always one.
+        # Before the first word only, not after special tokens within a text. Where all blanks stay, there is a prefix
+        # before a blank too: Metaspace looks for a mark that is never there, since spaces are normalized.
         mark = SPACE if rules.remove_extra_whitespaces else " "
         prefix = pre_tokenizers.Metaspace(replacement=mark, prepend_scheme="first", split=False)
         space = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never", split=False)
         fast.pre_tokenizer = pre_tokenizers.Sequence([prefix, space])
         written.append(decoders.Strip(" ", 1, 0))
+    fast.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     fast.decoder = decoders.Sequence(written)
     control = [piece.piece for piece in proto.pieces if piece.type in (kinds.CONTROL, kinds.UNKNOWN)]
     fast.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in control])

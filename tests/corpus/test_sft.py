@@ -163,6 +163,8 @@ def test_experiment_starts_from_a_model_and_trains_on_answers(tmp_path: Path, sy
     generation = json.loads((tmp_path / "sft" / "hf" / "generation_config.json").read_text())
     ends = [2, symbols.special_ids["<eoa>"]]
     assert generation["eos_token_id"] == ends
+    about = json.loads((tmp_path / "sft" / "hf" / "config.json").read_text())
+    assert (about["eos_token_id"], theirs.eos_token, about["pad_token_id"]) == (ends[1], "<eoa>", 2)
     of_run = GenerateConfig(run=str(tmp_path / "sft"), prompt="x", device="cpu")
     of_export = GenerateConfig(hf=str(tmp_path / "sft" / "hf"), prompt="x", device="cpu")
     assert generate.load_model(of_run)[0].stop_ids == generate.load_model(of_export)[0].stop_ids == set(ends)

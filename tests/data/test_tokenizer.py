@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceTrainer
 
 from corpus.config import DataError
 from data.hf_tokenizer import export_problem, write_hf_tokenizer
@@ -80,12 +81,59 @@ def test_folder_with_both_gives_the_exportable_one(
     assert load_tokenizer(tmp_path).path.name == name
 
 
-def test_normalizing_tokenizer_is_not_exported(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    assert export_problem(tokenizer) is None
-    other = with_rules(tokenizer, tmp_path / "t.model", add_dummy_prefix=True)
-    assert "t.model" in str(export_problem(other))
-    with pytest.raises(DataError, match="t.model"):
-        write_hf_tokenizer(other, tmp_path, add_bos=False, max_len=64)
+def sentencepiece_of(path: Path, **options: object) -> Tokenizer:
+    """Train a SentencePiece model with `spm_train`'s defaults, but for `options`."""
+    with path.open("wb") as file:
+        SentencePieceTrainer.train(
+            sentence_iterator=(line for text in mixed_lines() for line in text.split("\n") if line),
+            model_writer=file, vocab_size=900, hard_vocab_limit=False, minloglevel=2, **options,
+        )  # fmt: skip
+    return load_tokenizer(path)
+
+
+VERBATIM = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}  # but for the blank before a text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"user_defined_symbols": ["<eoh>", "def"], "add_dummy_prefix": False},
+        {"model_type": "unigram", "byte_fallback": True, **VERBATIM},
+        {"model_type": "bpe"},
+        {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "nfkc_cf", "add_dummy_prefix": False},
+        {"model_type": "bpe", "byte_fallback": True, **VERBATIM},
+    ],
+    ids=["unigram", "unigram with symbols", "unigram bytes", "bpe", "bpe bytes folded", "bpe bytes prefixed"],
+)
+def test_sentencepiece_of_any_rules_is_expressed(tmp_path: Path, options: dict) -> None:
+    from transformers import AutoTokenizer
+
+    own = sentencepiece_of(tmp_path / "t.model", **options)
+    write_hf_tokenizer(own, tmp_path, add_bos=False, max_len=64)
+    theirs, loaded = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert export_problem(own) is None and settings["add_prefix_space"] == options.get("add_dummy_prefix", True)
+    ordered = sorted if "bpe" not in options.values() else list  # segmentations of equal probability
+    for text in ["", " ", "  two  blanks ", "a <eoh> def<eoh>", *mixed_lines()]:
+        ids = own.encode(text)
+        assert ordered(theirs(text)["input_ids"]) == ordered(loaded.encode(text)) == ordered(ids)
+        assert own.unk_id in ids or theirs.decode(ids) == loaded.decode(ids) == own.decode(ids)
+
+
+@pytest.mark.parametrize(
+    "options", [{"model_type": "char"}, {"model_type": "word"}, {"user_defined_symbols": ["<eoh>"]}], ids=str
+)
+def test_tokenizer_that_transformers_cannot_have_is_not_misread(tmp_path: Path, options: dict) -> None:
+    from transformers import AutoTokenizer
+
+    own = sentencepiece_of(tmp_path / "t.model", **options)
+    assert str(own.path) in str(export_problem(own))
+    (tmp_path / "hf").mkdir()
+    write_hf_tokenizer(own, tmp_path / "hf", add_bos=False, max_len=64)
+    assert load_tokenizer(tmp_path / "hf" / "tokenizer").encode("a b") == own.encode("a b")
+    with pytest.raises((ValueError, OSError)):
+        AutoTokenizer.from_pretrained(tmp_path / "hf")
 
 
 @pytest.mark.parametrize("add_bos", [False, True])
@@ -213,8 +261,78 @@ def test_hugging_face_tokenizer_is_exported_unchanged(foreign: Tokenizer, tmp_pa
     write_hf_tokenizer(foreign, tmp_path, add_bos=False, max_len=64)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for text in [*mixed_lines(), "a<|im_end|>b <|endoftext|>"]:
-        assert theirs.encode(text, add_special_tokens=False) == foreign.encode(text)
+        assert theirs.encode(text) == foreign.encode(text, special=True)
     assert theirs.eos_token_id == foreign.eos_id
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+@pytest.mark.parametrize("kind", ["template", "sequence", "bos and eos", "roberta", "bert", "none"])
+def test_export_adds_what_training_did_whatever_the_tokenizer_adds(
+    foreign: Tokenizer, tmp_path: Path, kind: str, add_bos: bool
+) -> None:
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import processors as p
+    from transformers import AutoTokenizer
+
+    fast, begin, end = Fast.from_file(str(foreign.path)), ("<unk>", 0), ("<|endoftext|>", 1)
+    template = p.TemplateProcessing(single="<unk> $A", pair="<unk> $A $B", special_tokens=[begin])
+    both = p.TemplateProcessing(single="<unk> $A <|endoftext|>", pair="$A $B", special_tokens=[begin, end])
+    kinds = {"template": template, "bos and eos": both, "bert": p.BertProcessing(end, begin)}
+    kinds |= {"sequence": p.Sequence([p.ByteLevel(), template]), "roberta": p.RobertaProcessing(end, begin)}
+    if kind in kinds:
+        fast.post_processor = kinds[kind]
+    fast.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<unk>", "eos_token": "<|endoftext|>"}')
+    own = load_tokenizer(tmp_path)
+    assert own.bos_id is not None and adds_bos(tmp_path) == (kind != "none")
+    (tmp_path / "hf").mkdir()
+    write_hf_tokenizer(own, tmp_path / "hf", add_bos=add_bos, max_len=64)
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf")("a b")["input_ids"] == [0] * add_bos + own.encode("a b")
+    assert adds_bos(tmp_path / "hf") is add_bos
+
+
+@pytest.mark.parametrize(("config", "adds"), [({}, True), ({"add_bos_token": False}, False)])
+def test_sentencepiece_folder_adds_bos_unless_it_says_otherwise(
+    tokenizer: Tokenizer, tmp_path: Path, config: dict, adds: bool
+) -> None:
+    """As InternLM's convert2hf.py leaves them."""
+    save_tokenizer(tokenizer, tmp_path)
+    named = {"tokenizer_class": "InternLMTokenizer", "bos_token": "<s>", **config}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    assert adds_bos(tmp_path) is adds
+
+
+@pytest.mark.parametrize("kind", ["own", "unigram", "unigram.json", "foreign"])
+def test_names_of_special_tokens_are_text_unless_asked(
+    tokenizer: Tokenizer, foreign: Tokenizer, tmp_path: Path, kind: str
+) -> None:
+    some = foreign if kind == "foreign" else tokenizer
+    if kind.startswith("unigram"):
+        some = sentencepiece_of(tmp_path / "t.model", byte_fallback=True, **VERBATIM)
+        write_hf_tokenizer(some, tmp_path, add_bos=False, max_len=64)
+        some = load_tokenizer(tmp_path / "tokenizer.json") if "json" in kind else some
+    name = some.name_of(some.eos_id or 0)
+    text = f"strike {name} that{name}"
+    plain, found = (encode_documents(some, [text], add_bos=False, add_eos=False, special=s)[0] for s in (False, True))
+    assert not set(plain.tolist()) & {some.bos_id, some.eos_id} and some.decode(plain.tolist()) == text
+    assert plain.tolist() == some.encode(text) and found.tolist() == some.encode(text, special=True)
+    assert (found == some.eos_id).sum() == 2
+
+
+def test_tokenizer_json_that_normalizes_is_exported(foreign: Tokenizer, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import normalizers
+    from transformers import AutoTokenizer
+
+    fast = Fast.from_file(str(foreign.path))
+    fast.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    own = load_tokenizer(tmp_path)
+    (tmp_path / "hf").mkdir()
+    write_hf_tokenizer(own, tmp_path / "hf", add_bos=False, max_len=64)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert own.encode("Cafe\u0301") == own.encode("caf\u00e9")
+    assert all(theirs(text)["input_ids"] == own.encode(text) for text in mixed_lines())
 
 
 def test_ids_without_a_token_count_in_the_vocabulary(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -224,7 +342,7 @@ def test_ids_without_a_token_count_in_the_vocabulary(tokenizer: Tokenizer, tmp_p
     stored["model"]["vocab"]["<|far|>"] = 1210
     (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
     far = load_tokenizer(tmp_path / "tokenizer.json")
-    assert far.vocab_size == 1211 and far.encode("<|far|>") == [1210] and len(far.token_bytes()) == 1211
+    assert far.vocab_size == 1211 and far.encode("<|far|>", special=True) == [1210] and len(far.token_bytes()) == 1211
 
 
 def test_name_is_looked_up_on_the_hub(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
