@@ -13,7 +13,7 @@ from corpus.left_out import LeftOut
 from corpus.readers import Reader
 from data.manifest import read_manifest
 from data.shards import LOSS_MASKED, Shard
-from data.tokenizer import load_tokenizer
+from data.tokenizer import INCOMPLETE, load_tokenizer
 
 SAMPLED_FROM = 32  # times the wanted text is read
 LEAST_BYTES = 1 << 20  # of each file
@@ -67,4 +67,5 @@ def sample_texts(config: CorpusConfig, number: int, *, max_tokens: int) -> Itera
     places = ((source, shard, (i + 1) * shard.n_documents // (number + 1)) for i, (source, shard) in enumerate(chosen))
     for source, shard, index in dict.fromkeys(places):  # a small corpus has fewer
         ids = (shard.document(index).astype(np.int64) & (LOSS_MASKED - 1)).tolist()
-        yield source, tokenizer.decode(ids[:max_tokens]) + (" ..." if len(ids) > max_tokens else "")
+        text = tokenizer.decode(ids[:max_tokens])
+        yield source, text if len(ids) <= max_tokens else text.rstrip(INCOMPLETE) + " ..."

@@ -21,6 +21,7 @@ from data.config import TOKENIZER_FILES, check_tokenizer
 from data.mixed_text import mixed_lines
 
 ANCHOR = "\U000ffffd"  # merges with nothing: what is beside it is encoded as within a text
+INCOMPLETE = "\ufffd"  # what the bytes of half a character decode to
 CHAT_TEMPLATE = "chat_template.jinja"  # beside a tokenizer, as transformers has it
 UNLIKELY = -1e6  # the logarithm of a probability
 END_OF_TEXT = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>")
@@ -185,7 +186,7 @@ class HuggingFaceTokenizer(Tokenizer):
         for is_byte, run in groupby((i for i in ids if i not in self.special), self.bytes.__contains__):
             some = list(run)
             text = bytes(self.bytes[i] for i in some).decode(errors="replace") if is_byte else ""
-            tokens += [text] if "\ufffd" in text else [self.model.id_to_token(i) or "" for i in some]
+            tokens += [text] if INCOMPLETE in text else [self.model.id_to_token(i) or "" for i in some]
         return self.model.decoder.decode(tokens)
 
     def name_of(self, token: int) -> str:

@@ -19,6 +19,7 @@ from corpus.inputs import Item
 from corpus.left_out import LeftOut
 from corpus.merge import find_duplicates
 from corpus.prepare import is_prepared, prepare
+from corpus.sample import sample_texts
 from corpus.units import plan_units
 from data.config import DataConfig
 from data.dataset import open_corpus
@@ -254,3 +255,25 @@ def test_long_document_has_the_ids_of_the_whole(tmp_path: Path, tokenizer: Token
     shard = Shard(Path(config.path) / about["splits"]["train"]["mine"]["shards"][0], verify=True)
     assert len(text) > 1 << 18 and shard.n_documents == 3
     assert shard.document(1).tolist() == [*tokenizer.encode(text), tokenizer.eos_id]
+
+
+def test_names_of_special_tokens_are_text_unless_asked(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines([{"text": f"strike </s> out {i}"} for i in range(5)]))
+    config = local(tmp_path, "a.jsonl", valid_fraction=0.0)
+    for asked, ends in ((True, 10), (False, 5)):
+        data = other(config, str(asked))
+        settings = dataclasses.replace(settings_of(tokenizer), special_tokens_in_text=asked)
+        prepare(data, settings, workers=1, progress=lambda *_: None)
+        shard = Shard(next(Path(data.path).glob("train/*.bin")).with_suffix(""))
+        assert sum(shard.document(i).tolist().count(tokenizer.eos_id) for i in range(5)) == ends
+    assert is_prepared(data, settings_of(tokenizer))
+    with pytest.raises(DataError, match=r"tokenizer.special_tokens_in_text \(True, now False\)"):
+        is_prepared(other(config, "True"), settings_of(tokenizer))
+
+
+def test_samples_end_between_characters(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines([{"text": "龘靐齉🦄" * 3}]))
+    config = local(tmp_path, "a.jsonl", valid_fraction=0.0)
+    made(config, tokenizer)
+    shown = [text for n in range(20) for _, text in sample_texts(config, 1, max_tokens=n)]
+    assert all("龘靐齉🦄龘靐齉🦄".startswith(text.removesuffix(" ...")) for text in shown) and len(set(shown)) > 4

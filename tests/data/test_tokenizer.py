@@ -14,6 +14,7 @@ from corpus.config import DataError
 from data.hf_tokenizer import export_problem, write_hf_tokenizer
 from data.mixed_text import mixed_lines
 from data.tokenizer import (
+    INCOMPLETE,
     Tokenizer,
     adds_bos,
     encode_documents,
@@ -22,6 +23,7 @@ from data.tokenizer import (
     sentencepiece_proto,
     train_tokenizer,
 )
+from generate import TextStream
 
 # U+2581 is how SentencePiece writes a space, so it cannot stand for itself; surrogates are no characters.
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"))
@@ -241,6 +243,27 @@ def test_characters_cut_in_bytes_leave_the_others_whole(tokenizer: Tokenizer, tm
     first = ids.index(fast.encode("龘")[0])
     assert fast.decode(ids[: first + 5]).startswith("say 龘\ufffd")
     assert fast.decode(ids[first + 1 :]).endswith("\ufffd靐齉 twice")
+
+
+@pytest.mark.parametrize("kind", ["own", "own.json", "foreign", "prefixed", "unigram.json"])
+def test_text_is_streamed_as_it_is_decoded(tokenizer: Tokenizer, foreign: Tokenizer, tmp_path: Path, kind: str) -> None:
+    some = {"foreign": foreign}.get(kind, tokenizer)
+    if kind == "prefixed":
+        some = with_rules(tokenizer, tmp_path / "t.model", add_dummy_prefix=True)
+    if kind == "unigram.json":
+        some = sentencepiece_of(tmp_path / "t.model", byte_fallback=True, **VERBATIM)
+    if kind.endswith("json"):
+        write_hf_tokenizer(some, tmp_path, add_bos=False, max_len=64)
+        some = load_tokenizer(tmp_path / "tokenizer.json")
+    text = " 🦄é 今天天气\n\n ᚠ今 龘 y  z"
+    for prompt in ("x", "今"):
+        ids = some.encode(prompt + text)[len(some.encode(prompt)) :]
+        stream = TextStream(some, some.encode(prompt), [])
+        pieces = [stream.add(token) for token in ids]
+        assert "".join(pieces) + stream.finish() == text and INCOMPLETE not in "".join(pieces)
+    stopping = TextStream(some, some.encode("x"), ["龘"])
+    shown = "".join(map(stopping.add, some.encode("x" + text)[len(some.encode("x")) :]))
+    assert shown == stopping.text == text.split("龘")[0] and stopping.stopped
 
 
 def test_truncation_and_padding_of_tokenizer_json_are_off(tokenizer: Tokenizer, tmp_path: Path) -> None:
