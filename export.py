@@ -48,10 +48,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def export(path: Path, config: ExportConfig) -> None:
-    """Write a checkpoint of a run, the newest or that of a step, as a Hugging Face folder.
-
-    It is verified before it gets its name.
-    """
+    """Write the newest checkpoint of a run, or a step's, as a Hugging Face folder that was verified."""
     from model.counts import count_params
     from tracking.run_folder import run_dir_of
     from training.checkpoint import open_checkpoint
@@ -125,17 +122,16 @@ def write_settings(
     from data.hf_tokenizer import write_hf_tokenizer
     from model.hf.families import export_family
 
-    ids: dict[str, int | None] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    stops: list[int | None] = []
+    ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    end = None if tokenizer is None else answer_end(tokenizer)
     if tokenizer is not None:
-        end = answer_end(tokenizer)
         ids = write_hf_tokenizer(tokenizer, folder, add_bos=add_bos, max_len=model.max_seq_len, answer_end=end)
-        stops = [tokenizer.eos_id, end] if end not in (None, tokenizer.eos_id) else []
     about = export_family(model).write_config(model, dtype=str(dtype).removeprefix("torch."), **ids)
     write_json(folder / "config.json", about)
-    named: dict[str, Any] = {**ids, **({"eos_token_id": [t for t in stops if t is not None]} if stops else {})}
-    known = {key: token for key, token in named.items() if token is not None}
-    write_json(folder / "generation_config.json", {"_from_model_config": False, **known})
+    if tokenizer is not None and end is not None and tokenizer.eos_id not in (None, end):
+        ids["eos_token_id"] = [tokenizer.eos_id, end]
+    named = {key: token for key, token in ids.items() if token is not None}
+    write_json(folder / "generation_config.json", {"_from_model_config": False, **named})
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -188,10 +184,7 @@ def verify(folder: Path, tokenizer: "Tokenizer | None", *, add_bos: bool) -> str
 
 
 def import_model(config: ExportConfig) -> None:
-    """Turn a folder of Hugging Face's or InternLM's into a run folder with one checkpoint.
-
-    To train, generate or export from it.
-    """
+    """Turn a folder of Hugging Face's or InternLM's into a run folder with one checkpoint, to go on from it."""
     from data.hf_tokenizer import export_problem
     from data.tokenizer import adds_bos, load_tokenizer, save_tokenizer
     from model.hf.families import read_config, read_weights

@@ -19,7 +19,7 @@ class DocumentEncoder:
         self.tokenizer: Tokenizer = load_tokenizer(folder)
         self.bos = self.tokenizer.bos_id if config.add_bos else None
         self.eos = self.tokenizer.eos_id if config.add_eos else None
-        self.special_tokens_in_text = config.special_tokens_in_text
+        self.special = config.special_tokens_in_text
         self.chat = self.token_bytes = None
         if data.style is not Style.text:
             self.chat = ChatEncoder(read_template(data.chat_template), self.tokenizer)
@@ -36,7 +36,7 @@ class DocumentEncoder:
         """
         if self.chat is None or self.token_bytes is None:
             texts, bos, eos = [document.text for document in documents], self.bos is not None, self.eos is not None
-            ids = encode_documents(self.tokenizer, texts, add_bos=bos, add_eos=eos, special=self.special_tokens_in_text)
+            ids = encode_documents(self.tokenizer, texts, add_bos=bos, add_eos=eos, special=self.special)
             return list(zip(documents, ids, strict=True))
         found = []
         for document in documents:

@@ -146,10 +146,11 @@ def checkpoints_in(path: Path, step: int | None = None) -> list[Path]:
     return [steps[step]]
 
 
-def run_dir_of(checkpoint: Path) -> Path:
-    """Return the run folder of a checkpoint, <run>/checkpoints/step-<n>, however its path is spelt."""
-    names = checkpoint if checkpoint.parent.name == "checkpoints" else Path(os.path.abspath(checkpoint))
-    return (names if names.parent.name == "checkpoints" else checkpoint.resolve()).parents[1]
+def run_dir_of(path: Path, step: int | None = None) -> Path:
+    """Return the folder of a run by its path or that of a checkpoint in it, however it is spelt."""
+    checkpoint = checkpoints_in(path, step)[0]  # <run>/checkpoints/step-<n>
+    spellings = (checkpoint, Path(os.path.abspath(checkpoint)), checkpoint.resolve())
+    return next((one for one in spellings if one.parent.name == "checkpoints"), checkpoint.resolve()).parents[1]
 
 
 def check_origin(init_from: Path) -> None:

@@ -52,10 +52,7 @@ def load(
 
 
 def open_saved(path: Path, step: int | None = None) -> Saved:
-    """Open a run folder (its newest checkpoint, or that of a step), a checkpoint or a Hugging Face folder.
-
-    The weights are not read yet.
-    """
+    """Open a run folder (or of it a step), a checkpoint or a Hugging Face folder without reading weights."""
     if (path / "config.json").exists():
         tokenizer, ends = tokenizer_in(path), list[int | None](read_stop_ids(path))
         config, add_bos = read_config(path)[0], tokenizer is not None and adds_bos(path)

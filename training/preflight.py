@@ -15,14 +15,7 @@ from launch.environment import check_gpu_features, joined_environment, world_siz
 from model.config import ModelError
 from parallel.axes import layout_problems
 from parallel.config import ParallelError
-from tracking.run_folder import (
-    check_not_held,
-    check_origin,
-    check_stored_config,
-    checkpoints_in,
-    committed,
-    run_dir_of,
-)
+from tracking.run_folder import check_not_held, check_origin, check_stored_config, committed, run_dir_of
 from training.config import CheckpointError, Fp8
 
 Config = TrainConfig | PrepareConfig | ExportConfig | GenerateConfig
@@ -43,16 +36,11 @@ def preflight_problems(config: Config) -> Iterator[str]:
 def _check_model(config: ExportConfig | GenerateConfig) -> None:
     """Raise a user error if there is no model, or no tokenizer to generate text with."""
     hf = config.hf if isinstance(config, GenerateConfig) else config.from_hf
-    if isinstance(config, ExportConfig) and config.from_internlm is not None:
-        if config.tokenizer is not None:
-            check_tokenizer(config.tokenizer, "tokenizer")
-        return
     if (config.run is None) == (hf is None):
-        return  # a problem of the configuration itself
+        return  # a problem of the configuration itself, or InternLM's
     if hf is not None and not (Path(hf) / "config.json").is_file():
         raise ModelError(f"{hf} holds no config.json; name a Hugging Face folder such as runs/demo/hf")
-    run = Path(config.run or "")
-    tokenizer = Path(hf) if hf is not None else run_dir_of(checkpoints_in(run, config.step)[0]) / "tokenizer"
+    tokenizer = Path(hf) if hf is not None else run_dir_of(Path(config.run or ""), config.step) / "tokenizer"
     if isinstance(config, GenerateConfig):
         check_tokenizer(tokenizer.absolute())
 

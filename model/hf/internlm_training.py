@@ -20,24 +20,12 @@ from model.transformer import Transformer
 PART = re.compile(r"model_tp(\d+)_pp(\d+)\.pt")
 NAME = re.compile(r"(?:(\d+)\.)?(?:model\.)?(?:(?:blocks|layers)\.(\d+)\.)?(.+)\.(weight|bias)")  # chunk, layer, name
 NAMES = {
-    "embedding": "embed",
-    "embedding.word_embeddings": "embed",
-    "tok_embeddings": "embed",
-    "tok_embeddings.word_embeddings": "embed",
-    "norm": "norm",
-    "head": "head",
-    "output": "head",
-    "norm1": "attention_norm",
-    "attention_norm": "attention_norm",
-    "norm2": "mlp_norm",
-    "ffn_norm": "mlp_norm",
-    "mixer.out_proj": "attention.wo",
-    "attention.wo": "attention.wo",
-    "mlp.w1": "mlp.w_gate",
-    "feed_forward.w1": "mlp.w_gate",
-    "feed_forward.w2": "mlp.w_down",
-    "feed_forward.w3": "mlp.w_up",
-}
+    "embedding": "embed", "embedding.word_embeddings": "embed", "tok_embeddings": "embed",
+    "tok_embeddings.word_embeddings": "embed", "norm": "norm", "head": "head", "output": "head",
+    "norm1": "attention_norm", "attention_norm": "attention_norm", "norm2": "mlp_norm", "ffn_norm": "mlp_norm",
+    "mixer.out_proj": "attention.wo", "attention.wo": "attention.wo", "mlp.w1": "mlp.w_gate",
+    "feed_forward.w1": "mlp.w_gate", "feed_forward.w2": "mlp.w_down", "feed_forward.w3": "mlp.w_up",
+}  # fmt: skip
 SUPPORTED = {
     "use_swiglu": True, "norm_type": "rmsnorm", "norm_head": False, "num_experts": 1, "apply_post_layer_norm": False,
 }  # fmt: skip
@@ -49,8 +37,8 @@ def read_training_checkpoint(folder: Path) -> tuple[ModelConfig, dict[str, Tenso
     for key, ours in SUPPORTED.items():
         if about.get(key, ours) != ours:
             raise ModelError(f"{folder}: {key} ({about[key]}) is not supported; this model has {ours}")
-    found = ((PART.fullmatch(path.name), path) for path in folder.iterdir())
-    paths = {(int(name[2]), int(name[1])): path for name, path in found if name}  # by (pp, tp)
+    names = ((PART.fullmatch(path.name), path) for path in folder.iterdir())
+    paths = {(int(name[2]), int(name[1])): path for name, path in names if name}  # by (pp, tp)
     ranks = [range(1 + max((rank[axis] for rank in paths), default=0)) for axis in (0, 1)]
     if missing := [f"model_tp{tp}_pp{pp}.pt" for pp, tp in product(*ranks) if (pp, tp) not in paths]:
         raise ModelError(f"{folder}: {missing[0]} is missing; all of a checkpoint's parts are needed")
@@ -59,13 +47,9 @@ def read_training_checkpoint(folder: Path) -> tuple[ModelConfig, dict[str, Tenso
     for (stage, _), path in sorted(paths.items()):
         for chunk, layer, name, part in _named_parts(_load(path), about, path):
             parts.setdefault((chunk, stage, layer), {}).setdefault(name, []).append(part)
-    outside, layers = {}, []
-    for place in sorted(parts):
-        if place[2] < 0:
-            outside |= parts[place]
-        else:
-            layers.append(parts[place])
-    named = outside | {f"blocks.{n}.{name}": its for n, layer in enumerate(layers) for name, its in layer.items()}
+    layers = enumerate(parts[place] for place in sorted(parts) if place[2] >= 0)
+    named = {f"blocks.{n}.{name}": its for n, layer in layers for name, its in layer.items()}
+    named |= {name: its for place, found in parts.items() if place[2] < 0 for name, its in found.items()}
     config = ModelConfig(
         name=folder.name,
         vocab_size=about["vocab_size"],
@@ -103,9 +87,8 @@ def _named_parts(state: dict[str, Tensor], about: dict[str, Any], path: Path) ->
     gate, w2, w3 = (shapes.get(f"w{n}.weight") for n in (1, 2, 3))
     # v0.2.1 has the up projection as w2, and a prefix `model.`; InternEvo has it as w3, and none.
     up_is_w2 = w2 == gate if w2 != w3 else "model." in next(iter(state))
-    names = NAMES | (
-        {"mlp.w2": "mlp.w_up", "mlp.w3": "mlp.w_down"} if up_is_w2 else {"mlp.w2": "mlp.w_down", "mlp.w3": "mlp.w_up"}
-    )
+    up, down = ("mlp.w2", "mlp.w3") if up_is_w2 else ("mlp.w3", "mlp.w2")
+    names = {**NAMES, up: "mlp.w_up", down: "mlp.w_down"}
     for key, tensor in state.items():
         if key.endswith("inv_freq"):
             continue
