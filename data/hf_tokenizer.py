@@ -42,7 +42,7 @@ def write_hf_tokenizer(
     else:
         fast = tokenizers.Tokenizer.from_file(str(tokenizer.path))
     named = {**ids, "unk": tokenizer.unk_id}
-    special = {f"{kind}_token": tokenizer.name_of(token) for kind, token in named.items() if token is not None}
+    special = {f"{kind}_token": fast.id_to_token(token) for kind, token in named.items() if token is not None}
     bos = [special["bos_token"]] if add_bos and tokenizer.bos_id is not None else []
     fast.post_processor = processors.TemplateProcessing(
         single=[*bos, "$A"], pair=[*bos, "$A", *bos, "$B"], special_tokens=[(x, tokenizer.bos_id) for x in bos]

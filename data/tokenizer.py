@@ -54,9 +54,6 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: list[int]) -> str: ...
 
-    @abstractmethod
-    def name_of(self, token: int) -> str: ...
-
     @property
     def adds_prefix_space(self) -> bool:
         """Whether a text is encoded as if it began with a space."""
@@ -115,9 +112,6 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids)
-
-    def name_of(self, token: int) -> str:
-        return self.model.id_to_piece(token)
 
     def token_bytes(self) -> np.ndarray:
         model, lengths = self.model, np.zeros(self.vocab_size, dtype=np.int32)
@@ -188,9 +182,6 @@ class HuggingFaceTokenizer(Tokenizer):
             text = bytes(self.bytes[i] for i in some).decode(errors="replace") if is_byte else ""
             tokens += [text] if INCOMPLETE in text else [self.model.id_to_token(i) or "" for i in some]
         return self.model.decoder.decode(tokens)
-
-    def name_of(self, token: int) -> str:
-        return self.model.id_to_token(token) or ""
 
     def token_bytes(self) -> np.ndarray:
         byte_level = "ByteLevel" in str(_read_json(self.path).get("decoder"))

@@ -149,7 +149,7 @@ def test_everything_wrong_is_reported_at_once(line: str, expected: list[str]) ->
     ("name", "line", "expected"),
     [
         ("prepare_data", "data=local", ["data.input"]),
-        ("export", "", ["run and from_hf"]),
+        ("export", "", ["run, from_hf and from_internlm"]),
         ("generate", "", ["run and hf", "prompt and prompts"]),
         ("export", "run=/nowhere", ["/nowhere"]),
         ("generate", "run=/nowhere prompt=x stop=end", ["stop (end)"]),
@@ -328,6 +328,7 @@ def test_stock_launcher_trains_every_point(tmp_path: Path, outside: Path, launch
         ("prepare_data.py data=local data.input=/nowhere", 1, "data.input (/nowhere)"),
         ("export.py dtype=bf17 run=x", 2, "dtype (bf17)"),
         ("export.py from_hf=/nowhere", 2, "/nowhere"),
+        ("export.py from_internlm=/nowhere", 2, "/nowhere holds no model_config.pt"),
         ("generate.py run=/nowhere prompt=x", 2, "/nowhere"),
     ],
 )  # fmt: skip

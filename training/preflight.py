@@ -36,6 +36,9 @@ def preflight_problems(config: Config) -> Iterator[str]:
 def _check_model(config: ExportConfig | GenerateConfig) -> None:
     """Raise a user error if there is no model, or no tokenizer to generate text with."""
     hf = config.hf if isinstance(config, GenerateConfig) else config.from_hf
+    internlm = config.from_internlm if isinstance(config, ExportConfig) else None
+    if internlm is not None and not (Path(internlm) / "model_config.pt").is_file():
+        raise ModelError(f"{internlm} holds no model_config.pt; name a folder of InternLM's training checkpoints")
     if (config.run is None) == (hf is None):
         return  # a problem of the configuration itself, or InternLM's
     if hf is not None and not (Path(hf) / "config.json").is_file():

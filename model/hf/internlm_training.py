@@ -5,7 +5,6 @@ Read are those of InternLM v0.2.1, and InternEvo's of InternLM and InternLM2.
 
 import re
 from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -39,9 +38,9 @@ def read_training_checkpoint(folder: Path) -> tuple[ModelConfig, dict[str, Tenso
             raise ModelError(f"{folder}: {key} ({about[key]}) is not supported; this model has {ours}")
     names = ((PART.fullmatch(path.name), path) for path in folder.iterdir())
     paths = {(int(name[2]), int(name[1])): path for name, path in names if name}  # by (pp, tp)
-    ranks = [range(1 + max((rank[axis] for rank in paths), default=0)) for axis in (0, 1)]
-    if missing := [f"model_tp{tp}_pp{pp}.pt" for pp, tp in product(*ranks) if (pp, tp) not in paths]:
-        raise ModelError(f"{folder}: {missing[0]} is missing; all of a checkpoint's parts are needed")
+    stage, rank = max(paths, default=(0, 0))
+    if len(paths) != (wanted := (stage + 1) * (rank + 1)):
+        raise ModelError(f"{folder} has {len(paths)} of {wanted} files model_tp*_pp*.pt; all are needed")
     # By layer and name, a part per tp rank. Layers count from 0 in each stage; chunks of the stages take turns.
     parts: dict[tuple[int, int, int], dict[str, list[Tensor]]] = {}
     for (stage, _), path in sorted(paths.items()):
@@ -65,7 +64,7 @@ def read_training_checkpoint(folder: Path) -> tuple[ModelConfig, dict[str, Tenso
     )
     shapes = {name: param.shape for name, param in Transformer.on_meta(config).named_parameters()}
     if different := sorted(shapes.keys() ^ named.keys()):
-        raise ModelError(f"{folder}: {different[0]} is {'missing' if different[0] in shapes else 'not expected'}")
+        raise ModelError(f"{folder}: {different[0]} is {'missing' if different[0] in shapes else 'unknown'}")
     return config, {name: _merged(named.pop(name), shape, f"{folder}: {name}") for name, shape in shapes.items()}
 
 
@@ -75,8 +74,6 @@ def _load(path: Path) -> dict[str, Any]:
         own = [name for name in get_unsafe_globals_in_checkpoint(path) if name.endswith(".Config")]
         with safe_globals([(dict, name) for name in own]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing; name a folder of InternLM's training checkpoints") from None
     except UnpicklingError:
         raise ModelError(f"{path} holds Python objects; only tensors and plain values are read") from None
 

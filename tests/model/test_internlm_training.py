@@ -143,8 +143,8 @@ class Malicious:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda f: (f / "model_tp0_pp0.pt").unlink(), "model_tp0_pp0.pt is missing"),
-        (lambda f: (f / "model_config.pt").unlink(), "model_config.pt is missing"),
+        (lambda f: (f / "model_tp0_pp0.pt").unlink(), "1 of 2 files"),
+        (lambda f: (f / "model_tp1_pp0.pt").unlink(), r"embed\.weight is \(32, 32\)"),
         (lambda f: save_config(f / "model_config.pt", {**ABOUT, "norm_type": "layernorm"}), r"norm_type \(layernorm\)"),
         (
             lambda f: save_config(f / "model_config.pt", {**ABOUT, "num_layers": 5}),
