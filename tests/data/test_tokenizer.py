@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def test_folder_with_both_gives_the_exportable_one(
     assert load_tokenizer(tmp_path).path.name == name
 
 
-def sentencepiece_of(path: Path, **options: object) -> Tokenizer:
+def sentencepiece_of(path: Path, **options: Any) -> Tokenizer:
     """Train a SentencePiece model with `spm_train`'s defaults, but for `options`."""
     with path.open("wb") as file:
         SentencePieceTrainer.train(
@@ -311,7 +312,9 @@ def test_export_adds_what_training_did_whatever_the_tokenizer_adds(
     assert own.bos_id is not None and adds_bos(tmp_path) == (kind != "none")
     (tmp_path / "hf").mkdir()
     write_hf_tokenizer(own, tmp_path / "hf", add_bos=add_bos, max_len=64)
-    assert AutoTokenizer.from_pretrained(tmp_path / "hf")("a b")["input_ids"] == [0] * add_bos + own.encode("a b")
+    expected = [0] * add_bos + own.encode("a b")
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf")("a b")["input_ids"] == expected
+    assert Fast.from_file(str(tmp_path / "hf" / "tokenizer.json")).encode("a b").ids == expected
     assert adds_bos(tmp_path / "hf") is add_bos
 
 
