@@ -69,8 +69,8 @@ def build_engine(
     corpus: Corpus | None = None,
 ) -> Engine:
     """Return the engine of a run; without a corpus its losses are of one source, without bytes."""
-    if config.parallel.cuda_graphs and not optimizer.rule.on_device:
-        raise TrainingError("parallel.cuda_graphs (true) needs an optimizer that does not wait for the host: adamw")
+    if config.parallel.cuda_graphs and not all(rule.on_device for rule in optimizer.rules):
+        raise TrainingError("parallel.cuda_graphs (true) needs an optimizer that never waits for the host, as adamw")
     n_bytes = None if corpus is None else corpus.bytes_per_token
     return Engine(
         model,

@@ -2,10 +2,11 @@
 
 import importlib.util
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from training.config import OptimizerConfig, OptimizerImpl, TrainingError
@@ -18,9 +19,9 @@ class AdamW(UpdateRule):
 
     state_names = ("exp_avg", "exp_avg_sq")
 
-    def __init__(self, config: OptimizerConfig, device: torch.device) -> None:
-        super().__init__(config, device)
-        self.impl = resolve_impl(config.impl, device)
+    def __init__(self, config: OptimizerConfig, params: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(config, params)
+        self.impl = resolve_impl(config.impl, next(iter(params.values())).device)
         self.on_device = self.impl is OptimizerImpl.triton
 
     def rates(self, lr: float, beta2: float, update: int) -> tuple[float, ...]:
