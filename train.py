@@ -115,7 +115,7 @@ def train(
     engine = build_engine(config, mesh, model, stages, optimizer, scaler, state, corpus)
 
     mesh.on_rank_zero(save_run_inputs, config, run_config, run_dir, corpus)
-    describe(config, mesh, corpus, state, run_dir)
+    describe(config, mesh, corpus, optimizer, state, run_dir)
     mesh.on_rank_zero(truncate_metrics, run_dir / "metrics.jsonl", state.step, state.validated_step == state.step)
 
     # The batches' workers end here, however the steps end.

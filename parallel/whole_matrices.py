@@ -31,7 +31,7 @@ class WholeMatrices:
     rows are.
     """
 
-    def __init__(self, params: Sequence[nn.Parameter], costs: Sequence[float], group: dist.ProcessGroup | None) -> None:
+    def __init__(self, params: Sequence[nn.Parameter], costs: Sequence[int], group: dist.ProcessGroup | None) -> None:
         self.group, self.shapes, self.rank, self.n_ranks = group, [tuple(param.shape) for param in params], 0, 1
         self.to_owners: list[Transfer] = []
         self.from_owners: list[Transfer] = []
@@ -40,7 +40,7 @@ class WholeMatrices:
             mesh = params[0].device_mesh
             coordinates = list(product(*map(range, mesh.shape)))
             self.n_ranks, self.rank = len(coordinates), coordinates.index(tuple(mesh.get_coordinate() or ()))
-        owners = balance(costs, self.n_ranks)
+        owners, self.largest_cost = balance(costs, self.n_ranks)
         for number, (param, owner) in enumerate(zip(params, owners, strict=True)):
             if not isinstance(param, DTensor):
                 continue
@@ -97,13 +97,13 @@ def _place(transfer: Transfer, per_row: bool) -> tuple[slice, slice]:
     return transfer.rows, slice(0, 1) if per_row else transfer.columns
 
 
-def balance(costs: Sequence[float], n_ranks: int) -> list[int]:
-    """Return an owner for each cost: the dearest first, each to the rank that has the least so far."""
-    loads, owners = [0.0] * n_ranks, [0] * len(costs)
+def balance(costs: Sequence[int], n_ranks: int) -> tuple[list[int], int]:
+    """Return an owner for each cost and the largest sum: the dearest first, each to the rank that has the least."""
+    loads, owners = [0] * n_ranks, [0] * len(costs)
     for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
         owners[number] = loads.index(min(loads))
         loads[owners[number]] += costs[number]
-    return owners
+    return owners, max(loads)
 
 
 def group_of(mesh: DeviceMesh) -> dist.ProcessGroup | None:

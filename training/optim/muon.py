@@ -50,6 +50,10 @@ class Muon(UpdateRule):
         state = {"momentum": torch.zeros_like(shard)}
         return state | ({"row_square": shard.new_zeros(len(shard), 1)} if self.config.normuon else {})
 
+    def flops(self) -> int:
+        groups = list(self.batches) or [tuple(self.params)]
+        return sum(matrices.largest_cost for group in groups for _, matrices in self._batches(list(group)))
+
     def update_raw(
         self, weights: MasterWeights, state: State, names: list[str], weight_decay: float, rates: Tensor,
         grad_scale: Tensor, finite: Tensor,
@@ -103,7 +107,7 @@ class Muon(UpdateRule):
             batches.setdefault((int(total // CHUNK_NUMEL), mesh), []).append(name)
         for (_, mesh), batch in batches.items():
             params = [self.params[name] for name in batch]
-            yield batch, WholeMatrices(params, [flops(param.shape) for param in params], self.groups.get(mesh))
+            yield batch, WholeMatrices(params, [n_flops(param.shape) for param in params], self.groups.get(mesh))
 
 
 def orthogonalize(matrices: Sequence[Tensor], *, polar_express: bool = False) -> list[Tensor]:
@@ -123,7 +127,7 @@ def orthogonalize(matrices: Sequence[Tensor], *, polar_express: bool = False) ->
     return [found[number] for number in range(len(matrices))]
 
 
-def flops(shape: Sequence[int]) -> int:
+def n_flops(shape: Sequence[int]) -> int:
     """Return the FLOPs of `orthogonalize` for one matrix."""
     short, long = sorted(shape)
     return len(NEWTON_SCHULZ) * (4 * short**2 * long + 2 * short**3)

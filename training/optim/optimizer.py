@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from parallel.tensor_parallel import local
 from training.config import OPTIMIZERS, Decay, Dtype, OptimizerConfig, TrainingError
@@ -16,6 +17,7 @@ from training.optim.master_weights import MasterWeights, like
 # Numbers updated by one call of a rule: enough for a full launch, little enough that their fp32 copies are a small
 # part of memory.
 CHUNK_NUMEL = 1 << 27
+UPDATE = "optimizer.update"  # in a profile
 State = dict[str, dict[str, Tensor]]  # by state name, then by parameter
 
 
@@ -65,6 +67,10 @@ class UpdateRule:
     def new_state(self, shard: Tensor) -> dict[str, Tensor]:
         """Return the state of a shard before the first update: shaped as it is, or one column with as many rows."""
         return {key: torch.zeros_like(shard) for key in self.state_names}
+
+    def flops(self) -> int:
+        """Return the FLOPs of an update's matrix products, of the rank that has the most."""
+        return 0
 
     def update(self, chunk: Chunk) -> None:
         """Update masters and state in place."""
@@ -137,11 +143,12 @@ class Optimizer:
         """
         # index_select, because indexing by a tensor of one number would read it on the host.
         rates = {rule: table_UR.index_select(0, self.row)[0] for rule, table_UR in self.schedules_UR.items()}
-        for (rule, weight_decay), names in self.groups.items():
-            if rule.on_device:
-                rule.update_raw(self.weights, self.state, names, weight_decay, rates[rule], grad_scale, finite)
-            elif bool(finite):
-                self._update_in_chunks(rule, names, weight_decay, rates[rule], grad_scale)
+        with record_function(UPDATE):
+            for (rule, weight_decay), names in self.groups.items():
+                if rule.on_device:
+                    rule.update_raw(self.weights, self.state, names, weight_decay, rates[rule], grad_scale, finite)
+                elif bool(finite):
+                    self._update_in_chunks(rule, names, weight_decay, rates[rule], grad_scale)
         for param in self.params.values():
             param.grad = None
         self.updates += finite
