@@ -96,7 +96,8 @@ def write_weights(folder: Path, checkpoint: "Checkpoint", model: ModelConfig, dt
     from model.hf.families import export_family
     from model.transformer import Transformer
 
-    names = {theirs: ours for ours, theirs in export_family(model).names(model).items()}
+    family = export_family(model)
+    names = {theirs: ours for ours, theirs in family.names(model).items()}
     shapes = {name: param.shape for name, param in Transformer.on_meta(model).named_parameters()}
     split = split_state_dict_into_shards_factory(
         {theirs: shapes[ours].numel() * dtype.itemsize for theirs, ours in names.items()},
@@ -108,7 +109,8 @@ def write_weights(folder: Path, checkpoint: "Checkpoint", model: ModelConfig, dt
         read = checkpoint.read_names([f"model.{names[theirs]}" for theirs in shard])
         # Padding of the vocabulary is left out.
         rows = {theirs: read[f"model.{names[theirs]}"][: shapes[names[theirs]][0]] for theirs in shard}
-        tensors = {theirs: tensor.to(dtype).contiguous() for theirs, tensor in rows.items()}
+        scaled = {theirs: tensor * family.factor(names[theirs], model) for theirs, tensor in rows.items()}
+        tensors = {theirs: tensor.to(dtype).contiguous() for theirs, tensor in scaled.items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         about = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

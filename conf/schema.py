@@ -19,7 +19,7 @@ from corpus.config import MOST_SHARDS, Source, TokenizerConfig
 from data.config import TRAINING_ONLY, DataConfig, RampConfig, packs_of_step
 from dry_run.config import DryRunConfig
 from launch.config import LauncherConfig
-from model.config import ModelConfig
+from model.config import ModelConfig, Parametrization
 from parallel.config import ParallelConfig
 from tracking.config import EarlyStopConfig, LoggerConfig
 from training.config import (
@@ -27,6 +27,7 @@ from training.config import (
     Dtype,
     Fp8,
     LossConfig,
+    MuonScale,
     OptimizerConfig,
     OptimizerImpl,
     PrecisionConfig,
@@ -135,6 +136,10 @@ class TrainConfig:
             yield f"data.vocab_size ({data.vocab_size}) must be at most model.vocab_size ({model.vocab_size})"
         if precision.fp8 is Fp8.rowwise and self.parallel.tp != 1:
             yield f"precision.fp8 (rowwise) needs parallel.tp 1, not {self.parallel.tp}; use precision.fp8=tensorwise"
+        by_size, scale = model.parametrization is not Parametrization.standard, self.optimizer.scale
+        if by_size and self.optimizer.name == "muon" and scale is not MuonScale.spectral:
+            of_model = f"model.parametrization ({model.parametrization.value})"
+            yield f"optimizer.scale ({scale.value}) does not go with {of_model}; use optimizer.scale=spectral"
         if graphs and precision.compute is Dtype.fp16:
             yield "parallel.cuda_graphs (true) needs precision.compute bf16 or fp32, not fp16"
         if graphs and self.optimizer.impl in (OptimizerImpl.torch, OptimizerImpl.apex):

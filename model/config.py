@@ -31,6 +31,12 @@ class Attention(Enum):
     reference = "reference"
 
 
+class Parametrization(Enum):
+    standard = "standard"
+    mup = "mup"  # rates carry over from a model of base_width
+    completep = "completep"  # and of base_depth (arXiv:2505.01618)
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     # A field marked `free` may differ between models that share weights; one that decides what is learnt only "weights"
@@ -48,6 +54,9 @@ class ModelConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
+    parametrization: Parametrization = Parametrization.standard
+    base_width: int = 256  # d_model and n_layers of the model whose rates are set
+    base_depth: int = 4
     init: Init = field(default=Init.internlm, metadata={"free": True})
     attention: Attention = field(default=Attention.auto, metadata={"free": True})
     embed_grad_scale: float = field(default=1.0, metadata={"free": "weights"})  # on its gradient (arXiv:2210.02414)
@@ -56,8 +65,28 @@ class ModelConfig:
     def head_dim(self) -> int:
         return self.d_model // self.n_heads
 
+    @property
+    def width_ratio(self) -> float:
+        """The logits are divided by it."""
+        return 1.0 if self.parametrization is Parametrization.standard else self.d_model / self.base_width
+
+    @property
+    def depth_ratio(self) -> float:
+        """What attention and MLP add to the hidden states is divided by it."""
+        return self.n_layers / self.base_depth if self.parametrization is Parametrization.completep else 1.0
+
     def problems(self) -> Iterator[str]:
-        for key in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "max_seq_len"):
+        for key in (
+            "vocab_size",
+            "d_model",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "d_ff",
+            "max_seq_len",
+            "base_width",
+            "base_depth",
+        ):
             if getattr(self, key) < 1:
                 yield f"model.{key} ({getattr(self, key)}) must be at least 1"
                 return

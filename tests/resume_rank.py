@@ -14,7 +14,6 @@ import torch
 
 from tests.conftest import trained
 from training.checkpoint import Checkpoint, Checkpoints
-from training.optim import muon
 from training.resume import RunCheckpoints
 
 WORLD_SIZE = 4
@@ -68,7 +67,6 @@ RESTORE = RunCheckpoints.restore
 def main() -> None:
     folder, overrides = Path(sys.argv[1]), sys.argv[2:]
     torch.set_num_threads(1)
-    muon.DTYPE = torch.float32  # so that layouts can be compared
     rank = int(os.environ["RANK"])
     stop = folder / "stop"
     for layout in LAYOUTS:

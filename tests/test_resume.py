@@ -6,7 +6,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from tests.conftest import ROOT, trained
 from tests.resume_rank import MUON, PAIRS, SAVED, STEPS, TIED, WORLD_SIZE
 from training.checkpoint import open_checkpoint
 from training.config import Dtype
-from training.optim import muon
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -45,9 +43,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> Path:
     ]
     errors = [rank.communicate(timeout=1700)[1] for rank in ranks]
     assert all(rank.returncode == 0 for rank in ranks), "\n".join(errors)
-    with mock.patch.object(muon, "DTYPE", torch.float32):
-        for name, settings in (("whole", []), ("tied_whole", [TIED]), ("muon_whole", MUON)):
-            trained(folder / name, *overrides, *settings, f"steps={STEPS}", "data.micro_batch_size=1")
+    for name, settings in (("whole", []), ("tied_whole", [TIED]), ("muon_whole", MUON)):
+        trained(folder / name, *overrides, *settings, f"steps={STEPS}", "data.micro_batch_size=1")
     return folder
 
 

@@ -97,6 +97,9 @@ class OptimizerConfig:
     polar_express: bool = False  # better coefficients of the five steps (arXiv:2505.16932)
     normuon: bool = False  # rows divided by their running root mean square, by beta2 (arXiv:2510.05491)
     cautious_decay: bool = False  # weight decay only of what the update shrinks (arXiv:2510.12402)
+    embed_lr_scale: float = 1.0  # on the rate of the embedding; head: of the head; vector: of norms and biases
+    head_lr_scale: float = 1.0
+    vector_lr_scale: float = 1.0
     max_grad_norm: float = 1.0  # one norm over all parameters; 0: no clipping
     max_nonfinite_steps: int = 10  # consecutive steps without a finite gradient before the run is stopped
 
@@ -105,6 +108,8 @@ class OptimizerConfig:
             yield f"optimizer.name ({self.name}) must be {', '.join(OPTIMIZERS)} or module:Class"
         yield from unless(self, "optimizer", "positive and finite", lambda x: 0 < x < math.inf, "lr", "eps")
         yield from unless(self, "optimizer", "0 or more", lambda x: x >= 0, "weight_decay", "beta2_c", "max_grad_norm")
+        scales = ("embed_lr_scale", "head_lr_scale", "vector_lr_scale")
+        yield from unless(self, "optimizer", "0 or more and finite", lambda x: 0 <= x < math.inf, *scales)
         yield from unless(self, "optimizer", "in [0, 1)", lambda x: 0 <= x < 1, "beta1", "beta2", "momentum")
         yield from unless(self, "optimizer", "at least 1", lambda x: x >= 1, "max_nonfinite_steps")
         if self.state_dtype not in (Dtype.fp32, Dtype.bf16):

@@ -26,7 +26,6 @@ from parallel.mesh import Mesh, leave, open_mesh
 from parallel.parallelize import parallelize, write_shard
 from tests.parallel.packed import micro_batch
 from training.config import LossConfig, OptimizerConfig, PrecisionConfig, Reduction
-from training.optim import muon
 from training.optim.optimizer import build_optimizer
 
 MODELS = {
@@ -106,7 +105,6 @@ def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
     # A rounding error d of a gradient near 0 moves a weight by up to lr * d / eps: with the usual eps of 1e-8 that is a
     # whole update where d decides the sign.
     optimizer = OptimizerConfig(name=case.optimizer, lr=3e-3, max_grad_norm=0.3, eps=1e-4, normuon=case.normuon)
-    muon.DTYPE = torch.float32  # in bf16 a rounding error of a gradient grows to one of the update
     with torch.device("meta"):
         model = Transformer(replace(MODELS[case.model], attention=case.attention))
     for number, block in enumerate(model.blocks.values()):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from parallel.whole_matrices import balance
 from training.config import MuonScale, OptimizerConfig
 from training.optim import muon
+from training.optim.muon import Muon
 from training.optim.optimizer import Optimizer, build_optimizer
 
 SHAPES = [(24, 16), (16, 24), (16, 24), (8, 8), (1, 5), (5, 1), (1, 1)]
@@ -52,6 +53,8 @@ def test_equals_torch_muon_and_adamw(scale: MuonScale) -> None:
     ours = Model(SHAPES)
     theirs = copy.deepcopy(ours)
     optimizer = built(ours, scale=scale, weight_decay=0.1, eps=1e-4, beta2=0.9)
+    assert isinstance(optimizer.rules[0], Muon)
+    optimizer.rules[0].dtype = torch.bfloat16  # as torch's own has it on any device
     rest = [param for name, param in theirs.named_parameters() if name not in hidden(theirs)]
     matrices, biases = [p for p in rest if p.ndim == 2], [p for p in rest if p.ndim == 1]
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": biases, "weight_decay": 0.0}]
@@ -111,8 +114,7 @@ def test_singular_values_become_about_one(rows: int, columns: int, seed: int, po
     assert off.norm() <= 1e-3 * found.norm() + 1e-6, "singular vectors stay"
 
 
-def test_normuon_evens_out_rows_and_keeps_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(muon, "DTYPE", torch.float32)
+def test_normuon_evens_out_rows_and_keeps_the_norm() -> None:
     torch.manual_seed(0)
     model = Model([(6, 16)])
     name, param = next(iter(hidden(model).items()))

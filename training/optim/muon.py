@@ -11,9 +11,8 @@ from torch.distributed.tensor import DTensor
 from parallel.whole_matrices import WholeMatrices, group_of
 from training.config import MuonScale, OptimizerConfig
 from training.optim.master_weights import MasterWeights
-from training.optim.optimizer import CHUNK_NUMEL, State, UpdateRule, gradient
+from training.optim.optimizer import CHUNK_NUMEL, Group, State, UpdateRule, gradient
 
-DTYPE = torch.bfloat16  # of the iteration, and of what ranks exchange
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 # Five steps of Polar Express (arXiv:2505.16932), for matrices whose norm is at most 1 / 1.02.
 POLAR_EXPRESS = (
@@ -35,9 +34,13 @@ class Muon(UpdateRule):
     """
 
     on_device = True
+    size_free = True
 
     def __init__(self, config: OptimizerConfig, params: Mapping[str, nn.Parameter]) -> None:
         super().__init__(config, params)
+        device = next(iter(params.values())).device
+        # of the iteration and of what ranks exchange; few CPUs are fast in bf16
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.batches: dict[tuple[str, ...], list[tuple[list[str], WholeMatrices]]] = {}  # by the names of a group
         meshes = dict.fromkeys(param.device_mesh for param in params.values() if isinstance(param, DTensor))
         self.groups: dict[object, dist.ProcessGroup | None] = {mesh: group_of(mesh) for mesh in meshes}
@@ -55,7 +58,7 @@ class Muon(UpdateRule):
         return sum(matrices.largest_cost for group in groups for _, matrices in self._batches(list(group)))
 
     def update_raw(
-        self, weights: MasterWeights, state: State, names: list[str], weight_decay: float, rates: Tensor,
+        self, weights: MasterWeights, state: State, names: list[str], group: Group, rates: Tensor,
         grad_scale: Tensor, finite: Tensor,
     ) -> None:  # fmt: skip
         lr = rates[0] * finite  # a step that is not finite changes nothing
@@ -67,7 +70,7 @@ class Muon(UpdateRule):
                 grad = torch.where(finite.bool(), gradient(weights.params[name]).float() / grad_scale, 0.0)
                 average = momentum[name].float().lerp(grad, lerp_weight)
                 momentum[name].copy_(average)
-                updates.append(grad.lerp(average, self.config.momentum).to(DTYPE))
+                updates.append(grad.lerp(average, self.config.momentum).to(self.dtype))
             wholes = orthogonalize(matrices.gather(updates), polar_express=self.config.polar_express)
             if self.config.normuon:
                 row_weight = ((1 - rates[1]) * finite).float()
@@ -76,7 +79,7 @@ class Muon(UpdateRule):
                 master, update = weights.read(name), update.float()
                 decayed = master * (master * update > 0) if self.config.cautious_decay else master
                 scale = scale_of(weights.params[name].shape, self.config.scale)
-                weights.write(name, master - decayed * (lr * weight_decay) - update * (lr * scale))
+                weights.write(name, master - decayed * (lr * group.weight_decay) - update * (lr * scale))
 
     def _normalize_rows(
         self, matrices: WholeMatrices, wholes: list[Tensor], squares: list[Tensor], weight: Tensor

@@ -5,11 +5,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from model.parametrization import Scales, scales_of
+from model.transformer import Transformer
 from parallel.tensor_parallel import local
 from training.config import OPTIMIZERS, Decay, Dtype, OptimizerConfig, TrainingError
 from training.optim.master_weights import MasterWeights, like
@@ -19,6 +22,15 @@ from training.optim.master_weights import MasterWeights, like
 CHUNK_NUMEL = 1 << 27
 UPDATE = "optimizer.update"  # in a profile
 State = dict[str, dict[str, Tensor]]  # by state name, then by parameter
+
+
+class Group(NamedTuple):
+    """What parameters have in common that are updated together."""
+
+    rule: "UpdateRule"
+    lr_scale: float  # on the schedule's rate
+    weight_decay: float
+    eps: float
 
 
 @dataclass(slots=True)
@@ -33,6 +45,7 @@ class Chunk:
     lr: float
     beta2: float
     weight_decay: float
+    eps: float
     update: int  # number of this update; the first is 1
 
     @property
@@ -55,6 +68,7 @@ class UpdateRule:
 
     state_names: tuple[str, ...] = ()
     on_device = False  # True: `update_raw` is called instead of `update`
+    size_free = False  # True: its rates need no factor for a model's size, `model.parametrization` or not
 
     def __init__(self, config: OptimizerConfig, params: Mapping[str, nn.Parameter]) -> None:
         self.config, self.params = config, params
@@ -81,7 +95,7 @@ class UpdateRule:
         return lr, beta2
 
     def update_raw(
-        self, weights: MasterWeights, state: State, names: list[str], weight_decay: float, rates: Tensor,
+        self, weights: MasterWeights, state: State, names: list[str], group: Group, rates: Tensor,
         grad_scale: Tensor, finite: Tensor,
     ) -> None:  # fmt: skip
         """Update the named parameters where they are, if `finite`, without waiting for the device."""
@@ -113,26 +127,36 @@ class Optimizer:
         self.rules = [rule(config, params) for rule, params in taken.items() if params]
         dtype = torch.bfloat16 if config.state_dtype is Dtype.bf16 else torch.float32
         self.state: State = {}
-        self.groups: dict[tuple[UpdateRule, float], list[str]] = {}  # names by rule and weight decay
+        self.groups: dict[Group, list[str]] = {}
+        self.model_config = model.config if isinstance(model, Transformer) else None
         for rule in self.rules:
             for name in rule.params:
                 for key, tensor in rule.new_state(self.weights.shards[name]).items():
                     self.state.setdefault(key, {})[name] = tensor.to(dtype)
-                self.groups.setdefault((rule, self.weight_decay(name)), []).append(name)
+                self.groups.setdefault(self.group(rule, name), []).append(name)
         self.updates = torch.zeros((), device=self.device)  # made so far
         self.row = torch.zeros(1, dtype=torch.int64, device=self.device)  # of the schedule, for the next update
-        self.schedules_UR: dict[UpdateRule, Tensor] = {}
+        self.schedule_UR = torch.zeros(0, 2, dtype=torch.float64, device=self.device)
+        self.schedules_UR: dict[tuple[UpdateRule, float], Tensor] = {}  # with a rule's own numbers, by rate scale
 
-    def weight_decay(self, name: str) -> float:
-        decays = self.config.decay is Decay.all or self.params[name].ndim >= 2
-        return self.config.weight_decay if decays else 0.0
+    def group(self, rule: UpdateRule, name: str) -> Group:
+        config, n_dims = self.config, self.params[name].ndim
+        scales = scales_of(self.model_config, name, n_dims) if self.model_config and not rule.size_free else Scales()
+        kind = "vector" if n_dims == 1 else self.tied_params.get(name, name).partition(".")[0]
+        lr_scale = {
+            "embed": config.embed_lr_scale, "head": config.head_lr_scale, "vector": config.vector_lr_scale
+        }.get(kind, 1.0)  # fmt: skip
+        decays = config.decay is Decay.all or n_dims >= 2
+        weight_decay = config.weight_decay * scales.weight_decay if decays else 0.0
+        return Group(rule, lr_scale * scales.lr, weight_decay, config.eps * scales.eps)
 
     def set_schedule(self, rates: Sequence[tuple[float, float]]) -> None:
         """Put the learning rate and beta2 of all updates to come on the device, where steps read them."""
         first = int(self.updates) + 1
-        for rule in self.rules:
-            rows = [rule.rates(lr, beta2, update) for update, (lr, beta2) in enumerate(rates, first)]
-            self.schedules_UR[rule] = torch.tensor(rows, dtype=torch.float64).to(self.device)
+        self.schedule_UR = torch.tensor(rates, dtype=torch.float64).view(-1, 2).to(self.device)
+        for rule, scale, *_ in self.groups:
+            rows = [rule.rates(lr * scale, beta2, update) for update, (lr, beta2) in enumerate(rates, first)]
+            self.schedules_UR[rule, scale] = torch.tensor(rows, dtype=torch.float64).to(self.device)
         self.row.zero_()
 
     @torch.no_grad()
@@ -142,29 +166,30 @@ class Optimizer:
         Both are scalars on the device. Return learning rate and beta2, fp64 (2,), on the device.
         """
         # index_select, because indexing by a tensor of one number would read it on the host.
-        rates = {rule: table_UR.index_select(0, self.row)[0] for rule, table_UR in self.schedules_UR.items()}
+        rates = {key: table_UR.index_select(0, self.row)[0] for key, table_UR in self.schedules_UR.items()}
         with record_function(UPDATE):
-            for (rule, weight_decay), names in self.groups.items():
-                if rule.on_device:
-                    rule.update_raw(self.weights, self.state, names, weight_decay, rates[rule], grad_scale, finite)
+            for group, names in self.groups.items():
+                its_rates = rates[group.rule, group.lr_scale]
+                if group.rule.on_device:
+                    group.rule.update_raw(self.weights, self.state, names, group, its_rates, grad_scale, finite)
                 elif bool(finite):
-                    self._update_in_chunks(rule, names, weight_decay, rates[rule], grad_scale)
+                    self._update_in_chunks(group, names, its_rates, grad_scale)
         for param in self.params.values():
             param.grad = None
+        unscaled = self.schedule_UR.index_select(0, self.row)[0]
         self.updates += finite
         self.row += finite
-        return rates[self.rules[0]][:2]
+        return unscaled
 
-    def _update_in_chunks(
-        self, rule: UpdateRule, group: list[str], weight_decay: float, rates: Tensor, grad_scale: Tensor
-    ) -> None:
+    def _update_in_chunks(self, group: Group, its_names: list[str], rates: Tensor, grad_scale: Tensor) -> None:
+        rule, _, weight_decay, eps = group
         lr, beta2 = rates[:2].tolist()
         update = int(self.updates) + 1
-        for names in self._chunks(group):
+        for names in self._chunks(its_names):
             params, masters = [self.params[n] for n in names], [self.weights.read(n) for n in names]
             stored = dict(self._state_of(names[0]))
             state = {key: [tensors[n].float() for n in names] for key, tensors in stored.items()}
-            rule.update(Chunk(names, params, masters, state, grad_scale, lr, beta2, weight_decay, update))
+            rule.update(Chunk(names, params, masters, state, grad_scale, lr, beta2, weight_decay, eps, update))
             for i, name in enumerate(names):
                 self.weights.write(name, masters[i])
                 for key, tensors in stored.items():
