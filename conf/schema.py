@@ -15,6 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf.ladder import ladder
 from corpus.config import MOST_SHARDS, Source, TokenizerConfig
 from data.config import TRAINING_ONLY, DataConfig, RampConfig, packs_of_step
 from dry_run.config import DryRunConfig
@@ -234,7 +235,8 @@ SCHEMAS = {"train": TrainConfig, "prepare_data": PrepareConfig, "export": Export
 
 
 def register() -> None:
-    """Store the schemas under the names that the primary configs start from."""
+    """Store the schemas under the names that the primary configs start from, and the resolvers that they may use."""
+    OmegaConf.register_new_resolver("ladder", ladder, replace=True)
     for name, schema in SCHEMAS.items():
         ConfigStore.instance().store(f"{name}_schema", node=schema)
 
