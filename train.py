@@ -80,11 +80,13 @@ def train(
     from parallel.loss_scaler import LossScaler
     from tracking.loggers import Loggers
     from tracking.metrics_file import truncate_metrics
+    from training.agreement import check_same_run
     from training.checkpoint import Checkpoints
     from training.describe import describe, save_run_inputs
     from training.loop import Run, loop
     from training.optim.optimizer import build_optimizer
     from training.profile import profile_steps
+    from training.ranks import Ranks
     from training.report import StepReport
     from training.resume import RunCheckpoints
     from training.setup import build_engine, build_model, build_throughput, build_train_batches, lr_schedule
@@ -92,6 +94,9 @@ def train(
 
     # Data: checked first, because it is wrong most often and opened in no time.
     corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
+
+    facts = {"configuration": run_config, "data": corpus.fingerprints}
+    check_same_run(facts, Ranks(mesh.host))
 
     model, stages = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optimizer, tied_params=model.tied_params)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from parallel.config import SPLIT_BACKWARD, ActivationCheckpointing, ParallelConfig, Schedule
-from tests.parallel.layouts import Case, Outcome, alone, run
+from tests.parallel.layouts import N_STEPS, Case, Outcome, alone, run
 from training.config import Reduction
 
 # Tensor- and context-parallel ranks all run every micro-batch, so fewer of them do.
@@ -157,7 +157,7 @@ def test_bf16_layout_learns_like_one_process_in_float32(
 def test_all_ranks_skip_a_step_that_is_nonfinite_on_one(name: str, outcomes: dict[str, Outcome | str]) -> None:
     here = outcomes[name]
     assert isinstance(here, Outcome), here
-    assert here.finite == [number != 2 for number in range(10)]
+    assert here.finite == [number != 2 for number in range(N_STEPS)]
     assert here.bad_layer == "blocks.1.mlp.w_up (forward)"
     assert all(torch.isfinite(weight).all() for weight in here.weights.values())
 
