@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from corpus.config import DataError, Source
+from corpus.config import DataError, Source, as_paths
 from data.batches import Batch, collate
 from data.config import DataConfig
 from data.external_formats import check_no_overlap, token_files
-from data.manifest import check_exists, check_sources, check_vocab_size, read_manifest
+from data.manifest import check_exists, check_vocab_size, mix_weights, read_manifest
 from data.packing import Concat, Packing, Pieces, RandomTokens, find_packing, read_rows
 from data.sampler import Mixture, Pool
 from data.shards import Shard, TokenFile
@@ -145,8 +145,7 @@ def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
         case Source.random:
             train, valid = ({"random": [_random_tokens(config, split)]} for split in RANDOM_PACKS)
         case Source.tokens:
-            train = token_files(Path(str(config.input)), config.name)
-            valid = token_files(Path(config.valid_input), config.name) if config.valid_input else {}
+            train, valid = (token_files(as_paths(its), config.name) for its in (config.input, config.valid_input))
             check_no_overlap(train, valid)
             tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
         case _:
@@ -159,7 +158,7 @@ def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
             train, valid = (_shards(folder, manifest["splits"].get(split, {}), tokenizer) for split in RANDOM_PACKS)
     if tokenizer is not None:
         check_vocab_size(str(tokenizer.path), tokenizer.vocab_size, vocab_size)
-    check_sources(config, set(train))
+    mix = mix_weights(config, set(train))
     sources = tuple(sorted({*train, *valid}))
     fingerprints = [f"tokenizer/{tokenizer.fingerprint if tokenizer else 'unknown'}/{add_bos}/{add_eos}"]
     for split, files in (("train", train), ("valid", valid)):
@@ -168,7 +167,7 @@ def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
     if tokenizer is not None:
         bytes_per_token = np.zeros(vocab_size, dtype=np.int32)
         bytes_per_token[: tokenizer.vocab_size] = tokenizer.token_bytes()
-    packs = (_packs(config, files, sources, vocab_size, train=files is train) for files in (train, valid))
+    packs = (_packs(config, files, sources, vocab_size, its_mix) for files, its_mix in ((train, mix), (valid, None)))
     return Corpus(sources, fingerprints, tokenizer, add_bos, add_eos, bytes_per_token, *packs)
 
 
@@ -185,15 +184,18 @@ def _shards(folder: Path, sources: dict[str, dict[str, Any]], tokenizer: Tokeniz
     return found
 
 
-def _packs(config: DataConfig, files: Split, sources: tuple[str, ...], vocab_size: int, train: bool) -> PackedDataset:
-    is_mixed = train and bool(config.mix)
-    names = [name for name in sorted(files) if not is_mixed or config.mix.get(name, 0) > 0]
+def _packs(
+    config: DataConfig, files: Split, sources: tuple[str, ...], vocab_size: int, mix: dict[str, float] | None
+) -> PackedDataset:
+    """Return the packs of a split; `mix` is None for that of validation."""
+    train = mix is not None
+    names = [name for name in sorted(files) if not mix or mix.get(name, 0) > 0]
     # random tokens are not in a folder where a packing could keep a plan
     kind = Concat if config.source is Source.random else find_packing(config.packing)
     packings = [kind(files[name], config.pack_tokens, seed=config.seed if train else None) for name in names]
-    weights = [config.mix[name] for name in names] if is_mixed else None
+    weights = [mix[name] for name in names] if mix else None
     empty = [name for name, packing in zip(names, packings, strict=True) if not packing.n_packs]
-    if train and (len(empty) == len(names) or (is_mixed and empty)):
+    if train and (len(empty) == len(names) or (mix and empty)):
         size = f"{config.pack_tokens} tokens; lower data.seq_len or add text"
         raise DataError(f"source {', '.join(empty)} does not fill one pack of {size}")
     numbers = [sources.index(name) for name in names]

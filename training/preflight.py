@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from conf.schema import ExportConfig, GenerateConfig, PrepareConfig, TrainConfig, to_plain
-from corpus.config import DataError, Source
+from corpus.config import DataError, Source, as_paths
 from corpus.inputs import check_inputs
 from data.config import check_tokenizer
 from data.manifest import check_exists, check_fits
@@ -83,8 +83,9 @@ def _inputs(config: TrainConfig, run_dir: Path, settings: str | None) -> Iterato
     """Yield the files that a run reads before its first step, each with the check that it is there."""
     if config.data.source is not Source.random:
         tokens = config.data.source is Source.tokens
-        path = Path(config.data.input or "") if tokens else Path(config.data.path) / "corpus.json"
-        yield path, partial(check_exists, config.data, settings or "with the same data settings")
+        paths = as_paths(config.data.input) if tokens else [f"{config.data.path}/corpus.json"]
+        check = partial(check_exists, config.data, settings or "with the same data settings")
+        yield from ((Path(path), check) for path in paths)
     if config.init_from is not None and not committed(run_dir / "checkpoints"):
         yield Path(config.init_from), partial(check_origin, Path(config.init_from))
 
