@@ -51,7 +51,7 @@ TEXT_SUFFIXES = (".txt", ".md", ".rst", ".html", ".htm", ".py")
 
 def as_paths(value: Any) -> list[str]:
     """Return an input, which is null, a path or a list of them, as a list."""
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -70,8 +70,8 @@ class SourceConfig:
 
     def reading_problems(self, prefix: str) -> Iterator[str]:
         for key in ("input", "valid_input"):
-            if not all(isinstance(path, str) and path for path in as_paths(value := getattr(self, key))):
-                yield f"{prefix}{key} ({value}) must be a path or a list of paths"
+            wrong = [path for path in as_paths(getattr(self, key)) if not (path and isinstance(path, str))]
+            yield from (f"{prefix}{key} ({path}) must be a path, or a list of them" for path in wrong)
         for suffix in self.text_suffixes:
             if suffix in STRUCTURED or not suffix.startswith("."):
                 yield f"{prefix}text_suffixes ({suffix}) must be a suffix like .md, and none of {' '.join(STRUCTURED)}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from corpus.builtin import builtin_files
 from corpus.compression import COMPRESSED, split_suffix
 from corpus.config import STRUCTURED, CorpusConfig, DataError, Source, SourceConfig, SplitBy, as_paths, cause_of
-from data.local_files import LocalFiles, distinct_files, identity
+from data.local_files import LocalFiles, distinct_files, place_of
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -47,7 +47,7 @@ def list_items(config: CorpusConfig, ignored: Counter[str] | None = None) -> lis
         split = "train" if held_out or config.valid_input else None
         found = [replace(item, split="valid") for item in held_out] + [replace(item, split=split) for item in found]
         items += [replace(item, source=name or item.source, config=own) for item in found]
-    return sorted(items, key=lambda item: (item.split != "valid", identity(item.path)))
+    return sorted(items, key=lambda item: (item.split != "valid", place_of(item.path)))
 
 
 def check_inputs(config: CorpusConfig) -> None:
@@ -83,20 +83,22 @@ def _matching(pattern: str, key: str, name: str, ignored: Counter[str]) -> Itera
 
     try:
         system, path = fsspec.core.url_to_fs(pattern)  # of a path on this machine: absolute
-        system = system if "://" in pattern else LocalFiles(ignored)
+        is_local = "file" in system.protocol
+        system = LocalFiles(ignored) if is_local else system
         base = path  # the part before a glob's first wildcard; in a name that exists there is none
         while glob.has_magic(base) and not system.exists(base):
             base = base.rpartition("/")[0]
-        rest = path[len(base) :].lstrip("/")
-        if rest and "://" in pattern:
-            found = system.glob(path, detail=True)
-        elif not rest and not system.isdir(path):
+        rest = path[len(base) :].lstrip("/") if base != path or system.isdir(path) else None
+        found: Any
+        if rest is None:
             found, base = {path: system.info(path)}, path.rpartition("/")[0]
+        elif rest and not is_local:
+            found = system.glob(path, detail=True)
         else:
-            depth = None if "**" in rest or not rest else rest.count("/") + 1
+            depth = rest.count("/") + 1 if rest and "**" not in rest else None
             found, matches = system.find(base, maxdepth=depth, detail=True), re.compile(glob_translate(rest or "**"))
             found = {place: about for place, about in found.items() if matches.match(place[len(base) :].lstrip("/"))}
-        if not rest or "/." not in f"/{rest}":
+        if rest is not None and "/." not in f"/{rest}":
             found = {place: about for place, about in found.items() if "/." not in place[len(base) :]}
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"{key} ({pattern}) cannot be listed: {error}") from None
@@ -105,13 +107,13 @@ def _matching(pattern: str, key: str, name: str, ignored: Counter[str]) -> Itera
     for place, about in sorted(found.items()):
         below = place[len(base) :].lstrip("/").split("/")
         if about["type"] == "file":
-            whole = system.unstrip_protocol(place) if "://" in pattern else place
-            yield Item(whole, below[0] if len(below) > 1 else name, size=about["size"] or 0)
+            address = place if is_local else system.unstrip_protocol(place)
+            yield Item(address, below[0] if len(below) > 1 else name, size=about["size"] or 0)
 
 
 def describe_ignored(ignored: Counter[str]) -> str:
     """Return a line about what was not read, or an empty string."""
-    by_number = sorted(ignored.items(), key=lambda each: (-each[1], each[0]))
+    by_number = sorted(ignored.items(), key=lambda each: (each[0][0] == ".", -each[1], each[0]))
     named = [f"{count} {suffix}" for suffix, count in by_number[:MOST_SUFFIXES]]
     named += ["..."] * (len(by_number) > MOST_SUFFIXES)
     return f"not read: {', '.join(named)}" if named else ""

@@ -262,7 +262,7 @@ def run_units(units: Iterable[Unit], job: Job, *, workers: int, shards: int, sha
     return n_units
 
 
-def _run_in_processes(units: Iterator[Unit], job: Job, workers: int, add: Progress) -> None:
+def _run_in_processes(units: Iterator[Unit], job: Job, workers: int, add: Callable[..., None]) -> None:
     context = get_context("spawn")
     shared = context.Array("q", 5)  # documents, tokens, bytes of text, work, and whether to stop
     waiting: set[Future[None]] = set()
@@ -304,7 +304,7 @@ def _start_worker(job: Job, shared: Any) -> None:
     assert parent is not None
     Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # ends with the main process
 
-    def progress(*added: int) -> None:
+    def progress(*added: Any) -> None:
         with shared.get_lock():
             shared[:4] = [a + b for a, b in zip(shared[:4], added, strict=True)]
         if shared[4]:

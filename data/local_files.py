@@ -10,15 +10,22 @@ from fsspec.implementations.local import LocalFileSystem
 
 def identity(path: str) -> str:
     """Return what all spellings of a path have in common; an address has one."""
+    path = path.removeprefix("file://")
     return path if "://" in path else os.path.realpath(os.path.expanduser(path))
 
 
+def place_of(path: str) -> tuple[str, str]:
+    """Return a file's real folder and its name, which order files however their folder is spelled."""
+    folder, _, name = path.rpartition("/")
+    return identity(folder), name
+
+
 def distinct_files(paths: list[str]) -> list[str]:
-    """Return paths by their real ones, each file once; a link to another of the files is left out."""
+    """Return paths in the order of `place_of`, each file once; a link to another of the files is left out."""
     found: dict[str, str] = {}
     for path in sorted(paths, key=lambda path: (identity(path) != path, path)):
         found.setdefault(identity(path), path)
-    return [found[real] for real in sorted(found)]
+    return sorted(found.values(), key=place_of)
 
 
 class LocalFiles(LocalFileSystem):

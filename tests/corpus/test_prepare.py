@@ -54,7 +54,7 @@ def test_corpus_holds_every_document_whole(config: DataConfig, tokenizer: Tokeni
             decoded += texts
     assert sorted(decoded) == sorted(record["text"] for record in RECORDS)
     corpus = open_corpus(config, vocab_size=1280)
-    assert corpus.sources == ("c++", "wikipedia_en") and corpus.train.n_packs > 0 and corpus.valid.n_packs > 0
+    assert corpus.sources == ("C++", "Wikipedia (en)") and corpus.train.n_packs > 0 and corpus.valid.n_packs > 0
     assert corpus.bytes_per_token is not None and len(corpus.bytes_per_token) == 1280
 
 
