@@ -8,6 +8,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +17,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from corpus.config import MOST_SHARDS, Source, TokenizerConfig
-from data.config import TRAINING_ONLY, DataConfig, RampConfig, packs_of_step
+from data.config import TRAINING_ONLY, DataConfig, RampConfig, packs_of_step, padded_size, prepared_vocab_size
 from dry_run.config import DryRunConfig
 from launch.config import LauncherConfig
-from model.config import ModelConfig
+from model.config import AUTO, ModelConfig
 from parallel.config import ParallelConfig
 from tracking.config import EarlyStopConfig, LoggerConfig
 from training.config import (
@@ -250,9 +251,20 @@ def to_object(cfg: DictConfig) -> Any:
     if problems := [*_unknown_keys(cfg), *(f"{key} is not set" for key in sorted(OmegaConf.missing_keys(cfg)))]:
         raise ConfigError("\n".join(problems))
     try:
-        return OmegaConf.to_object(cfg)
+        return OmegaConf.to_object(_with_vocab_size(cfg))
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from None
+
+
+def _with_vocab_size(cfg: DictConfig) -> DictConfig:
+    """Return a configuration in which the size of the vocabulary is a number: for `auto` the data's, padded."""
+    if OmegaConf.select(cfg, "model.vocab_size") != AUTO:
+        return cfg
+    cfg = deepcopy(cfg)
+    cfg.model.vocab_size = DataConfig().vocab_size  # for random tokens, which are of the model's vocabulary
+    data: Any = OmegaConf.to_object(cfg.data)
+    cfg.model.vocab_size = padded_size(prepared_vocab_size(data) or data.vocab_size)
+    return cfg
 
 
 def to_config(cfg: DictConfig, more_problems: Callable[[Any], Iterable[str]] = lambda _: ()) -> Any:

@@ -1,6 +1,8 @@
 """How tokens become batches, on top of how text becomes tokens (`CorpusConfig`). Torch-free."""
 
+import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -55,6 +57,20 @@ class DataConfig(CorpusConfig):
 
 
 TRAINING_ONLY = {f.name for f in fields(DataConfig)} - {f.name for f in fields(CorpusConfig)}
+
+
+def prepared_vocab_size(config: DataConfig) -> int | None:
+    """Return the size of the vocabulary of prepared data, or None if there is none that can be read."""
+    if config.source in (Source.random, Source.tokens):
+        return None
+    with suppress(OSError, ValueError, KeyError, TypeError):  # reported when the data is opened
+        return int(json.loads((Path(config.path) / "corpus.json").read_bytes())["tokenizer"]["vocab_size"])
+    return None
+
+
+def padded_size(vocab_size: int) -> int:
+    """Return a size of the model's vocabulary that tensor parallelism and kernels can divide."""
+    return -(-vocab_size // 128) * 128
 
 
 def check_tokenizer(name: str | Path, key: str = "tokenizer.model") -> None:

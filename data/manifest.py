@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from corpus.config import DataError, Source, as_paths
-from data.config import DataConfig, check_tokenizer
+from data.config import DataConfig, check_tokenizer, padded_size
 from data.local_files import token_paths
 from data.packing import find_packing
 
@@ -48,7 +48,7 @@ def check_fits(config: DataConfig, vocab_size: int) -> None:
 
 def check_vocab_size(tokenizer: str, n_pieces: int, vocab_size: int) -> None:
     if n_pieces > vocab_size:
-        enough = f"pass model.vocab_size={-(-n_pieces // 128) * 128}"
+        enough = f"pass model.vocab_size={padded_size(n_pieces)}"
         raise DataError(f"{tokenizer} has {n_pieces} pieces, more than model.vocab_size ({vocab_size}); {enough}")
 
 

@@ -24,6 +24,7 @@ from data.batches import IGNORED
 from data.config import DataConfig, RampConfig, packs_of_step
 from data.dataset import Corpus, open_corpus
 from data.tokenizer import Tokenizer
+from tracking.logs import escape_unprintable
 from tracking.run_folder import write_atomically
 
 NOTES = "batches.jsonl"  # in a run folder
@@ -120,6 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--step", type=int, default=1)
     parser.add_argument("--samples", type=int, help="print only so many packs")
     given = parser.parse_args(arguments)
+    escape_unprintable()
     if given.step < 1:
         parser.error(f"--step ({given.step}) must be at least 1")
     try:

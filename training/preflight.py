@@ -27,6 +27,8 @@ def preflight_problems(config: Config) -> Iterator[str]:
     try:
         if isinstance(config, TrainConfig):
             yield from _layout_problems(config)
+            if not (config.dry_run.enabled or any(config.model.problems())):
+                check_fits(config.data, config.model.vocab_size)
         elif isinstance(config, ExportConfig | GenerateConfig):
             _check_model(config)
     except (CheckpointError, DataError, ModelError, ParallelError) as error:
@@ -73,8 +75,6 @@ def check_run(config: TrainConfig | PrepareConfig, run_dir: Path, settings: str 
         if not joined_environment(os.environ):  # of which the first may hold the folder already
             check_not_held(run_dir)
         check_gpu_features(config.parallel, None if config.precision.fp8 is Fp8.none else config.precision.fp8.value)
-    if config.data.source in (Source.builtin, Source.local, Source.huggingface):
-        check_fits(config.data, config.model.vocab_size)
     check_stored_config(run_dir, to_plain(config), config.checkpoint)
     return [] if here else [(path.absolute(), _error_of(check)) for path, check in inputs]
 
