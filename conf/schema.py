@@ -132,8 +132,6 @@ class TrainConfig:
         model, data, precision, graphs = self.model, self.data, self.precision, self.parallel.cuda_graphs
         if data.seq_len > model.max_seq_len:
             yield f"data.seq_len ({data.seq_len}) must be at most model.max_seq_len ({model.max_seq_len})"
-        if data.source is Source.random and data.vocab_size > model.vocab_size:
-            yield f"data.vocab_size ({data.vocab_size}) must be at most model.vocab_size ({model.vocab_size})"
         if precision.fp8 is Fp8.rowwise and self.parallel.tp != 1:
             yield f"precision.fp8 (rowwise) needs parallel.tp 1, not {self.parallel.tp}; use precision.fp8=tensorwise"
         if graphs and precision.compute is Dtype.fp16:
@@ -260,9 +258,8 @@ def _with_vocab_size(cfg: DictConfig) -> DictConfig:
     """Return a configuration in which the size of the vocabulary is a number: for `auto` the data's, padded."""
     if OmegaConf.select(cfg, "model.vocab_size") != AUTO:
         return cfg
-    cfg = deepcopy(cfg)
-    cfg.model.vocab_size = DataConfig().vocab_size  # for random tokens, which are of the model's vocabulary
     data: Any = OmegaConf.to_object(cfg.data)
+    cfg = deepcopy(cfg)
     cfg.model.vocab_size = padded_size(prepared_vocab_size(data) or data.vocab_size)
     return cfg
 

@@ -99,7 +99,7 @@ class CorpusConfig(SourceConfig):
     max_documents: int | None = None
     max_document_mb: int = 256  # a document is held in memory; a larger one is a bad record
     on_bad_record: OnBadRecord = OnBadRecord.error
-    vocab_size: int = 32768  # of a tokenizer trained for this corpus; the range of random tokens
+    vocab_size: int = 32768  # of a tokenizer trained for this corpus; the range of random tokens, within the model's
 
     def source_configs(self) -> dict[str, SourceConfig]:
         """Return how each of `sources` is read: what it states, and the rest as all."""

@@ -143,7 +143,7 @@ def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
     tokenizer, add_bos, add_eos = None, False, False
     match config.source:
         case Source.random:
-            train, valid = ({"random": [_random_tokens(config, split)]} for split in RANDOM_PACKS)
+            train, valid = ({"random": [_random_tokens(config, split, vocab_size)]} for split in RANDOM_PACKS)
         case Source.tokens:
             train, valid = (token_files(as_paths(its), config.name) for its in (config.input, config.valid_input))
             check_no_overlap(train, valid)
@@ -171,9 +171,10 @@ def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
     return Corpus(sources, fingerprints, tokenizer, add_bos, add_eos, bytes_per_token, *packs)
 
 
-def _random_tokens(config: DataConfig, split: str) -> TokenFile:
+def _random_tokens(config: DataConfig, split: str, vocab_size: int) -> TokenFile:
     n_tokens, seed = RANDOM_PACKS[split] * config.pack_tokens, config.seed + (split == "valid")
-    return RandomTokens(vocab_size=config.vocab_size, n_tokens=n_tokens, document_len=config.seq_len, seed=seed)
+    vocab_size = min(vocab_size, config.vocab_size)
+    return RandomTokens(vocab_size=vocab_size, n_tokens=n_tokens, document_len=config.seq_len, seed=seed)
 
 
 def _shards(folder: Path, sources: dict[str, dict[str, Any]], tokenizer: Tokenizer) -> Split:
