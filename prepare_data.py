@@ -12,7 +12,7 @@ from conf.cli import checked, data_settings, report_user_errors, run
 from conf.schema import PrepareConfig
 
 SAMPLE_TOKENS = 120
-COUNTS = "{desc}{elapsed}{postfix}"  # of the progress bar
+COUNTS = "{elapsed}{postfix}"  # of the progress bar
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="prepare_data")
@@ -70,8 +70,7 @@ def write(config: PrepareConfig) -> dict[str, Any] | None:
             documents, tokens = documents + more_documents, tokens + more_tokens
             text_bytes += more_text_bytes
             speed = text_bytes / 1e6 / max(0.1, bar.format_dict["elapsed"])
-            counts = f"{documents:,} documents, {tokens / 1e6:.2f}M tokens, {speed:.2f} MB/s"
-            bar.set_postfix_str(counts, refresh=False)
+            bar.set_postfix_str(f"{documents:,} documents, {tokens / 1e6:.2f}M tokens, {speed:.2f} MB/s", refresh=False)
             bar.update(share)
 
         workers, part = config.workers or len(os.sched_getaffinity(0)), {"shards": config.shards, "shard": config.shard}

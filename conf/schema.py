@@ -8,7 +8,6 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +16,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from corpus.config import MOST_SHARDS, Source, TokenizerConfig
-from data.config import TRAINING_ONLY, DataConfig, RampConfig, packs_of_step, padded_size, prepared_vocab_size
+from data.config import TRAINING_ONLY, DataConfig, RampConfig, fitting_vocab_size, packs_of_step
 from dry_run.config import DryRunConfig
 from launch.config import LauncherConfig
-from model.config import AUTO, ModelConfig
+from model.config import ModelConfig
 from parallel.config import ParallelConfig
 from tracking.config import EarlyStopConfig, LoggerConfig
 from training.config import (
@@ -249,19 +248,12 @@ def to_object(cfg: DictConfig) -> Any:
     if problems := [*_unknown_keys(cfg), *(f"{key} is not set" for key in sorted(OmegaConf.missing_keys(cfg)))]:
         raise ConfigError("\n".join(problems))
     try:
-        return OmegaConf.to_object(_with_vocab_size(cfg))
+        config: Any = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from None
-
-
-def _with_vocab_size(cfg: DictConfig) -> DictConfig:
-    """Return a configuration in which the size of the vocabulary is a number: for `auto` the data's, padded."""
-    if OmegaConf.select(cfg, "model.vocab_size") != AUTO:
-        return cfg
-    data: Any = OmegaConf.to_object(cfg.data)
-    cfg = deepcopy(cfg)
-    cfg.model.vocab_size = padded_size(prepared_vocab_size(data) or data.vocab_size)
-    return cfg
+    if isinstance(config, TrainConfig) and config.model.vocab_size == "auto":
+        config.model.vocab_size = fitting_vocab_size(config.data)
+    return config
 
 
 def to_config(cfg: DictConfig, more_problems: Callable[[Any], Iterable[str]] = lambda _: ()) -> Any:

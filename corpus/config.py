@@ -1,12 +1,11 @@
 """Where text comes from and how it becomes tokens. Torch-free."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 
 class DataError(Exception):
@@ -51,7 +50,7 @@ TEXT_SUFFIXES = (".txt", ".md", ".rst", ".html", ".htm", ".py")
 
 def as_paths(value: Any) -> list[str]:
     """Return an input, which is null, a path or a list of them, as a list."""
-    return value if isinstance(value, list) else [] if value is None else [value]
+    return [str(path) for path in (value if isinstance(value, list) else [value]) if path is not None]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,23 +59,12 @@ class SourceConfig:
 
     input: Any = None  # local: a file, folder, glob or fsspec address, or a list of them; tokens: a folder
     valid_input: Any = None  # local, tokens: held out whole, instead of valid_fraction
-    style: Style = Style.text
     text_key: str = "text"  # dotted key of a record's text
     messages_key: str = "messages"  # chat: dotted key of a record's messages
     source_key: str | None = None  # dotted key of a record's source (null: one source per sub-folder)
     text_suffixes: list[str] = field(default_factory=lambda: list(TEXT_SUFFIXES))  # of files that are text as they are
     text_lines: bool = False  # of such a file every non-blank line is a document, as InternLM reads .txt
     raw_json: bool = False  # encode the whole record, JSON syntax included, as InternLM did
-
-    def reading_problems(self, prefix: str) -> Iterator[str]:
-        for key in ("input", "valid_input"):
-            wrong = [path for path in as_paths(getattr(self, key)) if not (path and isinstance(path, str))]
-            yield from (f"{prefix}{key} ({path}) must be a path, or a list of them" for path in wrong)
-        for suffix in self.text_suffixes:
-            if suffix in STRUCTURED or not suffix.startswith("."):
-                yield f"{prefix}text_suffixes ({suffix}) must be a suffix like .md, and none of {' '.join(STRUCTURED)}"
-        if self.raw_json and self.style is not Style.text:
-            yield f"{prefix}raw_json (true) needs {prefix}style text, not {self.style.value}"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,6 +80,7 @@ class CorpusConfig(SourceConfig):
     dataset_split: str = "train"
     dataset_valid_split: str | None = None  # huggingface: the split that is held out, instead of valid_fraction
     streaming: bool = False  # huggingface: read it as it arrives, without keeping it
+    style: Style = Style.text
     chat_template: str = "internlm"  # alpaca, chat: internlm, chatml, or a file with a Jinja template
     valid_fraction: float = 0.01
     split_by: SplitBy = SplitBy.hash
@@ -102,32 +91,12 @@ class CorpusConfig(SourceConfig):
     vocab_size: int = 32768  # of a tokenizer trained for this corpus; the range of random tokens, within the model's
 
     def source_configs(self) -> dict[str, SourceConfig]:
-        """Return how each of `sources` is read: what it states, and the rest as all."""
-        shared = {key: value for key, value in asdict(self).items() if key in SourceConfig.__dataclass_fields__}
-        schema = OmegaConf.structured(SourceConfig(**shared | {"input": None, "valid_input": None}))
-        found: dict[str, Any] = {}
-        for name, its in self.sources.items():
-            try:
-                found[name] = OmegaConf.to_object(
-                    OmegaConf.merge(schema, its if isinstance(its, dict) else {"input": its})
-                )
-            except OmegaConfBaseException as error:
-                raise DataError(f"data.sources.{name}: {str(error).splitlines()[0]}") from None
-        return found
-
-    def _reading_problems(self) -> Iterator[str]:
-        yield from self.reading_problems("data.")
-        try:
-            configs = self.source_configs()
-        except DataError as error:
-            yield str(error)
-            return
-        for name, its in configs.items():
-            yield from its.reading_problems(f"data.sources.{name}.")
-            if not its.input:
-                yield f"data.sources.{name}.input is not set; name a file, a folder or a glob"
-            if (its.style is Style.text) != (self.style is Style.text):
-                yield f"data.sources.{name}.style ({its.style.value}) does not go with data.style ({self.style.value})"
+        """Return how each of `sources` is read: what it states, and the rest as all; raises OmegaConf's errors."""
+        shared = {f.name: getattr(self, f.name) for f in fields(SourceConfig)} | {"input": MISSING, "valid_input": None}
+        stated = {name: its if isinstance(its, dict) else {"input": its} for name, its in self.sources.items()}
+        schema = {name: OmegaConf.structured(SourceConfig(**shared)) for name in stated}
+        merged: Any = OmegaConf.merge({"data": {"sources": schema}}, {"data": {"sources": stated}})
+        return OmegaConf.to_object(merged)["data"]["sources"]  # type: ignore[call-overload,index]
 
     def source_problems(self) -> Iterator[str]:
         """Yield what is missing to prepare this corpus; training reads what was prepared."""
@@ -139,13 +108,12 @@ class CorpusConfig(SourceConfig):
             yield "data.dataset is not set; name a dataset, such as data.dataset=ola13/small-the_pile"
 
     def problems(self) -> Iterator[str]:
-        yield from self._reading_problems()
         if self.valid_input is not None and self.source not in (Source.local, Source.tokens):
             yield f"data.valid_input ({self.valid_input}) needs data.source local or tokens, not {self.source.value}"
         if self.split_by is SplitBy.train_test_split and (self.source is not Source.huggingface or self.streaming):
             yield "data.split_by (train_test_split) needs a dataset that is not streamed; use data.split_by=hash"
-        if self.dataset_valid_split is not None and self.source is not Source.huggingface:
-            yield f"data.dataset_valid_split ({self.dataset_valid_split}) needs data.source huggingface"
+        if self.raw_json and self.style is not Style.text:
+            yield f"data.raw_json (true) needs data.style text, not {self.style.value}"
         if self.dataset_valid_split is not None and self.split_by is SplitBy.train_test_split:
             yield "data.dataset_valid_split and data.split_by (train_test_split): set one of them"
         if not 0 <= self.valid_fraction < 1:

@@ -1,6 +1,7 @@
 """What a corpus is made of: files, addresses of object stores, datasets, each with its source."""
 
 import glob
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -11,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from corpus.builtin import builtin_files
 from corpus.compression import COMPRESSED, split_suffix
 from corpus.config import STRUCTURED, CorpusConfig, DataError, Source, SourceConfig, SplitBy, as_paths, cause_of
-from data.local_files import LocalFiles, distinct_files, place_of
+from data.local_files import distinct_files, files_below
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-MOST_SUFFIXES = 5
+MOST_KINDS = 5
 
 
 @dataclass(slots=True)
@@ -47,7 +48,7 @@ def list_items(config: CorpusConfig, ignored: Counter[str] | None = None) -> lis
         split = "train" if held_out or config.valid_input else None
         found = [replace(item, split="valid") for item in held_out] + [replace(item, split=split) for item in found]
         items += [replace(item, source=name or item.source, config=own) for item in found]
-    return sorted(items, key=lambda item: (item.split != "valid", place_of(item.path)))
+    return sorted(items, key=lambda item: (item.split != "valid", item.path))
 
 
 def check_inputs(config: CorpusConfig) -> None:
@@ -64,16 +65,14 @@ def list_files(paths: Any, key: str, config: CorpusConfig, ignored: Counter[str]
     suffixes = (*STRUCTURED, *config.text_suffixes)
     items: dict[str, Item] = {}
     for path in as_paths(paths):
-        before = len(items)
-        for item in _matching(path, key, config.name, ignored):
-            if (kind := split_suffix(item.path)[0]) in suffixes:
-                items[item.path] = item
-            else:
-                ignored[kind or "without a suffix"] += 1
-        if len(items) == before:
+        found = {item.path: item for item in _matching(path, key, config.name, ignored)}
+        for place in [place for place in found if split_suffix(place)[0] not in suffixes]:
+            ignored[split_suffix(found.pop(place).path)[0] or "without a suffix"] += 1
+        if not found:
             formats = f"{' '.join(suffixes)}, plain or {' '.join(COMPRESSED)}"
             raise DataError(f"{key} ({path}) has no readable file; formats are {formats} (see data.text_suffixes)")
-    return [items[path] for path in distinct_files(list(items))]
+        items |= found
+    return [items[path] for path in distinct_files(items)]
 
 
 def _matching(pattern: str, key: str, name: str, ignored: Counter[str]) -> Iterator[Item]:
@@ -81,42 +80,42 @@ def _matching(pattern: str, key: str, name: str, ignored: Counter[str]) -> Itera
     import fsspec
     from fsspec.utils import glob_translate
 
+    sizes: dict[str, int]
     try:
         system, path = fsspec.core.url_to_fs(pattern)  # of a path on this machine: absolute
-        is_local = "file" in system.protocol
-        system = LocalFiles(ignored) if is_local else system
+        if is_local := "file" in system.protocol:  # of whatever spelling
+            folder, name_in_it = os.path.split(path)
+            path = os.path.realpath(path) if os.path.isdir(path) else f"{os.path.realpath(folder)}/{name_in_it}"
         base = path  # the part before a glob's first wildcard; in a name that exists there is none
         while glob.has_magic(base) and not system.exists(base):
             base = base.rpartition("/")[0]
-        rest = path[len(base) :].lstrip("/") if base != path or system.isdir(path) else None
-        found: Any
-        if rest is None:
-            found, base = {path: system.info(path)}, path.rpartition("/")[0]
-        elif rest and not is_local:
-            found = system.glob(path, detail=True)
+        rest = path[len(base) :].lstrip("/")
+        if not rest and not system.isdir(path):
+            sizes, base = {path: system.info(path)["size"]}, path.rpartition("/")[0]
         else:
-            depth = rest.count("/") + 1 if rest and "**" not in rest else None
-            found, matches = system.find(base, maxdepth=depth, detail=True), re.compile(glob_translate(rest or "**"))
-            found = {place: about for place, about in found.items() if matches.match(place[len(base) :].lstrip("/"))}
-        if rest is not None and "/." not in f"/{rest}":
-            found = {place: about for place, about in found.items() if "/." not in place[len(base) :]}
+            if is_local:
+                depth, matches = rest.count("/") + 1, re.compile(glob_translate(rest or "**"))
+                found = files_below(base, ignored, None if "**" in rest or not rest else depth)
+                sizes = {p: os.path.getsize(p) for p in found if matches.match(p[len(base) :].lstrip("/"))}
+            else:
+                listed: Any = system.glob(path, detail=True) if rest else system.find(path, detail=True)
+                sizes = {place: about["size"] or 0 for place, about in listed.items() if about["type"] == "file"}
+            if "/." not in f"/{rest}":
+                sizes = {place: size for place, size in sizes.items() if "/." not in place[len(base) :]}
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"{key} ({pattern}) cannot be listed: {error}") from None
-    if any(place.endswith("/state.json") for place in found) and any(place.endswith(".arrow") for place in found):
+    if ".arrow" in (endings := {os.path.splitext(place)[1] for place in sizes}) and ".json" in endings:
         raise DataError(f"{key} ({pattern}) was made by save_to_disk; read it with data=huggingface data.dataset=...")
-    for place, about in sorted(found.items()):
-        below = place[len(base) :].lstrip("/").split("/")
-        if about["type"] == "file":
-            address = place if is_local else system.unstrip_protocol(place)
-            yield Item(address, below[0] if len(below) > 1 else name, size=about["size"] or 0)
+    for place, size in sorted(sizes.items()):
+        folder, slash, _ = place[len(base) :].lstrip("/").partition("/")
+        yield Item(place if is_local else system.unstrip_protocol(place), folder if slash else name, size=size)
 
 
 def describe_ignored(ignored: Counter[str]) -> str:
     """Return a line about what was not read, or an empty string."""
     by_number = sorted(ignored.items(), key=lambda each: (each[0][0] == ".", -each[1], each[0]))
-    named = [f"{count} {suffix}" for suffix, count in by_number[:MOST_SUFFIXES]]
-    named += ["..."] * (len(by_number) > MOST_SUFFIXES)
-    return f"not read: {', '.join(named)}" if named else ""
+    named = ", ".join(f"{count} {kind}" for kind, count in by_number[:MOST_KINDS])
+    return f"not read: {named}{', ...' * (len(by_number) > MOST_KINDS)}" if named else ""
 
 
 def _load_dataset(config: CorpusConfig) -> list[Item]:
@@ -126,15 +125,12 @@ def _load_dataset(config: CorpusConfig) -> list[Item]:
     if config.dataset_valid_split is not None:
         parts = {"valid": _load_split(config, config.dataset_valid_split), "train": dataset}
     elif config.split_by is SplitBy.hash or not config.valid_fraction or len(dataset) < 2:
-        return [Item(name, config.name, size=_n_rows(dataset), dataset=dataset)]
+        parts = {None: dataset}
     else:
         split = dataset.train_test_split(test_size=config.valid_fraction, seed=config.valid_seed)
         parts = {"valid": split["test"], "train": split["train"]}
-    return [Item(f"{name}/{part}", config.name, part, _n_rows(rows), rows) for part, rows in parts.items()]
-
-
-def _n_rows(dataset: Any) -> int:
-    return len(dataset) if hasattr(dataset, "__len__") else 0
+    paths = {part: f"{name}/{part}" if part else name for part in parts}
+    return [Item(paths[part], config.name, part, getattr(its, "num_rows", 0), its) for part, its in parts.items()]
 
 
 def _load_split(config: CorpusConfig, split: str) -> Any:

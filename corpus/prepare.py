@@ -55,7 +55,7 @@ def _reading(config: SourceConfig) -> dict[str, Any]:
     for key in ("input", "valid_input"):
         paths = sorted({identity(path) for path in as_paths(found[key])})
         found[key] = paths if len(paths) > 1 else next(iter(paths), None)
-    return found | {"text_suffixes": sorted(set(config.text_suffixes)), "style": config.style.value}
+    return found | {"text_suffixes": sorted(set(config.text_suffixes))}
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -37,7 +37,6 @@ COMPRESSION_RATIO = 4  # a guess, to divide compressed files; the last range of 
 BATCH_BYTES = 1 << 20  # of text that is encoded at once
 DOCUMENT = np.dtype([("hash", "<u8"), ("tokens", "<u4"), ("text_bytes", "<u4")])
 
-MOST_NAME_CHARS = 200  # in a file's name, which may have 255
 
 # Takes the documents, tokens and bytes of text that were added (no bytes for an earlier run's), and the share of all
 # work that this was, 0 if it is not known. Within this module that share is a unit's `size`.
@@ -115,28 +114,28 @@ def _dataset_units(items: list[Item], config: CorpusConfig) -> Iterator[tuple[tu
             batches.append(batch)
             size += batch.nbytes
             if size >= min(max(total // MOST_UNITS, LEAST_UNIT_BYTES), MOST_ROW_BYTES):
-                n_rows = sum(map(len, batches))
-                yield (Span(number, first),), _as_stream(batches), n_rows
-                first, total = first + n_rows, total + size
+                yield (Span(number, first),), *_as_stream(batches)
+                first, total = first + sum(map(len, batches)), total + size
                 batches, size = [], 0
         if batches:
-            yield (Span(number, first),), _as_stream(batches), sum(map(len, batches))
+            yield (Span(number, first),), *_as_stream(batches)
 
 
-def _as_stream(batches: list[Any]) -> bytes:
+def _as_stream(batches: list[Any]) -> tuple[bytes, int]:
+    """Return rows as an Arrow stream, and how many they are."""
     import pyarrow
 
     sink = pyarrow.BufferOutputStream()
     with pyarrow.ipc.new_stream(sink, batches[0].schema) as stream:
         for batch in batches:
             stream.write_batch(batch)
-    return sink.getvalue().to_pybytes()
+    return sink.getvalue().to_pybytes(), sum(map(len, batches))
 
 
 def file_name(name: str) -> str:
     """Return a source's name as files may have it, in ASCII: `C#` becomes `C%23`. Names that differ stay different."""
     quoted = quote(name, safe="+")
-    return quoted if len(quoted) <= MOST_NAME_CHARS else f"{quoted[:180]}%{xxhash.xxh3_64_hexdigest(name.encode())}"
+    return quoted if len(quoted) <= 200 else f"{quoted[:180]}%{xxhash.xxh3_64_hexdigest(name.encode())}"
 
 
 def unit_folder(folder: Path, number: int) -> Path:
@@ -223,9 +222,8 @@ def _append(
         table = np.array([(d.hash, len(ids), d.text_bytes) for d, ids in found], dtype=DOCUMENT)
         hashes.setdefault(group, xxhash.xxh3_128()).update(raw)
         for kind, content in ((".tokens", raw), (".documents", table.tobytes())):
-            with open(
-                folder / f"{file_name(group)}{kind}", "ab"
-            ) as file:  # not kept open: there may be thousands of sources
+            # not kept open: there may be thousands of sources
+            with open(folder / f"{file_name(group)}{kind}", "ab") as file:
                 file.write(content)
 
 

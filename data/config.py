@@ -59,18 +59,13 @@ class DataConfig(CorpusConfig):
 TRAINING_ONLY = {f.name for f in fields(DataConfig)} - {f.name for f in fields(CorpusConfig)}
 
 
-def prepared_vocab_size(config: DataConfig) -> int | None:
-    """Return the size of the vocabulary of prepared data, or None if there is none that can be read."""
-    if config.source in (Source.random, Source.tokens):
-        return None
-    with suppress(OSError, ValueError, KeyError, TypeError):  # reported when the data is opened
-        return int(json.loads((Path(config.path) / "corpus.json").read_bytes())["tokenizer"]["vocab_size"])
-    return None
-
-
-def padded_size(vocab_size: int) -> int:
-    """Return a size of the model's vocabulary that tensor parallelism and kernels can divide."""
-    return -(-vocab_size // 128) * 128
+def fitting_vocab_size(config: DataConfig) -> int:
+    """Return what `model.vocab_size=auto` is: the vocabulary of the data, or before it is prepared `vocab_size`."""
+    size = config.vocab_size
+    if config.source not in (Source.random, Source.tokens):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # reported when the data is opened
+            size = int(json.loads((Path(config.path) / "corpus.json").read_bytes())["tokenizer"]["vocab_size"])
+    return -(-size // 128) * 128  # so that tensor parallelism divides it
 
 
 def check_tokenizer(name: str | Path, key: str = "tokenizer.model") -> None:

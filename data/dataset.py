@@ -1,6 +1,6 @@
 """A corpus, opened for training: its sources, its packs, their order."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
             train, valid = (_shards(folder, manifest["splits"].get(split, {}), tokenizer) for split in RANDOM_PACKS)
     if tokenizer is not None:
         check_vocab_size(str(tokenizer.path), tokenizer.vocab_size, vocab_size)
-    mix = mix_weights(config, set(train))
+    config = replace(config, mix=mix_weights(config, set(train)))
     sources = tuple(sorted({*train, *valid}))
     fingerprints = [f"tokenizer/{tokenizer.fingerprint if tokenizer else 'unknown'}/{add_bos}/{add_eos}"]
     for split, files in (("train", train), ("valid", valid)):
@@ -167,14 +167,14 @@ def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
     if tokenizer is not None:
         bytes_per_token = np.zeros(vocab_size, dtype=np.int32)
         bytes_per_token[: tokenizer.vocab_size] = tokenizer.token_bytes()
-    packs = (_packs(config, files, sources, vocab_size, its_mix) for files, its_mix in ((train, mix), (valid, None)))
+    packs = (_packs(config, files, sources, vocab_size, train=files is train) for files in (train, valid))
     return Corpus(sources, fingerprints, tokenizer, add_bos, add_eos, bytes_per_token, *packs)
 
 
 def _random_tokens(config: DataConfig, split: str, vocab_size: int) -> TokenFile:
     n_tokens, seed = RANDOM_PACKS[split] * config.pack_tokens, config.seed + (split == "valid")
-    vocab_size = min(vocab_size, config.vocab_size)
-    return RandomTokens(vocab_size=vocab_size, n_tokens=n_tokens, document_len=config.seq_len, seed=seed)
+    size = min(vocab_size, config.vocab_size)
+    return RandomTokens(vocab_size=size, n_tokens=n_tokens, document_len=config.seq_len, seed=seed)
 
 
 def _shards(folder: Path, sources: dict[str, dict[str, Any]], tokenizer: Tokenizer) -> Split:
@@ -185,18 +185,15 @@ def _shards(folder: Path, sources: dict[str, dict[str, Any]], tokenizer: Tokeniz
     return found
 
 
-def _packs(
-    config: DataConfig, files: Split, sources: tuple[str, ...], vocab_size: int, mix: dict[str, float] | None
-) -> PackedDataset:
-    """Return the packs of a split; `mix` is None for that of validation."""
-    train = mix is not None
-    names = [name for name in sorted(files) if not mix or mix.get(name, 0) > 0]
+def _packs(config: DataConfig, files: Split, sources: tuple[str, ...], vocab_size: int, train: bool) -> PackedDataset:
+    is_mixed = train and bool(config.mix)
+    names = [name for name in sorted(files) if not is_mixed or config.mix.get(name, 0) > 0]
     # random tokens are not in a folder where a packing could keep a plan
     kind = Concat if config.source is Source.random else find_packing(config.packing)
     packings = [kind(files[name], config.pack_tokens, seed=config.seed if train else None) for name in names]
-    weights = [mix[name] for name in names] if mix else None
+    weights = [config.mix[name] for name in names] if is_mixed else None
     empty = [name for name, packing in zip(names, packings, strict=True) if not packing.n_packs]
-    if train and (len(empty) == len(names) or (mix and empty)):
+    if train and (len(empty) == len(names) or (is_mixed and empty)):
         size = f"{config.pack_tokens} tokens; lower data.seq_len or add text"
         raise DataError(f"source {', '.join(empty)} does not fill one pack of {size}")
     numbers = [sources.index(name) for name in names]

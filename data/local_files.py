@@ -2,10 +2,8 @@
 
 import os
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
-
-from fsspec.implementations.local import LocalFileSystem
 
 
 def identity(path: str) -> str:
@@ -14,53 +12,31 @@ def identity(path: str) -> str:
     return path if "://" in path else os.path.realpath(os.path.expanduser(path))
 
 
-def place_of(path: str) -> tuple[str, str]:
-    """Return a file's real folder and its name, which order files however their folder is spelled."""
-    folder, _, name = path.rpartition("/")
-    return identity(folder), name
-
-
-def distinct_files(paths: list[str]) -> list[str]:
-    """Return paths in the order of `place_of`, each file once; a link to another of the files is left out."""
+def distinct_files(paths: Iterable[str]) -> list[str]:
+    """Return sorted paths, each file once; a link to another of the files is left out."""
     found: dict[str, str] = {}
     for path in sorted(paths, key=lambda path: (identity(path) != path, path)):
         found.setdefault(identity(path), path)
-    return sorted(found.values(), key=place_of)
+    return sorted(found.values())
 
 
-class LocalFiles(LocalFileSystem):
-    """Enters the folders that symbolic links point to; counts in `left_out` what it does not."""
-
-    cachable = False
-
-    def __init__(self, left_out: Counter[str] | None = None) -> None:
-        super().__init__()
-        self.left_out = Counter() if left_out is None else left_out
-
-    def info(self, path: Any, **kwargs: Any) -> dict[str, Any]:
-        about = super().info(path, **kwargs)
-        if about["islink"] and about["type"] == "other":  # an entry of a folder
-            try:
-                return super().info(about["name"])
-            except OSError:
-                self.left_out["broken links"] += 1
-        return about
-
-    def ls(self, path: Any, detail: bool = False, **kwargs: Any) -> list[Any]:
-        real = os.path.realpath(path)
-        if real != str(path) and real in map(os.path.realpath, Path(path).parents):
-            self.left_out["links back to a folder they are in"] += 1
-            return []
-        try:
-            return super().ls(path, detail, **kwargs)
-        except OSError:
-            self.left_out["folders that cannot be read"] += 1
-            return []
+def files_below(folder: str, left_out: Counter[str], depth: int | None = None) -> Iterator[str]:
+    """Yield the files of a folder and of `depth` - 1 levels below it; counts in `left_out` what cannot be read."""
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=lambda _: left_out.update(["no permission"])):
+        if (real := os.path.realpath(here)) != here and real in map(os.path.realpath, Path(here).parents):
+            left_out["links back to a folder they are in"] += 1
+            folders.clear()
+            continue
+        if depth is not None and here.removeprefix(folder).count("/") >= depth - 1:
+            folders.clear()
+        for path in (os.path.join(here, name) for name in names):
+            if os.path.isfile(path):
+                yield path
+            elif os.path.islink(path):
+                left_out["broken links"] += 1
 
 
-def token_paths(folder: str | Path) -> list[Path]:
+def token_paths(folder: str) -> list[Path]:
     """Return the .bin files below a folder, or the file that it is."""
-    if Path(folder).is_file():
-        return [Path(folder)]
-    found = LocalFiles().find(os.path.abspath(folder))
-    return sorted(map(Path, distinct_files([path for path in found if path.endswith(".bin")])))
+    below = (path for path in files_below(os.path.abspath(folder), Counter()) if path.endswith(".bin"))
+    return [Path(folder)] if os.path.isfile(folder) else sorted(map(Path, distinct_files(below)))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from corpus.config import DataError, Source, as_paths
-from data.config import DataConfig, check_tokenizer, padded_size
+from data.config import DataConfig, check_tokenizer
 from data.local_files import token_paths
 from data.packing import find_packing
 
@@ -48,7 +48,7 @@ def check_fits(config: DataConfig, vocab_size: int) -> None:
 
 def check_vocab_size(tokenizer: str, n_pieces: int, vocab_size: int) -> None:
     if n_pieces > vocab_size:
-        enough = f"pass model.vocab_size={padded_size(n_pieces)}"
+        enough = f"pass model.vocab_size={-(-n_pieces // 128) * 128}"
         raise DataError(f"{tokenizer} has {n_pieces} pieces, more than model.vocab_size ({vocab_size}); {enough}")
 
 
@@ -56,13 +56,9 @@ def mix_weights(config: DataConfig, sources: set[str]) -> dict[str, float]:
     """Return `data.mix` by the names of sources; what a command line cannot hold may be given as `wikipedia_en`."""
     found = {}
     for name, weight in config.mix.items():
-        meant = [source for source in sources if name == source or (name not in sources and name == _plain(source))]
+        plain = {source: re.sub(r"[^\w.+-]+", "_", source.lower()).strip("_.") for source in sources}
+        meant = [name] if name in sources else [source for source in sources if name == plain[source]]
         if len(meant) != 1:
-            what = "means several sources" if meant else "there is no such source"
-            raise DataError(f"data.mix.{name}: {what}; choose from {', '.join(sorted(sources))}")
+            raise DataError(f"data.mix.{name}: there is no such source; choose from {', '.join(sorted(sources))}")
         found[meant[0]] = weight
     return found
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^\w.+-]+", "_", name.lower()).strip("_.")

@@ -31,10 +31,7 @@ NOTES = "batches.jsonl"  # in a run folder
 
 
 def note_batches(run: Path, run_config: dict[str, Any], corpus: Corpus, *, step: int, **samples: int) -> None:
-    """Note what makes a run's batches after `step`; later steps are made anew, and what was noted of them is removed.
-
-    `samples` are the counters `samples` and `first_sample` at that step.
-    """
+    """Note what makes a run's batches after `step`, and the counters of `samples` there, in place of later notes."""
     note = {key: run_config[key] for key in ("global_batch_tokens", "ramp", "skip_batches", "data")}
     note |= {"vocab_size": run_config["model"]["vocab_size"], "fingerprint": corpus.fingerprint}
     notes = [note for note in _notes(run) if note["step"] < step] + [{"step": step, **samples, **note}]

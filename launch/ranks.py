@@ -103,11 +103,7 @@ def first_failure(ends: Mapping[int, RankEnd]) -> int | None:
 
 def hung_stacks(text: str, end_files: Mapping[int, Path]) -> str:
     """Return where ranks hung, if `text` is the error of a rank that timed out waiting for them."""
-    stacks = {
-        rank: stack_file(path).read_text(encoding="utf-8")
-        for rank, path in end_files.items()
-        if stack_file(path).exists()
-    }
+    stacks = {k: stack_file(path).read_text("utf-8") for k, path in end_files.items() if stack_file(path).exists()}
     shown = [f"\nrank {rank} hung at\n{stack}" for rank, stack in stacks.items() if stack]
     return "".join(shown) if is_timeout(text) else ""
 

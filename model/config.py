@@ -3,18 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import MISSING
 
 # Layers by name; a name like `module:Class` is a class of the user's own.
 MLPS = {"swiglu": "model.layers:SwiGLU"}
 ATTENTION_LAYERS = {"gqa": "model.attention:SelfAttention"}
-
-
-AUTO = "auto"  # the vocabulary of the data
-# In a configuration that is not checked yet a size may be `auto`; conf.schema.to_object makes a number of it.
-VocabSize = int if TYPE_CHECKING else Any
 
 
 class ModelError(Exception):
@@ -41,7 +36,7 @@ class Attention(Enum):
 class ModelConfig:
     # A field marked `free` may differ between models that share weights; one that decides what is learnt only "weights"
     name: str = field(default=MISSING, metadata={"free": True})  # part of the run folder, such as runs/7b_pile_small
-    vocab_size: VocabSize = MISSING
+    vocab_size: Any = MISSING  # int; `auto` in YAML is the data's, which conf.schema.to_object puts in its place
     d_model: int = MISSING
     n_layers: int = MISSING
     n_heads: int = MISSING
@@ -63,12 +58,9 @@ class ModelConfig:
         return self.d_model // self.n_heads
 
     def problems(self) -> Iterator[str]:
-        if not isinstance(self.vocab_size, int):
-            yield f"model.vocab_size ({self.vocab_size}) must be a number or {AUTO}"
-            return
         for key in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "max_seq_len"):
-            if getattr(self, key) < 1:
-                yield f"model.{key} ({getattr(self, key)}) must be at least 1"
+            if not isinstance(value := getattr(self, key), int) or value < 1:
+                yield f"model.{key} ({value}) must be a number, at least 1"
                 return
         if self.d_model % self.n_heads:
             yield f"model.d_model ({self.d_model}) must be divisible by model.n_heads ({self.n_heads})"

@@ -70,8 +70,8 @@ def compare(folder: Path, *, show: bool = False) -> str:
         draw([run for run in runs if run.train], keys, out)
     (out / "table.txt").write_text(text + "\n", encoding="utf-8")
     images = [f"![{title}]({name})" for name, title in pictures.items()]
-    markdown = "\n\n".join([as_markdown(rows), *(f"- {note}" for note in notes), *images])
-    (out / "table.md").write_text(markdown + "\n", encoding="utf-8")
+    parts = [as_markdown(rows), *(f"- {note}" for note in notes), *images]
+    (out / "table.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     if show:
         print(f"in {out}: {', '.join(['table.md', 'table.txt', *pictures])}", flush=True)
     return text
