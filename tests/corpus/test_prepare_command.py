@@ -66,7 +66,8 @@ def test_corpus_of_one_document_shows_one(
     config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "texts" / "a.jsonl").write_bytes(lines(RECORDS[:1]))
-    _, documents = closing_output(dataclasses.replace(config, valid_fraction=0.0), tokenizer, capsys)
+    table, documents = closing_output(dataclasses.replace(config, valid_fraction=0.0), tokenizer, capsys)
+    assert table.splitlines()[-1] == "no document is held out of C++: there will be no validation of it"
     assert len(documents) == 1
 
 

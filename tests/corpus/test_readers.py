@@ -16,6 +16,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf.errors import OmegaConfBaseException
 
 from corpus import readers
 from corpus.config import DataError, OnBadRecord, Source, Style
@@ -213,6 +214,79 @@ def test_sources_are_folders_a_key_or_named(tmp_path: Path) -> None:
     sources = {"Code": str(tmp_path / "texts" / "[cd]*" / "*" / "a.jsonl"), "top": str(tmp_path / "texts" / "b.jsonl")}
     found = read(local(tmp_path, "none", input=None, sources=sources))
     assert [(d.text, d.source) for d in found] == [("on top", "top"), ("code/deep", "Code")]
+
+
+@pytest.mark.parametrize("pattern", ["in", "in/**/*.jsonl", "in/*/*.jsonl", "in/[a-z]*/a.jsonl"])
+def test_links_to_folders_are_followed_and_each_file_read_once(tmp_path: Path, pattern: str) -> None:
+    for folder in ("in/en", "big"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.jsonl").write_bytes(lines([{"text": folder}]))
+    links = {"de": "../big", "back": ".", "fr": "../big", "b.jsonl": "en/a.jsonl", "gone": "../nothing", "en/up": ".."}
+    for name, target in links.items():
+        (tmp_path / "in" / name).symlink_to(target)
+    ignored: Counter[str] = Counter()
+    items = list_items(local(tmp_path, pattern), ignored)
+    assert [(item.source, Path(item.path).name) for item in items] == [("de", "a.jsonl"), ("en", "a.jsonl")]
+    if pattern == "in":
+        assert ignored == {"links back to a folder they are in": 2, "broken links": 1}
+        assert describe_ignored(ignored) == "not read: 2 links back to a folder they are in, 1 broken links"
+
+
+@pytest.mark.parametrize("name", ["notes [2024].jsonl", "what?.jsonl", "a*b/x.jsonl", "[ab]/[c].jsonl", "**/x.jsonl"])
+def test_path_that_exists_is_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    path = tmp_path / "in [1]" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(lines([{"text": "x"}]))
+    monkeypatch.chdir(tmp_path / "in [1]")
+    patterns = [name, str(path), "*.jsonl" if path.parent == Path.cwd() else f"{Path(name).parent}/*.jsonl", "."]
+    for pattern in patterns:
+        assert [item.path for item in list_items(local(tmp_path, "", input=pattern))] == [str(path)]
+
+
+def test_each_source_is_read_by_its_own_settings(tmp_path: Path) -> None:
+    contents = {
+        "en/a.jsonl": lines([{"text": "english", "body": "no"}]),
+        "zh/a.jsonl": lines([{"body": "中文", "meta": {"set": "book"}}]),
+        "zh/held.jsonl": lines([{"body": "留出"}]),
+        "docs/a.md": b"# title",
+        "docs/b.tex": b"one\n\ntwo\n",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    path = {name.replace(".", "_"): str(tmp_path / name) for name in contents}
+    sources: dict[str, Any] = {
+        "plain": path["en/a_jsonl"],
+        "zh": {"input": [path["zh/a_jsonl"]], "text_key": "body", "valid_input": path["zh/held_jsonl"]},
+        "docs": {"input": str(tmp_path / "docs"), "text_suffixes": [".tex"], "text_lines": True},
+    }
+    config = local(tmp_path, "none", input=None, sources=sources, valid_fraction=0.0)
+    expected = [
+        ("留出", "zh", "valid"), ("one", "docs", "train"), ("two", "docs", "train"), ("english", "plain", "train"),
+        ("中文", "zh", "train"),
+    ]  # fmt: skip
+    assert [(d.text, d.source, d.split) for d in read(config)] == expected
+    for wrong, named in (({"text_kee": "x"}, "sources.zh.text_kee"), ({"text_lines": 3.5}, "sources.zh.text_lines")):
+        config.sources = {"zh": {"input": "x", **wrong}}
+        with pytest.raises(OmegaConfBaseException, match=f"full_key: data.{named}"):
+            list_items(config)
+
+
+def test_list_of_inputs_is_read_without_copies_in_any_order(tmp_path: Path) -> None:
+    for name in ("a.md", "b.rst", "c.html", "d.HTM.gz", "e.py", "f.tex"):
+        (tmp_path / name).write_bytes(gzip.compress(name.encode()) if name.endswith("gz") else name.encode())
+    both = [str(tmp_path / "*.py"), str(tmp_path), str(tmp_path / "a.md")]
+    for inputs in (both, both[::-1]):
+        assert [d.text for d in read(local(tmp_path, "", input=inputs))] == [
+            "a.md",
+            "b.rst",
+            "c.html",
+            "d.HTM.gz",
+            "e.py",
+        ]
+    assert [d.text for d in read(local(tmp_path, "", input=both[1], text_suffixes=[".tex"]))] == ["f.tex"]
+    with pytest.raises(DataError, match=r"data.input \(.*/a.md\) has no readable file"):
+        read(local(tmp_path, "", input=both, text_suffixes=[".py"]))
 
 
 def test_hidden_files_are_skipped_and_other_formats_counted(tmp_path: Path) -> None:
