@@ -12,7 +12,6 @@ from conf.cli import checked, data_settings, report_user_errors, run
 from conf.schema import PrepareConfig
 
 SAMPLE_TOKENS = 120
-COUNTS = "{elapsed}{postfix}"  # of the progress bar
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="prepare_data")
@@ -56,7 +55,7 @@ def write(config: PrepareConfig) -> dict[str, Any] | None:
 
     documents = tokens = text_bytes = 0
     # The delay keeps the bar away until there is something to count; smoothing 0 is the mean rate.
-    options: Any = {"total": 1.0, "bar_format": COUNTS, "smoothing": 0, "mininterval": 0.5, "delay": 1e-3}
+    options: Any = {"total": 1.0, "bar_format": "{elapsed}{postfix}", "smoothing": 0, "mininterval": 0.5, "delay": 1e-3}
     with logging_redirect_tqdm(), tqdm(**options, file=sys.stderr) as bar:
 
         def progress(more_documents: int, more_tokens: int, more_text_bytes: int, share: float) -> None:
@@ -64,7 +63,7 @@ def write(config: PrepareConfig) -> dict[str, Any] | None:
             if not documents:
                 bar.unpause()  # a tokenizer may have been trained until now
             elif share:
-                bar.bar_format = f"{{percentage:3.0f}}%|{{bar:20}}| {COUNTS}, {{remaining}} left"
+                bar.bar_format = "{percentage:3.0f}%|{bar:20}| {elapsed}{postfix}, {remaining} left"
             if more_documents and not more_text_bytes:
                 bar.initial += share  # an earlier run's
             documents, tokens = documents + more_documents, tokens + more_tokens

@@ -84,8 +84,7 @@ def _matching(pattern: str, key: str, name: str, ignored: Counter[str]) -> Itera
     try:
         system, path = fsspec.core.url_to_fs(pattern)  # of a path on this machine: absolute
         if is_local := "file" in system.protocol:  # of whatever spelling
-            folder, name_in_it = os.path.split(path)
-            path = os.path.realpath(path) if os.path.isdir(path) else f"{os.path.realpath(folder)}/{name_in_it}"
+            path = str(Path(path).resolve() if os.path.isdir(path) else Path(path).parent.resolve() / Path(path).name)
         base = path  # the part before a glob's first wildcard; in a name that exists there is none
         while glob.has_magic(base) and not system.exists(base):
             base = base.rpartition("/")[0]

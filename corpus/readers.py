@@ -221,10 +221,3 @@ def _parse_json(value: Any, kind: "pyarrow.DataType") -> Any:
     if isinstance(value, dict):
         return {name: _parse_json(part, kind.field(name).type) for name, part in value.items()}
     return [_parse_json(part, kind.field(0).type) for part in value] if isinstance(value, list) else value
-
-
-def read_documents(items: list[Item], config: CorpusConfig, left_out: LeftOut) -> Iterator[Document]:
-    """Yield the documents of items one after another, duplicates included."""
-    reader = Reader(config)
-    for item in items:
-        yield from reader.documents(item, left_out)

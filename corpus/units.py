@@ -38,8 +38,8 @@ BATCH_BYTES = 1 << 20  # of text that is encoded at once
 DOCUMENT = np.dtype([("hash", "<u8"), ("tokens", "<u4"), ("text_bytes", "<u4")])
 
 
-# Takes the documents, tokens and bytes of text that were added (no bytes for an earlier run's), and the share of all
-# work that this was, 0 if it is not known. Within this module that share is a unit's `size`.
+# Takes the documents, tokens and bytes of text that were added (no bytes for an earlier run's), and their share of the
+# work, 0 if it is not known; a worker's share is in the terms of `Unit.size`.
 Progress = Callable[[int, int, int, float], None]
 
 
@@ -88,7 +88,6 @@ def _file_units(items: list[Item], config: CorpusConfig) -> Iterator[tuple[tuple
     total = 0
     for number, (item, size) in enumerate(zip(items, sizes, strict=True)):
         kind, compression = split_suffix(item.path)
-        # of lines, or row groups
         has_ranges = has_lines(item, item.config or config) or (kind == ".parquet" and not compression)
         n_spans = max(1, size // unit_bytes) if has_ranges else 1
         step = -(-size // n_spans)
@@ -122,7 +121,6 @@ def _dataset_units(items: list[Item], config: CorpusConfig) -> Iterator[tuple[tu
 
 
 def _as_stream(batches: list[Any]) -> tuple[bytes, int]:
-    """Return rows as an Arrow stream, and how many they are."""
     import pyarrow
 
     sink = pyarrow.BufferOutputStream()
@@ -222,8 +220,7 @@ def _append(
         table = np.array([(d.hash, len(ids), d.text_bytes) for d, ids in found], dtype=DOCUMENT)
         hashes.setdefault(group, xxhash.xxh3_128()).update(raw)
         for kind, content in ((".tokens", raw), (".documents", table.tobytes())):
-            # not kept open: there may be thousands of sources
-            with open(folder / f"{file_name(group)}{kind}", "ab") as file:
+            with open(folder / f"{file_name(group)}{kind}", "ab") as file:  # not kept open: there may be thousands
                 file.write(content)
 
 
@@ -249,7 +246,8 @@ def run_units(units: Iterable[Unit], job: Job, *, workers: int, shards: int, sha
                 if (done := read_unit(job.folder, unit.number)) is None:
                     yield unit
                 else:
-                    add(*done["counts"][:2], 0, unit.size)
+                    documents, tokens, _ = done["counts"]
+                    add(documents, tokens, 0, unit.size)
 
     if workers == 1 or most is not None:  # a unit's limit is known when those before it are done
         worker = UnitWorker(job, add)

@@ -14,10 +14,8 @@ def identity(path: str) -> str:
 
 def distinct_files(paths: Iterable[str]) -> list[str]:
     """Return sorted paths, each file once; a link to another of the files is left out."""
-    found: dict[str, str] = {}
-    for path in sorted(paths, key=lambda path: (identity(path) != path, path)):
-        found.setdefault(identity(path), path)
-    return sorted(found.values())
+    real_first = sorted(paths, key=lambda path: (identity(path) != path, path))
+    return sorted({identity(path): path for path in reversed(real_first)}.values())
 
 
 def files_below(folder: str, left_out: Counter[str], depth: int | None = None) -> Iterator[str]:

@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import sys
-from contextlib import suppress
 from itertools import pairwise
 from os.path import commonprefix
 from pathlib import Path
@@ -25,6 +24,7 @@ from data.config import DataConfig, RampConfig, packs_of_step
 from data.dataset import Corpus, open_corpus
 from data.tokenizer import Tokenizer
 from tracking.logs import escape_unprintable
+from tracking.metrics_file import last_step, read_records
 from tracking.run_folder import write_atomically
 
 NOTES = "batches.jsonl"  # in a run folder
@@ -34,30 +34,22 @@ def note_batches(run: Path, run_config: dict[str, Any], corpus: Corpus, *, step:
     """Note what makes a run's batches after `step`, and the counters of `samples` there, in place of later notes."""
     note = {key: run_config[key] for key in ("global_batch_tokens", "ramp", "skip_batches", "data")}
     note |= {"vocab_size": run_config["model"]["vocab_size"], "fingerprint": corpus.fingerprint}
-    notes = [note for note in _notes(run) if note["step"] < step] + [{"step": step, **samples, **note}]
+    notes = [note for note in read_records(run / NOTES) if note["step"] < step] + [{"step": step, **samples, **note}]
     write_atomically(run / NOTES, "".join(json.dumps(note) + "\n" for note in notes))
-
-
-def _notes(run: Path) -> list[dict[str, Any]]:
-    text = (run / NOTES).read_text(encoding="utf-8") if (run / NOTES).exists() else ""
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def show(run: Path, step: int, *, samples: int | None = None) -> None:
     """Print the packs of a step of a run, counted from 1; raises `DataError` if they are not known."""
-    notes = [note for note in _notes(run) if note["step"] < step]
+    notes = [note for note in read_records(run / NOTES) if note["step"] < step]
     if not notes:
         raise DataError(f"{run} has no note of step {step} in {NOTES}; name a run folder, and a step that is in it")
     note = notes[-1]
-    try:
-        data: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), note["data"]))
-        ramp: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RampConfig), note["ramp"]))
-    except OmegaConfBaseException as error:
-        raise DataError(f"{run / NOTES} is of another version: {error}") from None
+    data: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), note["data"]))
+    ramp: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RampConfig), note["ramp"]))
     of_run = {"global_batch_tokens": note["global_batch_tokens"], "ramp": ramp, "pack_tokens": data.pack_tokens}
     *before, count = (packs_of_step(k, **of_run) for k in range(note["step"], step))
     first = note["samples"] + sum(before)
-    if (last := _last_step(run)) < step:
+    if (last := last_step(run)) < step:
         print(f"{run} has not reached step {step}: it is at step {last}")
     if any(step in steps for steps in parse_ranges(note["skip_batches"])):
         print(f"step {step} was not trained on: it is in skip_batches")
@@ -103,15 +95,6 @@ def marked(tokenizer: Tokenizer | None, tokens: np.ndarray, is_target: np.ndarra
     return "".join(part if is_target[at] else f"⟦{part}⟧" for at, part in zip(limits, parts, strict=False))
 
 
-def _last_step(run: Path) -> int:
-    """Return the last step that a run logged; a line may have been cut short."""
-    path = run / "metrics.jsonl"
-    for line in reversed(path.read_text(encoding="utf-8").splitlines() if path.exists() else []):
-        with suppress(ValueError):
-            return json.loads(line)["step"]
-    return 0
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("data.show", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", type=Path, help="a run folder, such as runs/demo")
@@ -126,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.flush()
     except BrokenPipeError:  # `| head`: keeps Python from reporting it once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except DataError as error:
+    except (DataError, OmegaConfBaseException) as error:  # or a setting of another version
         sys.exit(f"error: {error}")
 
 

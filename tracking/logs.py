@@ -4,7 +4,6 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import TextIOWrapper
 from pathlib import Path
 
 
@@ -19,8 +18,8 @@ def log_to(run_dir: Path, rank: int = 0) -> Iterator[None]:
 
 def escape_unprintable() -> None:
     """Have standard output escape the characters that the terminal's encoding lacks; Python would raise."""
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    if (reconfigure := getattr(sys.stdout, "reconfigure", None)) is not None:  # a notebook's has none
+        reconfigure(errors="backslashreplace")
 
 
 @contextmanager

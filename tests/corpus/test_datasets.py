@@ -101,7 +101,10 @@ def test_dataset_has_its_own_validation_split(dataset: DataConfig, tmp_path: Pat
 
     dataset.streaming, dataset.dataset_valid_split = streaming, "validation"
     (tmp_path / "set" / "validation.jsonl").write_bytes(lines([{"text": "held out"}, {"text": "too"}]))
-    parts = {"train": datasets.Dataset.from_list(RECORDS), "validation": datasets.Dataset.from_list([{"text": "mine"}])}
+    parts: Any = {
+        "train": datasets.Dataset.from_list(RECORDS),
+        "validation": datasets.Dataset.from_list([{"text": "mine"}]),
+    }
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved [1]")
     for folder, expected in (("set", ["held out", "too"]), ("saved [1]", ["mine"])):
         dataset.dataset = str(tmp_path / folder)

@@ -386,9 +386,9 @@ def test_damaged_row_group_is_bad_record(tmp_path: Path) -> None:
 def test_builtin_text_keeps_files_together(tmp_path: Path) -> None:
     config = local(tmp_path, "none", source=Source.builtin, input=None, valid_fraction=0.3)
     items = [item for item in list_items(config) if Path(item.path).name in ("argparse.py", "ast.py", "topics.py")]
-    found = readers.read_documents(items, config, LeftOut(OnBadRecord.error))
+    reader, left_out = readers.Reader(config), LeftOut(OnBadRecord.error)
     splits: dict[str, set[str]] = {}
-    for document in found:
+    for document in (document for item in items for document in reader.documents(item, left_out)):
         splits.setdefault(document.place.split(":")[0], set()).add(document.split)
     assert len(splits["argparse.py"]) == len(splits["ast.py"]) == 1 and len(splits["pydoc_data/topics.py"]) == 2
 
