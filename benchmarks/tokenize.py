@@ -128,7 +128,7 @@ def pipeline(folder: Path, model: Path, workers: int) -> float:
     """Return the megabytes per second of all of prepare_data.py's work on a compressed file, its start left out."""
     seen: list[tuple[float, int]] = []
 
-    def progress(documents: int, tokens: int, text_bytes: int) -> None:
+    def progress(documents: int, tokens: int, text_bytes: int, _share: float) -> None:
         if text_bytes:
             seen.append((time.perf_counter(), text_bytes))
 
