@@ -251,8 +251,11 @@ def to_object(cfg: DictConfig) -> Any:
         config: Any = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from None
-    if isinstance(config, TrainConfig) and config.model.vocab_size == "auto":
+    size = str(config.model.vocab_size) if isinstance(config, TrainConfig) else ""
+    if size == "auto":
         config.model.vocab_size = fitting_vocab_size(config.data)
+    elif size.isdecimal():  # in quotes
+        config.model.vocab_size = int(size)
     return config
 
 

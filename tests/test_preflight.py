@@ -181,7 +181,8 @@ def test_vocabulary_is_the_datas(small: list[str], tmp_path: Path, model: str) -
         "not prepared": [*choices, f"data.path={tmp_path}", "data.vocab_size=5000"],
         "random": [*choices, "data=random", "data.vocab_size=300"],
         "stated": [*choices, prepared, "model.vocab_size=2000"],
+        "quoted": [*choices, prepared, "model.vocab_size='2000'"],
     }
     sizes = {name: checked(composed(*options)).model.vocab_size for name, options in found.items()}
-    assert sizes == {"prepared": 1024, "not prepared": 5120, "random": 384, "stated": 2000}
+    assert sizes == {"prepared": 1024, "not prepared": 5120, "random": 384, "stated": 2000, "quoted": 2000}
     assert checked(composed("model=7b", "data=random", "parallel.device=cpu")).model.vocab_size == 103168
