@@ -59,10 +59,10 @@ def export(path: Path, config: ExportConfig) -> None:
     checkpoint = open_checkpoint(path)
     run_dir = run_dir_of(checkpoint)
     out = Path(config.out) if config.out else run_dir / "hf"
-    manifest = json.loads((checkpoint.path / "manifest.json").read_text())
+    manifest = json.loads((checkpoint.path / "manifest.json").read_text(encoding="utf-8"))
     origin = {"checkpoint": manifest, "dtype": config.dtype.value}
     if out.exists():
-        if (made := out / "export.json").exists() and json.loads(made.read_text()) == origin:
+        if (made := out / "export.json").exists() and json.loads(made.read_text(encoding="utf-8")) == origin:
             print(f"{out} is the export of {checkpoint.path} already")
             return
         raise ModelError(f"{out} exists and is another export or none; remove it, or pass another out=")
@@ -79,7 +79,7 @@ def export(path: Path, config: ExportConfig) -> None:
         write_weights(partial, checkpoint, model, dtype)
         write_settings(partial, checkpoint, model, tokenizer, dtype)
         card = CARD.format(name=model.name, params=count_params(model), step=checkpoint.step, run=run_dir, out=out)
-        (partial / "README.md").write_text(card)
+        (partial / "README.md").write_text(card, encoding="utf-8")
         write_json(partial / "export.json", origin)
         print(verify(partial, tokenizer))
         partial.rename(out)
@@ -138,7 +138,7 @@ def write_settings(
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def verify(folder: Path, tokenizer: "Tokenizer | None") -> str:
@@ -161,7 +161,7 @@ def verify(folder: Path, tokenizer: "Tokenizer | None") -> str:
         save_file({"tokens": tokens_BT, "logits": logits_BTV.contiguous()}, logits_file)
         write_json(expected, {"logits": str(logits_file), "texts": texts})
         command = [sys.executable, "-P", str(verify.__file__), str(folder.resolve()), str(expected)]
-        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise ModelError(f"transformers cannot load the export: {done.stderr.strip().splitlines()[-1]}")
     found = json.loads(done.stdout.splitlines()[-1])

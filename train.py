@@ -119,7 +119,7 @@ def train(
     optimizer.set_schedule(lr_schedule(config, state))
     engine = build_engine(config, mesh, model, stages, optimizer, scaler, state, corpus)
 
-    mesh.on_rank_zero(save_run_inputs, config, run_config, run_dir, corpus)
+    mesh.on_rank_zero(save_run_inputs, run_config, run_dir, corpus, state)
     describe(config, mesh, corpus, optimizer, state, run_dir)
     mesh.on_rank_zero(truncate_metrics, run_dir / "metrics.jsonl", state.step, state.validated_step == state.step)
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -41,7 +42,7 @@ class Parametrization(Enum):
 class ModelConfig:
     # A field marked `free` may differ between models that share weights; one that decides what is learnt only "weights"
     name: str = field(default=MISSING, metadata={"free": True})  # part of the run folder, such as runs/7b_pile_small
-    vocab_size: int = MISSING
+    vocab_size: Any = MISSING  # int; `auto` in YAML is the data's, which conf.schema.to_object puts in its place
     d_model: int = MISSING
     n_layers: int = MISSING
     n_heads: int = MISSING
@@ -76,19 +77,10 @@ class ModelConfig:
         return self.n_layers / self.base_depth if self.parametrization is Parametrization.completep else 1.0
 
     def problems(self) -> Iterator[str]:
-        for key in (
-            "vocab_size",
-            "d_model",
-            "n_layers",
-            "n_heads",
-            "n_kv_heads",
-            "d_ff",
-            "max_seq_len",
-            "base_width",
-            "base_depth",
-        ):
-            if getattr(self, key) < 1:
-                yield f"model.{key} ({getattr(self, key)}) must be at least 1"
+        sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "max_seq_len")
+        for key in (*sizes, "base_width", "base_depth"):
+            if not isinstance(value := getattr(self, key), int) or value < 1:
+                yield f"model.{key} ({value}) must be a number, at least 1"
                 return
         if self.d_model % self.n_heads:
             yield f"model.d_model ({self.d_model}) must be divisible by model.n_heads ({self.n_heads})"

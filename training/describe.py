@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from conf.schema import TrainConfig
 from data.dataset import Corpus
+from data.show import note_batches
 from data.tokenizer import export_problem, save_tokenizer
 from model.attention import resolve_backend
 from model.counts import count_params
@@ -60,8 +61,9 @@ def describe(
         logger.warning("%s", problem)
 
 
-def save_run_inputs(config: TrainConfig, run_config: dict[str, Any], run_dir: Path, corpus: Corpus) -> None:
-    """Write the configuration and the tokenizer to the run folder, for whoever reads its checkpoints."""
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(run_config))
+def save_run_inputs(run_config: dict[str, Any], run_dir: Path, corpus: Corpus, state: TrainState) -> None:
+    """Write the configuration, what makes the batches and the tokenizer to the run folder, for whoever reads it."""
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(run_config), encoding="utf-8")
+    note_batches(run_dir, run_config, corpus, step=state.step, samples=state.samples, first_sample=state.first_sample)
     if corpus.tokenizer is not None:
         save_tokenizer(corpus.tokenizer, run_dir / "tokenizer")

@@ -87,7 +87,7 @@ def profile_steps(step: Callable[[], object], device: torch.device, folder: Path
     launches, busy_ms = len(intervals) // PROFILED, host / PROFILED * 1e3
     rows.append(f"{launches:,} launches per step; the host was busy with them for {busy_ms:.1f} ms")
     text = "\n".join(rows)
-    (folder / "table.txt").write_text(text + "\n")
+    (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
     for line in (*rows, f"trace and table in {folder}"):
         logger.info("%s", line)
     return text

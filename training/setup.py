@@ -34,7 +34,7 @@ def compute_dtype(config: PrecisionConfig, device: torch.device) -> tuple[torch.
         # A GPU that a dry run pretends is a recent one.
         fast = not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        flags = CPUINFO.read_text().split() if CPUINFO.exists() else []
+        flags = CPUINFO.read_text(encoding="utf-8").split() if CPUINFO.exists() else []
         fast = "avx512_bf16" in flags or "amx_bf16" in flags
     if fast:
         return torch.bfloat16, "bf16 (auto: the device multiplies in it)"

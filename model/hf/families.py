@@ -73,7 +73,7 @@ def read_stop_ids(folder: Path) -> set[int]:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path} is missing: {path.parent} is not a Hugging Face model") from None
 
