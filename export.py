@@ -58,10 +58,10 @@ def export(path: Path, config: ExportConfig) -> None:
     checkpoint = open_checkpoint(path, step=config.step)
     run_dir = run_dir_of(checkpoint.path)
     out = Path(config.out) if config.out else run_dir / "hf"
-    manifest = json.loads((checkpoint.path / "manifest.json").read_text())
+    manifest = json.loads((checkpoint.path / "manifest.json").read_text(encoding="utf-8"))
     origin = {"checkpoint": manifest, "dtype": config.dtype.value}
     if out.exists():
-        if (made := out / "export.json").exists() and json.loads(made.read_text()) == origin:
+        if (made := out / "export.json").exists() and json.loads(made.read_text(encoding="utf-8")) == origin:
             print(f"{out} is the export of {checkpoint.path} already")
             return
         raise ModelError(f"{out} exists and is another export or none; remove it, or pass another out=")
@@ -77,7 +77,7 @@ def export(path: Path, config: ExportConfig) -> None:
         write_weights(partial, checkpoint, model, dtype)
         write_settings(partial, model, tokenizer, dtype, add_bos=add_bos)
         card = CARD.format(name=model.name, params=count_params(model), step=checkpoint.step, run=run_dir, out=out)
-        (partial / "README.md").write_text(card)
+        (partial / "README.md").write_text(card, encoding="utf-8")
         write_json(partial / "export.json", origin)
         print(verify(partial, tokenizer, add_bos=add_bos))
         partial.rename(out)
@@ -94,7 +94,8 @@ def write_weights(folder: Path, checkpoint: "Checkpoint", model: ModelConfig, dt
     from model.hf.families import export_family
     from model.transformer import Transformer
 
-    names = {theirs: ours for ours, theirs in export_family(model).names(model).items()}
+    family = export_family(model)
+    names = {theirs: ours for ours, theirs in family.names(model).items()}
     shapes = {name: param.shape for name, param in Transformer.on_meta(model).named_parameters()}
     split = split_state_dict_into_shards_factory(
         {theirs: shapes[ours].numel() * dtype.itemsize for theirs, ours in names.items()},
@@ -106,7 +107,8 @@ def write_weights(folder: Path, checkpoint: "Checkpoint", model: ModelConfig, dt
         read = checkpoint.read_names([f"model.{names[theirs]}" for theirs in shard])
         # Padding of the vocabulary is left out.
         rows = {theirs: read[f"model.{names[theirs]}"][: shapes[names[theirs]][0]] for theirs in shard}
-        tensors = {theirs: tensor.to(dtype).contiguous() for theirs, tensor in rows.items()}
+        scaled = {theirs: tensor * family.factor(names[theirs], model) for theirs, tensor in rows.items()}
+        tensors = {theirs: tensor.to(dtype).contiguous() for theirs, tensor in scaled.items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(folder.stat().st_mode & 0o666)  # as the umask has it: save_file lets its owner alone read
     if split.is_sharded:
@@ -135,7 +137,7 @@ def write_settings(
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def verify(folder: Path, tokenizer: "Tokenizer | None", *, add_bos: bool) -> str:
@@ -166,7 +168,7 @@ def verify(folder: Path, tokenizer: "Tokenizer | None", *, add_bos: bool) -> str
         any_order = tokenizer is not None and tokenizer.any_order
         write_json(expected, {"logits": str(logits_file), "texts": texts, "any_order": any_order})
         command = [sys.executable, "-P", str(verify.__file__), str(folder.resolve()), str(expected)]
-        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise ModelError(f"transformers cannot load the export: {done.stderr.strip().splitlines()[-1]}")
     found = json.loads(done.stdout.splitlines()[-1])
