@@ -128,7 +128,7 @@ def write_settings(
     about = export_family(model).write_config(model, dtype=str(dtype).removeprefix("torch."), **ids)
     write_json(folder / "config.json", about)
     if tokenizer is not None:
-        if (end := answer_end(tokenizer)) is not None:
+        if (end := answer_end(tokenizer)) not in (None, eos):
             ids["eos_token_id"] = [end] if eos is None else [eos, end]
         write_hf_tokenizer(tokenizer, folder, add_bos=checkpoint.state["data"]["add_bos"], max_len=model.max_seq_len)
     named = {key: token for key, token in ids.items() if token is not None}

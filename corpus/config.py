@@ -101,6 +101,7 @@ class CorpusConfig:
 class TokenizerConfig:
     model: str | None = None  # a SentencePiece .model, a tokenizer.json, a folder, or a Hugging Face name
     vocab_size: int = MISSING  # of the tokenizer that is trained when no model is given
+    add_special_tokens: list[str] = field(default_factory=list)  # appended to the vocabulary, unless they are in it
     add_bos: bool = False
     add_eos: bool = True
     train_bytes: int = 64_000_000  # of text the tokenizer is trained on, drawn evenly from the corpus

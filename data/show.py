@@ -6,7 +6,6 @@ no target: the first token of a document, prompts, padding.
 
 import argparse
 import json
-import os
 import sys
 from contextlib import suppress
 from itertools import pairwise
@@ -23,6 +22,7 @@ from data.batches import IGNORED
 from data.config import DataConfig, RampConfig, packs_of_step
 from data.dataset import Corpus, open_corpus
 from data.tokenizer import Tokenizer
+from tracking.logs import quiet_pipe
 
 
 def show(run: Path, step: int, *, samples: int | None = None) -> None:
@@ -105,6 +105,7 @@ def _first_sample(run: Path, corpus: Corpus, step: int, sample: int) -> int:
     return first
 
 
+@quiet_pipe()
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("data.show", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", type=Path, help="a run folder, such as runs/demo")
@@ -115,9 +116,6 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--step ({given.step}) must be at least 1")
     try:
         show(given.run, given.step, samples=given.samples)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head`: keeps Python from reporting it once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except DataError as error:
         sys.exit(f"error: {error}")
 

@@ -1,6 +1,7 @@
 """Log lines of a run: on the terminal, and with the time in train.log in its folder."""
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ def log_to(run_dir: Path, rank: int = 0) -> Iterator[None]:
 @contextmanager
 def screen(level: int = logging.INFO) -> Iterator[None]:
     """Show log lines of this level and above on the terminal."""
-    terminal = logging.StreamHandler(sys.stdout)
+    terminal = Terminal(sys.stdout)
     terminal.setLevel(level)
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     before = logging.root.level
@@ -29,6 +30,30 @@ def screen(level: int = logging.INFO) -> Iterator[None]:
             yield
     finally:
         logging.root.setLevel(before)
+
+
+class Terminal(logging.StreamHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Go on in silence where the reader of standard output has gone: the lines are in train.log."""
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            drop_stdout()
+        else:
+            super().handleError(record)
+
+
+def drop_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def quiet_pipe() -> Iterator[None]:
+    """End without a word where the reader of standard output has gone, as `head` does."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop_stdout()
+        sys.exit(141)  # as a shell reports what ends by SIGPIPE
 
 
 @contextmanager

@@ -6,10 +6,13 @@ from functools import partial
 from pathlib import Path
 
 from conf.schema import ExportConfig, GenerateConfig, PrepareConfig, TrainConfig, to_plain
+from corpus.chat import special_ids
 from corpus.config import DataError, Source
 from corpus.inputs import check_inputs
 from data.config import check_tokenizer
 from data.manifest import check_exists, check_fits
+from data.mixed_text import mixed_lines
+from data.tokenizer import load_tokenizer
 from launch.config import Where
 from launch.environment import check_gpu_features, joined_environment, world_size
 from model.config import ModelError
@@ -76,6 +79,8 @@ def check_run(config: TrainConfig | PrepareConfig, run_dir: Path, settings: str 
     if config.data.source in (Source.builtin, Source.local, Source.huggingface):
         check_fits(config.data, config.model.vocab_size)
     check_stored_config(run_dir, to_plain(config), config.checkpoint)
+    if not committed(run_dir / "checkpoints"):
+        check_same_tokenizer(config)
     return [] if here else [(path.absolute(), _error_of(check)) for path, check in inputs]
 
 
@@ -87,6 +92,24 @@ def _inputs(config: TrainConfig, run_dir: Path, settings: str | None) -> Iterato
         yield path, partial(check_exists, config.data, settings or "with the same data settings")
     if config.init_from is not None and not committed(run_dir / "checkpoints"):
         yield Path(config.init_from), partial(check_origin, Path(config.init_from))
+
+
+def check_same_tokenizer(config: TrainConfig) -> None:
+    """Raise `CheckpointError` if the tokens of `init_from` are not the data's, as far as both are known."""
+    key, needs = "tokenizer.model", {"model", "all"} & set(config.init_content)
+    if config.init_from is None or key in config.checkpoint.accept_changes or not needs:
+        return
+    origin, prepared = Path(config.init_from).absolute(), Path(config.data.path, "tokenizer").absolute()
+    try:
+        folder = origin if (origin / "config.json").is_file() else checkpoints_in(origin)[0].parents[1] / "tokenizer"
+        weights = load_tokenizer(folder)
+        data = load_tokenizer(prepared if config.data.source is not Source.tokens else config.data.tokenizer or folder)
+    except (CheckpointError, DataError):
+        return
+    ids, others = ([ids.tolist() for ids in tokenizer.encode_many(mixed_lines())] for tokenizer in (weights, data))
+    if ids != others or not special_ids(weights).items() <= special_ids(data).items():  # the data's may have more
+        remedy = f"prepare it with {key}={os.path.relpath(folder)}, or pass checkpoint.accept_changes=[{key}]"
+        raise CheckpointError(f"init_from ({config.init_from}) has another tokenizer than the data; {remedy}")
 
 
 def _error_of(check: Check) -> str:

@@ -42,7 +42,7 @@ def shard(tmp_path: Path) -> Shard:
 
 
 def batch(packing: Packing, packs: list[int], *, seq_len: int) -> Batch:
-    rows = read_rows(packing.files, packing.pieces(np.array(packs)), packing.pack_len)
+    rows = read_rows(packing.files, packing.pieces(np.array(packs)), packing.pack_len, packing.pack_len)
     return collate(rows, np.zeros(len(packs), np.int64), seq_len=seq_len, isolated=packing.isolated)
 
 
