@@ -117,7 +117,7 @@ class RunCheckpoints:
             raise CheckpointError(f"{asked}: the imported checkpoint {other.path} holds a model only")
         grows = other.state["config"]["model"]["vocab_size"] < config.model.vocab_size
         for word in ("model", "optimizer"):
-            if word in content and grows:
+            if word == "model" and word in content and grows:
                 self._write_model(pad_vocabulary(other.read("model."), config.model.vocab_size))
             elif word in content:
                 self._load(other, f"{word}.")
