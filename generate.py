@@ -133,7 +133,8 @@ def write(
     most = model.config.max_seq_len - 1
     for (_, text, _), ids in zip(jobs, prompts, strict=True):
         if len(ids) > most:
-            raise ModelError(f"prompt ({text[:40]}...) has {len(ids)} tokens, more than {most}; shorten it")
+            what = "the conversation" if history else f"prompt ({text[:40]}...)"
+            raise ModelError(f"{what} has {len(ids)} tokens, more than {most}; shorten it")
     streams = [TextStream(tokenizer, ids, config.stop) for ids in prompts]
 
     def on_token(row: int, token: int) -> bool:
