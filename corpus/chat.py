@@ -271,7 +271,6 @@ class ChatEncoder:
 
         options = {"return_assistant_tokens_mask": self.marked, "add_generation_prompt": prompt, **self.variables}
         options["tools"] = messages[0].get("tools") if messages else None
-        messages = [{key: value for key, value in m.items() if key not in ("weight", "tools")} for m in messages]
         try:
             rendered: Any = render_jinja_template([messages], chat_template=self.template, **options)
         except (jinja2.TemplateError, TypeError, ValueError) as error:

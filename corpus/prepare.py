@@ -178,7 +178,8 @@ def _write_tokenizer(job: Job, workers: int, before: dict[str, Any] | None) -> N
         if before is None and (problem := export_problem(tokenizer)):
             logger.warning("%s", problem)
         save_tokenizer(tokenizer, folder)
-        tokenizer = add_tokens(folder, config.add_special_tokens if before is None else [])
+        if before is None and config.add_special_tokens:
+            tokenizer = add_tokens(folder, config.add_special_tokens)
     else:
         print(f"training a tokenizer of {config.vocab_size} pieces", flush=True)
         texts, path = iter(tokenizer_texts(data, job.items, config.train_bytes)), folder / "tokenizer.model"

@@ -56,9 +56,7 @@ class Plan:
 
 
 def best_fit(offsets: np.ndarray, pack_len: int, *, truncate: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Pack documents that lie between `offsets`, int64 (n + 1,), into packs of `pack_len` tokens.
-
-    With `truncate` what does not fit in one pack is left out.
+    """Pack documents that lie between `offsets`, int64 (n + 1,), into packs; `truncate`: only what fits in one each.
 
     Returns the pieces, pack after pack, int64 (n_pieces, COLUMNS), and the first piece of each pack, int64
     (n_packs + 1,).

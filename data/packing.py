@@ -169,9 +169,8 @@ class InternLMOne(InternLM):
 
 
 class BestFit(Packing):
-    """Documents whole, each in the fullest pack that has room for it, the longest first; longer ones are cut.
-
-    Of a conversation that is longer only the first part is there: the others lack the question.
+    """Documents whole, each in the fullest pack that has room for it, the longest first; longer ones are cut, and of a
+    conversation only the first part is there.
 
     Best-fit-decreasing packing of "Fewer Truncations Improve Language Modeling" (Ding et al. 2024), within
     each file. The plan is made once and kept beside the tokens.

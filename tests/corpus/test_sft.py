@@ -112,10 +112,15 @@ def test_fields_that_the_template_leaves_out_are_counted(
     tmp_path: Path, symbols: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     its = [{**TURNS[1], "name": "Ann"}, {**TURNS[2], "name": "Bo", "mood": {"calm": 1}}]
-    records = [{"messages": its}, {"messages": TURNS}, {"messages": its[:1] + TURNS[2:3]}, {"messages": its}]
+    records = [
+        {"messages": its, "system": "Sing."},
+        {"messages": TURNS},
+        {"messages": its[:1] + TURNS[2:3]},
+        {"messages": its},
+    ]
     calls = {"messages": [TURNS[1], {**TURNS[2], "tool_calls": [{"name": "add"}]}]}
     (tmp_path / "a.parquet").write_bytes(parquet(records))  # a row has the fields of all, some without a value
-    (tmp_path / "b.jsonl").write_bytes(lines([{"messages": its[1:], "system": "Sing.", "tools": []}, calls]))
+    (tmp_path / "b.jsonl").write_bytes(lines([{"messages": its[1:], "system": "Hum.", "tools": []}, calls]))
     data = config(tmp_path, Style.chat, "*", on_bad_record=OnBadRecord.skip, valid_fraction=0.0)
     about = made(data, symbols)
     assert about["left_out"]["fields"] == {"name": 4, "mood": 3} and about["left_out"]["count"] == 1
@@ -124,7 +129,8 @@ def test_fields_that_the_template_leaves_out_are_counted(
     assert (
         "mood of messages is not written by the chat template: left out of 3 conversations" in capsys.readouterr().out
     )
-    assert "<|System|>:Sing.<eoh>\n<|Bot|>" in targets_of(data, 1204)[0]
+    whole, _ = targets_of(data, 1204)
+    assert "<|System|>:Sing.<eoh>\n<|User|>" in whole and "<|System|>:Hum.<eoh>\n<|Bot|>" in whole
 
 
 def test_special_tokens_are_added_to_a_tokenizer(tmp_path: Path, tokenizer: Tokenizer) -> None:

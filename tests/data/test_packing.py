@@ -227,6 +227,12 @@ def test_a_conversation_is_learnt_only_with_its_beginning(
     if name == "best_fit":
         whole = [10 * (k + 1) + j for k, n in enumerate(LENGTHS) for j in range(1, min(n, seq_len + 1))]
         assert sorted(target for target in learnt if target < 100) == whole
+        assert packing.n_packs == {8: 8, 4: 12}[pack_len], "what is cut off is in no pack"
+    packing.files[0].conversations = False  # as InternLM's files, which may hold text
+    all_learnt = sum(
+        (batch(packing, [pack], seq_len=seq_len).labels_BT != IGNORED).sum() for pack in range(packing.n_packs)
+    )
+    assert all_learnt >= len(learnt) and (name == "best_fit" or all_learnt == sum(LENGTHS) - len(LENGTHS) + 24)
 
 
 def test_random_tokens_are_a_function_of_their_place() -> None:

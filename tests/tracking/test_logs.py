@@ -1,5 +1,6 @@
 """Lines on a terminal or a pipe, of which the reader may go."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,8 @@ def piped(*arguments: str) -> tuple[int, str]:
     with subprocess.Popen(["true"], stdin=subprocess.PIPE) as reader:
         reader.wait()
         argv = [sys.executable, *arguments]
-        done = subprocess.run(argv, cwd=ROOT, stdout=reader.stdin, stderr=subprocess.PIPE, text=True)
+        env = {**os.environ, "PYTHONUNBUFFERED": ""}
+        done = subprocess.run(argv, cwd=ROOT, env=env, stdout=reader.stdin, stderr=subprocess.PIPE, text=True)
     return done.returncode, done.stderr
 
 
