@@ -181,7 +181,7 @@ def test_chat_prompts_a_run_as_it_was_trained(chat_dir: Path, run_dir: Path) -> 
     config = settings(chat_dir, prompt="Hi </s>", chat=True)
     saved, _ = generate.load_model(config)
     tokenizer = saved.tokenizer
-    assert tokenizer is not None and tokenizer.bos_id is not None
+    assert tokenizer is not None and tokenizer.eos_id is not None
     history = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]
     asked = [*history, {"role": "user", "content": "Hi </s>"}]
     ids, mask = ChatEncoder(INST, tokenizer).encode([*asked, {"role": "assistant", "content": "yes"}])

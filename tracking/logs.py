@@ -20,7 +20,8 @@ def log_to(run_dir: Path, rank: int = 0) -> Iterator[None]:
 @contextmanager
 def screen(level: int = logging.INFO) -> Iterator[None]:
     """Show log lines of this level and above on the terminal."""
-    terminal = Terminal(sys.stdout)
+    terminal = logging.StreamHandler(sys.stdout)
+    terminal.handleError = drop_stdout  # the lines are in train.log too
     terminal.setLevel(level)
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     before = logging.root.level
@@ -32,16 +33,10 @@ def screen(level: int = logging.INFO) -> Iterator[None]:
         logging.root.setLevel(before)
 
 
-class Terminal(logging.StreamHandler):
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Go on in silence where the reader of standard output has gone: the lines are in train.log."""
-        if isinstance(sys.exc_info()[1], BrokenPipeError):
-            drop_stdout()
-        else:
-            super().handleError(record)
-
-
-def drop_stdout() -> None:
+def drop_stdout(record: object = None) -> None:
+    """Go on in silence where the reader of standard output has gone; raise another error that is being handled."""
+    if not isinstance(sys.exc_info()[1], BrokenPipeError):
+        raise
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
