@@ -59,10 +59,10 @@ def export(path: Path, config: ExportConfig) -> None:
     checkpoint = open_checkpoint(path)
     run_dir = run_dir_of(checkpoint)
     out = Path(config.out) if config.out else run_dir / "hf"
-    manifest = json.loads((checkpoint.path / "manifest.json").read_text())
+    manifest = json.loads((checkpoint.path / "manifest.json").read_text(encoding="utf-8"))
     origin = {"checkpoint": manifest, "dtype": config.dtype.value}
     if out.exists():
-        if (made := out / "export.json").exists() and json.loads(made.read_text()) == origin:
+        if (made := out / "export.json").exists() and json.loads(made.read_text(encoding="utf-8")) == origin:
             print(f"{out} is the export of {checkpoint.path} already")
             return
         raise ModelError(f"{out} exists and is another export or none; remove it, or pass another out=")
@@ -79,7 +79,7 @@ def export(path: Path, config: ExportConfig) -> None:
         write_weights(partial, checkpoint, model, dtype)
         write_settings(partial, checkpoint, model, tokenizer, dtype)
         card = CARD.format(name=model.name, params=count_params(model), step=checkpoint.step, run=run_dir, out=out)
-        (partial / "README.md").write_text(card)
+        (partial / "README.md").write_text(card, encoding="utf-8")
         write_json(partial / "export.json", origin)
         print(verify(partial, tokenizer))
         partial.rename(out)
@@ -96,7 +96,8 @@ def write_weights(folder: Path, checkpoint: "Checkpoint", model: ModelConfig, dt
     from model.hf.families import export_family
     from model.transformer import Transformer
 
-    names = {theirs: ours for ours, theirs in export_family(model).names(model).items()}
+    family = export_family(model)
+    names = {theirs: ours for ours, theirs in family.names(model).items()}
     shapes = {name: param.shape for name, param in Transformer.on_meta(model).named_parameters()}
     split = split_state_dict_into_shards_factory(
         {theirs: shapes[ours].numel() * dtype.itemsize for theirs, ours in names.items()},
@@ -108,7 +109,8 @@ def write_weights(folder: Path, checkpoint: "Checkpoint", model: ModelConfig, dt
         read = checkpoint.read_names([f"model.{names[theirs]}" for theirs in shard])
         # Padding of the vocabulary is left out.
         rows = {theirs: read[f"model.{names[theirs]}"][: shapes[names[theirs]][0]] for theirs in shard}
-        tensors = {theirs: tensor.to(dtype).contiguous() for theirs, tensor in rows.items()}
+        scaled = {theirs: tensor * family.factor(names[theirs], model) for theirs, tensor in rows.items()}
+        tensors = {theirs: tensor.to(dtype).contiguous() for theirs, tensor in scaled.items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         about = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
@@ -136,7 +138,7 @@ def write_settings(
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def verify(folder: Path, tokenizer: "Tokenizer | None") -> str:
@@ -159,7 +161,7 @@ def verify(folder: Path, tokenizer: "Tokenizer | None") -> str:
         save_file({"tokens": tokens_BT, "logits": logits_BTV.contiguous()}, logits_file)
         write_json(expected, {"logits": str(logits_file), "texts": texts})
         command = [sys.executable, "-P", str(verify.__file__), str(folder.resolve()), str(expected)]
-        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise ModelError(f"transformers cannot load the export: {done.stderr.strip().splitlines()[-1]}")
     found = json.loads(done.stdout.splitlines()[-1])

@@ -1,7 +1,6 @@
 """Turn text into a corpus of tokens: python prepare_data.py data=pile_small; see README.md."""
 
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from omegaconf import DictConfig
 
 from conf.cli import checked, data_settings, report_user_errors, run
 from conf.schema import PrepareConfig
-from corpus.config import Source
 
 SAMPLE_TOKENS = 120
 
@@ -43,8 +41,7 @@ def work(config: PrepareConfig, settings: str = "with the data settings of this 
     print_table(about)
     for source, text in sample_texts(config.data, 3, max_tokens=SAMPLE_TOKENS):
         print(f"\n--- a document of {source}, decoded\n{text.rstrip()}")
-    model = "" if config.data.source is Source.builtin else "model=125m "  # for 4,096 pieces the smallest will do
-    print(f"\nnext: python train.py {model}{settings}")
+    print(f"\nnext: python train.py {settings}")
 
 
 def write(config: PrepareConfig) -> dict[str, Any] | None:
@@ -56,19 +53,24 @@ def write(config: PrepareConfig) -> dict[str, Any] | None:
 
     from corpus.prepare import prepare
 
-    start = tokens = text_bytes = 0.0
-    # The delay keeps the bar away until there is something to count.
-    with logging_redirect_tqdm(), tqdm(unit=" documents", mininterval=0.5, delay=1e-3, file=sys.stderr) as bar:
+    documents = tokens = text_bytes = 0
+    # The delay keeps the bar away until there is something to count; smoothing 0 is the mean rate.
+    options: Any = {"total": 1.0, "bar_format": "{elapsed}{postfix}", "smoothing": 0, "mininterval": 0.5, "delay": 1e-3}
+    with logging_redirect_tqdm(), tqdm(**options, file=sys.stderr) as bar:
 
-        def progress(documents: int, more_tokens: int, more_text_bytes: int) -> None:
-            nonlocal start, tokens, text_bytes
-            tokens += more_tokens
-            if start:
-                text_bytes += more_text_bytes
-                speed = text_bytes / 1e6 / max(0.1, time.perf_counter() - start)
-                bar.set_postfix_str(f"{tokens / 1e6:.2f}M tokens, {speed:.2f} MB/s", refresh=False)
-            start = start or time.perf_counter()  # the first text may be an earlier run's
-            bar.update(documents)
+        def progress(more_documents: int, more_tokens: int, more_text_bytes: int, share: float) -> None:
+            nonlocal documents, tokens, text_bytes
+            if not documents:
+                bar.unpause()  # a tokenizer may have been trained until now
+            elif share:
+                bar.bar_format = "{percentage:3.0f}%|{bar:20}| {elapsed}{postfix}, {remaining} left"
+            if more_documents and not more_text_bytes:
+                bar.initial += share  # an earlier run's
+            documents, tokens = documents + more_documents, tokens + more_tokens
+            text_bytes += more_text_bytes
+            speed = text_bytes / 1e6 / max(0.1, bar.format_dict["elapsed"])
+            bar.set_postfix_str(f"{documents:,} documents, {tokens / 1e6:.2f}M tokens, {speed:.2f} MB/s", refresh=False)
+            bar.update(share)
 
         workers, part = config.workers or len(os.sched_getaffinity(0)), {"shards": config.shards, "shard": config.shard}
         return prepare(config.data, config.tokenizer, workers=workers, progress=progress, **part, add=config.add)
@@ -94,6 +96,8 @@ def print_table(about: dict[str, Any]) -> None:
         for name, counts in [*sources.items(), ("(all)", total)]:
             ratio = counts["text_bytes"] / max(1, counts["tokens"])
             print(f"{split:6} {name:24} {counts['documents']:12,} {counts['tokens']:14,} {ratio:12.2f}")
+    if without := sorted(set(about["splits"]["train"]) - set(about["splits"]["valid"])):
+        print(f"no document is held out of {', '.join(without)}: there will be no validation of it")
 
 
 def spread(arguments: list[str]) -> list[str]:

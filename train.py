@@ -80,11 +80,13 @@ def train(
     from parallel.loss_scaler import LossScaler
     from tracking.loggers import Loggers
     from tracking.metrics_file import truncate_metrics
+    from training.agreement import check_same_run
     from training.checkpoint import Checkpoints
     from training.describe import describe, save_run_inputs
     from training.loop import Run, loop
     from training.optim.optimizer import build_optimizer
     from training.profile import profile_steps
+    from training.ranks import Ranks
     from training.report import StepReport
     from training.resume import RunCheckpoints
     from training.setup import build_engine, build_model, build_throughput, build_train_batches, lr_schedule
@@ -92,6 +94,9 @@ def train(
 
     # Data: checked first, because it is wrong most often and opened in no time.
     corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
+
+    facts = {"configuration": run_config, "data": corpus.fingerprints}
+    check_same_run(facts, Ranks(mesh.host))
 
     model, stages = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optimizer, tied_params=model.tied_params)
@@ -114,8 +119,8 @@ def train(
     optimizer.set_schedule(lr_schedule(config, state))
     engine = build_engine(config, mesh, model, stages, optimizer, scaler, state, corpus)
 
-    mesh.on_rank_zero(save_run_inputs, config, run_config, run_dir, corpus)
-    describe(config, mesh, corpus, state, run_dir)
+    mesh.on_rank_zero(save_run_inputs, run_config, run_dir, corpus, state)
+    describe(config, mesh, corpus, optimizer, state, run_dir)
     mesh.on_rank_zero(truncate_metrics, run_dir / "metrics.jsonl", state.step, state.validated_step == state.step)
 
     # The batches' workers end here, however the steps end.

@@ -25,13 +25,16 @@ def step(title: str, *command: str, keep: Path | None = None) -> int:
     """Run a command, print its time, and return its peak memory in bytes, sampled; `keep` also gets what it prints."""
     print(f"\n=== {title}\n$ python {' '.join(command)}", flush=True)
     start, peak = time.perf_counter(), 0
-    with keep.open("w") if keep else nullcontext() as file, Popen([sys.executable, *command], stdout=file) as process:
+    with (
+        keep.open("w", encoding="utf-8") if keep else nullcontext() as file,
+        Popen([sys.executable, *command], stdout=file) as process,
+    ):
         while process.poll() is None:
             with suppress(TimeoutExpired):
                 process.wait(MEMORY_EVERY_S)
             peak = max(peak, memory_of_tree(process.pid))
     if keep:
-        print(keep.read_text(), end="")
+        print(keep.read_text(encoding="utf-8"), end="")
     if process.returncode:
         sys.exit(process.returncode)
     print(f"    ({time.perf_counter() - start:.0f} s)", flush=True)
@@ -43,14 +46,14 @@ def memory_of_tree(root: int) -> int:
     parents, total = {}, 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # the process has ended
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+            parents[int(stat.parent.name)] = int(stat.read_text(encoding="utf-8").rpartition(")")[2].split()[1])
     for process in parents:
         above = process
         while above != root and above in parents:
             above = parents[above]
         if above == root:
             with suppress(OSError):
-                lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+                lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf-8").splitlines()
                 total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
     return total
 
@@ -75,11 +78,11 @@ def main(overrides: list[str]) -> None:
         step("2/4 train and evaluate", "train.py", "experiment=demo", *overrides),
         step("3/4 export, and load the export with transformers", "export.py", f"run={RUN}"),
     ]
-    (RUN / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    (RUN / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     options = (f"prompts={RUN / 'prompts.txt'}", "max_new_tokens=48", "temperature=0.7", "top_p=0.9")
     title = "4/4 generate three samples"
     memory.append(step(title, "generate.py", f"hf={RUN / 'hf'}", *options, keep=RUN / "samples.txt"))
-    records = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     ours = next(r["valid/bits_per_byte"] for r in reversed(records) if "valid/bits_per_byte" in r)
     # The largest process, in case sampling missed its peak
     peak = max(*memory, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)

@@ -127,7 +127,7 @@ def main() -> None:
         profiles[name] = profile(overrides)
         print(f"{name}: {profiles[name].collectives}", flush=True)
     print(*rows(profiles), sep="\n")
-    PICTURE.write_text(draw(profiles))
+    PICTURE.write_text(draw(profiles), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def write_sparse(folder: Path, n_files: int, n_bytes: int) -> list[Path]:
         header = Header(
             FORMAT_VERSION, "uint32", VOCAB_SIZE, "t", False, len(sizes), n_bytes // 4, 0, 0, str(number), str(number)
         )
-        Path(f"{stem}.json").write_text(json.dumps(asdict(header)))
+        Path(f"{stem}.json").write_text(json.dumps(asdict(header)), encoding="utf-8")
         stems.append(stem)
     return stems
 

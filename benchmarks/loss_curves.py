@@ -129,7 +129,7 @@ def main() -> None:
         )
         gc.collect()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "loss_curves.json").write_text(json.dumps(curves))
+    (arguments.out / "loss_curves.json").write_text(json.dumps(curves), encoding="utf-8")
     title = f"{arguments.model}, {n_tokens:,} tokens per step, the built-in corpus"
     draw(curves, title, arguments.out / "loss_curves.png")
 

@@ -22,7 +22,7 @@ from corpus.config import OnBadRecord, Source, TokenizerConfig
 from corpus.inputs import list_items
 from corpus.left_out import LeftOut
 from corpus.prepare import prepare
-from corpus.readers import END, Lines, read_documents
+from corpus.readers import END, Lines, Reader
 from data.config import DataConfig
 from data.hf_tokenizer import fast_from_sentencepiece
 from data.tokenizer import SentencePieceTokenizer, encode_documents, load_tokenizer, train_tokenizer
@@ -58,8 +58,8 @@ def local_texts(pattern: str, limit: int) -> Iterator[str]:
         name="texts", path="none", source=Source.local, input=pattern, on_bad_record=OnBadRecord.skip,
         seq_len=2048, micro_batch_size=1,
     )  # fmt: skip
-    size = 0
-    for document in read_documents(list_items(config), config, LeftOut(OnBadRecord.skip)):
+    size, reader, left_out = 0, Reader(config), LeftOut(OnBadRecord.skip)
+    for document in (document for item in list_items(config) for document in reader.documents(item, left_out)):
         yield document.text
         size += document.text_bytes
         if size >= limit:
@@ -128,7 +128,7 @@ def pipeline(folder: Path, model: Path, workers: int) -> float:
     """Return the megabytes per second of all of prepare_data.py's work on a compressed file, its start left out."""
     seen: list[tuple[float, int]] = []
 
-    def progress(documents: int, tokens: int, text_bytes: int) -> None:
+    def progress(documents: int, tokens: int, text_bytes: int, _share: float) -> None:
         if text_bytes:
             seen.append((time.perf_counter(), text_bytes))
 

@@ -194,7 +194,7 @@ def main() -> None:
         else:
             print(line(result), flush=True)
             if arguments.json is not None:
-                with arguments.json.open("a") as file:
+                with arguments.json.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(result) + "\n")
         gc.collect()
         if on_cuda:

@@ -42,7 +42,7 @@ from launch.ranks import VARIABLES, joined_environment
 from launch.sweep import SweepError, merge_problems
 from model.config import ModelError
 from parallel.config import ParallelError
-from tracking.logs import quiet_pipe
+from tracking.logs import escape_unprintable, quiet_pipe
 from training.config import CheckpointError, TrainingError
 from training.preflight import preflight_problems
 
@@ -62,6 +62,7 @@ def run(main: Callable[[], Any], command: str) -> None:
     """Run a `hydra.main` function as a command; a wrong command line is reported in full and exits with 2."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises its errors, to be reported here
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle OpenMP threads sleep and leave their core to others
+    escape_unprintable()
     register()
     sys.argv[1:] = [_as_hydra_reads(argument, command) for argument in sys.argv[1:]]
     args = get_args_parser().parse_args()

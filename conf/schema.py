@@ -15,11 +15,12 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf.ladder import ladder
 from corpus.config import MOST_SHARDS, Source, TokenizerConfig
-from data.config import TRAINING_ONLY, DataConfig, RampConfig, packs_of_step
+from data.config import TRAINING_ONLY, DataConfig, RampConfig, fitting_vocab_size, packs_of_step
 from dry_run.config import DryRunConfig
 from launch.config import LauncherConfig
-from model.config import ModelConfig
+from model.config import ModelConfig, Parametrization
 from parallel.config import ParallelConfig
 from tracking.config import EarlyStopConfig, LoggerConfig
 from training.config import (
@@ -27,6 +28,7 @@ from training.config import (
     Dtype,
     Fp8,
     LossConfig,
+    MuonScale,
     OptimizerConfig,
     OptimizerImpl,
     PrecisionConfig,
@@ -131,10 +133,12 @@ class TrainConfig:
         model, data, precision, graphs = self.model, self.data, self.precision, self.parallel.cuda_graphs
         if data.seq_len > model.max_seq_len:
             yield f"data.seq_len ({data.seq_len}) must be at most model.max_seq_len ({model.max_seq_len})"
-        if data.source is Source.random and data.vocab_size > model.vocab_size:
-            yield f"data.vocab_size ({data.vocab_size}) must be at most model.vocab_size ({model.vocab_size})"
         if precision.fp8 is Fp8.rowwise and self.parallel.tp != 1:
             yield f"precision.fp8 (rowwise) needs parallel.tp 1, not {self.parallel.tp}; use precision.fp8=tensorwise"
+        by_size, scale = model.parametrization is not Parametrization.standard, self.optimizer.scale
+        if by_size and self.optimizer.name == "muon" and scale is not MuonScale.spectral:
+            of_model = f"model.parametrization ({model.parametrization.value})"
+            yield f"optimizer.scale ({scale.value}) does not go with {of_model}; use optimizer.scale=spectral"
         if graphs and precision.compute is Dtype.fp16:
             yield "parallel.cuda_graphs (true) needs precision.compute bf16 or fp32, not fp16"
         if graphs and self.optimizer.impl in (OptimizerImpl.torch, OptimizerImpl.apex):
@@ -239,7 +243,8 @@ SCHEMAS = {"train": TrainConfig, "prepare_data": PrepareConfig, "export": Export
 
 
 def register() -> None:
-    """Store the schemas under the names that the primary configs start from."""
+    """Store the schemas under the names that the primary configs start from, and the resolvers that they may use."""
+    OmegaConf.register_new_resolver("ladder", ladder, replace=True)
     for name, schema in SCHEMAS.items():
         ConfigStore.instance().store(f"{name}_schema", node=schema)
 
@@ -260,9 +265,15 @@ def to_object(cfg: DictConfig) -> Any:
     if problems := [*_unknown_keys(cfg), *(f"{key} is not set" for key in sorted(OmegaConf.missing_keys(cfg)))]:
         raise ConfigError("\n".join(problems))
     try:
-        return OmegaConf.to_object(cfg)
+        config: Any = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from None
+    size = str(config.model.vocab_size) if isinstance(config, TrainConfig) else ""
+    if size == "auto":
+        config.model.vocab_size = fitting_vocab_size(config.data)
+    elif size.isdecimal():  # in quotes
+        config.model.vocab_size = int(size)
+    return config
 
 
 def to_config(cfg: DictConfig, more_problems: Callable[[Any], Iterable[str]] = lambda _: ()) -> Any:

@@ -1,10 +1,11 @@
 """Where text comes from and how it becomes tokens. Torch-free."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
+from typing import Any
 
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 
 class DataError(Exception):
@@ -43,36 +44,58 @@ class SplitBy(Enum):
 
 
 MOST_SHARDS = 1000  # jobs that one corpus may be prepared by
+STRUCTURED = (".json", ".jsonl", ".parquet")  # suffixes of files of records
+
+
+def as_paths(value: Any) -> list[str]:
+    """Return an input, which is null, a path or a list of them, as a list."""
+    return [str(path) for path in (value if isinstance(value, list) else [value]) if path is not None]
 
 
 @dataclass(kw_only=True, slots=True)
-class CorpusConfig:
+class SourceConfig:
+    """Where text is and how it is read. Each of `data.sources` may set this for itself."""
+
+    input: Any = None  # local: a file, folder, glob or fsspec address, or a list of them; tokens: a folder
+    valid_input: Any = None  # local, tokens: held out whole, instead of valid_fraction
+    text_key: str = "text"  # dotted key of a record's text
+    messages_key: str = "messages"  # chat: dotted key of a record's messages
+    source_key: str | None = None  # dotted key of a record's source (null: one source per sub-folder)
+    text_suffixes: list[str] = field(default_factory=".txt .md .rst .html .htm .py".split)  # of files that are text
+    text_lines: bool = False  # of such a file every non-blank line is a document, as InternLM reads .txt
+    raw_json: bool = False  # encode the whole record, JSON syntax included, as InternLM did
+
+
+@dataclass(kw_only=True, slots=True)
+class CorpusConfig(SourceConfig):
     """What decides a corpus' tokens. A run whose tokens are the same may change any of it."""
 
     name: str = MISSING
     path: str = MISSING  # the folder prepare_data.py writes and train.py reads
     source: Source = MISSING
-    input: str | None = None  # local: a file, folder, glob or fsspec address; tokens: a folder
-    valid_input: str | None = None  # local, tokens: held out whole, instead of valid_fraction
-    sources: dict[str, str] = field(default_factory=dict)  # local: name -> input, instead of input
+    sources: dict[str, Any] = field(default_factory=dict)  # local: name -> input, or {input, text_key, ...}
     dataset: str | None = None  # huggingface: name of a dataset on the hub, or a folder
     dataset_config: str | None = None
     dataset_split: str = "train"
+    dataset_valid_split: str | None = None  # huggingface: the split that is held out, instead of valid_fraction
     streaming: bool = False  # huggingface: read it as it arrives, without keeping it
     style: Style = Style.text
-    text_key: str = "text"  # dotted key of a record's text
-    messages_key: str = "messages"  # chat: dotted key of a record's messages
     chat_template: str = "internlm"  # alpaca, chat: internlm, chatml, or a file with a Jinja template
-    source_key: str | None = None  # dotted key of a record's source (null: one source per sub-folder)
-    text_lines: bool = False  # .txt: every non-blank line is a document, as InternLM reads it
-    raw_json: bool = False  # encode the whole record, JSON syntax included, as InternLM did
     valid_fraction: float = 0.01
     split_by: SplitBy = SplitBy.hash
     valid_seed: int = 42
     max_documents: int | None = None
     max_document_mb: int = 256  # a document is held in memory; a larger one is a bad record
     on_bad_record: OnBadRecord = OnBadRecord.error
-    vocab_size: int = 32768  # of a tokenizer trained for this corpus; the range of random tokens
+    vocab_size: int = 32768  # of a tokenizer trained for this corpus; the range of random tokens, within the model's
+
+    def source_configs(self) -> dict[str, SourceConfig]:
+        """Return how each of `sources` is read: what it states, and the rest as all; raises OmegaConf's errors."""
+        shared = {f.name: getattr(self, f.name) for f in fields(SourceConfig)} | {"input": MISSING, "valid_input": None}
+        stated = {name: its if isinstance(its, dict) else {"input": its} for name, its in self.sources.items()}
+        schema = {name: OmegaConf.structured(SourceConfig(**shared)) for name in stated}
+        merged: Any = OmegaConf.merge({"data": {"sources": schema}}, {"data": {"sources": stated}})
+        return OmegaConf.to_object(merged)["data"]["sources"]  # type: ignore[call-overload,index]
 
     def source_problems(self) -> Iterator[str]:
         """Yield what is missing to prepare this corpus; training reads what was prepared."""
@@ -90,6 +113,8 @@ class CorpusConfig:
             yield "data.split_by (train_test_split) needs a dataset that is not streamed; use data.split_by=hash"
         if self.raw_json and self.style is not Style.text:
             yield f"data.raw_json (true) needs data.style text, not {self.style.value}"
+        if self.dataset_valid_split is not None and self.split_by is SplitBy.train_test_split:
+            yield "data.dataset_valid_split and data.split_by (train_test_split): set one of them"
         if not 0 <= self.valid_fraction < 1:
             yield f"data.valid_fraction ({self.valid_fraction}) must be in [0, 1)"
         for key in ("max_document_mb", "vocab_size", "max_documents"):

@@ -8,7 +8,7 @@ import xxhash
 
 from corpus.chat import Messages, describe_missing, lookup, messages_of
 from corpus.config import CorpusConfig, Style
-from corpus.inputs import Item, source_name
+from corpus.inputs import Item
 from corpus.left_out import LeftOut
 
 MOST_SOURCE_CHARS = 100
@@ -36,7 +36,7 @@ class DocumentMaker:
     """Makes documents of what is read from an item; returns None for what is left out."""
 
     def __init__(self, item: Item, config: CorpusConfig, left_out: LeftOut) -> None:
-        self.item, self.config, self.left_out = item, config, left_out
+        self.item, self.config, self.left_out = item, item.config or config, left_out
         self.most_bytes = config.max_document_mb << 20
 
     def too_large(self, place: str) -> None:
@@ -106,4 +106,4 @@ class DocumentMaker:
         source = (lookup(record, config.source_key) if config.source_key else None) or ""
         if isinstance(source, dict | list) or len(str(source)) > MOST_SOURCE_CHARS:
             return self.left_out.bad(place, f"data.source_key ({config.source_key}) must be a short name")
-        return self.from_text(text, place, source and source_name(str(source)), messages=messages)
+        return self.from_text(text, place, str(source), messages=messages)

@@ -16,7 +16,7 @@ import xxhash
 
 from corpus.config import DataError, Style
 from corpus.left_out import LeftOut
-from corpus.units import DOCUMENT, Job, read_unit, unit_folder
+from corpus.units import DOCUMENT, Job, file_name, read_unit, unit_folder
 from data.shards import DTYPES, FORMAT_VERSION, SHARD_BYTES, Header, ShardWriter
 from data.tokenizer import Tokenizer, load_tokenizer
 
@@ -38,7 +38,7 @@ class Group:
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is there whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.rename(path)
 
 
@@ -56,7 +56,7 @@ def merge_units(job: Job, n_units: int, before: dict[str, Any] | None, *, worker
         left_out.merge(unit["left_out"])
         for name, token_hash in unit["groups"].items():
             split, source = name.split(".", 1)
-            groups.append(Group(unit_folder(partial, number) / name, split, source, token_hash))
+            groups.append(Group(unit_folder(partial, number) / file_name(name), split, source, token_hash))
     groups.sort(key=lambda group: group.split != "valid")  # of equal documents the one that is held out stays
     splits = before["splits"] if before else {"train": {}, "valid": {}}
     stored = (stem for split in splits.values() for its in split.values() for stem in its["shards"])
@@ -125,13 +125,13 @@ def _shards(groups: list[Group], splits: dict[str, dict[str, Any]]) -> Iterator[
             shard.append(group)
             size += os.path.getsize(f"{group.path}.tokens")
             if size >= SHARD_BYTES or group is its[-1]:
-                yield f"{split}/{source}-{number:05d}", shard
+                yield f"{split}/{file_name(source)}-{number:05d}", shard
                 number, size, shard = number + 1, 0, []
 
 
 def _write_shard(partial: Path, stem: str, groups: list[Group], tokenizer: Tokenizer, masked: bool) -> Header:
     header = partial / f"{stem}.json"
-    if header.exists() and (stored := header.read_text()):  # it is written last, at once
+    if header.exists() and (stored := header.read_text(encoding="utf-8")):  # it is written last, at once
         return Header(**json.loads(stored))
     made_by = {"vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.fingerprint}
     writer = ShardWriter(partial / stem, **made_by, masked=masked)

@@ -11,18 +11,19 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from corpus.chat import ChatEncoder, markers, read_template
-from corpus.config import CorpusConfig, DataError, Source, Style, TokenizerConfig
+from corpus.config import CorpusConfig, DataError, Source, SourceConfig, Style, TokenizerConfig, as_paths
 from corpus.inputs import Item, describe_ignored, list_items
 from corpus.merge import merge_units, write_whole
 from corpus.sample import tokenizer_texts
 from corpus.units import Job, Progress, plan_units, run_units
+from data.local_files import identity
 from data.manifest import read_manifest
 from data.tokenizer import CHAT_TEMPLATE, add_tokens, export_problem, load_tokenizer, save_tokenizer, train_tokenizer
 
@@ -37,18 +38,29 @@ def made_by(data: CorpusConfig, tokenizer: TokenizerConfig) -> dict[str, Any]:
     made |= {f"tokenizer.{key}": value for key, value in asdict(tokenizer).items()}
     if tokenizer.model is not None:
         made["data.vocab_size"] = made["tokenizer.vocab_size"] = None  # the model has its own
-    if data.source is Source.local:
-        made |= {key: made[key] and _absolute(made[key]) for key in ("data.input", "data.valid_input")}
-    made["data.sources"] = {name: _absolute(path) for name, path in data.sources.items()}
+    for key in ("tokenizer.model", "data.dataset", "data.chat_template"):  # a name, unless there is such a path
+        made[key] = identity(made[key]) if made[key] and Path(made[key]).expanduser().exists() else made[key]
+    made |= {f"data.{key}": value for key, value in _reading(data).items()}
+    made["data.sources"] = {}
+    shared = _reading(replace(data, input=None, valid_input=None))
+    for name, its in data.source_configs().items():
+        own = {key: value for key, value in _reading(its).items() if value != shared[key]}
+        made["data.sources"][name] = own["input"] if list(own) == ["input"] else own
     return {key: getattr(value, "value", value) for key, value in made.items()}
 
 
-def _absolute(path: str) -> str:
-    return path if "://" in path else str(Path(path).absolute())
+def _reading(config: SourceConfig) -> dict[str, Any]:
+    """Return the settings of a source, of any spelling and order the same."""
+    found = {f.name: getattr(config, f.name) for f in fields(SourceConfig)}
+    for key in ("input", "valid_input"):
+        paths = sorted({identity(path) for path in as_paths(found[key])})
+        found[key] = paths if len(paths) > 1 else next(iter(paths), None)
+    return found | {"text_suffixes": sorted(set(config.text_suffixes))}
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Name the keys in which two `made_by` differ, with both values."""
+    """Name the keys in which two `made_by` differ, with both values; one that is not in `before` had its default."""
+    before = made_by(CorpusConfig(), TokenizerConfig()) | before
     return ", ".join(f"{key} ({before.get(key)}, now {now[key]})" for key in now if before.get(key) != now[key])
 
 
@@ -80,9 +92,9 @@ def _new_items(data: CorpusConfig, about: dict[str, Any]) -> list[Item]:
     except DataError:
         return []  # the text need not be kept
     for item in items:
-        if about["input"].get(item.path, item.size) != item.size:
+        if about["input"].get(identity(item.path), item.size) != item.size:
             raise DataError(f"{item.path} has changed since {data.path} was made; choose another data.name")
-    return [item for item in items if item.path not in about["input"]]
+    return [item for item in items if identity(item.path) not in about["input"]]
 
 
 def prepare(
@@ -126,7 +138,7 @@ def prepare(
         about = merge_units(job, n_units, before, workers=workers)
         if about is None:
             return None
-        read = {item.path: item.size for item in items if item.dataset is None}
+        read = {identity(item.path): item.size for item in items if item.dataset is None}
         about = {"made_by": made_by(data, tokenizer), "input": (before["input"] if before else {}) | read} | about
         write_whole(partial / "corpus.json", json.dumps(about, indent=2) + "\n")
         _publish(partial, folder)
@@ -149,10 +161,10 @@ def _begin(job: Job, workers: int, before: dict[str, Any] | None, *, alone: bool
     partial = job.folder
     plan = {
         "made_by": made_by(job.data, job.config) | {"add": before is not None},
-        "items": [[i.path, i.size, os.path.exists(i.path) and os.path.getmtime(i.path)] for i in job.items],
+        "items": [[identity(i.path), i.size, os.path.exists(i.path) and os.path.getmtime(i.path)] for i in job.items],
     }
     if (partial / "plan.json").exists():
-        old = json.loads((partial / "plan.json").read_text())
+        old = json.loads((partial / "plan.json").read_text(encoding="utf-8"))
         if old == plan:
             for path in (partial / "units").glob(".*") if alone else ():  # begun by a process that was killed
                 shutil.rmtree(path)

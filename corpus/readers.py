@@ -54,6 +54,12 @@ class Lines:
                 return
 
 
+def has_lines(item: Item, config: CorpusConfig) -> bool:
+    """Return whether each line of a file is a document."""
+    kind = split_suffix(item.path)[0]
+    return kind == ".jsonl" or (config.text_lines and kind in config.text_suffixes)
+
+
 class Reader:
     """Reads ranges of items; keeps the last compressed file open for the next range of it."""
 
@@ -91,11 +97,11 @@ class Reader:
                 yield make.from_text(text, place, source, split_key=key)
         elif item.dataset is not None:
             yield from self._rows(dataset_batches(item, self.config), make, 0)
-        elif kind == ".jsonl" or (kind == ".txt" and self.config.text_lines):
+        elif has_lines(item, make.config):
             yield from self._lines(item, make, start, stop)
         else:
             with open_content(item.path) as file, TemporaryFile() as copy:
-                if kind == ".txt":
+                if kind in make.config.text_suffixes:
                     yield make.from_bytes(file.read(make.most_bytes + 1), item.path)
                 elif kind == ".json":
                     yield from self._json(file, make)
@@ -115,7 +121,7 @@ class Reader:
                 place = f"{item.path}: line at byte {at}" if start else f"{item.path}:{number}"
                 if line is None:
                     make.too_large(place)
-                elif kind == ".txt":
+                elif kind != ".jsonl":
                     yield make.from_bytes(line, place, strip=True)
                 elif not line.isspace():
                     yield make.from_line(line, place)
@@ -141,7 +147,7 @@ class Reader:
 
         try:
             table = parquet.ParquetFile(file, pre_buffer=False)
-            columns = columns_of(self.config, table.schema_arrow.names)
+            columns = columns_of(make.config, table.schema_arrow.names)
             end = 0
             for group in range(table.num_row_groups):
                 about = table.metadata.row_group(group)
@@ -216,10 +222,3 @@ def _parse_json(value: Any, kind: "pyarrow.DataType") -> Any:
     if isinstance(value, dict):
         return {name: _parse_json(part, kind.field(name).type) for name, part in value.items()}
     return [_parse_json(part, kind.field(0).type) for part in value] if isinstance(value, list) else value
-
-
-def read_documents(items: list[Item], config: CorpusConfig, left_out: LeftOut) -> Iterator[Document]:
-    """Yield the documents of items one after another, duplicates included."""
-    reader = Reader(config)
-    for item in items:
-        yield from reader.documents(item, left_out)

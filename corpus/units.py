@@ -17,6 +17,7 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import xxhash
@@ -27,7 +28,7 @@ from corpus.documents import Document
 from corpus.encode import DocumentEncoder
 from corpus.inputs import Item
 from corpus.left_out import LeftOut
-from corpus.readers import END, Reader, dataset_batches
+from corpus.readers import END, Reader, dataset_batches, has_lines
 
 # Small units keep many processes busy and large ones make few files; neither may depend on the processes.
 LEAST_UNIT_BYTES, MOST_UNIT_BYTES, MOST_UNITS = 1 << 22, 1 << 30, 512
@@ -36,7 +37,10 @@ COMPRESSION_RATIO = 4  # a guess, to divide compressed files; the last range of 
 BATCH_BYTES = 1 << 20  # of text that is encoded at once
 DOCUMENT = np.dtype([("hash", "<u8"), ("tokens", "<u4"), ("text_bytes", "<u4")])
 
-Progress = Callable[[int, int, int], None]  # takes the documents, tokens and bytes of text that were added
+
+# Takes the documents, tokens and bytes of text that were added (no bytes for an earlier run's), and their share of the
+# work, 0 if it is not known; a worker's share is in the terms of `Unit.size`.
+Progress = Callable[[int, int, int, float], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,7 @@ class Unit:
     number: int
     spans: tuple[Span, ...]
     rows: bytes = b""  # of a dataset, as an Arrow stream
+    size: int = 0  # bytes of content, or rows
     limit: int | None = None  # documents
 
 
@@ -72,28 +77,31 @@ def plan_units(items: list[Item], config: CorpusConfig) -> Iterator[Unit]:
     return (Unit(number, *unit) for number, unit in enumerate(units(items, config)))
 
 
-def _file_units(items: list[Item], config: CorpusConfig) -> Iterator[tuple[tuple[Span, ...], bytes]]:
-    sizes = [item.size * (COMPRESSION_RATIO if split_suffix(item.path)[1] else 1) for item in items]
+def content_size(item: Item) -> int:
+    return item.size * (COMPRESSION_RATIO if split_suffix(item.path)[1] and item.dataset is None else 1)
+
+
+def _file_units(items: list[Item], config: CorpusConfig) -> Iterator[tuple[tuple[Span, ...], bytes, int]]:
+    sizes = [content_size(item) for item in items]
     unit_bytes = min(max(sum(sizes) // MOST_UNITS, LEAST_UNIT_BYTES), MOST_UNIT_BYTES)
     spans: list[Span] = []
     total = 0
     for number, (item, size) in enumerate(zip(items, sizes, strict=True)):
         kind, compression = split_suffix(item.path)
-        lines = kind == ".jsonl" or (kind == ".txt" and config.text_lines)
-        has_ranges = lines or (kind == ".parquet" and not compression)  # of lines, or row groups
+        has_ranges = has_lines(item, item.config or config) or (kind == ".parquet" and not compression)
         n_spans = max(1, size // unit_bytes) if has_ranges else 1
         step = -(-size // n_spans)
         for k in range(n_spans):
             spans.append(Span(number, k * step, END if k == n_spans - 1 else (k + 1) * step))
             total += size // n_spans
             if total >= unit_bytes:
-                yield tuple(spans), b""
+                yield tuple(spans), b"", total
                 spans, total = [], 0
     if spans:
-        yield tuple(spans), b""
+        yield tuple(spans), b"", total
 
 
-def _dataset_units(items: list[Item], config: CorpusConfig) -> Iterator[tuple[tuple[Span, ...], bytes]]:
+def _dataset_units(items: list[Item], config: CorpusConfig) -> Iterator[tuple[tuple[Span, ...], bytes, int]]:
     """Yield rows of datasets, read by this process, once and in order, as a stream must be.
 
     Units grow with the bytes before them, since the size of a stream is not known.
@@ -105,21 +113,27 @@ def _dataset_units(items: list[Item], config: CorpusConfig) -> Iterator[tuple[tu
             batches.append(batch)
             size += batch.nbytes
             if size >= min(max(total // MOST_UNITS, LEAST_UNIT_BYTES), MOST_ROW_BYTES):
-                yield (Span(number, first),), _as_stream(batches)
+                yield (Span(number, first),), *_as_stream(batches)
                 first, total = first + sum(map(len, batches)), total + size
                 batches, size = [], 0
         if batches:
-            yield (Span(number, first),), _as_stream(batches)
+            yield (Span(number, first),), *_as_stream(batches)
 
 
-def _as_stream(batches: list[Any]) -> bytes:
+def _as_stream(batches: list[Any]) -> tuple[bytes, int]:
     import pyarrow
 
     sink = pyarrow.BufferOutputStream()
     with pyarrow.ipc.new_stream(sink, batches[0].schema) as stream:
         for batch in batches:
             stream.write_batch(batch)
-    return sink.getvalue().to_pybytes()
+    return sink.getvalue().to_pybytes(), sum(map(len, batches))
+
+
+def file_name(name: str) -> str:
+    """Return a source's name as files may have it, in ASCII: `C#` becomes `C%23`. Names that differ stay different."""
+    quoted = quote(name, safe="+")
+    return quoted if len(quoted) <= 200 else f"{quoted[:180]}%{xxhash.xxh3_64_hexdigest(name.encode())}"
 
 
 def unit_folder(folder: Path, number: int) -> Path:
@@ -129,7 +143,7 @@ def unit_folder(folder: Path, number: int) -> Path:
 def read_unit(folder: Path, number: int) -> dict[str, Any] | None:
     """Return what unit.json holds, or None if it is not done."""
     path = unit_folder(folder, number) / "unit.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 class UnitWorker:
@@ -156,19 +170,21 @@ class UnitWorker:
 
     def _write(self, unit: Unit, folder: Path) -> None:
         left_out = LeftOut(self.job.data.on_bad_record)
-        counts, hashes = np.zeros(3, dtype=np.int64), {}
+        counts, hashes, left = np.zeros(3, dtype=np.int64), {}, unit.size
         for batch in _batches(self._documents(unit, left_out)):
             batch = batch if unit.limit is None else batch[: unit.limit - counts[0]]
             found = self.encoder.encode(batch, left_out)
             _append(found, folder, self.encoder.dtype, hashes)
             added = len(found), sum(len(ids) for _, ids in found), sum(d.text_bytes for d, _ in found)
             counts += added
-            self.progress(*added)
+            left -= (done := min(left, added[2]))  # about; the rest comes with the end of the unit
+            self.progress(*added, done)
             if counts[0] == unit.limit:
                 break
         groups = {group: digest.hexdigest() for group, digest in sorted(hashes.items())}
         about = {"counts": counts.tolist(), "left_out": left_out.as_json(), "groups": groups}
-        (folder / "unit.json").write_text(json.dumps(about))
+        (folder / "unit.json").write_text(json.dumps(about), encoding="utf-8")
+        self.progress(0, 0, 0, left)
 
     def _documents(self, unit: Unit, left_out: LeftOut) -> Iterator[Document]:
         for span in unit.spans:
@@ -204,7 +220,7 @@ def _append(
         table = np.array([(d.hash, len(ids), d.text_bytes) for d, ids in found], dtype=DOCUMENT)
         hashes.setdefault(group, xxhash.xxh3_128()).update(raw)
         for kind, content in ((".tokens", raw), (".documents", table.tobytes())):
-            with open(folder / f"{group}{kind}", "ab") as file:  # not kept open: there may be thousands of sources
+            with open(folder / f"{file_name(group)}{kind}", "ab") as file:  # not kept open: there may be thousands
                 file.write(content)
 
 
@@ -212,11 +228,12 @@ def run_units(units: Iterable[Unit], job: Job, *, workers: int, shards: int, sha
     """Do the units of a shard that are not done, with `workers` processes; return how many units there are in all."""
     most = job.data.max_documents
     n_units = n_documents = 0
+    total = sum(map(content_size, job.items)) / shards if most is None else 0
 
-    def add(*added: int) -> None:
+    def add(documents: int, tokens: int, text_bytes: int, size: float) -> None:
         nonlocal n_documents
-        n_documents += added[0]
-        progress(*added)
+        n_documents += documents
+        progress(documents, tokens, text_bytes, size / total if total else 0)
 
     def to_do() -> Iterator[Unit]:
         nonlocal n_units
@@ -229,7 +246,8 @@ def run_units(units: Iterable[Unit], job: Job, *, workers: int, shards: int, sha
                 if (done := read_unit(job.folder, unit.number)) is None:
                     yield unit
                 else:
-                    add(*done["counts"])
+                    documents, tokens, _ = done["counts"]
+                    add(documents, tokens, 0, unit.size)
 
     if workers == 1 or most is not None:  # a unit's limit is known when those before it are done
         worker = UnitWorker(job, add)
@@ -240,16 +258,16 @@ def run_units(units: Iterable[Unit], job: Job, *, workers: int, shards: int, sha
     return n_units
 
 
-def _run_in_processes(units: Iterator[Unit], job: Job, workers: int, add: Progress) -> None:
+def _run_in_processes(units: Iterator[Unit], job: Job, workers: int, add: Callable[..., None]) -> None:
     context = get_context("spawn")
-    shared = context.Array("q", 4)  # documents, tokens, bytes of text, and whether to stop
+    shared = context.Array("q", 5)  # documents, tokens, bytes of text, work, and whether to stop
     waiting: set[Future[None]] = set()
 
     def wait_for_one() -> None:
         nonlocal waiting
         done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
         with shared.get_lock():
-            added, shared[:3] = shared[:3], [0, 0, 0]
+            added, shared[:4] = shared[:4], [0, 0, 0, 0]
         if any(added):
             add(*added)
         for future in done:
@@ -265,7 +283,7 @@ def _run_in_processes(units: Iterator[Unit], job: Job, workers: int, add: Progre
                 while waiting:
                     wait_for_one()
             except BaseException:
-                shared[3] = 1
+                shared[4] = 1
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     except BrokenProcessPool:
@@ -282,10 +300,10 @@ def _start_worker(job: Job, shared: Any) -> None:
     assert parent is not None
     Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # ends with the main process
 
-    def progress(*added: int) -> None:
+    def progress(*added: Any) -> None:
         with shared.get_lock():
-            shared[:3] = [a + b for a, b in zip(shared[:3], added, strict=True)]
-        if shared[3]:
+            shared[:4] = [a + b for a, b in zip(shared[:4], added, strict=True)]
+        if shared[4]:
             raise InterruptedError("the main process stopped")
 
     _worker[:] = [UnitWorker(job, progress)]

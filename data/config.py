@@ -1,6 +1,8 @@
 """How tokens become batches, on top of how text becomes tokens (`CorpusConfig`). Torch-free."""
 
+import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -55,6 +57,15 @@ class DataConfig(CorpusConfig):
 
 
 TRAINING_ONLY = {f.name for f in fields(DataConfig)} - {f.name for f in fields(CorpusConfig)}
+
+
+def fitting_vocab_size(config: DataConfig) -> int:
+    """Return what `model.vocab_size=auto` is: the vocabulary of the data, or before it is prepared `vocab_size`."""
+    size = config.vocab_size
+    if config.source not in (Source.random, Source.tokens):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # reported when the data is opened
+            size = int(json.loads((Path(config.path) / "corpus.json").read_bytes())["tokenizer"]["vocab_size"])
+    return -(-size // 128) * 128  # so that tensor parallelism divides it
 
 
 def check_tokenizer(name: str | Path, key: str = "tokenizer.model") -> None:

@@ -1,17 +1,17 @@
 """A corpus, opened for training: its sources, its packs, their order."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from corpus.config import DataError, Source
+from corpus.config import DataError, Source, as_paths
 from data.batches import Batch, collate
 from data.config import DataConfig
 from data.external_formats import check_no_overlap, token_files
-from data.manifest import check_exists, check_sources, check_vocab_size, read_manifest
+from data.manifest import check_exists, check_vocab_size, mix_weights, read_manifest
 from data.packing import Concat, Packing, Pieces, RandomTokens, find_packing, read_rows
 from data.sampler import Mixture, Pool
 from data.shards import Shard, TokenFile
@@ -143,10 +143,9 @@ def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
     tokenizer, add_bos, add_eos = None, False, False
     match config.source:
         case Source.random:
-            train, valid = ({"random": [_random_tokens(config, split)]} for split in RANDOM_PACKS)
+            train, valid = ({"random": [_random_tokens(config, split, vocab_size)]} for split in RANDOM_PACKS)
         case Source.tokens:
-            train = token_files(Path(str(config.input)), config.name)
-            valid = token_files(Path(config.valid_input), config.name) if config.valid_input else {}
+            train, valid = (token_files(as_paths(its), config.name) for its in (config.input, config.valid_input))
             check_no_overlap(train, valid)
             tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
         case _:
@@ -159,7 +158,7 @@ def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
             train, valid = (_shards(folder, manifest["splits"].get(split, {}), tokenizer) for split in RANDOM_PACKS)
     if tokenizer is not None:
         check_vocab_size(str(tokenizer.path), tokenizer.vocab_size, vocab_size)
-    check_sources(config, set(train))
+    config = replace(config, mix=mix_weights(config, set(train)))
     sources = tuple(sorted({*train, *valid}))
     fingerprints = [f"tokenizer/{tokenizer.fingerprint if tokenizer else 'unknown'}/{add_bos}/{add_eos}"]
     for split, files in (("train", train), ("valid", valid)):
@@ -172,9 +171,10 @@ def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
     return Corpus(sources, fingerprints, tokenizer, add_bos, add_eos, bytes_per_token, *packs)
 
 
-def _random_tokens(config: DataConfig, split: str) -> TokenFile:
+def _random_tokens(config: DataConfig, split: str, vocab_size: int) -> TokenFile:
     n_tokens, seed = RANDOM_PACKS[split] * config.pack_tokens, config.seed + (split == "valid")
-    return RandomTokens(vocab_size=config.vocab_size, n_tokens=n_tokens, document_len=config.seq_len, seed=seed)
+    size = min(vocab_size, config.vocab_size)
+    return RandomTokens(vocab_size=size, n_tokens=n_tokens, document_len=config.seq_len, seed=seed)
 
 
 def _shards(folder: Path, sources: dict[str, dict[str, Any]], tokenizer: Tokenizer) -> Split:

@@ -1,21 +1,24 @@
 """Tokens of other programs, read as they are: Megatron-LM's `.bin/.idx` and InternLM's `.bin/.bin.meta`."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
 from corpus.config import DataError
+from data.local_files import token_paths
 from data.shards import LOSS_MASKED, FileReader, Shard, TokenFile, file_hash
 
 
-def token_files(folder: Path, name: str) -> dict[str, list[TokenFile]]:
-    """Return a folder's files of tokens by source: its sub-folders name them, as InternLM's type folders do."""
+def token_files(folders: list[str], name: str) -> dict[str, list[TokenFile]]:
+    """Return the files of tokens in folders by source: sub-folders name them, as InternLM's type folders do."""
     files: dict[str, list[TokenFile]] = {}
-    for path in [folder] if folder.is_file() else sorted(folder.rglob("*.bin")):
-        place = path.relative_to(folder)
-        files.setdefault(place.parts[0] if len(place.parts) > 1 else name, []).append(_open(path))
+    for folder in map(os.path.abspath, folders):
+        for path in token_paths(folder):
+            place = path.relative_to(folder)
+            files.setdefault(place.parts[0] if len(place.parts) > 1 else name, []).append(_open(path))
     return files
 
 

@@ -1,11 +1,13 @@
 """`corpus.json`, the manifest of a prepared corpus, and checks of a run against its data. Torch-free."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from corpus.config import DataError, Source
+from corpus.config import DataError, Source, as_paths
 from data.config import DataConfig, check_tokenizer
+from data.local_files import token_paths
 from data.packing import find_packing
 
 
@@ -24,9 +26,10 @@ def check_exists(config: DataConfig, settings: str = "with the same data setting
     """Raise `DataError` if what training reads is not there; `settings` are the arguments that prepare it."""
     find_packing(config.packing)
     if config.source is Source.tokens:
-        for key, path in (("input", config.input), ("valid_input", config.valid_input)):
-            if path is not None and not (Path(path).is_file() or any(Path(path).rglob("*.bin"))):
-                raise DataError(f"data.{key} ({path}) is neither a .bin file nor a folder that holds one")
+        for key, paths in (("input", config.input), ("valid_input", config.valid_input)):
+            for path in as_paths(paths):
+                if not token_paths(path):
+                    raise DataError(f"data.{key} ({path}) is neither a .bin file nor a folder that holds one")
         if config.tokenizer is not None:
             check_tokenizer(config.tokenizer, "data.tokenizer")
     elif config.source is not Source.random and not (Path(config.path) / "corpus.json").exists():
@@ -40,7 +43,7 @@ def check_fits(config: DataConfig, vocab_size: int) -> None:
     if config.source not in (Source.tokens, Source.random) and (Path(config.path) / "corpus.json").exists():
         manifest = read_manifest(Path(config.path))
         check_vocab_size(f"{config.path}/tokenizer", manifest["tokenizer"]["vocab_size"], vocab_size)
-        check_sources(config, set(manifest["splits"]["train"]))
+        mix_weights(config, set(manifest["splits"]["train"]))
 
 
 def check_vocab_size(tokenizer: str, n_pieces: int, vocab_size: int) -> None:
@@ -49,6 +52,13 @@ def check_vocab_size(tokenizer: str, n_pieces: int, vocab_size: int) -> None:
         raise DataError(f"{tokenizer} has {n_pieces} pieces, more than model.vocab_size ({vocab_size}); {enough}")
 
 
-def check_sources(config: DataConfig, sources: set[str]) -> None:
-    if unknown := sorted(set(config.mix) - sources):
-        raise DataError(f"data.mix.{unknown[0]}: there is no such source; choose from {', '.join(sorted(sources))}")
+def mix_weights(config: DataConfig, sources: set[str]) -> dict[str, float]:
+    """Return `data.mix` by the names of sources; what a command line cannot hold may be given as `wikipedia_en`."""
+    found = {}
+    for name, weight in config.mix.items():
+        plain = {source: re.sub(r"[^\w.+-]+", "_", source.lower()).strip("_.") for source in sources}
+        meant = [name] if name in sources else [source for source in sources if name == plain[source]]
+        if len(meant) != 1:
+            raise DataError(f"data.mix.{name}: there is no such source; choose from {', '.join(sorted(sources))}")
+        found[meant[0]] = weight
+    return found

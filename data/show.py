@@ -7,7 +7,6 @@ no target: the first token of a document, prompts, padding.
 import argparse
 import json
 import sys
-from contextlib import suppress
 from itertools import pairwise
 from os.path import commonprefix
 from pathlib import Path
@@ -17,32 +16,46 @@ import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf.schema import parse_ranges
 from corpus.config import DataError
 from data.batches import IGNORED
 from data.config import DataConfig, RampConfig, packs_of_step
 from data.dataset import Corpus, open_corpus
 from data.tokenizer import Tokenizer
-from tracking.logs import quiet_pipe
+from tracking.logs import escape_unprintable, quiet_pipe
+from tracking.metrics_file import last_step, read_records
+from tracking.run_folder import write_atomically
+
+NOTES = "batches.jsonl"  # in a run folder
+
+
+def note_batches(run: Path, run_config: dict[str, Any], corpus: Corpus, *, step: int, **samples: int) -> None:
+    """Note what makes a run's batches after `step`, and the counters of `samples` there, in place of later notes."""
+    note = {key: run_config[key] for key in ("global_batch_tokens", "ramp", "skip_batches", "data")}
+    note |= {"vocab_size": run_config["model"]["vocab_size"], "fingerprint": corpus.fingerprint}
+    notes = [note for note in read_records(run / NOTES) if note["step"] < step] + [{"step": step, **samples, **note}]
+    write_atomically(run / NOTES, "".join(json.dumps(note) + "\n" for note in notes))
 
 
 def show(run: Path, step: int, *, samples: int | None = None) -> None:
-    """Print the packs of a step of a run, counted from 1; raises `DataError` if the data has changed since."""
-    path = run / "config.yaml"
-    if not path.exists():
-        raise DataError(f"{run} holds no config.yaml; name a run folder")
-    config: Any = OmegaConf.load(path)
-    try:
-        data: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), config.data))
-        ramp: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RampConfig), config.ramp))
-    except OmegaConfBaseException as error:
-        raise DataError(f"{path} is of another version: {error}") from None
-    of_run = {"global_batch_tokens": config.global_batch_tokens, "ramp": ramp, "pack_tokens": data.pack_tokens}
-    *before, count = (packs_of_step(k, **of_run) for k in range(step))
-    first = sum(before)
-    if (last := _last_step(run)) < step:
+    """Print the packs of a step of a run, counted from 1; raises `DataError` if they are not known."""
+    notes = [note for note in read_records(run / NOTES) if note["step"] < step]
+    if not notes:
+        raise DataError(f"{run} has no note of step {step} in {NOTES}; name a run folder, and a step that is in it")
+    note = notes[-1]
+    data: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), note["data"]))
+    ramp: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RampConfig), note["ramp"]))
+    of_run = {"global_batch_tokens": note["global_batch_tokens"], "ramp": ramp, "pack_tokens": data.pack_tokens}
+    *before, count = (packs_of_step(k, **of_run) for k in range(note["step"], step))
+    first = note["samples"] + sum(before)
+    if (last := last_step(run)) < step:
         print(f"{run} has not reached step {step}: it is at step {last}")
-    corpus = open_corpus(data, vocab_size=config.model.vocab_size)
-    corpus.train.begin_at(_first_sample(run, corpus, step, first))
+    if any(step in steps for steps in parse_ranges(note["skip_batches"])):
+        print(f"step {step} was not trained on: it is in skip_batches")
+    corpus = open_corpus(data, vocab_size=note["vocab_size"])
+    if corpus.fingerprint != note["fingerprint"]:
+        raise DataError(f"the data or the tokenizer has changed since step {step} of {run}, so it is not known")
+    corpus.train.begin_at(note["first_sample"])
     print(f"step {step} of {run}: samples {first} to {first + count - 1}, each {data.pack_tokens} tokens")
     shown = np.arange(first, first + min(count, samples or count))
     for sample, pack in zip(shown.tolist(), corpus.train.locate(shown).tolist(), strict=True):
@@ -81,30 +94,6 @@ def marked(tokenizer: Tokenizer | None, tokens: np.ndarray, is_target: np.ndarra
     return "".join(part if is_target[at] else f"⟦{part}⟧" for at, part in zip(limits, parts, strict=False))
 
 
-def _last_step(run: Path) -> int:
-    """Return the last step that a run logged; a line may have been cut short."""
-    path = run / "metrics.jsonl"
-    for line in reversed(path.read_text(encoding="utf-8").splitlines() if path.exists() else []):
-        with suppress(ValueError):
-            return json.loads(line)["step"]
-    return 0
-
-
-def _first_sample(run: Path, corpus: Corpus, step: int, sample: int) -> int:
-    """Return where the order of the data begins, which is not at 0 if files were added to it."""
-    stored = sorted(run.glob(f"checkpoints/step-{'[0-9]' * 8}/state.json"))[-1:]
-    if not stored:
-        return 0
-    state = json.loads(stored[0].read_text(encoding="utf-8"))
-    if state["data"]["parts"] != corpus.fingerprints:
-        reason = f"the data or the tokenizer has changed since {stored[0].parent} was saved"
-        raise DataError(f"{reason}, so step {step} is not known; resume the run first, or restore the data")
-    first = state["progress"]["first_sample"]
-    if sample < first:
-        raise DataError(f"step {step} was before files were added to the data of {run}, so it is not known")
-    return first
-
-
 @quiet_pipe()
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("data.show", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -112,11 +101,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--step", type=int, default=1)
     parser.add_argument("--samples", type=int, help="print only so many packs")
     given = parser.parse_args(arguments)
+    escape_unprintable()
     if given.step < 1:
         parser.error(f"--step ({given.step}) must be at least 1")
     try:
         show(given.run, given.step, samples=given.samples)
-    except DataError as error:
+    except (DataError, OmegaConfBaseException) as error:  # or a setting of another version
         sys.exit(f"error: {error}")
 
 

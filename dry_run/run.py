@@ -40,6 +40,7 @@ def run_dry_run(config: TrainConfig) -> None:
     rate = n_tokens / axes.world_size / time.total_s
     print(f"step time  {time.total_s:.3f} s, {rate:,.0f} tokens/s per GPU, estimated as:")
     print(f"{INDENT}compute {time.compute_s:.3f}, tensor, context and pipeline collectives {time.blocking_s:.3f},")
-    print(f"{INDENT}exposed data-parallel collectives {time.exposed_s:.3f}, pipeline bubble {time.bubble_s:.3f}")
+    print(f"{INDENT}exposed data-parallel collectives {time.exposed_s:.3f}, pipeline bubble {time.bubble_s:.3f};")
+    print(f"{INDENT}of all this the optimizer's update {time.update_s:.3f} ({time.update_s / time.total_s:.1%})")
     inputs = ", ".join(f"dry_run.{key} {value:g}" for key, value in asdict(machine).items() if key != "enabled")
     print(fill(inputs, 100, initial_indent=INDENT, subsequent_indent=INDENT))

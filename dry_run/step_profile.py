@@ -80,7 +80,7 @@ def profile_rank(config: TrainConfig, rank: int, n_micro_batches: int) -> StepPr
         memory.relabel(params, "parameters")
         n_params = sum(local(param).numel() for param in params)
         memory.reset_peak()  # weights were drawn on the host
-        _label_engine(engine, memory)
+        _label_engine(engine, memory, trace)
         ops.observers.append(trace.record)
         engine.train_step([_batch(config) for _ in range(n_micro_batches)])
     workspace = config.dry_run.workspace_mib * 2**20
@@ -103,8 +103,8 @@ def _build_engine(config: TrainConfig, mesh: Mesh) -> Engine:
     return build_engine(config, mesh, module, stages, optimizer, LossScaler(config.precision), state)
 
 
-def _label_engine(engine: Engine, memory: Memory) -> None:
-    """Label what the loss and the optimizer allocate, and the parameters that are gathered by then."""
+def _label_engine(engine: Engine, memory: Memory, trace: Trace) -> None:
+    """Label what the loss and the optimizer allocate and issue, and the parameters that are gathered by then."""
     linear_loss = memory.label("logits")(engine.linear_loss)
 
     def loss(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,7 +113,13 @@ def _label_engine(engine: Engine, memory: Memory) -> None:
 
     engine.linear_loss = loss
     engine.aux_names = []  # which fake pipeline ranks cannot agree on
-    engine.optimizer.step = memory.label("optimizer")(engine.optimizer.step)  # type: ignore[method-assign]
+    update = memory.label("optimizer")(engine.optimizer.step)
+
+    def step(**kwargs: Tensor) -> Tensor:
+        trace.phases.append(Phase(backward=False, update=True))
+        return update(**kwargs)
+
+    engine.optimizer.step = step  # type: ignore[method-assign]
 
 
 def _batch(config: TrainConfig) -> Batch:

@@ -20,6 +20,7 @@ class StepTime:
     compute_s: float
     blocking_s: float  # collectives that nothing hides
     exposed_s: float  # the part of FSDP's collectives that compute does not hide
+    update_s: float  # the optimizer's part of them
     bubble_s: float = 0.0  # a pipeline rank without a micro-batch
 
     @property
@@ -29,10 +30,10 @@ class StepTime:
 
 def estimate_time(phases: Iterable[Phase], config: DryRunConfig) -> StepTime:
     """Estimate a step without a pipeline's bubble."""
-    compute = blocking = exposed = 0.0
+    compute = blocking = exposed = update = 0.0
     for phase in phases:
         busy = compute_s(phase, config)
-        overlapping = 0.0
+        overlapping, blocked = 0.0, blocking
         for item in phase.collectives:
             if item.kind in FSDP_KINDS and not {"pp", "tp"}.intersection(item.axis.split("+")):
                 overlapping += collective_s(item, config)
@@ -40,7 +41,8 @@ def estimate_time(phases: Iterable[Phase], config: DryRunConfig) -> StepTime:
                 blocking += collective_s(item, config)
         compute += busy
         exposed += max(0.0, overlapping - busy * config.overlap)
-    return StepTime(compute, blocking, exposed)
+        update += (busy + blocking - blocked) * phase.update
+    return StepTime(compute, blocking, exposed, update)
 
 
 def compute_s(phase: Phase, config: DryRunConfig) -> float:

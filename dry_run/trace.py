@@ -31,6 +31,7 @@ class Phase:
     """What is issued between two changes from forward to backward, or back."""
 
     backward: bool
+    update: bool = False  # the optimizer's
     flops: int = 0
     n_bytes: int = 0  # read and written by other operations than products
     collectives: list[Collective] = field(default_factory=list)

@@ -111,7 +111,7 @@ class OptunaSweeper(Sweeper):
         OmegaConf.save(self.config, self.folder / "multirun.yaml")
         journal = self.folder / "search.journal"
         # A continued search draws other points than it began with.
-        n_records = len(journal.read_text().splitlines()) if journal.exists() else 0
+        n_records = len(journal.read_text(encoding="utf-8").splitlines()) if journal.exists() else 0
         return optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(journal))),
             study_name=self.folder.name,

@@ -243,7 +243,7 @@ class _Jobs:
         paths.submitted_pickle.write_bytes(pickle.dumps((os.getpid(), point.job)))
         environment = {**os.environ, **self.variables, "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
         command = [sys.executable, "-u", "-m", "launch.jobs", str(self.folder), job.job_id]
-        with paths.stdout.open("w") as out, paths.stderr.open("w") as errors:
+        with paths.stdout.open("w", encoding="utf-8") as out, paths.stderr.open("w", encoding="utf-8") as errors:
             job.process = subprocess.Popen(command, env=environment, stdout=out, stderr=errors, process_group=0)
         self.running.append(job)
         return True

@@ -67,7 +67,7 @@ class RankEnd:
     def of(cls, work: Callable[[], Any], end_file: Path, is_user_error: UserErrorTest) -> "RankEnd":
         """Run `work`; until it ends, SIGQUIT writes the stack to a file beside `end_file`."""
         end_file.unlink(missing_ok=True)
-        with stack_file(end_file).open("w") as stack:
+        with stack_file(end_file).open("w", encoding="utf-8") as stack:
             faulthandler.register(signal.SIGQUIT, stack)
             try:
                 return cls(value=work())
@@ -103,7 +103,7 @@ def first_failure(ends: Mapping[int, RankEnd]) -> int | None:
 
 def hung_stacks(text: str, end_files: Mapping[int, Path]) -> str:
     """Return where ranks hung, if `text` is the error of a rank that timed out waiting for them."""
-    stacks = {rank: stack_file(path).read_text() for rank, path in end_files.items() if stack_file(path).exists()}
+    stacks = {k: stack_file(path).read_text("utf-8") for k, path in end_files.items() if stack_file(path).exists()}
     shown = [f"\nrank {rank} hung at\n{stack}" for rank, stack in stacks.items() if stack]
     return "".join(shown) if is_timeout(text) else ""
 

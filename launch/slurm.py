@@ -127,14 +127,14 @@ def states(job_ids: Sequence[str]) -> dict[str, str]:
 def remember_job(run_dir: Path, job_id: str, described: dict[str, Any]) -> None:
     """Write into a run folder which job runs it."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / MEMORY).write_text(json.dumps({"job": job_id, "config": described}))
+    (run_dir / MEMORY).write_text(json.dumps({"job": job_id, "config": described}), encoding="utf-8")
 
 
 def queued_job(run_dir: Path, described: dict[str, Any]) -> str | None:
     """Return the job in the queue for a run folder; raises `ParallelError` if it has another configuration."""
     if not (run_dir / MEMORY).exists():
         return None
-    noted = json.loads((run_dir / MEMORY).read_text())
+    noted = json.loads((run_dir / MEMORY).read_text(encoding="utf-8"))
     job_id = noted["job"]
     if states([job_id])[job_id] in OVER:
         return None
@@ -181,10 +181,10 @@ def requeue_slurm_job(run_dir: Path, *, rank: int, max_requeues: int) -> None:
         refused = requeue(max_requeues)
         if refused:
             print(f"not requeued: {refused}", flush=True)
-        answered.write_text(attempt)
+        answered.write_text(attempt, encoding="utf-8")
         return
     deadline = time.monotonic() + ANSWER_S
-    while time.monotonic() < deadline and not (answered.exists() and answered.read_text() == attempt):
+    while time.monotonic() < deadline and not (answered.exists() and answered.read_text(encoding="utf-8") == attempt):
         time.sleep(0.2)
 
 
@@ -210,7 +210,7 @@ def _flags(options: dict[str, Any]) -> list[str]:
 def ask(*command: str) -> subprocess.CompletedProcess[str]:
     """Run a command of Slurm's and return its answer, or a failure after `ANSWER_S`."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S)
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=ANSWER_S)
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 1, "", f"{command[0]} did not answer within {ANSWER_S} s")
 

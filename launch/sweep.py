@@ -175,13 +175,13 @@ def keep_code(folder: Path) -> Path:
         *CODE.glob("*.py"),
         *(path for room in rooms for kind in ("py", "yaml") for path in room.rglob(f"*.{kind}")),
     ]
-    contents = {str(path.relative_to(CODE)): path.read_text() for path in sorted(files)}
+    contents = {str(path.relative_to(CODE)): path.read_text(encoding="utf-8") for path in sorted(files)}
     copy = folder / hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:12]
     if not copy.exists():
         partial_copy = copy.with_suffix(".partial")
         shutil.rmtree(partial_copy, ignore_errors=True)
         for name, content in contents.items():
             (partial_copy / name).parent.mkdir(parents=True, exist_ok=True)
-            (partial_copy / name).write_text(content)
+            (partial_copy / name).write_text(content, encoding="utf-8")
         partial_copy.rename(copy)
     return copy

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -31,11 +32,17 @@ class Attention(Enum):
     reference = "reference"
 
 
+class Parametrization(Enum):
+    standard = "standard"
+    mup = "mup"  # rates carry over from a model of base_width
+    completep = "completep"  # and of base_depth (arXiv:2505.01618)
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     # A field marked `free` may differ between models that share weights; one that decides what is learnt only "weights"
     name: str = field(default=MISSING, metadata={"free": True})  # part of the run folder, such as runs/7b_pile_small
-    vocab_size: int = MISSING
+    vocab_size: Any = MISSING  # int; `auto` in YAML is the data's, which conf.schema.to_object puts in its place
     d_model: int = MISSING
     n_layers: int = MISSING
     n_heads: int = MISSING
@@ -48,6 +55,9 @@ class ModelConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
+    parametrization: Parametrization = Parametrization.standard
+    base_width: int = 256  # d_model and n_layers of the model whose rates are set
+    base_depth: int = 4
     init: Init = field(default=Init.internlm, metadata={"free": True})
     attention: Attention = field(default=Attention.auto, metadata={"free": True})
     embed_grad_scale: float = field(default=1.0, metadata={"free": "weights"})  # on its gradient (arXiv:2210.02414)
@@ -56,10 +66,21 @@ class ModelConfig:
     def head_dim(self) -> int:
         return self.d_model // self.n_heads
 
+    @property
+    def width_ratio(self) -> float:
+        """The logits are divided by it."""
+        return 1.0 if self.parametrization is Parametrization.standard else self.d_model / self.base_width
+
+    @property
+    def depth_ratio(self) -> float:
+        """What attention and MLP add to the hidden states is divided by it."""
+        return self.n_layers / self.base_depth if self.parametrization is Parametrization.completep else 1.0
+
     def problems(self) -> Iterator[str]:
-        for key in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "max_seq_len"):
-            if getattr(self, key) < 1:
-                yield f"model.{key} ({getattr(self, key)}) must be at least 1"
+        sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "max_seq_len")
+        for key in (*sizes, "base_width", "base_depth"):
+            if not isinstance(value := getattr(self, key), int) or value < 1:
+                yield f"model.{key} ({value}) must be a number, at least 1"
                 return
         if self.d_model % self.n_heads:
             yield f"model.d_model ({self.d_model}) must be divisible by model.n_heads ({self.n_heads})"

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from model.attention import Segments, attend, masked_attend
 from model.aux_loss import AuxLosses
-from model.config import ATTENTION_LAYERS, MLPS, Attention, ModelConfig, ModelError
+from model.config import ATTENTION_LAYERS, MLPS, Attention, ModelConfig, ModelError, Parametrization
 from model.kv_cache import KVCache
 from model.layers import RMSNorm, Weight, rotary_angles
+from model.parametrization import scales_of
 
 
 class Block(nn.Module):
@@ -39,6 +40,7 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = layer_class("mlp", config.mlp, MLPS)(config)
         self.attend = attend  # replaced by context parallelism
+        self.residual_scale = 1 / config.depth_ratio
 
     def forward(
         self, x_BTD: Tensor, cos_sin: tuple[Tensor, Tensor], segments: Segments, cache: KVCache | None, layer: int
@@ -57,9 +59,9 @@ class Block(nn.Module):
 
     def finish(self, x_BTD: Tensor, out_BTHK: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         out_BTD, attention_losses = _with_losses(self.attention.output(out_BTHK))
-        x_BTD = x_BTD + out_BTD
+        x_BTD = torch.add(x_BTD, out_BTD, alpha=self.residual_scale)
         out_BTD, mlp_losses = _with_losses(self.mlp(self.mlp_norm(x_BTD)))
-        return x_BTD + out_BTD, {**attention_losses, **mlp_losses}
+        return torch.add(x_BTD, out_BTD, alpha=self.residual_scale), {**attention_losses, **mlp_losses}
 
 
 class Transformer(nn.Module):
@@ -155,7 +157,10 @@ class Transformer(nn.Module):
         output = self.head or self.embed
         if self.norm is None or output is None:
             return x_BTD
-        return (head or F.linear)(self.norm(x_BTD), output.weight)
+        x_BTD = self.norm(x_BTD)
+        if self.config.width_ratio != 1:
+            x_BTD = x_BTD / self.config.width_ratio
+        return (head or F.linear)(x_BTD, output.weight)
 
     def _embed(self, embed: nn.Embedding, tokens_BT: Tensor) -> Tensor:
         x_BTD, scale = embed(tokens_BT), self.config.embed_grad_scale
@@ -181,8 +186,11 @@ class Transformer(nn.Module):
         known, stds = dict(self.known_weights()), dict[str, float | None]()
         for name, param in self.named_parameters():
             weight = known.get(name) or known.get(name.rpartition(".")[0]) or Weight("norm")
-            layer = int(name.split(".")[1]) if name.startswith("blocks.") else 0
-            stds[name] = None if param.ndim == 1 else weight.std(self.config.init, layer)
+            # completep divides by depth in the forward pass, so there all layers start as the first
+            by_depth = name.startswith("blocks.") and self.config.parametrization is not Parametrization.completep
+            layer = int(name.split(".")[1]) if by_depth else 0
+            std = weight.std(self.config.init, layer) * scales_of(self.config, name, param.ndim).std
+            stds[name] = None if param.ndim == 1 else std
         return stds
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from parallel.axes import stage_layers, stages_of
 from parallel.config import SPLIT_BACKWARD, Compile, ParallelConfig, ParallelError, ReduceDtype, no_fp8
 from parallel.fp8 import MULTIPLE, Fp8Linear, cast_before_gathering
 from parallel.mesh import Mesh
-from parallel.tensor_parallel import apply_cp, apply_tp, local, sharded_dim
+from parallel.tensor_parallel import apply_cp, apply_tp, local, shard_slices
 
 
 def recomputed_blocks(n_blocks: int, config: ParallelConfig) -> int:
@@ -178,11 +178,5 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
 def write_shard(param: Tensor, whole: Tensor) -> None:
     """Set this rank's shard of a parameter from the whole tensor, without communication."""
     if isinstance(param, DTensor):
-        mesh = param.device_mesh
-        for axis in reversed(range(mesh.ndim)):  # tp was applied first; dp_shard splits what is left
-            dim = sharded_dim(param.placements[axis])
-            if dim is not None:
-                length, size = whole.shape[dim], -(-whole.shape[dim] // mesh.size(axis))
-                start = min(size * mesh.get_local_rank(axis), length)
-                whole = whole.narrow(dim, start, min(size, length - start))
+        whole = whole[shard_slices(param, param.device_mesh.get_coordinate())]
     local(param).copy_(whole)

@@ -1,6 +1,6 @@
 """Tensor parallelism by the model's own plan, and context parallelism, which splits the tokens of a sequence."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import lcm
 from typing import Any
@@ -39,6 +39,20 @@ def local(tensor: Tensor) -> Tensor:
 def sharded_dim(placement: Placement) -> int | None:
     """Return the dimension that a placement shards; FSDP has kinds of `Shard` that are not subclasses of it."""
     return getattr(placement, "dim", None)
+
+
+def shard_slices(param: DTensor, coordinate: Sequence[int] | None) -> tuple[slice, ...]:
+    """Return where the shard of the rank at a coordinate of the parameter's mesh lies in the whole tensor."""
+    assert coordinate is not None
+    mesh, bounds = param.device_mesh, [(0, size) for size in param.shape]
+    for axis in reversed(range(mesh.ndim)):  # tp was applied first; dp_shard splits what is left
+        dim = sharded_dim(param.placements[axis])
+        if dim is not None:
+            start, stop = bounds[dim]
+            size = -(-(stop - start) // mesh.size(axis))
+            start = min(start + size * coordinate[axis], stop)
+            bounds[dim] = start, min(start + size, stop)
+    return tuple(slice(*bound) for bound in bounds)
 
 
 class _GatheringNorm(ParallelStyle):

@@ -14,11 +14,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 import train
 from conf.cli import CONF
-from conf.schema import register, to_config
+from conf.schema import register, to_config, to_plain
 from data.mixed_text import mixed_lines
 from parallel.mesh import distributed
 from tracking.run_folder import locked
@@ -58,9 +57,8 @@ def trained(
     config = to_config(cfg)
     with distributed(config.parallel) as mesh, locked(folder, mesh.rank):
         torch.set_num_threads(2)
-        stored: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
         stop = StopRequest(mesh) if stop is None else stop
-        return train.train(config, stored, mesh, folder, stop, periodic=periodic)
+        return train.train(config, to_plain(config), mesh, folder, stop, periodic=periodic)
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -83,7 +81,7 @@ def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run([*command, *settings], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "bytes/token" in done.stdout
-    assert done.stdout.endswith(f"next: python train.py model=125m data=local data.path={root / 'tokens'}\n")
+    assert done.stdout.endswith(f"next: python train.py data=local data.path={root / 'tokens'}\n")
     return root / "tokens"
 
 

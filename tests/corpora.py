@@ -18,7 +18,7 @@ from corpus.documents import Document
 from corpus.inputs import list_items
 from corpus.left_out import LeftOut
 from corpus.prepare import prepare
-from corpus.readers import read_documents
+from corpus.readers import Reader
 from data.config import DataConfig
 from data.shards import Shard
 from data.tokenizer import Tokenizer
@@ -48,7 +48,8 @@ def read(config: DataConfig) -> list[Document]:
 
 
 def read_with(config: DataConfig, left_out: LeftOut) -> list[Document]:
-    return list(read_documents(list_items(config), config, left_out))
+    reader = Reader(config)
+    return [document for item in list_items(config) for document in reader.documents(item, left_out)]
 
 
 def parquet(records: list[dict]) -> bytes:

@@ -18,6 +18,7 @@ from training.resume import RunCheckpoints
 
 WORLD_SIZE = 4
 TIED = "model.tie_embeddings=true"
+MUON = ["optimizer=muon", "optimizer.normuon=true", "optimizer.lr=1e-3"]
 LAYOUTS = {
     "single": ["parallel=single"],
     "ddp": ["parallel=ddp"],
@@ -31,11 +32,14 @@ LAYOUTS = {
     "tied_zero1": ["parallel=zero1", TIED],
     "tied_3d": ["parallel=3d", TIED],
     "tied_pp_zero1": ["parallel=zero1", "parallel.pp=2", TIED],
+    "muon_zero1": ["parallel=zero1", *MUON],
+    "muon_3d": ["parallel=3d", *MUON],
 }
 PAIRS = [
     ("single", "zero1"), ("zero1", "hybrid"), ("hybrid", "zero3"), ("zero3", "ddp"), ("ddp", "single"),
     ("zero1", "zero1"), ("single", "tp"), ("tp", "cp"), ("cp", "3d"), ("3d", "zero3"), ("3d", "single"),
     ("tied_zero1", "tied_3d"), ("tied_3d", "tied_pp_zero1"), ("tied_pp_zero1", "tied_zero1"),
+    ("muon_zero1", "muon_3d"), ("muon_3d", "muon_zero1"),
 ]  # fmt: skip
 SAVED, STEPS = 3, 5
 

@@ -104,8 +104,8 @@ def test_tutorial_on_four_nodes_is_one_micro_batch_per_gpu() -> None:
         ("optimizer.lr=1e-4,1e-3", ["optimizer.lr .*-m"]),
         ("model.init=gpt skip_batches=3 steps.x=1", [r"model.init \(gpt\).*internlm_v1", r"skip_batches \(3\)", "steps.x"]),
         ("optimizer.lr=nan steps=0", [r"steps \(0\)", r"optimizer.lr \(nan\)"]),
-        ("model.n_heads=7 data.seq_len=1024 data.micro_batch_size=1", [
-            r"model.d_model \(256\)", r"model.n_kv_heads \(4\)", r"data.seq_len \(1024\).*model.max_seq_len \(512\)",
+        ("model.n_heads=7 data.seq_len=4096 data.micro_batch_size=1", [
+            r"model.d_model \(256\)", r"model.n_kv_heads \(4\)", r"data.seq_len \(4096\).*model.max_seq_len \(2048\)",
         ]),
         ("-m steps=10,0", [r"steps \(0\) .*\(at steps=0\)"]),
         ("launcher=slurm optimizer.lr=1e-3,-1", [r"optimizer.lr \(-1.0\) .*\(at optimizer.lr=-1\)"]),

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from conf.cli import CONF, checked, data_settings, is_user_error
-from conf.schema import register
+from conf.schema import ConfigError, register
 from corpus.config import DataError, Source
 from data.config import DataConfig
 from data.manifest import check_exists
@@ -39,6 +39,12 @@ def points(folder: Path, *overrides: str, command: str = "train") -> list[SweepP
                 settings = data_settings(cfg.pop("hydra"))
             found.append(SweepPoint(label, folder / f"point{number}", checked(cfg), (), settings))
     return found
+
+
+def composed(*overrides: str) -> DictConfig:
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", overrides=["name=x", *overrides])
 
 
 def run(these: list[SweepPoint], folder: Path) -> None:
@@ -143,8 +149,6 @@ def test_slurm_nodes_are_asked_for_what_a_run_reads(
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("model.vocab_size=128", "model.vocab_size (128)"),
-        ("++data.mix.fr=1", "data.mix.fr"),
         ("precision=fp8", "precision.fp8 (tensorwise)"),
         ("parallel.cuda_graphs=true", "parallel.cuda_graphs (true)"),
     ],
@@ -154,3 +158,31 @@ def test_what_corpus_or_machine_cannot_do_is_refused(
 ) -> None:
     monkeypatch.setattr("launch.environment.visible_gpus", lambda: 0)
     assert expected in refused(tmp_path, *small, "parallel.device=auto", override)
+
+
+def test_vocabulary_length_and_mixture_are_reported_together(small: list[str]) -> None:
+    wrong = ["model.vocab_size=128", "data.seq_len=128", "data.pack_len=128", "global_batch_tokens=512"]
+    with pytest.raises(ConfigError) as error:
+        checked(composed(*small, *wrong))
+    length, vocabulary = str(error.value).splitlines()
+    assert length.startswith("data.seq_len (128)") and vocabulary.endswith("pass model.vocab_size=1024")
+    with pytest.raises(ConfigError, match=r"data.mix.fr: .*choose from code, prose"):
+        checked(composed(*small, "++data.mix.fr=1"))
+    with pytest.raises(ConfigError, match=r"model.vocab_size \(many\) must be a number"):
+        checked(composed(*small, "model.vocab_size=many"))
+
+
+@pytest.mark.parametrize("model", ["tiny", "125m"])
+def test_vocabulary_is_the_datas(small: list[str], tmp_path: Path, model: str) -> None:
+    choices = [f"model={model}", "data=local", "parallel.device=cpu"]
+    prepared = next(option for option in small if option.startswith("data.path="))
+    found = {
+        "prepared": [*choices, prepared],  # a tokenizer of 1,000 pieces
+        "not prepared": [*choices, f"data.path={tmp_path}", "data.vocab_size=5000"],
+        "random": [*choices, "data=random", "data.vocab_size=300"],
+        "stated": [*choices, prepared, "model.vocab_size=2000"],
+        "quoted": [*choices, prepared, "model.vocab_size='2000'"],
+    }
+    sizes = {name: checked(composed(*options)).model.vocab_size for name, options in found.items()}
+    assert sizes == {"prepared": 1024, "not prepared": 5120, "random": 384, "stated": 2000, "quoted": 2000}
+    assert checked(composed("model=7b", "data=random", "parallel.device=cpu")).model.vocab_size == 103168

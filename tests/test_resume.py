@@ -15,7 +15,7 @@ import generate
 from conf.schema import ExportConfig, GenerateConfig
 from launch.ranks import free_port
 from tests.conftest import ROOT, trained
-from tests.resume_rank import PAIRS, SAVED, STEPS, TIED, WORLD_SIZE
+from tests.resume_rank import MUON, PAIRS, SAVED, STEPS, TIED, WORLD_SIZE
 from training.checkpoint import open_checkpoint
 from training.config import Dtype
 
@@ -43,8 +43,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> Path:
     ]
     errors = [rank.communicate(timeout=1700)[1] for rank in ranks]
     assert all(rank.returncode == 0 for rank in ranks), "\n".join(errors)
-    for name, tied in (("whole", []), ("tied_whole", [TIED])):
-        trained(folder / name, *overrides, *tied, f"steps={STEPS}", "data.micro_batch_size=1")
+    for name, settings in (("whole", []), ("tied_whole", [TIED]), ("muon_whole", MUON)):
+        trained(folder / name, *overrides, *settings, f"steps={STEPS}", "data.micro_batch_size=1")
     return folder
 
 
@@ -67,8 +67,8 @@ def test_checkpoints_are_equal_across_layouts(runs: Path, before: str, after: st
 
 @pytest.mark.parametrize("before,after", PAIRS, ids=lambda name: name)
 def test_losses_go_on_across_layouts(runs: Path, before: str, after: str) -> None:
-    tied = "tied_" if before.startswith("tied_") else ""
-    whole, here = losses(runs / f"{tied}whole"), losses(runs / f"{before}_{after}")
+    variant = before[:5] if before.startswith(("tied_", "muon_")) else ""
+    whole, here = losses(runs / f"{variant}whole"), losses(runs / f"{before}_{after}")
     assert sorted(here) == list(range(1, STEPS + 1))
     # The same weights give the same loss; only sums over ranks are made in another order.
     assert here[SAVED + 1] == pytest.approx(whole[SAVED + 1], rel=1e-6)

@@ -67,8 +67,9 @@ def test_a_run_describes_itself_first(
     # InternLM: 3 or 4 passes of 2 layers of (8 + 6 x 2) x 32^2 + 4 x 32 x 32, and 6 x 32 x 1,024.
     assert f"{causal / 1e9:.4g} GFLOP per token (causal), {internlm} by InternLM" in lines[first + 1]
     assert lines[first + 3].startswith("batch      128 tokens = 2 micro-batches of 64; 1 steps; epochs: code ")
-    assert lines[first + 5].startswith("device     CPU, 2 threads, fp32, attention ")
-    assert lines[first + 6] == "start      step 0"
+    assert lines[first + 5] == "optimizer  adamw"
+    assert lines[first + 6].startswith("device     CPU, 2 threads, fp32, attention ")
+    assert lines[first + 7] == "start      step 0"
     caplog.clear()
     trained(tmp_path / "r", *settings)
     assert "start      step 1, nothing is left to train" in caplog.messages

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracking.logs import quiet_pipe
+from tracking.logs import escape_unprintable, quiet_pipe
 from tracking.metrics_file import METRICS, Curve, loss_curve, read_records, smoothed
 from tracking.plot import figure
 from tracking.run_folder import changed_keys, is_held
@@ -68,9 +68,10 @@ def compare(folder: Path, *, show: bool = False) -> str:
     pictures = {"loss.png": "loss", "final.png": "final loss"} if any(run.train for run in runs) else {}
     if pictures:
         draw([run for run in runs if run.train], keys, out)
-    (out / "table.txt").write_text(text + "\n")
+    (out / "table.txt").write_text(text + "\n", encoding="utf-8")
     images = [f"![{title}]({name})" for name, title in pictures.items()]
-    (out / "table.md").write_text("\n\n".join([as_markdown(rows), *(f"- {note}" for note in notes), *images]) + "\n")
+    parts = [as_markdown(rows), *(f"- {note}" for note in notes), *images]
+    (out / "table.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     if show:
         print(f"in {out}: {', '.join(['table.md', 'table.txt', *pictures])}", flush=True)
     return text
@@ -189,6 +190,7 @@ def _sortable(value: Any) -> tuple[int, float, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m tracking.compare")
     parser.add_argument("folder", type=Path, help="a sweep's folder, such as runs/lr_sweep")
+    escape_unprintable()
     try:
         with quiet_pipe():
             compare(parser.parse_args().folder, show=True)

@@ -40,7 +40,7 @@ class Logger:
 
 class JsonLines(Logger):
     def __init__(self, run_dir: Path, run_config: dict[str, Any], step: int) -> None:
-        self.file = (run_dir / METRICS).open("a", buffering=1)
+        self.file = (run_dir / METRICS).open("a", buffering=1, encoding="utf-8")
 
     def log(self, record: Record) -> None:
         self.file.write(json.dumps(record) + "\n")
@@ -72,7 +72,7 @@ class Wandb(Logger):
 
         id_file, stored = run_dir / "wandb_id", None
         if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
+            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
         with suppress(FileNotFoundError, netrc.NetrcParseError):
             stored = netrc.netrc().authenticators("api.wandb.ai")
         if not (os.environ.get("WANDB_API_KEY") or stored):
@@ -82,7 +82,7 @@ class Wandb(Logger):
             project=run_config["logger"]["wandb_project"],
             name=run_dir.name,
             group=run_config["name"],
-            id=id_file.read_text().strip(),
+            id=id_file.read_text(encoding="utf-8").strip(),
             resume="allow",
             dir=str(run_dir),
             config=run_config,

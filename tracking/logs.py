@@ -11,15 +11,22 @@ from pathlib import Path
 @contextmanager
 def log_to(run_dir: Path, rank: int = 0) -> Iterator[None]:
     """Show log lines and append them to train.log; other ranks show only warnings and have files of their own."""
-    file = logging.FileHandler(run_dir / (f"train.rank{rank}.log" if rank else "train.log"))
+    file = logging.FileHandler(run_dir / (f"train.rank{rank}.log" if rank else "train.log"), encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     with screen(logging.WARNING if rank else logging.INFO), _handler(file):
         yield
 
 
+def escape_unprintable() -> None:
+    """Have standard output escape the characters that the terminal's encoding lacks; Python would raise."""
+    if (reconfigure := getattr(sys.stdout, "reconfigure", None)) is not None:  # a notebook's has none
+        reconfigure(errors="backslashreplace")
+
+
 @contextmanager
 def screen(level: int = logging.INFO) -> Iterator[None]:
     """Show log lines of this level and above on the terminal."""
+    escape_unprintable()
     terminal = logging.StreamHandler(sys.stdout)
     terminal.handleError = drop_stdout  # the lines are in train.log too
     terminal.setLevel(level)

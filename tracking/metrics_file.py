@@ -18,7 +18,7 @@ Curve = list[tuple[int, float]]  # (tokens, loss)
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Return the records of a file of JSON lines, without one that is being written or was cut short by a kill."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with suppress(json.JSONDecodeError):
             records.append(json.loads(line))
     return records

@@ -28,7 +28,7 @@ def locked(folder: Path, rank: int = 0, name: str = LOCK) -> Iterator[None]:
     if rank:
         yield
         return
-    with (folder / name).open("a+") as file:
+    with (folder / name).open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -42,7 +42,7 @@ def locked(folder: Path, rank: int = 0, name: str = LOCK) -> Iterator[None]:
 def is_held(run_dir: Path) -> bool:
     """Return whether a process holds a run folder."""
     try:
-        with (run_dir / LOCK).open() as file:
+        with (run_dir / LOCK).open(encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:  # or there is no lock
         return isinstance(error, BlockingIOError)
@@ -55,13 +55,13 @@ def check_not_held(run_dir: Path) -> None:
 
 
 def _in_use(folder: Path, name: str = LOCK) -> CheckpointError:
-    owner = (folder / name).read_text().strip() or "another process"
+    owner = (folder / name).read_text(encoding="utf-8").strip() or "another process"
     return CheckpointError(f"{folder} is in use by {owner}; wait for it, or pass another name=")
 
 
 def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
@@ -113,7 +113,7 @@ def check_stored_config(run_dir: Path, run_config: dict[str, Any], config: Check
     origins = own if own or init_from is None else checkpoints_of(Path(init_from))[:1]
     for checkpoint in origins:
         try:
-            stored = json.loads((checkpoint / "state.json").read_text())["config"]
+            stored = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["config"]
         except (OSError, ValueError, KeyError):
             continue
         if not own:
@@ -159,7 +159,7 @@ class StopFile:
 
     def read(self, step: int) -> tuple[bool, bool]:
         """Return whether to save at `step`, and whether to stop there."""
-        text = self.path.read_text().strip() if self.path.exists() else ""
+        text = self.path.read_text(encoding="utf-8").strip() if self.path.exists() else ""
         asked = int(text) if text.removeprefix("-").isdecimal() else 0
         if text not in ("", self.ignored) and not asked:
             self.ignored = text

@@ -17,7 +17,7 @@ CRASHES = "crashes.jsonl"  # to which every rank adds its own
 def read_status(run_dir: Path) -> dict[str, Any]:
     """Return the status of a run folder; {} if it has none."""
     try:
-        return json.loads((run_dir / NAME).read_text())
+        return json.loads((run_dir / NAME).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return {}
 
@@ -39,7 +39,7 @@ class Status:
             step, reason = last_step(self.run_dir), f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             attempt = ".".join(os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "RESTART_COUNT"))
             crash = {"attempt": attempt, "step": step, "error": reason, "rank": self.rank, "time": time.time()}
-            with (self.run_dir / CRASHES).open("a") as file:
+            with (self.run_dir / CRASHES).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(crash) + "\n")
             refused = step == self.first_step and self.before.get("state") in ("finished", "given up", "stopped")
             self.record = self.before if refused else {**self.record, "state": "failed", "reason": reason}

@@ -192,11 +192,11 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], text: str, ranks
             raise CheckpointError(f"rank 0 does not see {some(unseen)}: all nodes must share the run folder")
         names = set().union(*(part for _, part in parts))
         check_complete(read_metadata(folder), names, {name: entry["size"] for name, entry in files.items()})
-        (folder / "state.json").write_text(text + "\n")
+        (folder / "state.json").write_text(text + "\n", encoding="utf-8")
         for name in (".metadata", "state.json"):
             files[name] = _sync(folder / name)
         manifest = {"format_version": FORMAT_VERSION, "step": step, "files": dict(sorted(files.items()))}
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         _fsync(folder / "manifest.json")
         _fsync(folder)
 
@@ -226,7 +226,7 @@ def _open(path: Path, ranks: Ranks) -> Checkpoint:
         metadata = read_metadata(path)
         if unlisted := {place.relative_path for place in (metadata.storage_data or {}).values()} - files.keys():
             raise CheckpointError(f"{path}/.metadata names {some(unlisted)}, which its manifest does not")
-        return json.loads((path / "state.json").read_text()), metadata
+        return json.loads((path / "state.json").read_text(encoding="utf-8")), metadata
 
     state, metadata = ranks.on_first(read)
     return Checkpoint(path, step, state, metadata, ranks)
@@ -234,7 +234,7 @@ def _open(path: Path, ranks: Ranks) -> Checkpoint:
 
 def _read_manifest(path: Path) -> tuple[int, Files]:
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         files, step, version = manifest["files"], manifest["step"], manifest["format_version"]
     except FileNotFoundError:
         raise CheckpointError(f"{path} has no manifest.json: it is not a complete checkpoint") from None

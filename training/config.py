@@ -47,6 +47,14 @@ class OptimizerImpl(Enum):
     apex = "apex"  # NVIDIA apex's fused Adam on fp32 copies
 
 
+class MuonScale(Enum):
+    """What the rate of a matrix (out, in) is multiplied by; its update has singular values of about 1."""
+
+    match_rms_adamw = "match_rms_adamw"  # 0.2 sqrt(max(out, in)): the updates of AdamW in size, so its rates carry over
+    spectral = "spectral"  # sqrt(out / in)
+    original = "original"  # sqrt(max(1, out / in))
+
+
 class Reduction(Enum):
     global_token = "global_token"  # mean over all target tokens of a step
     micro_batch_mean = "micro_batch_mean"  # mean over micro-batches of their means, as InternLM does
@@ -66,7 +74,7 @@ def unless(config: Any, section: str, rule: str, holds: Callable[[Any], bool], *
 
 
 # Update rules by optimizer.name; any other is named as module:Class.
-OPTIMIZERS = {"adamw": "training.optim.adamw:AdamW"}
+OPTIMIZERS = {"adamw": "training.optim.adamw:AdamW", "muon": "training.optim.muon:Muon"}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -84,6 +92,14 @@ class OptimizerConfig:
     decay: Decay = Decay.matrices
     state_dtype: Dtype = Dtype.fp32  # of the moments: fp32 or bf16
     impl: OptimizerImpl = OptimizerImpl.auto  # of adamw
+    momentum: float = 0.95  # of muon, as all up to cautious_decay
+    scale: MuonScale = MuonScale.match_rms_adamw
+    polar_express: bool = False  # better coefficients of the five steps (arXiv:2505.16932)
+    normuon: bool = False  # rows divided by their running root mean square, by beta2 (arXiv:2510.05491)
+    cautious_decay: bool = False  # weight decay only of what the update shrinks (arXiv:2510.12402)
+    embed_lr_scale: float = 1.0  # on the rate of the embedding; head: of the head; vector: of norms and biases
+    head_lr_scale: float = 1.0
+    vector_lr_scale: float = 1.0
     max_grad_norm: float = 1.0  # one norm over all parameters; 0: no clipping
     max_nonfinite_steps: int = 10  # consecutive steps without a finite gradient before the run is stopped
 
@@ -92,7 +108,9 @@ class OptimizerConfig:
             yield f"optimizer.name ({self.name}) must be {', '.join(OPTIMIZERS)} or module:Class"
         yield from unless(self, "optimizer", "positive and finite", lambda x: 0 < x < math.inf, "lr", "eps")
         yield from unless(self, "optimizer", "0 or more", lambda x: x >= 0, "weight_decay", "beta2_c", "max_grad_norm")
-        yield from unless(self, "optimizer", "in [0, 1)", lambda x: 0 <= x < 1, "beta1", "beta2")
+        scales = ("embed_lr_scale", "head_lr_scale", "vector_lr_scale")
+        yield from unless(self, "optimizer", "0 or more and finite", lambda x: 0 <= x < math.inf, *scales)
+        yield from unless(self, "optimizer", "in [0, 1)", lambda x: 0 <= x < 1, "beta1", "beta2", "momentum")
         yield from unless(self, "optimizer", "at least 1", lambda x: x >= 1, "max_nonfinite_steps")
         if self.state_dtype not in (Dtype.fp32, Dtype.bf16):
             yield f"optimizer.state_dtype ({self.state_dtype.value}) must be fp32 or bf16"
@@ -167,8 +185,9 @@ class CheckpointConfig:
     every: int = 1000  # steps; 0: only at the end
     keep: int = 3  # newest checkpoints to keep; 0: all
     resume: Resume = Resume.auto
+    check_replicas_every: int = 0  # steps after which replicas are compared without a save, which always does; 0: never
     stop_file: str | None = None  # holds N: save and stop at step N; -N: save at step N and go on
     accept_changes: list[str] = field(default_factory=list)  # keys that may differ from the stored config
 
     def problems(self) -> Iterator[str]:
-        yield from unless(self, "checkpoint", "0 or more", lambda x: x >= 0, "every", "keep")
+        yield from unless(self, "checkpoint", "0 or more", lambda x: x >= 0, "every", "keep", "check_replicas_every")

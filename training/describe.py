@@ -9,18 +9,22 @@ from omegaconf import OmegaConf
 
 from conf.schema import TrainConfig
 from data.dataset import Corpus
+from data.show import note_batches
 from data.tokenizer import export_problem, save_tokenizer
 from model.attention import resolve_backend
 from model.counts import count_params
 from parallel.mesh import Mesh
 from training.config import Fp8
+from training.optim.optimizer import Optimizer
 from training.setup import compute_dtype, step_flops
 from training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 
-def describe(config: TrainConfig, mesh: Mesh, corpus: Corpus, state: TrainState, run_dir: Path) -> None:
+def describe(
+    config: TrainConfig, mesh: Mesh, corpus: Corpus, optimizer: Optimizer, state: TrainState, run_dir: Path
+) -> None:
     """Log what is about to be trained, on what, and from where."""
     model, data, precision = config.model, config.data, config.precision
     device = f"CPU, {torch.get_num_threads()} threads"
@@ -36,6 +40,8 @@ def describe(config: TrainConfig, mesh: Mesh, corpus: Corpus, state: TrainState,
     alone, packed = (resolve_backend(model.attention, mesh.device, dtype, equal=equal).value for equal in (True, False))
     attention = alone if alone == packed else f"{alone}, and {packed} for packs of several documents"
     causal, internlm = step_flops(config)
+    of_step = causal * config.global_batch_tokens / mesh.world_size
+    update = sum(rule.flops() for rule in optimizer.rules) / of_step
     for line in (
         f"run        {run_dir}",
         f"model      {model.name}: {count_params(model):,} parameters, {model.n_layers} layers x {model.d_model}, "
@@ -47,6 +53,7 @@ def describe(config: TrainConfig, mesh: Mesh, corpus: Corpus, state: TrainState,
         f"{config.micro_batch_tokens:,}; {config.steps:,} steps; epochs: {by_source}",
         f"packing    {data.packing}: {padding:.2%} of the tokens are padding, {cut:.2%} of the documents are cut"
         + "; what is cut off is not learnt" * (cut > 0 and any(file.conversations for file in corpus.train.files)),
+        f"optimizer  {config.optimizer.name}" + (f", {update:.1%} of a step's FLOPs" if update else ""),
         f"device     {device}, {computes}, attention {attention}",
         f"start      step {state.step}" + (", nothing is left to train" if state.step >= config.steps else ""),
     ):
@@ -55,8 +62,9 @@ def describe(config: TrainConfig, mesh: Mesh, corpus: Corpus, state: TrainState,
         logger.warning("%s", problem)
 
 
-def save_run_inputs(config: TrainConfig, run_config: dict[str, Any], run_dir: Path, corpus: Corpus) -> None:
-    """Write the configuration and the tokenizer to the run folder, for whoever reads its checkpoints."""
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(run_config))
+def save_run_inputs(run_config: dict[str, Any], run_dir: Path, corpus: Corpus, state: TrainState) -> None:
+    """Write the configuration, what makes the batches and the tokenizer to the run folder, for whoever reads it."""
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(run_config), encoding="utf-8")
+    note_batches(run_dir, run_config, corpus, step=state.step, samples=state.samples, first_sample=state.first_sample)
     if corpus.tokenizer is not None:
         save_tokenizer(corpus.tokenizer, run_dir / "tokenizer")

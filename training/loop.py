@@ -68,6 +68,7 @@ def loop(run: Run, batches: Iterator[list[Batch]], periodic: Sequence[Periodic] 
         *periodic,
         Periodic(1, lambda run: run.stop.agree()),
         validation,
+        Periodic(config.checkpoint.check_replicas_every, lambda run: run.checkpoints.check()),
         Periodic(1, partial(follow, StopFile(config.checkpoint.stop_file))),
         Periodic(config.checkpoint.every, lambda run: run.checkpoints.save()),
     )

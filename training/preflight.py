@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conf.schema import ExportConfig, GenerateConfig, PrepareConfig, TrainConfig, to_plain
 from corpus.chat import special_ids
-from corpus.config import DataError, Source
+from corpus.config import DataError, Source, as_paths
 from corpus.inputs import check_inputs
 from data.config import check_tokenizer
 from data.manifest import check_exists, check_fits
@@ -30,6 +30,8 @@ def preflight_problems(config: Config) -> Iterator[str]:
     try:
         if isinstance(config, TrainConfig):
             yield from _layout_problems(config)
+            if not (config.dry_run.enabled or any(config.model.problems())):
+                check_fits(config.data, config.model.vocab_size)
         elif isinstance(config, ExportConfig | GenerateConfig):
             _check_model(config)
     except (CheckpointError, DataError, ModelError, ParallelError) as error:
@@ -76,8 +78,6 @@ def check_run(config: TrainConfig | PrepareConfig, run_dir: Path, settings: str 
         if not joined_environment(os.environ):  # of which the first may hold the folder already
             check_not_held(run_dir)
         check_gpu_features(config.parallel, None if config.precision.fp8 is Fp8.none else config.precision.fp8.value)
-    if config.data.source in (Source.builtin, Source.local, Source.huggingface):
-        check_fits(config.data, config.model.vocab_size)
     check_stored_config(run_dir, to_plain(config), config.checkpoint)
     if not committed(run_dir / "checkpoints"):
         check_same_tokenizer(config)
@@ -88,8 +88,9 @@ def _inputs(config: TrainConfig, run_dir: Path, settings: str | None) -> Iterato
     """Yield the files that a run reads before its first step, each with the check that it is there."""
     if config.data.source is not Source.random:
         tokens = config.data.source is Source.tokens
-        path = Path(config.data.input or "") if tokens else Path(config.data.path) / "corpus.json"
-        yield path, partial(check_exists, config.data, settings or "with the same data settings")
+        paths = as_paths(config.data.input) if tokens else [f"{config.data.path}/corpus.json"]
+        check = partial(check_exists, config.data, settings or "with the same data settings")
+        yield from ((Path(path), check) for path in paths)
     if config.init_from is not None and not committed(run_dir / "checkpoints"):
         yield Path(config.init_from), partial(check_origin, Path(config.init_from))
 

@@ -11,13 +11,15 @@ import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from training.optim.optimizer import UPDATE
+
 logger = logging.getLogger(__name__)
 
 WARM_UP, PROFILED = 3, 2  # steps
 WINDOW = "profiled steps"
 KINDS = {
     "loss": ("_statistics_kernel", "_gradient_kernel", "_scaled_kernel", "_WithGradients"),
-    "optimizer": ("_adamw_kernel", "fused_adam", "FusedAdam", "multi_tensor"),
+    "optimizer": (UPDATE, "_adamw_kernel", "fused_adam", "FusedAdam", "multi_tensor"),
     "attention": ("flash", "fmha", "cudnn_generated", "sdpa", "scaled_dot_product", "efficient_attention"),
     "communication": ("nccl", "c10d::", "gloo:"),
     "GEMM": (
@@ -26,7 +28,7 @@ KINDS = {
     ),
 }  # fmt: skip
 # Of two things at one time, the earlier in this list is what the step is spent on.
-ORDER = ("GEMM", "attention", "loss", "optimizer", "elementwise", "communication")
+ORDER = ("optimizer", "GEMM", "attention", "loss", "elementwise", "communication")
 
 
 def kind_of(name: str) -> str:
@@ -85,7 +87,7 @@ def profile_steps(step: Callable[[], object], device: torch.device, folder: Path
     launches, busy_ms = len(intervals) // PROFILED, host / PROFILED * 1e3
     rows.append(f"{launches:,} launches per step; the host was busy with them for {busy_ms:.1f} ms")
     text = "\n".join(rows)
-    (folder / "table.txt").write_text(text + "\n")
+    (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
     for line in (*rows, f"trace and table in {folder}"):
         logger.info("%s", line)
     return text

@@ -14,6 +14,7 @@ from model.hf.families import pad_vocabulary, read_config, read_weights
 from parallel.loss_scaler import LossScaler
 from parallel.parallelize import write_shard
 from tracking.run_folder import check_changes, check_origin, check_same_model
+from training.agreement import check_tensors
 from training.checkpoint import PER_RANK, Checkpoint, Checkpoints, open_checkpoint
 from training.config import CheckpointConfig, CheckpointError, Resume
 from training.optim.optimizer import Optimizer
@@ -48,10 +49,15 @@ class RunCheckpoints:
             return
         self.state.sync()
         tensors = {**self.optimizer.state_tensors(), self.rng_name: torch.get_rng_state()}
+        check_tensors(tensors, self.checkpoints.ranks)
         progress = {"progress": self.state.state_dict(), "scaler": self.scaler.state_dict()}
         state = {"config": self.run_config, "data": self.data, **progress}
         logger.info("saved %s", self.checkpoints.save(self.state.step, tensors, state))
         self.saved_step = self.state.step
+
+    def check(self) -> None:
+        """Raise `TrainingError` unless weights and moments are finite and replicas of them are equal."""
+        check_tensors(self.optimizer.state_tensors(), self.checkpoints.ranks)
 
     def resume_or_start(self, config: TrainConfig) -> None:
         """Bring the run to where it starts, and log where that is.

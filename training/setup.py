@@ -34,7 +34,7 @@ def compute_dtype(config: PrecisionConfig, device: torch.device) -> tuple[torch.
         # A GPU that a dry run pretends is a recent one.
         fast = not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        flags = CPUINFO.read_text().split() if CPUINFO.exists() else []
+        flags = CPUINFO.read_text(encoding="utf-8").split() if CPUINFO.exists() else []
         fast = "avx512_bf16" in flags or "amx_bf16" in flags
     if fast:
         return torch.bfloat16, "bf16 (auto: the device multiplies in it)"
@@ -69,8 +69,8 @@ def build_engine(
     corpus: Corpus | None = None,
 ) -> Engine:
     """Return the engine of a run; without a corpus its losses are of one source, without bytes."""
-    if config.parallel.cuda_graphs and not optimizer.rule.on_device:
-        raise TrainingError("parallel.cuda_graphs (true) needs an optimizer that does not wait for the host: adamw")
+    if config.parallel.cuda_graphs and not all(rule.on_device for rule in optimizer.rules):
+        raise TrainingError("parallel.cuda_graphs (true) needs an optimizer that never waits for the host, as adamw")
     n_bytes = None if corpus is None else corpus.bytes_per_token
     return Engine(
         model,

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig, ModelError
+from model.hf.granite import Granite
 from model.hf.internlm2 import InternLM2
 from model.hf.llama import Llama
 from model.transformer import Transformer
 
 HEADS = ("lm_head.weight", "output.weight")  # stored beside a tied embedding, and equal to it
-FAMILIES: tuple[Llama, ...] = (Llama(), InternLM2())  # the smaller first
+FAMILIES: tuple[Llama, ...] = (Llama(), Granite(), InternLM2())  # the smaller first
 
 
 def export_family(config: ModelConfig) -> Llama:
@@ -72,7 +73,7 @@ def read_stop_ids(folder: Path) -> set[int]:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path} is missing: {path.parent} is not a Hugging Face model") from None
 

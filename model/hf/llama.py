@@ -32,7 +32,14 @@ class Llama:
 
     def can_express(self, config: ModelConfig) -> bool:
         """Return whether a model can be exported as this family."""
-        return (config.mlp, config.attention_layer) == ("swiglu", "gqa")
+        folds = config.width_ratio == 1 or not config.tie_embeddings
+        return (config.mlp, config.attention_layer) == ("swiglu", "gqa") and folds
+
+    def factor(self, name: str, config: ModelConfig) -> float:
+        """Return what a weight of ours is multiplied by, in place of a factor that the family's forward pass lacks."""
+        if name == "head.weight":
+            return 1 / config.width_ratio
+        return 1 / config.depth_ratio if name.rpartition(".")[0].endswith((".wo", ".w_down")) else 1.0
 
     def names(self, config: ModelConfig) -> dict[str, str]:
         """Return this family's name of each of our parameters."""

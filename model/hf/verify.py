@@ -15,7 +15,7 @@ def main(folder: str, expected_path: str) -> None:
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
 
-    expected = json.loads(Path(expected_path).read_text())
+    expected = json.loads(Path(expected_path).read_text(encoding="utf-8"))
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, torch_dtype=torch.float32)
     model, info = loaded
     reference = load_file(expected["logits"])

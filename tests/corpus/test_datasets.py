@@ -93,3 +93,36 @@ def test_what_cannot_be_loaded_is_named(dataset: DataConfig, tmp_path: Path, str
     dataset.dataset = str(tmp_path / "nothing")
     with pytest.raises(DataError, match=r"data.dataset \(.*nothing\) cannot be loaded"):
         read(dataset)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_dataset_has_its_own_validation_split(dataset: DataConfig, tmp_path: Path, streaming: bool) -> None:
+    import datasets
+
+    dataset.streaming, dataset.dataset_valid_split = streaming, "validation"
+    (tmp_path / "set" / "validation.jsonl").write_bytes(lines([{"text": "held out"}, {"text": "too"}]))
+    parts: Any = {
+        "train": datasets.Dataset.from_list(RECORDS),
+        "validation": datasets.Dataset.from_list([{"text": "mine"}]),
+    }
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved [1]")
+    for folder, expected in (("set", ["held out", "too"]), ("saved [1]", ["mine"])):
+        dataset.dataset = str(tmp_path / folder)
+        found = read(dataset)
+        assert [d.text for d in found if d.split == "valid"] == expected
+        assert [d.text for d in found if d.split == "train"] == [record["text"] for record in RECORDS]
+    dataset.dataset_valid_split = "dev"
+    with pytest.raises(DataError, match="no split dev, but train, validation"):
+        read(dataset)
+
+
+def test_dataset_that_was_saved_to_disk_is_read(dataset: DataConfig, tmp_path: Path) -> None:
+    import datasets
+
+    expected = {d.text: d.split for d in read(dataset)}
+    datasets.Dataset.from_list(RECORDS).save_to_disk(tmp_path / "saved")
+    dataset.dataset = str(tmp_path / "saved")
+    for dataset.streaming in (False, True):
+        assert {d.text: d.split for d in read(dataset)} == expected
+    with pytest.raises(DataError, match="data=huggingface"):
+        read(local(tmp_path, "saved"))

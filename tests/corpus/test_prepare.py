@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import itertools
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +19,11 @@ from corpus.config import DataError, OnBadRecord, Source, TokenizerConfig
 from corpus.inputs import Item
 from corpus.left_out import LeftOut
 from corpus.merge import find_duplicates
-from corpus.prepare import is_prepared, prepare
+from corpus.prepare import is_prepared, made_by, prepare
 from corpus.units import plan_units
 from data.config import DataConfig
 from data.dataset import open_corpus
+from data.manifest import mix_weights
 from data.shards import Shard
 from data.tokenizer import Tokenizer
 from tests.corpora import PACKED, RECORDS, contents, lines, local, made, parquet, read_with, settings_of, texts_of
@@ -54,7 +56,7 @@ def test_corpus_holds_every_document_whole(config: DataConfig, tokenizer: Tokeni
             decoded += texts
     assert sorted(decoded) == sorted(record["text"] for record in RECORDS)
     corpus = open_corpus(config, vocab_size=1280)
-    assert corpus.sources == ("c++", "wikipedia_en") and corpus.train.n_packs > 0 and corpus.valid.n_packs > 0
+    assert corpus.sources == ("C++", "Wikipedia (en)") and corpus.train.n_packs > 0 and corpus.valid.n_packs > 0
     assert corpus.bytes_per_token is not None and len(corpus.bytes_per_token) == 1280
 
 
@@ -208,6 +210,75 @@ def test_same_corpus_is_used_and_another_not_overwritten(config: DataConfig, tok
     (Path(config.path) / "corpus.json").unlink()
     with pytest.raises(DataError, match="not a corpus"):
         made(config, tokenizer)
+
+
+def test_same_corpus_is_recognised_by_any_spelling(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("a", "b/deep", "b/[1]"):
+        (tmp_path / "texts" / folder).mkdir(parents=True)
+        (tmp_path / "texts" / folder / "x.jsonl").write_bytes(lines([{"text": f"{folder} {i}"} for i in range(9)]))
+    (tmp_path / "link").symlink_to(tmp_path / "texts")
+    (tmp_path / "texts" / "copy").symlink_to("a")
+    monkeypatch.chdir(tmp_path)
+    model = str(tokenizer.path)
+    spellings: list[tuple[list[Any], list[str]]] = [
+        (["texts", "link", f"{tmp_path}/texts/", "texts/b/../", ["link/"], f"file://{tmp_path}/texts"], [model]),
+        ([["texts/a", "texts/b"], ["link/b", "texts/../texts/a/", "texts/a"]], [os.path.relpath(model), model]),
+        (["texts/*/[a-f]*/*.jsonl", "link/*/[a-f]*/*.jsonl", "./texts/./*/[a-f]*/*.jsonl"], [model]),
+        ([["texts/a/x.jsonl"], "link/copy/x.jsonl"], [model]),
+    ]
+    for number, (inputs, models) in enumerate(spellings):
+        config = local(tmp_path, "", name="n", input=inputs[0], path=str(tmp_path / f"{number}"))
+        prepare(config, TokenizerConfig(model=model, vocab_size=1), workers=1, progress=lambda *_: None)
+        for one, its in itertools.product(inputs, models):
+            again = dataclasses.replace(config, input=one)
+            assert is_prepared(again, TokenizerConfig(model=its, vocab_size=2)), one
+            named = dataclasses.replace(config, input=None, sources={"s": {"input": one}})
+            assert (
+                made_by(named, settings_of(tokenizer))["data.sources"]
+                == made_by(dataclasses.replace(named, sources={"s": inputs[0]}), settings_of(tokenizer))["data.sources"]
+            )
+        with pytest.raises(DataError, match=r"data.input .*data.text_suffixes \("):
+            is_prepared(dataclasses.replace(config, input="texts/b/deep", text_suffixes=[".x"]), settings_of(tokenizer))
+
+
+def test_names_of_sources_that_differ_stay_apart(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    names = ["C", "C#", "c", "F#", "中文", "日文", "a/b", "a_b", "..", "Wikipedia (en)", "长" * 60, "长" * 60 + "名"]
+    records = [{"text": f"{name} {i}", "from": name} for name in names for i in range(20)]
+    (tmp_path / "a.jsonl").write_bytes(lines(records))
+    config = local(tmp_path, "a.jsonl", source_key="from")
+    about = made(config, tokenizer, 2)
+    assert sorted(about["splits"]["train"]) == sorted(names)
+    assert {name: its["documents"] for name, its in about["splits"]["train"].items()} == {
+        name: 20 - about["splits"]["valid"].get(name, {"documents": 0})["documents"] for name in names
+    }
+    assert texts_of(config, about, tokenizer) == sorted(record["text"] for record in records)
+    assert all(name.isascii() for name in contents(config.path))
+    assert mix_weights(dataclasses.replace(config, mix={"C": 1, "wikipedia_en": 2, "日文": 3}), set(names)) == {
+        "C": 1, "Wikipedia (en)": 2, "日文": 3
+    }  # fmt: skip
+    with pytest.raises(DataError, match="data.mix.f: there is no such source"):
+        mix_weights(dataclasses.replace(config, mix={"f": 1}), {"F", "F#"})
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_progress_ends_at_all_of_the_work(
+    every_format: DataConfig, tokenizer: Tokenizer, small_units: None, workers: int
+) -> None:
+    added: list[tuple[int, int, int, float]] = []
+
+    def progress(*counts: Any) -> None:
+        added.append(counts)
+        if len(added) == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made(every_format, tokenizer, progress=progress)
+    added.clear()
+    made(every_format, tokenizer, workers, progress=lambda *counts: added.append(counts))
+    assert 0.9 < sum(share for *_, share in added) <= 1 and added[0][2] == 0, "the first units are an earlier run's"
+    assert sum(documents for documents, *_ in added) == 5 * 40 + 5 * 25 + 2 * len(RECORDS) - len(RECORDS) // 2 + 1
 
 
 def test_tokenizer_without_eos_is_an_error(

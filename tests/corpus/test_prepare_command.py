@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ def closing_output(
     whole = PrepareConfig(data=config, tokenizer=settings_of(tokenizer), workers=1, launcher=LauncherConfig())
     prepare_data.work(whole, "data=local data.name=mine")
     shown, command = capsys.readouterr().out.rsplit("\n\nnext: ", 1)
-    assert command == "python train.py model=125m data=local data.name=mine\n"
+    assert command == "python train.py data=local data.name=mine\n"
     table, *documents = shown.split("\n--- a document of ")
     return table, documents
 
@@ -44,18 +45,18 @@ def test_command_ends_with_a_table_and_three_documents(
     ignored, duplicates, empty, bad, place, _, *rows = table.splitlines()
     assert ignored.endswith(": 2 .csv, 1 .lz4") and place.startswith(f"  {tmp_path}/texts/a.jsonl:95: not JSON")
     assert (duplicates.split()[0], empty.split()[0], bad.split()[0]) == ("3", "1", "1")
-    counted = [line.split()[:3] for line in rows[1:]]
+    counted = [re.split(r"  +", line)[:3] for line in rows[1:]]
     about = json.loads((Path(config.path) / "corpus.json").read_text())["splits"]
     expected = [
         [split, source, str(its["documents"])] for split, sources in about.items() for source, its in sources.items()
     ]
     assert [row for row in counted if row[1] != "(all)"] == expected and len(counted) == len(expected) + 2
-    assert [text.split(", decoded\n")[0] for text in documents] == ["c++", "long", "wikipedia_en"]
+    assert [text.split(", decoded\n")[0] for text in documents] == ["C++", "Wikipedia (en)", "long"]
     texts = [text.split(", decoded\n")[1].rstrip() for text in documents]
     short = {record["text"].rstrip() for record in RECORDS}
-    assert texts[0] in short and texts[2] in short
-    assert texts[1].endswith(" ...") and long.startswith(texts[1].removesuffix(" ..."))
-    assert len(tokenizer.encode(texts[1].removesuffix(" ..."))) == prepare_data.SAMPLE_TOKENS
+    assert texts[0] in short and texts[1] in short
+    assert texts[2].endswith(" ...") and long.startswith(texts[2].removesuffix(" ..."))
+    assert len(tokenizer.encode(texts[2].removesuffix(" ..."))) == prepare_data.SAMPLE_TOKENS
     again = closing_output(config, tokenizer, capsys)
     assert again[0].startswith(f"{config.path} was prepared before with the same settings") and again[1] == documents
     assert again[0].splitlines()[1:] == table.splitlines()[1:]
@@ -65,7 +66,8 @@ def test_corpus_of_one_document_shows_one(
     config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "texts" / "a.jsonl").write_bytes(lines(RECORDS[:1]))
-    _, documents = closing_output(dataclasses.replace(config, valid_fraction=0.0), tokenizer, capsys)
+    table, documents = closing_output(dataclasses.replace(config, valid_fraction=0.0), tokenizer, capsys)
+    assert table.splitlines()[-1] == "no document is held out of C++: there will be no validation of it"
     assert len(documents) == 1
 
 

@@ -16,10 +16,11 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf.errors import OmegaConfBaseException
 
 from corpus import readers
 from corpus.config import DataError, OnBadRecord, Source, Style
-from corpus.inputs import Item, describe_ignored, list_items, source_name
+from corpus.inputs import Item, describe_ignored, list_items
 from corpus.left_out import LeftOut
 from corpus.readers import Lines, Reader, records_of
 from corpus.units import plan_units
@@ -48,7 +49,7 @@ def test_every_format_has_the_same_documents(
     (tmp_path / name).write_bytes(PACKED[packed](PLAIN[plain](RECORDS)))
     config = local(tmp_path, name, source_key="meta.set")
     assert [d.text for d in read(config)] == texts == read_units(config, LeftOut(OnBadRecord.error))
-    assert [d.source for d in read(config)] == [source_name(record["meta"]["set"]) for record in RECORDS]
+    assert [d.source for d in read(config)] == [record["meta"]["set"] for record in RECORDS]
 
 
 @pytest.mark.parametrize("packed", PACKED)
@@ -114,7 +115,7 @@ def test_raw_json_keeps_the_syntax(tmp_path: Path) -> None:
     for key in (None, "meta.set"):
         found = read(local(tmp_path, "a.jsonl", raw_json=True, source_key=key))
         assert [d.text for d in found] == lines(RECORDS).decode().splitlines(keepends=True)
-    assert found[0].source == "c++"
+    assert found[0].source == "C++"
     assert [d.text for d in read(local(tmp_path, "a.json", raw_json=True))] == ['{"text": "\\u4eca\\u5929"}']
     pq.write_table(pyarrow.table({"text": ["a", "b"], "raw": [b"x", None]}), tmp_path / "a.parquet")
     left_out = LeftOut(OnBadRecord.skip)
@@ -209,11 +210,83 @@ def test_sources_are_folders_a_key_or_named(tmp_path: Path) -> None:
     (tmp_path / "texts" / "b.jsonl").write_bytes(lines([{"text": "on top"}]))
     for pattern in ("texts", "texts/**/*.jsonl"):
         assert {d.source for d in read(local(tmp_path, pattern))} == {"en", "code", "mine"}
-    assert {d.source for d in read(local(tmp_path, "texts", source_key="meta.set"))} == {"c++", "mine"}
+    assert {d.source for d in read(local(tmp_path, "texts", source_key="meta.set"))} == {"C++", "mine"}
     sources = {"Code": str(tmp_path / "texts" / "[cd]*" / "*" / "a.jsonl"), "top": str(tmp_path / "texts" / "b.jsonl")}
     found = read(local(tmp_path, "none", input=None, sources=sources))
-    assert [(d.text, d.source) for d in found] == [("code/deep", "code"), ("on top", "top")]
-    assert source_name("../x") == "x" and source_name("???") == "unnamed"
+    assert [(d.text, d.source) for d in found] == [("on top", "top"), ("code/deep", "Code")]
+
+
+@pytest.mark.parametrize("pattern", ["in", "in/**/*.jsonl", "in/*/*.jsonl", "in/[a-z]*/a.jsonl"])
+def test_links_to_folders_are_followed_and_each_file_read_once(tmp_path: Path, pattern: str) -> None:
+    for folder in ("in/en", "big"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.jsonl").write_bytes(lines([{"text": folder}]))
+    links = {"de": "../big", "back": ".", "fr": "../big", "b.jsonl": "en/a.jsonl", "gone": "../nothing", "en/up": ".."}
+    for name, target in links.items():
+        (tmp_path / "in" / name).symlink_to(target)
+    ignored: Counter[str] = Counter()
+    items = list_items(local(tmp_path, pattern), ignored)
+    assert [(item.source, Path(item.path).name) for item in items] == [("de", "a.jsonl"), ("en", "a.jsonl")]
+    if pattern == "in":
+        assert ignored == {"links back to a folder they are in": 2, "broken links": 1}
+        assert describe_ignored(ignored) == "not read: 2 links back to a folder they are in, 1 broken links"
+
+
+@pytest.mark.parametrize("name", ["notes [2024].jsonl", "what?.jsonl", "a*b/x.jsonl", "[ab]/[c].jsonl", "**/x.jsonl"])
+def test_path_that_exists_is_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    path = tmp_path / "in [1]" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(lines([{"text": "x"}]))
+    monkeypatch.chdir(tmp_path / "in [1]")
+    patterns = [name, str(path), "*.jsonl" if path.parent == Path.cwd() else f"{Path(name).parent}/*.jsonl", "."]
+    for pattern in patterns:
+        assert [item.path for item in list_items(local(tmp_path, "", input=pattern))] == [str(path)]
+
+
+def test_each_source_is_read_by_its_own_settings(tmp_path: Path) -> None:
+    contents = {
+        "en/a.jsonl": lines([{"text": "english", "body": "no"}]),
+        "zh/a.jsonl": lines([{"body": "中文", "meta": {"set": "book"}}]),
+        "zh/held.jsonl": lines([{"body": "留出"}]),
+        "docs/a.md": b"# title",
+        "docs/b.tex": b"one\n\ntwo\n",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    path = {name.replace(".", "_"): str(tmp_path / name) for name in contents}
+    sources: dict[str, Any] = {
+        "plain": path["en/a_jsonl"],
+        "zh": {"input": [path["zh/a_jsonl"]], "text_key": "body", "valid_input": path["zh/held_jsonl"]},
+        "docs": {"input": str(tmp_path / "docs"), "text_suffixes": [".tex"], "text_lines": True},
+    }
+    config = local(tmp_path, "none", input=None, sources=sources, valid_fraction=0.0)
+    expected = [
+        ("留出", "zh", "valid"), ("one", "docs", "train"), ("two", "docs", "train"), ("english", "plain", "train"),
+        ("中文", "zh", "train"),
+    ]  # fmt: skip
+    assert [(d.text, d.source, d.split) for d in read(config)] == expected
+    for wrong, named in (({"text_kee": "x"}, "sources.zh.text_kee"), ({"text_lines": 3.5}, "sources.zh.text_lines")):
+        config.sources = {"zh": {"input": "x", **wrong}}
+        with pytest.raises(OmegaConfBaseException, match=f"full_key: data.{named}"):
+            list_items(config)
+
+
+def test_list_of_inputs_is_read_without_copies_in_any_order(tmp_path: Path) -> None:
+    for name in ("a.md", "b.rst", "c.html", "d.HTM.gz", "e.py", "f.tex"):
+        (tmp_path / name).write_bytes(gzip.compress(name.encode()) if name.endswith("gz") else name.encode())
+    both = [str(tmp_path / "*.py"), str(tmp_path), str(tmp_path / "a.md")]
+    for inputs in (both, both[::-1]):
+        assert [d.text for d in read(local(tmp_path, "", input=inputs))] == [
+            "a.md",
+            "b.rst",
+            "c.html",
+            "d.HTM.gz",
+            "e.py",
+        ]
+    assert [d.text for d in read(local(tmp_path, "", input=both[1], text_suffixes=[".tex"]))] == ["f.tex"]
+    with pytest.raises(DataError, match=r"data.input \(.*/a.md\) has no readable file"):
+        read(local(tmp_path, "", input=both, text_suffixes=[".py"]))
 
 
 def test_hidden_files_are_skipped_and_other_formats_counted(tmp_path: Path) -> None:
@@ -239,7 +312,7 @@ def test_hidden_files_are_skipped_and_other_formats_counted(tmp_path: Path) -> N
         ignored: Counter[str] = Counter()
         config = local(tmp_path, pattern) if "://" not in pattern else local(tmp_path, "none", input=pattern)
         assert [Path(item.path).name for item in list_items(config, ignored)] == ["a.TXT", "a.txt", "b.JSONL.GZ"]
-        assert describe_ignored(ignored).endswith("2 .csv, 1 without a suffix, 1 .1, 1 .2, 1 .3, ...")
+        assert describe_ignored(ignored).endswith("1 without a suffix, 2 .csv, 1 .1, 1 .2, 1 .3, ...")
     assert len(read(local(tmp_path, "texts/.a.txt"))) == 1, "a hidden file that is named is read"
     assert describe_ignored(Counter()) == ""
 
@@ -313,9 +386,9 @@ def test_damaged_row_group_is_bad_record(tmp_path: Path) -> None:
 def test_builtin_text_keeps_files_together(tmp_path: Path) -> None:
     config = local(tmp_path, "none", source=Source.builtin, input=None, valid_fraction=0.3)
     items = [item for item in list_items(config) if Path(item.path).name in ("argparse.py", "ast.py", "topics.py")]
-    found = readers.read_documents(items, config, LeftOut(OnBadRecord.error))
+    reader, left_out = readers.Reader(config), LeftOut(OnBadRecord.error)
     splits: dict[str, set[str]] = {}
-    for document in found:
+    for document in (document for item in items for document in reader.documents(item, left_out)):
         splits.setdefault(document.place.split(":")[0], set()).add(document.split)
     assert len(splits["argparse.py"]) == len(splits["ast.py"]) == 1 and len(splits["pydoc_data/topics.py"]) == 2
 

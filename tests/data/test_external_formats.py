@@ -107,6 +107,21 @@ def test_folder_of_megatron_files_is_a_corpus(tmp_path: Path, modes: bool) -> No
     ]
 
 
+def test_linked_folders_and_lists_of_token_folders_are_read(tmp_path: Path) -> None:
+    for folder in ("one/en", "elsewhere", "two [1]"):
+        (tmp_path / folder).mkdir(parents=True)
+        write_megatron(tmp_path / folder / "a", DOCUMENTS, 4, "<i4")
+    (tmp_path / "one" / "code").symlink_to("../elsewhere")
+    (tmp_path / "one" / "back").symlink_to(".")
+    settings = dataclasses.replace(config(tmp_path), input=[str(tmp_path / "one"), str(tmp_path / "two [1]" / "a.bin")])
+    corpus = open_corpus(settings, vocab_size=103_168)
+    assert corpus.sources == ("code", "en", settings.name) and len(corpus.train.files) == 3
+    with pytest.raises(DataError, match=r"data.input \(.*gone\)"):
+        open_corpus(
+            dataclasses.replace(settings, input=[str(tmp_path / "one"), str(tmp_path / "gone")]), vocab_size=103_168
+        )
+
+
 @pytest.mark.parametrize(("vocab_size", "code"), [(1000, 8), (103_168, 4)])
 def test_megatron_reads_our_shards(tmp_path: Path, vocab_size: int, code: int) -> None:
     documents = [[token % vocab_size for token in document] for document in DOCUMENTS]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from corpus.config import DataError
 from data.batches import IGNORED
@@ -19,8 +20,9 @@ from data.packing import Concat
 from data.shards import LOSS_MASKED
 from data.show import main, marked, show, show_pack
 from data.tokenizer import Tokenizer, load_tokenizer
-from tests.conftest import ROOT
+from tests.conftest import ROOT, trained
 from tests.data.conftest import data_config, write_shard
+from training.loop import Periodic, Run
 
 
 def config_of(corpus_dir: Path) -> DataConfig:
@@ -113,14 +115,42 @@ def test_step_not_reached_is_reported(run_dir: Path, capsys: pytest.CaptureFixtu
     assert first.startswith(f"{run_dir} has not reached step 9999: it is at step ")
 
 
-def test_run_whose_data_grew_is_shown_from_there_on(
+def test_steps_are_shown_as_trained_on_after_accepted_changes(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained_on: dict[int, list[list[int]]] = {}
+    shown: list[list[int]] = []
+
+    def keep(run: Run) -> None:
+        trained_on[run.state.step] = torch.cat([batch.tokens_BT for batch in run.batches]).tolist()
+
+    def read(corpus: Corpus, _sample: int, pack: int) -> None:
+        shown.extend(corpus.train.batch(np.array([pack])).tokens_BT.tolist())
+
+    monkeypatch.setattr("data.show.show_pack", read)
+    accepted = "checkpoint.accept_changes=[steps,global_batch_tokens,ramp,data,skip_batches]"
+    ramp = ["ramp.start_tokens=64", "ramp.increment_tokens=64", "ramp.every_steps=3", "global_batch_tokens=512"]
+    shape = [*ramp, "data.seq_len=16", "data.micro_batch_size=4", "++data.mix.code=1"]
+    parts = ([], ["global_batch_tokens=256"], ramp, shape, [*shape, "skip_batches=[9-10]", "data.packing=best_fit"])
+    for number, part in enumerate(parts, 1):
+        options = [*small, "valid_tokens=32", f"steps={2 * number}", *part, accepted]
+        trained(tmp_path / "run", *options, periodic=[Periodic(1, keep)])
+    assert [len(packs) for packs in trained_on.values()] == [4, 4, 8, 8, 4, 4, 12, 12, 12, 16]
+    for step, packs in trained_on.items():
+        shown.clear()
+        show(tmp_path / "run", step)
+        assert shown == packs, f"step {step}"
+        assert ("not trained on" in capsys.readouterr().out) == (step > 8)
+
+
+def test_steps_that_are_not_known_are_refused(
     run_dir: Path, corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(run_dir, tmp_path / "run")
-    path = next((tmp_path / "run").glob("checkpoints/step-*[0-9]/state.json"))
-    state = json.loads(path.read_text())
-    state["progress"]["first_sample"] = 16
-    path.write_text(json.dumps(state))
+    path = tmp_path / "run" / "batches.jsonl"
+    note = json.loads(path.read_text())
+    grown = {**note, "step": 4, "samples": 16, "first_sample": 16}
+    path.write_text(json.dumps({**note, "fingerprint": "before files were added"}) + "\n" + json.dumps(grown) + "\n")
     with pytest.raises(DataError, match="step 4 "):
         show(tmp_path / "run", 4)
     show(tmp_path / "run", 5, samples=1)
@@ -128,7 +158,6 @@ def test_run_whose_data_grew_is_shown_from_there_on(
     corpus.train.begin_at(16)
     (pack,) = corpus.train.locate(np.array([16])).tolist()
     assert f"=== sample 16: pack {pack} of " in capsys.readouterr().out
-    state["data"]["parts"] += ["another file"]
-    path.write_text(json.dumps(state))
-    with pytest.raises(DataError, match="step 5 "):
-        show(tmp_path / "run", 5)
+    path.write_text(json.dumps(grown) + "\n")  # begun at another run's place, with init_content
+    with pytest.raises(DataError, match="step 4 "):
+        show(tmp_path / "run", 4)

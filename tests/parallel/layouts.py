@@ -1,4 +1,4 @@
-"""Train ten steps on one layout after another in eight processes, and the same steps in one process."""
+"""Train six steps on one layout after another in eight processes, and the same steps in one process."""
 
 import faulthandler
 import pickle
@@ -46,7 +46,7 @@ MODELS = {
         init=Init.llama, tie_embeddings=True,
     ),
 }  # fmt: skip
-N_STEPS, N_MICRO_BATCHES = 10, 8
+N_STEPS, N_MICRO_BATCHES = 6, 8
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class Case:
     bad_rank: int | None = None  # whose gradient is made infinite in step 2
     fp8: str = "none"
     regularized: bool = False  # an auxiliary loss in every other layer
+    optimizer: str = "adamw"
+    normuon: bool = False
 
 
 RankFunction = Callable[[Case, Mesh, ParallelConfig], Any]
@@ -102,7 +104,7 @@ def steps_of(n: int = N_MICRO_BATCHES) -> list[list[Batch]]:
 def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
     # A rounding error d of a gradient near 0 moves a weight by up to lr * d / eps: with the usual eps of 1e-8 that is a
     # whole update where d decides the sign.
-    optimizer = OptimizerConfig(lr=3e-3, max_grad_norm=0.3, eps=1e-4)
+    optimizer = OptimizerConfig(name=case.optimizer, lr=3e-3, max_grad_norm=0.3, eps=1e-4, normuon=case.normuon)
     with torch.device("meta"):
         model = Transformer(replace(MODELS[case.model], attention=case.attention))
     for number, block in enumerate(model.blocks.values()):
@@ -111,11 +113,11 @@ def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
             block.mlp.__class__ = RegularizedMLP
     stages = parallelize(model, mesh, config, case.dtype, fp8=case.fp8)
     model.init_weights(3, write_shard)
-    adamw = build_optimizer(model, optimizer, tied_params=model.tied_params)
-    adamw.set_schedule([(3e-3, 0.95)] * (N_STEPS + 1))
+    built = build_optimizer(model, optimizer, tied_params=model.tied_params)
+    built.set_schedule([(3e-3, 0.95)] * (N_STEPS + 1))
     return Engine(
         model,
-        adamw,
+        built,
         mesh,
         parallel=config,
         loss=LossConfig(chunk_tokens=5, reduction=case.reduction),

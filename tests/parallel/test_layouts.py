@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from parallel.config import SPLIT_BACKWARD, ActivationCheckpointing, ParallelConfig, Schedule
-from tests.parallel.layouts import Case, Outcome, alone, run
+from tests.parallel.layouts import N_STEPS, Case, Outcome, alone, run
 from training.config import Reduction
 
 # Tensor- and context-parallel ranks all run every micro-batch, so fewer of them do.
@@ -78,11 +78,21 @@ PIPELINE = {
     "zbv_zero2_4": Case(4, layout={**ZBV, "dp_shard": 2, "zero_stage": 2}),
     "zbv_zero3_4": Case(4, "biased", layout={**ZBV, "dp_shard": 2, "zero_stage": 3}),
 }
+MUON = {
+    "muon_hybrid1_4": Case(4, "biased", optimizer="muon", layout={"dp_replicate": 2, "dp_shard": 2, "zero_stage": 1}),
+    "normuon_tp_zero3_8": Case(
+        8, "biased", optimizer="muon", normuon=True,
+        layout={"dp_replicate": 2, "dp_shard": 2, "tp": 2, "zero_stage": 3},
+    ),
+    "muon_pp_zero1_4": Case(4, optimizer="muon", layout={"pp": 2, "dp_shard": 2, "zero_stage": 1}),
+    "normuon_tp_2": few(2, optimizer="muon", normuon=True, layout={"tp": 2}),
+    "muon_cp_tp_zero2_8": few(8, "biased", optimizer="muon", layout={"dp_shard": 2, "cp": 2, "tp": 2, "zero_stage": 2}),
+}  # fmt: skip
 BF16 = {
     "bf16_tp_zero2_4": Case(4, "biased", dtype=torch.bfloat16, layout={"dp_shard": 2, "tp": 2, "zero_stage": 2}),
     "bf16_pp_zero1_4": Case(4, "biased", dtype=torch.bfloat16, layout={"pp": 2, "dp_shard": 2, "zero_stage": 1}),
 }
-ALL = {**BF16, **PIPELINE, **ZERO, **TENSOR, **CONTEXT}
+ALL = {**BF16, **PIPELINE, **ZERO, **TENSOR, **CONTEXT, **MUON}
 # Without what this version of torch cannot run.
 CASES = {name: case for name, case in ALL.items() if not list(ParallelConfig(**case.layout).problems())}
 
@@ -102,12 +112,13 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="module")
 def references() -> Callable[[Case], Outcome]:
     """Return the steps of one process for a case."""
-    return lambda case: _alone(case.model, case.reduction, case.n_micro_batches, case.regularized)
+    keys = ("model", "reduction", "n_micro_batches", "regularized", "optimizer", "normuon")
+    return lambda case: _alone(tuple((key, getattr(case, key)) for key in keys))
 
 
 @cache
-def _alone(model: str, reduction: Reduction, n_micro_batches: int, regularized: bool) -> Outcome:
-    return alone(Case(1, model, reduction, n_micro_batches, regularized=regularized))
+def _alone(settings: tuple[tuple[str, Any], ...]) -> Outcome:
+    return alone(Case(1, **dict(settings)))
 
 
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.bad_rank is None and n not in BF16])
@@ -146,7 +157,7 @@ def test_bf16_layout_learns_like_one_process_in_float32(
 def test_all_ranks_skip_a_step_that_is_nonfinite_on_one(name: str, outcomes: dict[str, Outcome | str]) -> None:
     here = outcomes[name]
     assert isinstance(here, Outcome), here
-    assert here.finite == [number != 2 for number in range(10)]
+    assert here.finite == [number != 2 for number in range(N_STEPS)]
     assert here.bad_layer == "blocks.1.mlp.w_up (forward)"
     assert all(torch.isfinite(weight).all() for weight in here.weights.values())
 

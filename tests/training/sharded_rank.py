@@ -18,9 +18,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from parallel.loss_scaler import LossScaler
 from training import checkpoint as module
+from training.agreement import check_same_run, check_tensors
 from training.checkpoint import Checkpoints
-from training.config import CheckpointError, OptimizerConfig, PrecisionConfig
+from training.config import CheckpointError, OptimizerConfig, PrecisionConfig, TrainingError
 from training.optim.optimizer import build_optimizer
+from training.ranks import Ranks
 from training.resume import RunCheckpoints
 from training.state import TrainState
 
@@ -173,10 +175,34 @@ def faults(folder: Path, rank: int) -> None:
     assert "Input/output error" in message, message
 
 
+def agreement(folder: Path, rank: int) -> None:
+    """Compare replicas and what ranks were started with; one of four is made to differ."""
+    ranks = Ranks(dist.group.WORLD)
+    for layout in ("plain", "stages", *PLACES):
+        check_tensors(laid_out(layout), ranks)
+
+    def broken(layout: str, name: str, change: Callable[[Tensor], object]) -> str:
+        tensors = laid_out(layout)
+        if rank == 3:
+            shard = tensors[name].to_local() if isinstance(tensors[name], DTensor) else tensors[name]
+            change(shard.view(-1)[-1:])
+        return refusal(lambda: check_tensors(tensors, ranks))
+
+    message = broken("hybrid", "optimizer.a.exp_avg", lambda number: number.neg_())
+    assert "ranks 1 and 3" in message and "optimizer.a.exp_avg" in message, message
+    message = broken("whole", "model.c", lambda number: number.view(torch.int16).bitwise_xor_(1))
+    assert "ranks 0 and 3" in message and "model.c" in message, message
+    message = broken("flat", "model.a", lambda number: number.fill_(float("nan")))
+    assert "model.a on rank 3 is not finite" in message, message
+    check_same_run({"configuration": {"lr": 1e-4}, "data": ["f"]}, ranks)
+    message = refusal(lambda: check_same_run({"configuration": {"lr": 1e-4 * (1 + (rank == 2))}, "data": []}, ranks))
+    assert "rank 2 has another configuration than rank 0" in message, message
+
+
 def refusal(step: Callable[[], object]) -> str:
     try:
         step()
-    except CheckpointError as error:
+    except (CheckpointError, TrainingError) as error:
         return str(error)
     raise AssertionError("nothing was refused")
 
@@ -191,7 +217,7 @@ def killed(folder: Path, rank: int) -> None:
     assert "step 2 was not saved" in message, message
 
 
-SCENARIOS = {"pairs": pairs, "rng": rng, "rule": rule, "faults": faults, "killed": killed}
+SCENARIOS = {"pairs": pairs, "rng": rng, "rule": rule, "faults": faults, "agreement": agreement, "killed": killed}
 
 
 def main() -> None:

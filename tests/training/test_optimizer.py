@@ -79,7 +79,7 @@ def test_gradients_are_divided_by_the_scale_and_dropped() -> None:
 def test_a_nonfinite_update_changes_nothing_and_takes_no_rate(device: str) -> None:
     model = network(torch.bfloat16).to(device)
     optimizer = build_optimizer(model, OptimizerConfig())
-    assert optimizer.rule.on_device is (device == "cuda")
+    assert optimizer.rules[0].on_device is (device == "cuda")
     optimizer.set_schedule([(0.1, 0.95), (0.2, 0.96)])
     before = {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}
     rates = []
@@ -136,7 +136,7 @@ def test_only_matrices_decay_unless_all_do() -> None:
     names = [name for name, _ in model.named_parameters()]
     for decay, decayed in ((Decay.matrices, ["0.weight", "2.weight"]), (Decay.all, names)):
         optimizer = build_optimizer(model, OptimizerConfig(decay=decay))
-        assert [name for name in names if optimizer.weight_decay(name)] == decayed
+        assert [name for name in names if optimizer.group(optimizer.rules[0], name).weight_decay] == decayed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -199,8 +199,8 @@ def test_apex_arguments_make_it_torch_adamw(monkeypatch: pytest.MonkeyPatch, dty
     config = OptimizerConfig(lr=1e-2, weight_decay=0.1)
     low, full = network(dtype), network(dtype).float()
     optimizer, reference = build_optimizer(low, config), reference_for(full, config)
-    assert isinstance(optimizer.rule, AdamW)
-    optimizer.rule.impl = OptimizerImpl.apex
+    assert isinstance(optimizer.rules[0], AdamW)
+    optimizer.rules[0].impl = OptimizerImpl.apex
     train_both(optimizer, reference, full, lr=1e-2, n_steps=5)
     kept = optimizer.state_tensors()
     for name, other in full.named_parameters():

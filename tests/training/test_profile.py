@@ -18,6 +18,7 @@ def test_overlapping_time_is_counted_once_and_adds_up() -> None:
         (1.0, 3.0, "GEMM"),
         (2.0, 5.0, "elementwise"),
         (7.0, 20.0, "optimizer"),  # goes on past the end
+        (7.5, 9.0, "GEMM"),  # within the update
     ]
     parts = time_by_kind(intervals, 0.0, 10.0)
     found = {"communication": 1, "GEMM": 2, "elementwise": 2, "optimizer": 3, "idle": 2}
@@ -32,6 +33,7 @@ def test_overlapping_time_is_counted_once_and_adds_up() -> None:
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
         ("triton_poi_fused_mul_silu_1", "elementwise"),
         ("_adamw_kernel", "optimizer"),
+        ("optimizer.update", "optimizer"),
         ("ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL", "communication"),
         ("_statistics_kernel", "loss"),
     ],

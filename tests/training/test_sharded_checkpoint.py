@@ -34,7 +34,7 @@ def run_ranks(folder: Path, scenarios: str, size: int = 4) -> list[tuple[int, st
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[int, str]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    return folder, run_ranks(folder, "pairs,rng,rule,faults")
+    return folder, run_ranks(folder, "pairs,rng,rule,faults,agreement")
 
 
 def test_every_layout_loads_every_other(ranks: tuple[Path, list[tuple[int, str]]]) -> None:

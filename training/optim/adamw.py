@@ -2,15 +2,16 @@
 
 import importlib.util
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from training.config import OptimizerConfig, OptimizerImpl, TrainingError
 from training.optim.master_weights import MasterWeights
-from training.optim.optimizer import Chunk, State, UpdateRule, gradient
+from training.optim.optimizer import Chunk, Group, State, UpdateRule, gradient
 
 
 class AdamW(UpdateRule):
@@ -18,28 +19,28 @@ class AdamW(UpdateRule):
 
     state_names = ("exp_avg", "exp_avg_sq")
 
-    def __init__(self, config: OptimizerConfig, device: torch.device) -> None:
-        super().__init__(config, device)
-        self.impl = resolve_impl(config.impl, device)
+    def __init__(self, config: OptimizerConfig, params: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(config, params)
+        self.impl = resolve_impl(config.impl, next(iter(params.values())).device)
         self.on_device = self.impl is OptimizerImpl.triton
 
     def rates(self, lr: float, beta2: float, update: int) -> tuple[float, ...]:
         return lr, beta2, lr / (1 - self.config.beta1**update), math.sqrt(1 - beta2**update)
 
     def update_raw(
-        self, weights: MasterWeights, state: State, names: list[str], weight_decay: float, rates: Tensor,
+        self, weights: MasterWeights, state: State, names: list[str], group: Group, rates: Tensor,
         grad_scale: Tensor, finite: Tensor,
     ) -> None:  # fmt: skip
         from training.optim.adamw_kernel import update
 
         lr, beta2, step_size, bias_correction2_sqrt = rates.unbind()
         # fp64 until here, as torch.optim.AdamW has its scalars
-        row = (1 - lr * weight_decay, beta2, 1 - beta2, -step_size, 1 / bias_correction2_sqrt)
+        row = (1 - lr * group.weight_decay, beta2, 1 - beta2, -step_size, 1 / bias_correction2_sqrt)
         row_7 = torch.stack([grad_scale.double(), finite.double(), *row]).float()
         for name in names:
             tensors = weights.shards[name], weights.remainder.get(name), gradient(weights.params[name])
             moments = state["exp_avg"][name], state["exp_avg_sq"][name]
-            update(*tensors, *moments, row_7, beta1=self.config.beta1, eps=self.config.eps)
+            update(*tensors, *moments, row_7, beta1=self.config.beta1, eps=group.eps)
 
     def update(self, chunk: Chunk) -> None:
         if self.impl is OptimizerImpl.apex:
@@ -48,7 +49,7 @@ class AdamW(UpdateRule):
         adamw(
             chunk.masters, chunk.scaled_grads, chunk.state["exp_avg"], chunk.state["exp_avg_sq"], [], steps,
             fused=True, grad_scale=chunk.grad_scale, amsgrad=False, maximize=False, lr=chunk.lr, beta2=chunk.beta2,
-            beta1=self.config.beta1, weight_decay=chunk.weight_decay, eps=self.config.eps,
+            beta1=self.config.beta1, weight_decay=chunk.weight_decay, eps=chunk.eps,
         )  # fmt: skip
 
     def _update_by_apex(self, chunk: Chunk) -> None:
@@ -59,7 +60,7 @@ class AdamW(UpdateRule):
         tensors: Any = [chunk.grads, chunk.masters, chunk.state["exp_avg"], chunk.state["exp_avg_sq"]]
         decoupled, bias_correction = 1, 1
         multi_tensor_applier(
-            amp_C.multi_tensor_adam, overflow, tensors, chunk.lr, self.config.beta1, chunk.beta2, self.config.eps,
+            amp_C.multi_tensor_adam, overflow, tensors, chunk.lr, self.config.beta1, chunk.beta2, chunk.eps,
             chunk.update, decoupled, bias_correction, chunk.weight_decay,
         )  # fmt: skip
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-from parallel.tensor_parallel import local
+from parallel.tensor_parallel import local, sharded_dim
 
 
 class MasterWeights:
@@ -68,9 +68,16 @@ def join(upper: Tensor, lower: Tensor) -> Tensor:
 
 
 def like(param: Tensor, shard: Tensor) -> Tensor:
-    """Return `shard` with the layout of a parameter that is distributed; it may be on another device."""
+    """Return `shard` with the layout of a parameter that is distributed; it may be on another device.
+
+    One column with as many rows as the parameter's shard is sharded as those rows are.
+    """
     if not isinstance(param, DTensor):
         return shard
     spec: Any = param._spec
-    meta = TensorMeta(spec.tensor_meta.shape, spec.tensor_meta.stride, shard.dtype)
-    return DTensor(shard, DTensorSpec(spec.mesh, spec.placements, tensor_meta=meta), requires_grad=False)
+    shape, stride, placements = spec.tensor_meta.shape, spec.tensor_meta.stride, spec.placements
+    if shard.shape != local(param).shape:
+        shape, stride = torch.Size((shape[0], 1)), (1, 1)
+        placements = tuple(Replicate() if sharded_dim(place) == 1 else place for place in placements)
+    meta = TensorMeta(shape, stride, shard.dtype)
+    return DTensor(shard, DTensorSpec(spec.mesh, placements, tensor_meta=meta), requires_grad=False)

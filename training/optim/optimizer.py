@@ -5,10 +5,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
+from model.parametrization import Scales, scales_of
+from model.transformer import Transformer
 from parallel.tensor_parallel import local
 from training.config import OPTIMIZERS, Decay, Dtype, OptimizerConfig, TrainingError
 from training.optim.master_weights import MasterWeights, like
@@ -16,7 +20,17 @@ from training.optim.master_weights import MasterWeights, like
 # Numbers updated by one call of a rule: enough for a full launch, little enough that their fp32 copies are a small
 # part of memory.
 CHUNK_NUMEL = 1 << 27
+UPDATE = "optimizer.update"  # in a profile
 State = dict[str, dict[str, Tensor]]  # by state name, then by parameter
+
+
+class Group(NamedTuple):
+    """What parameters have in common that are updated together."""
+
+    rule: "UpdateRule"
+    lr_scale: float  # on the schedule's rate
+    weight_decay: float
+    eps: float
 
 
 @dataclass(slots=True)
@@ -31,6 +45,7 @@ class Chunk:
     lr: float
     beta2: float
     weight_decay: float
+    eps: float
     update: int  # number of this update; the first is 1
 
     @property
@@ -47,14 +62,29 @@ class Chunk:
 class UpdateRule:
     """How parameters follow from gradients; everything else is `Optimizer`'s business.
 
-    A subclass names its state, tensors shaped as the parameter and zero at first, and writes `update`.
+    A subclass names its state, tensors shaped as the parameter and zero at first, and writes `update`. `params` are
+    those that it takes, by name.
     """
 
     state_names: tuple[str, ...] = ()
     on_device = False  # True: `update_raw` is called instead of `update`
+    size_free = False  # True: its rates need no factor for a model's size, `model.parametrization` or not
 
-    def __init__(self, config: OptimizerConfig, device: torch.device) -> None:
-        self.config = config
+    def __init__(self, config: OptimizerConfig, params: Mapping[str, nn.Parameter]) -> None:
+        self.config, self.params = config, params
+
+    @classmethod
+    def takes(cls, name: str, param: nn.Parameter) -> bool:
+        """Return whether the rule updates a parameter; AdamW updates the others."""
+        return True
+
+    def new_state(self, shard: Tensor) -> dict[str, Tensor]:
+        """Return the state of a shard before the first update: shaped as it is, or one column with as many rows."""
+        return {key: torch.zeros_like(shard) for key in self.state_names}
+
+    def flops(self) -> int:
+        """Return the FLOPs of an update's matrix products, of the rank that has the most."""
+        return 0
 
     def update(self, chunk: Chunk) -> None:
         """Update masters and state in place."""
@@ -65,7 +95,7 @@ class UpdateRule:
         return lr, beta2
 
     def update_raw(
-        self, weights: MasterWeights, state: State, names: list[str], weight_decay: float, rates: Tensor,
+        self, weights: MasterWeights, state: State, names: list[str], group: Group, rates: Tensor,
         grad_scale: Tensor, finite: Tensor,
     ) -> None:  # fmt: skip
         """Update the named parameters where they are, if `finite`, without waiting for the device."""
@@ -73,41 +103,60 @@ class UpdateRule:
 
 
 class Optimizer:
-    """Runs a rule over a model's parameters; nothing here waits for the device if the rule does not.
+    """Runs rules over a model's parameters, each over those that it is the first to take.
+
+    Nothing here waits for the device if the rules do not.
 
     `tied_params` are parameters that always equal another one, by name: they are updated like it and saved under its
     name. A checkpoint has `model.<param>`, `optimizer.<param>.<state name>` and `optimizer.<param>.step`, all fp32.
     """
 
     def __init__(
-        self, model: nn.Module, config: OptimizerConfig, rule: type[UpdateRule], tied_params: Mapping[str, str]
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        rules: Sequence[type[UpdateRule]],
+        tied_params: Mapping[str, str],
     ) -> None:
         self.config, self.tied_params = config, tied_params
         self.params = dict(model.named_parameters())
         self.weights = MasterWeights(self.params)
         self.device = next(iter(self.weights.shards.values())).device
-        self.rule = rule(config, self.device)
+        first = {name: next(rule for rule in rules if rule.takes(name, p)) for name, p in self.params.items()}
+        taken = {rule: {name: p for name, p in self.params.items() if first[name] is rule} for rule in rules}
+        self.rules = [rule(config, params) for rule, params in taken.items() if params]
         dtype = torch.bfloat16 if config.state_dtype is Dtype.bf16 else torch.float32
-        self.state: State = {
-            key: {name: torch.zeros_like(shard, dtype=dtype) for name, shard in self.weights.shards.items()}
-            for key in self.rule.state_names
-        }
-        self.groups: dict[float, list[str]] = {}  # names by weight decay
-        for name in self.params:
-            self.groups.setdefault(self.weight_decay(name), []).append(name)
+        self.state: State = {}
+        self.groups: dict[Group, list[str]] = {}
+        self.model_config = model.config if isinstance(model, Transformer) else None
+        for rule in self.rules:
+            for name in rule.params:
+                for key, tensor in rule.new_state(self.weights.shards[name]).items():
+                    self.state.setdefault(key, {})[name] = tensor.to(dtype)
+                self.groups.setdefault(self.group(rule, name), []).append(name)
         self.updates = torch.zeros((), device=self.device)  # made so far
         self.row = torch.zeros(1, dtype=torch.int64, device=self.device)  # of the schedule, for the next update
         self.schedule_UR = torch.zeros(0, 2, dtype=torch.float64, device=self.device)
+        self.schedules_UR: dict[tuple[UpdateRule, float], Tensor] = {}  # with a rule's own numbers, by rate scale
 
-    def weight_decay(self, name: str) -> float:
-        decays = self.config.decay is Decay.all or self.params[name].ndim >= 2
-        return self.config.weight_decay if decays else 0.0
+    def group(self, rule: UpdateRule, name: str) -> Group:
+        config, n_dims = self.config, self.params[name].ndim
+        scales = scales_of(self.model_config, name, n_dims) if self.model_config and not rule.size_free else Scales()
+        kind = "vector" if n_dims == 1 else self.tied_params.get(name, name).partition(".")[0]
+        lr_scale = {
+            "embed": config.embed_lr_scale, "head": config.head_lr_scale, "vector": config.vector_lr_scale
+        }.get(kind, 1.0)  # fmt: skip
+        decays = config.decay is Decay.all or n_dims >= 2
+        weight_decay = config.weight_decay * scales.weight_decay if decays else 0.0
+        return Group(rule, lr_scale * scales.lr, weight_decay, config.eps * scales.eps)
 
     def set_schedule(self, rates: Sequence[tuple[float, float]]) -> None:
         """Put the learning rate and beta2 of all updates to come on the device, where steps read them."""
         first = int(self.updates) + 1
-        rows = [self.rule.rates(lr, beta2, update) for update, (lr, beta2) in enumerate(rates, first)]
-        self.schedule_UR = torch.tensor(rows, dtype=torch.float64).to(self.device)
+        self.schedule_UR = torch.tensor(rates, dtype=torch.float64).view(-1, 2).to(self.device)
+        for rule, scale, *_ in self.groups:
+            rows = [rule.rates(lr * scale, beta2, update) for update, (lr, beta2) in enumerate(rates, first)]
+            self.schedules_UR[rule, scale] = torch.tensor(rows, dtype=torch.float64).to(self.device)
         self.row.zero_()
 
     @torch.no_grad()
@@ -117,37 +166,41 @@ class Optimizer:
         Both are scalars on the device. Return learning rate and beta2, fp64 (2,), on the device.
         """
         # index_select, because indexing by a tensor of one number would read it on the host.
-        rates = self.schedule_UR.index_select(0, self.row)[0]
-        if self.rule.on_device:
-            for weight_decay, names in self.groups.items():
-                self.rule.update_raw(self.weights, self.state, names, weight_decay, rates, grad_scale, finite)
-        elif bool(finite):
-            self._update_in_chunks(rates, grad_scale)
+        rates = {key: table_UR.index_select(0, self.row)[0] for key, table_UR in self.schedules_UR.items()}
+        with record_function(UPDATE):
+            for group, names in self.groups.items():
+                its_rates = rates[group.rule, group.lr_scale]
+                if group.rule.on_device:
+                    group.rule.update_raw(self.weights, self.state, names, group, its_rates, grad_scale, finite)
+                elif bool(finite):
+                    self._update_in_chunks(group, names, its_rates, grad_scale)
         for param in self.params.values():
             param.grad = None
+        unscaled = self.schedule_UR.index_select(0, self.row)[0]
         self.updates += finite
         self.row += finite
-        return rates[:2]
+        return unscaled
 
-    def _update_in_chunks(self, rates: Tensor, grad_scale: Tensor) -> None:
+    def _update_in_chunks(self, group: Group, its_names: list[str], rates: Tensor, grad_scale: Tensor) -> None:
+        rule, _, weight_decay, eps = group
         lr, beta2 = rates[:2].tolist()
         update = int(self.updates) + 1
-        for weight_decay, names in self._chunks():
+        for names in self._chunks(its_names):
             params, masters = [self.params[n] for n in names], [self.weights.read(n) for n in names]
-            state = {key: [tensors[n].float() for n in names] for key, tensors in self.state.items()}
-            self.rule.update(Chunk(names, params, masters, state, grad_scale, lr, beta2, weight_decay, update))
+            stored = dict(self._state_of(names[0]))
+            state = {key: [tensors[n].float() for n in names] for key, tensors in stored.items()}
+            rule.update(Chunk(names, params, masters, state, grad_scale, lr, beta2, weight_decay, eps, update))
             for i, name in enumerate(names):
                 self.weights.write(name, masters[i])
-                for key, tensors in self.state.items():
+                for key, tensors in stored.items():
                     tensors[name].copy_(state[key][i])
 
-    def _chunks(self) -> Iterator[tuple[float, list[str]]]:
-        """Yield weight decays and names, in groups of about `CHUNK_NUMEL` numbers."""
-        for weight_decay, names in self.groups.items():
-            ends = accumulate(self.weights.shards[name].numel() for name in names)
-            chunks = (end // CHUNK_NUMEL for end in ends)
-            for _, chunk in groupby(zip(chunks, names, strict=True), lambda pair: pair[0]):
-                yield weight_decay, [name for _, name in chunk]
+    def _chunks(self, names: list[str]) -> Iterator[list[str]]:
+        """Yield names in groups of about `CHUNK_NUMEL` numbers."""
+        ends = accumulate(self.weights.shards[name].numel() for name in names)
+        chunks = (end // CHUNK_NUMEL for end in ends)
+        for _, chunk in groupby(zip(chunks, names, strict=True), lambda pair: pair[0]):
+            yield [name for _, name in chunk]
 
     @torch.no_grad()
     def state_tensors(self) -> dict[str, Tensor]:
@@ -159,7 +212,7 @@ class Optimizer:
         for name, param in self.params.items():
             saved_as = self.tied_params.get(name, name)
             saved[f"model.{saved_as}"] = self.weights.to_save(name)
-            for key, tensors in self.state.items():
+            for key, tensors in self._state_of(name):
                 tensor = tensors[name] if tensors[name].dtype == torch.float32 else tensors[name].cpu().float()
                 saved[f"optimizer.{saved_as}.{key}"] = like(param, tensor)
             saved[f"optimizer.{saved_as}.step"] = self.updates
@@ -171,8 +224,11 @@ class Optimizer:
         for name in self.params:
             saved_as = self.tied_params.get(name, name)
             self.weights.write(name, local(tensors[f"model.{saved_as}"]).to(self.device))
-            for key, state in self.state.items():
+            for key, state in self._state_of(name):
                 state[name].copy_(local(tensors[f"optimizer.{saved_as}.{key}"]))
+
+    def _state_of(self, name: str) -> list[tuple[str, dict[str, Tensor]]]:
+        return [(key, tensors) for key, tensors in self.state.items() if name in tensors]
 
 
 def build_optimizer(
@@ -180,10 +236,10 @@ def build_optimizer(
 ) -> Optimizer:
     """Return the optimizer that `config.name` asks for: one of `OPTIMIZERS`, or `module:Class`."""
     try:
-        rule = pkgutil.resolve_name(OPTIMIZERS.get(config.name, config.name))
+        rules = dict.fromkeys(pkgutil.resolve_name(OPTIMIZERS.get(name, name)) for name in (config.name, "adamw"))
     except (ImportError, AttributeError) as error:
         raise TrainingError(f"optimizer.name ({config.name}) cannot be imported: {error}") from error
-    return Optimizer(model, config, rule, tied_params)
+    return Optimizer(model, config, list(rules), tied_params)
 
 
 def gradient(param: nn.Parameter) -> Tensor:

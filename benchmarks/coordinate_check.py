@@ -1,0 +1,96 @@
+"""Do activations keep their size as a model gets wider? python -m benchmarks.coordinate_check [--out docs/images]
+
+Trains models of several widths for ten steps under each parametrization and draws the mean absolute activation of the
+residual stream, of what attention and MLP add to it, and of the logits over width, a line per step. Flat is right:
+what grows or shrinks with width wants another rate there (Yang et al. 2022, arXiv:2203.03466).
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.mixed_text import mixed_lines
+from model.config import Init, ModelConfig, Parametrization
+from model.transformer import Transformer
+from training.config import MuonScale, OptimizerConfig
+from training.optim.optimizer import build_optimizer
+
+WIDTHS = (64, 128, 256, 512)
+PLACES = {"residual": "blocks.3.mlp_norm", "attention": "blocks.3.attention.wo", "mlp": "blocks.3.mlp", "logits": ""}
+RATES = {"adamw": 3e-3, "muon": 1e-2}
+
+
+def text_tokens(n_rows: int = 4, row_len: int = 64) -> Tensor:
+    text = "".join(mixed_lines()).encode()[: n_rows * row_len]
+    return torch.tensor(list(text)).view(n_rows, row_len)
+
+
+def activations(way: Parametrization, optimizer: str, width: int, steps: int) -> dict[str, list[float]]:
+    """Return the mean absolute activation at each of `PLACES` before each step, and after the last."""
+    config = ModelConfig(
+        name="check", vocab_size=256, d_model=width, n_layers=4, n_heads=width // 16, n_kv_heads=width // 16,
+        d_ff=2 * width, max_seq_len=64, init=Init.llama, parametrization=way, base_width=WIDTHS[0],
+    )  # fmt: skip
+    model, tokens_BT = Transformer(config), text_tokens()
+    model.init_weights(seed=0)
+    settings = OptimizerConfig(name=optimizer, lr=RATES[optimizer], scale=MuonScale.spectral)
+    rule = build_optimizer(model, settings)
+    rule.set_schedule([(settings.lr, settings.beta2)] * steps)
+    found: dict[str, list[float]] = {place: [] for place in PLACES}
+    for place, path in PLACES.items():
+
+        def record(_module: object, inputs: tuple[Tensor, ...], output: Tensor, place: str = place) -> None:
+            found[place].append(float((inputs[0] if place == "residual" else output).detach().abs().mean()))
+
+        model.get_submodule(path).register_forward_hook(record)
+    for step in range(steps + 1):
+        logits = model(tokens_BT)
+        if step < steps:
+            F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten()).backward()
+            rule.step(grad_scale=torch.ones(()), finite=torch.tensor(True))
+    return found
+
+
+def draw(optimizer: str, widths: Sequence[int], steps: int, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ways = list(Parametrization)
+    figure, axes = plt.subplots(
+        len(ways), len(PLACES), figsize=(11, 7), sharex=True, sharey="col", layout="constrained"
+    )
+    for row, way in zip(axes, ways, strict=True):
+        found = [activations(way, optimizer, width, steps) for width in widths]
+        for axis, place in zip(row, PLACES, strict=True):
+            for step in range(steps + 1):
+                color = plt.get_cmap("viridis")(step / steps)
+                axis.loglog(widths, [at[place][step] for at in found], color=color, marker=".", base=2)
+            axis.set_title(f"{place}, {way.value}", fontsize=9)
+            first, last = found[0][place][-1], found[-1][place][-1]
+            print(
+                f"{optimizer:6} {way.value:10} {place:10} x {last / first:.2f} from width {widths[0]} to {widths[-1]}"
+            )
+    figure.supxlabel("d_model")
+    figure.suptitle(f"{optimizer}: mean absolute activation, steps 0 (dark) to {steps} (light)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("docs/images"))
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
+    parser.add_argument("--steps", type=int, default=10)
+    arguments = parser.parse_args()
+    for optimizer in RATES:
+        draw(optimizer, arguments.widths, arguments.steps, arguments.out / f"coordinate_check_{optimizer}.png")
+
+
+if __name__ == "__main__":
+    main()

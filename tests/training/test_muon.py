@@ -1,0 +1,173 @@
+"""Muon against torch.optim.Muon, closed forms, and the singular values that it promises."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from parallel.whole_matrices import balance
+from training.config import MuonScale, OptimizerConfig
+from training.optim import muon
+from training.optim.muon import Muon
+from training.optim.optimizer import Optimizer, build_optimizer
+
+SHAPES = [(24, 16), (16, 24), (16, 24), (8, 8), (1, 5), (5, 1), (1, 1)]
+
+
+class Model(nn.Module):
+    def __init__(self, shapes: list[tuple[int, int]]) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 4)
+        layers = {f"w{i}": nn.Linear(columns, rows) for i, (rows, columns) in enumerate(shapes)}
+        self.blocks = nn.ModuleDict({"0": nn.ModuleDict(layers)})
+
+
+def hidden(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if "blocks" in name and p.ndim == 2}
+
+
+def built(model: nn.Module, **options: Any) -> Optimizer:
+    optimizer = build_optimizer(model, OptimizerConfig(name="muon", **options))
+    optimizer.set_schedule([(1e-2, 0.9)] * 20)
+    return optimizer
+
+
+def update(optimizer: Optimizer, grads: dict[str, Tensor], *, finite: bool = True) -> None:
+    for name, param in optimizer.params.items():
+        param.grad = grads[name].clone().to(param.dtype) * 4
+    optimizer.step(grad_scale=torch.tensor(4.0), finite=torch.tensor(finite))
+
+
+def random_grads(model: nn.Module) -> dict[str, Tensor]:
+    return {name: torch.randn_like(param, dtype=torch.float32) for name, param in model.named_parameters()}
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+@pytest.mark.parametrize("scale", [MuonScale.match_rms_adamw, MuonScale.original])
+def test_equals_torch_muon_and_adamw(scale: MuonScale) -> None:
+    torch.manual_seed(0)
+    ours = Model(SHAPES)
+    theirs = copy.deepcopy(ours)
+    optimizer = built(ours, scale=scale, weight_decay=0.1, eps=1e-4, beta2=0.9)
+    assert isinstance(optimizer.rules[0], Muon)
+    optimizer.rules[0].dtype = torch.bfloat16  # as torch's own has it on any device
+    rest = [param for name, param in theirs.named_parameters() if name not in hidden(theirs)]
+    matrices, biases = [p for p in rest if p.ndim == 2], [p for p in rest if p.ndim == 1]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": biases, "weight_decay": 0.0}]
+    references = [
+        torch.optim.Muon(hidden(theirs).values(), lr=1e-2, weight_decay=0.1, adjust_lr_fn=scale.value),
+        torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.9), eps=1e-4),
+    ]
+    for _ in range(10):
+        grads = random_grads(ours)
+        for name, param in theirs.named_parameters():
+            param.grad = grads[name]
+        for reference in references:
+            reference.step()
+        update(optimizer, grads)
+        for (name, mine), its in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(mine, its, rtol=0, atol=1e-6, msg=name)
+
+
+def test_master_weights_are_exact() -> None:
+    torch.manual_seed(0)
+    low = Model(SHAPES).bfloat16()
+    full = copy.deepcopy(low).float()
+    optimizers = [built(model, normuon=True, cautious_decay=True) for model in (low, full)]
+    for _ in range(5):
+        grads = {name: grad.bfloat16().float() for name, grad in random_grads(full).items()}
+        for optimizer in optimizers:
+            update(optimizer, grads)
+    kept, whole = (optimizer.state_tensors() for optimizer in optimizers)
+    assert kept.keys() == whole.keys()
+    for name in kept:
+        assert torch.equal(kept[name], whole[name]), name
+
+
+def test_state_is_one_momentum_and_a_number_per_row() -> None:
+    state = {
+        n.rpartition(".")[2]: t.shape
+        for n, t in built(Model([(6, 4)]), normuon=True).state_tensors().items()
+        if "w0.weight" in n
+    }
+    assert state == {"weight": (6, 4), "momentum": (6, 4), "row_square": (6, 1), "step": ()}
+    names = built(Model([(6, 4)])).state_tensors()
+    assert {name.rpartition(".")[2] for name in names if "w0.bias" in name} == {"bias", "exp_avg", "exp_avg_sq", "step"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 40), columns=st.integers(1, 40), seed=st.integers(0, 2**31), polar_express=st.booleans())
+def test_singular_values_become_about_one(rows: int, columns: int, seed: int, polar_express: bool) -> None:
+    matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    (found,) = muon.orthogonalize([matrix], polar_express=polar_express)
+    assert found.shape == matrix.shape
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    inner = (u.mT @ found.double() @ v.mT).diagonal()
+    kept = s > 0.02 * torch.linalg.vector_norm(s)  # five steps do not reach smaller ones
+    low, high = (0.85, 1.15) if polar_express else (0.6, 1.25)
+    assert ((inner[kept] > low) & (inner < high)[kept]).all()
+    off = found.double() - u @ torch.diag(inner) @ v
+    assert off.norm() <= 1e-3 * found.norm() + 1e-6, "singular vectors stay"
+
+
+def test_normuon_evens_out_rows_and_keeps_the_norm() -> None:
+    torch.manual_seed(0)
+    model = Model([(6, 16)])
+    name, param = next(iter(hidden(model).items()))
+    before, grads = param.detach().clone(), random_grads(model)
+    optimizer = built(model, weight_decay=0.0, scale=MuonScale.original, normuon=True)
+    update(optimizer, grads)
+    plain = muon.orthogonalize([grads[name]])[0]
+    change = (before - param.detach()) / 1e-2
+    assert change.norm() == pytest.approx(float(plain.norm()), rel=1e-4)
+    rows = change.norm(dim=1)
+    assert float(rows.max() / rows.min()) == pytest.approx(1, abs=1e-3) and plain.norm(dim=1).std() > 1e-3
+    square = optimizer.state_tensors()[f"optimizer.{name}.row_square"]
+    torch.testing.assert_close(square, 0.1 * plain.square().mean(dim=1, keepdim=True), rtol=1e-3, atol=0)
+
+
+def test_cautious_decay_spares_what_the_update_grows() -> None:
+    torch.manual_seed(0)
+    models = [Model([(8, 8)])]
+    models += [copy.deepcopy(models[0]), copy.deepcopy(models[0])]
+    grads, ways = (
+        random_grads(models[0]),
+        ({"weight_decay": 0.0}, {"weight_decay": 0.5}, {"weight_decay": 0.5, "cautious_decay": True}),
+    )
+    before = next(iter(hidden(models[0]).values())).detach().clone()
+    for model, options in zip(models, ways, strict=True):
+        update(built(model, **options), grads)
+    none, full, cautious = (next(iter(hidden(model).values())).detach() for model in models)
+    shrinks = (before - none) * before > 0
+    assert shrinks.any() and not shrinks.all()
+    torch.testing.assert_close(cautious, torch.where(shrinks, full, none))
+
+
+def test_nonfinite_step_changes_nothing() -> None:
+    torch.manual_seed(0)
+    model = Model(SHAPES)
+    optimizer = built(model, normuon=True)
+    update(optimizer, random_grads(model))
+    before = {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}
+    grads = random_grads(model)
+    for grad in grads.values():
+        grad.view(-1)[0] = float("nan")
+    update(optimizer, grads, finite=False)
+    for name, tensor in optimizer.state_tensors().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize(("scale", "factor"), [("match_rms_adamw", 0.8), ("spectral", 0.5), ("original", 1.0)])
+def test_scales(scale: str, factor: float) -> None:
+    assert muon.scale_of((4, 16), MuonScale(scale)) == factor
+
+
+@given(costs=st.lists(st.integers(0, 100), min_size=1, max_size=30), n_ranks=st.integers(1, 9))
+def test_owners_are_balanced(costs: list[int], n_ranks: int) -> None:
+    owners, largest = balance(costs, n_ranks)
+    loads = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(n_ranks)]
+    assert largest == max(loads) <= sum(costs) / n_ranks + max(costs)

@@ -1,0 +1,66 @@
+"""Ranks of one run agree: on what they train, at the start, and on every number that several of them hold."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from parallel.tensor_parallel import local, sharded_dim
+from training.config import TrainingError
+from training.ranks import Ranks
+
+HASHED_AT_ONCE = 1 << 25  # numbers
+ROOT = Path(__file__).parent.parent
+
+
+def check_same_run(facts: Mapping[str, Any], ranks: Ranks) -> None:
+    """Raise `TrainingError` on every rank unless all have the same facts, and the same code of this repository."""
+    files = [path for room in ("model", "parallel", "training") for path in sorted((ROOT / room).rglob("*.py"))]
+    texts = {"code": b"".join(path.read_bytes() for path in files)}
+    texts |= {name: json.dumps(fact, sort_keys=True).encode() for name, fact in facts.items()}
+    mine = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
+    first, *others = ranks.all_gather(lambda: mine)
+    for rank, its in enumerate(others, 1):
+        if other := [name for name in first if its[name] != first[name]]:
+            raise TrainingError(f"rank {rank} has another {' and '.join(other)} than rank 0; start all ranks alike")
+
+
+def check_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Raise `TrainingError` on every rank unless all tensors are finite and replicas are equal to the bit."""
+    shards = {name: local(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
+    # state that is put together on the host lies beside state on the device
+    numbers = [(bool(torch.isfinite(shard).all()), int(_hash(shard))) for shard in shards.values()]
+    mine = {name: (_place(tensors[name]), *pair) for name, pair in zip(shards, numbers, strict=True)}
+    seen: dict[tuple[str, Any], tuple[int, int]] = {}
+    for rank, its in enumerate(ranks.all_gather(lambda: mine)):
+        for name, (place, finite, digest) in its.items():
+            if not finite:
+                raise TrainingError(f"{name} on rank {rank} is not finite though its gradients were; nothing was saved")
+            other, expected = seen.setdefault((name, place), (rank, digest))
+            if digest != expected:
+                both = f"ranks {other} and {rank} hold the same part of {name}, and their numbers differ"
+                raise TrainingError(f"{both}; nothing was saved: resume from a checkpoint, without the faulty GPU")
+
+
+def _place(tensor: Tensor) -> tuple[int, ...] | None:
+    """Return which part of a tensor this rank holds: replicas hold the same."""
+    if not isinstance(tensor, DTensor):
+        return None
+    coordinate = tensor.device_mesh.get_coordinate() or []
+    pairs = zip(coordinate, tensor.placements, strict=True)
+    return tuple(-1 if sharded_dim(placement) is None else at for at, placement in pairs)
+
+
+def _hash(shard: Tensor) -> Tensor:
+    """Return a number that any changed bit changes, in whatever order it is summed up."""
+    bits = shard.contiguous().view(torch.int32 if shard.element_size() == 4 else torch.int16).flatten()
+    total = torch.zeros((), dtype=torch.int64, device=shard.device)
+    for part in bits.split(HASHED_AT_ONCE):
+        wide = part.long()
+        total += (wide * wide + wide).sum()
+    return total

@@ -1,0 +1,146 @@
+"""Muon: momentum, orthogonalised (Jordan et al. 2024), for the matrices of the blocks; AdamW updates the rest."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from parallel.whole_matrices import WholeMatrices, group_of
+from training.config import MuonScale, OptimizerConfig
+from training.optim.master_weights import MasterWeights
+from training.optim.optimizer import CHUNK_NUMEL, Group, State, UpdateRule, gradient
+
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
+# Five steps of Polar Express (arXiv:2505.16932), for matrices whose norm is at most 1 / 1.02.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+EPS = 1e-7
+
+
+class Muon(UpdateRule):
+    """As torch.optim.Muon computes it, on exact fp32 masters and in any layout.
+
+    Each matrix is orthogonalised by one rank. `optimizer.normuon` divides its rows by their running root mean square
+    and restores the norm (arXiv:2510.05491); `optimizer.cautious_decay` decays only what the update shrinks
+    (arXiv:2510.12402).
+    """
+
+    on_device = True
+    size_free = True
+
+    def __init__(self, config: OptimizerConfig, params: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(config, params)
+        device = next(iter(params.values())).device
+        # of the iteration and of what ranks exchange; few CPUs are fast in bf16
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.batches: dict[tuple[str, ...], list[tuple[list[str], WholeMatrices]]] = {}  # by the names of a group
+        meshes = dict.fromkeys(param.device_mesh for param in params.values() if isinstance(param, DTensor))
+        self.groups: dict[object, dist.ProcessGroup | None] = {mesh: group_of(mesh) for mesh in meshes}
+
+    @classmethod
+    def takes(cls, name: str, param: nn.Parameter) -> bool:
+        return param.ndim == 2 and "blocks." in name
+
+    def new_state(self, shard: Tensor) -> dict[str, Tensor]:
+        state = {"momentum": torch.zeros_like(shard)}
+        return state | ({"row_square": shard.new_zeros(len(shard), 1)} if self.config.normuon else {})
+
+    def flops(self) -> int:
+        groups = list(self.batches) or [tuple(self.params)]
+        return sum(matrices.largest_cost for group in groups for _, matrices in self._batches(list(group)))
+
+    def update_raw(
+        self, weights: MasterWeights, state: State, names: list[str], group: Group, rates: Tensor,
+        grad_scale: Tensor, finite: Tensor,
+    ) -> None:  # fmt: skip
+        lr = rates[0] * finite  # a step that is not finite changes nothing
+        lerp_weight = ((1 - self.config.momentum) * finite).float()
+        momentum = state["momentum"]
+        for batch, matrices in self._batches(names):
+            updates = []
+            for name in batch:
+                grad = torch.where(finite.bool(), gradient(weights.params[name]).float() / grad_scale, 0.0)
+                average = momentum[name].float().lerp(grad, lerp_weight)
+                momentum[name].copy_(average)
+                updates.append(grad.lerp(average, self.config.momentum).to(self.dtype))
+            wholes = orthogonalize(matrices.gather(updates), polar_express=self.config.polar_express)
+            if self.config.normuon:
+                row_weight = ((1 - rates[1]) * finite).float()
+                wholes = self._normalize_rows(matrices, wholes, [state["row_square"][n] for n in batch], row_weight)
+            for name, update in zip(batch, matrices.scatter(wholes, updates), strict=True):
+                master, update = weights.read(name), update.float()
+                decayed = master * (master * update > 0) if self.config.cautious_decay else master
+                scale = scale_of(weights.params[name].shape, self.config.scale)
+                weights.write(name, master - decayed * (lr * group.weight_decay) - update * (lr * scale))
+
+    def _normalize_rows(
+        self, matrices: WholeMatrices, wholes: list[Tensor], squares: list[Tensor], weight: Tensor
+    ) -> list[Tensor]:
+        averages, normalized = matrices.gather([square.float() for square in squares], per_row=True), []
+        for number, whole in enumerate(wholes):
+            rows = whole.float()
+            averages[number] = averages[number].lerp(rows.square().mean(dim=1, keepdim=True), weight)
+            scaled = rows / (averages[number].sqrt() + EPS)
+            normalized.append((scaled * (rows.norm() / scaled.norm().clamp(min=EPS))).to(whole.dtype))
+        for square, average in zip(squares, matrices.scatter(averages, squares, per_row=True), strict=True):
+            square.copy_(average)
+        return normalized
+
+    def _batches(self, names: list[str]) -> list[tuple[list[str], WholeMatrices]]:
+        if tuple(names) not in self.batches:
+            self.batches[tuple(names)] = list(self._split(names))
+        return self.batches[tuple(names)]
+
+    def _split(self, names: list[str]) -> Iterator[tuple[list[str], WholeMatrices]]:
+        """Yield matrices in batches that take little memory of each rank."""
+        batches: dict[tuple[int, object], list[str]] = {}
+        total = 0.0
+        for name in names:
+            param = self.params[name]
+            mesh = param.device_mesh if isinstance(param, DTensor) else None
+            total += param.numel() / (1 if mesh is None else mesh.size())
+            batches.setdefault((int(total // CHUNK_NUMEL), mesh), []).append(name)
+        for (_, mesh), batch in batches.items():
+            params = [self.params[name] for name in batch]
+            yield batch, WholeMatrices(params, [n_flops(param.shape) for param in params], self.groups.get(mesh))
+
+
+def orthogonalize(matrices: Sequence[Tensor], *, polar_express: bool = False) -> list[Tensor]:
+    """Return the nearest matrices whose singular values are all about 1; those of one shape are computed together."""
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for number, matrix in enumerate(matrices):
+        by_shape.setdefault(tuple(matrix.shape), []).append(number)
+    found: dict[int, Tensor] = {}
+    for (rows, columns), numbers in by_shape.items():
+        x = torch.stack([matrices[number] for number in numbers])
+        x = x.mT if rows > columns else x
+        x = x / (x.norm(dim=(1, 2), keepdim=True) * (1.02 if polar_express else 1.0)).clamp(min=EPS)
+        for a, b, c in POLAR_EXPRESS if polar_express else NEWTON_SCHULZ:
+            square = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+        found.update(zip(numbers, x.mT if rows > columns else x, strict=True))
+    return [found[number] for number in range(len(matrices))]
+
+
+def n_flops(shape: Sequence[int]) -> int:
+    """Return the FLOPs of `orthogonalize` for one matrix."""
+    short, long = sorted(shape)
+    return len(NEWTON_SCHULZ) * (4 * short**2 * long + 2 * short**3)
+
+
+def scale_of(shape: Sequence[int], scale: MuonScale) -> float:
+    """Return the factor on the rate for a matrix (out, in), whose update has singular values of 1."""
+    rows, columns = shape
+    return {
+        MuonScale.match_rms_adamw: 0.2 * math.sqrt(max(rows, columns)),  # arXiv:2502.16982
+        MuonScale.spectral: math.sqrt(rows / columns),  # arXiv:2310.17813
+        MuonScale.original: math.sqrt(max(1, rows / columns)),
+    }[scale]
