@@ -1,6 +1,8 @@
 """Write text with a model: python generate.py run=runs/demo prompt="def main("; or hf=folder, or prompts=file."""
 
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +15,7 @@ from conf.schema import GenerateConfig
 from model.config import ModelError
 
 if TYPE_CHECKING:
+    from corpus.chat import Messages
     from data.tokenizer import Tokenizer
     from model.transformer import Transformer
     from training.load import Saved
@@ -24,18 +27,37 @@ INCOMPLETE = "\ufffd"  # what the bytes of half a character decode to
 def main(cfg: DictConfig) -> None:
     with report_user_errors():
         config: GenerateConfig = checked(cfg)
-        prompts = read_prompts(config)
+        is_open = config.prompt is None and config.prompts is None
+        prompts = [] if is_open else read_prompts(config)
         saved, model = load_model(config)
+        if is_open:
+            return converse(model, saved, config)
         jobs = [(number, text, sample) for number, text in enumerate(prompts) for sample in range(config.samples)]
         if len(jobs) == 1:
-            print(prompts[0], end="", flush=True)
+            print("" if config.chat else prompts[0], end="", flush=True)
             write(model, saved, config, jobs, partial(print, end="", flush=True))
             print()
             return
         for start in range(0, len(jobs), config.batch_size):
             batch = jobs[start : start + config.batch_size]
             for (number, text, sample), new in zip(batch, write(model, saved, config, batch), strict=True):
-                print(f"--- prompt {number + 1}, sample {sample + 1}\n{text}{new}\n", flush=True)
+                said = f"{text}\n{new}" if config.chat else text + new
+                print(f"--- prompt {number + 1}, sample {sample + 1}\n{said}\n", flush=True)
+
+
+def converse(model: "Transformer", saved: "Saved", config: GenerateConfig) -> None:
+    """Answer messages from the terminal or a pipe until they end; a line that ends with a backslash goes on."""
+    history: Messages = []
+    sign = "> " if sys.stdin.isatty() else ""
+    with suppress(EOFError):
+        while True:
+            text = input(sign)
+            while text.endswith("\\"):
+                text = text[:-1] + "\n" + input(sign)
+            if text.strip():
+                answer = write(model, saved, config, [(0, text, 0)], partial(print, end="", flush=True), history)[0]
+                print()
+                history += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
 
 def load_model(config: GenerateConfig) -> "tuple[Saved, Transformer]":
@@ -49,23 +71,45 @@ def load_model(config: GenerateConfig) -> "tuple[Saved, Transformer]":
     saved = open_saved(Path(str(config.run or config.hf)), config.step)
     if saved.tokenizer is None:
         raise ModelError(f"{config.run or config.hf} has no tokenizer, which generate.py needs")
+    if config.chat and saved.chat is None:
+        raise ModelError(f"chat (true): {config.run or config.hf} has no chat template; prompt it without chat=true")
     return saved, saved.build(None if config.device == "auto" else config.device, DTYPES[config.dtype.value])
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:
-    """Return the prompt, or the lines of the file of prompts that are not blank."""
-    if config.prompt is not None:
+    """Return the prompt, or the lines of the file of prompts that are not blank; "-" is standard input."""
+    if config.prompt not in (None, "-"):
         return [config.prompt]
-    path = Path(str(config.prompts))
+    key, name = ("prompts", config.prompts) if config.prompt is None else ("prompt", "-")
     try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        raw = sys.stdin.buffer.read() if name == "-" else Path(str(name)).read_bytes()
+        # As prepare_data.py reads lines: a line feed alone ends one, and each may begin with a byte order mark.
+        lines = [line.decode("utf-8-sig").removesuffix("\r") for line in raw.split(b"\n")]
     except OSError as error:
-        raise ModelError(f"prompts ({path}): {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ModelError(f"prompts ({path}) is not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    if not lines:
-        raise ModelError(f"prompts ({path}) has no prompt; write one per line")
-    return lines
+        raise ModelError(f"prompts ({name}): {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ModelError(f"{key} ({name}) is not UTF-8; save it as UTF-8") from None
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise ModelError(f"{key} ({name}) has no prompt; write one per line")
+    return prompts if key == "prompts" else ["\n".join(lines).removesuffix("\n")]
+
+
+def prompt_ids(
+    saved: "Saved", tokenizer: "Tokenizer", config: GenerateConfig, text: str, history: "Messages"
+) -> list[int]:
+    """Return the ids of a text, or with chat=true those of a conversation up to the answer to it."""
+    if config.chat and saved.chat is not None:
+        system = [] if config.system is None else [{"role": "system", "content": config.system}]
+        try:
+            ids = saved.chat.prompt([*system, *history, {"role": "user", "content": text}])
+        except ValueError as error:
+            raise ModelError(f"chat (true): {error}") from None
+    else:
+        ids = tokenizer.encode(text)
+    if saved.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
+        ids = [tokenizer.bos_id, *ids]
+    return ids or [tokenizer.eos_id or 0]  # an empty prompt continues the end of a text
 
 
 def write(
@@ -74,22 +118,23 @@ def write(
     config: GenerateConfig,
     jobs: list[tuple[int, str, int]],
     show: Callable[[str], object] = lambda _: None,
+    history: "Messages | None" = None,
 ) -> list[str]:
     """Continue the prompts of (number, prompt, sample) jobs together; return the new texts.
 
-    A text ends at a stop token or before a stop string. `show` gets the first job's text piece by piece.
+    A text ends at a stop token or before a stop string. `show` gets the first job's text piece by piece. With
+    chat=true a prompt is a message after those of `history`.
     """
     from model.sampling import Sampling, generate
 
     tokenizer = saved.tokenizer
     assert tokenizer is not None  # checked by load_model
-    bos = [tokenizer.bos_id] if saved.add_bos and tokenizer.bos_id is not None else []
-    # An empty prompt continues the end of a text.
-    prompts = [bos + tokenizer.encode(text) or [tokenizer.eos_id or 0] for _, text, _ in jobs]
+    prompts = [prompt_ids(saved, tokenizer, config, text, history or []) for _, text, _ in jobs]
     most = model.config.max_seq_len - 1
     for (_, text, _), ids in zip(jobs, prompts, strict=True):
         if len(ids) > most:
-            raise ModelError(f"prompt ({text[:40]}...) has {len(ids)} tokens, more than {most}; shorten it")
+            what = "the conversation" if history else f"prompt ({text[:40]}...)"
+            raise ModelError(f"{what} has {len(ids)} tokens, more than {most}; shorten it")
     streams = [TextStream(tokenizer, ids, config.stop) for ids in prompts]
 
     def on_token(row: int, token: int) -> bool:

@@ -42,7 +42,7 @@ from launch.ranks import VARIABLES, joined_environment
 from launch.sweep import SweepError, merge_problems
 from model.config import ModelError
 from parallel.config import ParallelError
-from tracking.logs import escape_unprintable
+from tracking.logs import escape_unprintable, quiet_pipe
 from training.config import CheckpointError, TrainingError
 from training.preflight import preflight_problems
 
@@ -57,6 +57,7 @@ HERE = (
 )  # launchers that start a job's ranks on this machine, or where `launcher` in the config decides
 
 
+@quiet_pipe()
 def run(main: Callable[[], Any], command: str) -> None:
     """Run a `hydra.main` function as a command; a wrong command line is reported in full and exits with 2."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises its errors, to be reported here
@@ -93,7 +94,8 @@ def report_user_errors() -> Iterator[None]:
     For the body of a command's `main`, outside of which Hydra prints lines of its own.
     """
     try:
-        yield
+        with quiet_pipe():
+            yield
     except (*USER_ERRORS, RankError, OSError) as error:
         if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
             raise

@@ -202,8 +202,10 @@ class GenerateConfig:
     run: str | None = None  # a run folder or one of its checkpoints
     step: int | None = None  # of the run's checkpoint (null: the newest)
     hf: str | None = None  # an exported or other Hugging Face folder
-    prompt: str | None = None
-    prompts: str | None = None  # a file with one prompt per line
+    prompt: str | None = None  # "-": standard input, whole
+    prompts: str | None = None  # a file with one prompt per line, or "-"
+    chat: bool = False  # prompts are messages, answered by the chat template; without one it is a conversation
+    system: str | None = None  # chat: the message of the system before all others
     max_new_tokens: int = 128
     temperature: float = 0.8  # 0: greedy
     top_k: int = 0  # 0: all
@@ -223,22 +225,30 @@ class GenerateConfig:
         if self.step is not None and self.run is None:
             yield f"step ({self.step}) needs run"
         yield from _chosen_dtype(self.dtype)
-        if (self.prompt is None) == (self.prompts is None):
-            yield 'prompt and prompts: set one of them, prompt="..." or prompts=<file>'
+        if (self.prompt is None) == (self.prompts is None) and not (self.chat and self.prompt is None):
+            yield 'prompt and prompts: set one of them, prompt="..." or prompts=<file>, or chat=true for a conversation'
+        if self.system is not None and not self.chat:
+            yield f"system ({self.system}) needs chat=true"
         yield from _below(self, 1, "max_new_tokens", "samples", "batch_size")
-        yield from _below(self, 0, "temperature", "top_k")
+        yield from _below(self, 0, "top_k", "seed")
+        # Beyond these bounds logits, float32, would not be finite.
+        if not (self.temperature == 0 or 1e-4 <= self.temperature <= 1e4):
+            yield f"temperature ({self.temperature}) must be 0 or in [0.0001, 10000]"
         if not 0 < self.top_p <= 1:
             yield f"top_p ({self.top_p}) must be in (0, 1]"
-        if self.repetition_penalty <= 0:
-            yield f"repetition_penalty ({self.repetition_penalty}) must be positive"
+        if not 1e-4 <= self.repetition_penalty <= 1e4:
+            yield f"repetition_penalty ({self.repetition_penalty}) must be in [0.0001, 10000]"
+        if "" in self.stop:
+            yield "stop holds an empty string, which would end every text at once; leave it out"
         if self.device not in ("auto", "cpu", "cuda"):
             yield f"device ({self.device}) must be auto, cpu or cuda"
 
 
 def _below(section: object, least: int, *keys: str) -> Iterator[str]:
-    """Yield the values that are below the least that is allowed; null is."""
-    values = {key: getattr(section, key) for key in keys}
-    yield from (f"{key} ({v}) must be at least {least}" for key, v in values.items() if v is not None and v < least)
+    """Yield the values that are below the least that is allowed, or of more than 64 bits; null is allowed."""
+    values = {key: value for key in keys if (value := getattr(section, key)) is not None}
+    yield from (f"{key} ({value}) must be at least {least}" for key, value in values.items() if value < least)
+    yield from (f"{key} ({value}) must be below 2**63" for key, value in values.items() if value >= 2**63)
 
 
 SCHEMAS = {"train": TrainConfig, "prepare_data": PrepareConfig, "export": ExportConfig, "generate": GenerateConfig}

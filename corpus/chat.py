@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,8 @@ import numpy as np
 from corpus.config import DataError
 from data.tokenizer import ANCHOR, CHAT_TEMPLATE, Tokenizer
 
-Messages = list[dict[str, str]]
+# Role, content, and what else a template may write of a message; of the first, also the record's tools.
+Messages = list[dict[str, Any]]
 
 # What lies between the generation markers is trained on: an answer and the token that ends it.
 TEMPLATES = {
@@ -33,15 +35,15 @@ TEMPLATES = {
 }
 MARKERS = {"internlm": ("<eoh>", "<eoa>"), "chatml": ("<|im_start|>", "<|im_end|>")}
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-ROLES = {role: role for role in ("system", "user", "assistant")} | {"human": "user", "gpt": "assistant"}
-PRIVATE_USE = range(0xF0000, 0xFFFFE)
+ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
+CALLS = ("tool_calls", "function_call")
+PRIVATE_USE = range(0xF0000, 0xFFFFD)
+MARK = chr(PRIVATE_USE[0])
 MOST_KEY_CHARS = 200  # of the names of a record, in a message
 
 
 def read_template(name: str) -> str:
     """Return a built-in template, or that of a .jinja file, a tokenizer_config.json, or a folder with either."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     template: Any = TEMPLATES.get(name)
     path = Path(name) / CHAT_TEMPLATE
     path = path if path.is_file() else Path(name) / "tokenizer_config.json" if Path(name).is_dir() else Path(name)
@@ -56,6 +58,8 @@ def read_template(name: str) -> str:
     if not isinstance(template, str):
         known = f"{', '.join(TEMPLATES)}, a .jinja file, a tokenizer_config.json, or a folder with either"
         raise DataError(f"data.chat_template ({name}) has no template; name one of {known}")
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     try:
         render_jinja_template(conversations=[], chat_template=template)  # compiles it
     except jinja2.TemplateSyntaxError as error:
@@ -67,23 +71,38 @@ def read_template(name: str) -> str:
 def messages_of(record: Any, style: Literal["alpaca", "chat"], key: str = "messages") -> Messages:
     """Return a record's conversation; raises `ValueError` if there is none to train on."""
     if style == "alpaca":
+        if lookup(record, "history"):
+            raise ValueError("history holds messages, which data.style alpaca does not read; use data.style=chat")
         question, answer = (_string(record, field) for field in ("instruction", "output"))
         if lookup(record, "input"):
             question += "\n" + _string(record, "input")
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        messages: Messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     else:
         turns = lookup(record, key)
         if not isinstance(turns, list) or not turns:
             raise ValueError(describe_missing(record, "data.messages_key", key, "a list of messages"))
-        messages = []
-        for turn in turns:
-            role, content = ("role", "content") if lookup(turn, "from") is None else ("from", "value")
-            if (named := _string(turn, role)) not in ROLES:
-                raise ValueError(f"unknown role {named!r}; roles are {', '.join(ROLES)}")
-            messages.append({"role": ROLES[named], "content": _string(turn, content)})
-    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
+        messages = [_message(turn) for turn in turns]
+    if lookup(record, "system"):
+        messages.insert(0, {"role": "system", "content": _string(record, "system")})
+    learnt = (m for m in messages if m["role"] == "assistant" and m.get("weight", 1))
+    if not any(message["content"].strip() or any(call in message for call in CALLS) for message in learnt):
         raise ValueError("no message of the assistant")
+    tools = lookup(record, "tools") or lookup(record, "functions")
+    if tools := json.loads(tools) if isinstance(tools, str) else tools:
+        messages[0]["tools"] = tools
     return messages
+
+
+def _message(turn: Any) -> dict[str, Any]:
+    role, content = ("role", "content") if lookup(turn, "from") is None else ("from", "value")
+    if (named := _string(turn, role)) not in ROLES:
+        raise ValueError(f"unknown role {named!r}; roles are {', '.join(ROLES)}")
+    said = ("role", "content", "from", "value")
+    more = {key: value for key, value in turn.items() if key not in said and value not in (None, "", [], {})}
+    if more.get("weight", 1) not in (0, 1):
+        raise ValueError(f"weight ({more['weight']}) must be 0 or 1")
+    is_call = lookup(turn, content) is None and any(call in more for call in CALLS)
+    return {"role": ROLES[named], "content": "" if is_call else _string(turn, content), **more}
 
 
 def _string(record: Any, field: str) -> str:
@@ -120,11 +139,16 @@ def markers(template: str | None) -> tuple[str, ...]:
     return next((MARKERS[name] for name in MARKERS if template == TEMPLATES[name]), ())
 
 
+def chat_encoder(tokenizer: Tokenizer) -> "ChatEncoder | None":
+    """Return the encoder of the chat template beside a tokenizer; None if there is none that can be used."""
+    with suppress(DataError):
+        return ChatEncoder(read_template(str(tokenizer.path.parent.absolute())), tokenizer)
+
+
 def answer_end(tokenizer: Tokenizer) -> int | None:
-    """Return the token that ends an answer in the built-in template beside a tokenizer."""
-    path = tokenizer.path.with_name(CHAT_TEMPLATE)
-    written = markers(path.read_text(encoding="utf-8") if path.exists() else None)
-    return tokenizer.special_ids.get(written[-1]) if written else None
+    """Return the token that ends an answer in the chat template beside a tokenizer."""
+    encoder = chat_encoder(tokenizer)
+    return None if encoder is None else encoder.answer_end()
 
 
 class ChatEncoder:
@@ -140,11 +164,10 @@ class ChatEncoder:
 
     def __init__(self, template: str, tokenizer: Tokenizer) -> None:
         ids = tokenizer.special_ids
-        for name, markers in MARKERS.items():
-            missing = " and ".join(marker for marker in markers if marker not in ids)
-            if template == TEMPLATES[name] and missing:
-                raise DataError(f"data.chat_template ({name}) writes {missing}, which {tokenizer.path.name} lacks")
-        self.template = template
+        if missing := [marker for marker in markers(template) if marker not in ids]:
+            lacks = f"data.chat_template writes {' and '.join(missing)}, which {tokenizer.path.name} lacks"
+            raise DataError(f'{lacks}; pass "tokenizer.add_special_tokens={missing}"')
+        self.template, self.special = template, set(ids.values())
         self.marked = GENERATION.search(template) is not None
         self.spell = tokenizer.encode
         # All other special tokens are found by the tokenizer, which may look at the text around them.
@@ -163,29 +186,75 @@ class ChatEncoder:
         Raises `ValueError` for a conversation that the template rejects or marks no answer in, and `DataError` for a
         template whose answers cannot be found.
         """
-        written = self.template + "".join(message["content"] for message in messages)
-        mark = next(char for char in map(chr, PRIVATE_USE) if char not in written)
+        written = json.dumps(messages, ensure_ascii=False, default=str)
+        mark = next(char for char in map(chr, PRIVATE_USE) if char not in self.template + written)
         # Marks break the names that messages hold: those still whole after rendering are the template's.
-        messages = [{**m, "content": self.names.sub(lambda n: mark.join([*n[0], ""]), m["content"])} for m in messages]
+        messages = json.loads(self.names.sub(lambda name: mark.join([*name[0], ""]), written))
         text, spans = self._render(messages)
         if not self.marked:
             spans = list(self._answers(messages, text))
         if not any(start < end for start, end in spans):
             raise ValueError("the chat template marks no answer")
+        learnt = [bool(message.get("weight", 1)) for message in messages if message["role"] == "assistant"]
+        if len(learnt) != len(spans) and not all(learnt):
+            raise ValueError(f"weight: the chat template marks {len(spans)} answers of {len(learnt)}")
+        learnt = learnt if len(learnt) == len(spans) else [True] * len(spans)
         ids: list[int] = []
         loss_mask: list[bool] = []
         done = 0
-        for start, end in [*spans, (len(text), len(text))]:
-            for part, is_answer in ((text[done:start], False), (text[start:end], True)):
+        for (start, end), is_answer in zip([*spans, (len(text), len(text))], [*learnt, False], strict=True):
+            for part, is_target in ((text[done:start], False), (text[start:end], is_answer)):
                 ids += self._part_ids(part, mark, first=not ids)
-                loss_mask += [is_answer] * (len(ids) - len(loss_mask))
+                loss_mask += [is_target] * (len(ids) - len(loss_mask))
             done = end
         return np.array(ids, dtype=np.uint32), np.array(loss_mask, dtype=bool)
+
+    def prompt(self, messages: Messages) -> list[int]:
+        """Return the ids after which the next answer is trained on; raises `ValueError` if the template rejects it."""
+        self.unused_fields(messages)
+        try:
+            ids, mask = self.encode([*messages, {"role": "assistant", "content": "x"}])
+        except DataError:  # as transformers encodes it: nothing was trained on here with such a template
+            return self._part_ids(self._render(messages, prompt=True)[0], MARK, first=True)
+        last = np.flatnonzero(mask)[-1]
+        return ids[: np.flatnonzero(~mask[:last])[-1] + 1].tolist()
+
+    def answer_end(self) -> int | None:
+        """Return the first special token that is trained on after the text of an answer."""
+        try:
+            text, spans = self._render([{"role": "user", "content": "x"}, {"role": "assistant", "content": ANCHOR}])
+        except ValueError:
+            return None
+        after = (text[: spans[-1][1]] if spans else text).rpartition(ANCHOR)[2]
+        return next((token for token in self._part_ids(after, MARK, first=False) if token in self.special), None)
+
+    def unused_fields(self, messages: Messages) -> set[str]:
+        """Return the fields of messages that change nothing in what the template writes.
+
+        Raises `ValueError` where leaving them out changes what is said, or who says it.
+        """
+        whole, unused = "", set[str]()
+        for n, message in enumerate(messages):
+            role, more = message["role"], message.keys() - {"role", "content", "weight"}
+            changes: list[tuple[str, dict[str, Any]]] = [(key, {key: None}) for key in more]
+            if role not in ("user", "assistant"):
+                changes += [(f"the role of {role}", {"role": other}) for other in ("user", "assistant")]
+            if changes and message["content"]:
+                changes.append((f"the content of {role}", {"content": message["content"] + "x"}))
+            for field, change in changes:
+                whole = whole or self._render(messages)[0]
+                with suppress(ValueError):
+                    if self._render([*messages[:n], message | change, *messages[n + 1 :]])[0] == whole:
+                        unused.add(field)
+        if said := [field for field in sorted(unused) if " " in field or field in ("tools", *CALLS)]:
+            raise ValueError(f"the chat template leaves out {', '.join(said)}")
+        return unused
 
     def _render(self, messages: Messages, prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         options = {"return_assistant_tokens_mask": self.marked, "add_generation_prompt": prompt, **self.variables}
+        options["tools"] = messages[0].get("tools") if messages else None
         try:
             rendered: Any = render_jinja_template([messages], chat_template=self.template, **options)
         except (jinja2.TemplateError, TypeError, ValueError) as error:

@@ -126,6 +126,7 @@ class CorpusConfig(SourceConfig):
 class TokenizerConfig:
     model: str | None = None  # a SentencePiece .model, a tokenizer.json, a folder, or a Hugging Face name
     vocab_size: int = MISSING  # of the tokenizer that is trained when no model is given
+    add_special_tokens: list[str] = field(default_factory=list)  # appended to the vocabulary, unless they are in it
     special_tokens_in_text: bool = False  # their names in a document become the tokens; false: they are text
     add_bos: bool = False
     add_eos: bool = True

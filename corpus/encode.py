@@ -40,11 +40,14 @@ class DocumentEncoder:
             return list(zip(documents, ids, strict=True))
         found = []
         for document in documents:
+            messages = document.messages or []
             try:
-                ids_T, mask_T = self.chat.encode(document.messages or [])
+                unused = self.chat.unused_fields(messages)
+                ids_T, mask_T = self.chat.encode(messages)
             except ValueError as error:
                 left_out.bad(document.place, str(error))
                 continue
+            left_out.fields.update(unused)
             if self.bos is not None and ids_T[0] != self.bos:  # the template may have written it
                 ids_T, mask_T = np.insert(ids_T, 0, self.bos), np.insert(mask_T, 0, False)
             if self.eos is not None and ids_T[-1] != self.eos:

@@ -1,5 +1,6 @@
 """What a corpus does not hold: bad records, documents without text, exact duplicates."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ class LeftOut:
     empty: int = 0
     duplicates: int = 0
     places: list[str] = field(default_factory=list)
+    fields: Counter[str] = field(default_factory=Counter)  # conversations with a field that the template leaves out
 
     def bad(self, place: str, reason: str) -> None:
         """Count a bad record; raise `DataError` if the policy is to stop there."""
@@ -31,9 +33,11 @@ class LeftOut:
         for key in ("count", "empty", "duplicates"):
             setattr(self, key, getattr(self, key) + other[key])
         self.places += other["places"][: MOST_PLACES - len(self.places)]
+        self.fields.update(other["fields"])
 
     def as_json(self) -> dict[str, Any]:
-        return {"count": self.count, "empty": self.empty, "duplicates": self.duplicates, "places": self.places}
+        counts = {"count": self.count, "empty": self.empty, "duplicates": self.duplicates}
+        return {**counts, "places": self.places, "fields": dict(self.fields)}
 
     def first(self) -> str:
         """Return the number and the first of the bad records, to end a message with."""

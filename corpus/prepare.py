@@ -26,7 +26,7 @@ from corpus.units import Job, Progress, plan_units, run_units
 from data.hf_tokenizer import export_problem
 from data.local_files import identity
 from data.manifest import read_manifest
-from data.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
+from data.tokenizer import CHAT_TEMPLATE, add_tokens, load_tokenizer, save_tokenizer, train_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -186,22 +186,24 @@ def _write_tokenizer(job: Job, workers: int, before: dict[str, Any] | None) -> N
     """Copy or train the tokenizer; raises `DataError` if it does not fit the settings."""
     data, config, folder = job.data, job.config, job.folder / "tokenizer"
     template = None if data.style is Style.text else read_template(data.chat_template)
-    tokenizer: Tokenizer
     if before is not None or config.model is not None:
         tokenizer = load_tokenizer(Path(data.path) / "tokenizer" if before is not None else str(config.model))
         if before is None and (problem := export_problem(tokenizer)):
             logger.warning("%s", problem)
         save_tokenizer(tokenizer, folder)
+        if before is None and config.add_special_tokens:
+            tokenizer = add_tokens(folder, config.add_special_tokens)
     else:
         print(f"training a tokenizer of {config.vocab_size} pieces", flush=True)
         texts, path = iter(tokenizer_texts(data, job.items, config.train_bytes)), folder / "tokenizer.model"
-        special = markers(template)
+        special = list(dict.fromkeys([*markers(template), *config.add_special_tokens]))
         tokenizer = train_tokenizer(texts, path, vocab_size=config.vocab_size, threads=workers, special=special)
     for key, token in (("add_bos", tokenizer.bos_id), ("add_eos", tokenizer.eos_id)):
         if getattr(config, key) and token is None:
             raise DataError(f"tokenizer.{key} (true): {tokenizer.path.name} has no such token; set it to false")
     if template is not None:
-        ChatEncoder(template, tokenizer)  # raises if they do not fit
+        if ChatEncoder(template, tokenizer).answer_end() is None:
+            logger.warning("data.chat_template (%s) ends answers by no special token", data.chat_template)
         (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
 
 

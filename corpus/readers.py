@@ -174,7 +174,8 @@ def columns_of(config: CorpusConfig, names: list[str]) -> list[str]:
     wanted = [key.split(".")[0] for key in keys[config.style]]
     if missing := [name for name in wanted if name not in names]:
         raise ValueError(f"no column {missing[0]} among {', '.join(names)}")
-    optional = ["input"] * (config.style is Style.alpaca) + [(config.source_key or "").split(".")[0]]
+    of_style = {Style.chat: ["system", "tools", "functions"], Style.alpaca: ["input", "system", "history"]}
+    optional = [*of_style.get(config.style, []), (config.source_key or "").split(".")[0]]
     return list(dict.fromkeys([*wanted, *(name for name in optional if name in names)]))
 
 

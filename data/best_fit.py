@@ -12,7 +12,7 @@ import xxhash
 from data.shards import FileReader, TokenFile
 
 HEADER = struct.Struct("<8s16sQQ")  # magic, hash of what it was made of, packs, pieces
-MAGIC = b"BESTFIT2"
+MAGIC = b"BESTFIT3"
 COLUMNS = 4  # of a piece: start, length, whether a document begins and whether one ends with it
 PIECE_BYTES = 8 * COLUMNS
 
@@ -30,7 +30,7 @@ class Plan:
             if (magic, stored) == (MAGIC, made_of) and n_bytes == self._pieces_at() + PIECE_BYTES * n_pieces:
                 return
             self.reader = FileReader(path)  # of the file that comes in its place
-        pieces, firsts = best_fit(file.offsets(), pack_len)
+        pieces, firsts = best_fit(file.offsets(), pack_len, truncate=file.conversations)
         self.n_packs = len(firsts) - 1
         raw = HEADER.pack(MAGIC, made_of, self.n_packs, len(pieces)) + firsts.tobytes() + pieces.tobytes()
         if not os.access(path.parent, os.W_OK):
@@ -55,14 +55,14 @@ class Plan:
         return self.kept[at : at + n_bytes] if self.kept else self.reader.read(at, n_bytes)
 
 
-def best_fit(offsets: np.ndarray, pack_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pack documents that lie between `offsets`, int64 (n + 1,), into packs of `pack_len` tokens.
+def best_fit(offsets: np.ndarray, pack_len: int, *, truncate: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Pack documents that lie between `offsets`, int64 (n + 1,), into packs; `truncate`: only what fits in one each.
 
     Returns the pieces, pack after pack, int64 (n_pieces, COLUMNS), and the first piece of each pack, int64
     (n_packs + 1,).
     """
     lengths = np.diff(offsets)
-    whole, rests = np.divmod(lengths, pack_len)
+    whole, rests = np.divmod(np.minimum(lengths, pack_len) if truncate else lengths, pack_len)
     # Parts of pack_len tokens are packs of their own; what is left of each document is fitted in.
     long = np.repeat(np.arange(len(lengths)), whole)
     within = np.arange(len(long)) - np.repeat(np.cumsum(whole) - whole, whole)

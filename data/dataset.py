@@ -87,7 +87,7 @@ class PackedDataset:
     def batch(self, packs: np.ndarray) -> Batch:
         """Read packs by their place in the corpus; raises `DataError` on a token outside the vocabulary."""
         pieces = self.pieces(packs)
-        rows = read_rows(self.files, pieces, self.config.pack_tokens)
+        rows = read_rows(self.files, pieces, self.config.pack_tokens, self.config.seq_len)
         if rows.tokens.view(np.uint32).max() >= self.vocab_size:  # a negative one is larger still
             raise self._wrong_token(rows.tokens, pieces)
         return collate(rows, self.source_of(packs), seq_len=self.config.seq_len, isolated=self.isolated)

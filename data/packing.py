@@ -72,7 +72,7 @@ class Packing(ABC):
         if not len(packs):
             return 0.0, 0.0
         pieces = self.pieces(packs)
-        whole, documents = int((pieces.begins & pieces.ends).sum()), int(pieces.ends.sum())
+        whole, documents = int((pieces.begins & pieces.ends).sum()), int(pieces.begins.sum())
         return float(1 - pieces.lengths.sum() / (len(packs) * self.pack_len)), 1 - whole / max(1, documents)
 
     def sample_end(self) -> int:
@@ -169,7 +169,8 @@ class InternLMOne(InternLM):
 
 
 class BestFit(Packing):
-    """Documents whole, each in the fullest pack that has room for it, the longest first; longer ones are cut.
+    """Documents whole, each in the fullest pack that has room for it, the longest first; longer ones are cut, and of a
+    conversation only the first part is there.
 
     Best-fit-decreasing packing of "Fewer Truncations Improve Language Modeling" (Ding et al. 2024), within
     each file. The plan is made once and kept beside the tokens.
@@ -219,9 +220,9 @@ class Rows:
     loss_mask: np.ndarray | None = None
 
 
-def read_rows(files: Sequence[TokenFile], pieces: Pieces, pack_len: int) -> Rows:
-    """Read packs; padding is 0."""
-    n_pieces, numbers, starts, lengths, _, ends = pieces
+def read_rows(files: Sequence[TokenFile], pieces: Pieces, pack_len: int, seq_len: int) -> Rows:
+    """Read packs; padding is 0. Of a conversation only what follows its beginning within `seq_len` is a target."""
+    n_pieces, numbers, starts, lengths, begins, ends = pieces
     row = np.repeat(np.arange(len(n_pieces)), n_pieces)
     used = np.bincount(row, lengths, minlength=len(n_pieces)).astype(np.int64)
     stops = np.cumsum(lengths) - (np.cumsum(used) - used)[row]  # in the row
@@ -231,11 +232,12 @@ def read_rows(files: Sequence[TokenFile], pieces: Pieces, pack_len: int) -> Rows
     for short in np.flatnonzero(used < pack_len).tolist():
         tokens[short, used[short] :] = 0
     rows = Rows(tokens, stops[~cut], np.bincount(row[~cut], minlength=len(n_pieces)), used)
+    first_places = row * (pack_len + 1) + stops - lengths
     # pieces that follow each other in a file are read at once, with the target of a document that goes on elsewhere
     follows = (row[1:] == row[:-1]) & (numbers[1:] == numbers[:-1]) & (starts[1:] == (starts + lengths)[:-1])
     heads = np.flatnonzero(np.append(True, ~follows))
     counts = np.add.reduceat(lengths + cut, heads)
-    places, starts, numbers = (row * (pack_len + 1) + stops - lengths)[heads], starts[heads], numbers[heads]
+    places, starts, numbers = first_places[heads], starts[heads], numbers[heads]
     for number in set(numbers.tolist()):
         here, file = numbers == number, files[number]
         parts = places[here].tolist(), starts[here].tolist(), counts[here].tolist()
@@ -249,6 +251,10 @@ def read_rows(files: Sequence[TokenFile], pieces: Pieces, pack_len: int) -> Rows
                 span = slice(place, place + count)
                 loss_mask[span] = flat[span] >= 0
                 flat[span] &= LOSS_MASKED - 1
+            unseen = first_places + np.where(begins, seq_len + 1, 0)  # from here on the beginning is not seen
+            piece_stops = first_places + lengths + cut
+            for piece in np.flatnonzero(file.conversations & (pieces.files == number) & (unseen < piece_stops)):
+                loss_mask[unseen[piece] : piece_stops[piece]] = False
     return rows
 
 

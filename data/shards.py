@@ -135,12 +135,13 @@ class TokenFile(ABC):
     Attributes:
         stem: its path without `.bin`.
         masked: the highest bit of a token is its loss mask.
+        conversations: a part of a document says nothing without the beginning.
     """
 
     stem: Path
     n_tokens: int
     n_documents: int
-    masked = False
+    masked = conversations = False
     ends: np.ndarray | None = None  # cache of `ends_between`
 
     @abstractmethod
@@ -185,7 +186,7 @@ class Shard(TokenFile):
         self.stem, self.hashed = stem, ""
         self.bin, self.idx = FileReader(f"{stem}.bin"), FileReader(f"{stem}.idx")
         self.header = _read_header(Path(f"{stem}.json"))
-        self.masked = self.header is not None and self.header.masked
+        self.masked = self.conversations = self.header is not None and self.header.masked
         for file in (self.idx, self.bin):
             if not file.path.exists() or (file is self.idx and file.path.stat().st_size < INDEX_HEADER.size):
                 raise _damaged(file.path)

@@ -6,7 +6,6 @@ no target: the first token of a document, prompts, padding.
 
 import argparse
 import json
-import os
 import sys
 from itertools import pairwise
 from os.path import commonprefix
@@ -23,7 +22,7 @@ from data.batches import IGNORED
 from data.config import DataConfig, RampConfig, packs_of_step
 from data.dataset import Corpus, open_corpus
 from data.tokenizer import Tokenizer
-from tracking.logs import escape_unprintable
+from tracking.logs import escape_unprintable, quiet_pipe
 from tracking.metrics_file import last_step, read_records
 from tracking.run_folder import write_atomically
 
@@ -95,6 +94,7 @@ def marked(tokenizer: Tokenizer | None, tokens: np.ndarray, is_target: np.ndarra
     return "".join(part if is_target[at] else f"⟦{part}⟧" for at, part in zip(limits, parts, strict=False))
 
 
+@quiet_pipe()
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("data.show", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", type=Path, help="a run folder, such as runs/demo")
@@ -106,9 +106,6 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--step ({given.step}) must be at least 1")
     try:
         show(given.run, given.step, samples=given.samples)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head`: keeps Python from reporting it once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (DataError, OmegaConfBaseException) as error:  # or a setting of another version
         sys.exit(f"error: {error}")
 

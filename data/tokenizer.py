@@ -234,6 +234,22 @@ def are_equal(one: Tokenizer, other: Tokenizer) -> bool:
     return same and all(one.encode(text) == other.encode(text) for text in (*mixed_lines(), *one.special_ids))
 
 
+def add_tokens(folder: Path, names: Sequence[str]) -> Tokenizer:
+    """Append special tokens that the tokenizer in a folder lacks to its vocabulary, and return it."""
+    tokenizer = load_tokenizer(folder)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        known = {token.content for token in tokenizer.model.get_added_tokens_decoder().values()}
+        tokenizer.model.add_special_tokens([name for name in names if name not in known])
+        tokenizer.model.save(str(tokenizer.path))
+    else:
+        proto = sentencepiece_proto(tokenizer.path)
+        known = {piece.piece for piece in proto.pieces}
+        for name in (name for name in dict.fromkeys(names) if name not in known):
+            proto.pieces.add(piece=name, score=0.0, type=proto.SentencePiece.CONTROL)
+        tokenizer.path.write_bytes(proto.SerializeToString())
+    return load_tokenizer(folder)
+
+
 def adds_bos(folder: Path) -> bool:
     """Return whether a Hugging Face folder's tokenizer begins every text with its bos token."""
     if (named := _read_json(folder / "tokenizer_config.json").get("add_bos_token")) is not None:

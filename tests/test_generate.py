@@ -1,11 +1,13 @@
 """generate.py and training.load: from a run, a checkpoint and a Hugging Face folder."""
 
+import io
 import json
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +15,11 @@ import torch
 import export
 import generate
 from conf.schema import ExportConfig, GenerateConfig
+from corpus.chat import ChatEncoder
 from data.tokenizer import load_tokenizer
 from model.config import ModelError
 from tests.conftest import ROOT
+from tests.corpus.test_chat import INST
 from training.checkpoint import open_checkpoint
 from training.config import CheckpointError, Dtype
 from training.load import load, open_saved
@@ -92,7 +96,7 @@ def test_text_ends_with_any_stop_token(run_dir: Path) -> None:
 
 def test_samples_of_each_prompt_do_not_depend_on_the_batch(run_dir: Path, tmp_path: Path) -> None:
     prompts = ["import os", "The\u2028value", "x = 1"]
-    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbf" + "\n\n".join(prompts).encode() + b"\r\n")
+    (tmp_path / "prompts.txt").write_text("\n\n".join(prompts))
     same = (f"run={run_dir}", f"prompts={tmp_path / 'prompts.txt'}", "samples=2", "max_new_tokens=8", "device=cpu")
     outputs = [command(*same, f"batch_size={size}") for size in (1, 4)]
     assert outputs[0] == outputs[1] and outputs[0].count("--- prompt") == 6
@@ -144,6 +148,101 @@ def test_unusable_settings_are_named(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises((ModelError, CheckpointError), match=named):
         texts(settings(run_dir, **changes), [prompt])
+
+
+@pytest.mark.parametrize("odd", ["\u2028", "\f", "\u0085", "\r", "\v", " "])
+def test_file_of_prompts_has_the_lines_of_a_text(run_dir: Path, tmp_path: Path, odd: str) -> None:
+    lines = [f"a{odd}b", f"{odd}c ", "\ufeffd"]
+    (tmp_path / "p").write_bytes(b"\xef\xbb\xbf" + "\r\n \r\n".join(lines).encode() + b"\n")
+    config = settings(run_dir, prompt=None, prompts=str(tmp_path / "p"))
+    assert generate.read_prompts(config) == [f"a{odd}b", f"{odd}c ", "d"]
+
+
+@pytest.mark.parametrize(("key", "expected"), [("prompt", ["a\n\n b\u0085\n"]), ("prompts", ["a", " b\u0085"])])
+def test_prompts_come_from_standard_input(
+    run_dir: Path, key: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("a\r\n\n b\u0085\n\n".encode())))
+    assert generate.read_prompts(settings(run_dir, **{"prompt": None, key: "-"})) == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    with pytest.raises(ModelError, match=rf"{key} \(-\) has no prompt"):
+        generate.read_prompts(settings(run_dir, **{"prompt": None, key: "-"}))
+
+
+@pytest.fixture
+def chat_dir(run_dir: Path, tmp_path: Path) -> Path:
+    """A run with a chat template whose answers end with the eos token."""
+    folder = shutil.copytree(run_dir, tmp_path / "chat")
+    (folder / "tokenizer" / "chat_template.jinja").write_text(INST)
+    return folder
+
+
+def test_chat_prompts_a_run_as_it_was_trained(chat_dir: Path, run_dir: Path) -> None:
+    config = settings(chat_dir, prompt="Hi </s>", chat=True)
+    saved, _ = generate.load_model(config)
+    tokenizer = saved.tokenizer
+    assert tokenizer is not None and tokenizer.eos_id is not None
+    history = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]
+    asked = [*history, {"role": "user", "content": "Hi </s>"}]
+    ids, mask = ChatEncoder(INST, tokenizer).encode([*asked, {"role": "assistant", "content": "yes"}])
+    answer = len(tokenizer.encode("yes")) + 1
+    found = generate.prompt_ids(saved, tokenizer, config, "Hi </s>", history)
+    assert found == ids[:-answer].tolist() and mask[-answer:].all() and found.count(tokenizer.eos_id) == 1
+    with_bos = generate.prompt_ids(replace(saved, add_bos=True), tokenizer, config, "Hi </s>", history)
+    assert with_bos == found, "the template writes the bos token already"
+    assert texts(config, ["Hi </s>"]) != texts(replace(config, chat=False), ["Hi </s>"])
+    with pytest.raises(ModelError, match=r"chat \(true\): the chat template leaves out the role of system"):
+        texts(replace(config, system="Be brief."), ["x"])
+    with pytest.raises(ModelError, match=r"chat \(true\): .* has no chat template"):
+        generate.load_model(settings(run_dir, chat=True))
+
+
+def test_conversation_goes_on_until_there_is_no_more_to_read(
+    chat_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(chat_dir, prompt=None, chat=True, temperature=0.0, max_new_tokens=1)
+    saved, model = generate.load_model(config)
+    asked, first = list[tuple[str, int]](), texts(config, ["a\nb"])[0]
+    write = generate.write
+
+    def noted(*args: Any) -> list[str]:
+        asked.append((args[3][0][1], len(args[5])))
+        return write(*args)
+
+    monkeypatch.setattr(generate, "write", noted)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\\\nb\n\nc\\d\nz"))
+    generate.converse(model, saved, config)
+    assert asked == [("a\nb", 0), ("c\\d", 2), ("z", 4)]
+    assert capsys.readouterr().out.startswith(first + "\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a b c d\n" * 9))
+    with pytest.raises(ModelError, match="the conversation has"):
+        generate.converse(model, saved, config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        *(({"temperature": value}, "temperature") for value in (float("nan"), float("inf"), -1.0, 1e-40)),
+        *(({"repetition_penalty": value}, "repetition_penalty") for value in (float("nan"), float("inf"), 0.0)),
+        *(({"top_p": value}, "top_p") for value in (float("nan"), 0.0)),
+        *(({"seed": value}, "seed") for value in (-1, 2**63)),
+        *(({key: -1}, key) for key in ("top_k", "max_new_tokens", "samples", "batch_size")),
+        ({"top_k": 2**64}, "top_k"),
+        ({"stop": ["a", ""]}, "stop"),
+        ({"system": "Be brief."}, "system"),
+        ({"prompts": "p", "chat": True}, "prompt and prompts"),
+        ({"prompt": None}, "prompt and prompts"),
+    ],
+)
+def test_numbers_that_cannot_be_used_are_named(run_dir: Path, changes: dict, named: str) -> None:
+    problems = list(settings(run_dir, **changes).problems())
+    assert len(problems) == 1 and problems[0].startswith(named)
+
+
+@pytest.mark.parametrize("changes", [{"temperature": 1e-4}, {"temperature": 1e4}, {"repetition_penalty": 1e4}])
+def test_extreme_numbers_are_no_error(run_dir: Path, changes: dict) -> None:
+    config = settings(run_dir, seed=2**63 - 1, max_new_tokens=2, **changes)
+    assert not list(config.problems()) and len(texts(config, [PROMPT, "x"])) == 2
 
 
 @pytest.mark.parametrize("content", [b"\n", None, "naïve".encode("latin-1")], ids=["empty", "missing", "latin"])

@@ -3,16 +3,24 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
+import export
+from conf.cli import CONF
+from conf.schema import ExportConfig, TrainConfig, register, to_config
+from corpus.config import TokenizerConfig
+from corpus.prepare import prepare
 from data.tokenizer import load_tokenizer
 from tests.conftest import ROOT, metrics, trained
 from tests.corpora import RECORDS, lines, local, made
 from training.checkpoint import open_checkpoint
-from training.config import CheckpointError
+from training.config import CheckpointError, Dtype
+from training.preflight import check_run, check_same_tokenizer
 
 
 def test_init_content_model_and_all(run_dir: Path, tmp_path: Path, small: list[str]) -> None:
@@ -80,6 +88,78 @@ def test_added_files_begin_a_new_epoch(tmp_path: Path, small: list[str], corpus_
     for name, samples in (("r", 24), ("s", 32)):
         progress = open_checkpoint(tmp_path / name).state["progress"]
         assert (progress["first_sample"], progress["samples"]) == (16, samples)
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path) -> dict[str, str]:
+    """Corpora with another tokenizer than the run's, and with the run's and a special token more."""
+    root, model = tmp_path_factory.mktemp("others"), str(corpus_dir / "tokenizer")
+    settings = {
+        "small": TokenizerConfig(vocab_size=500),
+        "shifted": TokenizerConfig(vocab_size=1000, add_special_tokens=["<call>"]),
+        "grown": TokenizerConfig(model=model, vocab_size=0, add_special_tokens=["<call>"]),
+    }
+    for name, config in settings.items():
+        data = local(corpus_dir.parent, "texts", path=str(root / name))
+        prepare(data, config, workers=1, progress=lambda *added: None)
+    return {name: str(root / name) for name in settings}
+
+
+@pytest.fixture(scope="module")
+def hf_dir(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("hf") / "hf"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "verify", lambda *_: "")  # tests/test_export.py does
+        export.export(run_dir, ExportConfig(run=str(run_dir), out=str(out), dtype=Dtype.fp32))
+    return out
+
+
+def test_weights_of_another_tokenizer_are_refused(
+    run_dir: Path, hf_dir: Path, tmp_path: Path, small: list[str], others: dict[str, str]
+) -> None:
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        base: TrainConfig = to_config(compose("train", overrides=small))
+    own = base.data.path
+    for origin in (run_dir, open_checkpoint(run_dir).path, hf_dir):
+        (hf_dir / "tokenizer.model").unlink(missing_ok=True)  # a tokenizer.json is compared too
+        for path, is_other in (
+            (own, False),
+            (others["grown"], False),
+            (others["small"], True),
+            (others["shifted"], True),
+        ):
+            config = replace(base, init_from=str(origin), data=replace(base.data, path=path))
+            if is_other:
+                with pytest.raises(CheckpointError, match=r"prepare it with tokenizer.model=\S+, .*accept_changes="):
+                    check_same_tokenizer(config)
+                accepted = replace(config.checkpoint, accept_changes=["tokenizer.model"])
+                check_same_tokenizer(replace(config, checkpoint=accepted))
+                config = replace(config, init_content=["scheduler"])
+            check_same_tokenizer(config)
+    with pytest.raises(CheckpointError, match="has another tokenizer"):
+        check_run(replace(base, init_from=str(run_dir), data=replace(base.data, path=others["small"])), tmp_path, None)
+    with pytest.raises(CheckpointError, match="has another tokenizer"):
+        trained(tmp_path / "refused", *small, f"data.path={others['small']}", f"init_from={run_dir}")
+
+
+def test_vocabulary_grows_by_special_tokens(
+    run_dir: Path, hf_dir: Path, tmp_path: Path, small: list[str], others: dict[str, str]
+) -> None:
+    old = open_checkpoint(run_dir).read("model.")
+    for origin, size in ((run_dir, 1024), (hf_dir, 1000)):
+        start = [*small, f"data.path={others['grown']}", f"init_from={origin}", "steps=1", "optimizer.lr=1e-12"]
+        start.append(f"model.vocab_size={size + 128}")
+        trained(tmp_path / origin.name, *start)
+        new = open_checkpoint(tmp_path / origin.name).read("model.")
+        for name in ("embed.weight", "head.weight"):
+            assert len(new[name]) == size + 128
+            torch.testing.assert_close(new[name][:size], old[name][:size], rtol=0, atol=1e-6)
+            torch.testing.assert_close(new[name][size:], old[name][:size].mean(0).expand(128, -1), rtol=0, atol=1e-6)
+        with pytest.raises(CheckpointError, match="do not fit|holds a model only"):
+            trained(tmp_path / f"{origin.name}_all", *start, "init_content=[all]")
+    with pytest.raises(CheckpointError, match=r"model.vocab_size \(1024, now 1000\)"):
+        trained(tmp_path / "less", *small, f"init_from={run_dir}", "model.vocab_size=1000")
 
 
 def test_resume_ignores_init_from(run_dir: Path, tmp_path: Path, small: list[str]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracking.logs import escape_unprintable
+from tracking.logs import escape_unprintable, quiet_pipe
 from tracking.metrics_file import METRICS, Curve, loss_curve, read_records, smoothed
 from tracking.plot import figure
 from tracking.run_folder import changed_keys, is_held
@@ -192,7 +192,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="a sweep's folder, such as runs/lr_sweep")
     escape_unprintable()
     try:
-        compare(parser.parse_args().folder, show=True)
+        with quiet_pipe():
+            compare(parser.parse_args().folder, show=True)
     except (CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -1,6 +1,7 @@
 """Log lines of a run: on the terminal, and with the time in train.log in its folder."""
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ def screen(level: int = logging.INFO) -> Iterator[None]:
     """Show log lines of this level and above on the terminal."""
     escape_unprintable()
     terminal = logging.StreamHandler(sys.stdout)
+    terminal.handleError = drop_stdout  # the lines are in train.log too
     terminal.setLevel(level)
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     before = logging.root.level
@@ -36,6 +38,24 @@ def screen(level: int = logging.INFO) -> Iterator[None]:
             yield
     finally:
         logging.root.setLevel(before)
+
+
+def drop_stdout(record: object = None) -> None:
+    """Go on in silence where the reader of standard output has gone; raise another error that is being handled."""
+    if not isinstance(sys.exc_info()[1], BrokenPipeError):
+        raise
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def quiet_pipe() -> Iterator[None]:
+    """End without a word where the reader of standard output has gone, as `head` does."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop_stdout()
+        sys.exit(141)  # as a shell reports what ends by SIGPIPE
 
 
 @contextmanager

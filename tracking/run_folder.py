@@ -91,8 +91,10 @@ def check_changes(old: dict[str, Any], new: dict[str, Any], accepted: Sequence[s
 
 
 def check_same_model(old: dict[str, Any], new: dict[str, Any], origin: Path) -> None:
-    """Raise `CheckpointError` if a configuration's model has other tensors, or computes something else with them."""
+    """Raise `CheckpointError` if a model has other tensors, but for a larger vocabulary, or computes another thing."""
     before, now = old["model"], new["model"]
+    if before["vocab_size"] < now["vocab_size"]:
+        before = before | {"vocab_size": now["vocab_size"]}
     changed = {f"model.{k}": (before[k], now[k]) for k in shape_keys() if k in before and before[k] != now[k]}
     if changed:
         raise CheckpointError(f"{origin} is of another model: {_listed(changed)}; pass its values")

@@ -51,7 +51,8 @@ def describe(
         f"{data.pack_tokens}, sources {', '.join(corpus.sources)}",
         f"batch      {config.global_batch_tokens:,} tokens = {config.grad_accum_steps(mesh.dp_size)} micro-batches of "
         f"{config.micro_batch_tokens:,}; {config.steps:,} steps; epochs: {by_source}",
-        f"packing    {data.packing}: {padding:.2%} of the tokens are padding, {cut:.2%} of the documents are cut",
+        f"packing    {data.packing}: {padding:.2%} of the tokens are padding, {cut:.2%} of the documents are cut"
+        + "; what is cut off is not learnt" * (cut > 0 and any(file.conversations for file in corpus.train.files)),
         f"optimizer  {config.optimizer.name}" + (f", {update:.1%} of a step's FLOPs" if update else ""),
         f"device     {device}, {computes}, attention {attention}",
         f"start      step {state.step}" + (", nothing is left to train" if state.step >= config.steps else ""),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from conf.schema import stored_model
-from corpus.chat import answer_end
+from corpus.chat import ChatEncoder, chat_encoder
 from data.config import TOKENIZER_FILES
 from data.tokenizer import Tokenizer, adds_bos, load_tokenizer
 from model.config import ModelConfig, ModelError
@@ -29,6 +29,7 @@ class Saved:
 
     config: ModelConfig
     tokenizer: Tokenizer | None
+    chat: ChatEncoder | None  # of its chat template
     add_bos: bool
     stop_ids: set[int]  # of the end of a text, and of an answer
     read: Callable[[], dict[str, Tensor]] = field(repr=False)  # fp32 weights by name, on the CPU
@@ -62,11 +63,10 @@ def open_saved(path: Path, step: int | None = None) -> Saved:
         tokenizer = tokenizer_in(run_dir_of(checkpoint.path) / "tokenizer")
         config = stored_model(checkpoint.state["config"])
         add_bos = bool(checkpoint.state["data"]["add_bos"])
-        ends = [] if tokenizer is None else [answer_end(tokenizer)]
-        read = partial(checkpoint.read, "model.")
-    if tokenizer is not None:
-        ends.append(tokenizer.eos_id)
-    return Saved(config, tokenizer, add_bos, {token for token in ends if token is not None}, read)
+        ends, read = [], partial(checkpoint.read, "model.")
+    chat = None if tokenizer is None else chat_encoder(tokenizer)
+    ends += [tokenizer and tokenizer.eos_id, chat and chat.answer_end()]
+    return Saved(config, tokenizer, chat, add_bos, {token for token in ends if token is not None}, read)
 
 
 def tokenizer_in(folder: Path) -> Tokenizer | None:

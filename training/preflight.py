@@ -10,6 +10,8 @@ from corpus.config import DataError, Source, as_paths
 from corpus.inputs import check_inputs
 from data.config import check_tokenizer
 from data.manifest import check_exists, check_fits
+from data.mixed_text import mixed_lines
+from data.tokenizer import load_tokenizer
 from launch.config import Where
 from launch.environment import check_gpu_features, joined_environment, world_size
 from model.config import ModelError
@@ -79,6 +81,8 @@ def check_run(config: TrainConfig | PrepareConfig, run_dir: Path, settings: str 
             check_not_held(run_dir)
         check_gpu_features(config.parallel, None if config.precision.fp8 is Fp8.none else config.precision.fp8.value)
     check_stored_config(run_dir, to_plain(config), config.checkpoint)
+    if not committed(run_dir / "checkpoints"):
+        check_same_tokenizer(config)
     return [] if here else [(path.absolute(), _error_of(check)) for path, check in inputs]
 
 
@@ -91,6 +95,24 @@ def _inputs(config: TrainConfig, run_dir: Path, settings: str | None) -> Iterato
         yield from ((Path(path), check) for path in paths)
     if config.init_from is not None and not committed(run_dir / "checkpoints"):
         yield Path(config.init_from), partial(check_origin, Path(config.init_from))
+
+
+def check_same_tokenizer(config: TrainConfig) -> None:
+    """Raise `CheckpointError` if the tokens of `init_from` are not the data's, as far as both are known."""
+    key, needs = "tokenizer.model", {"model", "all"} & set(config.init_content)
+    if config.init_from is None or key in config.checkpoint.accept_changes or not needs:
+        return
+    origin, prepared = Path(config.init_from).absolute(), Path(config.data.path, "tokenizer").absolute()
+    try:
+        folder = origin if (origin / "config.json").is_file() else run_dir_of(origin) / "tokenizer"
+        weights = load_tokenizer(folder)
+        data = load_tokenizer(prepared if config.data.source is not Source.tokens else config.data.tokenizer or folder)
+    except (CheckpointError, DataError):
+        return
+    ids, others = ([ids.tolist() for ids in tokenizer.encode_many(mixed_lines())] for tokenizer in (weights, data))
+    if ids != others or not weights.special_ids.items() <= data.special_ids.items():  # the data's may have more
+        remedy = f"prepare it with {key}={os.path.relpath(folder)}, or pass checkpoint.accept_changes=[{key}]"
+        raise CheckpointError(f"init_from ({config.init_from}) has another tokenizer than the data; {remedy}")
 
 
 def _error_of(check: Check) -> str:

@@ -18,6 +18,7 @@ from training.agreement import check_tensors
 from training.checkpoint import PER_RANK, Checkpoint, Checkpoints, open_checkpoint
 from training.config import CheckpointConfig, CheckpointError, Resume
 from training.optim.optimizer import Optimizer
+from training.preflight import check_same_tokenizer
 from training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -109,22 +110,22 @@ class RunCheckpoints:
             content = {"model", "optimizer", "scheduler", "sampler"}
         asked = f"init_content ({', '.join(sorted(content))})"
         check_origin(path)
+        check_same_tokenizer(config)
         if (path / "config.json").exists():
             if content != {"model"}:
                 raise CheckpointError(f"{asked}: the Hugging Face folder {path} holds a model only")
-            weights, tensors = read_hf_weights(path, config.model), self.optimizer.state_tensors()
-            for name in tensors:
-                if name.startswith("model."):
-                    write_shard(tensors[name], weights[name.removeprefix("model.")])
-            self.optimizer.load_tensors(tensors)
+            self._write_model(read_hf_weights(path, config.model))
             logger.info("weights from %s", path)
             return
         other = open_checkpoint(path, self.checkpoints.ranks)
         check_same_model(other.state["config"], self.run_config, other.path)
         if content != {"model"} and not any(name.startswith("optimizer.") for name in other.tensors):
             raise CheckpointError(f"{asked}: the imported checkpoint {other.path} holds a model only")
+        grows = other.state["config"]["model"]["vocab_size"] < config.model.vocab_size
         for word in ("model", "optimizer"):
-            if word in content:
+            if word == "model" and word in content and grows:
+                self._write_model(pad_vocabulary(other.read("model."), config.model.vocab_size))
+            elif word in content:
                 self._load(other, f"{word}.")
         before = other.state["progress"]
         if "scheduler" in content:
@@ -134,6 +135,13 @@ class RunCheckpoints:
         if "sampler" in content:
             self.state.load_state_dict({key: before[key] for key in ("step", "samples", "first_sample", "tokens")})
         logger.info("%s from %s", ", ".join(sorted(content)), other.path)
+
+    def _write_model(self, weights: dict[str, Tensor]) -> None:
+        tensors = self.optimizer.state_tensors()
+        for name in tensors:
+            if name.startswith("model."):
+                write_shard(tensors[name], weights[name.removeprefix("model.")])
+        self.optimizer.load_tensors(tensors)
 
     def _load(self, checkpoint: Checkpoint, prefix: str, *, exact: bool = False) -> None:
         """Load the optimizer's tensors whose names begin with `prefix`; `exact`: the checkpoint holds no others."""

@@ -34,6 +34,12 @@ INST = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]"
     "{% else %}{% generation %}{{ m['content'] | trim + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
 )
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+RICH = (
+    "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for m in messages %}[{{ m.role }} {{ m.name or '' }}]"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}"
+    "{% endif %}{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
+)
 # Where a content holds a control token's name transformers lets it be one, and here it is text.
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581\0")).filter(
     lambda text: not re.search("<(unk|/?s)>", text)
@@ -200,11 +206,89 @@ def test_conversation_that_the_template_rejects_has_its_reason(pieces: Tokenizer
 
 
 def test_tokenizer_without_the_template_tokens_is_an_error(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data.chat_template \(internlm\) writes <eoh> and <eoa>"):
+    with pytest.raises(DataError, match=r"data.chat_template writes <eoh> and <eoa>.*=\['<eoh>', '<eoa>'\]"):
         ChatEncoder(TEMPLATES["internlm"], tokenizer)
     half = changed(tokenizer, tmp_path / "half.model", ["<|im_start|>"])
-    with pytest.raises(DataError, match=r"\(chatml\) writes <\|im_end\|>,"):
+    with pytest.raises(DataError, match=r"writes <\|im_end\|>,"):
         ChatEncoder(TEMPLATES["chatml"], half)
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, "unmarked", "inst", "rich"])
+def test_prompt_is_what_an_answer_was_trained_after(either: Tokenizer, name: str) -> None:
+    template = {**TEMPLATES, "unmarked": unmarked(TEMPLATES["chatml"]), "inst": INST, "rich": RICH}[name]
+    encoder, turns = ChatEncoder(template, either), [turn for turn in TURNS if turn["role"] != "system"]
+    turns = [{**turn, "content": turn["content"] + "</s>"} for turn in turns]
+    for end in (1, 3):
+        ids, mask = encoder.encode(turns[: end + 1])
+        begin = len(mask) - int(np.flatnonzero(np.diff(mask[::-1]))[0]) - 1 if mask[-1] else None
+        assert encoder.prompt(turns[:end]) == ids[:begin].tolist() and mask[begin:].all()
+
+
+def test_prompt_for_a_template_whose_answers_cannot_be_found(either: Tokenizer) -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ loop.revindex }} {{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    )
+    start = either.special_ids["<|im_start|>"]
+    ids = ChatEncoder(template, either).prompt([*two("a", "b"), two("c", "")[0]])
+    last = either.encode("assistant")
+    assert ids[0] == start and ids.count(start) == 4 and ids[-len(last) :] == last
+
+
+THINK = "<|im_start|>{{ m.role }}\n<eoh>{{ m.content | trim }} <|im_end|>\n</s>"
+ENDS = {
+    TEMPLATES["internlm"]: "<eoa>",
+    unmarked(TEMPLATES["chatml"]): "<|im_end|>",
+    INST: "</s>",
+    f"{{% for m in messages %}}{THINK}{{% endfor %}}": "<|im_end|>",
+    "{% for m in messages %}{{ m.role }}: {% generation %}{{ m.content }}{% endgeneration %}<|im_end|>{% endfor %}": None,
+    "{% for m in messages %}## {{ m.role }}\n{{ m.content }}\n{% endfor %}": None,
+    "{{ raise_exception('no') }}": None,
+}
+
+
+@pytest.mark.parametrize("template", ENDS)
+def test_answer_ends_with_the_first_special_token_that_is_learnt_after_it(either: Tokenizer, template: str) -> None:
+    end = ENDS[template]
+    assert ChatEncoder(template, either).answer_end() == (None if end is None else either.special_ids[end])
+
+
+def test_answer_of_no_weight_is_not_learnt(either: Tokenizer) -> None:
+    turns = [*two("q", "bad"), *two("again", "good")]
+    turns[1]["weight"] = 0
+    for template in (*TEMPLATES.values(), unmarked(TEMPLATES["chatml"]), RICH):
+        ids, mask = ChatEncoder(template, either).encode(turns)
+        assert [answer[:4] for answer in answers(either, ids, mask)] == ["good"]
+        assert (
+            ids.tolist() == ChatEncoder(template, either).encode([*two("q", "bad"), *two("again", "good")])[0].tolist()
+        )
+    twice = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    with pytest.raises(ValueError, match="weight: the chat template marks 4 answers of 2"):
+        ChatEncoder(twice, either).encode(turns)
+
+
+def test_fields_of_messages_are_written_counted_or_refused(pieces: Tokenizer) -> None:
+    asked, called = {**TURNS[1], "name": "Ann", "id": 7}, {**TURNS[2], "tool_calls": [CALL]}
+    offered = {**asked, "tools": [CALL]}
+    result = {"role": "tool", "content": "42"}
+    internlm, chatml = (ChatEncoder(TEMPLATES[name], pieces) for name in ("internlm", "chatml"))
+    rich, inst = ChatEncoder(RICH, pieces), ChatEncoder(INST, pieces)
+    assert rich.unused_fields([offered, called, result, TURNS[2]]) == {"id"}
+    assert (
+        chatml.unused_fields([asked, TURNS[2], result, TURNS[2]]) == internlm.unused_fields([asked]) == {"id", "name"}
+    )
+    for encoder, turns, reason in (
+        (internlm, [asked, TURNS[2], result, TURNS[2]], "the role of tool"),
+        (inst, TURNS[:3], "the role of system"),
+        (chatml, [offered, TURNS[2]], "tools"),
+        (chatml, [asked, called], "tool_calls"),
+        (ChatEncoder(RICH.replace("{{ m.content }}\n", "\n"), pieces), TURNS[:3], "the content of system"),
+    ):
+        with pytest.raises(ValueError, match=f"leaves out {reason}"):
+            encoder.unused_fields(turns)
+    typed = [{**asked, "name": "</s>"}, {**called, "tool_calls": [{"a": ["</s>"]}]}]
+    ids, _ = rich.encode(typed)
+    assert (ids == pieces.eos_id).sum() == 1 and pieces.decode(ids.tolist()).count("</s>") == 2
 
 
 def test_special_tokens_are_found_by_name(either: Tokenizer) -> None:
@@ -257,13 +341,21 @@ def test_records_of_each_style_become_messages() -> None:
     for blank in ({}, {"input": ""}, {"input": None}):
         assert messages_of({"instruction": "Go.", "output": "Yes", **blank}, "alpaca", "messages") == two("Go.", "Yes")
     assert messages_of({"messages": TURNS, "id": 1}, "chat", "messages") == TURNS
-    assert messages_of({"a": {"b": [{**TURNS[1], "name": "x"}, TURNS[2]]}}, "chat", "a.b") == TURNS[1:3]
+    assert messages_of({"a": {"b": [{**TURNS[1], "loss": None}, TURNS[2]]}}, "chat", "a.b") == TURNS[1:3]
     nulls = [{**turn, "from": None, "value": None} for turn in TURNS]  # as a table's columns have them
     assert messages_of({"messages": nulls}, "chat", "messages") == TURNS
     shared = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     assert messages_of({"conversations": shared}, "chat", "conversations") == [
         {"role": "system", "content": "s"}, *two("q", "a"),
     ]  # fmt: skip
+    system = {"role": "system", "content": "Be brief."}
+    alpaca = {"instruction": "Go.", "output": "Yes", "history": [], "system": "Be brief."}
+    assert messages_of(alpaca, "alpaca", "") == [system, *two("Go.", "Yes")]
+    offered = {"system": "Be brief.", "tools": '[{"name": "f"}]', "conversations": shared[1:]}
+    assert messages_of(offered, "chat", "conversations") == [{**system, "tools": [{"name": "f"}]}, *two("q", "a")]
+    assert messages_of({"tools": "[]", "messages": two("q", "a")}, "chat", "messages") == two("q", "a")
+    called = [two("q", "a")[0], {"role": "assistant", "content": None, "tool_calls": [CALL], "name": "bot"}]
+    assert messages_of({"messages": called}, "chat", "messages") == [called[0], {**called[1], "content": ""}]
 
 
 @pytest.mark.parametrize(
@@ -277,7 +369,11 @@ def test_records_of_each_style_become_messages() -> None:
         ({"messages": [{"content": "a"}]}, "chat", "role must be a string"),
         ({"messages": [{"role": "user", "content": None}]}, "chat", "content must be a string"),
         ({"messages": [{"from": "gpt", "content": "a"}]}, "chat", "value must be a string"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "chat", "unknown role 'tool'"),
+        ({"messages": [{"role": "judge", "content": "a"}]}, "chat", "unknown role 'judge'"),
+        ({"messages": [{**TURNS[2], "weight": 0.5}]}, "chat", "weight (0.5) must be 0 or 1"),
+        ({"messages": [TURNS[1], {**TURNS[2], "weight": 0}]}, "chat", "no message of the assistant"),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "alpaca", "history holds messages"),
+        ({"messages": two("a", "b"), "tools": "[{"}, "chat", ""),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "chat", "content holds half a surrogate pair"),
         ({"messages": TURNS[:2]}, "chat", "no message of the assistant"),
         ({"messages": two("a", " \n")}, "chat", "no message of the assistant"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from data.dataset import open_corpus
 from data.hf_tokenizer import write_hf_tokenizer
 from data.shards import LOSS_MASKED, Shard
 from data.tokenizer import Tokenizer, load_tokenizer
+from prepare_data import print_left_out
 from tests.conftest import trained
-from tests.corpora import made
+from tests.corpora import lines, made, parquet
 from tests.corpus.test_chat import SYMBOLS, TURNS, changed
 from training.checkpoint import open_checkpoint
 
@@ -43,10 +45,11 @@ def symbols(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> T
 
 
 def config(tmp_path: Path, style: Style, name: str, **changes: object) -> DataConfig:
-    return DataConfig(
+    data = DataConfig(
         name=style.value, path=str(tmp_path / "tokens"), source=Source.local, input=str(tmp_path / name), style=style,
-        valid_fraction=0.2, seq_len=64, micro_batch_size=1, workers=0, packing="best_fit", **changes,  # type: ignore[arg-type]
+        valid_fraction=0.2, seq_len=64, micro_batch_size=1, workers=0, packing="best_fit",
     )  # fmt: skip
+    return replace(data, **changes)  # type: ignore[arg-type]
 
 
 def targets_of(data: DataConfig, vocab_size: int) -> tuple[str, list[str]]:
@@ -105,6 +108,47 @@ def test_conversations_train_on_every_answer(tmp_path: Path, symbols: Tokenizer,
     assert written - marks <= counts["text_bytes"] <= written < 5 * len(json.dumps(TURNS, ensure_ascii=False).encode())
 
 
+def test_fields_that_the_template_leaves_out_are_counted(
+    tmp_path: Path, symbols: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    its = [{**TURNS[1], "name": "Ann"}, {**TURNS[2], "name": "Bo", "mood": {"calm": 1}}]
+    records = [
+        {"messages": its, "system": "Sing."},
+        {"messages": TURNS},
+        {"messages": its[:1] + TURNS[2:3]},
+        {"messages": its},
+    ]
+    calls = {"messages": [TURNS[1], {**TURNS[2], "tool_calls": [{"name": "add"}]}]}
+    (tmp_path / "a.parquet").write_bytes(parquet(records))  # a row has the fields of all, some without a value
+    (tmp_path / "b.jsonl").write_bytes(lines([{"messages": its[1:], "system": "Hum.", "tools": []}, calls]))
+    data = config(tmp_path, Style.chat, "*", on_bad_record=OnBadRecord.skip, valid_fraction=0.0)
+    about = made(data, symbols)
+    assert about["left_out"]["fields"] == {"name": 4, "mood": 3} and about["left_out"]["count"] == 1
+    assert about["left_out"]["places"][0].endswith("b.jsonl:2: the chat template leaves out tool_calls")
+    print_left_out(about["left_out"])
+    assert (
+        "mood of messages is not written by the chat template: left out of 3 conversations" in capsys.readouterr().out
+    )
+    whole, _ = targets_of(data, 1204)
+    assert "<|System|>:Sing.<eoh>\n<|User|>" in whole and "<|System|>:Hum.<eoh>\n<|Bot|>" in whole
+
+
+def test_special_tokens_are_added_to_a_tokenizer(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines([{"messages": TURNS}] * 2))
+    write_hf_tokenizer(tokenizer, tmp_path, add_bos=False, max_len=64)
+    names = ["<eoh>", "<eoa>", "</s>", "<eoa>"]
+    for kind in ("tokenizer.model", "tokenizer.json"):
+        data = config(tmp_path, Style.chat, "a.jsonl", valid_fraction=0.0)
+        data.path = str(tmp_path / kind.removeprefix("tokenizer."))
+        settings = TokenizerConfig(model=str(tmp_path / kind), vocab_size=0, add_special_tokens=names)
+        prepare(data, settings, workers=1, progress=lambda *added: None)
+        grown = load_tokenizer(Path(data.path) / "tokenizer")
+        n = tokenizer.vocab_size
+        assert grown.special_ids == {**tokenizer.special_ids, "<eoh>": n, "<eoa>": n + 1} and answer_end(grown) == n + 1
+        assert grown.vocab_size == n + 2 and grown.encode("It is 42.") == tokenizer.encode("It is 42.")
+        assert targets_of(data, n + 2)[1] != []
+
+
 def test_bad_conversation_is_named_or_counted(tmp_path: Path, symbols: Tokenizer) -> None:
     bad = [{"messages": TURNS[:2]}, {"messages": "x"}, {}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [{"messages": TURNS}, *bad]))
@@ -122,7 +166,7 @@ def test_tokenizer_that_does_not_fit_the_template_is_an_error_before_anything_is
     tmp_path: Path, tokenizer: Tokenizer, workers: int
 ) -> None:
     (tmp_path / "a.jsonl").write_text("no record is read\n")
-    with pytest.raises(DataError, match=r"data.chat_template \(internlm\).*<eoh> and <eoa>"):
+    with pytest.raises(DataError, match="data.chat_template writes <eoh> and <eoa>"):
         made(config(tmp_path, Style.chat, "a.jsonl"), tokenizer, workers)
     assert not (tmp_path / "tokens").exists()
 

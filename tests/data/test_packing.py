@@ -42,7 +42,7 @@ def shard(tmp_path: Path) -> Shard:
 
 
 def batch(packing: Packing, packs: list[int], *, seq_len: int) -> Batch:
-    rows = read_rows(packing.files, packing.pieces(np.array(packs)), packing.pack_len)
+    rows = read_rows(packing.files, packing.pieces(np.array(packs)), packing.pack_len, seq_len)
     return collate(rows, np.zeros(len(packs), np.int64), seq_len=seq_len, isolated=packing.isolated)
 
 
@@ -206,6 +206,33 @@ def test_masked_tokens_are_no_targets(tmp_path: Path, name: str) -> None:
     one = batch(packing, [0], seq_len=8)
     assert one.tokens_BT[0].tolist() == [1, 2, 0, 4, 5, 6, 0, 0]
     assert one.labels_BT[0].tolist() == [-100, 0, 4, -100, 6, -100, -100, -100], "token 0 is a token like any other"
+
+
+@pytest.mark.parametrize("name", [name for name in PACKINGS if PACKINGS[name].isolated])
+@pytest.mark.parametrize(("pack_len", "seq_len"), [(8, 4), (8, 8), (4, 4)])
+def test_a_conversation_is_learnt_only_with_its_beginning(
+    tmp_path: Path, name: str, pack_len: int, seq_len: int
+) -> None:
+    documents = [np.arange(length) + 10 * (k + 1) for k, length in enumerate(LENGTHS)]
+    text = write_shard(tmp_path / "text", [np.arange(9) + 100] * 3)
+    packing = PACKINGS[name]([write_shard(tmp_path / "sft", documents, masked=True), text], pack_len, seed=None)
+    learnt = []
+    for pack in range(packing.n_packs):
+        one = batch(packing, [pack], seq_len=seq_len)
+        for a, b in pairwise(one.cu_seqlens.tolist()):
+            targets = [target for target in one.labels_BT[0, a:b].tolist() if target != IGNORED]
+            assert not targets or targets[0] > 100 or one.tokens_BT[0, a] % 10 == 0
+            learnt += targets
+    assert sum(target > 100 for target in learnt) == 24, "text goes on without its beginning"
+    if name == "best_fit":
+        whole = [10 * (k + 1) + j for k, n in enumerate(LENGTHS) for j in range(1, min(n, seq_len + 1))]
+        assert sorted(target for target in learnt if target < 100) == whole
+        assert packing.n_packs == {8: 8, 4: 12}[pack_len], "what is cut off is in no pack"
+    packing.files[0].conversations = False  # as InternLM's files, which may hold text
+    all_learnt = sum(
+        (batch(packing, [pack], seq_len=seq_len).labels_BT != IGNORED).sum() for pack in range(packing.n_packs)
+    )
+    assert all_learnt >= len(learnt) and (name == "best_fit" or all_learnt == sum(LENGTHS) - len(LENGTHS) + 24)
 
 
 def test_random_tokens_are_a_function_of_their_place() -> None:
