@@ -60,7 +60,7 @@ def _text(item: str, may_be_list: bool, metadata: Mapping[str, Any], refers: boo
         items = ITEM.findall(item[1:-1] + ",") if item[1:-1].strip() else []
         return f"[{','.join(_text(each, False, metadata, refers) for each in items)}]"
     value = _read(item)
-    if value is None or (may_be_list and isinstance(value, dict)):
+    if value is None or (may_be_list and isinstance(value, int | float | dict)):
         return item
     quoted = isinstance(value, str) and re.fullmatch(QUOTED, item, re.DOTALL)
     text = value if quoted else item

@@ -165,7 +165,7 @@ class Checkpoints:
 def _valid_loss(checkpoint: Path) -> float:
     """Return the validation loss of a checkpoint; inf if it is not finite or of another step."""
     try:
-        state = json.loads((checkpoint / "state.json").read_text())
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         loss, validated_step = state["progress"]["valid_loss"], state["progress"]["validated_step"]
     except (OSError, ValueError, KeyError):
         return math.inf
