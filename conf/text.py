@@ -45,7 +45,7 @@ def _field(command: str, key: str) -> tuple[Any, Mapping[str, Any], bool]:
         if part in getattr(kind, "__dataclass_fields__", ()):
             kind, metadata = kind.__dataclass_fields__[part].type, kind.__dataclass_fields__[part].metadata
         elif get_origin(kind) is dict:
-            kind = None if get_args(kind)[1] is Any else get_args(kind)[1]  # of any type: as Hydra reads it
+            kind = get_args(kind)[1]
         else:
             return None, {}, in_dict
         if get_origin(kind) is UnionType:
