@@ -1,11 +1,15 @@
 """Write text with a model: python generate.py run=runs/demo prompt="def main("; or hf=folder, or prompts=file."""
 
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+if __name__ == "__main__":  # Ctrl-C while modules load ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
 from omegaconf import DictConfig

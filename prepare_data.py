@@ -1,8 +1,12 @@
 """Turn text into a corpus of tokens: python prepare_data.py data=pile_small; see README.md."""
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # Ctrl-C while modules load ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
 from hydra.core.hydra_config import HydraConfig

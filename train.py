@@ -4,11 +4,15 @@ Nothing here imports torch before the configuration is known to be right.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":  # Ctrl-C while modules load ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -17,6 +21,7 @@ from omegaconf import DictConfig
 from conf.cli import checked, data_settings, is_user_error, report_user_errors, run
 from conf.schema import TrainConfig, to_plain
 from launch.ranks import launch
+from launch.sweep import removed_if_unused
 from training.preflight import check_run
 
 if TYPE_CHECKING:
@@ -27,9 +32,9 @@ if TYPE_CHECKING:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
-    with report_user_errors():
+    run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
+    with report_user_errors(), removed_if_unused(run_dir):
         config: TrainConfig = checked(cfg)
-        run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
         if config.dry_run.enabled:
             from dry_run.run import run_dry_run
 
@@ -101,8 +106,9 @@ def train(
     model, stages = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optimizer, tied_params=model.tied_params)
     scaler, state = LossScaler(config.precision), TrainState(device=mesh.device)
+    keep = config.checkpoint
     checkpoints = RunCheckpoints(
-        Checkpoints(run_dir, keep=config.checkpoint.keep, group=mesh.host),
+        Checkpoints(run_dir, keep=keep.keep, keep_every=keep.keep_every, keep_best=keep.keep_best, group=mesh.host),
         state,
         optimizer,
         scaler,

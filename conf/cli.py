@@ -9,6 +9,7 @@ import argparse
 import errno
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from copy import deepcopy
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser  # there is no public way to Hydra's own flags
@@ -34,7 +35,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from conf.schema import SCHEMAS, ConfigError, did_you_mean, register, to_config, to_object
+from conf.schema import SCHEMAS, ConfigError, did_you_mean, keys_named, register, to_config, to_object
+from conf.text import as_hydra_reads
 from corpus.config import DataError
 from data.config import TRAINING_ONLY
 from launch.config import RankError
@@ -48,13 +50,11 @@ from training.preflight import preflight_problems
 
 CONF = Path(__file__).parent.resolve()
 USER_ERRORS = (ConfigError, DataError, ModelError, ParallelError, CheckpointError, TrainingError, SweepError)
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 HYDRA_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 NO_CONFIG = ("hydra_help", "shell_completion", "experimental_rerun")  # flags of Hydra's that check no configuration
-HERE = (
-    "jobs",
-    "basic",
-)  # launchers that start a job's ranks on this machine, or where `launcher` in the config decides
+HERE = ("jobs", "basic")  # launchers that start ranks on this machine, or where `launcher` in the config decides
+MEANT = {"batch_size": "global_batch_tokens or data.micro_batch_size", "learning_rate": "optimizer.lr"}
 
 
 @quiet_pipe()
@@ -63,10 +63,12 @@ def run(main: Callable[[], Any], command: str) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises its errors, to be reported here
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle OpenMP threads sleep and leave their core to others
     escape_unprintable()
-    register()
-    sys.argv[1:] = [_as_hydra_reads(argument, command) for argument in sys.argv[1:]]
-    args = get_args_parser().parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # until now it ended the process at once
     try:
+        register()
+        args = get_args_parser().parse_intermixed_args()
+        flags = [argument for argument in sys.argv[1:] if argument not in args.overrides]
+        sys.argv[1:] = [*flags, *args.overrides]  # which Hydra wants in this order
         if not any(getattr(args, flag) for flag in NO_CONFIG):
             with open_composer(args, command) as composer:
                 if problems := composer.problems():
@@ -77,6 +79,7 @@ def run(main: Callable[[], Any], command: str) -> None:
                 if args.help:
                     print(composer.help())
                     return
+                sys.argv[1:] = [*flags, *composer.arguments]
         main()
     except HYDRA_ERRORS as error:
         _print_errors([_message(error)])
@@ -138,17 +141,6 @@ def checked(cfg: DictConfig) -> Any:
     return to_config(cfg, preflight_problems)
 
 
-def _as_hydra_reads(argument: str, command: str) -> str:
-    """Return an argument as Hydra wants it: an option called true in quotes, a key of a dictionary with ++."""
-    key, _, value = argument.partition("=")
-    if value in ("true", "false") and (CONF / key / f"{value}.yaml").exists():
-        return f"{key}='{value}'"
-    kind: Any = SCHEMAS[command]
-    for part in key.split("."):
-        kind = kind.__dataclass_fields__[part].type if part in getattr(kind, "__dataclass_fields__", ()) else kind
-    return f"++{argument}" if get_origin(kind) is dict else argument
-
-
 class _ConfigDir(SearchPathPlugin):
     """Has composing search the folder of `--config-dir`, as Hydra's own command line does."""
 
@@ -183,7 +175,8 @@ class Composer:
         self.listed: dict[tuple[str, ObjectType], list[str]] = {}
         self.overrides: list[Override] = []
         self.unread: list[str] = []
-        for argument in args.overrides:
+        self.arguments = [as_hydra_reads(argument, command, sweep=args.multirun) for argument in args.overrides]
+        for argument in self.arguments:
             try:
                 self.overrides += [self.parser.parse_override(argument)]
             except HydraException:
@@ -266,8 +259,6 @@ class Composer:
             yield from self._point_problems(composing, values, list(product(*varied)))
 
     def _unread_problem(self, argument: str) -> str:
-        if "=" in argument:
-            return f"{argument} cannot be read; quote such a value twice, as in 'key=\"a (b), c\"'"
         meant = " or ".join(f"{group}={argument}" for group in self.groups if argument in self.options(group))
         return f"{argument} must be key=value" + (f"; did you mean {meant}?" if meant else "")
 
@@ -310,7 +301,10 @@ class Composer:
             known = list(map(str, node)) if isinstance(node, DictConfig) else []
             if part not in known:
                 known += [group for group in self.groups if n == 1 and group not in known]
-                return [f"{'.'.join(parts[:n])} is not a setting; {did_you_mean(part, known)}"]
+                meant = MEANT.get(part, "") if self.command == "train" else ""
+                meant = meant or " or ".join(keys_named(parts[-1], SCHEMAS[self.command]))
+                hint = f"did you mean {meant}?" if meant else did_you_mean(part, known)
+                return [f"{'.'.join(parts[:n])} is not a setting; {hint}"]
             node = node[part] if n < len(parts) else None
         try:
             OmegaConf.update(cfg, key, value, merge=True, force_add=True)

@@ -36,7 +36,8 @@ from training.config import (
 )
 
 CONTENT = ("model", "optimizer", "scheduler", "sampler", "all")
-NAME = re.compile(r"[A-Za-z0-9._=,+-]+(/[A-Za-z0-9._=,+-]+)*")
+NAME = re.compile(r"[\w.=,+-]{1,200}(/[\w.=,+-]{1,200})*")
+PROSE = {"prose": True}  # metadata of fields that are never a path
 FREE = {"free": True}  # metadata of fields that may change when a run is resumed: they do not decide what is learnt
 
 
@@ -91,7 +92,7 @@ class TrainConfig:
 
     def problems(self) -> Iterator[str]:
         if not NAME.fullmatch(self.name) or ".." in self.name:
-            yield f"name ({self.name}) names runs/<name>; use letters, digits, ._=,+- and /"
+            yield f"name ({self.name}) names runs/<name>; use letters, digits, ._=,+- and /, 200 per folder at most"
         yield from _below(self, 1, "steps", "valid_tokens")
         yield from _below(self, 0, "valid_every", "seed")
         for section in (getattr(self, f.name) for f in dataclasses.fields(self)):
@@ -139,6 +140,9 @@ class TrainConfig:
         if by_size and self.optimizer.name == "muon" and scale is not MuonScale.spectral:
             of_model = f"model.parametrization ({model.parametrization.value})"
             yield f"optimizer.scale ({scale.value}) does not go with {of_model}; use optimizer.scale=spectral"
+        if self.checkpoint.keep_best and (self.valid_every < 1 or self.checkpoint.every % self.valid_every):
+            least = f"a checkpoint.every ({self.checkpoint.every}) that is a multiple of it"
+            yield f"checkpoint.keep_best (true) needs valid_every ({self.valid_every}), and {least}"
         if graphs and precision.compute is Dtype.fp16:
             yield "parallel.cuda_graphs (true) needs precision.compute bf16 or fp32, not fp16"
         if graphs and self.optimizer.impl in (OptimizerImpl.torch, OptimizerImpl.apex):
@@ -202,16 +206,16 @@ class GenerateConfig:
     run: str | None = None  # a run folder or one of its checkpoints
     step: int | None = None  # of the run's checkpoint (null: the newest)
     hf: str | None = None  # an exported or other Hugging Face folder
-    prompt: str | None = None  # "-": standard input, whole
+    prompt: str | None = field(default=None, metadata=PROSE)  # "-": standard input, whole
     prompts: str | None = None  # a file with one prompt per line, or "-"
     chat: bool = False  # prompts are messages, answered by the chat template; without one it is a conversation
-    system: str | None = None  # chat: the message of the system before all others
+    system: str | None = field(default=None, metadata=PROSE)  # chat: the message of the system before all others
     max_new_tokens: int = 128
     temperature: float = 0.8  # 0: greedy
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     repetition_penalty: float = 1.0
-    stop: list[str] = field(default_factory=list)  # strings that end a text, beside the tokens that do
+    stop: list[str] = field(default_factory=list, metadata=PROSE)  # strings that end a text, beside the tokens that do
     seed: int = 0
     samples: int = 1  # texts per prompt
     batch_size: int = 16  # prompts decoded together
@@ -297,26 +301,44 @@ def to_config(cfg: DictConfig, more_problems: Callable[[Any], Iterable[str]] = l
 
 
 def to_plain(config: Any) -> dict[str, Any]:
-    """Return a typed configuration as JSON can hold it, enums by their value: what is stored with a run."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=lambda option: option.value))
+    """Return a typed configuration as JSON can hold it and OmegaConf reads it back: what is stored with a run.
+
+    Enums are by their value, inf and nan are words, and a `${` that is text is escaped.
+    """
+    text = json.dumps(dataclasses.asdict(config), default=lambda option: option.value)
+    escaped = re.sub(r"(\\*)\$\{", r"\1\1\\\\${", text)  # in JSON a backslash is two
+    return json.loads(escaped, parse_constant={"Infinity": "inf", "-Infinity": "-inf", "NaN": "nan"}.__getitem__)
 
 
-def free_keys(section: type = TrainConfig, prefix: str = "") -> list[str]:
-    """Return the keys that may change on resume: fields marked `free`, and a corpus's, whose tokens are compared."""
-    keys = []
+def _settings(section: type, prefix: str = "") -> Iterator[tuple[str, type, Any]]:
+    """Yield the dotted key, section and field of every setting, sections themselves included."""
     for found in dataclasses.fields(section):
-        if found.metadata.get("free") is True or (section is DataConfig and found.name not in TRAINING_ONLY):
-            keys.append(prefix + found.name)
-        elif isinstance(found.type, type) and dataclasses.is_dataclass(found.type):
-            keys += free_keys(found.type, f"{prefix}{found.name}.")
-    return keys
+        yield prefix + found.name, section, found
+        if isinstance(found.type, type) and dataclasses.is_dataclass(found.type):
+            yield from _settings(found.type, f"{prefix}{found.name}.")
+
+
+def free_keys() -> list[str]:
+    """Return the keys that may change on resume: fields marked `free`, and a corpus's, whose tokens are compared."""
+    return [
+        key
+        for key, section, found in _settings(TrainConfig)
+        if found.metadata.get("free") is True or (section is DataConfig and found.name not in TRAINING_ONLY)
+    ]
+
+
+def keys_named(word: str, section: type) -> list[str]:
+    """Return the dotted keys whose last word is `word`."""
+    return [key for key, _, found in _settings(section) if found.name == word]
+
+
+def stored(section: type, values: dict[str, Any]) -> Any:
+    """Return a section of a configuration that was stored with a checkpoint."""
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), values))
 
 
 def stored_model(run_config: dict[str, Any]) -> ModelConfig:
-    """Return the model of a configuration that was stored with a checkpoint."""
-    stored = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), run_config["model"]))
-    assert isinstance(stored, ModelConfig)
-    return stored
+    return stored(ModelConfig, run_config["model"])
 
 
 def did_you_mean(word: str, choices: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 import ctypes
 import signal
+import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 
@@ -81,6 +82,8 @@ def train_batches(
         sampler=micro_batches(),  # type: ignore[arg-type]
         num_workers=config.workers,
         worker_init_fn=_start_worker if config.workers else None,
+        # Linux's own way; in a process of joblib's the default is joblib's, which starts no other's processes.
+        multiprocessing_context="fork" if config.workers and sys.platform == "linux" else None,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # its draws must not move the run's own generator
     )

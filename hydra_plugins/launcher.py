@@ -15,10 +15,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from conf.schema import TrainConfig
-from launch.sweep import SweepError, SweepPoint, run_points, share_cores
+from launch.sweep import SweepError, SweepPoint, folder_name, removed_if_unused, run_points, share_cores
 
 
 @dataclass
@@ -27,6 +27,7 @@ class JobsConf:
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="jobs", node=JobsConf, provider="pretraining")
+OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)  # for hydra.sweep.subdir
 
 
 class JobLauncher(Launcher):
@@ -40,21 +41,24 @@ class JobLauncher(Launcher):
         from conf.cli import is_user_error
         from training.preflight import check_run
 
-        setup_globals()
-        swept = self._swept(job_overrides)
-        points = [self._point(n, o, swept, len(job_overrides)) for n, o in enumerate(job_overrides, initial_job_idx)]
-        dry = {isinstance(point.config, TrainConfig) and point.config.dry_run.enabled for point in points}
-        if len(dry) > 1:
-            raise SweepError("dry_run.enabled must be the same at all points of a sweep")
-        if True in dry:
-            results = list(map(_run_dry, points))
-        else:
-            results = run_points(
-                points,
-                Path(os.path.relpath(self.config.hydra.sweep.dir)),
-                check=lambda point: check_run(point.config, point.run_dir, point.settings),
-                is_user_error=is_user_error,
-            )
+        with removed_if_unused(Path(self.config.hydra.sweep.dir)):
+            setup_globals()
+            swept = self._swept(job_overrides)
+            points = [
+                self._point(n, o, swept, len(job_overrides)) for n, o in enumerate(job_overrides, initial_job_idx)
+            ]
+            dry = {isinstance(point.config, TrainConfig) and point.config.dry_run.enabled for point in points}
+            if len(dry) > 1:
+                raise SweepError("dry_run.enabled must be the same at all points of a sweep")
+            if True in dry:
+                results = list(map(_run_dry, points))
+            else:
+                results = run_points(
+                    points,
+                    Path(os.path.relpath(self.config.hydra.sweep.dir)),
+                    check=lambda point: check_run(point.config, point.run_dir, point.settings),
+                    is_user_error=is_user_error,
+                )
         return [
             JobReturn(
                 overrides=overrides,

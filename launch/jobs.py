@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, groupby
@@ -26,7 +27,7 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 from launch import slurm
 from launch.config import LauncherConfig, Where
 from launch.environment import visible_gpus
-from launch.ranks import RankEnd, UserErrorTest, first_failure, hung_stacks, is_timeout, launch, read_ends
+from launch.ranks import RankEnd, UserErrorTest, first_failure, handle, hung_stacks, is_timeout, launch, read_ends
 from parallel.config import ParallelConfig, ParallelError
 
 STOP_S = 60.0  # for jobs of this machine to save when they are stopped
@@ -130,7 +131,8 @@ class Running:
         prefix = f"[{self.point.label}] " if self.point.label else ""
         for line in whole.decode(errors="replace").splitlines():
             if not line.startswith("submitit "):
-                print(f"{prefix}{line}", flush=True)
+                with suppress(OSError):  # the terminal is gone
+                    print(f"{prefix}{line}", flush=True)
 
     def is_over(self, states: Mapping[str, str]) -> bool:
         """Return whether nothing more will come of the job; `states` are Slurm's, {} if it was not asked."""
@@ -174,7 +176,7 @@ def run_jobs(
     jobs = _Jobs(folder, code)
     queue = [point for point in points if point.launcher.where is Where.local]
     to_submit = sorted((point for point in points if point.launcher.where is Where.slurm), key=_settings)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    before = handle((signal.SIGTERM, signal.SIGHUP), lambda signum, _: sys.exit(128 + signum))
     try:
         for point in queue:
             free_gpus(point, [])
@@ -209,7 +211,8 @@ def run_jobs(
         jobs.stop()
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _settings(point: Point) -> str:
@@ -263,7 +266,8 @@ class _Jobs:
         """Stop all jobs and wait until those of this machine have saved; a second interrupt kills these."""
         if ids := self.slurm_ids():
             slurm.ask("scancel", *ids)
-            print(f"\ncancelled {', '.join(ids)}; the same command resumes their runs", file=sys.stderr)
+            with suppress(OSError):
+                print(f"\ncancelled {', '.join(ids)}; the same command resumes their runs", file=sys.stderr)
         processes = [job.process for job in self.running if job.process is not None]
         deadline = time.monotonic() + STOP_S
         try:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -27,7 +27,7 @@ from launch.config import RankError
 from launch.environment import DEFAULTS, VARIABLES, check_joined, free_port, joined_environment, nproc_per_node
 from parallel.config import ParallelConfig
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 GRACE_S = 5.0  # for the other ranks to end by themselves once one has failed
 STACK_S = 1.0  # for a hung rank to write its stack before it is killed
 POLL_S = 0.5
@@ -51,6 +51,12 @@ def launch(work: Callable[..., Any], *args: Any, config: ParallelConfig, is_user
         return work(*args)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         return _Ranks(n_ranks, Path(folder)).run(work, args, is_user_error)
+
+
+def handle(signals: Iterable[int], handler: Callable[[int, FrameType | None], object]) -> dict[int, Any]:
+    """Install a handler and return those before it; a hang-up that is ignored stays so, as nohup wants it."""
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+    return {signum: signal.signal(signum, handler) for signum in set(signals) - ignored}
 
 
 @dataclass
@@ -122,7 +128,7 @@ class _Ranks:
 
     def run(self, *work: Any) -> Any:
         """Spawn the ranks and wait until all have ended, or until the grace period after a failure is over."""
-        before = {signum: signal.signal(signum, self._forward) for signum in SIGNALS}
+        before = handle(SIGNALS, self._forward)
         try:
             self._spawn(work)
             deadline = None

@@ -5,10 +5,11 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -91,7 +92,7 @@ def run_points(
             outcomes[point.run_dir] = outcome
             if outcome.state == "finished":
                 loss = outcome.value = _value(point.run_dir, outcome.value)
-                shown = f", validation loss {loss:.4f}" if isinstance(loss, float) and loss < math.inf else ""
+                shown = f", validation loss {loss:.4f}" if isinstance(loss, float) and loss != math.inf else ""
                 logger.info("%s: %s%s", "given up" if loss == math.inf else "finished", point.name, shown)
             else:
                 note_end(point.run_dir, outcome.state, outcome.reason)
@@ -165,6 +166,27 @@ def is_finished(run_dir: Path, run_config: dict[str, Any]) -> bool:
     if not given_up and status.get("state") != "finished":
         return False
     return all(is_free_key(key) for key, _, _ in changed_keys(status["config"], run_config))
+
+
+def folder_name(overrides: str) -> str:
+    """Return a point's settings as one folder's name; if slashes or its length had to change, with a hash."""
+    bare = overrides.translate({ord(sign): None for sign in "'\"\\"})
+    name = re.sub(r"[/\x00-\x1f]", "_", bare)
+    if name == bare and len(os.fsencode(name)) <= 255:
+        return name
+    return os.fsencode(name)[:200].decode(errors="ignore") + "-" + hashlib.sha256(bare.encode()).hexdigest()[:8]
+
+
+@contextmanager
+def removed_if_unused(folder: Path) -> Iterator[None]:
+    """Remove the folder of a run or sweep that did not start: it holds only what Hydra wrote."""
+    try:
+        yield
+    finally:
+        if {path.name for path in folder.glob("*")} in ({".hydra"}, {"multirun.yaml"}):
+            with suppress(OSError):
+                shutil.rmtree(folder)
+                os.removedirs(folder.parent)  # and those above it that are empty
 
 
 def keep_code(folder: Path) -> Path:

@@ -1,8 +1,10 @@
 """Every option composes, everything wrong with a command line is reported at once, and Hydra's own features work."""
 
 import json
+import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -11,10 +13,24 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
 
 from conf.cli import CONF, checked, open_composer, run
-from conf.schema import TrainConfig, free_keys, parse_ranges, register, to_config, to_plain
+from conf.schema import (
+    TrainConfig,
+    free_keys,
+    parse_ranges,
+    register,
+    stored,
+    stored_model,
+    to_config,
+    to_plain,
+)
+from launch.sweep import folder_name
+from training.config import OptimizerConfig
 from training.preflight import world_size
 
 ROOT = Path(__file__).parent.parent
@@ -98,8 +114,8 @@ def test_tutorial_on_four_nodes_is_one_micro_batch_per_gpu() -> None:
         ("modle=7b", ["modle .*'model'"]),
         ("optimizer=null +experiment=demo", ["optimizer=None .*adamw", r"\+experiment=demo .*leave out"]),
         ("7b local", ["7b .*model=7b", "local .*data=local or launcher=local"]),
-        ("model=8b optimizer.lrr=1 +model.n_layer=3 steps=abc name=f(", [  # all of it at once
-            r"name=f\( ", "model=8b ", "optimizer.lrr .*'lr'", "model.n_layer .*'n_layers'", r"steps \(abc\).*Integer",
+        ("model=8b optimizer.lrr=1 +model.n_layer=3 steps=abc 350m", [  # all of it at once
+            "350m ", "model=8b ", "optimizer.lrr .*'lr'", "model.n_layer .*'n_layers'", r"steps \(abc\).*Integer",
         ]),
         ("optimizer.lr=1e-4,1e-3", ["optimizer.lr .*-m"]),
         ("model.init=gpt skip_batches=3 steps.x=1", [r"model.init \(gpt\).*internlm_v1", r"skip_batches \(3\)", "steps.x"]),
@@ -136,6 +152,14 @@ def test_tutorial_on_four_nodes_is_one_micro_batch_per_gpu() -> None:
         ("launcher.time=1h", [r"launcher.time \(1h\)"]),
         ("launcher.time=0:01:00 launcher.parallel_jobs=0", [r"launcher.parallel_jobs \(0\)", "launcher.signal_delay_s"]),
         ("early_stop.margin=0", [r"early_stop.margin \(0.0\)"]),
+        ("lr=1e-3 batch_size=8 model.resume=x learning_rate=1", [
+            "lr .*optimizer.lr", "batch_size .*global_batch_tokens or data.micro_batch_size", "model.resume .*checkpoint.resume",
+            "learning_rate .*optimizer.lr",
+        ]),
+        (f"name={'x' * 201}", ["name .*200"]),
+        ("name=实验/第一 steps=f(", [r"steps \(f\(\)"]),
+        ("checkpoint.keep_best=true checkpoint.every=100 valid_every=30", [r"keep_best .*valid_every \(30\)"]),
+        ("checkpoint.keep_every=1500", [r"checkpoint.keep_every \(1500\) .*checkpoint.every \(1000\)"]),
     ],
 )  # fmt: skip
 def test_everything_wrong_is_reported_at_once(line: str, expected: list[str]) -> None:
@@ -222,11 +246,85 @@ def test_ramp_grows_to_the_full_batch() -> None:
 
 
 def test_stored_configuration_is_json_and_has_every_key() -> None:
-    plain = to_plain(composed("precision=fp16", "+data.mix={a: 1, b: 2.5}", "skip_batches=[3]"))
+    odd = ["name=x", "optimizer.max_grad_norm=inf", "model.name='a\\${b}'"]
+    plain = to_plain(composed("precision=fp16", "+data.mix={a: 1, b: 2.5}", "skip_batches=[3]", *odd))
     assert json.loads(json.dumps(plain)) == plain
     assert plain["data"]["mix"] == {"a": 1.0, "b": 2.5} and plain["skip_batches"] == ["3"]
     assert plain["precision"]["compute"] == "fp16" and plain["parallel"]["pipeline_schedule"] == "1f1b"
     assert set(plain) == set(TrainConfig.__dataclass_fields__)
+    assert stored_model(plain).name == "a${b}" and stored(OptimizerConfig, plain["optimizer"]).max_grad_norm == math.inf
+
+
+TYPED = [
+    ("generate", "prompt", "It's"), ("generate", "prompt", "你好"), ("generate", "prompt", "Once upon a time, there was"),
+    ("generate", "prompt", "cost ${price} of ${run} \\${x} \\"), ("generate", "prompt", "~/x"), ("generate", "prompt", " 1.10 "),
+    ("generate", "prompt", "[a, {b: 'c'"), ("generate", "prompt", "choice(a,b)"), ("generate", "prompt", "line\nline\t"),
+    ("generate", "prompt", "true"), ("generate", "run", "runs/a=[1],b='2'"), ("generate", "run", "1e3"),
+    ("train", "name", "2024_11_25"), ("train", "data.path", "/data/中文 (a, b)"), ("train", "data.tokenizer", "a${b}"),
+    ("train", "init_from", "007"), ("train", "logger.wandb_notes", "~/x: \"why\", who?"),
+    ("prepare_data", "data.sources.web", "/d/it's, ${here}"), ("export", "out", "2e1/{x}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "key", "text"), TYPED)
+def test_text_is_taken_as_it_is_typed(name: str, key: str, text: str) -> None:
+    assert OmegaConf.select(as_read(name, f"{key}={text}"), key) == text
+
+
+def as_read(name: str, *argv: str) -> DictConfig:
+    with open_composer(get_args_parser().parse_args(argv), name) as composer:
+        return composer.compose(*composer.arguments)[0]
+
+
+def test_text_that_hydra_still_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    cfg = as_read("generate", "prompt='a, ${b}'", "prompts=null", "hf=~/x", "stop=[1.10, 'a, b', ~/x, ${c}]")
+    assert (cfg.prompt, cfg.prompts, cfg.hf, list(cfg.stop)) == (
+        "a, ${b}",
+        None,
+        "/home/me/x",
+        ["1.10", "a, b", "~/x", "${c}"],
+    )
+    cfg = as_read(
+        "train", "name=lr_${optimizer.lr}", "skip_batches=[]", "checkpoint.accept_changes=[steps]", "steps=${seed}"
+    )
+    assert (cfg.name, cfg.skip_batches, cfg.checkpoint.accept_changes, cfg.steps) == ("lr_0.0001", [], ["steps"], 0)
+
+
+def test_sweeps_over_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = ["data=local", "-m", 'data.path="a, b",/data/it\'s ,007', "skip_batches=[1,2],[3]", "name=x_${seed}"]
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", *typed, "data.name=choice(a,b)", "data.seq_len=64", 'scheduler="wsd",cosine']
+    )
+    run(lambda: None, "train")
+    assert sys.argv[1] == "-m", "Hydra wants its flags before the settings"
+    (points,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(sys.argv[2:]), None)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfgs = [compose("train", overrides=point) for point in points]
+    assert len(cfgs) == 3 * 2 * 2 * 2 and {cfg.name for cfg in cfgs} == {"x_0"}
+    assert {cfg.data.path for cfg in cfgs} == {"a, b", "/data/it's", "007"}
+    assert {tuple(cfg.skip_batches) for cfg in cfgs} == {("1", "2"), ("3",)}
+    assert {cfg.scheduler.type.value for cfg in cfgs} == {"wsd", "cosine"}
+
+
+def test_folders_of_points_lie_in_the_sweeps() -> None:
+    assert folder_name("optimizer.lr=0.001,skip_batches=[5]") == "optimizer.lr=0.001,skip_batches=[5]"
+    assert folder_name("data.name='1.10'") == "data.name=1.10"
+    long = [f"skip_batches=[{'7,' * 200}{i}]" for i in range(2)]
+    paths = ["init_from=runs/a", "init_from=runs_a", "init_from=../../a", "data.path='/数据/" + "长" * 90 + "'", *long]
+    names = [folder_name(path) for path in paths]
+    assert len(set(names)) == len(paths) and not any("/" in name or len(os.fsencode(name)) > 255 for name in names)
+    assert folder_name("init_from='runs/a'") == names[0], "however it was quoted"
+
+
+@pytest.mark.parametrize("script", ["train.py", "generate.py", "prepare_data.py"])
+def test_an_interrupt_while_modules_load_is_quiet(script: str) -> None:
+    argv = [sys.executable, "-X", "importtime", script, "nonsense"]
+    with subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None and any(" hydra._internal\n" in line for line in process.stderr)
+        process.send_signal(signal.SIGINT)
+        rest = [line for line in process.stderr if not line.startswith("import time:")]
+    assert process.returncode in (-signal.SIGINT, 130) and not rest
 
 
 def test_free_keys_decide_nothing_that_is_learnt() -> None:
@@ -282,9 +380,9 @@ def test_completion_knows_options_and_keys() -> None:
 
 
 def test_remedy_names_the_folder_of_the_user(outside: Path, tmp_path: Path) -> None:
-    settings = ["experiment=mine", "data=builtin", f"data.path={tmp_path / 'no'}", f"hydra.run.dir={tmp_path}"]
+    settings = ["experiment=mine", "data=builtin", f"data.path={tmp_path / 'no'}", f"hydra.run.dir={tmp_path}/a/b"]
     done = command("train.py", f"--config-dir={outside}", *settings)
-    assert done.returncode == 1
+    assert done.returncode == 1 and not (tmp_path / "a").exists(), "a refused run has no folder"
     assert done.stderr.endswith(
         f"python prepare_data.py --config-dir={outside} data=builtin data.path={tmp_path / 'no'}\n"
     )
@@ -308,7 +406,8 @@ def test_stock_launcher_checks_every_point(tmp_path: Path, outside: Path, launch
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_stock_launcher_trains_every_point(tmp_path: Path, outside: Path, launcher: str) -> None:
     argv = ["train.py", "-m", f"--config-dir={outside}", "experiment=mine", f"hydra/launcher={launcher}"]
-    done = command(*argv, "optimizer.lr=1e-3,1e-2", f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=${optimizer.lr}")
+    many = ["data.workers=2", *(f"launcher.sbatch.option{n}={'x' * 20}" for n in range(9))]  # a long name
+    done = command(*argv, *many, "launcher.where=slurm", "optimizer.lr=1e-3,1e-2", f"hydra.sweep.dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     states = [json.loads(path.read_text())["state"] for path in tmp_path.glob("*/status.json")]
     assert states == ["finished"] * 2

@@ -62,12 +62,12 @@ def refused(folder: Path, *overrides: str, command: str = "train") -> str:
 @pytest.mark.parametrize("options", [["-m", "optimizer.lr=1e-3,1e-2"], ["experiment=lr_sweep"]])
 def test_sweep_without_its_corpus_is_refused_once_and_without_torch(tmp_path: Path, options: list[str]) -> None:
     argv = [sys.executable, "-X", "importtime", "train.py", *options, f"data.path={tmp_path / 'no'}"]
-    done = subprocess.run([*argv, f"hydra.sweep.dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*argv, f"hydra.sweep.dir={tmp_path / 's/t'}"], cwd=ROOT, capture_output=True, text=True)
     reported = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert done.returncode == 1 and " torch\n" not in done.stderr
     (error,) = reported
     assert error.endswith(f"run: python prepare_data.py data=builtin data.path={tmp_path / 'no'}")
-    assert not list(tmp_path.glob("optimizer*"))
+    assert not (tmp_path / "s").exists(), "multirun.yaml neither"
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,9 @@ def test_folder_of_another_run_is_refused(tmp_path: Path, small: list[str]) -> N
     assert str(folder) in error and "steps (1, now 2)" in error and error.endswith("(at optimizer.lr=1e-3)")
     with locked(folder):
         assert f"{folder} is in use by process " in refused(tmp_path, *small, "steps=1")
+    never, must = (refused(tmp_path, *small, "steps=1", f"checkpoint.resume={how}") for how in ("never", "must"))
+    assert f"checkpoint.resume (never): {folder} holds step-00000001" in never and "point0" not in must
+    assert f"checkpoint.resume (must): {tmp_path / 'point1'} holds no checkpoint" in must
 
 
 def test_sweeps_and_points_do_not_share_a_folder(tmp_path: Path, small: list[str]) -> None:

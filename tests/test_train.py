@@ -151,7 +151,7 @@ def command(
     return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGKILL, -9)])
 def test_resume_after_a_signal_is_bit_exact(tmp_path: Path, small: list[str], signum: int, code: int) -> None:
     settings = [*small, "steps=120", "checkpoint.every=20", "valid_every=50", "data.workers=2", "name=signalled"]
     done = command(tmp_path / "r", *settings, seconds=0.3, signum=signum)
@@ -166,7 +166,9 @@ def test_resume_after_a_signal_is_bit_exact(tmp_path: Path, small: list[str], si
     assert_same_run(tmp_path / "r", tmp_path / "whole")
 
 
-def test_a_changed_configuration_must_be_accepted(run_dir: Path, tmp_path: Path, small: list[str]) -> None:
+def test_a_changed_configuration_must_be_accepted(
+    run_dir: Path, tmp_path: Path, small: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tmp_path / "r"
     shutil.copytree(run_dir, folder)
     changed = [*small, "steps=14", "optimizer.weight_decay=0.5"]
@@ -174,6 +176,22 @@ def test_a_changed_configuration_must_be_accepted(run_dir: Path, tmp_path: Path,
         trained(folder, *changed)
     assert trained(folder, *changed, "checkpoint.accept_changes=[steps,optimizer.weight_decay]") is not None
     assert open_checkpoint(folder).step == 14
+    rates = [record["optim/lr"] for record in metrics(folder) if "train/loss" in record]
+    assert (
+        f"goes on at {rates[10]:.3g}; as the run was begun, it would be 0.0001" in caplog.text and rates[10] > rates[9]
+    )
+    caplog.clear()
+    trained(folder, *changed)
+    assert "goes on at" not in caplog.text, "nothing changed"
+
+
+def test_numbers_that_json_lacks_are_saved(tmp_path: Path, small: list[str]) -> None:
+    odd = [*small, "steps=2", "checkpoint.every=1", "optimizer.max_grad_norm=inf", "precision.max_scale=inf"]
+    odd += ["++optimizer.options={a: -inf, b: nan}"]
+    trained(tmp_path / "r", *odd)
+    stored = open_checkpoint(tmp_path / "r").state["config"]["optimizer"]
+    assert stored["max_grad_norm"] == "inf" and stored["options"] == {"a": "-inf", "b": "nan"}
+    assert trained(tmp_path / "r", *odd) is not None, "and it resumes"
 
 
 def test_changed_data_is_refused(run_dir: Path, corpus_dir: Path, tmp_path: Path, small: list[str]) -> None:
@@ -185,13 +203,6 @@ def test_changed_data_is_refused(run_dir: Path, corpus_dir: Path, tmp_path: Path
         shutil.copyfile(corpus_dir / "valid" / file, tmp_path / "tokens" / "train" / file)
     with pytest.raises(CheckpointError, match="data.fingerprint"):
         trained(folder, *small, f"data.path={tmp_path / 'tokens'}")
-
-
-def test_resume_never_and_must(run_dir: Path, tmp_path: Path, small: list[str]) -> None:
-    with pytest.raises(CheckpointError, match=r"checkpoint.resume \(never\): .* holds step-00000010"):
-        trained(run_dir, *small, "checkpoint.resume=never")
-    with pytest.raises(CheckpointError, match=r"checkpoint.resume \(must\)"):
-        trained(tmp_path / "r", *small, "checkpoint.resume=must")
 
 
 def test_skipped_batches_are_counted_and_not_trained_on(tmp_path: Path, small: list[str]) -> None:

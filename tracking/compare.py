@@ -21,7 +21,9 @@ from training.config import CheckpointError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NOT_COMPARED = ("name", "launcher", "logger", "checkpoint")
+NOT_COMPARED = ("launcher", "logger", "checkpoint")
+MOST_KEYS = 12  # settings in the table and the pictures
+MOST_LABELS = 20  # of a picture's curves
 WIDE_RANGE = 8.0  # values that span this factor are drawn on a logarithmic scale
 
 
@@ -39,9 +41,9 @@ class Run:
 
     @property
     def loss(self) -> float | None:
-        """The last validation loss, or the training loss of a run without one."""
+        """The last validation loss, or the training loss of a run without one; inf if the run diverged."""
         curve = self.valid or self.train
-        return curve[-1][1] if curve else None
+        return math.inf if self.state == "diverged" else curve[-1][1] if curve else None
 
     def value(self, key: str) -> Any:
         value: Any = self.config
@@ -56,8 +58,11 @@ def compare(folder: Path, *, show: bool = False) -> str:
         read_runs(folder), key=lambda run: (run.state != "finished", run.loss is None, run.loss or 0, run.name)
     )
     keys = swept_keys(runs)
-    rows = table(runs, keys)
     notes = [f"{run.name}: {run.reason.splitlines()[0]}" for run in runs if run.state == "failed" and run.reason]
+    if len(keys) > MOST_KEYS:
+        notes.append(f"{len(keys) - MOST_KEYS} more settings differ; see config.yaml in the runs' folders")
+        keys = sorted(keys, key=lambda key: (key != "name", not key.endswith(".name")))[:MOST_KEYS]
+    rows = table(runs, keys)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     cells = [[*map(str.rjust, row[:-1], widths), row[-1]] for row in rows]
     text = "\n".join([*map("  ".join, cells), *notes])
@@ -88,13 +93,15 @@ def read_runs(folder: Path) -> list[Run]:
 def _read(path: Path, folder: Path) -> Run:
     status, records = read_status(path), read_records(path / METRICS)
     killed = status["state"] == "running" and not is_held(path)
-    last = {key: value for record in records for key, value in record.items() if value is not None}
+    train, valid = (loss_curve(records, f"{kind}/loss") for kind in ("train", "valid"))
+    diverged = any(curve and curve[-1][1] == math.inf for curve in (train, valid))
+    last = {key: value for record in records for key, value in record.items()}
     return Run(
         name=str(path.relative_to(folder)) if path != folder else folder.name,
-        state="failed" if killed else status["state"],
+        state="failed" if killed else "diverged" if diverged and status["state"] == "finished" else status["state"],
         config=status["config"],
-        train=smoothed(loss_curve(records, "train/loss")),
-        valid=loss_curve(records, "valid/loss"),
+        train=smoothed(train),
+        valid=valid,
         step=last.get("step", 0),
         bits_per_byte=last.get("valid/bits_per_byte"),
         tokens_per_s=last.get("perf/tgs_all"),
@@ -134,7 +141,11 @@ def table(runs: Sequence[Run], keys: Sequence[str]) -> list[list[str]]:
 def _shown(value: Any, spec: str) -> str:
     if isinstance(value, float):
         return format(value, spec) if math.isfinite(value) else "-"
-    return "-" if value is None else str(value)
+    return "-" if value is None else _short(str(value))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:19]}…{text[-20:]}"
 
 
 def as_markdown(rows: list[list[str]]) -> str:
@@ -146,20 +157,24 @@ def draw(runs: Sequence[Run], keys: Sequence[str], out: Path) -> None:
     """Draw loss.png, losses over tokens, and final.png, the last loss over each swept value; every run has a loss."""
     from matplotlib import colormaps
 
+    labelled, by_name = runs[:MOST_LABELS], not keys or "name" in keys
+    keys = [key for key in keys if key != "name"]
     names = dict(zip(keys, short_names(keys), strict=True))
     runs = sorted(runs, key=lambda run: [_sortable(run.value(key)) for key in keys])
     colors = {run.name: colormaps["viridis"](0.9 * i / max(1, len(runs) - 1)) for i, run in enumerate(runs)}
-    with figure(out / "loss.png") as (axes,):
+    with figure(out / "loss.png", 11) as (axes,):
         for run in runs:
-            label = ", ".join(f"{names[key]} {_shown(run.value(key), 'g')}" for key in keys) or run.name
-            label += "" if run.state == "finished" else f" ({run.state})"
+            varied = ", ".join(f"{names[key]} {_shown(run.value(key), 'g')}" for key in keys)
+            label = _short(run.name if by_name else varied) + ("" if run.state == "finished" else f" ({run.state})")
+            label = label if run in labelled else None
             axes.plot(*zip(*run.train, strict=True), color=colors[run.name], label=label)
             if run.valid:
                 axes.plot(*zip(*run.valid, strict=True), "o", color=colors[run.name], markersize=4)
-        axes.set(xlabel="tokens", title="training loss, smoothed, and validation (dots)")
-        axes.legend(fontsize="small", ncols=1 + len(runs) // 9)
+        best = f"; the best {MOST_LABELS} are named" if len(runs) > MOST_LABELS else ""
+        axes.set(xlabel="tokens", title=f"training loss, smoothed, and validation (dots){best}")
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     panels = list(keys) or ["seed"]
-    with figure(out / "final.png", 5 * len(panels), len(panels)) as row:
+    with figure(out / "final.png", 5, len(panels)) as row:
         for axes, key in zip(row, panels, strict=True):
             axes.set(xlabel=names.get(key, key), title="last loss (o finished, x not)")
             _draw_final(axes, runs, key, colors, [other for other in keys if other != key])
@@ -170,7 +185,8 @@ def _draw_final(axes: "Axes", runs: Sequence[Run], key: str, colors: dict[str, A
     values = [run.value(key) for run in runs]
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     if not numeric:
-        values = list(map(str, values))  # which matplotlib draws as categories
+        values = [_short(str(value)) for value in values]  # which matplotlib draws as categories
+        axes.tick_params("x", rotation=30 if max(map(len, values)) * len(set(values)) < 60 else 90, labelsize="small")
     elif min(values) > 0 and max(values) / min(values) >= WIDE_RANGE:
         axes.set_xscale("log")
     lines: dict[str, list[tuple[Any, float | None]]] = {}

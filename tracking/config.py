@@ -12,6 +12,9 @@ class LoggerConfig:
     tensorboard: bool = True
     wandb: bool = False
     wandb_project: str = "pretraining"
+    wandb_entity: str | None = None  # the team or user (null: your default)
+    wandb_tags: list[str] = field(default_factory=list)
+    wandb_notes: str | None = field(default=None, metadata={"prose": True})
     extra: list[str] = field(default_factory=list)  # loggers of your own, module:Class; see tracking.loggers.Logger
     peak_tflops: float | None = None  # of one device, for MFU (null: from its name, if known)
 

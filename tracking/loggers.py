@@ -53,8 +53,8 @@ class TensorBoard(Logger):
     def __init__(self, run_dir: Path, run_config: dict[str, Any], step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        # Hides the events that a run which was cut off wrote after its checkpoint.
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+        # Hides the events that a run which was cut off wrote after its checkpoint, or before its first.
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def log(self, record: Record) -> None:
         for key, value in _metrics(record).items():
@@ -71,15 +71,19 @@ class Wandb(Logger):
         import wandb
 
         id_file, stored = run_dir / "wandb_id", None
-        if not id_file.exists():
+        if not step or not id_file.exists():  # W&B takes no step twice: what starts again is another run
             id_file.write_text(secrets.token_hex(4), encoding="utf-8")
         with suppress(FileNotFoundError, netrc.NetrcParseError):
             stored = netrc.netrc().authenticators("api.wandb.ai")
         if not (os.environ.get("WANDB_API_KEY") or stored):
             os.environ.setdefault("WANDB_MODE", "offline")
         logger.info("wandb: %s", os.environ.get("WANDB_MODE", "online"))
+        settings = run_config["logger"]
         self.run = wandb.init(
-            project=run_config["logger"]["wandb_project"],
+            project=settings["wandb_project"],
+            entity=settings["wandb_entity"],
+            tags=settings["wandb_tags"],
+            notes=settings["wandb_notes"],
             name=run_dir.name,
             group=run_config["name"],
             id=id_file.read_text(encoding="utf-8").strip(),

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+from warnings import catch_warnings, filterwarnings
 
 from tracking.metrics_file import loss_curve, read_records, smoothed
 
@@ -12,18 +13,26 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def figure(picture: Path, width: float = 8.0, columns: int = 1) -> Iterator[list["Axes"]]:
-    """Yield the axes of a row of plots, which is saved as a PNG when the context ends."""
+def figure(picture: Path, width: float = 8.0, plots: int = 1) -> Iterator[list["Axes"]]:
+    """Yield the axes of plots, at most four in a row, which are saved as a PNG when the context ends."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(width, 4.5), dpi=120, layout="constrained")
-    row = list(drawing.subplots(1, columns, squeeze=False)[0])
-    for axes in row:
-        axes.grid(alpha=0.3)
-        axes.set_ylabel("loss (nats per token)")
-    yield row
-    partial = picture.with_name(f".{picture.name}")
-    drawing.savefig(partial, format="png")
+    columns = min(plots, 4)
+    rows = -(-plots // columns)
+    with rc_context({"text.parse_math": False}):  # a name may hold a $
+        drawing = Figure(figsize=(width * columns, 4.5 * rows), dpi=120, layout="constrained")
+        found = list(drawing.subplots(rows, columns, squeeze=False).flat)
+        for axes in found[plots:]:
+            axes.remove()
+        for axes in found[:plots]:
+            axes.grid(alpha=0.3)
+            axes.set_ylabel("loss (nats per token)")
+        yield found[:plots]
+        partial = picture.with_name(f".{picture.name}")
+        with catch_warnings():
+            filterwarnings("ignore", "Glyph .* missing from font")  # of a name in another script
+            drawing.savefig(partial, format="png")
     partial.replace(picture)
 
 

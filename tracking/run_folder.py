@@ -110,6 +110,11 @@ def check_stored_config(run_dir: Path, run_config: dict[str, Any], config: Check
     A checkpoint that cannot be read is left to the verification when it is opened.
     """
     own, init_from = committed(run_dir / "checkpoints")[:1], run_config["init_from"]
+    if own and config.resume is Resume.never:
+        raise CheckpointError(f"checkpoint.resume (never): {run_dir} holds {own[0].name}; pass another name=")
+    if not own and config.resume is Resume.must:
+        remedy = "pass another name=, or checkpoint.resume=auto"
+        raise CheckpointError(f"checkpoint.resume (must): {run_dir} holds no checkpoint; {remedy}")
     origins = own if own or init_from is None else checkpoints_of(Path(init_from))[:1]
     for checkpoint in origins:
         try:
@@ -118,7 +123,7 @@ def check_stored_config(run_dir: Path, run_config: dict[str, Any], config: Check
             continue
         if not own:
             check_same_model(stored, run_config, checkpoint)
-        elif config.resume is not Resume.never:
+        else:
             check_changes(stored, run_config, config.accept_changes, run_dir)
 
 

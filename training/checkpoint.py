@@ -6,6 +6,7 @@ Every rank writes and hashes what it holds; rank 0 alone commits, removes, and d
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import warnings
@@ -36,6 +37,7 @@ FORMAT_VERSION = 1
 # States of one rank each: resumed by another number of ranks, there are more or fewer of them.
 PER_RANK = "rng."
 
+Group = dist.ProcessGroup
 Files = dict[str, dict[str, Any]]  # size and hash, by name
 
 
@@ -97,9 +99,11 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints of one run folder, which the ranks of one group alone write to."""
 
-    def __init__(self, run_dir: Path, *, keep: int, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, *, keep: int, keep_every: int = 0, keep_best: bool = False, group: Group | None = None
+    ) -> None:
         self.folder = run_dir / "checkpoints"
-        self.keep = keep
+        self.keep, self.keep_every, self.keep_best = keep, keep_every, keep_best
         self.ranks = Ranks(group)
         self.ranks.on_first(self._sweep)
 
@@ -145,13 +149,27 @@ class Checkpoints:
             shutil.rmtree(leftover)
 
     def _purge(self) -> None:
-        for path in committed(self.folder)[self.keep :] if self.keep else []:
+        found = committed(self.folder)
+        best = min(found, key=_valid_loss) if self.keep_best else None
+        for path in found[self.keep :] if self.keep else []:
+            if path == best or (self.keep_every and int(path.name.removeprefix("step-")) % self.keep_every == 0):
+                continue
             trash = path.with_name(f".trash-{path.name}")  # a removal that is cut short leaves nothing that looks whole
             try:
                 os.rename(path, trash)
             except OSError as error:
                 logger.warning("%s could not be removed: %s", path, error)
             shutil.rmtree(trash, ignore_errors=True)
+
+
+def _valid_loss(checkpoint: Path) -> float:
+    """Return the validation loss of a checkpoint; inf if it is not finite or of another step."""
+    try:
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        loss, validated_step = state["progress"]["valid_loss"], state["progress"]["validated_step"]
+    except (OSError, ValueError, KeyError):
+        return math.inf
+    return math.inf if loss is None or validated_step != state["step"] else loss
 
 
 def open_checkpoint(path: Path, ranks: Ranks | None = None, *, step: int | None = None) -> Checkpoint:

@@ -184,10 +184,15 @@ class LossConfig:
 class CheckpointConfig:
     every: int = 1000  # steps; 0: only at the end
     keep: int = 3  # newest checkpoints to keep; 0: all
+    keep_every: int = 0  # steps; the checkpoints at multiples of it are kept too (0: none)
+    keep_best: bool = False  # the checkpoint with the lowest validation loss is kept too
     resume: Resume = Resume.auto
     check_replicas_every: int = 0  # steps after which replicas are compared without a save, which always does; 0: never
     stop_file: str | None = None  # holds N: save and stop at step N; -N: save at step N and go on
     accept_changes: list[str] = field(default_factory=list)  # keys that may differ from the stored config
 
     def problems(self) -> Iterator[str]:
-        yield from unless(self, "checkpoint", "0 or more", lambda x: x >= 0, "every", "keep", "check_replicas_every")
+        keys = ("every", "keep", "keep_every", "check_replicas_every")
+        yield from unless(self, "checkpoint", "0 or more", lambda x: x >= 0, *keys)
+        if self.keep_every and (self.every < 1 or self.keep_every % self.every):
+            yield f"checkpoint.keep_every ({self.keep_every}) must be a multiple of checkpoint.every ({self.every})"

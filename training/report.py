@@ -123,7 +123,8 @@ def step_line(record: dict[str, Any], steps: int) -> str:
     width = len(str(steps))
     mfu, loss = record["perf/mfu"], record.get("train/loss")  # none where no token of the batch is a target
     return (
-        f"step {record['step']:{width}d}/{steps}  loss {'      -' if loss is None else f'{loss:7.4f}'}  "
+        f"step {record['step']:{width}d}/{steps} {100 * record['step'] // steps:3d}%  "
+        f"loss {'      -' if loss is None else f'{loss:7.4f}'}  "
         f"grad {record['train/grad_norm']:8.3g}  lr {record['optim/lr']:8.2e}  "
         f"{record['perf/tgs']:8,.0f} tok/s/gpu  {record['perf/tflops']:7.2f} TFLOP/s  "
         f"mfu {f'{mfu:6.1%}' if mfu is not None else '     -'}  mem {record['perf/memory_gib']:5.1f}GiB  "

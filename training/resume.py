@@ -1,6 +1,7 @@
 """Where a run starts: its own newest checkpoint, another run's weights, a Hugging Face model, or nothing."""
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conf.schema import TrainConfig
+from conf.schema import TrainConfig, stored
 from model.config import ModelConfig, ModelError, shape_keys
 from model.hf.families import pad_vocabulary, read_config, read_weights
 from parallel.loss_scaler import LossScaler
@@ -16,9 +17,10 @@ from parallel.parallelize import write_shard
 from tracking.run_folder import check_changes, check_origin, check_same_model
 from training.agreement import check_tensors
 from training.checkpoint import PER_RANK, Checkpoint, Checkpoints, open_checkpoint
-from training.config import CheckpointConfig, CheckpointError, Resume
+from training.config import CheckpointError, SchedulerConfig
 from training.optim.optimizer import Optimizer
 from training.preflight import check_same_tokenizer
+from training.schedules import learning_rate
 from training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -65,14 +67,9 @@ class RunCheckpoints:
         A checkpoint of this run comes first, then `init_from`, then freshly drawn weights. A run that was begun with
         another configuration or other data is refused.
         """
-        checkpoint, resume = self.checkpoints.newest(), config.checkpoint.resume
+        checkpoint = self.checkpoints.newest()
         if checkpoint is not None:
-            if resume is Resume.never:
-                held = f"{self.run_dir} holds {checkpoint.path.name}"
-                raise CheckpointError(f"checkpoint.resume (never): {held}; pass another name=")
-            self._resume(checkpoint, config.checkpoint)
-        elif resume is Resume.must:
-            raise CheckpointError(f"checkpoint.resume (must): {self.run_dir} holds no checkpoint; pass resume=auto")
+            self._resume(checkpoint, config)
         elif config.init_from is not None:
             self._initialise(config, Path(config.init_from))
         self.saved_step = self.state.step
@@ -88,12 +85,13 @@ class RunCheckpoints:
         self.scaler.load_state_dict(checkpoint.state["scaler"])
         self.state.load_state_dict(checkpoint.state["progress"])
 
-    def _resume(self, checkpoint: Checkpoint, config: CheckpointConfig) -> None:
-        check_changes(checkpoint.state["config"], self.run_config, config.accept_changes, self.run_dir)
+    def _resume(self, checkpoint: Checkpoint, config: TrainConfig) -> None:
+        accepted = config.checkpoint.accept_changes
+        check_changes(checkpoint.state["config"], self.run_config, accepted, self.run_dir)
         saved, parts = checkpoint.state["data"]["parts"], self.data["parts"]
         before, now, changed = set(saved), set(parts), saved != parts
         key = "data.added" if before <= now else "data.fingerprint"
-        if changed and key not in config.accept_changes:
+        if changed and key not in accepted:
             what = f"{len(now - before)} files were added to the data" if before <= now else "the data changed"
             remedy = f"pass checkpoint.accept_changes=[{key}] to begin an epoch over all of it, or another name="
             raise CheckpointError(f"{what} since {self.run_dir} was begun; {remedy}")
@@ -102,6 +100,8 @@ class RunCheckpoints:
             self.state.first_sample = self.state.samples
             logger.info("the data changed: a new epoch over all of it begins at step %d", self.state.step)
         logger.info("resumed from %s", checkpoint.path)
+        if self.checkpoints.ranks.rank == 0:
+            warn_of_changed_rate(checkpoint.state["config"], config, self.state.updates)
 
     def _initialise(self, config: TrainConfig, path: Path) -> None:
         """Take what `init_content` names from `init_from`: weights, moments, the schedule's place, the data's place."""
@@ -149,6 +149,15 @@ class RunCheckpoints:
         wanted = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         (checkpoint.load_into if exact else checkpoint.load)(wanted)
         self.optimizer.load_tensors(tensors)
+
+
+def warn_of_changed_rate(before: dict[str, Any], config: TrainConfig, update: int) -> None:
+    """Log the learning rate of the next update, if under the configuration until now it would be another."""
+    scheduler = stored(SchedulerConfig, before["scheduler"])
+    then = learning_rate(update, steps=before["steps"], lr=before["optimizer"]["lr"], config=scheduler)
+    now = learning_rate(update, steps=config.steps, lr=config.optimizer.lr, config=config.scheduler)
+    if not math.isclose(then, now, rel_tol=1e-6):
+        logger.warning("the learning rate goes on at %.3g; as the run was begun, it would be %.3g", now, then)
 
 
 def read_hf_weights(folder: Path, model: ModelConfig) -> dict[str, Tensor]:

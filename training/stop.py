@@ -2,8 +2,10 @@
 
 import os
 import signal
+from contextlib import suppress
 from types import FrameType
 
+from launch.ranks import SIGNALS, handle
 from parallel.mesh import Mesh
 
 GIVEN_UP = 1000  # beyond every signal
@@ -11,14 +13,13 @@ MESSAGE = b"\nstopping after this step and saving; once more to stop at once\n"
 
 
 class StopRequest:
-    """A context in which SIGINT, SIGTERM and SIGUSR2 ask for a stop instead of ending the process.
+    """A context in which signals ask for a stop instead of ending the process.
 
-    SIGTERM is what Slurm sends before it takes a node away, SIGUSR2 what comes before the time limit.
-    A second SIGINT raises KeyboardInterrupt. Processes forked inside the context ignore all three.
+    SIGTERM is what Slurm sends before it takes a node away, SIGUSR2 what comes before the time limit, SIGHUP what a
+    terminal sends that is closed. A second SIGINT raises KeyboardInterrupt. Processes forked inside the context ignore
+    them all.
     The ranks of a mesh agree on it; without one, this process is alone.
     """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
     def __init__(self, mesh: Mesh | None = None) -> None:
         self.signum: int | None = None
@@ -27,7 +28,7 @@ class StopRequest:
         self.pid = os.getpid()
 
     def __enter__(self) -> "StopRequest":
-        self.before = {signum: signal.signal(signum, self._handle) for signum in self.SIGNALS}
+        self.before = handle(SIGNALS, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -68,4 +69,5 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signum = signum
         if os.environ.get("RANK", "0") == "0":
-            os.write(2, MESSAGE)  # print is not safe inside a handler
+            with suppress(OSError):  # the terminal is gone
+                os.write(2, MESSAGE)  # print is not safe inside a handler

@@ -67,7 +67,7 @@ def test_no_point_starts_if_one_lacks_its_data(tmp_path: Path, small: list[str])
     assert done.returncode == 1 and line.endswith(
         "python prepare_data.py data=local data.path=nowhere data.input=... (at data.path=nowhere)"
     )
-    assert not [path for path in tmp_path.iterdir() if path.name != "multirun.yaml"]
+    assert not list(tmp_path.glob("*"))
 
 
 def test_points_share_a_tensorboard_folder_and_a_wandb_group(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 from tests.conftest import ROOT
 from tracking.compare import Run, as_markdown, compare, draw, read_runs, swept_keys, table
@@ -50,14 +51,56 @@ def test_table_shows_what_differs_the_best_first(tmp_path: Path) -> None:
     assert swept_keys(read_runs(tmp_path)) == ["optimizer.lr"]
     rows = [line.split() for line in text.splitlines()]
     assert rows[0] == ["lr", "loss", "bits/byte", "tok/s/gpu", "tokens", "step", "state"]
-    assert [row[0] for row in rows[1:4]] == ["0.003", "0.0001", "0.01"] and rows[3][1] == "-"
-    assert {(row[0], row[-1]) for row in rows[4:6]} == {("1", "failed"), ("0.1", "failed")}
+    assert [row[0] for row in rows[1:3]] == ["0.003", "0.0001"] and rows[5][:2] == ["0.01", "-"]
+    assert {(row[0], row[-1]) for row in rows[3:6]} == {("1", "failed"), ("0.1", "failed"), ("0.01", "diverged")}
     assert "lr=1: ValueError: boom" in (tmp_path / "compare" / "table.txt").read_text()
     markdown = (tmp_path / "compare" / "table.md").read_text()
     assert "| 0.003 | " in markdown and "(final.png)" in markdown
     assert (tmp_path / "compare" / "loss.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(CheckpointError):
         read_runs(tmp_path / "compare")
+
+
+def test_a_diverged_run_is_last_whatever_it_was_before(tmp_path: Path) -> None:
+    at = {"step": 2, "tokens": 200}
+    good = {**at, "valid/loss": 1.0, "valid/bits_per_byte": 0.5}
+    ends = {
+        "validation": [good, {**good, "valid/loss": None, "valid/bits_per_byte": None}],
+        "training": [good, {**at, "train/loss": None}],
+        "recovered": [{**at, "train/loss": None}, {**at, "train/loss": 2.0}, {**good, "valid/loss": 4.0}],
+    }
+    for seed, (name, records) in enumerate(ends.items()):
+        with (written(tmp_path / name, [3.0], seed=seed) / "metrics.jsonl").open("a") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))
+    rows = [line.split() for line in compare(tmp_path).splitlines()[1:4]]
+    assert [(row[0], row[1], row[-1]) for row in rows] == [
+        ("2", "4.0000", "finished"), ("1", "-", "diverged"), ("0", "-", "diverged"),
+    ]  # fmt: skip
+    assert rows[2][2] == "-", "the bits per byte are the last validation's"
+
+
+def test_unrelated_runs_go_by_their_names(tmp_path: Path, axes: list[Axes]) -> None:
+    for i in range(25):
+        data = {
+            f"key{n}": [i, rf"$\q{i}$", f"/a/long/path/to/a/corpus/that/is/somewhere/{i}", True][n % 4]
+            for n in range(20)
+        }
+        written(
+            tmp_path / f"我的运行_{i}_{'long' * 20}",
+            [5.0, 3.0 + i],
+            name=f"我的{i}",
+            model={"name": f"m{i}"},
+            data=data,
+        )
+    header, best, *_, note = compare(tmp_path).splitlines()
+    assert header.split()[:2] == ["name", "model"] and len(header.split()) == 12 + 6
+    assert best.split()[0] == "我的0" and "settings differ" in note
+    loss, *final = axes
+    legend = loss.get_legend()
+    assert legend is not None and len(legend.get_texts()) == 20 and len(final) == 11
+    assert max(len(text.get_text()) for text in legend.get_texts()) <= 40
+    width, height = imread(tmp_path / "compare" / "final.png").shape[1::-1]
+    assert width <= 2400 and height <= 2000
 
 
 def test_keys_that_follow_from_a_name_are_left_out(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -16,7 +17,8 @@ from tracking.logs import log_to
 from tracking.metrics_file import read_records, smoothed, truncate_metrics
 from tracking.plot import plot_loss
 
-RUN_CONFIG = {"name": "x", "logger": {"wandb_project": "p"}}
+WANDB = {"wandb_project": "p", "wandb_entity": "team", "wandb_tags": ["a", "b"], "wandb_notes": "why"}
+RUN_CONFIG = {"name": "x", "logger": WANDB}
 
 
 class InMemory(Logger):
@@ -56,9 +58,21 @@ def test_records_reach_file_and_tensorboard_across_a_resume(tmp_path: Path) -> N
                 loggers.log(record(i, **{"train/loss": float("nan") if i == 4 else float(first * 10 + i)}))
     losses = [r["train/loss"] for r in read_records(tmp_path / "metrics.jsonl")]
     assert losses == [11.0, 12.0, 13.0, None, 33.0, None]
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    assert curve(tmp_path) == [(1, 11.0), (2, 12.0), (3, 33.0)]
+
+
+def curve(folder: Path) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 11.0), (2, 12.0), (3, 33.0)]
+    return [(e.step, e.value) for e in events.Scalars("train/loss")]
+
+
+def test_tensorboard_shows_a_run_that_starts_again_once(tmp_path: Path) -> None:
+    for steps, loss in ((9, 1.0), (3, 2.0)):  # the first was killed before its first checkpoint
+        with opened(tmp_path, tensorboard=True) as loggers:
+            for step in range(1, steps + 1):
+                loggers.log(record(step, **{"train/loss": loss}))
+    assert curve(tmp_path) == [(1, 2.0), (2, 2.0), (3, 2.0)]
 
 
 def test_wandb_is_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,12 +81,24 @@ def test_wandb_is_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("WANDB_MODE", "x")  # so that what is set below is removed in the end
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    for _ in range(2):
-        with opened(tmp_path, wandb=True) as loggers:
-            loggers.log(record(1))
-    runs = list((tmp_path / "wandb").glob("offline-run-*"))
-    run_id = (tmp_path / "wandb_id").read_text()
-    assert runs and all(run_id in path.name for path in runs)
+    with opened(tmp_path, wandb=True) as loggers:
+        loggers.log(record(1))
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert (tmp_path / "wandb_id").read_text() in run.name
+
+
+def test_wandb_takes_its_settings_and_a_run_that_starts_again_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr("wandb.init", lambda **settings: asked.append(settings) or SimpleNamespace(finish=list))
+    for step in (0, 2, 0):
+        with opened(tmp_path, step, wandb=True):
+            pass
+    assert {f"wandb_{key}": asked[0][key] for key in ("project", "entity", "tags", "notes")} == WANDB
+    first, resumed, again = (settings["id"] for settings in asked)
+    assert first == resumed != again
 
 
 def test_a_failing_logger_is_dropped_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -52,6 +52,17 @@ def test_the_newest_k_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step-00000003", "step-00000004"]
 
 
+def test_the_best_and_every_nth_are_kept_too(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1, keep_every=40, keep_best=True)
+    losses = {10: 3.0, 20: 2.0, 30: None, 40: 4.0, 50: 2.5, 60: 1.0, 70: 5.0}
+    for step, loss in losses.items():  # the run was stopped at 60 before its validation
+        progress = {"valid_loss": loss, "validated_step": 50 if step == 60 else step}
+        checkpoints.save(step, tensors(), {"progress": progress})
+    assert [int(path.name[5:]) for path in sorted(checkpoints.folder.iterdir())] == [20, 40, 70]
+    checkpoints.save(80, tensors(), {"progress": {"valid_loss": 1.5, "validated_step": 80}})
+    assert [int(path.name[5:]) for path in sorted(checkpoints.folder.iterdir())] == [40, 80]
+
+
 def flip(path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 4

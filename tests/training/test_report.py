@@ -67,12 +67,13 @@ def test_step_lines_have_one_width() -> None:
         for changes in ({}, {"step": 19999, "perf/mfu": None, "train/grad_norm": 123.4}, {"perf/left_s": 9e5})
     ]
     assert lines[0] == (
-        "step     1/20000  loss  5.0000  grad      0.5  lr 1.00e-04     4,103 tok/s/gpu   182.20 TFLOP/s  "
+        "step     1/20000   0%  loss  5.0000  grad      0.5  lr 1.00e-04     4,103 tok/s/gpu   182.20 TFLOP/s  "
         "mfu  56.0%  mem  61.3GiB  left  2h03m"
     )
     del record["train/loss"]
     lines.append(step_line(record, 20000))
     assert "loss       -  grad" in lines[-1] and len({len(line) for line in lines}) == 1
+    assert " 99%  loss" in lines[1]
 
 
 def test_durations_have_two_units() -> None:

@@ -39,6 +39,14 @@ def test_signals_set_a_flag_and_a_second_interrupt_stops_at_once() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop and stop.exit_code == 143 and stop.for_a_requeue
     assert signal.getsignal(signal.SIGTERM) is before
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop and stop.exit_code == 129 and not stop.for_a_requeue
+    ignoring = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop
+    signal.signal(signal.SIGHUP, ignoring)
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.exit_code == 130
