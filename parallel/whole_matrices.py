@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -109,4 +109,7 @@ def balance(costs: Sequence[int], n_ranks: int) -> tuple[list[int], int]:
 def group_of(mesh: DeviceMesh) -> dist.ProcessGroup | None:
     """Return a group of the ranks of a mesh, which alone make it; None: all ranks, the default group."""
     ranks = sorted(mesh.mesh.flatten().tolist())
-    return None if len(ranks) == dist.get_world_size() else dist.new_group(ranks, use_local_synchronization=True)
+    if len(ranks) == dist.get_world_size():
+        return None
+    group: Any = dist.new_group(ranks, use_local_synchronization=True)
+    return group

@@ -362,7 +362,7 @@ def test_folder_outside_the_repository_is_checked_like_ours(outside: Path) -> No
         ("--info defaults-tree", "experiment"),
         ("--hydra-help", "--multirun"),
         ("--config-dir {outside} --help", "\ncluster: big\n"),
-        ("hydra.searchpath=[{outside}] experiment=mine --help", "mine sft_7b"),
+        ("hydra.searchpath=[{outside}] experiment=mine --help", "mine mup_transfer sft_7b"),
     ],
 )
 def test_hydra_flags_work(outside: Path, line: str, shown: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,7 +55,8 @@ def test_report_predicts_the_next_size_and_the_largest_from_the_others(tmp_path:
 
 
 def test_parameters_are_those_of_the_model() -> None:
-    shape = {"d_model": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 192, "vocab_size": 512}
+    shape: dict[str, Any] = {"d_model": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 192}
+    shape["vocab_size"] = 512
     model = Transformer.on_meta(ModelConfig(name="m", max_seq_len=64, **shape))
     matrices = [param for name, param in model.named_parameters() if param.ndim == 2 and name != "embed.weight"]
     assert n_params(**shape) == sum(param.numel() for param in matrices)
@@ -66,7 +68,7 @@ def test_rules_give_a_run_that_fits() -> None:
     assert [ladder("width", depth) for depth in depths] == [256, 512, 768]
     assert [ladder("d_ff", ladder("width", depth)) for depth in depths] == [704, 1408, 2048]
     for depth in depths:
-        batch, steps = ladder("batch_tokens", depth, 32768), ladder("steps", depth, 32768)
+        batch, steps = int(ladder("batch_tokens", depth, 32768)), ladder("steps", depth, 32768)
         heads = depth
         size = n_params(64 * depth, depth, heads, heads, int(ladder("d_ff", 64 * depth)), 32768)
         assert batch * steps == pytest.approx(20 * size, rel=0.01) and batch & (batch - 1) == 0

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from parallel.loss_scaler import LossScaler
+from parallel.tensor_parallel import local
 from training import checkpoint as module
 from training.agreement import check_same_run, check_tensors
 from training.checkpoint import Checkpoints
@@ -184,8 +185,7 @@ def agreement(folder: Path, rank: int) -> None:
     def broken(layout: str, name: str, change: Callable[[Tensor], object]) -> str:
         tensors = laid_out(layout)
         if rank == 3:
-            shard = tensors[name].to_local() if isinstance(tensors[name], DTensor) else tensors[name]
-            change(shard.view(-1)[-1:])
+            change(local(tensors[name]).view(-1)[-1:])
         return refusal(lambda: check_tensors(tensors, ranks))
 
     message = broken("hybrid", "optimizer.a.exp_avg", lambda number: number.neg_())
