@@ -120,14 +120,18 @@ def write_settings(
     folder: Path, model: ModelConfig, tokenizer: "Tokenizer | None", dtype: "torch.dtype", *, add_bos: bool
 ) -> None:
     """Write the configuration and the tokenizer."""
-    from corpus.chat import answer_end
+    from corpus.chat import chat_encoder
     from data.hf_tokenizer import write_hf_tokenizer
+    from data.tokenizer import CHAT_TEMPLATE
     from model.hf.families import export_family
 
     ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    end = None if tokenizer is None else answer_end(tokenizer)
+    chat = tokenizer and chat_encoder(tokenizer)
+    end = chat and chat.answer_end()
     if tokenizer is not None:
         ids = write_hf_tokenizer(tokenizer, folder, add_bos=add_bos, max_len=model.max_seq_len, answer_end=end)
+    if chat is not None:
+        (folder / CHAT_TEMPLATE).write_text(chat.template, encoding="utf-8")
     about = export_family(model).write_config(model, dtype=str(dtype).removeprefix("torch."), **ids)
     write_json(folder / "config.json", about)
     if tokenizer is not None and end is not None and tokenizer.eos_id not in (None, end):

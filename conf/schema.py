@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -37,8 +38,9 @@ from training.config import (
 
 CONTENT = ("model", "optimizer", "scheduler", "sampler", "all")
 NAME = re.compile(r"[\w.=,+-]{1,200}(/[\w.=,+-]{1,200})*")
-PROSE = {"prose": True}  # metadata of fields that are never a path
-FREE = {"free": True}  # metadata of fields that may change when a run is resumed: they do not decide what is learnt
+# Metadata of fields; that of a field which is any value but text is {"number": True}
+PROSE = {"prose": True}  # never a path
+FREE = {"free": True}  # may change when a run is resumed: does not decide what is learnt
 
 
 class ConfigError(Exception):
@@ -316,6 +318,16 @@ def _settings(section: type, prefix: str = "") -> Iterator[tuple[str, type, Any]
         yield prefix + found.name, section, found
         if isinstance(found.type, type) and dataclasses.is_dataclass(found.type):
             yield from _settings(found.type, f"{prefix}{found.name}.")
+
+
+@cache
+def defaults() -> dict[str, Any]:
+    """Return the default of every setting that has one, as `to_plain` has it: what a run older than it is taken for."""
+    made = {
+        key: found.default if found.default_factory is dataclasses.MISSING else found.default_factory()
+        for key, _, found in _settings(TrainConfig)
+    }
+    return {key: getattr(value, "value", value) for key, value in made.items() if value != MISSING}
 
 
 def free_keys() -> list[str]:

@@ -29,7 +29,8 @@ def as_hydra_reads(argument: str, command: str, *, sweep: bool) -> str:
     key, equal, value = argument.partition("=")
     plain_key = key.lstrip("+")
     kind, metadata, in_dict = _field(command, plain_key)
-    if equal and kind in (str, list[str], Any) and not (sweep and SWEEP.fullmatch(value)):
+    is_text = kind in (str, list[str], Any) and "number" not in metadata
+    if equal and is_text and not (sweep and SWEEP.fullmatch(value)):
         items = ITEM.findall(value + ",") if sweep else [value]
         value = ",".join(_text(item, kind is not str, metadata, refers=plain_key == "name") for item in items)
     elif equal and (_read(value) is UNREADABLE or (is_dataclass(kind) and isinstance(_read(value), bool))):
@@ -46,7 +47,7 @@ def _field(command: str, key: str) -> tuple[Any, Mapping[str, Any], bool]:
             kind, metadata = kind.__dataclass_fields__[part].type, kind.__dataclass_fields__[part].metadata
         elif get_origin(kind) is dict:
             kind = get_args(kind)[1]
-        else:
+        elif kind is not Any:
             return None, {}, in_dict
         if get_origin(kind) is UnionType:
             kind = next(each for each in get_args(kind) if each is not NoneType)
@@ -60,7 +61,7 @@ def _text(item: str, may_be_list: bool, metadata: Mapping[str, Any], refers: boo
         items = ITEM.findall(item[1:-1] + ",") if item[1:-1].strip() else []
         return f"[{','.join(_text(each, False, metadata, refers) for each in items)}]"
     value = _read(item)
-    if value is None or (may_be_list and isinstance(value, int | float | dict)):
+    if value is None or (may_be_list and isinstance(value, dict)):
         return item
     quoted = isinstance(value, str) and re.fullmatch(QUOTED, item, re.DOTALL)
     text = value if quoted else item

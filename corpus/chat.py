@@ -145,12 +145,6 @@ def chat_encoder(tokenizer: Tokenizer) -> "ChatEncoder | None":
         return ChatEncoder(read_template(str(tokenizer.path.parent.absolute())), tokenizer)
 
 
-def answer_end(tokenizer: Tokenizer) -> int | None:
-    """Return the token that ends an answer in the chat template beside a tokenizer."""
-    encoder = chat_encoder(tokenizer)
-    return None if encoder is None else encoder.answer_end()
-
-
 class ChatEncoder:
     """Encodes conversations by a template.
 
@@ -177,8 +171,7 @@ class ChatEncoder:
         by_id = {token: name for name, token in ids.items()}
         named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         self.variables: dict[str, Any] = {key: by_id[token] for key, token in named.items() if token in by_id}
-        self.anchor = self.spell(ANCHOR)
-        self.prefixes = tokenizer.adds_prefix_space
+        self.spell_inside = tokenizer.encode_inside
 
     def encode(self, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
         """Return a conversation's ids, uint32 (T,), and its loss mask, bool (T,), true where a token is trained on.
@@ -278,9 +271,6 @@ class ChatEncoder:
             text = text.replace(mark, "")
             if k % 2:
                 ids.append(self.controls[text])
-            elif self.prefixes and not (first and not ids):
-                after, size = self.spell(ANCHOR + text), len(self.anchor)
-                ids += after[size:] if after[:size] == self.anchor else self.spell(text)
             else:
-                ids += self.spell(text)
+                ids += self.spell(text) if first and not ids else self.spell_inside(text)
         return ids

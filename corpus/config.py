@@ -44,6 +44,7 @@ class SplitBy(Enum):
 
 
 MOST_SHARDS = 1000  # jobs that one corpus may be prepared by
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".html", ".htm", ".py")
 STRUCTURED = (".json", ".jsonl", ".parquet")  # suffixes of files of records
 
 
@@ -61,7 +62,7 @@ class SourceConfig:
     text_key: str = "text"  # dotted key of a record's text
     messages_key: str = "messages"  # chat: dotted key of a record's messages
     source_key: str | None = None  # dotted key of a record's source (null: one source per sub-folder)
-    text_suffixes: list[str] = field(default_factory=".txt .md .rst .html .htm .py".split)  # of files that are text
+    text_suffixes: list[str] = field(default_factory=lambda: [*TEXT_SUFFIXES])  # of files that are text
     text_lines: bool = False  # of such a file every non-blank line is a document, as InternLM reads .txt
     raw_json: bool = False  # encode the whole record, JSON syntax included, as InternLM did
 

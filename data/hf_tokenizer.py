@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from data.cached_bpe import SPACE
 from data.mixed_text import mixed_lines
-from data.tokenizer import CHAT_TEMPLATE, SentencePieceTokenizer, Tokenizer, save_tokenizer
+from data.tokenizer import SentencePieceTokenizer, Tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def write_hf_tokenizer(
     tokenizer: Tokenizer, folder: Path, *, add_bos: bool, max_len: int, answer_end: int | None = None
 ) -> dict[str, int | None]:
-    """Write a tokenizer for transformers 4 and 5, with tokenizer.model and the chat template where there are any.
+    """Write a tokenizer for transformers 4 and 5, with tokenizer.model where there is one.
 
     Nothing is left to a client's default. A text gets bos if training gave it one, and never eos, which is for the
     model to write; of a chat model eos is the end of an answer. As everywhere in Hugging Face, the name of a special
@@ -63,9 +63,6 @@ def write_hf_tokenizer(
     }
     for name, content in (("tokenizer_config.json", settings), ("special_tokens_map.json", special)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    template = tokenizer.path.with_name(CHAT_TEMPLATE)
-    if template.exists():
-        shutil.copyfile(template, folder / CHAT_TEMPLATE)
     return token_ids
 
 

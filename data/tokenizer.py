@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,18 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: list[int]) -> str: ...
 
-    @property
+    @cached_property
     def adds_prefix_space(self) -> bool:
         """Whether a text is encoded as if it began with a space."""
-        after = self.encode(ANCHOR + "a")
-        return self.encode("a") != after[len(self.encode(ANCHOR)) :]
+        return self.encode("a") != self._encode_after_anchor("a")
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Return the ids of a text that goes on from another: without a space that is put before every text."""
+        return self._encode_after_anchor(text) if self.adds_prefix_space else self.encode(text)
+
+    def _encode_after_anchor(self, text: str) -> list[int]:
+        before, ids = self.encode(ANCHOR), self.encode(ANCHOR + text)
+        return ids[len(before) :] if ids[: len(before)] == before else self.encode(text)
 
     @abstractmethod
     def token_bytes(self) -> np.ndarray:
@@ -100,8 +108,11 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _with_controls(self, text: str) -> list[int]:
         names = re.compile(f"({'|'.join(map(re.escape, sorted(self.controls, key=len, reverse=True)))})")
-        parts = enumerate(names.split(text))  # text, name, text, ..., text
-        return [i for k, part in parts for i in ([self.controls[part]] if k % 2 else self.model.encode(part))]
+        ids: list[int] = []
+        for k, part in enumerate(names.split(text)):  # text, name, text, ..., text
+            encode = self.encode_inside if k else self.encode
+            ids += [self.controls[part]] if k % 2 else encode(part)
+        return ids
 
     def encode_many(self, texts: list[str], *, special: bool = False) -> list[np.ndarray]:
         if special:
@@ -267,9 +278,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Copy a tokenizer's files to where `load_tokenizer(folder)` finds them."""
     folder.mkdir(parents=True, exist_ok=True)
-    is_json = tokenizer.path.suffix == ".json"
-    shutil.copyfile(tokenizer.path, folder / ("tokenizer.json" if is_json else "tokenizer.model"))
-    for other in ("tokenizer_config.json", CHAT_TEMPLATE) if is_json else (CHAT_TEMPLATE,):
+    shutil.copyfile(tokenizer.path, folder / f"tokenizer{'.json' if tokenizer.path.suffix == '.json' else '.model'}")
+    for other in ("tokenizer_config.json", CHAT_TEMPLATE):
         if (path := tokenizer.path.with_name(other)).exists():
             shutil.copyfile(path, folder / other)
 

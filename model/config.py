@@ -42,7 +42,8 @@ class Parametrization(Enum):
 class ModelConfig:
     # A field marked `free` may differ between models that share weights; one that decides what is learnt only "weights"
     name: str = field(default=MISSING, metadata={"free": True})  # part of the run folder, such as runs/7b_pile_small
-    vocab_size: Any = MISSING  # int; `auto` in YAML is the data's, which conf.schema.to_object puts in its place
+    # int; `auto` is the data's, which conf.schema.to_object puts in its place
+    vocab_size: Any = field(default=MISSING, metadata={"number": True})
     d_model: int = MISSING
     n_layers: int = MISSING
     n_heads: int = MISSING

@@ -84,7 +84,9 @@ class WholeMatrices:
             bytes_out[transfer.target] += part.numel() * like.element_size()
         for transfer, (rows, columns) in zip(received, shapes, strict=True):
             bytes_in[transfer.source] += rows * columns * like.element_size()
-        outgoing = torch.cat([like.new_empty(0), *(part.flatten() for _, part in sent)]).view(torch.uint8)
+        outgoing = torch.cat([like.new_empty(0), *(part.flatten().to(like.dtype) for _, part in sent)]).view(
+            torch.uint8
+        )
         incoming = like.new_empty(sum(rows * columns for rows, columns in shapes))
         # as bytes: gloo does not exchange every dtype
         dist.all_to_all_single(incoming.view(torch.uint8), outgoing, bytes_in, bytes_out, group=self.group)

@@ -263,6 +263,8 @@ TYPED = [
     ("train", "name", "2024_11_25"), ("train", "data.path", "/data/中文 (a, b)"), ("train", "data.tokenizer", "a${b}"),
     ("train", "init_from", "007"), ("train", "logger.wandb_notes", "~/x: \"why\", who?"),
     ("prepare_data", "data.sources.web", "/d/it's, ${here}"), ("export", "out", "2e1/{x}"),
+    ("prepare_data", "data.input", "2024_11_25"), ("prepare_data", "data.valid_input", "true"),
+    ("prepare_data", "data.sources.web.input", "1.50"),
 ]  # fmt: skip
 
 

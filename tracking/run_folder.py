@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from conf.schema import free_keys
+from conf.schema import defaults, free_keys
 from model.config import shape_keys
 from training.config import CheckpointConfig, CheckpointError, Resume
 
@@ -66,9 +66,10 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield (dotted key, old value, new value) wherever two configurations differ."""
+    """Yield (dotted key, old value, new value) where two configurations differ; a key that one lacks has its default."""
     for key in sorted({*old, *new}):
-        before, now, dotted = old.get(key), new.get(key), f"{prefix}{key}"
+        dotted = f"{prefix}{key}"
+        before, now = (its.get(key, defaults().get(dotted)) for its in (old, new))
         if isinstance(before, dict) and isinstance(now, dict):
             yield from changed_keys(before, now, f"{dotted}.")
         elif before != now:

@@ -93,12 +93,12 @@ def report(folder: Path) -> str:
         expected = law.loss(point.n_params, point.tokens)
         error = expected / point.loss - 1
         rows.append(f"{point.n_params:14,} {point.tokens:16,} {point.loss:8.4f} {expected:8.4f} {error:7.2%}")
-    largest, before = points[-1], points[-2]
-    larger = largest.n_params / before.n_params
+    largest = points[-1]
+    smaller = [point for point in points if point.n_params < largest.n_params]
+    larger = largest.n_params / smaller[-1].n_params
     size, tokens = round(largest.n_params * larger), round(largest.tokens * larger)
     rows.append(f"{size:14,} {tokens:16,} {'':8} {law.loss(size, tokens):8.4f}   predicted")
     text = "\n".join([str(law), *rows])
-    smaller = [point for point in points if point.n_params < largest.n_params]
     try:
         predicted = fit(smaller).loss(largest.n_params, largest.tokens)
         error = predicted / largest.loss - 1

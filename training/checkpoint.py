@@ -71,6 +71,8 @@ class Checkpoint:
         """Read the named tensors in place, each rank its shards; shapes and dtypes must be those that were saved."""
 
         def read() -> None:
+            if missing := tensors.keys() - self.tensors.keys():
+                raise CheckpointError(f"{self.path} has no {some(missing)}")
             wrong = [
                 f"{name} ({tuple(saved.size)} {saved.properties.dtype}, now {tuple(tensor.shape)} {tensor.dtype})"
                 for name, tensor in tensors.items()

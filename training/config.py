@@ -82,7 +82,8 @@ class OptimizerConfig:
     """The update rule, and the settings that any rule may read."""
 
     name: str = "adamw"  # or module:Class, an UpdateRule of your own
-    options: dict[str, Any] = field(default_factory=dict)  # settings that only a rule of your own knows
+    # settings that only a rule of your own knows
+    options: dict[str, Any] = field(default_factory=dict, metadata={"number": True})
     lr: float = 1e-4
     weight_decay: float = 0.01
     beta1: float = 0.9

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 import export
 import generate
 from conf.schema import ExportConfig, GenerateConfig
-from corpus.chat import MARKERS, TEMPLATES, ChatEncoder, answer_end
+from corpus.chat import MARKERS, TEMPLATES, ChatEncoder, chat_encoder
 from corpus.config import DataError, OnBadRecord, Source, Style, TokenizerConfig
 from corpus.prepare import prepare
 from data.batches import IGNORED
@@ -21,7 +22,8 @@ from data.config import DataConfig
 from data.dataset import open_corpus
 from data.hf_tokenizer import write_hf_tokenizer
 from data.shards import LOSS_MASKED, Shard
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer, save_tokenizer
+from model.config import ModelConfig
 from prepare_data import print_left_out
 from tests.conftest import trained
 from tests.corpora import lines, made, parquet
@@ -50,6 +52,11 @@ def config(tmp_path: Path, style: Style, name: str, **changes: object) -> DataCo
         valid_fraction=0.2, seq_len=64, micro_batch_size=1, workers=0, packing="best_fit",
     )  # fmt: skip
     return replace(data, **changes)  # type: ignore[arg-type]
+
+
+def answer_end(tokenizer: Tokenizer) -> int | None:
+    encoder = chat_encoder(tokenizer)
+    return encoder and encoder.answer_end()
 
 
 def targets_of(data: DataConfig, vocab_size: int) -> tuple[str, list[str]]:
@@ -149,6 +156,21 @@ def test_special_tokens_are_added_to_a_tokenizer(tmp_path: Path, tokenizer: Toke
         assert targets_of(data, n + 2)[1] != []
 
 
+@pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json"])
+def test_chat_template_of_a_tokenizer_config_is_exported(tokenizer: Tokenizer, tmp_path: Path, kind: str) -> None:
+    theirs, out = tmp_path / "theirs", tmp_path / "out"
+    for folder in (theirs, out):
+        folder.mkdir()
+    write_hf_tokenizer(tokenizer, theirs, add_bos=False, max_len=64)
+    named = {"chat_template": "{{ messages[0]['content'] }}", "eos_token": "</s>"}
+    (theirs / "tokenizer_config.json").write_text(json.dumps(named))
+    save_tokenizer(load_tokenizer(theirs / kind), tmp_path / "run")
+    shape = {"vocab_size": 1280, "d_model": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "d_ff": 64}
+    model = ModelConfig(name="m", max_seq_len=64, **shape)
+    export.write_settings(out, model, load_tokenizer(tmp_path / "run"), torch.bfloat16, add_bos=False)
+    assert AutoTokenizer.from_pretrained(out).chat_template == named["chat_template"]
+
+
 def test_bad_conversation_is_named_or_counted(tmp_path: Path, symbols: Tokenizer) -> None:
     bad = [{"messages": TURNS[:2]}, {"messages": "x"}, {}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [{"messages": TURNS}, *bad]))
@@ -184,6 +206,7 @@ def test_tokenizer_trained_for_conversations_has_the_template_tokens(tmp_path: P
     own = load_tokenizer(Path(data.path) / "tokenizer")
     assert set(MARKERS[template]) < set(own.special_ids) and answer_end(own) == own.special_ids[MARKERS[template][1]]
     write_hf_tokenizer(own, tmp_path, add_bos=False, max_len=64)
+    (tmp_path / CHAT_TEMPLATE).write_text(TEMPLATES[template])
     theirs: Any = AutoTokenizer.from_pretrained(tmp_path)
     ids, _ = ChatEncoder(TEMPLATES[template], own).encode(turns[0])
     assert theirs.apply_chat_template(turns[0], return_dict=True)["input_ids"] == ids.tolist()

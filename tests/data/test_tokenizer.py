@@ -346,6 +346,14 @@ def test_names_of_special_tokens_are_text_unless_asked(
     assert (found == some.eos_id).sum() == 2
 
 
+def test_no_blank_is_put_after_a_special_token_within_a_text(tmp_path: Path) -> None:
+    own = sentencepiece_of(tmp_path / "t.model", model_type="bpe", byte_fallback=True, **VERBATIM)
+    write_hf_tokenizer(own, tmp_path, add_bos=False, max_len=64)
+    theirs = load_tokenizer(tmp_path / "tokenizer.json")
+    for text in ("one</s>two </s> three</s>", "</s>one"):
+        assert own.encode(text, special=True) == theirs.encode(text, special=True), text
+
+
 def test_tokenizer_json_that_normalizes_is_exported(foreign: Tokenizer, tmp_path: Path) -> None:
     from tokenizers import Tokenizer as Fast
     from tokenizers import normalizers

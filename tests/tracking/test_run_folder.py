@@ -54,6 +54,13 @@ def test_changed_keys_must_be_free_or_accepted() -> None:
     check_changes(old, new, ["optimizer.lr", "steps"], Path("runs/x"))
 
 
+def test_key_that_a_run_is_older_than_has_its_default() -> None:
+    later = {"model": {"parametrization": "standard"}, "optimizer": {"normuon": False, "options": {}}}
+    assert not list(changed_keys({"model": {}, "optimizer": {}}, later))
+    later["optimizer"]["normuon"] = True
+    assert list(changed_keys({"model": {}, "optimizer": {}}, later)) == [("optimizer.normuon", False, True)]
+
+
 def stored_run(folder: Path, text: str) -> Path:
     state = folder / "checkpoints" / "step-00000003" / "state.json"
     state.parent.mkdir(parents=True)

@@ -54,6 +54,12 @@ def test_report_predicts_the_next_size_and_the_largest_from_the_others(tmp_path:
     assert (tmp_path / "scaling_law.png").stat().st_size > 10_000 and text in (tmp_path / "scaling_law.md").read_text()
 
 
+def test_next_size_is_larger_than_the_largest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [Point(n, tokens, LAW.loss(n, tokens)) for n in SIZES for tokens in (5 * n, 40 * n)]
+    monkeypatch.setattr("tracking.scaling_law.read_points", lambda _: points)
+    assert "90,000,000    3,600,000,000" in report(tmp_path)
+
+
 def test_parameters_are_those_of_the_model() -> None:
     shape: dict[str, Any] = {"d_model": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 192}
     shape["vocab_size"] = 512

@@ -113,6 +113,8 @@ def test_other_names_shapes_or_dtypes_are_refused(run: Checkpoints) -> None:
         newest.load_into({**tensors(), "model.a": torch.zeros(4, 3)})
     with pytest.raises(CheckpointError, match=r"torch.bfloat16, now \(5,\) torch.float32"):
         newest.load_into({**tensors(), "model.b": torch.zeros(5)})
+    with pytest.raises(CheckpointError, match=r"has no optimizer.a.momentum"):
+        newest.load({"optimizer.a.momentum": torch.zeros(3, 4)})
 
 
 class Mkdir:

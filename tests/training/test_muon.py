@@ -5,12 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
+from parallel.tensor_parallel import local
 from parallel.whole_matrices import balance
-from training.config import MuonScale, OptimizerConfig
+from training.config import Dtype, MuonScale, OptimizerConfig
 from training.optim import muon
 from training.optim.muon import Muon
 from training.optim.optimizer import Optimizer, build_optimizer
@@ -159,6 +163,28 @@ def test_nonfinite_step_changes_nothing() -> None:
     update(optimizer, grads, finite=False)
     for name, tensor in optimizer.state_tensors().items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_states_of_16_bits_are_exchanged() -> None:
+    torch.manual_seed(0)
+    alone = Model([(6, 16), (8, 8)])
+    sharded, grads = copy.deepcopy(alone), random_grads(alone)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for name, param in hidden(sharded).items():
+            module, _, last = name.rpartition(".")
+            whole = nn.Parameter(distribute_tensor(param.detach(), mesh, [Shard(0)]))
+            sharded.get_submodule(module).register_parameter(last, whole)
+        optimizers = [built(model, normuon=True, state_dtype=Dtype.bf16) for model in (alone, sharded)]
+        shared = {n: distribute_tensor(g, mesh, [Shard(0)]) if n in hidden(alone) else g for n, g in grads.items()}
+        for _ in range(2):
+            update(optimizers[0], grads)
+            update(optimizers[1], shared)
+        for name, tensor in optimizers[1].state_tensors().items():
+            assert torch.equal(local(tensor), optimizers[0].state_tensors()[name]), name
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("scale", "factor"), [("match_rms_adamw", 0.8), ("spectral", 0.5), ("original", 1.0)])
