@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.schema import parse_ranges
+from conf.schema import parse_ranges, stored
 from corpus.config import DataError
 from data.batches import IGNORED
 from data.config import DataConfig, RampConfig, packs_of_step
@@ -43,8 +42,7 @@ def show(run: Path, step: int, *, samples: int | None = None) -> None:
     if not notes:
         raise DataError(f"{run} has no note of step {step} in {NOTES}; name a run folder, and a step that is in it")
     note = notes[-1]
-    data: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), note["data"]))
-    ramp: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RampConfig), note["ramp"]))
+    data, ramp = stored(DataConfig, note["data"]), stored(RampConfig, note["ramp"])
     of_run = {"global_batch_tokens": note["global_batch_tokens"], "ramp": ramp, "pack_tokens": data.pack_tokens}
     *before, count = (packs_of_step(k, **of_run) for k in range(note["step"], step))
     first = note["samples"] + sum(before)

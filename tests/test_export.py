@@ -92,7 +92,7 @@ def test_init_from_a_model_that_computes_something_else_is_refused(
     tmp_path: Path, small: list[str], exported: Path
 ) -> None:
     changed = ["model.d_model=64", "model.n_heads=8", "model.norm_eps=1e-6"]
-    with pytest.raises(ModelError, match=r"model\.d_model=32 model\.n_heads=4 model\.norm_eps=1e-05"):
+    with pytest.raises(CheckpointError, match=r"model\.d_model=32 model\.n_heads=4 model\.norm_eps=1e-05"):
         trained(tmp_path / "r", *small, *changed, f"init_from={exported}")
 
 

@@ -66,7 +66,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield (dotted key, old value, new value) where two configurations differ; a key that one lacks has its default."""
+    """Yield (dotted key, old value, new value) where two configurations differ; one without a key has its default."""
     for key in sorted({*old, *new}):
         dotted = f"{prefix}{key}"
         before, now = (its.get(key, defaults().get(dotted)) for its in (old, new))
@@ -85,24 +85,21 @@ def check_changes(old: dict[str, Any], new: dict[str, Any], accepted: Sequence[s
     """Raise `CheckpointError` if a run would resume under a configuration that differs in what it learns."""
     changed = {key: values for key, *values in changed_keys(old, new) if not is_free_key(key, accepted)}
     if changed:
+        listed = ", ".join(f"{key} ({before}, now {now})" for key, (before, now) in changed.items())
         raise CheckpointError(
-            f"{run_dir} was begun with another configuration: {_listed(changed)}; pass another name=, or "
+            f"{run_dir} was begun with another configuration: {listed}; pass another name=, or "
             f"checkpoint.accept_changes=[{','.join(changed)}] to resume it"
         )
 
 
-def check_same_model(old: dict[str, Any], new: dict[str, Any], origin: Path) -> None:
+def check_same_model(before: dict[str, Any], now: dict[str, Any], origin: Path) -> None:
     """Raise `CheckpointError` if a model has other tensors, but for a larger vocabulary, or computes another thing."""
-    before, now = old["model"], new["model"]
     if before["vocab_size"] < now["vocab_size"]:
         before = before | {"vocab_size": now["vocab_size"]}
-    changed = {f"model.{k}": (before[k], now[k]) for k in shape_keys() if k in before and before[k] != now[k]}
-    if changed:
-        raise CheckpointError(f"{origin} is of another model: {_listed(changed)}; pass its values")
-
-
-def _listed(changed: dict[str, Any]) -> str:
-    return ", ".join(f"{key} ({before}, now {now})" for key, (before, now) in changed.items())
+    keys = [key for key in shape_keys() if key in before and before[key] != now[key]]
+    if keys:
+        values = " ".join(f"model.{key}={before[key]}" for key in keys)
+        raise CheckpointError(f"{origin} is of another model; pass {values}")
 
 
 def check_stored_config(run_dir: Path, run_config: dict[str, Any], config: CheckpointConfig) -> None:
@@ -123,7 +120,7 @@ def check_stored_config(run_dir: Path, run_config: dict[str, Any], config: Check
         except (OSError, ValueError, KeyError):
             continue
         if not own:
-            check_same_model(stored, run_config, checkpoint)
+            check_same_model(stored["model"], run_config["model"], checkpoint)
         else:
             check_changes(stored, run_config, config.accept_changes, run_dir)
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,8 +23,7 @@ from training.config import CheckpointError
 EXPONENTS = np.geomspace(0.03, 1.5, 120)
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     n_params: int
     tokens: int
     loss: float
@@ -48,7 +48,7 @@ class Law:
 
 def fit(points: Sequence[Point]) -> Law:
     """Return the law of least squares with no negative term; raises `CheckpointError` if there are too few points."""
-    sizes, tokens, losses = (np.array(column, dtype=float) for column in zip(*_columns(points), strict=True))
+    sizes, tokens, losses = (np.array(column, dtype=float) for column in zip(*points, strict=True))
     ratio = tokens / sizes
     together = ratio.max() / ratio.min() < 1.1
     needed = 3 if together else 5
@@ -69,10 +69,6 @@ def fit(points: Sequence[Point]) -> Law:
     return best[1]
 
 
-def _columns(points: Sequence[Point]) -> list[tuple[float, float, float]]:
-    return [(point.n_params, point.tokens, point.loss) for point in points]
-
-
 def read_points(folder: Path) -> list[Point]:
     """Return the finished runs of a folder, by size."""
     found = []
@@ -81,7 +77,7 @@ def read_points(folder: Path) -> list[Point]:
             keys = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "vocab_size")
             shape = {key: run.value(f"model.{key}") for key in keys}
             found.append(Point(n_params(**shape), (run.valid or run.train)[-1][0], run.loss))
-    return sorted(found, key=lambda point: (point.n_params, point.tokens))
+    return sorted(found)
 
 
 def report(folder: Path) -> str:

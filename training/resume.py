@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conf.schema import TrainConfig, stored
-from model.config import ModelConfig, ModelError, shape_keys
+from conf.schema import TrainConfig, stored, to_plain
 from model.hf.families import pad_vocabulary, read_config, read_weights
 from parallel.loss_scaler import LossScaler
 from parallel.parallelize import write_shard
@@ -111,20 +110,22 @@ class RunCheckpoints:
         asked = f"init_content ({', '.join(sorted(content))})"
         check_origin(path)
         check_same_tokenizer(config)
+        vocab_size = config.model.vocab_size
         if (path / "config.json").exists():
             if content != {"model"}:
                 raise CheckpointError(f"{asked}: the Hugging Face folder {path} holds a model only")
-            self._write_model(read_hf_weights(path, config.model))
+            check_same_model(to_plain(read_config(path)[0]), self.run_config["model"], path)
+            self._write_model(pad_vocabulary(read_weights(path), vocab_size))
             logger.info("weights from %s", path)
             return
         other = open_checkpoint(path, self.checkpoints.ranks)
-        check_same_model(other.state["config"], self.run_config, other.path)
+        check_same_model(other.state["config"]["model"], self.run_config["model"], other.path)
         if content != {"model"} and not any(name.startswith("optimizer.") for name in other.tensors):
             raise CheckpointError(f"{asked}: the imported checkpoint {other.path} holds a model only")
-        grows = other.state["config"]["model"]["vocab_size"] < config.model.vocab_size
+        grows = other.state["config"]["model"]["vocab_size"] < vocab_size
         for word in ("model", "optimizer"):
             if word == "model" and word in content and grows:
-                self._write_model(pad_vocabulary(other.read("model."), config.model.vocab_size))
+                self._write_model(pad_vocabulary(other.read("model."), vocab_size))
             elif word in content:
                 self._load(other, f"{word}.")
         before = other.state["progress"]
@@ -158,18 +159,3 @@ def warn_of_changed_rate(before: dict[str, Any], config: TrainConfig, update: in
     now = learning_rate(update, steps=config.steps, lr=config.optimizer.lr, config=config.scheduler)
     if not math.isclose(then, now, rel_tol=1e-6):
         logger.warning("the learning rate goes on at %.3g; as the run was begun, it would be %.3g", now, then)
-
-
-def read_hf_weights(folder: Path, model: ModelConfig) -> dict[str, Tensor]:
-    """Read a Hugging Face folder's weights by our names, for a model whose vocabulary may be larger than its own.
-
-    Raises `ModelError` if the folder's model would compute something else with them.
-    """
-    found, _ = read_config(folder)
-    wrong = {key: getattr(found, key) for key in shape_keys() if getattr(found, key) != getattr(model, key)}
-    if found.vocab_size < model.vocab_size:
-        wrong.pop("vocab_size")
-    if wrong:
-        values = " ".join(f"model.{key}={value}" for key, value in wrong.items())
-        raise ModelError(f"init_from ({folder}) is of another model than {model.name}; pass {values}")
-    return pad_vocabulary(read_weights(folder), model.vocab_size)
