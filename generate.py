@@ -16,15 +16,13 @@ from omegaconf import DictConfig
 
 from conf.cli import checked, report_user_errors, run
 from conf.schema import GenerateConfig
+from data.tokenizer import INCOMPLETE, Tokenizer
 from model.config import ModelError
 
 if TYPE_CHECKING:
     from corpus.chat import Messages
-    from data.tokenizer import Tokenizer
     from model.transformer import Transformer
     from training.load import Saved
-
-INCOMPLETE = "\ufffd"  # what the bytes of half a character decode to
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="generate")
@@ -100,7 +98,7 @@ def read_prompts(config: GenerateConfig) -> list[str]:
 
 
 def prompt_ids(
-    saved: "Saved", tokenizer: "Tokenizer", config: GenerateConfig, text: str, history: "Messages"
+    saved: "Saved", tokenizer: Tokenizer, config: GenerateConfig, text: str, history: "Messages"
 ) -> list[int]:
     """Return the ids of a text, or with chat=true those of a conversation up to the answer to it."""
     if config.chat and saved.chat is not None:
@@ -166,7 +164,7 @@ def write(
 class TextStream:
     """Decodes a text token by token, and holds back unfinished characters and what may begin a stop string."""
 
-    def __init__(self, tokenizer: "Tokenizer", prompt: list[int], stops: list[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stops: list[str]) -> None:
         self.tokenizer, self.stops, self.ids = tokenizer, stops, list(prompt)
         # ids[start:end] are decoded again as context: what a token is written as depends on those before it.
         self.start, self.end = 0, len(prompt)

@@ -56,30 +56,24 @@ def activations(way: Parametrization, optimizer: str, width: int, steps: int) ->
 
 
 def draw(optimizer: str, widths: Sequence[int], steps: int, path: Path) -> None:
-    import matplotlib
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    ways = list(Parametrization)
-    figure, axes = plt.subplots(
-        len(ways), len(PLACES), figsize=(11, 7), sharex=True, sharey="col", layout="constrained"
-    )
+    ways, figure = list(Parametrization), Figure(figsize=(11, 7), dpi=110, layout="constrained")
+    axes = figure.subplots(len(ways), len(PLACES), sharex=True, sharey="col")
     for row, way in zip(axes, ways, strict=True):
         found = [activations(way, optimizer, width, steps) for width in widths]
         for axis, place in zip(row, PLACES, strict=True):
             for step in range(steps + 1):
-                color = plt.get_cmap("viridis")(step / steps)
-                axis.loglog(widths, [at[place][step] for at in found], color=color, marker=".", base=2)
+                color, sizes = colormaps["viridis"](step / steps), [at[place][step] for at in found]
+                axis.loglog(widths, sizes, color=color, marker=".", base=2)
             axis.set_title(f"{place}, {way.value}", fontsize=9)
-            first, last = found[0][place][-1], found[-1][place][-1]
-            print(
-                f"{optimizer:6} {way.value:10} {place:10} x {last / first:.2f} from width {widths[0]} to {widths[-1]}"
-            )
+            change = found[-1][place][-1] / found[0][place][-1]
+            print(f"{optimizer:6} {way.value:10} {place:10} x {change:.2f} from width {widths[0]} to {widths[-1]}")
     figure.supxlabel("d_model")
     figure.suptitle(f"{optimizer}: mean absolute activation, steps 0 (dark) to {steps} (light)")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path)
 
 
 def main() -> None:

@@ -72,52 +72,33 @@ def rows(profiles: dict[str, StepProfile]) -> list[str]:
     return lines
 
 
-def draw(profiles: dict[str, StepProfile]) -> str:
-    """Draw memory by kind, and bytes inside and between nodes, a row a layout."""
-    left, wide, high, gap = 190, 380, 22, 34
-    most_memory = max(found.peak_bytes for found in profiles.values())
-    most_sent = max(sum(sent(found)) for found in profiles.values())
-    right = left + wide + 60
-    height = 70 + gap * len(profiles) + 30
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{right + wide + 90}" height="{height}" '
-        'font-family="sans-serif" font-size="12">',
-        '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="{left}" y="20" font-size="14">memory of a GPU at its peak, GiB</text>',
-        f'<text x="{right}" y="20" font-size="14">bytes of a step\'s collectives on a GPU, GB</text>',
+def draw(profiles: dict[str, StepProfile]) -> None:
+    """Draw memory by kind, and bytes within and between nodes, one row per layout."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    memory, messages = figure.subplots(1, 2, sharey=True)
+    traffic = list(zip(*map(sent, profiles.values()), strict=True))
+    bars = [
+        (memory, kind, color, GIB, [p.bytes_at_peak[kind] for p in profiles.values()]) for kind, color in KINDS.items()
     ]
-    legend = [(left, kind, color) for kind, color in KINDS.items()]
-    for i, (x, kind, color) in enumerate(legend):
-        parts += _label(x + 92 * i - 40, 36, kind, color)
-    parts += _label(right + 200, 36, "inside a node", "#72b7b2") + _label(right + 310, 36, "between nodes", "#e45756")
-    for i, (name, found) in enumerate(profiles.items()):
-        y = 60 + gap * i
-        parts.append(f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">{name}</text>')
-        bars = [(found.bytes_at_peak[kind], color) for kind, color in KINDS.items()]
-        parts += _bar(left, y, wide / most_memory, high, bars, f"{found.peak_bytes / GIB:.0f}")
-        within, between = sent(found)
-        bars = [(within, "#72b7b2"), (between, "#e45756")]
-        parts += _bar(right, y, wide / most_sent, high, bars, f"{(within + between) / 1e9:.1f}")
-    parts.append(
-        f'<text x="{left}" y="{height - 14}" fill="#555">InternLM-7B on {WORLD_SIZE:,} GPUs in nodes of {NODE}, 4 '
-        "micro-batches of 4,096 tokens, read by dry runs: python -m benchmarks.layouts</text>"
+    bars += [
+        (messages, "within a node", "#72b7b2", 1e9, traffic[0]),
+        (messages, "between nodes", "#e45756", 1e9, traffic[1]),
+    ]
+    ends = {memory: [0.0] * len(profiles), messages: [0.0] * len(profiles)}
+    for axes, label, color, unit, n_bytes in bars:
+        sizes = [size / unit for size in n_bytes]
+        axes.barh(list(profiles), sizes, left=ends[axes], color=color, label=label)
+        ends[axes] = [end + size for end, size in zip(ends[axes], sizes, strict=True)]
+    memory.set_title("memory of a GPU at its peak, GiB")
+    messages.set_title("bytes of a step's collectives on a GPU, GB")
+    memory.invert_yaxis()
+    figure.legend(loc="outside upper center", ncols=len(bars), fontsize="small")
+    figure.supxlabel(
+        f"InternLM-7B on {WORLD_SIZE:,} GPUs in nodes of {NODE}, 4 micro-batches of 4,096 tokens, by dry runs"
     )
-    return "\n".join([*parts, "</svg>"]) + "\n"
-
-
-def _bar(x: float, y: int, scale: float, high: int, pieces: list[tuple[int, str]], text: str) -> list[str]:
-    parts = []
-    for size, color in pieces:
-        parts.append(f'<rect x="{x:.1f}" y="{y}" width="{size * scale:.1f}" height="{high}" fill="{color}"/>')
-        x += size * scale
-    return [*parts, f'<text x="{x + 5:.1f}" y="{y + 15}">{text}</text>']
-
-
-def _label(x: float, y: int, text: str, color: str) -> list[str]:
-    return [
-        f'<rect x="{x}" y="{y - 9}" width="10" height="10" fill="{color}"/>',
-        f'<text x="{x + 13}" y="{y}" font-size="11">{text}</text>',
-    ]
+    figure.savefig(PICTURE)
 
 
 def main() -> None:
@@ -127,7 +108,7 @@ def main() -> None:
         profiles[name] = profile(overrides)
         print(f"{name}: {profiles[name].collectives}", flush=True)
     print(*rows(profiles), sep="\n")
-    PICTURE.write_text(draw(profiles), encoding="utf-8")
+    draw(profiles)
 
 
 if __name__ == "__main__":

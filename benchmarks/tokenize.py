@@ -13,6 +13,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,40 +31,25 @@ from data.tokenizer import SentencePieceTokenizer, encode_documents, load_tokeni
 PILE_BYTES = 825e9
 CORES_A_MACHINE = 64
 BATCH = 256  # documents that are encoded at once
-SUFFIXES = (".py", ".md", ".rst", ".txt")
 SETTINGS = {"model": "", "pieces": "103168", "texts": "", "megabytes": "64", "compared": "8"}
 
 Encode = Callable[[list[str]], list[Any]]
 
 
-def python_texts(limit: int) -> Iterator[str]:
-    """Yield the texts of the installed packages and the library, about `limit` bytes, each text once."""
-    seen, size = set(), 0
-    for root in ("purelib", "stdlib"):
-        for path in sorted(Path(sysconfig.get_paths()[root]).resolve().rglob("*")):
-            if size >= limit or path.suffix not in SUFFIXES or not path.is_file() or str(path) in seen:
-                continue
-            try:
-                text = path.read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                continue  # there to be in another encoding
-            if text.strip() and text not in seen:
-                seen |= {text, str(path)}
-                size += len(text.encode())
-                yield text
-
-
-def local_texts(pattern: str, limit: int) -> Iterator[str]:
+def read_texts(paths: str | list[str], limit: int) -> Iterator[str]:
+    """Yield the texts of files, about `limit` bytes, each text once."""
     config = DataConfig(
-        name="texts", path="none", source=Source.local, input=pattern, on_bad_record=OnBadRecord.skip,
+        name="texts", path="none", source=Source.local, input=paths, on_bad_record=OnBadRecord.skip,
         seq_len=2048, micro_batch_size=1,
     )  # fmt: skip
-    size, reader, left_out = 0, Reader(config), LeftOut(OnBadRecord.skip)
+    size, seen, reader, left_out = 0, set(), Reader(config), LeftOut(OnBadRecord.skip)
     for document in (document for item in list_items(config) for document in reader.documents(item, left_out)):
-        yield document.text
-        size += document.text_bytes
         if size >= limit:
             return
+        if document.hash not in seen:
+            yield document.text
+            seen.add(document.hash)
+            size += document.text_bytes
 
 
 def run(texts: list[str], encode: Encode) -> tuple[float, list[np.ndarray]]:
@@ -83,17 +69,15 @@ def compare(texts: list[str], n_compared: int, model: Path) -> None:
     tokenizer = load_tokenizer(model)
     assert isinstance(tokenizer, SentencePieceTokenizer), "it is SentencePiece that is compared with"
     fast = fast_from_sentencepiece(tokenizer)
+    ours = partial(encode_documents, tokenizer, add_bos=False, add_eos=False)
     encoders: dict[str, tuple[Encode, list[str]]] = {
-        "SentencePiece": (lambda some: tokenizer.model.encode(some, num_threads=1), texts[:n_compared]),
+        "SentencePiece": (partial(tokenizer.model.encode, num_threads=1), texts[:n_compared]),
         "Hugging Face tokenizers": (
             lambda some: [one.ids for one in fast.encode_batch_fast(some, add_special_tokens=False)],
             texts[:n_compared],
         ),
-        "ours": (lambda some: encode_documents(tokenizer, some, add_bos=False, add_eos=False), texts),
-        "ours, the same again": (
-            lambda some: encode_documents(tokenizer, some, add_bos=False, add_eos=False),
-            texts,
-        ),
+        "ours": (ours, texts),
+        "ours, the same again": (ours, texts),
     }
     print(f"\n{'one core':26} {'MB/s':>8} {'x SentencePiece':>16} {'documents with other ids':>26}")
     first, expected = 0.0, []
@@ -103,9 +87,8 @@ def compare(texts: list[str], n_compared: int, model: Path) -> None:
         differing = sum(not np.array_equal(a, b) for a, b in zip(expected, found, strict=False))
         print(f"{name:26} {speed:8.2f} {speed / first:16.2f} {differing:14,} of {len(expected):,}")
     all_ids = [tokenizer.model.encode(text) for text in texts[n_compared:]]
-    ours = encode_documents(tokenizer, texts[n_compared:], add_bos=False, add_eos=False)
-    differing = sum(not np.array_equal(a, b) for a, b in zip(all_ids, ours, strict=True))
-    print(f"{'ours, the other documents':52} {differing:14,} of {len(ours):,}")
+    differing = sum(not np.array_equal(a, b) for a, b in zip(all_ids, ours(texts[n_compared:]), strict=True))
+    print(f"{'ours, the other documents':52} {differing:14,} of {len(all_ids):,}")
 
 
 def corpus_config(folder: Path, name: str) -> DataConfig:
@@ -150,7 +133,8 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"error: settings are {', '.join(SETTINGS)}, not {', '.join(sorted(unknown))}")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     limit = int(float(given["megabytes"]) * 1e6)
-    texts = list(local_texts(given["texts"], limit) if given["texts"] else python_texts(limit))
+    installed = [sysconfig.get_path(name) for name in ("purelib", "stdlib")]
+    texts = list(read_texts(given["texts"] or installed, limit))
     sizes = np.cumsum([len(text.encode()) for text in texts])
     n_compared = int(np.searchsorted(sizes, float(given["compared"]) * 1e6)) + 1
     cores = len(os.sched_getaffinity(0))

@@ -76,10 +76,8 @@ def run_points(
                 continue
             one_process = ParallelConfig(device=Device.cpu, nproc_per_node=1)
             parallel = point.config.parallel if isinstance(point.config, TrainConfig) else one_process
-            work, hopeless = (
-                f"{'train' if trains else 'prepare_data'}:work",
-                partial(crashed_the_same_way_twice, run_dir),
-            )
+            work = "train:work" if trains else "prepare_data:work"
+            hopeless = partial(crashed_the_same_way_twice, run_dir)
             job = Job(work, point.args, parallel, is_user_error, launcher, hopeless=hopeless)
             jobs.append(Point(point.label, run_dir, launcher, to_plain(point.config), job, needed[run_dir]))
 

@@ -100,7 +100,7 @@ def _place(transfer: Transfer, per_row: bool) -> tuple[slice, slice]:
 
 
 def balance(costs: Sequence[int], n_ranks: int) -> tuple[list[int], int]:
-    """Return an owner for each cost and the largest sum: the dearest first, each to the rank that has the least."""
+    """Return an owner for each cost and the largest sum: the costliest first, each to the rank with the least."""
     loads, owners = [0] * n_ranks, [0] * len(costs)
     for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
         owners[number] = loads.index(min(loads))

@@ -109,7 +109,7 @@ def others(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path) -> dict[s
 def hf_dir(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("hf") / "hf"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "verify", lambda *_: "")  # tests/test_export.py does
+        patch.setattr(export, "verify", lambda *_, **__: "")  # tests/test_export.py does
         export.export(run_dir, ExportConfig(run=str(run_dir), out=str(out), dtype=Dtype.fp32))
     return out
 
@@ -158,7 +158,7 @@ def test_vocabulary_grows_by_special_tokens(
             torch.testing.assert_close(new[name][size:], old[name][:size].mean(0).expand(128, -1), rtol=0, atol=1e-6)
         with pytest.raises(CheckpointError, match="do not fit|holds a model only"):
             trained(tmp_path / f"{origin.name}_all", *start, "init_content=[all]")
-    with pytest.raises(CheckpointError, match=r"model.vocab_size \(1024, now 1000\)"):
+    with pytest.raises(CheckpointError, match=r"pass model.vocab_size=1024"):
         trained(tmp_path / "less", *small, f"init_from={run_dir}", "model.vocab_size=1000")
 
 
