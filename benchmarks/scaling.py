@@ -1,14 +1,14 @@
 """InternLM's published scaling of its 7B model beside what is predicted for it: python -m benchmarks.scaling
 
 The table is InternLM's (doc/en/train_performance.md, v0.2.1): tokens per GPU and second on A100 80GB, eight to a node
-with 4 x 100 Gb/s, 4 micro-batches of 2 x 2,048 tokens (tp=1) or 4 x 2,048 (tp=2) a step, nothing recomputed.
+with 4 x 100 Gb/s, 4 micro-batches of 2 x 2,048 tokens (tp=1) or 4 x 2,048 (tp=2) per step, nothing recomputed.
 
 A step is predicted as: computing and tensor-parallel messages, from a dry run of this project's engine with the
 inputs of `dry_run=a100`; plus what InternLM's own communication adds to it,
 
     exposed + reduce x data-parallel ranks + broadcast x optimizer partitions
 
-because it reduces gradients once a step, behind the last backward pass, and then every partition of the optimizer
+because it reduces gradients once per step, behind the last backward pass, and then every partition of the optimizer
 state broadcasts its parameters in turn (solver/optimizer/hybrid_zero_optim.py).
 
 Calibrated, on the four rows marked *: the share of a GPU's peak that products reach, `exposed` (once gradients leave
