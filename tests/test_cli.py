@@ -319,7 +319,7 @@ def test_folders_of_points_lie_in_the_sweeps() -> None:
     assert folder_name("init_from='runs/a'") == names[0], "however it was quoted"
 
 
-@pytest.mark.parametrize("script", ["train.py", "generate.py", "prepare_data.py"])
+@pytest.mark.parametrize("script", ["train.py", "generate.py", "prepare_data.py", "export.py"])
 def test_an_interrupt_while_modules_load_is_quiet(script: str) -> None:
     argv = [sys.executable, "-X", "importtime", script, "nonsense"]
     with subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
