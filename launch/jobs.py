@@ -171,7 +171,8 @@ def run_jobs(
     """Run a job for every point and report each as it ends; a failed one does not stop the others.
 
     `folder` takes logs and results, `code` is the copy of the code that jobs import. `begin` is called with every
-    point once all have passed the checks, which raise `ParallelError`. An interrupt stops the jobs, which save.
+    point once all have passed the checks, which raise `ParallelError`. An interrupt stops the jobs, which save;
+    when the terminal closes, those in Slurm go on.
     """
     jobs = _Jobs(folder, code)
     queue = [point for point in points if point.launcher.where is Where.local]
@@ -207,8 +208,9 @@ def run_jobs(
                     jobs.running.remove(job)
                     report(job.point, outcome)
             time.sleep(0.1)
-    except BaseException:
-        jobs.stop()
+    except BaseException as error:
+        hung_up = isinstance(error, SystemExit) and error.code == 128 + signal.SIGHUP
+        jobs.stop(cancel=not hung_up)
         raise
     finally:
         for signum, handler in before.items():
@@ -262,9 +264,9 @@ class _Jobs:
         self.running.append(Running(point, job_id, self.folder))
         logger.info("job %s is %s: %s", job_id, how, point.name)
 
-    def stop(self) -> None:
-        """Stop all jobs and wait until those of this machine have saved; a second interrupt kills these."""
-        if ids := self.slurm_ids():
+    def stop(self, *, cancel: bool) -> None:
+        """Stop this machine's jobs and wait until they have saved; a second interrupt kills them. Slurm's: `cancel`."""
+        if cancel and (ids := self.slurm_ids()):
             slurm.ask("scancel", *ids)
             with suppress(OSError):
                 print(f"\ncancelled {', '.join(ids)}; the same command resumes their runs", file=sys.stderr)

@@ -187,3 +187,17 @@ def test_jobs_of_this_machine_are_reported_by_how_they_ended(tmp_path: Path, mon
     finished, failed = (outcomes[point.label] for point in points)
     assert finished.state == "finished" and finished.value not in (None, os.getpid())
     assert failed.state == "failed" and failed.reason.endswith("KeyError: 'RANK'")
+
+
+@pytest.mark.parametrize(("signum", "cancelled"), [(signal.SIGHUP, []), (signal.SIGTERM, [("scancel", "7")])])
+def test_jobs_in_slurm_outlive_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, cancelled: list[tuple[str, ...]]
+) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr("launch.slurm.queued_job", lambda *_: "7")
+    monkeypatch.setattr("launch.slurm.ask", lambda *command: asked.append(command))
+    monkeypatch.setattr("launch.slurm.states", lambda _: os.kill(os.getpid(), signum))
+    waiting = point(tmp_path, "os:getpid", LauncherConfig(where=Where.slurm))
+    with pytest.raises(SystemExit):
+        run_jobs([waiting], tmp_path / ".jobs", ROOT, lambda *_: None)
+    assert asked == cancelled
