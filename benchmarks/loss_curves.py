@@ -77,12 +77,10 @@ def train_engine(config: TrainConfig, device: torch.device) -> list[float]:
 
 
 def draw(curves: dict[str, list[float]], title: str, path: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(2, 1))
+    figure = Figure(figsize=(8, 6), dpi=110, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     first = next(iter(curves.values()))
     for name, losses in curves.items():
         above.plot(losses, label=name, linewidth=1)
@@ -90,8 +88,7 @@ def draw(curves: dict[str, list[float]], title: str, path: Path) -> None:
     above.set(ylabel="loss", title=title)
     above.legend()
     below.set(ylabel="difference from the first", xlabel="step")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path)
 
 
 def main() -> None:

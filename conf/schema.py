@@ -178,8 +178,10 @@ class PrepareConfig:
         yield from _below(self, 1, "workers")
 
 
-def _chosen_dtype(dtype: Dtype) -> Iterator[str]:
-    if dtype is Dtype.auto:
+def _saved_problems(config: "ExportConfig | GenerateConfig") -> Iterator[str]:
+    if config.step is not None and config.run is None:
+        yield f"step ({config.step}) needs run"
+    if config.dtype is Dtype.auto:
         yield "dtype (auto) is for training; choose bf16, fp16 or fp32"
 
 
@@ -196,11 +198,9 @@ class ExportConfig:
     def problems(self) -> Iterator[str]:
         if [self.run, self.from_hf, self.from_internlm].count(None) != 2:
             yield "run, from_hf and from_internlm: set one, run=runs/<name> to export or from_hf=<folder> to import"
-        if self.step is not None and self.run is None:
-            yield f"step ({self.step}) needs run"
         if self.tokenizer is not None and self.from_internlm is None:
             yield f"tokenizer ({self.tokenizer}) needs from_internlm"
-        yield from _chosen_dtype(self.dtype)
+        yield from _saved_problems(self)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -228,9 +228,7 @@ class GenerateConfig:
     def problems(self) -> Iterator[str]:
         if (self.run is None) == (self.hf is None):
             yield "run and hf: set one of them, run=runs/<name> or hf=<folder>"
-        if self.step is not None and self.run is None:
-            yield f"step ({self.step}) needs run"
-        yield from _chosen_dtype(self.dtype)
+        yield from _saved_problems(self)
         if (self.prompt is None) == (self.prompts is None) and not (self.chat and self.prompt is None):
             yield 'prompt and prompts: set one of them, prompt="..." or prompts=<file>, or chat=true for a conversation'
         if self.system is not None and not self.chat:
