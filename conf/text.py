@@ -43,8 +43,8 @@ def _field(command: str, key: str) -> tuple[Any, Mapping[str, Any], bool]:
     kind: Any = SCHEMAS[command]
     metadata, in_dict = {}, False
     for part in key.split("."):
-        if part in getattr(kind, "__dataclass_fields__", ()):
-            kind, metadata = kind.__dataclass_fields__[part].type, kind.__dataclass_fields__[part].metadata
+        if (found := getattr(kind, "__dataclass_fields__", {}).get(part)) is not None:
+            kind, metadata = found.type, found.metadata
         elif get_origin(kind) is dict:
             kind = get_args(kind)[1]
         elif kind is not Any:

@@ -165,7 +165,14 @@ def test_chat_template_of_a_tokenizer_config_is_exported(tokenizer: Tokenizer, t
     named = {"chat_template": "{{ messages[0]['content'] }}", "eos_token": "</s>"}
     (theirs / "tokenizer_config.json").write_text(json.dumps(named))
     save_tokenizer(load_tokenizer(theirs / kind), tmp_path / "run")
-    shape = {"vocab_size": 1280, "d_model": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "d_ff": 64}
+    shape: dict[str, Any] = {
+        "vocab_size": 1280,
+        "d_model": 64,
+        "n_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "d_ff": 64,
+    }
     model = ModelConfig(name="m", max_seq_len=64, **shape)
     export.write_settings(out, model, load_tokenizer(tmp_path / "run"), torch.bfloat16, add_bos=False)
     assert AutoTokenizer.from_pretrained(out).chat_template == named["chat_template"]

@@ -1,6 +1,7 @@
 """Muon against torch.optim.Muon, closed forms, and the singular values that it promises."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,11 +166,11 @@ def test_nonfinite_step_changes_nothing() -> None:
         assert torch.equal(tensor, before[name]), name
 
 
-def test_states_of_16_bits_are_exchanged() -> None:
+def test_states_of_16_bits_are_exchanged(tmp_path: Path) -> None:
     torch.manual_seed(0)
     alone = Model([(6, 16), (8, 8)])
     sharded, grads = copy.deepcopy(alone), random_grads(alone)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
         for name, param in hidden(sharded).items():
