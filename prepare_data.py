@@ -66,6 +66,7 @@ def write(config: PrepareConfig) -> dict[str, Any] | None:
             nonlocal documents, tokens, text_bytes
             if not documents:
                 bar.unpause()  # a tokenizer may have been trained until now
+                bar.delay = 0  # so that its line is ended
             elif share:
                 bar.bar_format = "{percentage:3.0f}%|{bar:20}| {elapsed}{postfix}, {remaining} left"
             if more_documents and not more_text_bytes:

@@ -36,7 +36,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from conf.schema import SCHEMAS, ConfigError, did_you_mean, keys_named, register, to_config, to_object
-from conf.text import as_hydra_reads
+from conf.text import as_hydra_reads, as_typed
 from corpus.config import DataError
 from data.config import TRAINING_ONLY
 from launch.config import RankError
@@ -133,7 +133,7 @@ def data_settings(hydra: Any, *keys: str) -> str:
     typed = [o for o in (o.lstrip("+") for o in hydra.overrides.task) if o.startswith("data.")]
     named = [(o, o.removeprefix("data.").partition("=")[0]) for o in typed]
     typed = [o for o, key in named if (f"data.{key}" in keys if keys else key.split(".")[0] not in TRAINING_ONLY)]
-    return shlex.join([*folders, f"data={hydra.runtime.choices['data']}", *typed])
+    return shlex.join([*folders, f"data={hydra.runtime.choices['data']}", *map(as_typed, typed)])
 
 
 def checked(cfg: DictConfig) -> Any:
@@ -176,11 +176,11 @@ class Composer:
         self.overrides: list[Override] = []
         self.unread: list[str] = []
         self.arguments = [as_hydra_reads(argument, command, sweep=args.multirun) for argument in args.overrides]
-        for argument in self.arguments:
+        for argument, typed in zip(self.arguments, args.overrides, strict=True):
             try:
                 self.overrides += [self.parser.parse_override(argument)]
             except HydraException:
-                self.unread.append(argument)
+                self.unread.append(typed)
         self.search_path = _lines([o for o in self.overrides if o.get_key_element() == "hydra.searchpath"])
 
     def options(self, group: str, kind: ObjectType = ObjectType.CONFIG) -> list[str]:
@@ -259,6 +259,9 @@ class Composer:
             yield from self._point_problems(composing, values, list(product(*varied)))
 
     def _unread_problem(self, argument: str) -> str:
+        key, equal, _ = argument.partition("=")
+        if key and equal:
+            return f"{key}: a command line's keys are ASCII letters, digits, _ and -; set it in YAML (--config-dir)"
         meant = " or ".join(f"{group}={argument}" for group in self.groups if argument in self.options(group))
         return f"{argument} must be key=value" + (f"; did you mean {meant}?" if meant else "")
 

@@ -6,6 +6,7 @@ from enum import Enum
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 
 class DataError(Exception):
@@ -121,6 +122,12 @@ class CorpusConfig(SourceConfig):
         for key in ("max_document_mb", "vocab_size", "max_documents"):
             if (value := getattr(self, key)) is not None and value < 1:
                 yield f"data.{key} ({value}) must be at least 1"
+        try:
+            self.source_configs()
+        except ConfigKeyError as error:
+            yield f"{error.full_key} is not a setting; choose from {', '.join(f.name for f in fields(SourceConfig))}"
+        except OmegaConfBaseException as error:
+            yield f"{error.full_key}: {cause_of(error)}"
 
 
 @dataclass(kw_only=True, slots=True)

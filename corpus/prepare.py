@@ -203,7 +203,10 @@ def _write_tokenizer(job: Job, workers: int, before: dict[str, Any] | None) -> N
             raise DataError(f"tokenizer.{key} (true): {tokenizer.path.name} has no such token; set it to false")
     if template is not None:
         if ChatEncoder(template, tokenizer).answer_end() is None:
-            logger.warning("data.chat_template (%s) ends answers by no special token", data.chat_template)
+            problem = (
+                "data.chat_template (%s) ends answers by no special token; add it with tokenizer.add_special_tokens"
+            )
+            logger.warning(problem, data.chat_template)
         (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
 
 

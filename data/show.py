@@ -7,7 +7,7 @@ no target: the first token of a document, prompts, padding.
 import argparse
 import json
 import sys
-from itertools import pairwise
+from itertools import groupby, pairwise
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
@@ -86,10 +86,17 @@ def marked(tokenizer: Tokenizer | None, tokens: np.ndarray, is_target: np.ndarra
         parts = [" ".join(map(str, ids[a:b])) for a, b in pairwise(limits)]
     else:
         # decoded as a whole: a character may lie in several tokens
-        text = tokenizer.decode(ids)
-        places = [len(commonprefix([text, tokenizer.decode(ids[:limit])])) for limit in limits[:-1]]  # noqa: RUF071
+        text = decoded(tokenizer, ids)
+        places = [len(commonprefix([text, decoded(tokenizer, ids[:limit])])) for limit in limits[:-1]]  # noqa: RUF071
         parts = [text[a:b] for a, b in pairwise([*places, len(text)])]
     return "".join(part if is_target[at] else f"⟦{part}⟧" for at, part in zip(limits, parts, strict=False))
+
+
+def decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """Decode ids, special tokens as their names, which `Tokenizer.decode` leaves out."""
+    names = {token: name for name, token in tokenizer.special_ids.items()}
+    runs = ((name, list(run)) for name, run in groupby(ids, names.get))
+    return "".join(tokenizer.decode(run) if name is None else name * len(run) for name, run in runs)
 
 
 @quiet_pipe()

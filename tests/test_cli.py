@@ -147,6 +147,7 @@ def test_tutorial_on_four_nodes_is_one_micro_batch_per_gpu() -> None:
         ("global_batch_tokens=1000", [r"global_batch_tokens \(1000\)"]),
         ("data.pack_len=300", [r"data.pack_len \(300\)"]),
         ("data.mix.code=0.5 data.mix.en=2", []),
+        ("data.mix.笔记=1 data.sources.C#=x", ["^data.mix.笔记: .*YAML", "^data.sources.C#: "]),
         ("data=local data.seq_len=256", []),  # training does not ask for the text
         ("launcher.nodes=2 launcher.partition=gpu", [r"launcher.nodes \(2\)", r"launcher.partition \(gpu\)"]),
         ("launcher.time=1h", [r"launcher.time \(1h\)"]),
@@ -173,6 +174,17 @@ def test_everything_wrong_is_reported_at_once(line: str, expected: list[str]) ->
     ("name", "line", "expected"),
     [
         ("prepare_data", "data=local", ["data.input"]),
+        (
+            "prepare_data",
+            "data=local data.sources.a={input:x,text_kye:y}",
+            ["data.sources.a.text_kye is not a setting"],
+        ),
+        (
+            "prepare_data",
+            "data=local data.sources.a={input:x,text_lines:7y}",
+            ["data.sources.a.text_lines: Value '7y'"],
+        ),
+        ("prepare_data", "data=local data.sources.a={text_key:y}", ["data.sources.a.input: "]),
         ("export", "", ["run, from_hf and from_internlm"]),
         ("generate", "", ["run and hf", "prompt and prompts"]),
         ("export", "run=/nowhere", ["/nowhere"]),

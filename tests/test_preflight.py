@@ -76,6 +76,8 @@ def test_sweep_without_its_corpus_is_refused_once_and_without_torch(tmp_path: Pa
         ("data.seq_len=8 data.workers=0 ++data.mix.a=2 data.packing=concat data.name=x", "data.name=x data.input=..."),
         ("steps=3 data.input=texts data.text_key=body", "data.input=texts data.text_key=body"),
         ("++data.sources.a=texts", "data.sources.a=texts"),
+        ("data.name='笔记' data.text_key='7'", "'data.name=笔记' data.text_key=7 data.input=..."),
+        ("data.name='\\${x}' data.text_key=007", "'data.name='\"'\"'${x}'\"'\"'' data.text_key=007 data.input=..."),
     ],
 )
 def test_remedy_has_the_settings_that_preparing_reads(tmp_path: Path, typed: str, remedy: str) -> None:

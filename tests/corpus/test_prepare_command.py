@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import logging
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -69,6 +71,19 @@ def test_corpus_of_one_document_shows_one(
     table, documents = closing_output(dataclasses.replace(config, valid_fraction=0.0), tokenizer, capsys)
     assert table.splitlines()[-1] == "no document is held out of C++: there will be no validation of it"
     assert len(documents) == 1
+
+
+def test_progress_ends_its_line(
+    config: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def prepare(*_: Any, progress: Any, **__: Any) -> None:
+        logging.getLogger(__name__).warning("this draws the bar")
+        progress(1, 2, 3, 1.0)
+
+    monkeypatch.setattr("corpus.prepare.prepare", prepare)
+    prepare_data.write(PrepareConfig(data=config, tokenizer=settings_of(tokenizer), launcher=LauncherConfig()))
+    error = capsys.readouterr().err
+    assert "1 documents" in error and error.endswith("\n")
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_step_is_shown_with_its_documents(run_dir: Path, corpus_dir: Path) -> No
         assert shown.startswith(head)
         shown, *_ = re.split(r"\n--- \d+ tokens of padding", shown)
         texts = [part.split("\n", 1)[1] for part in re.split(r"\n--- (?=\S+\.bin from token \d)", shown)[1:]]
-        text = "".join(text.rstrip("\n") for text in texts).replace("⟦", "").replace("⟧", "")
+        text = re.sub("[⟦⟧]|</s>", "", "".join(text.rstrip("\n") for text in texts))
         parts = zip(pieces.files, pieces.starts, pieces.lengths, strict=True)
         whole = "".join(corpus.tokenizer.decode(corpus.train.files[f].read(s, n).tolist()) for f, s, n in parts)
         assert text.split() == whole.split() or "".join(text.split()) == "".join(whole.split())
@@ -82,6 +82,9 @@ def test_characters_of_several_tokens_are_shown_whole(tokenizer: Tokenizer, tmp_
     for first in range(1, len(ids)):
         assert marked(tokenizer, ids, np.arange(len(ids)) >= first).replace("⟦", "").replace("⟧", "") == "龘靐齉 a"
     assert marked(tokenizer, ids, np.arange(len(ids)) >= 3) == "⟦龘⟧靐齉 a"
+    assert tokenizer.bos_id is not None and tokenizer.eos_id is not None
+    ends = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id, tokenizer.eos_id])
+    assert marked(tokenizer, ends, np.arange(len(ends)) >= 4) == "⟦<s>龘⟧靐齉 a</s></s>"
 
 
 @pytest.mark.parametrize(
