@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -384,20 +385,16 @@ def test_name_is_looked_up_on_the_hub(tokenizer: Tokenizer, tmp_path: Path, monk
     from transformers import AutoTokenizer
 
     write_hf_tokenizer(tokenizer, tmp_path, add_bos=False, max_len=64)
-    named, original = [], AutoTokenizer.from_pretrained
-    monkeypatch.setattr(
-        AutoTokenizer, "from_pretrained", lambda name, **options: named.append(name) or original(tmp_path, **options)
-    )
+    original = AutoTokenizer.from_pretrained
+    look_up = Mock(side_effect=lambda _, **options: original(tmp_path, **options))
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", look_up)
     found = load_tokenizer("somebody/model")
-    assert named == ["somebody/model"]
+    assert look_up.call_args.args == ("somebody/model",)
     assert [found.encode(line) for line in mixed_lines()] == [tokenizer.encode(line) for line in mixed_lines()]
     assert (found.bos_id, found.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
 
 
 def test_unknown_name_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nothing(name: str, **options: object) -> None:
-        raise OSError(f"{name} is not a local folder and is not a valid model identifier\nmore lines")
-
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", nothing)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", Mock(side_effect=OSError("unknown\nmore lines")))
     with pytest.raises(DataError, match=r"tokenizer.model \(no/such\)"):
         load_tokenizer("no/such")
