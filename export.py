@@ -135,7 +135,9 @@ def write_settings(
     if tokenizer is not None:
         ids = write_hf_tokenizer(tokenizer, folder, add_bos=add_bos, max_len=model.max_seq_len, answer_end=end)
     if chat is not None:
-        (folder / CHAT_TEMPLATE).write_text(chat.template, encoding="utf-8")
+        # Clients add no bos to a rendered conversation.
+        template = chat.template_with_bos() if add_bos else chat.template
+        (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
     about = export_family(model).write_config(model, dtype=str(dtype).removeprefix("torch."), **ids)
     write_json(folder / "config.json", about)
     if tokenizer is not None and end is not None and tokenizer.eos_id not in (None, end):

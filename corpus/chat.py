@@ -163,7 +163,7 @@ class ChatEncoder:
             raise DataError(f'{lacks}; pass "tokenizer.add_special_tokens={missing}"')
         self.template, self.special = template, set(ids.values())
         self.marked = GENERATION.search(template) is not None
-        self.spell = tokenizer.encode
+        self.spell, self.bos_id = tokenizer.encode, tokenizer.bos_id
         # All other special tokens are found by the tokenizer, which may look at the text around them.
         self.controls = {name: token for name, token in ids.items() if token not in self.spell(name)}
         longest_first = sorted(map(re.escape, self.controls), key=len, reverse=True)
@@ -220,6 +220,11 @@ class ChatEncoder:
             return None
         after = (text[: spans[-1][1]] if spans else text).rpartition(ANCHOR)[2]
         return next((token for token in self._part_ids(after, MARK, first=False) if token in self.special), None)
+
+    def template_with_bos(self) -> str:
+        """Return the template with bos before all that it writes, unless it writes bos itself."""
+        ids = self._part_ids(self._render([{"role": "user", "content": "x"}], prompt=True)[0], MARK, first=True)
+        return self.template if ids[:1] == [self.bos_id] else "{{ bos_token }}" + self.template
 
     def unused_fields(self, messages: Messages) -> set[str]:
         """Return the fields of messages that change nothing in what the template writes.

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from corpus.chat import TEMPLATES, ChatEncoder, Messages, messages_of, read_template
+from corpus.chat import TEMPLATES, ChatEncoder, Messages, read_template
 from corpus.config import DataError
 from data.hf_tokenizer import write_hf_tokenizer
 from data.tokenizer import Tokenizer, load_tokenizer, sentencepiece_proto
@@ -44,6 +44,10 @@ RICH = (
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581\0")).filter(
     lambda text: not re.search("<(unk|/?s)>", text)
 )
+
+
+def two(question: str, answer: str) -> Messages:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def unmarked(template: str) -> str:
@@ -140,6 +144,16 @@ def test_control_tokens_of_the_template_are_those_of_transformers(either: Tokeni
     ids, mask = ChatEncoder(INST, either).encode(turns * 2)
     assert ids.tolist() == theirs["input_ids"] and mask.astype(int).tolist() == theirs["assistant_masks"]
     assert ids[0] == either.bos_id and ids[-1] == either.eos_id and mask[-1] and (ids == either.eos_id).sum() == 2
+
+
+@pytest.mark.parametrize("template", [INST, TEMPLATES["chatml"]], ids=["inst", "chatml"])
+def test_exported_template_writes_bos_once(either: Tokenizer, fast: Tokenizer, template: str) -> None:
+    own = PreTrainedTokenizerFast(tokenizer_file=str(fast.path), bos_token="<s>", eos_token="</s>")
+    encoder = ChatEncoder(template, either)
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "You."}]
+    theirs: Any = own.apply_chat_template(turns, chat_template=encoder.template_with_bos(), return_dict=True)
+    ids = [token for token in encoder.encode(turns)[0].tolist() if token != either.bos_id]
+    assert theirs["input_ids"] == [either.bos_id, *ids]
 
 
 @pytest.mark.parametrize(
@@ -328,66 +342,6 @@ def test_no_template_is_an_error(tmp_path: Path, name: str, sentence: str) -> No
     (tmp_path / "bad.jinja").write_text("ok\n{% for m in %}")
     with pytest.raises(DataError, match=r"^data\.chat_template \(.*\) " + sentence):
         read_template(name if name == "vicuna" else str(tmp_path / name))
-
-
-def two(question: str, answer: str) -> Messages:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def test_records_of_each_style_become_messages() -> None:
-    assert messages_of({"instruction": "Add.", "input": "1 2", "output": "3"}, "alpaca", "messages") == two(
-        "Add.\n1 2", "3"
-    )
-    for blank in ({}, {"input": ""}, {"input": None}):
-        assert messages_of({"instruction": "Go.", "output": "Yes", **blank}, "alpaca", "messages") == two("Go.", "Yes")
-    assert messages_of({"messages": TURNS, "id": 1}, "chat", "messages") == TURNS
-    assert messages_of({"a": {"b": [{**TURNS[1], "loss": None}, TURNS[2]]}}, "chat", "a.b") == TURNS[1:3]
-    nulls = [{**turn, "from": None, "value": None} for turn in TURNS]  # as a table's columns have them
-    assert messages_of({"messages": nulls}, "chat", "messages") == TURNS
-    shared = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-    assert messages_of({"conversations": shared}, "chat", "conversations") == [
-        {"role": "system", "content": "s"}, *two("q", "a"),
-    ]  # fmt: skip
-    system = {"role": "system", "content": "Be brief."}
-    alpaca = {"instruction": "Go.", "output": "Yes", "history": [], "system": "Be brief."}
-    assert messages_of(alpaca, "alpaca", "") == [system, *two("Go.", "Yes")]
-    offered = {"system": "Be brief.", "tools": '[{"name": "f"}]', "conversations": shared[1:]}
-    assert messages_of(offered, "chat", "conversations") == [{**system, "tools": [{"name": "f"}]}, *two("q", "a")]
-    assert messages_of({"tools": "[]", "messages": two("q", "a")}, "chat", "messages") == two("q", "a")
-    called = [two("q", "a")[0], {"role": "assistant", "content": None, "tool_calls": [CALL], "name": "bot"}]
-    assert messages_of({"messages": called}, "chat", "messages") == [called[0], {**called[1], "content": ""}]
-
-
-@pytest.mark.parametrize(
-    ("record", "style", "reason"),
-    [
-        ({"texts": []}, "chat", "data.messages_key (messages)"),
-        ([], "chat", "data.messages_key (messages)"),
-        ({"messages": "hello"}, "chat", "data.messages_key (messages)"),
-        ({"messages": []}, "chat", "data.messages_key (messages)"),
-        ({"messages": ["hello"]}, "chat", "role must be a string"),
-        ({"messages": [{"content": "a"}]}, "chat", "role must be a string"),
-        ({"messages": [{"role": "user", "content": None}]}, "chat", "content must be a string"),
-        ({"messages": [{"from": "gpt", "content": "a"}]}, "chat", "value must be a string"),
-        ({"messages": [{"role": "judge", "content": "a"}]}, "chat", "unknown role 'judge'"),
-        ({"messages": [{**TURNS[2], "weight": 0.5}]}, "chat", "weight (0.5) must be 0 or 1"),
-        ({"messages": [TURNS[1], {**TURNS[2], "weight": 0}]}, "chat", "no message of the assistant"),
-        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "alpaca", "history holds messages"),
-        ({"messages": two("a", "b"), "tools": "[{"}, "chat", ""),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "chat", "content holds half a surrogate pair"),
-        ({"messages": TURNS[:2]}, "chat", "no message of the assistant"),
-        ({"messages": two("a", " \n")}, "chat", "no message of the assistant"),
-        ({"instruction": "a"}, "alpaca", "output must be a string"),
-        ({"instruction": 3, "output": "b"}, "alpaca", "instruction must be a string"),
-        ({"instruction": "a", "input": ["b"], "output": "b"}, "alpaca", "input must be a string"),
-        ({"instruction": "a", "output": ""}, "alpaca", "no message of the assistant"),
-        ("text", "alpaca", "instruction must be a string"),
-    ],
-)
-def test_bad_conversation_has_its_reason(record: Any, style: Any, reason: str) -> None:
-    with pytest.raises(ValueError) as raised:
-        messages_of(record, style, "messages")
-    assert str(raised.value).startswith(reason)
 
 
 @pytest.mark.skipif("INTERNLM_TOKENIZER" not in os.environ, reason="INTERNLM_TOKENIZER names no V7_sft.model")
