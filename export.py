@@ -133,7 +133,9 @@ def write_settings(
     chat = tokenizer and chat_encoder(tokenizer)
     end = chat and chat.answer_end()
     if tokenizer is not None:
-        ids = write_hf_tokenizer(tokenizer, folder, add_bos=add_bos, max_len=model.max_seq_len, answer_end=end)
+        # eos is the end of an answer for clients, unless the template writes the eos that training had.
+        eos = None if chat and "eos_token" in chat.template else end
+        ids = write_hf_tokenizer(tokenizer, folder, add_bos=add_bos, max_len=model.max_seq_len, answer_end=eos)
     if chat is not None:
         # Clients add no bos to a rendered conversation.
         template = chat.template_with_bos() if add_bos else chat.template

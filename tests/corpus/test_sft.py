@@ -156,6 +156,32 @@ def test_special_tokens_are_added_to_a_tokenizer(tmp_path: Path, tokenizer: Toke
         assert targets_of(data, n + 2)[1] != []
 
 
+MODEL = ModelConfig(
+    name="m", vocab_size=1280, d_model=64, n_layers=1, n_heads=2, n_kv_heads=2, d_ff=64, max_seq_len=64
+)  # fmt: skip
+BOTH_ENDS = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}<eoh>{% else %}"
+    "{% generation %}{{ m.content }}<eoa>{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+@pytest.mark.parametrize("template", [TEMPLATES["internlm"], BOTH_ENDS], ids=["internlm", "both_ends"])
+def test_exported_template_writes_what_training_had(
+    symbols: Tokenizer, tmp_path: Path, template: str, add_bos: bool
+) -> None:
+    save_tokenizer(symbols, tmp_path / "run")
+    (tmp_path / "run" / "chat_template.jinja").write_text(template)
+    (tmp_path / "out").mkdir()
+    own = load_tokenizer(tmp_path / "run")
+    export.write_settings(tmp_path / "out", MODEL, own, torch.bfloat16, add_bos=add_bos)
+    theirs: Any = AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(TURNS, return_dict=True)
+    ids = ChatEncoder(template, own).encode(TURNS)[0].tolist()
+    assert theirs["input_ids"] == [own.bos_id] * add_bos + ids
+    stop = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+    assert set(stop) == {own.eos_id, own.special_ids["<eoa>"]}
+
+
 @pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json"])
 def test_chat_template_of_a_tokenizer_config_is_exported(tokenizer: Tokenizer, tmp_path: Path, kind: str) -> None:
     theirs, out = tmp_path / "theirs", tmp_path / "out"
@@ -165,16 +191,7 @@ def test_chat_template_of_a_tokenizer_config_is_exported(tokenizer: Tokenizer, t
     named = {"chat_template": "{{ messages[0]['content'] }}", "eos_token": "</s>"}
     (theirs / "tokenizer_config.json").write_text(json.dumps(named))
     save_tokenizer(load_tokenizer(theirs / kind), tmp_path / "run")
-    shape: dict[str, Any] = {
-        "vocab_size": 1280,
-        "d_model": 64,
-        "n_layers": 1,
-        "n_heads": 2,
-        "n_kv_heads": 2,
-        "d_ff": 64,
-    }
-    model = ModelConfig(name="m", max_seq_len=64, **shape)
-    export.write_settings(out, model, load_tokenizer(tmp_path / "run"), torch.bfloat16, add_bos=False)
+    export.write_settings(out, MODEL, load_tokenizer(tmp_path / "run"), torch.bfloat16, add_bos=False)
     assert AutoTokenizer.from_pretrained(out).chat_template == named["chat_template"]
 
 
