@@ -266,7 +266,7 @@ def adds_bos(folder: Path) -> bool:
     if (named := _read_json(folder / "tokenizer_config.json").get("add_bos_token")) is not None:
         return bool(named)
     if not (folder / "tokenizer.json").exists():
-        return True  # as the SentencePiece tokenizers of Llama, InternLM and InternLM2 do unless told otherwise
+        return True  # as the SentencePiece tokenizers of Llama, InternLM and InternLM2 do
     tokenizer = HuggingFaceTokenizer(folder / "tokenizer.json")
     return tokenizer.bos_id is not None and tokenizer.model.encode("a").ids[:1] == [tokenizer.bos_id]
 

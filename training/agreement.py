@@ -14,7 +14,7 @@ from parallel.tensor_parallel import local, sharded_dim
 from training.config import TrainingError
 from training.ranks import Ranks
 
-HASHED_AT_ONCE = 1 << 25  # numbers
+CHECKED_AT_ONCE = 1 << 22  # numbers: a device that is nearly full has room for their copies
 ROOT = Path(__file__).parent.parent
 
 
@@ -33,8 +33,7 @@ def check_same_run(facts: Mapping[str, Any], ranks: Ranks) -> None:
 def check_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
     """Raise `TrainingError` on every rank unless all tensors are finite and replicas are equal to the bit."""
     shards = {name: local(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
-    # state that is put together on the host lies beside state on the device
-    numbers = [(bool(torch.isfinite(shard).all()), int(_hash(shard))) for shard in shards.values()]
+    numbers = [_finite_and_hash(shard) for shard in shards.values()]
     mine = {name: (_place(tensors[name]), *pair) for name, pair in zip(shards, numbers, strict=True)}
     seen: dict[tuple[str, Any], tuple[int, int]] = {}
     for rank, its in enumerate(ranks.all_gather(lambda: mine)):
@@ -56,11 +55,12 @@ def _place(tensor: Tensor) -> tuple[int, ...] | None:
     return tuple(-1 if sharded_dim(placement) is None else at for at, placement in pairs)
 
 
-def _hash(shard: Tensor) -> Tensor:
-    """Return a number that any changed bit changes, in whatever order it is summed up."""
-    bits = shard.contiguous().view(torch.int32 if shard.element_size() == 4 else torch.int16).flatten()
+def _finite_and_hash(shard: Tensor) -> tuple[bool, int]:
+    """Return whether all numbers are finite, and one that any changed bit changes, in whatever order it is summed."""
+    finite = torch.ones((), dtype=torch.bool, device=shard.device)
     total = torch.zeros((), dtype=torch.int64, device=shard.device)
-    for part in bits.split(HASHED_AT_ONCE):
-        wide = part.long()
-        total += (wide * wide + wide).sum()
-    return total
+    for part in shard.contiguous().flatten().split(CHECKED_AT_ONCE):
+        finite &= torch.isfinite(part).all()
+        bits = part.view(torch.int32 if part.element_size() == 4 else torch.int16).long()
+        total += (bits * bits + bits).sum()
+    return bool(finite), int(total)

@@ -105,6 +105,9 @@ class OptimizerConfig:
     max_nonfinite_steps: int = 10  # consecutive steps without a finite gradient before the run is stopped
 
     def problems(self) -> Iterator[str]:
+        for key in ("momentum", "scale", "polar_express", "normuon", "cautious_decay") if self.name == "adamw" else ():
+            if getattr(self, key) != OptimizerConfig.__dataclass_fields__[key].default:
+                yield f"optimizer.{key} is a setting of optimizer=muon, not of adamw"
         if ":" not in self.name and self.name not in OPTIMIZERS:
             yield f"optimizer.name ({self.name}) must be {', '.join(OPTIMIZERS)} or module:Class"
         yield from unless(self, "optimizer", "positive and finite", lambda x: 0 < x < math.inf, "lr", "eps")

@@ -198,3 +198,9 @@ def test_owners_are_balanced(costs: list[int], n_ranks: int) -> None:
     owners, largest = balance(costs, n_ranks)
     loads = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(n_ranks)]
     assert largest == max(loads) <= sum(costs) / n_ranks + max(costs)
+
+
+def test_settings_of_muon_are_refused_with_adamw() -> None:
+    (problem,) = OptimizerConfig(name="adamw", normuon=True).problems()
+    assert "optimizer.normuon" in problem
+    assert not list(OptimizerConfig(name="muon", normuon=True, scale=MuonScale.spectral).problems())
