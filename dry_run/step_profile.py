@@ -74,6 +74,7 @@ def profile_rank(config: TrainConfig, rank: int, n_micro_batches: int) -> StepPr
         stack.enter_context(memory.following_zero())
         ops = stack.enter_context(ObserveOps(memory.record))
         stack.enter_context(mock.patch.object(torch, "compile", fake_compile(trace, ops)))
+        stack.enter_context(mock.patch("parallel.zero.can_share", lambda *_: False))
         for name, stand_in in zero_stand_ins(trace).items():
             stack.enter_context(mock.patch.object(Zero, name, stand_in))
         with memory.label("optimizer"):
@@ -142,8 +143,8 @@ def _extrapolate(before: StepProfile, last: StepProfile, times: float) -> StepPr
         return new + (new - old) * times
 
     collectives = {}
-    for key, (count, n_bytes) in last.collectives.items():
-        old_count, old_bytes = before.collectives.get(key, (0, 0))
-        collectives[key] = round(extend(old_count, count)), round(extend(old_bytes, n_bytes))
+    for key, (count, total) in last.collectives.items():
+        old_count, old_total = before.collectives.get(key, (0, 0))
+        collectives[key] = round(extend(old_count, count)), round(extend(old_total, total))
     time = StepTime(*map(extend, astuple(before.time), astuple(last.time)))
     return replace(last, collectives=collectives, flops=round(extend(before.flops, last.flops)), time=time)

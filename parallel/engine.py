@@ -14,7 +14,7 @@ from model.aux_loss import AuxLosses
 from model.loss import linear_cross_entropy
 from parallel.config import ParallelConfig, no_graphs
 from parallel.counters import StepCounters
-from parallel.graphs import Graphs
+from parallel.graphs import Graphs, Turn
 from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
 from parallel.nonfinite import NonfiniteWatch
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 
 class Optimizer(Protocol):
-    version: int  # grows whenever the weights change
-
     def step(self, *, grad_scale: Tensor, finite: Tensor) -> Tensor:
         """Update from gradients divided by `grad_scale`, if `finite`; return learning rate and beta2."""
         ...
@@ -89,7 +87,6 @@ class Engine:
         self.counted = [p for name, p in self.params.items() if name not in tied and p.is_first_copy]
         tp_mesh = mesh.param_mesh["tp"] if mesh.param_mesh is not None and mesh.axes.tp > 1 else None
         self.vocabulary = tp_mesh and VocabularyShard(tp_mesh, self.model.config.vocab_size)
-        self.gathered_version = -1
         self.reduction, self.n_sources = loss.reduction, n_sources
         smoothing, z_loss = loss.label_smoothing, loss.z_loss
         self.linear_loss: Callable[..., tuple[Tensor, Tensor, Tensor]] = partial(
@@ -107,12 +104,11 @@ class Engine:
         self.graphs = self.graphs_on(torch.cuda.Stream(mesh.device)) if parallel.cuda_graphs else None
 
     def graphs_on(self, stream: torch.cuda.Stream | None) -> Graphs:
-        return Graphs(self.model.parameters(), self._run_one, self._update, self._no_sums(), stream)
+        return Graphs(self.model.parameters(), self._run_one, self._update, self._no_sums(), stream, self.zero)
 
     def train_step(self, batches: Sequence[Batch]) -> StepResult:
         """Run the micro-batches of a step and update the weights, unless the gradient is not finite."""
         counts, weights, aux_weight = self._weights(batches)
-        self._gather()
         if self.graphs is None:
             sums = self._no_sums(aux_weight)
             self._run(batches, weights, sums)
@@ -162,7 +158,6 @@ class Engine:
             watch.check_params(self.params)
             if not self.mesh.all_reduce_max(bool(watch.events)):
                 _, weights, aux_weight = self._weights(batches)
-                self._gather()
                 with watch:
                     self._run(batches, weights, self._no_sums(aux_weight))
                 self._finish_gradients()
@@ -175,17 +170,20 @@ class Engine:
     def _run(self, batches: Sequence[Batch], weights: Sequence[float], sums: Sums) -> None:
         """Run forward and backward passes, and add to `sums`."""
         if self.pipeline is None:
-            for index, (batch, weight) in enumerate(zip(batches, weights, strict=True), 1):
-                if self.zero is not None:
-                    self.zero.begin_backward(0, accumulates=len(batches) > 1, last=index == len(batches))
-                self._run_one(batch, weight, sums)
+            for index, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
+                self._run_one(batch, weight, sums, Turn(index, len(batches)))
         else:
+            self._gather()
             inputs = [self._inputs(*pair, sums) for pair in zip(batches, weights, strict=True)]
             self.pipeline.train(inputs)
             for _, kwargs in inputs:
                 self._add_aux(kwargs["aux"], sums)
 
-    def _run_one(self, batch: Batch, weight: float | Tensor, sums: Sums) -> None:
+    def _run_one(self, batch: Batch, weight: float | Tensor, sums: Sums, turn: Turn) -> None:
+        if self.zero is not None:
+            if turn.is_first:
+                self.zero.gather()
+            self.zero.begin_backward(0, accumulates=turn.count > 1, last=turn.is_last)
         tokens_BT, kwargs = self._inputs(batch, weight, sums)
         self.model(tokens_BT, **kwargs).backward()
         if self.zero is not None:
@@ -193,9 +191,8 @@ class Engine:
         self._add_aux(kwargs["aux"], sums)
 
     def _gather(self) -> None:
-        if self.zero is not None and self.gathered_version != self.optimizer.version:
+        if self.zero is not None:
             self.zero.gather()
-            self.gathered_version = self.optimizer.version
 
     def _finish_gradients(self) -> None:
         """Give every shard its gradient: summed over ranks, and over the copies of a tied parameter."""

@@ -52,7 +52,7 @@ def _all_reduce(x: Tensor, tp: TensorParallel) -> Tensor:
 
 
 class _Enter(torch.autograd.Function):
-    """What stands before matrices whose outputs are split: they need all tokens, and each has a part of the gradient."""
+    """Stands before matrices whose outputs are split: they need all tokens, and each has a part of the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
@@ -65,7 +65,7 @@ class _Enter(torch.autograd.Function):
 
 
 class _Leave(torch.autograd.Function):
-    """What stands after matrices whose inputs are split: their outputs are sums over the ranks."""
+    """Stands after matrices whose inputs are split: their outputs are sums over the ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:

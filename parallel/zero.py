@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from model.transformer import Transformer
 from parallel.config import ParallelConfig, ReduceDtype
 from parallel.mesh import Mesh
+from parallel.peers import SharedBuffer, can_share
 from parallel.tensor_parallel import exchange
 
 ALIGNMENT = 8  # numbers; kernels read matrices from addresses in multiples of 16 bytes
@@ -36,8 +37,15 @@ class Unit:
     """Parameters that are gathered and reduced together: those of some modules, as views of one flat buffer."""
 
     def __init__(
-        self, modules: dict[str, nn.Module], rank: int, n_shards: int, device: torch.device, *, frees: bool
+        self,
+        modules: dict[str, nn.Module],
+        group: dist.ProcessGroup,
+        device: torch.device,
+        *,
+        frees: bool,
+        copies: bool,
     ) -> None:
+        rank, n_shards = group.rank(), group.size()
         self.modules, self.n_shards = modules, n_shards
         self.is_block = all(path.startswith("blocks.") for path in modules)
         owners = {
@@ -46,25 +54,28 @@ class Unit:
             for name, param in module.named_parameters()
         }
         shapes = [param.shape for *_, param in owners.values()]
-        dtype = next(param.dtype for *_, param in owners.values())
+        self.dtype = next(param.dtype for *_, param in owners.values())
         # of each parameter: numbers per share, padding of the last rows included, and where its shares begin
         self.sizes = [-(-shape[0] // n_shards) * shape[1:].numel() for shape in shapes]
         self.starts, self.length = [], 0
         for size in self.sizes:
             self.starts.append(self.length)
             self.length += -(-size // ALIGNMENT) * ALIGNMENT
-        self.whole = torch.empty(self.length * n_shards, dtype=dtype, device=device)
+        n_kept = self.length if frees else self.length * n_shards  # between steps
+        shared = SharedBuffer(n_kept, self.dtype, device, group) if copies else None
+        kept = torch.empty(n_kept, dtype=self.dtype, device=device) if shared is None else shared.mine
+        self.whole = torch.empty(self.length * n_shards, dtype=self.dtype, device=device) if frees else kept
         self.n_bytes = self.whole.untyped_storage().nbytes()
-        share = torch.empty(self.length, dtype=dtype, device=device) if frees else None
         self.params: list[nn.Parameter] = []  # whole over data-parallel ranks, as the model reads them
         self.shards: dict[str, Tensor] = {}  # this rank's, as the optimizer updates them
         # flat, of each parameter: the whole with padding, and this rank's share of it
         self.wholes: list[Tensor] = []
         self.mine: list[Tensor] = []
+        self.copies: list[tuple[Tensor, Tensor]] = []  # to, from: what copy engines gather
         layout = zip(owners.items(), shapes, self.sizes, self.starts, strict=True)
         for (name, (owner, leaf, _)), shape, size, start in layout:
             whole = self.whole[start * n_shards :][: size * n_shards]
-            mine = whole[size * rank :][:size] if share is None else share[start:][:size]
+            mine = kept[start:][:size] if frees else whole[size * rank :][:size]
             param = nn.Parameter(whole[: shape.numel()].view(shape))
             setattr(owner, leaf, param)
             n_numbers = max(0, min(size, shape.numel() - size * rank))  # without padding
@@ -72,6 +83,11 @@ class Unit:
             self.shards[name] = mine[:n_numbers].view(-1, *shape[1:])
             self.wholes.append(whole)
             self.mine.append(mine)
+            for peer in shared.others() if shared else ():
+                at = start if frees else start * n_shards + size * peer
+                self.copies.append((whole[size * peer :][:size], shared.of(peer, at, size)))
+            if shared and frees:
+                self.copies.append((whole[size * rank :][:size], mine))
         self.is_gathered = not frees  # its memory is there, and what fills it is under way
         self.ready: Any = None  # event after which the parameters may be read
         self.accumulated: Tensor | None = None  # whole gradients of earlier micro-batches
@@ -80,8 +96,8 @@ class Unit:
         self.before: Unit | None = None  # whose backward pass comes next
         self.after: Unit | None = None
 
-    def pack(self) -> Tensor:
-        """Return the gradients as (n_shards, length), a row for each rank, and drop them."""
+    def pack(self, out: Tensor | None = None) -> Tensor:
+        """Return the gradients as (n_shards, length), a row for each rank, and drop them; `out` is flat."""
         parts = []
         for param, size in zip(self.params, self.sizes, strict=True):
             grad = torch.zeros_like(param) if param.grad is None else param.grad
@@ -90,13 +106,12 @@ class Unit:
             parts.append((F.pad(flat, (0, padding)) if padding else flat).view(self.n_shards, size))
             if gap := -size % ALIGNMENT:
                 parts.append(flat.new_zeros(self.n_shards, gap))
-        return torch.cat(parts, dim=1)
+        return torch.cat(parts, dim=1, out=None if out is None else out.view(self.n_shards, -1))
 
     def set_shard_grads(self) -> None:
         assert self.grads is not None
         for start, shard in zip(self.starts, self.shards.values(), strict=True):
             shard.grad = self.grads[start:][: shard.numel()].view(shard.shape)
-        self.grads = None
 
     def resize(self, n_bytes: int) -> None:
         self.is_gathered = n_bytes > 0
@@ -113,11 +128,15 @@ class Zero:
         self.n_shards = self.shard_group.size()
         self.frees = self.stage == 3 and self.n_shards > 1
         self.reduce_dtype = torch.float32 if config.reduce_dtype is ReduceDtype.fp32 else torch.bfloat16
+        # Within a node weights and gradients are read by copy engines, which leave all multiprocessors to products.
+        self.copies = can_share(self.shard_group, mesh.device)
         self.stream: Any = torch.cuda.Stream(mesh.device, priority=-1) if _has_streams(mesh.device) else None
         self.units: list[list[Unit]] = []  # of each stage, in the order of the forward pass
         for stage in stages:
-            rank = self.shard_group.rank()
-            its = [Unit(m, rank, self.n_shards, self.device, frees=self.frees) for m in units_of(stage)]
+            its = [
+                Unit(modules, self.shard_group, self.device, frees=self.frees, copies=self.copies)
+                for modules in units_of(stage)
+            ]
             self.units.append(its)
             for unit in its:
                 self._hook(unit)
@@ -125,7 +144,14 @@ class Zero:
                 one.after, other.before = other, one
         self.pending: list[Unit] = []  # of a backward pass, whose gradients are still to come; the next one is last
         self.accumulates = self.last = False
+        self.fixed = False  # gradients stay in the same memory, for graphs, which zero them
         self.in_flight: deque[tuple[Any, Tensor]] = deque()  # messages that the stream may still read
+        # Gradients that other ranks read: three, so that one is written while others are under way or being read.
+        self.outboxes: list[SharedBuffer] = []
+        blocks = [unit for unit in chain.from_iterable(self.units) if unit.is_block]
+        if self.copies and blocks:
+            n = max(unit.length for unit in blocks) * self.n_shards
+            self.outboxes = [SharedBuffer(n, blocks[0].dtype, self.device, self.shard_group) for _ in range(3)]
 
     @property
     def shards(self) -> dict[str, Tensor]:
@@ -150,6 +176,9 @@ class Zero:
 
     def gather(self) -> None:
         """Start to gather the parameters that are kept whole, in the order in which a forward pass needs them."""
+        if self.copies:
+            with self._on_stream():  # all ranks have updated their shards
+                self.outboxes[0].barrier()
         if self.n_shards > 1 and not self.frees:
             for unit in chain.from_iterable(self.units):
                 self._gather(unit)
@@ -163,6 +192,10 @@ class Zero:
         unit.ready = self._event()
 
     def _all_gather(self, unit: Unit) -> None:
+        if self.copies:
+            for whole, part in unit.copies:
+                whole.copy_(part)
+            return
         self.shard_group.allgather_into_tensor_coalesced(unit.wholes, unit.mine).wait()
 
     def _need(self, unit: Unit, next_: Unit | None) -> None:
@@ -203,6 +236,17 @@ class Zero:
         """Take the gradients that the pass did not compute, as zeros."""
         while self.pending:
             self._take(self.pending.pop())
+        if self.stream is not None and self.fixed:  # a graph ends on one stream
+            with self._on_stream():
+                if self.outboxes:  # the next replay writes into the same ones
+                    self.outboxes[0].barrier()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            self.in_flight.clear()
+
+    def kept_grads(self) -> list[Tensor]:
+        """Return the gradients that stay where they are between steps, if they are `fixed`."""
+        kept = [(unit.grads, unit.accumulated) for unit in chain.from_iterable(self.units)]
+        return [tensor for pair in kept for tensor in pair if tensor is not None]
 
     def _count(self, unit: Unit) -> None:
         unit.missing -= 1
@@ -210,7 +254,14 @@ class Zero:
             self._take(self.pending.pop())
 
     def _take(self, unit: Unit) -> None:
-        packed = unit.pack()
+        while len(self.in_flight) > 1:  # so that its memory can be used again
+            event, _ = self.in_flight.popleft()
+            torch.cuda.current_stream().wait_event(event)
+        outbox = None
+        if self.outboxes and unit.is_block and not self.accumulates:
+            outbox = self.outboxes[0]
+            self.outboxes.append(self.outboxes.pop(0))
+        packed = unit.pack(None if outbox is None else outbox.mine[: unit.length * self.n_shards])
         if self.frees:
             unit.resize(0)
         if self.accumulates:
@@ -220,22 +271,27 @@ class Zero:
                 unit.accumulated += packed
             if not self.last:
                 return
-            packed, unit.accumulated = unit.accumulated, None
-        while len(self.in_flight) > 1:  # so that its memory can be used again
-            event, _ = self.in_flight.popleft()
-            torch.cuda.current_stream().wait_event(event)
+            packed = unit.accumulated
+            if not self.fixed:
+                unit.accumulated = None
         with self._on_stream():
-            total = self._sum_over_shards(packed)
+            total = self._sum_over_shards(packed, outbox)
             unit.grads = total if unit.grads is None else unit.grads.add_(total)
             if self.last and self.copy_group.size() > 1:
                 dist.all_reduce(unit.grads, group=self.copy_group)
             if self.stream is not None:
                 self.in_flight.append((self._event(), packed))
 
-    def _sum_over_shards(self, packed: Tensor) -> Tensor:
+    def _sum_over_shards(self, packed: Tensor, outbox: SharedBuffer | None) -> Tensor:
         """Return this rank's share of a unit's gradients, summed over the ranks that have the others."""
         if self.n_shards == 1:
             return packed[0].to(self.reduce_dtype)
+        if outbox is not None:
+            received, n = torch.empty_like(packed), packed.shape[1]
+            outbox.barrier()
+            for rank in (*outbox.others(), outbox.rank):
+                received[rank].copy_(outbox.of(rank, outbox.rank * n, n))
+            return received.sum(0, dtype=self.reduce_dtype)
         if self.n_shards > MAX_EXCHANGE:
             total = torch.empty(packed.shape[1], dtype=self.reduce_dtype, device=packed.device)
             self.shard_group.reduce_scatter_tensor_coalesced([total], [packed.to(self.reduce_dtype).view(-1)]).wait()
@@ -246,11 +302,13 @@ class Zero:
 
     def finish(self) -> None:
         """Wait, on the device, for the step's gradients, and set them on the shards."""
-        if self.stream is not None:
+        if self.stream is not None and not self.fixed:
             torch.cuda.current_stream().wait_stream(self.stream)
             self.in_flight.clear()
         for unit in chain.from_iterable(self.units):
             unit.set_shard_grads()
+            if not self.fixed:
+                unit.grads = None
 
     # --- streams
 

@@ -121,7 +121,6 @@ class Optimizer:
         model_config: ModelConfig | None,
     ) -> None:
         self.config, self.tied_params, self.params, self.model_config = config, tied_params, params, model_config
-        self.version = 0
         self.weights = MasterWeights(self.params)
         self.device = next(iter(self.weights.shards.values())).device
         first = {name: next(rule for rule in rules if rule.takes(name, p)) for name, p in self.params.items()}
@@ -177,7 +176,6 @@ class Optimizer:
                     self._update_in_chunks(group, names, its_rates, grad_scale)
         for param in self.params.values():
             param.shard.grad = None
-        self.version += 1
         unscaled = self.schedule_UR.index_select(0, self.row)[0]
         self.updates += finite
         self.row += finite
@@ -228,7 +226,6 @@ class Optimizer:
             self.weights.write(name, local(tensors[f"model.{saved_as}"]).to(self.device))
             for key, state in self._state_of(name):
                 state[name].copy_(local(tensors[f"optimizer.{saved_as}.{key}"]))
-        self.version += 1
 
     @torch.no_grad()
     def load_weights(self, wholes: Mapping[str, Tensor]) -> None:
@@ -236,7 +233,6 @@ class Optimizer:
         for name, param in self.params.items():
             whole = wholes[self.tied_params.get(name, name)]
             self.weights.write(name, param.take(whole).to(self.device, torch.float32))
-        self.version += 1
 
     def _state_of(self, name: str) -> list[tuple[str, dict[str, Tensor]]]:
         return [(key, tensors) for key, tensors in self.state.items() if name in tensors]
