@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
@@ -24,13 +24,23 @@ SCHEDULES = {"interleaved_1f1b": "Interleaved1F1B", "zero_bubble": "InterleavedZ
 Inputs = tuple[Tensor, Mapping[str, Any]]  # a micro-batch: tokens_BT, and keyword arguments of every stage
 
 
+class OwnOutput(nn.Module):
+    """Returns no views: torch's split backward pass detaches outputs in place."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Tensor, **kwargs: Any) -> Tensor:
+        out = self.model(*args, **kwargs)
+        return out.clone() if out._is_view() else out
+
+
 class Stage(PipelineStage):
     """A stage whose gradients are reduced as the ZeRO stage has it."""
 
-    def __init__(
-        self, model: Transformer, number: int, *args: Any, zero: Zero | None, turn: int, **kwargs: Any
-    ) -> None:
-        super().__init__(model, number, *args, **kwargs)
+    def __init__(self, model: Transformer, *args: Any, zero: Zero | None, turn: int, **kwargs: Any) -> None:
+        super().__init__(OwnOutput(model), *args, **kwargs)
         self.zero, self.turn = zero, turn
 
     def backward_maybe_with_nosync(self, backward_type: Any, bwd_kwargs: dict, last_backward: bool = False) -> Any:
