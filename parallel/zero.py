@@ -26,7 +26,7 @@ from model.transformer import Transformer
 from parallel.config import ParallelConfig, ReduceDtype
 from parallel.mesh import Mesh
 from parallel.peers import SharedBuffer, can_share
-from parallel.tensor_parallel import exchange
+from parallel.tensor_parallel import collectives, exchange
 
 ALIGNMENT = 8  # numbers; kernels read matrices from addresses in multiples of 16 bytes
 # Above it a message to each rank would be short, and ranks are on several nodes: their sums travel as they are made.
@@ -130,7 +130,7 @@ class Zero:
         self.reduce_dtype = torch.float32 if config.reduce_dtype is ReduceDtype.fp32 else torch.bfloat16
         # Within a node weights and gradients are read by copy engines, which leave all multiprocessors to products.
         self.copies = can_share(self.shard_group, mesh.device)
-        self.stream: Any = torch.cuda.Stream(mesh.device, priority=-1) if _has_streams(mesh.device) else None
+        self.stream: Any = torch.cuda.Stream(mesh.device, priority=-1) if mesh.device.type == "cuda" else None
         self.units: list[list[Unit]] = []  # of each stage, in the order of the forward pass
         for stage in stages:
             its = [
@@ -293,9 +293,9 @@ class Zero:
                 received[rank].copy_(outbox.of(rank, outbox.rank * n, n))
             return received.sum(0, dtype=self.reduce_dtype)
         if self.n_shards > MAX_EXCHANGE:
-            total = torch.empty(packed.shape[1], dtype=self.reduce_dtype, device=packed.device)
-            self.shard_group.reduce_scatter_tensor_coalesced([total], [packed.to(self.reduce_dtype).view(-1)]).wait()
-            return total
+            flat = packed.to(self.reduce_dtype).view(-1)
+            name = self.shard_group.group_name
+            return collectives.wait_tensor(collectives.reduce_scatter_tensor(flat, "sum", self.n_shards, name))
         # As many bytes as bf16 sums would take, and none is rounded: what was computed is summed where it is needed.
         sent = packed if packed.element_size() <= self.reduce_dtype.itemsize else packed.to(self.reduce_dtype)
         return exchange(sent, self.shard_group).sum(0, dtype=self.reduce_dtype)
@@ -328,10 +328,6 @@ class Zero:
         event = torch.cuda.Event()
         event.record(self.stream)
         return event
-
-
-def _has_streams(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_available()  # a dry run's devices have none
 
 
 def units_of(stage: Transformer) -> list[dict[str, nn.Module]]:
