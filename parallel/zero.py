@@ -26,7 +26,7 @@ from model.transformer import Transformer
 from parallel.config import ParallelConfig, ReduceDtype
 from parallel.mesh import Mesh
 from parallel.peers import Buffer, SharedBuffer, can_share
-from parallel.tensor_parallel import exchange
+from parallel.tensor_parallel import collectives, exchange
 
 ALIGNMENT = 8  # numbers; kernels read matrices from addresses in multiples of 16 bytes
 # Above it a message to each rank would be short, and ranks are on several nodes: their sums travel as they are made.
@@ -142,7 +142,7 @@ class Zero:
         self.copies = can_share(self.shard_group, mesh.device)
         if self.copies:
             self.flag = SharedBuffer(1, torch.int32, mesh.device, self.shard_group)
-        self.stream: Any = torch.cuda.Stream(mesh.device, priority=-1) if _has_streams(mesh.device) else None
+        self.stream: Any = torch.cuda.Stream(mesh.device, priority=-1) if mesh.device.type == "cuda" else None
         self.units: list[list[Unit]] = []  # of each stage, in the order of the forward pass
         for stage in stages:
             its = [
@@ -312,8 +312,9 @@ class Zero:
             received = self._read_peers(buffer, unit.length) if self.copies else exchange(sent, self.shard_group)
             torch.sum(received, 0, dtype=self.reduce_dtype, out=total)
         else:
-            sent = packed.to(self.reduce_dtype).view(-1)
-            self.shard_group.reduce_scatter_tensor_coalesced([total], [sent]).wait()
+            sent, name = packed.to(self.reduce_dtype).view(-1), self.shard_group.group_name
+            part = collectives.reduce_scatter_tensor(sent, "sum", self.n_shards, name)
+            total.copy_(collectives.wait_tensor(part))
         if not begins:
             unit.grads += total
         if self.last and self.copy_group.size() > 1:
@@ -363,10 +364,6 @@ class Zero:
         event = torch.cuda.Event()
         event.record(self.stream)
         return event
-
-
-def _has_streams(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_available()  # a dry run's devices have none
 
 
 def units_of(stage: Transformer) -> list[dict[str, nn.Module]]:
