@@ -259,7 +259,7 @@ class Zero:
         """Take a unit's gradients of a micro-batch, and send them to the ranks that own them if it is time."""
         if self.stage < 2 and not (self.first and self.last):
             if unit.accumulated is None:
-                unit.accumulated = self._buffer(unit.length * self.n_shards, self.reduce_dtype)
+                unit.accumulated = self._buffer(unit, self.reduce_dtype)
             buffer = unit.accumulated
             unit.accumulate(buffer.mine.view(self.n_shards, -1), first=self.first)
         else:
@@ -272,10 +272,11 @@ class Zero:
                 self._send(unit, buffer)
                 self.in_flight.append(self._event())
 
-    def _buffer(self, n: int, dtype: torch.dtype) -> Buffer:
-        """Return zeros, which other ranks can read if they are on this node."""
+    def _buffer(self, unit: Unit, dtype: torch.dtype) -> Buffer:
+        """Return zeros for a unit's packed gradients, which other ranks can read if they are on this node."""
+        n = unit.length * self.n_shards
         if not self.copies:
-            return Buffer(torch.zeros(n, dtype=dtype, device=self.device))
+            return Buffer(unit.grads.new_zeros(n, dtype=dtype))
         buffer = SharedBuffer(n, dtype, self.device, self.shard_group)
         buffer.mine.zero_()
         return buffer
@@ -289,11 +290,12 @@ class Zero:
             if (event := self.in_flight.popleft()) is not None:
                 torch.cuda.current_stream().wait_event(event)
         if not unit.is_block:
-            unit.outbox = unit.outbox or self._buffer(unit.length * self.n_shards, unit.dtype)
+            unit.outbox = unit.outbox or self._buffer(unit, unit.dtype)
             return unit.outbox
         if not self.outboxes:
-            n = max(unit.length for unit in chain.from_iterable(self.units) if unit.is_block)
-            self.outboxes = deque(self._buffer(n * self.n_shards, unit.dtype) for _ in range(3))
+            blocks = (unit for unit in chain.from_iterable(self.units) if unit.is_block)
+            largest = max(blocks, key=lambda block: block.length)
+            self.outboxes = deque(self._buffer(largest, unit.dtype) for _ in range(3))
         self.outboxes.rotate()
         return self.outboxes[0]
 
@@ -302,7 +304,7 @@ class Zero:
         packed = buffer.mine[: unit.length * self.n_shards].view(self.n_shards, -1)
         begins = self.first or self.stage < 2
         if begins and not len(unit.grads):
-            unit.grads = torch.empty(unit.length, dtype=self.reduce_dtype, device=self.device)
+            unit.grads = packed.new_empty(unit.length, dtype=self.reduce_dtype)
         total = unit.grads if begins else torch.empty_like(unit.grads)
         if self.n_shards == 1:
             total.copy_(packed[0])
@@ -322,7 +324,7 @@ class Zero:
 
     def _read_peers(self, buffer: Any, n: int) -> Tensor:
         """Return every rank's gradients of this rank's share, (n_shards, n)."""
-        received = torch.empty(self.n_shards, n, dtype=buffer.mine.dtype, device=self.device)
+        received = buffer.mine.new_empty(self.n_shards, n)
         buffer.barrier()
         for rank in (*buffer.others(), buffer.rank):
             received[rank].copy_(buffer.of(rank, buffer.rank * n, n))
