@@ -24,7 +24,7 @@ class DryRunConfig:
     intra_node_latency_us: float = 1.0  # per hop of a ring
     inter_node_latency_us: float = 6.0
     launch_us: float = 20.0  # per collective
-    overlap: float = 0.9  # share of compute time that can hide FSDP's collectives
+    overlap: float = 0.9  # share of compute time that can hide data-parallel collectives
     workspace_mib: int = 64  # of the libraries of matrix products
 
     def problems(self) -> Iterator[str]:
