@@ -133,7 +133,7 @@ def test_a_reduction_too_many_is_noticed() -> None:
     begin = Zero.begin_backward
 
     def always_last(zero: Zero, stage: int, **_: bool) -> None:
-        begin(zero, stage, accumulates=False, last=True)
+        begin(zero, stage, first=True, last=True)
 
     with mock.patch.object(Zero, "begin_backward", always_last):
         config, found = profile.__wrapped__("parallel=hybrid_zero")
