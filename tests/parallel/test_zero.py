@@ -41,7 +41,7 @@ def summed_gradients(case: Case, mesh: Mesh, config: ParallelConfig, max_exchang
         for micro_batch in range(2):
             for unit in chain.from_iterable(zero.units):
                 zero._need(unit, None)
-            zero.begin_backward(0, accumulates=True, last=micro_batch == 1)
+            zero.begin_backward(0, first=micro_batch == 0, last=micro_batch == 1)
             order = torch.randperm(len(named), generator=torch.Generator().manual_seed(mesh.rank)).tolist()
             terms = [
                 (named[i][1] * gradient(named[i][0], named[i][1].shape, micro_batch, mesh.rank).bfloat16()).sum()
