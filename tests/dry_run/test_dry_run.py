@@ -218,8 +218,9 @@ def pipeline_of_2(schedule: str, zero_stage: int) -> tuple[TrainConfig, list[Ste
         ("1f1b", 3, ((4, 8, 8), (8, 4, 4))),
         ("zero_bubble", 2, ((1, 1, 1), (1, 1, 1))),
         # What the second stage reads stays until a pass for gradients of weights, which come late:
-        # F0 I0 F1 I1 W0 F2 I2 W1 F3 I3 W2 W3 gathers its first block 7 times, the others with F0, F2 and F3.
-        ("zero_bubble", 3, ((4, 8, 8), (7, 3, 3))),
+        # F0 I0 F1 I1 W0 F2 I2 W1 F3 I3 W2 W3 gathers its first block for all but F1, W0, W1 and W2; the others
+        # for F0, F2, F3 and W3.
+        ("zero_bubble", 3, ((4, 8, 8), (8, 4, 4))),
     ],
 )
 def test_pipeline_collectives_per_zero_stage(
@@ -243,8 +244,8 @@ def test_pipeline_memory_per_zero_stage() -> None:
         # The peak is in the backward pass of the last block. ZeRO 3 has gathered it and the next one then.
         held = numbers / 8 + gathered(blocks, 8) if zero_stage == 3 else numbers
         assert first.bytes_at_peak["parameters"] == pytest.approx(2 * held, abs=small), zero_stage
-        # ZeRO 2 has kept sums of its shards, and the last two units' gradients, which may be under way still.
-        kept = 4 * numbers if zero_stage == 1 else 4 * numbers / 8 + 2 * packed([embed, blocks[0]], 8)
+        # ZeRO 2 has sums of its shards, and where gradients are sent from: one place for the embedding, three for blocks.
+        kept = 4 * numbers if zero_stage == 1 else 4 * numbers / 8 + 2 * packed([embed, *[blocks[0]] * 3], 8)
         assert first.bytes_at_peak["gradients"] == pytest.approx(kept, abs=small), zero_stage
 
 
