@@ -86,7 +86,6 @@ def train(
     from tracking.loggers import Loggers
     from tracking.metrics_file import truncate_metrics
     from training.agreement import check_same_run
-    from training.checkpoint import Checkpoints
     from training.describe import describe, save_run_inputs
     from training.loop import Run, loop
     from training.optim.optimizer import build_optimizer
@@ -106,19 +105,8 @@ def train(
     model, stages = build_model(config, mesh)
     optimizer = build_optimizer(model, config.optimizer, tied_params=model.tied_params)
     scaler, state = LossScaler(config.precision), TrainState(device=mesh.device)
-    keep = config.checkpoint
-    checkpoints = RunCheckpoints(
-        Checkpoints(run_dir, keep=keep.keep, keep_every=keep.keep_every, keep_best=keep.keep_best, group=mesh.host),
-        state,
-        optimizer,
-        scaler,
-        run_config=run_config,
-        data={
-            "parts": corpus.fingerprints,
-            "sources": corpus.sources,
-            "add_bos": corpus.add_bos,
-            "add_eos": corpus.add_eos,
-        },
+    checkpoints = RunCheckpoints.of(
+        config.checkpoint, mesh, run_dir, corpus, state=state, optimizer=optimizer, scaler=scaler, run_config=run_config
     )
     checkpoints.resume_or_start(config)
     corpus.train.begin_at(state.first_sample)
