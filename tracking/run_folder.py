@@ -61,8 +61,40 @@ def _in_use(folder: Path, name: str = LOCK) -> CheckpointError:
 
 def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+class Lines:
+    """A file that lines are added to. What a full or failing disk does not take is kept and tried again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.file, self.kept, self.failing = path, path.open("a+b", buffering=0), b"", False
+        if self.file.tell():
+            self.file.seek(-1, os.SEEK_END)
+            self.kept = b"" if self.file.read(1) == b"\n" else b"\n"  # the last line was cut short by a kill
+
+    def write(self, text: str) -> None:
+        self.kept += text.encode("utf-8", "backslashreplace")
+        was_failing, self.failing = self.failing, False
+        try:
+            while self.kept:
+                self.kept = self.kept[self.file.write(self.kept) :]
+        except OSError as error:
+            self.failing = True
+            if not was_failing:
+                logger.warning("%s: %s; its lines are kept and tried again", self.path, error)
+
+    def flush(self) -> None:
+        self.write("")
+
+    def close(self) -> None:
+        self.flush()
+        self.file.close()
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -256,18 +255,6 @@ def test_a_full_disk_costs_nothing(run: Checkpoints, monkeypatch: pytest.MonkeyP
     assert sorted(p.name for p in run.folder.glob("step-*")) == [f"step-000000{n}" for n in (10, 20, 30)]
     monkeypatch.undo()
     assert run.save(40, tensors(), {}).name == "step-00000040"
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 512 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting needs root")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_a_disk_that_is_full_and_then_is_not(small_disk: Path) -> None:
