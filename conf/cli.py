@@ -236,6 +236,9 @@ class Composer:
             return
         wrong = [self._unread_problem(argument) for argument in self.unread]
         wrong += [problem for override in self.overrides for problem in self._option_problems(override)]
+        for key, value in ((o.key_or_group, str(o.value())) for o in self.overrides):
+            if key in ("hydra.run.dir", "hydra.sweep.dir") and "://" in value:
+                wrong.append(f"{key} ({value}) must be a folder; checkpoint.path takes an address for checkpoints")
         yield from wrong
         fixed = [o for o in self.overrides if not (o.is_sweep_override() or any(self._option_problems(o)))]
         composing = [o for o in fixed if self._is_composed(o)]

@@ -142,7 +142,7 @@ def check_stored_config(run_dir: Path, run_config: dict[str, Any], config: Check
     own, init_from = committed(run_dir / "checkpoints")[:1], run_config["init_from"]
     if own and config.resume is Resume.never:
         raise CheckpointError(f"checkpoint.resume (never): {run_dir} holds {own[0].name}; pass another name=")
-    if not own and config.resume is Resume.must:
+    if not own and config.resume is Resume.must and config.path is None:
         remedy = "pass another name=, or checkpoint.resume=auto"
         raise CheckpointError(f"checkpoint.resume (must): {run_dir} holds no checkpoint; {remedy}")
     origins = own if own or init_from is None else checkpoints_of(Path(init_from))[:1]

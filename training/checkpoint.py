@@ -3,7 +3,6 @@
 Every rank writes and hashes what it holds; rank 0 alone commits, removes, and decides which one is read.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -18,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -29,10 +27,12 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.futures import Future
 
 from tracking.metrics_file import METRICS, read_records
+from tracking.retry import retried
 from tracking.run_folder import checkpoints_in, committed, write_atomically
+from tracking.store import Store, describe
 from training.config import CheckpointError, DamagedError, IncompleteError, SaveError
 from training.metadata import MetadataReader, check_complete, read_metadata
-from training.ranks import Ranks, reason_of, retried, some
+from training.ranks import Ranks, reason_of, some
 
 logger = logging.getLogger(__name__)
 
@@ -104,12 +104,20 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run folder, which the ranks of one group alone write to."""
+    """The checkpoints of one run folder, which the ranks of one group alone write to; each is copied to a store."""
 
     def __init__(
-        self, run_dir: Path, *, keep: int, keep_every: int = 0, keep_best: bool = False, group: Group | None = None
+        self,
+        run_dir: Path,
+        *,
+        keep: int,
+        keep_every: int = 0,
+        keep_best: bool = False,
+        group: Group | None = None,
+        address: str | None = None,
     ) -> None:
-        self.folder = run_dir / "checkpoints"
+        self.folder, self.store = run_dir / "checkpoints", Store(address) if address else None
+        self.saved: Path | None = None
         self.keep, self.keep_every, self.keep_best = keep, keep_every, keep_best
         self.ranks = Ranks(group)
         self.saved_bytes = 0  # by the last save, on all ranks
@@ -118,10 +126,14 @@ class Checkpoints:
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
         """Write a checkpoint and commit it, all ranks together; of a tensor each writes what it holds.
 
-        On failure, on whichever rank, nothing has changed and every rank raises `SaveError`.
+        On failure, on whichever rank, nothing has changed and every rank raises `SaveError`. If only the copy to the
+        store failed, another call makes that alone.
         """
         final = self.folder / f"step-{step:08d}"
         text = json.dumps({"step": step, **state}, indent=1, allow_nan=False, sort_keys=True)
+        if self.saved == final:
+            self._copy(final)
+            return final
         partial_dir = self.folder / f".tmp-{final.name}"
         try:
             if self.ranks.on_first(final.exists):
@@ -134,8 +146,34 @@ class Checkpoints:
                 shutil.rmtree(partial_dir, ignore_errors=True)
             why = f"{error} (about {needed:,} bytes are needed, {free} are free); earlier checkpoints are untouched"
             raise SaveError(f"step {step} was not saved to {self.folder}: {why}") from error
-        self.ranks.on_first(self._purge)
+        self.saved = final
+        removed = self.ranks.on_first(self._purge)
+        self._copy(final, removed)
         return final
+
+    def _copy(self, checkpoint: Path, removed: Iterable[str] = ()) -> None:
+        """Copy a committed checkpoint to the store, each rank what it wrote, and remove others there."""
+        store, run_dir = self.store, self.folder.parent
+        if store is None:
+            return
+
+        def copy_own() -> None:
+            for file in checkpoint.glob(f"__{self.ranks.rank}_*"):
+                store.upload(file, f"{checkpoint.name}/{file.name}")
+
+        def finish() -> None:
+            for file in (run_dir / "tokenizer").glob("*"):
+                store.upload(file, f"tokenizer/{file.name}")
+            for name in (".metadata", "state.json", "manifest.json"):
+                store.upload(checkpoint / name, f"{checkpoint.name}/{name}")
+            for name in removed:
+                store.remove(name)
+
+        try:
+            self.ranks.all_gather(copy_own)
+            self.ranks.on_first(finish)
+        except CheckpointError as error:
+            raise SaveError(f"{checkpoint} was saved, but not copied: {error}") from error
 
     def newest(self, load: Callable[[Checkpoint], object] = lambda _: None) -> Checkpoint | None:
         """Return the newest good checkpoint that `load` takes without a `DamagedError`.
@@ -143,13 +181,19 @@ class Checkpoints:
         Damaged ones after it are logged and set aside. If none is good they stay where they are, and are refused again.
         Rank 0 decides: what another rank would see of the disk may be old.
         """
-        good, damaged = _first_good(self.ranks.on_first(lambda: committed(self.folder)), self.ranks, load)
+        good, damaged = _first_good(self.ranks.on_first(self._found), self.ranks, load)
         if good is not None:
             self.ranks.on_first(lambda: [_set_aside(path, error) for path, error in damaged.items()])
         elif damaged:
             what = f"every checkpoint in {self.folder} is damaged ({'; '.join(map(str, damaged.values()))})"
             raise CheckpointError(f"{what}; restore one, or pass another name=")
         return good
+
+    def _found(self) -> list[Path]:
+        own = committed(self.folder)
+        if self.store is not None:
+            self.store.download_newest(self.folder, after=own[0].name if own else "")
+        return committed(self.folder)
 
     def _sweep(self) -> None:
         """Check that the folder is the run's and can be written to; remove what a run left that was killed."""
@@ -165,18 +209,21 @@ class Checkpoints:
             except OSError as error:
                 logger.warning("%s could not be removed: %s", leftover, error)
 
-    def _purge(self) -> None:
-        found = committed(self.folder)
+    def _purge(self) -> list[str]:
+        """Remove what need not be kept, and return the names."""
+        removed, found = [], committed(self.folder)
         best = min(found, key=_valid_loss) if self.keep_best else None
         for path in found[self.keep :] if self.keep else []:
             if path == best or (self.keep_every and int(path.name.removeprefix("step-")) % self.keep_every == 0):
                 continue
+            removed.append(path.name)
             trash = path.with_name(f".trash-{path.name}")  # a removal that is cut short leaves nothing that looks whole
             try:
                 os.rename(path, trash)
             except OSError as error:
                 logger.warning("%s could not be removed: %s", path, error)
             shutil.rmtree(trash, ignore_errors=True)
+        return removed
 
 
 def _valid_loss(checkpoint: Path) -> float:
@@ -348,8 +395,7 @@ def _sync(path: Path) -> dict[str, Any]:
 
 def _describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, xxhash.xxh3_128)
-    return {"size": path.stat().st_size, "xxh3_128": digest.hexdigest()}
+        return describe(file)
 
 
 def _fsync(path: Path) -> None:

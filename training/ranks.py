@@ -1,8 +1,5 @@
 """Ranks that keep a checkpoint together: a failure on one of them is an error on all."""
 
-import errno
-import logging
-import time
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -10,16 +7,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from tracking.retry import retried
 from training.config import CheckpointError, DamagedError, IncompleteError
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-# Errors of a disk that often pass by themselves; a file that another node has just written may not be seen yet.
-PASSING = {errno.ESTALE, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOENT}
-WAITS_S = (0.1, 0.4, 1.5, 4.0)
-
-logger = logging.getLogger(__name__)
 
 
 class Ranks:
@@ -65,20 +57,6 @@ class Ranks:
     def on_first(self, step: Callable[[], R]) -> R:
         """Run `step` on rank 0 and return its result, or raise its failure, on every rank."""
         return self.all_gather(lambda: step() if self.rank == 0 else None)[0]  # type: ignore[return-value]
-
-
-def retried(step: Callable[[], T], passes: Callable[[Exception], bool] | None = None) -> T:
-    """Run `step`, again after a while if it fails by what may pass: by default, by an error of `PASSING`."""
-    passes = passes or (lambda error: isinstance(error, OSError) and error.errno in PASSING)
-    for wait_s in WAITS_S:
-        try:
-            return step()
-        except Exception as error:
-            if not passes(error):
-                raise
-            logger.warning("%s; trying again in %g s", error, wait_s)
-            time.sleep(wait_s)
-    return step()
 
 
 def reason_of(error: BaseException) -> str:

@@ -74,9 +74,9 @@ class RunCheckpoints:
         """Return those of a run folder; `parts` are what they hold of the run."""
         background = mesh.device.type == "cuda" if config.asynchronous is None else config.asynchronous
         group: Any = dist.new_group(backend="gloo") if background and mesh.host is not None else mesh.host
-        checkpoints = Checkpoints(
-            run_dir, keep=config.keep, keep_every=config.keep_every, keep_best=config.keep_best, group=group
-        )
+        address = config.path and f"{config.path.rstrip('/')}/{run_dir.name}"
+        kept = {"keep": config.keep, "keep_every": config.keep_every, "keep_best": config.keep_best}
+        checkpoints = Checkpoints(run_dir, **kept, group=group, address=address)
         bounds = {"add_bos": corpus.add_bos, "add_eos": corpus.add_eos}
         data = {"parts": corpus.fingerprints, "sources": corpus.sources, **bounds}
         run = cls(checkpoints, data=data, config=config, background=background, **parts)
