@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from parallel.loss_scaler import LossScaler
-from parallel.tensor_parallel import local
+from parallel.shards import ParamShard, local
 from training import checkpoint as module
 from training.agreement import check_same_run, check_tensors
 from training.checkpoint import Checkpoints
@@ -223,14 +223,13 @@ def killed(folder: Path, rank: int) -> None:
 def background(folder: Path, rank: int) -> None:
     """Save shards while they change, then have rank 1 fail, and save again."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    model = torch.nn.Linear(6, 5).bfloat16()
-    for name, param in list(model.named_parameters()):
-        setattr(model, name, torch.nn.Parameter(place(torch.full_like(param.detach(), 0.5), mesh, (Shard(0),))))
+    half = place(torch.full((6, 5), 0.5, dtype=torch.bfloat16), mesh, (Shard(0),)).to_local()
+    params = {"weight": ParamShard(half, torch.Size((6, 5)), mesh, (Shard(0),))}
+    optimizer = build_optimizer(torch.nn.Linear(5, 6), OptimizerConfig(), params=params)
     group = dist.new_group(backend="gloo")
     checkpoints = Checkpoints(folder / "background", keep=0, group=group)
     run = RunCheckpoints(
-        checkpoints, TrainState(step=1), build_optimizer(model, OptimizerConfig()), LossScaler(PrecisionConfig()),
-        run_config={}, data={"parts": []}, background=True,
+        checkpoints, TrainState(step=1), optimizer, LossScaler(PrecisionConfig()), run_config={}, data={"parts": []}, background=True,
     )  # fmt: skip
     run.ranks = Ranks(dist.group.WORLD)
     real, changed = module._write, threading.Event()
@@ -241,8 +240,7 @@ def background(folder: Path, rank: int) -> None:
 
     module._write = hold
     run.save()
-    with torch.no_grad():
-        local(model.weight).fill_(0.25)
+    half.fill_(0.25)
     run.note_saved()
     assert run.saving is not None and run.saved_step == 0, "the other rank's may still be under way"
     changed.set()
