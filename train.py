@@ -99,6 +99,8 @@ def train(
     # Data: checked first, because it is wrong most often and opened in no time.
     corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
 
+    if config.data.verify:
+        corpus.verify(mesh.rank, mesh.world_size)
     facts = {"configuration": run_config, "data": corpus.fingerprints}
     check_same_run(facts, Ranks(mesh.host))
 

@@ -8,6 +8,7 @@ the command's own `main`.
 import argparse
 import errno
 import os
+import re
 import shlex
 import signal
 import sys
@@ -44,7 +45,7 @@ from launch.ranks import VARIABLES, joined_environment
 from launch.sweep import SweepError, merge_problems
 from model.config import ModelError
 from parallel.config import ParallelError
-from tracking.logs import escape_unprintable, quiet_pipe
+from tracking.logs import escape_unprintable, printable, quiet_pipe
 from training.config import CheckpointError, TrainingError
 from training.preflight import preflight_problems
 
@@ -123,7 +124,8 @@ def is_user_error(error: BaseException) -> bool:
 
 def _print_errors(messages: list[str]) -> None:
     for message in messages:
-        print(f"error: {message}", file=sys.stderr)
+        message = re.sub(r"(://[^/@\s]*:)[^/@\s]*@", r"\1***@", message)  # the password of an address
+        print(f"error: {printable(message)}", file=sys.stderr)
 
 
 def data_settings(hydra: Any, *keys: str) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -24,6 +25,11 @@ def escape_unprintable() -> None:
     """Have standard output escape the characters that the terminal's encoding lacks; Python would raise."""
     if (reconfigure := getattr(sys.stdout, "reconfigure", None)) is not None:  # a notebook's has none
         reconfigure(errors="backslashreplace")
+
+
+def printable(text: str) -> str:
+    """Return a text of others for a terminal, which control characters in it could command."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], text)
 
 
 @contextmanager

@@ -33,6 +33,9 @@ def locked(folder: Path, rank: int = 0, name: str = LOCK) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise _in_use(folder, name) from None
+        except OSError as error:
+            what = f"{folder} is on a disk without file locks ({error.strerror}), which keep two runs apart"
+            raise CheckpointError(f"{what}; mount it with them, or use another") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
