@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -31,7 +32,7 @@ def is_address(path: str | None) -> bool:
 
 
 class Store:
-    """An address with a folder per checkpoint, as in `checkpoints/`, which its manifest makes one; and the tokenizer.
+    """An address with the folders of `checkpoints/`, each of which its manifest makes one, and `tokenizer/`.
 
     What fails is tried again. A file is there when its size and hash are those of the one that was copied.
     """
@@ -50,26 +51,23 @@ class Store:
         found = self._try(lambda: self.fs.glob(f"{self.root}/*/{MANIFEST}"))
         return sorted(name for path in found if STEP.fullmatch(name := path.split("/")[-2]))
 
-    def upload(self, file: Path, name: str) -> None:
-        """Copy a file there under a name."""
-        place = f"{self.root}/{name}"
+    def upload(self, *files: Path) -> None:
+        """Copy files there, one after the other, each to a folder named as its own."""
 
-        def copy() -> None:
+        def copy(file: Path, place: str) -> None:
             self.fs.makedirs(place.rpartition("/")[0], exist_ok=True)
             self.fs.put_file(str(file), place)
-            with self.fs.open(place, "rb") as there:
-                if describe(there) != expected:
-                    raise OSError(f"{self.address}/{name} is not what was copied there")
+            with file.open("rb") as here, self.fs.open(place, "rb") as there:
+                if describe(there) != describe(here):
+                    raise OSError(f"{place} is not what was copied there")
 
-        with file.open("rb") as here:
-            expected = describe(here)
-        self._try(copy)
+        for file in files:
+            self._try(partial(copy, file, f"{self.root}/{file.parent.name}/{file.name}"))
 
     def remove(self, name: str) -> None:
         """Remove a checkpoint, first what makes it one."""
-        for part in (f"{name}/{MANIFEST}", name):
-            if self.fs.exists(f"{self.root}/{part}"):
-                self._try(lambda part=part: self.fs.rm(f"{self.root}/{part}", recursive=True))
+        for place in (f"{self.root}/{name}/{MANIFEST}", f"{self.root}/{name}"):
+            self._try(lambda place=place: self.fs.exists(place) and self.fs.rm(place, recursive=True))
 
     def download_newest(self, folder: Path, *, after: str = "", step: int | None = None) -> None:
         """Copy the newest good checkpoint, or that of a step, to a folder of checkpoints, unless it is there."""
@@ -78,33 +76,32 @@ class Store:
             if (folder / name).exists():
                 return
             try:
-                self._download(name, folder)
-                return
+                self.download_folder(name, partial_dir := folder / f".tmp-{name}")
             except DamagedError as error:
                 logger.warning("%s; an older one is read", error)
+                continue
+            os.rename(partial_dir, folder / name)
+            logger.info("copied %s/%s to %s", self.address, name, folder)
+            return
 
     def download_folder(self, name: str, folder: Path) -> None:
-        """Copy the files of a folder there, if there is one."""
-        for path in self._try(lambda: self.fs.glob(f"{self.root}/{name}/*")):
-            self._try(lambda path=path: self.fs.get_file(path, str(folder / path.rpartition("/")[2])))
+        """Copy the files of a folder here; those that its manifest lists must be what it says."""
 
-    def _download(self, name: str, folder: Path) -> None:
-        partial = folder / f".tmp-{name}"
-        partial.mkdir(parents=True, exist_ok=True)
-        source = f"{self.root}/{name}"
+        def copy(path: str) -> None:
+            here = folder / path.rpartition("/")[2]
+            self.fs.get_file(path, str(here))
+            with here.open("rb") as file:
+                found = describe(file)
+            if listed.get(here.name, found) != found:
+                raise DamagedError(f"{path} is damaged: its size or hash is another than its manifest's")
 
-        def copy(file: str) -> None:
-            self.fs.get_file(f"{source}/{file}", str(partial / file))
-            with (partial / file).open("rb") as here:
-                if describe(here) != files[file]:
-                    raise DamagedError(f"{self.address}/{name}/{file} is damaged: its size or hash is another")
-
-        self._try(lambda: self.fs.get_file(f"{source}/{MANIFEST}", str(partial / MANIFEST)))
-        files = json.loads((partial / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for file in files:
-            self._try(lambda file=file: copy(file))
-        os.rename(partial, folder / name)
-        logger.info("copied %s/%s to %s", self.address, name, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        listed: dict[str, Any] = {}
+        paths = self._try(lambda: self.fs.find(f"{self.root}/{name}"))
+        for path in sorted(paths, key=lambda path: not path.endswith(MANIFEST)):  # the manifest first
+            self._try(partial(copy, path))
+            if path.endswith(MANIFEST):
+                listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
 
     def _try(self, step: Callable[[], T]) -> T:
         try:
@@ -123,7 +120,6 @@ def local_run(path: str, step: int | None = None) -> Path:
     if name := STEP.fullmatch(last):
         path, step = address, int(name[1])
     store, run_dir = Store(path), Path("runs", path.rstrip("/").rpartition("/")[2])
-    (run_dir / "tokenizer").mkdir(parents=True, exist_ok=True)
     store.download_newest(run_dir / "checkpoints", step=step)
     store.download_folder("tokenizer", run_dir / "tokenizer")
     return run_dir

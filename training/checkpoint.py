@@ -153,25 +153,14 @@ class Checkpoints:
 
     def _copy(self, checkpoint: Path, removed: Iterable[str] = ()) -> None:
         """Copy a committed checkpoint to the store, each rank what it wrote, and remove others there."""
-        store, run_dir = self.store, self.folder.parent
+        store, tokenizer = self.store, self.folder.parent / "tokenizer"
         if store is None:
             return
-
-        def copy_own() -> None:
-            for file in checkpoint.glob(f"__{self.ranks.rank}_*"):
-                store.upload(file, f"{checkpoint.name}/{file.name}")
-
-        def finish() -> None:
-            for file in (run_dir / "tokenizer").glob("*"):
-                store.upload(file, f"tokenizer/{file.name}")
-            for name in (".metadata", "state.json", "manifest.json"):
-                store.upload(checkpoint / name, f"{checkpoint.name}/{name}")
-            for name in removed:
-                store.remove(name)
-
+        last = [checkpoint / name for name in (".metadata", "state.json", "manifest.json")]
         try:
-            self.ranks.all_gather(copy_own)
-            self.ranks.on_first(finish)
+            self.ranks.all_gather(lambda: store.upload(*checkpoint.glob(f"__{self.ranks.rank}_*")))
+            self.ranks.on_first(lambda: store.upload(*tokenizer.glob("*"), *last))
+            self.ranks.on_first(lambda: [store.remove(name) for name in removed])
         except CheckpointError as error:
             raise SaveError(f"{checkpoint} was saved, but not copied: {error}") from error
 
@@ -295,13 +284,10 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], text: str, ranks
     def own_files() -> tuple[Files, set[str]]:
         return {path.name: _sync(path) for path in folder.glob(f"__{ranks.rank}_*")}, set(tensors)
 
-    def see() -> None:
-        for part, _ in parts:
-            for name in part:
-                (folder / name).stat()
-
     def finish() -> None:
         files = {name: entry for part, _ in parts for name, entry in part.items()}
+        for name in files:
+            (folder / name).stat()  # all nodes must share the run folder
         names = set().union(*(part for _, part in parts))
         check_complete(read_metadata(folder), names, {name: entry["size"] for name, entry in files.items()})
         (folder / "state.json").write_text(text + "\n", encoding="utf-8")
@@ -323,12 +309,6 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], text: str, ranks
             raise KeyboardInterrupt from None  # a second Ctrl-C is no failure
         raise CheckpointError(reason_of(error)) from error
     parts = ranks.all_gather(own_files)
-    try:
-        ranks.on_first(see)
-    except IncompleteError as error:
-        raise CheckpointError(
-            f"rank 0 does not see the files of all ranks ({error}); they must share the run folder"
-        ) from None
     ranks.on_first(finish)
     return sum(entry["size"] for part, _ in parts for entry in part.values())
 
