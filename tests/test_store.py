@@ -13,11 +13,15 @@ import fsspec
 import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
+from hydra import compose, initialize_config_dir
 
+from conf.cli import CONF
+from conf.schema import register, to_object
 from tests.conftest import ROOT, trained
 from tracking.store import Store, local_run
 from training.checkpoint import Checkpoints, open_checkpoint
 from training.config import SaveError
+from training.preflight import preflight_problems
 
 
 @pytest.fixture
@@ -118,8 +122,12 @@ def test_a_damaged_copy_is_not_taken(checkpoints: Checkpoints, tmp_path: Path) -
     assert newest is not None and newest.step == 1
 
 
-def test_a_run_folder_is_no_address(tmp_path: Path) -> None:
+def test_addresses_that_cannot_be_used_are_refused_at_the_start() -> None:
     argv = [sys.executable, "train.py", "hydra.run.dir=s3://bucket/run"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "hydra.run.dir (s3://bucket/run) must be a folder" in done.stderr
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = to_object(compose("train", overrides=["data=random", "checkpoint.path=nowhere://x"]))
+    assert [p for p in preflight_problems(config) if "Protocol not known: nowhere" in p]
     assert not (ROOT / "s3:").exists()

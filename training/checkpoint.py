@@ -131,7 +131,7 @@ class Checkpoints:
         """
         final = self.folder / f"step-{step:08d}"
         text = json.dumps({"step": step, **state}, indent=1, allow_nan=False, sort_keys=True)
-        if self.saved == final:
+        if self.store is not None and self.saved == final:
             self._copy(final)
             return final
         partial_dir = self.folder / f".tmp-{final.name}"
@@ -205,10 +205,10 @@ class Checkpoints:
         for path in found[self.keep :] if self.keep else []:
             if path == best or (self.keep_every and int(path.name.removeprefix("step-")) % self.keep_every == 0):
                 continue
-            removed.append(path.name)
             trash = path.with_name(f".trash-{path.name}")  # a removal that is cut short leaves nothing that looks whole
             try:
                 os.rename(path, trash)
+                removed.append(path.name)
             except OSError as error:
                 logger.warning("%s could not be removed: %s", path, error)
             shutil.rmtree(trash, ignore_errors=True)

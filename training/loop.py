@@ -115,8 +115,8 @@ def log_step(run: Run) -> None:
             why = f"{in_a_row} steps in a row had no finite gradient (optimizer.max_nonfinite_steps), first in {module}"
             raise TrainingError(f"{why}; lower optimizer.lr, or use skip_batches")
     epochs = run.corpus.train.epochs(run.state.samples)
-    of_save = run.checkpoints.take_metrics()
-    run.report.step(run.state, run.result, epochs=epochs, loss_scale=run.loss_scale, of_save=of_save)
+    run.report.saved = run.checkpoints.take_metrics()
+    run.report.step(run.state, run.result, epochs=epochs, loss_scale=run.loss_scale)
 
 
 def validate(run: Run) -> None:

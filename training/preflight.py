@@ -18,7 +18,7 @@ from model.config import ModelError
 from parallel.axes import layout_problems
 from parallel.config import ParallelError
 from tracking.run_folder import check_not_held, check_origin, check_stored_config, committed, run_dir_of
-from tracking.store import is_address
+from tracking.store import Store, is_address
 from training.config import CheckpointError, Fp8
 
 Config = TrainConfig | PrepareConfig | ExportConfig | GenerateConfig
@@ -30,6 +30,8 @@ def preflight_problems(config: Config) -> Iterator[str]:
     try:
         if isinstance(config, TrainConfig):
             yield from _layout_problems(config)
+            if config.checkpoint.path is not None:
+                Store(config.checkpoint.path)
             if not (config.dry_run.enabled or any(config.model.problems())):
                 check_fits(config.data, config.model.vocab_size)
         elif isinstance(config, ExportConfig | GenerateConfig):

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,11 +35,7 @@ logger = logging.getLogger(__name__)
 FIRST_RNG = f"{PER_RANK}cpu"
 
 
-class Saved(NamedTuple):
-    step: int
-    path: Path
-    seconds: float
-    bytes: int
+Saved = tuple[int, Path, dict[str, float]]  # the step, the checkpoint, the times for the metrics
 
 
 @dataclass
@@ -59,6 +55,7 @@ class RunCheckpoints:
     background: bool = False
     saved_step: int = 0
     saving: "Future[Saved] | None" = None  # the save that is under way
+    ready: "Future[None] | None" = None  # when there is memory for a copy of the tensors
     put_off: bool = False  # a save is due at the next step whose gradient is finite
     metrics: dict[str, float] = field(default_factory=dict)  # of the last save, until they are logged
 
@@ -87,7 +84,7 @@ class RunCheckpoints:
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if self.saving is not None and isinstance(error, Exception):  # a second Ctrl-C does not wait
-            logger.info("the last save: %s", self.saving.exception() or f"saved {self.saving.result().path}")
+            logger.info("the last save: %s", self.saving.exception() or self.saving.result()[1])
         self.writer.shutdown(wait=False)
 
     def save(self, *, last: bool = False) -> None:
@@ -106,6 +103,8 @@ class RunCheckpoints:
         progress = {"progress": self.state.state_dict(), "scaler": self.scaler.state_dict()}
         state = {"config": self.run_config, "data": self.data, **progress}
         in_background = self.background and not last
+        if in_background and self.ready is not None:
+            self.ready.result()
         optimizer = self.snapshot.take() if in_background else self.optimizer
         write = partial(self._write, begun, optimizer, self.state.step, torch.get_rng_state(), state)
         self.saving = self.writer.submit(write) if in_background else _done(write)
@@ -131,7 +130,9 @@ class RunCheckpoints:
         tensors = {**optimizer.state_tensors(), self.rng_name: rng}
         check_tensors(tensors, self.checkpoints.ranks)
         path = self.checkpoints.save(step, tensors, state)
-        return Saved(step, path, time.perf_counter() - begun, self.checkpoints.saved_bytes)
+        seconds = time.perf_counter() - begun
+        rate = self.checkpoints.saved_bytes / seconds
+        return step, path, {"perf/checkpoint_s": seconds, "perf/checkpoint_bytes_per_s": rate}
 
     def note_saved(self, *, wait: bool = False, last: bool = False) -> None:
         """Take note of a save that has ended, at the same step on all ranks; its failure is logged or raised once."""
@@ -139,18 +140,20 @@ class RunCheckpoints:
             return
         saving, self.saving = self.saving, None
         try:
-            saved = saving.result()
+            self.saved_step, path, times = saving.result()
         except CheckpointError as error:
             if last or self.config.on_save_error is OnSaveError.stop:
                 raise
             logger.warning("%s; the run goes on, and saves at the next interval", error)
             return
-        self.saved_step = saved.step
-        logger.info("saved %s", saved.path)
-        self.metrics |= {"perf/checkpoint_s": saved.seconds, "perf/checkpoint_bytes_per_s": saved.bytes / saved.seconds}
+        logger.info("saved %s", path)
+        self.metrics |= times
 
     def after_step(self) -> None:
         """Take note of a save that has ended, and make one that was put off."""
+        every = self.config.every
+        if self.background and every and self.ready is None and self.state.step % every == every // 2:
+            self.ready = self.writer.submit(self.snapshot.allocate)  # takes seconds, before the first save
         self.note_saved()
         if self.put_off:
             self.save()

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ BEHIND = ["checkpoint.asynchronous=true", "checkpoint.every=3", "checkpoint.keep
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """The first write waits for this event."""
+    """The first write waits for this event; every one takes a while."""
     event, write = threading.Event(), training.checkpoint._write
 
     def wait_and_write(*args: Any) -> int:
         assert event.wait(60)
+        time.sleep(0.3)
         return write(*args)
 
     monkeypatch.setattr(training.checkpoint, "_write", wait_and_write)
