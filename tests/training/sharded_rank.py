@@ -226,7 +226,7 @@ def background(folder: Path, rank: int) -> None:
     half = place(torch.full((6, 5), 0.5, dtype=torch.bfloat16), mesh, (Shard(0),)).to_local()
     params = {"weight": ParamShard(half, torch.Size((6, 5)), mesh, (Shard(0),))}
     optimizer = build_optimizer(torch.nn.Linear(5, 6), OptimizerConfig(), params=params)
-    group = dist.new_group(backend="gloo")
+    group: Any = dist.new_group(backend="gloo")
     checkpoints = Checkpoints(folder / "background", keep=0, group=group)
     run = RunCheckpoints(
         checkpoints, TrainState(step=1), optimizer, LossScaler(PrecisionConfig()), run_config={}, data={"parts": []}, background=True,
