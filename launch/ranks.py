@@ -4,6 +4,7 @@ Imports no torch: the parent of spawned ranks only waits.
 """
 
 import ctypes
+import errno
 import faulthandler
 import multiprocessing
 import os
@@ -26,6 +27,7 @@ from typing import Any
 from launch.config import RankError
 from launch.environment import DEFAULTS, VARIABLES, check_joined, free_port, joined_environment, nproc_per_node
 from parallel.config import ParallelConfig
+from training.config import SaveError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 GRACE_S = 5.0  # for the other ranks to end by themselves once one has failed
@@ -85,6 +87,12 @@ class RankEnd:
                 return cls(text=str(error) if isinstance(error, RankError) else traceback.format_exc())
             finally:
                 faulthandler.unregister(signal.SIGQUIT)
+
+    @property
+    def is_crash(self) -> bool:
+        """Whether another attempt may do better: not after an error of the user's, but for a disk that was full."""
+        full = isinstance(self.error, SaveError) or getattr(self.error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        return bool(self.text) and (self.error is None or full)
 
     def write(self, end_file: Path) -> None:
         partial = end_file.with_suffix(".partial")

@@ -2,25 +2,34 @@
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+
+from tracking.run_folder import Lines
 
 
 @contextmanager
 def log_to(run_dir: Path, rank: int = 0) -> Iterator[None]:
     """Show log lines and append them to train.log; other ranks show only warnings and have files of their own."""
-    file = logging.FileHandler(run_dir / (f"train.rank{rank}.log" if rank else "train.log"), encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    with screen(logging.WARNING if rank else logging.INFO), _handler(file):
-        yield
+    with closing(Lines(run_dir / (f"train.rank{rank}.log" if rank else "train.log"))) as lines:
+        file = logging.StreamHandler(lines)
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        with screen(logging.WARNING if rank else logging.INFO), _handler(file):
+            yield
 
 
 def escape_unprintable() -> None:
     """Have standard output escape the characters that the terminal's encoding lacks; Python would raise."""
     if (reconfigure := getattr(sys.stdout, "reconfigure", None)) is not None:  # a notebook's has none
         reconfigure(errors="backslashreplace")
+
+
+def printable(text: str) -> str:
+    """Return a text of others for a terminal, which control characters in it could command."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], text)
 
 
 @contextmanager

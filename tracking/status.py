@@ -1,17 +1,22 @@
 """status.json: whether a run is queued, running, finished, stopped, given up or failed."""
 
 import json
+import logging
 import math
 import os
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from tracking.metrics_file import last_step, read_records
-from tracking.run_folder import is_held, write_atomically
+from tracking.run_folder import Lines, is_held, write_atomically
 
 NAME = "status.json"
 CRASHES = "crashes.jsonl"  # to which every rank adds its own
+RESERVED = 1024  # bytes for how a run ends, if the disk is full by then
+
+logger = logging.getLogger(__name__)
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
@@ -39,8 +44,8 @@ class Status:
             step, reason = last_step(self.run_dir), f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             attempt = ".".join(os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "RESTART_COUNT"))
             crash = {"attempt": attempt, "step": step, "error": reason, "rank": self.rank, "time": time.time()}
-            with (self.run_dir / CRASHES).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(crash) + "\n")
+            with closing(Lines(self.run_dir / CRASHES)) as lines:
+                lines.write(json.dumps(crash) + "\n")
             refused = step == self.first_step and self.before.get("state") in ("finished", "given up", "stopped")
             self.record = self.before if refused else {**self.record, "state": "failed", "reason": reason}
         elif error is not None:
@@ -60,7 +65,16 @@ class Status:
 
 
 def _write(run_dir: Path, **record: Any) -> None:
-    write_atomically(run_dir / NAME, json.dumps({**record, "time": time.time()}))
+    path, text = run_dir / NAME, json.dumps({**record, "time": time.time()})
+    try:
+        write_atomically(path, text + " " * RESERVED)
+    except OSError as error:
+        try:  # a full disk takes no second file, but the first one has its place
+            with path.open("r+", encoding="utf-8") as file:
+                file.write(text)
+                file.truncate()
+        except OSError:
+            logger.warning("%s does not say %s: %s", path, record["state"], error)
 
 
 def note_queued(run_dir: Path, run_config: dict[str, Any]) -> None:

@@ -68,17 +68,18 @@ def loop(run: Run, batches: Iterator[list[Batch]], periodic: Sequence[Periodic] 
         *periodic,
         Periodic(1, lambda run: run.stop.agree()),
         validation,
+        Periodic(1, lambda run: run.checkpoints.after_step()),
         Periodic(config.checkpoint.check_replicas_every, lambda run: run.checkpoints.check()),
         Periodic(1, partial(follow, StopFile(config.checkpoint.stop_file))),
         Periodic(config.checkpoint.every, lambda run: run.checkpoints.save()),
     )
-    with garbage_collection_paused():
+    with garbage_collection_paused(), run.checkpoints:
         validation.run_if_due(run)  # if a stop cut it short
         while state.step < config.steps and not stop and not run.finished:
             train_step(run, batches, skip=any(state.step + 1 in part for part in skipped))
             for entry in actions:
                 entry.run_if_due(run)
-    run.checkpoints.save()
+        run.checkpoints.save(last=True)
     run.report.loggers.plot()
 
 
@@ -114,6 +115,7 @@ def log_step(run: Run) -> None:
             why = f"{in_a_row} steps in a row had no finite gradient (optimizer.max_nonfinite_steps), first in {module}"
             raise TrainingError(f"{why}; lower optimizer.lr, or use skip_batches")
     epochs = run.corpus.train.epochs(run.state.samples)
+    run.report.saved = run.checkpoints.take_metrics()
     run.report.step(run.state, run.result, epochs=epochs, loss_scale=run.loss_scale)
 
 

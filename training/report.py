@@ -163,6 +163,7 @@ class StepReport:
 
     def __init__(self, loggers: Loggers, throughput: Throughput, *, sources: Sequence[str], steps: int) -> None:
         self.loggers, self.throughput, self.sources, self.steps = loggers, throughput, sources, steps
+        self.saved: Mapping[str, float] = {}  # the times of a checkpoint, for the next step's record
 
     def step(self, state: TrainState, result: StepResult, *, epochs: Mapping[int, float], loss_scale: float) -> None:
         """Report a step; `epochs` is how often each source has been seen."""
@@ -180,6 +181,7 @@ class StepReport:
             "optim/loss_scale": loss_scale,
             "train/nonfinite_steps": state.nonfinite_steps,
             **self.throughput.metrics(self.steps - state.step),
+            **self.saved,
         }
         self.loggers.log(record)
         logger.info("%s", step_line(record, self.steps))
