@@ -48,7 +48,7 @@ def test_one_rank_runs_in_this_process() -> None:
         ("raise", r"^error: rank 1 failed first\nTraceback(.|\n)*ranks.py(.|\n)*ValueError: boom\n$"),
         ("kill", "^error: rank 1 died first: SIGKILL; "),
         ("exit", "^error: rank 1 died first: exit code 3$"),
-        ("hang", r"^error: rank 0 failed first(.|\n)*timed out(.|\n)*\nrank 1 hung at\n(.|\n)*in fail\n"),
+        ("hang", r"^error: rank 0 failed first(.|\n)*timed out"),
     ],
 )
 def test_a_failing_rank_ends_all(how: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

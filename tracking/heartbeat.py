@@ -1,0 +1,141 @@
+"""Signs of life: ranks that are stopped or late are named, with where they are, before a timeout ends the run."""
+
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tracking.run_folder import write_atomically
+
+FOLDER = ".ranks"  # in a run folder: a file per rank, and one more for each that holds up the others
+CHECKS = 10  # in the time after which a rank is late
+MISSED = 3  # checks after which a process that wrote nothing is taken for stopped
+STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a disk or device", "Z": "dead", "": "dead"}
+ROOT = str(Path(__file__).parent.parent)
+
+logger = logging.getLogger(__name__)
+
+
+class Heartbeat:
+    """A thread that writes this rank's sign of life, and names the ranks of this machine that hold up the others.
+
+    `progress()` changes as the run goes on; a rank where it did not for `late_s` is late. `pending()` is what the
+    device waits for in other ranks, or "".
+    """
+
+    def __init__(
+        self, run_dir: Path, rank: int, progress: Callable[[], int], *, late_s: float, pending: Callable[[], str]
+    ) -> None:
+        self.folder, self.rank, self.progress, self.pending = run_dir / FOLDER, rank, progress, pending
+        self.late_s, self.every_s = late_s, late_s / CHECKS
+        first = rank - int(os.environ.get("LOCAL_RANK", "0"))
+        self.here = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        self.reported: list[int] | None = None
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> "Heartbeat":
+        self.folder.mkdir(exist_ok=True)
+        late_file(self.folder.parent, self.rank).unlink(missing_ok=True)
+        self._write()
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.thread.join()
+
+    def _run(self) -> None:
+        seen, since = self.progress(), time.monotonic()
+        while not self.ended.wait(self.every_s):
+            if (now := self.progress()) != seen:
+                seen, since = now, time.monotonic()
+            waited_s = time.monotonic() - since
+            with suppress(OSError):  # a full disk, for instance
+                self._write(**(self._where() if waited_s > self.late_s else {}))
+                if waited_s > self.late_s and self.reported is None:
+                    self._report(waited_s)
+                elif waited_s < self.late_s and self.reported is not None:
+                    for rank in self.reported:
+                        late_file(self.folder.parent, rank).unlink(missing_ok=True)
+                    self.reported = None
+
+    def _write(self, **where: str) -> None:
+        sign = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time(), **where}
+        write_atomically(sign_file(self.folder.parent, self.rank), json.dumps(sign))
+
+    def _where(self) -> dict[str, str]:
+        """Return where the main thread is, and the collective that it or its device waits in, if any."""
+        stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])
+        ours = max((n for n, frame in enumerate(stack) if frame.filename.startswith(ROOT)), default=0)
+        calls = [frame.name for frame in stack[ours + 1 :] if "torch/distributed" in frame.filename]
+        at = f"{os.path.relpath(stack[ours].filename, ROOT)}:{stack[ours].lineno} ({stack[ours].name})"
+        waits = self.pending() or (f"{calls[-1]} at {at}" if calls else "")
+        return {"at": at, "waits": waits, "stack": "".join(stack.format())}
+
+    def _report(self, waited_s: float) -> None:
+        """Name the ranks of this machine that hold up the others, once all are late that can be; one rank does."""
+        signs = {rank: read_sign(self.folder.parent, rank) for rank in self.here}
+        alive = {r: s for r, s in signs.items() if time.time() - s.get("time", 0) < MISSED * self.every_s}
+        if self.rank != min(alive, default=None) or not all("at" in sign for sign in alive.values()):
+            return
+        found = {rank: _state(sign) for rank, sign in signs.items() if rank not in alive}
+        found |= {r: f"it is at {s['at']}\n{s['stack']}" for r, s in alive.items() if not s["waits"]}
+        waits = sorted({sign["waits"] for sign in alive.values() if sign["waits"]})
+        if not found and len(waits) > 1:  # ranks that disagree on what comes next
+            found = {rank: f"it waits in {sign['waits']}\n{sign['stack']}" for rank, sign in alive.items()}
+        for rank, text in found.items():
+            late_file(self.folder.parent, rank).write_text(text, encoding="utf-8")
+            others = f"; others wait in {', '.join(waits)}" if waits else ""
+            what = "rank %d holds up the run for %.0f s%s: %s"
+            logger.warning(what, rank, waited_s, others, text.rstrip(), extra={"alert": "stall"})
+        if not found:
+            logger.info("waiting for ranks of other machines for %.0f s in %s", waited_s, ", ".join(waits))
+        self.reported = list(found)
+
+
+def sign_file(run_dir: Path, rank: int) -> Path:
+    return run_dir / FOLDER / f"{rank}.json"
+
+
+def late_file(run_dir: Path, rank: int) -> Path:
+    return run_dir / FOLDER / f"{rank}.late"
+
+
+def read_sign(run_dir: Path, rank: int) -> dict[str, Any]:
+    """Return the last sign of life of a rank; {} if there is none."""
+    try:
+        return json.loads(sign_file(run_dir, rank).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def is_dead(sign: dict[str, Any]) -> bool:
+    """Return whether a rank of this machine has ended."""
+    return sign.get("host") == socket.gethostname() and _state_letter(sign["pid"]) in ("", "Z", "X")
+
+
+def _state(sign: dict[str, Any]) -> str:
+    """Return what the kernel knows of a process of this machine, and where in the kernel it waits."""
+    if not sign:
+        return "it gave no sign of life"
+    letter, channel = _state_letter(sign["pid"]), ""
+    with suppress(OSError):
+        channel = Path(f"/proc/{sign['pid']}/wchan").read_text(encoding="utf-8")
+    waits = f", in {channel} of the kernel" if channel not in ("", "0") else ""
+    return f"its process {sign['pid']} on {sign['host']} is {STATES.get(letter, 'too busy for a sign of life')}{waits}"
+
+
+def _state_letter(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
