@@ -18,8 +18,9 @@ from tracking.run_folder import write_atomically
 FOLDER = ".ranks"  # in a run folder: a file per rank, and one more for each that holds up the others
 CHECKS = 10  # in the time after which a rank is late
 MISSED = 3  # checks after which a process that wrote nothing is taken for stopped
+FRAMES = 12  # innermost ones of a stack that are shown
 STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a disk or device", "Z": "dead", "": "dead"}
-ROOT = str(Path(__file__).parent.parent)
+ROOT = f"{Path(__file__).parent.parent}/"
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Heartbeat:
     def __exit__(self, *_: object) -> None:
         self.ended.set()
         self.thread.join()
+        sign_file(self.folder.parent, self.rank).unlink(missing_ok=True)  # a process that is killed leaves it
 
     def _run(self) -> None:
         seen, since = self.progress(), time.monotonic()
@@ -75,23 +77,28 @@ class Heartbeat:
     def _where(self) -> dict[str, str]:
         """Return where the main thread is, and the collective that it or its device waits in, if any."""
         stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])
-        ours = max((n for n, frame in enumerate(stack) if frame.filename.startswith(ROOT)), default=0)
+        names = [frame.filename.removeprefix(ROOT) for frame in stack]
+        ours = max(n for n, name in enumerate(names) if n == 0 or (name[0] != "/" and "site-packages" not in name))
         calls = [frame.name for frame in stack[ours + 1 :] if "torch/distributed" in frame.filename]
-        at = f"{os.path.relpath(stack[ours].filename, ROOT)}:{stack[ours].lineno} ({stack[ours].name})"
+        at = f"{names[ours]}:{stack[ours].lineno} ({stack[ours].name})"
         waits = self.pending() or (f"{calls[-1]} at {at}" if calls else "")
-        return {"at": at, "waits": waits, "stack": "".join(stack.format())}
+        return {"at": at, "waits": waits, "stack": "".join(traceback.format_list(stack[-FRAMES:]))}
 
     def _report(self, waited_s: float) -> None:
-        """Name the ranks of this machine that hold up the others, once all are late that can be; one rank does."""
-        signs = {rank: read_sign(self.folder.parent, rank) for rank in self.here}
-        alive = {r: s for r, s in signs.items() if time.time() - s.get("time", 0) < MISSED * self.every_s}
-        if self.rank != min(alive, default=None) or not all("at" in sign for sign in alive.values()):
-            return
+        """Have the first rank of this machine name those that hold up the others, once all are late that can be."""
+        signs = {rank: sign for rank in self.here if (sign := read_sign(self.folder.parent, rank))}
+        alive = {r: s for r, s in signs.items() if time.time() - s["time"] < MISSED * self.every_s}
+        if self.rank != min(alive):
+            self.reported = []
+        elif all("at" in sign for sign in alive.values()):
+            self._name(signs, alive, waited_s)
+
+    def _name(self, signs: dict[int, dict[str, Any]], alive: dict[int, dict[str, Any]], waited_s: float) -> None:
         found = {rank: _state(sign) for rank, sign in signs.items() if rank not in alive}
-        found |= {r: f"it is at {s['at']}\n{s['stack']}" for r, s in alive.items() if not s["waits"]}
+        found |= {r: f"it hangs at {s['at']}\n{s['stack']}" for r, s in alive.items() if not s["waits"]}
         waits = sorted({sign["waits"] for sign in alive.values() if sign["waits"]})
         if not found and len(waits) > 1:  # ranks that disagree on what comes next
-            found = {rank: f"it waits in {sign['waits']}\n{sign['stack']}" for rank, sign in alive.items()}
+            found, waits = {r: f"it waits in {s['waits']}\n{s['stack']}" for r, s in alive.items()}, []
         for rank, text in found.items():
             late_file(self.folder.parent, rank).write_text(text, encoding="utf-8")
             others = f"; others wait in {', '.join(waits)}" if waits else ""
@@ -125,8 +132,6 @@ def is_dead(sign: dict[str, Any]) -> bool:
 
 def _state(sign: dict[str, Any]) -> str:
     """Return what the kernel knows of a process of this machine, and where in the kernel it waits."""
-    if not sign:
-        return "it gave no sign of life"
     letter, channel = _state_letter(sign["pid"]), ""
     with suppress(OSError):
         channel = Path(f"/proc/{sign['pid']}/wchan").read_text(encoding="utf-8")

@@ -102,7 +102,7 @@ class Status:
                 causes.append({"rank": rank, "error": text, "traceback": "", "time": math.inf})
             elif late_file(self.run_dir, rank).exists():
                 text, _, stack = late_file(self.run_dir, rank).read_text(encoding="utf-8").partition("\n")
-                causes.append({"rank": rank, "error": text, "traceback": stack, "time": math.inf})
+                causes.append({"rank": rank, "error": text, "traceback": f"{stack}{text}\n", "time": math.inf})
         hosts = {sign.get("host") for sign in signs.values()}
         if not causes and len(hosts) == 1 and socket.gethostname() not in hosts:  # a machine that is gone
             text = f"nothing more came from {hosts.pop()}"
