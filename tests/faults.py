@@ -1,4 +1,4 @@
-"""Runs of several ranks that something disturbs, and what each rank does then."""
+"""Runs of two ranks over which something comes at some moment."""
 
 import os
 import signal
@@ -15,39 +15,47 @@ from conf.cli import CONF, is_user_error
 from conf.schema import register, to_config
 from launch.ranks import launch
 
-TWO = ["parallel=ddp", "parallel.nproc_per_node=2", "parallel.threads=1"]
+MOMENTS = {  # what of a rank is interrupted
+    "step": "training.state:TrainState.take_batch",
+    "validation": "data.dataset:PackedDataset.batch",  # the second time: data.workers=1 leaves the others elsewhere
+    "save": "training.resume:RunCheckpoints.save",
+}
 
 
-def disturbed(folder: Path, fault: str, settings: list[str], *, step: int = 3, rank: int = 1) -> Any:
-    """Train on two ranks in `folder`; after `step` steps a fault, a function of this module, comes over `rank`."""
+def disturbed(folder: Path, fault: str, settings: list[str], *, moment: str = "step", rank: int = 1, n: int = 4) -> Any:
+    """Train on two ranks in `folder`; a fault, a function of this module, comes over one at a moment's n-th time."""
     register()
+    two = ["parallel=ddp", "parallel.nproc_per_node=2", "parallel.threads=1", f"name={folder.name}"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = to_config(compose("train", overrides=[*settings, *TWO, f"name={folder.name}"]))
+        config = to_config(compose("train", overrides=[*settings, *two]))
     folder.mkdir(exist_ok=True)
-    return launch(work, config, folder, fault, step, rank, config=config.parallel, is_user_error=is_user_error)
+    return launch(_work, config, folder, fault, moment, rank, n, config=config.parallel, is_user_error=is_user_error)
 
 
-def work(config: Any, run_dir: Path, fault: str, step: int, rank: int) -> float | None:
+def _work(config: Any, run_dir: Path, fault: str, moment: str, rank: int, n: int) -> float | None:
+    import pkgutil
+
     import train
-    from training.state import TrainState
 
-    take, act = TrainState.take_batch, globals()[fault]
+    owner, _, name = MOMENTS[moment].rpartition(".")
+    place, act, times = pkgutil.resolve_name(owner), globals()[fault], iter(range(1, 10**6))
+    whole = getattr(place, name)
 
-    def take_batch(self: TrainState, **counts: int) -> None:
-        if self.step == step and int(os.environ["RANK"]) == rank:
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if int(os.environ["RANK"]) == rank and next(times) == n:
             act()
-        take(self, **counts)
+        return whole(self, *args, **kwargs)
 
-    TrainState.take_batch = take_batch
+    setattr(place, name, interrupted)
     return train.work(config, run_dir)
 
 
-def on_signal(signum: int) -> Callable[[], None]:
-    return lambda: os.kill(os.getpid(), signum)
+def _signals(*signums: int) -> Callable[[], None]:
+    return lambda: [os.kill(os.getpid(), signum) for signum in signums] and None
 
 
-kill, stop, terminate = on_signal(signal.SIGKILL), on_signal(signal.SIGSTOP), on_signal(signal.SIGTERM)
-stacks = on_signal(signal.SIGUSR1)
+kill, stop = _signals(signal.SIGKILL), _signals(signal.SIGSTOP)
+terminate = _signals(signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM)
 
 
 def fail() -> None:
