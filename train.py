@@ -48,7 +48,7 @@ def work(config: TrainConfig, run_dir: Path) -> float | None:
     from launch.slurm import requeue_slurm_job
     from parallel.mesh import distributed
     from tracking.alerts import alerts
-    from tracking.heartbeat import Heartbeat
+    from tracking.heartbeat import FOLDER, Heartbeat
     from tracking.logs import log_to
     from tracking.run_folder import locked
     from tracking.status import Status
@@ -56,6 +56,8 @@ def work(config: TrainConfig, run_dir: Path) -> float | None:
     from training.stop import StopRequest
     from training.stragglers import pending_collective
 
+    # What NCCL's flight recorder holds when a collective times out, a file per rank: torchfrtrace reads them
+    os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(run_dir / FOLDER / "nccl_trace_rank_"))
     run_config, late_s = to_plain(config), config.parallel.step_timeout_s / 2
     with (
         distributed(config.parallel) as mesh,

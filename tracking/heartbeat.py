@@ -104,8 +104,10 @@ class Heartbeat:
             others = f"; others wait in {', '.join(waits)}" if waits else ""
             what = "rank %d holds up the run for %.0f s%s: %s"
             logger.warning(what, rank, waited_s, others, text.rstrip(), extra={"alert": "stall"})
-        if not found:
-            logger.info("waiting for ranks of other machines for %.0f s in %s", waited_s, ", ".join(waits))
+        if not found:  # the rank may be on another machine; if there is none, a device may hang
+            level, extra = (logging.INFO, {}) if self.rank else (logging.WARNING, {"alert": "stall"})
+            text = "all ranks of this machine have waited for %.0f s in %s"
+            logger.log(level, text, waited_s, ", ".join(waits), extra=extra)
         self.reported = list(found)
 
 

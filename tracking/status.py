@@ -95,7 +95,7 @@ class Status:
             crashes = [c for c in read_records(self.run_dir / CRASHES) if c["time"] >= self.began]
             causes = [crash for crash in crashes if not SYMPTOM.search(crash["error"])]
         silent = set(range(self.ranks)) - {crash["rank"] for crash in crashes}
-        signs = {rank: read_sign(self.run_dir, rank) for rank in sorted(silent)}
+        signs = {rank: sign for rank in sorted(silent) if (sign := read_sign(self.run_dir, rank))}
         for rank, sign in signs.items():
             if is_dead(sign):
                 text = f"its process {sign['pid']} on {sign['host']} was killed, or ran out of memory"
@@ -103,7 +103,7 @@ class Status:
             elif late_file(self.run_dir, rank).exists():
                 text, _, stack = late_file(self.run_dir, rank).read_text(encoding="utf-8").partition("\n")
                 causes.append({"rank": rank, "error": text, "traceback": f"{stack}{text}\n", "time": math.inf})
-        hosts = {sign.get("host") for sign in signs.values()}
+        hosts = {sign["host"] for sign in signs.values()}
         if not causes and len(hosts) == 1 and socket.gethostname() not in hosts:  # a machine that is gone
             text = f"nothing more came from {hosts.pop()}"
             causes.append({"rank": min(signs), "error": text, "traceback": "", "time": math.inf})

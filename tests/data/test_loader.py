@@ -2,6 +2,9 @@
 
 import dataclasses
 import multiprocessing
+import os
+import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -194,6 +197,19 @@ def test_resume_on_other_ranks_continues_the_sequence(
     if not weighted:
         epochs = [Counter(seen[i : i + packs.n_packs]) for i in range(0, sample - packs.n_packs + 1, packs.n_packs)]
         assert all(epoch == Counter(range(packs.n_packs)) for epoch in epochs)
+
+
+@pytest.mark.parametrize("how", ["hangs", "is killed"])
+def test_a_worker_that_hangs_or_is_killed_is_an_error(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    def batch(*_: object) -> None:
+        time.sleep(60) if how == "hangs" else os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(PackedDataset, "batch", batch)
+    monkeypatch.setattr(f"{__name__}.CONFIG", dataclasses.replace(CONFIG, worker_timeout_s=0.5))
+    with pytest.raises(RuntimeError, match="timed out after 0.5 seconds" if how == "hangs" else "killed by signal"):
+        take(corpus, 1, workers=1)
 
 
 def test_pinned_tensors_are_contiguous(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
