@@ -25,6 +25,7 @@ from training.checkpoint import open_checkpoint
 def test_the_rank_that_failed_first_is_named_everywhere(
     tmp_path: Path, small: list[str], fault: str, rank: int, reason: str
 ) -> None:
+    """Cases 29, 30 and 31."""
     run = tmp_path / "r"
     with pytest.raises(RankError, match="rank 0 died first: SIGKILL" if fault == "kill" else "rank . failed first"):
         disturbed(run, fault, [*small, "parallel.step_timeout_s=6"], rank=rank)
@@ -49,6 +50,7 @@ def test_the_rank_that_failed_first_is_named_everywhere(
 def test_a_signal_to_one_rank_stops_all_where_they_are(
     tmp_path: Path, small: list[str], moment: str, n: int, step: int, saves: int
 ) -> None:
+    """Cases 33, 35 and 36."""
     settings = [*small, "steps=40", "valid_every=4", "checkpoint.every=6", "checkpoint.keep=0"]
     with pytest.raises(SystemExit) as stopped:
         disturbed(tmp_path / "r", "terminate", settings, moment=moment, n=n)

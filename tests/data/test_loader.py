@@ -131,6 +131,7 @@ def test_capped_validation_is_spread_over_the_split(documents: Corpus) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_id_outside_the_vocabulary_is_reported_with_its_place(documents: Corpus, workers: int) -> None:
+    """Case 45."""
     documents.train.vocab_size = 44
     with pytest.raises(DataError, match=r"1.bin: token 4, in document 0, is id 44") as raised:
         take(documents, 1, workers=workers)
@@ -203,6 +204,8 @@ def test_resume_on_other_ranks_continues_the_sequence(
 def test_a_worker_that_hangs_or_is_killed_is_an_error(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
+    """Case 38."""
+
     def batch(*_: object) -> None:
         time.sleep(60) if how == "hangs" else os.kill(os.getpid(), signal.SIGKILL)
 

@@ -52,6 +52,7 @@ def test_one_rank_runs_in_this_process() -> None:
     ],
 )
 def test_a_failing_rank_ends_all(how: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cases 29 and 30."""
     monkeypatch.setattr("launch.ranks.GRACE_S", 0.5)
     started = time.monotonic()
     with pytest.raises(RankError, match=message) as failure:
@@ -69,6 +70,7 @@ def test_a_user_error_keeps_its_type() -> None:
     ("signum", "code", "saved"), [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 2), (signal.SIGKILL, -9, 0)]
 )
 def test_ranks_receive_the_parents_signals_and_die_with_it(tmp_path: Path, signum: int, code: int, saved: int) -> None:
+    """Case 32."""
     command = [sys.executable, "-m", "tests.parallel.ranks", str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while len(list(tmp_path.glob("started*"))) < 2:

@@ -43,6 +43,7 @@ def test_ranks_join() -> None:
 
 
 def test_port_in_use() -> None:
+    """Case 37."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -53,6 +54,7 @@ def test_port_in_use() -> None:
 
 @pytest.mark.parametrize(("rank", "why"), [(0, "1/2 clients joined"), (1, "timed out")])
 def test_rank_whose_peer_never_joins_gives_up(rank: int, why: str) -> None:
+    """Case 37."""
     port = free_port()
     line = errors_of(start_rank(rank, 2, port, init_timeout_s=2))[-1]  # after torch's own stack
     for words in (f"RANK {rank}", "(WORLD_SIZE)", f"127.0.0.1:{port}", "(parallel.init_timeout_s)", why):
@@ -60,6 +62,7 @@ def test_rank_whose_peer_never_joins_gives_up(rank: int, why: str) -> None:
 
 
 def test_hanging_rank_ends_all() -> None:
+    """Case 30."""
     parent = psutil.Process(os.getpid())
     others = set(parent.children(recursive=True))  # of other tests
     process = start("60", "2", "1")

@@ -69,7 +69,7 @@ def test_an_alert_that_fails_is_a_warning(tmp_path: Path, caplog: pytest.LogCapt
 def test_a_spike_is_reported_and_its_window_outlives_a_resume(
     tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The window of the first 25 steps is saved; after the resume, a loss far above it is a spike."""
+    """Case 43: the window of the first 25 steps is saved; after the resume, a loss far above it is a spike."""
     from parallel.engine import Engine
 
     settings = [*small, "steps=30", "optimizer.spike_sigma=6"]

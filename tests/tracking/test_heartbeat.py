@@ -29,6 +29,7 @@ def watched(folder: Path, monkeypatch: pytest.MonkeyPatch, *signs: dict, seconds
 def test_a_stopped_process_is_named_with_its_wait_channel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Case 30."""
     with subprocess.Popen(["sleep", "60"]) as process:
         process.send_signal(signal.SIGSTOP)
         watched(tmp_path, monkeypatch, {"pid": process.pid, "time": 0})
@@ -42,6 +43,7 @@ def test_a_stopped_process_is_named_with_its_wait_channel(
 def test_a_rank_in_no_collective_is_named_with_its_stack(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Case 30."""
     waiting = {"at": "a.py:1", "waits": "all_reduce #7 (started)", "stack": ""}
     watched(
         tmp_path, monkeypatch, {**waiting, "at": "data/loader.py:9 (f)", "waits": "", "stack": "a stack\n"}, waiting
@@ -53,6 +55,7 @@ def test_a_rank_in_no_collective_is_named_with_its_stack(
 def test_ranks_in_different_collectives_are_all_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Case 31."""
     watched(tmp_path, monkeypatch, {"at": "b.py:2", "waits": "broadcast at b.py:2", "stack": ""})
     assert "rank 0 holds up the run for 0 s: it waits in all_reduce #7" in caplog.text
     assert "rank 1 holds up the run for 0 s: it waits in broadcast at b.py:2" in caplog.text

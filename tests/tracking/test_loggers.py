@@ -105,6 +105,7 @@ def test_wandb_takes_its_settings_and_a_run_that_starts_again_is_another(
 
 
 def test_a_failing_logger_is_dropped_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Case 39."""
     InMemory.records.clear()
     with opened(tmp_path, extra=[f"{__name__}:Failing", f"{__name__}:InMemory"]) as loggers:
         for step in (1, 2):
@@ -116,6 +117,8 @@ def test_a_failing_logger_is_dropped_with_one_warning(tmp_path: Path, caplog: py
 def test_libraries_that_fail_do_not_stop_a_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Case 39."""
+
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no network")
 

@@ -33,6 +33,7 @@ def test_state_dict_round_trip_reaches_the_device() -> None:
 
 
 def test_signals_set_a_flag_and_a_second_interrupt_stops_at_once() -> None:
+    """Cases 32, 34 and 35."""
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest() as stop:
         for signum in (signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM):
