@@ -118,9 +118,10 @@ class _Ranks:
 
     def run(self, *work: Any) -> Any:
         """Spawn the ranks and wait until all have ended, or until the grace period after a failure is over."""
-        before = handle((*SIGNALS, *STACK_SIGNALS), self._forward)
+        before = handle(SIGNALS, self._forward)
         try:
             self._spawn(work)
+            before |= handle(STACK_SIGNALS, self._forward)  # not before: new processes ignore them still
             deadline = None
             while running := [rank for rank, process in enumerate(self.processes) if process.exitcode is None]:
                 if deadline is None and self._has_a_failure():

@@ -78,6 +78,7 @@ def test_ranks_receive_the_parents_signals_and_die_with_it(tmp_path: Path, signu
         time.sleep(0.02)
     time.sleep(0.1)
     pids = [int(path.read_text()) for path in tmp_path.glob("started*")]
+    os.kill(process.pid, signal.SIGUSR1)  # only for stacks
     os.killpg(process.pid, signum)  # as Ctrl-C in a terminal
     printed = process.communicate(timeout=20)[1]
     assert process.returncode == code
