@@ -51,7 +51,7 @@ MUTANTS = [
            f"{GUARDS}::test_the_first_rank"),
     Mutant(16, SAVE, ' != expected["size"]:', ' == "":', f"{GUARDS}::test_a_file_of"),
     Mutant(17, SAVE, ") != expected:", ") == 0:", f"{SAVES}::test_a_damaged_checkpoint"),
-    Mutant(18, SAVE, "    except FileNotFoundError:\n", "    except ZeroDivisionError:\n", f"{GUARDS}::test_nothing_is_found"),
+    Mutant(18, SAVE, "    except (ValueError, KeyError, TypeError):", "    except KeyError:", f"{SAVES}::test_a_damaged_checkpoint"),
     Mutant(19, SAVE, "        elif damaged:", "        elif False:", f"{SAVES}::test_a_run_with_only"),
     Mutant(22, FOLDER, "and before[key] != now[key]]", "and False]",
            "tests/tracking/test_run_folder.py::test_stored_configurations"),
