@@ -15,7 +15,7 @@ from model.transformer import Transformer
 from parallel.engine import Engine
 from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
-from parallel.parallelize import parallelize, write_shard
+from parallel.parallelize import ParallelModel, parallelize
 from training.config import Dtype, PrecisionConfig, TrainingError
 from training.optim.optimizer import Optimizer
 from training.report import Throughput, peak_tflops
@@ -42,27 +42,23 @@ def compute_dtype(config: PrecisionConfig, device: torch.device) -> tuple[torch.
 
 
 def build_model(
-    config: TrainConfig, mesh: Mesh, fill: Callable[[Transformer, int], object] | None = None
-) -> tuple[Transformer, list[Transformer]]:
-    """Return this rank's part of the model, laid out and filled with weights, and its pipeline stages.
-
-    `fill(model, seed)` draws the weights in another way than the model does.
-    """
+    config: TrainConfig, mesh: Mesh, fill: Callable[[ParallelModel, int], object] = ParallelModel.init_weights
+) -> ParallelModel:
+    """Return this rank's part of the model, laid out and filled with weights."""
     torch.manual_seed(config.seed)
     model = Transformer.on_meta(config.model)
     precision = config.precision
     dtype, _ = compute_dtype(precision, mesh.device)
     grad_dtype = DTYPES[precision.grad_dtype.value] if precision.grad_dtype else None
-    stages = parallelize(model, mesh, config.parallel, dtype, fp8=precision.fp8.value, grad_dtype=grad_dtype)
-    (fill or partial(Transformer.init_weights, write=write_shard))(model, config.seed)
-    return model, stages
+    laid_out = parallelize(model, mesh, config.parallel, dtype, fp8=precision.fp8.value, grad_dtype=grad_dtype)
+    fill(laid_out, config.seed)
+    return laid_out
 
 
 def build_engine(
     config: TrainConfig,
     mesh: Mesh,
-    model: Transformer,
-    stages: list[Transformer],
+    model: ParallelModel,
     optimizer: Optimizer,
     scaler: LossScaler,
     state: TrainState,
@@ -79,7 +75,6 @@ def build_engine(
         parallel=config.parallel,
         loss=config.loss,
         max_grad_norm=config.optimizer.max_grad_norm,
-        stages=stages,
         scaler=scaler,
         counters=state.counters,
         n_sources=1 if corpus is None else len(corpus.sources),
