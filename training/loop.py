@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
 
+import torch
+
 from conf.schema import TrainConfig, parse_ranges
 from data.batches import Batch
 from data.dataset import Corpus
@@ -18,7 +20,7 @@ from tracking.run_folder import StopFile
 from training.config import TrainingError
 from training.report import StepReport
 from training.resume import RunCheckpoints
-from training.spikes import find_spikes
+from training.spikes import find_spikes, spike_limits
 from training.state import TrainState
 from training.stop import StopRequest
 from training.stragglers import Stragglers
@@ -78,7 +80,8 @@ def loop(run: Run, batches: Iterator[list[Batch]], periodic: Sequence[Periodic] 
         Periodic(1, partial(follow, StopFile(config.checkpoint.stop_file))),
         Periodic(config.checkpoint.every, lambda run: (run.checkpoints.save(), agree(run))),
     )
-    with garbage_collection_paused(), run.stragglers.watch(run.engine.model):
+    with garbage_collection_paused(), run.stragglers.watch(run.engine):
+        set_limits(run)
         validation.run_if_due(run)  # if a stop cut it short
         while state.step < config.steps and not stop and not run.finished:
             train_step(run, batches, skip=any(state.step + 1 in part for part in skipped))
@@ -113,7 +116,8 @@ def log_step(run: Run) -> None:
     run.report.throughput.lap()  # until now the host waited for the device
     if nonfinite:
         in_a_row, limit = run.state.nonfinite_in_a_row, run.config.optimizer.max_nonfinite_steps
-        text = "step %d changed nothing: its gradient is not finite (%d such steps, %d in a row, the limit is %d)"
+        why = "its gradient is not finite" + (", or it is a spike" if run.config.optimizer.skip_spikes else "")
+        text = f"step %d changed nothing: {why} (%d such steps, %d in a row, the limit is %d)"
         logger.warning(text, run.state.step, run.state.nonfinite_steps, in_a_row, limit)
         if in_a_row >= limit:
             module = run.engine.find_nonfinite_module(run.batches)
@@ -127,8 +131,17 @@ def log_step(run: Run) -> None:
             say = logger.warning if not run.engine.mesh.rank else logger.debug
             say("step %d is a spike: %s", run.state.step, "; ".join(spikes), extra={"alert": "spike"})
         more["train/spikes"] = run.state.spikes
+        set_limits(run)
     epochs = run.corpus.train.epochs(run.state.samples)
     run.report.step(run.state, run.result, epochs=epochs, loss_scale=run.loss_scale, more=more)
+
+
+def set_limits(run: Run) -> None:
+    """Have the engine skip the steps that are spikes, if asked for, by the window as it is."""
+    optimizer = run.config.optimizer
+    if optimizer.skip_spikes:
+        limits = spike_limits(run.state.recent, optimizer.spike_sigma)
+        run.engine.limits_2.copy_(torch.tensor(list(limits.values())))
 
 
 def agree(run: Run) -> None:

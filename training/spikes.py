@@ -4,20 +4,24 @@ import math
 import statistics
 from collections.abc import Mapping
 
+FIGURES = ("loss", "gradient norm")
 WINDOW, LEAST = 128, 20  # logged steps that a figure is compared with, at most and at least
 
+Recent = dict[str, list[float]]  # the figures of the last logged steps, by name
 
-def find_spikes(recent: dict[str, list[float]], figures: Mapping[str, float], sigma: float) -> list[str]:
-    """Describe the figures more than `sigma` standard deviations above the mean of `recent`; add them all to it."""
-    found = []
+
+def spike_limits(recent: Recent, sigma: float) -> dict[str, float]:
+    """Return `sigma` standard deviations above the mean of each figure; inf until there are enough of them."""
+    known = {name: window for name, window in recent.items() if len(window) >= LEAST}
+    limits = {name: statistics.fmean(window) + sigma * statistics.stdev(window) for name, window in known.items()}
+    return dict.fromkeys(FIGURES, math.inf) | limits
+
+
+def find_spikes(recent: Recent, figures: Mapping[str, float], sigma: float) -> list[str]:
+    """Describe the figures of a step that are above their limits, and add them all to `recent`."""
+    limits, found = spike_limits(recent, sigma), []
     for name, value in figures.items():
-        window = recent.setdefault(name, [])
-        if not math.isfinite(value):
-            continue
-        if len(window) >= LEAST:
-            mean, deviation = statistics.fmean(window), statistics.stdev(window)
-            if value > mean + sigma * deviation:
-                found.append(f"{name} {value:.4g}, after {mean:.4g} ± {deviation:.2g}")
-        window.append(value)
-        del window[:-WINDOW]
+        if math.isfinite(value):
+            found += [f"{name} {value:.4g}, above {limits[name]:.4g}"] if value > limits[name] else []
+            recent[name] = [*recent.get(name, ()), value][-WINDOW:]
     return found

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch._C import _distributed_c10d as c10d
 
+from parallel.engine import Engine
 from parallel.mesh import Mesh
 
 SLOWER, SHARE = 1.1, 0.02  # than the median of the others, and by that share of the whole step
@@ -38,12 +38,12 @@ class Stragglers:
         self.metrics: dict[str, float] = {}
 
     @contextmanager
-    def watch(self, model: nn.Module) -> Iterator[None]:
-        """Measure the forward passes of a model; under a pipeline they wait for other ranks."""
-        if self.mesh.world_size == 1 or self.mesh.axes.pp > 1:
+    def watch(self, engine: Engine) -> Iterator[None]:
+        """Measure the forward passes of a model; not under a pipeline, where they wait for others, nor in a graph."""
+        if self.mesh.world_size == 1 or self.mesh.axes.pp > 1 or engine.graphs is not None:
             yield
             return
-        hooks = [model.register_forward_pre_hook(self._start), model.register_forward_hook(self._end)]
+        hooks = [engine.model.register_forward_pre_hook(self._start), engine.model.register_forward_hook(self._end)]
         try:
             yield
         finally:

@@ -66,6 +66,19 @@ def test_an_alert_that_fails_is_a_warning(tmp_path: Path, caplog: pytest.LogCapt
     assert list(AlertsConfig(webhook="ftp://x").problems())
 
 
+def test_a_run_that_skips_spikes_resumes_bit_for_bit(tmp_path: Path, small: list[str]) -> None:
+    """Case 43: the window that is saved with step 20 decides on step 21."""
+    settings = [*small, "steps=30", "optimizer.spike_sigma=0.05", "optimizer.skip_spikes=true", "optimizer.lr=3e-3"]
+    trained(tmp_path / "whole", *settings)
+    (tmp_path / "stop").write_text("20")
+    trained(tmp_path / "r", *settings, f"checkpoint.stop_file={tmp_path / 'stop'}")
+    trained(tmp_path / "r", *settings)
+    records = metrics(tmp_path / "whole")
+    assert metrics(tmp_path / "r") == records
+    skipped = records[-2]["train/nonfinite_steps"]
+    assert 0 < skipped <= records[-2]["train/spikes"] and not any(r.get("train/nonfinite_steps") for r in records[:20])
+
+
 def test_a_spike_is_reported_and_its_window_outlives_a_resume(
     tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

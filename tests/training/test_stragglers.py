@@ -34,12 +34,13 @@ def test_own_time_is_data_and_the_first_forward_pass(monkeypatch: pytest.MonkeyP
     clock = iter([0.0, 10.0, 10.5, 20.0])
     monkeypatch.setattr("training.stragglers.time.perf_counter", lambda: next(clock))
     found, model = stragglers(), torch.nn.Linear(2, 2)
+    engine: Any = SimpleNamespace(model=model, graphs=None)
     assert found.own_s() == 0.0
-    with found.watch(model):
+    with found.watch(engine):
         found.begin(0.25)
         for _ in range(3):
             model(torch.ones(1, 2))
         assert found.own_s() == 0.75 and found.own_s() == 0.0
-    with stragglers(pp=2).watch(model):
+    with stragglers(pp=2).watch(engine):
         model(torch.ones(1, 2))
     assert not model._forward_hooks
