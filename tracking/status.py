@@ -19,6 +19,7 @@ from tracking.run_folder import is_held, write_atomically
 
 NAME = "status.json"
 CRASHES = "crashes.jsonl"  # to which every rank adds its own
+MOST_CHARS = 4000  # of a traceback
 CAUSE_S = 2.0  # for a rank that failed first to write why
 # What a rank raises because another one failed
 SYMPTOM = re.compile(
@@ -71,7 +72,7 @@ class Status:
         """Record this rank's failure; return the one that came first, and whether this rank writes the status."""
         step, reason = last_step(self.run_dir), f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         attempt = ".".join(os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "RESTART_COUNT"))
-        trace = "".join(traceback.format_exception(error))
+        trace = "".join(traceback.format_exception(error))[-MOST_CHARS:]
         crash = {"attempt": attempt, "step": step, "error": reason, "rank": self.rank, "time": time.time()}
         with suppress(OSError), (self.run_dir / CRASHES).open("a", encoding="utf-8") as file:  # the disk may be full
             file.write(json.dumps({**crash, "traceback": trace}) + "\n")

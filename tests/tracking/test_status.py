@@ -79,6 +79,7 @@ def test_two_equal_crashes_are_recognised(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_symptom_gives_way_to_the_cause_on_another_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Case 29."""
     monkeypatch.setattr("tracking.status.CAUSE_S", 0.1)
     lost = RuntimeError("Connection closed by peer")
 
@@ -100,6 +101,7 @@ def test_a_symptom_gives_way_to_the_cause_on_another_rank(tmp_path: Path, monkey
 
 
 def test_a_rank_that_died_without_a_word_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Case 29."""
     monkeypatch.setattr("tracking.status.CAUSE_S", 0.1)
     (tmp_path / ".ranks").mkdir()
     for host, text in ((socket.gethostname(), "was killed, or ran out of memory"), ("n7", "nothing more came from n7")):
