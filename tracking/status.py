@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.config import RankError
-from tracking.heartbeat import is_dead, late_file, read_sign
+from tracking.heartbeat import last_words, read_sign
 from tracking.metrics_file import last_step, read_records
 from tracking.run_folder import is_held, write_atomically
 
@@ -76,17 +76,16 @@ class Status:
         crash = {"attempt": attempt, "step": step, "error": reason, "rank": self.rank, "time": time.time()}
         with suppress(OSError), (self.run_dir / CRASHES).open("a", encoding="utf-8") as file:  # the disk may be full
             file.write(json.dumps({**crash, "traceback": trace}) + "\n")
-        first, speaks = {"rank": self.rank, "error": reason, "traceback": trace}, not self.rank
-        if self.ranks > 1 and SYMPTOM.search(reason):
-            first, speaks = self._first_failure(first)
+        first, speaks = {**crash, "traceback": trace}, not self.rank
         if self.ranks > 1:
+            if SYMPTOM.search(reason):
+                first, speaks = self._first_failure(first)
             reason = f"rank {first['rank']} failed first: {first['error']}"
         refused = step == self.first_step and self.before.get("state") in ("finished", "given up", "stopped")
         failed = {"state": "failed", "reason": reason, "traceback": first["traceback"]}
         self.record = self.before if refused else {**self.record, **failed}
-        if first["rank"] == self.rank:
-            return error, speaks
-        return RankError(f"error: rank {first['rank']} failed first\n{first['traceback'] or first['error']}"), speaks
+        text = f"error: rank {first['rank']} failed first\n{first['traceback'] or first['error']}"
+        return error if first["rank"] == self.rank else RankError(text), speaks
 
     def _first_failure(self, mine: dict[str, Any]) -> tuple[dict[str, Any], bool]:
         """Wait for what other ranks write of their failures; return the first, and whether no lower rank wrote any."""
@@ -95,21 +94,18 @@ class Status:
             time.sleep(CAUSE_S / 20)
             crashes = [c for c in read_records(self.run_dir / CRASHES) if c["time"] >= self.began]
             causes = [crash for crash in crashes if not SYMPTOM.search(crash["error"])]
-        silent = set(range(self.ranks)) - {crash["rank"] for crash in crashes}
-        signs = {rank: sign for rank in sorted(silent) if (sign := read_sign(self.run_dir, rank))}
-        for rank, sign in signs.items():
-            if is_dead(sign):
-                text = f"its process {sign['pid']} on {sign['host']} was killed, or ran out of memory"
-                causes.append({"rank": rank, "error": text, "traceback": "", "time": math.inf})
-            elif late_file(self.run_dir, rank).exists():
-                text, _, stack = late_file(self.run_dir, rank).read_text(encoding="utf-8").partition("\n")
-                causes.append({"rank": rank, "error": text, "traceback": f"{stack}{text}\n", "time": math.inf})
+        silent = sorted(set(range(self.ranks)) - {crash["rank"] for crash in crashes})
+        signs = {rank: sign for rank in silent if (sign := read_sign(self.run_dir, rank))}
+        words = {rank: last_words(self.run_dir, rank, sign) for rank, sign in signs.items()}
         hosts = {sign["host"] for sign in signs.values()}
-        if not causes and len(hosts) == 1 and socket.gethostname() not in hosts:  # a machine that is gone
-            text = f"nothing more came from {hosts.pop()}"
-            causes.append({"rank": min(signs), "error": text, "traceback": "", "time": math.inf})
+        if not any(words.values()) and len(hosts) == 1 and socket.gethostname() not in hosts:  # a machine is gone
+            words[min(words)] = f"nothing more came from {hosts.pop()}"
+        for rank, text in words.items():
+            error, _, stack = text.partition("\n")
+            if text:
+                causes.append({"rank": rank, "error": error, "traceback": f"{stack}{error}\n", "time": math.inf})
         speaks = self.rank == min([self.rank, *(crash["rank"] for crash in crashes)])
-        return min([*causes, *crashes, mine], key=lambda c: (c not in causes, c.get("time", math.inf))), speaks
+        return min(causes, key=lambda cause: cause["time"], default=mine), speaks
 
     def end(self, valid_loss: float | None, *, stopped: bool, given_up: bool, **more: Any) -> None:
         """Record how the run ended; one that ended before its last step was stopped."""

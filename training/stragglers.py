@@ -29,21 +29,20 @@ class Stragglers:
     """
 
     def __init__(self, mesh: Mesh) -> None:
-        self.mesh = mesh
+        self.mesh, self.on_gpu = mesh, mesh.device.type == "cuda"
         self.data_s = self.forward_s = 0.0
-        self.times: list[Any] = []  # of forward passes that the device has yet to make: start and end
-        self.first_pass = self.measured = False
-        self.noted_at = time.perf_counter()
+        self.marks: list[Any] = []  # starts and ends of forward passes, until the device has come to them
+        self.marks_left = 0  # in this step
+        self.noted_at, self.noted = time.perf_counter(), True
         self.slowest, self.in_a_row = 0, 0
         self.metrics: dict[str, float] = {}
 
     @contextmanager
     def watch(self, engine: Engine) -> Iterator[None]:
         """Measure the forward passes of a model; not under a pipeline, where they wait for others, nor in a graph."""
-        if self.mesh.world_size == 1 or self.mesh.axes.pp > 1 or engine.graphs is not None:
-            yield
-            return
-        hooks = [engine.model.register_forward_pre_hook(self._start), engine.model.register_forward_hook(self._end)]
+        measured = self.mesh.world_size > 1 and self.mesh.axes.pp == 1 and engine.graphs is None
+        registers = (engine.model.register_forward_pre_hook, engine.model.register_forward_hook) if measured else ()
+        hooks = [register(self._mark) for register in registers]
         try:
             yield
         finally:
@@ -52,15 +51,16 @@ class Stragglers:
 
     def begin(self, data_s: float) -> None:
         """Begin a step, for whose batch this rank waited `data_s`."""
-        self.data_s, self.first_pass, self.measured = data_s, True, True
+        self.data_s, self.marks_left, self.noted = data_s, 2, False
 
     def own_s(self) -> float:
-        """Return this rank's own time in the step just made; 0 if there is none to compare."""
-        while self.times and self.times[0][1].query():
-            start, end = self.times.pop(0)
-            self.forward_s = start.elapsed_time(end) / 1e3
-        measured, self.measured = self.measured, False
-        return self.data_s + self.forward_s if measured else 0.0
+        """Return this rank's own time in the step just made, the first time it is asked for; then 0."""
+        while len(self.marks) >= 2 and (not self.on_gpu or self.marks[1].query()):
+            start, end = self.marks[:2]
+            self.forward_s = start.elapsed_time(end) / 1e3 if self.on_gpu else end - start
+            del self.marks[:2]
+        was_noted, self.noted = self.noted, True
+        return 0.0 if was_noted else self.data_s + self.forward_s
 
     def note(self, own_s: Sequence[float]) -> None:
         """Take the times of all ranks, and warn if one has held up the others for some steps in a row."""
@@ -77,23 +77,12 @@ class Stragglers:
             text = "rank %d has held up the others for %d steps: it takes %.3g s to its first loss, they take %.3g"
             logger.warning(text, slowest, IN_A_ROW, own_s[slowest], usual_s)
 
-    def _start(self, *_: object) -> None:
-        if self.first_pass:
-            self.started = self._now()
-
-    def _end(self, *_: object) -> None:
-        if self.first_pass and self.mesh.device.type == "cuda":
-            self.times.append((self.started, self._now()))
-        elif self.first_pass:
-            self.forward_s = self._now() - self.started
-        self.first_pass = False
-
-    def _now(self) -> Any:
-        if self.mesh.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+    def _mark(self, *_: object) -> None:
+        if self.marks_left:
+            self.marks_left -= 1
+            self.marks.append(torch.cuda.Event(enable_timing=True) if self.on_gpu else time.perf_counter())
+            if self.on_gpu:
+                self.marks[-1].record()
 
 
 def pending_collective() -> str:

@@ -35,7 +35,9 @@ def test_a_stopped_process_is_named_with_its_wait_channel(
         watched(tmp_path, monkeypatch, {"pid": process.pid, "time": 0})
         process.kill()
     (record,) = [record for record in caplog.records if hasattr(record, "alert")]
-    found = f"others wait in all_reduce #7 (started): its process {process.pid} on {socket.gethostname()} is stopped"
+    found = (
+        f"others wait in all_reduce #7 (started): its process {process.pid} on {socket.gethostname()} is T (stopped)"
+    )
     assert record.message.startswith("rank 1 holds up the run for 0 s; ") and found in record.message
     assert "stopped" in late_file(tmp_path, 1).read_text() and not sign_file(tmp_path, 0).exists()
 
