@@ -123,17 +123,17 @@ def log_step(run: Run) -> None:
             module = run.engine.find_nonfinite_module(run.batches)
             why = f"{in_a_row} steps in a row had no finite gradient (optimizer.max_nonfinite_steps), first in {module}"
             raise TrainingError(f"{why}; lower optimizer.lr, or use skip_batches")
-    more = dict(run.stragglers.metrics)
+    run.report.more = dict(run.stragglers.metrics)
     if sigma := run.config.optimizer.spike_sigma:
         figures = {"loss": float(run.result.loss), "gradient norm": float(run.result.grad_norm)}
         if spikes := find_spikes(run.state.recent, figures, sigma):
             run.state.spikes += 1
             say = logger.warning if not run.engine.mesh.rank else logger.debug
             say("step %d is a spike: %s", run.state.step, "; ".join(spikes), extra={"alert": "spike"})
-        more["train/spikes"] = run.state.spikes
+        run.report.more["train/spikes"] = run.state.spikes
         set_limits(run)
     epochs = run.corpus.train.epochs(run.state.samples)
-    run.report.step(run.state, run.result, epochs=epochs, loss_scale=run.loss_scale, more=more)
+    run.report.step(run.state, run.result, epochs=epochs, loss_scale=run.loss_scale)
 
 
 def set_limits(run: Run) -> None:

@@ -165,17 +165,10 @@ class StepReport:
 
     def __init__(self, loggers: Loggers, throughput: Throughput, *, sources: Sequence[str], steps: int) -> None:
         self.loggers, self.throughput, self.sources, self.steps = loggers, throughput, sources, steps
+        self.more: dict[str, float] = {}  # metrics of the next step that is reported
 
-    def step(
-        self,
-        state: TrainState,
-        result: StepResult,
-        *,
-        epochs: Mapping[int, float],
-        loss_scale: float,
-        more: Mapping[str, float],
-    ) -> None:
-        """Report a step with `more` metrics; `epochs` is how often each source has been seen."""
+    def step(self, state: TrainState, result: StepResult, *, epochs: Mapping[int, float], loss_scale: float) -> None:
+        """Report a step; `epochs` is how often each source has been seen."""
         lr, beta2 = result.rates_2.tolist()
         record: dict[str, Any] = {
             "step": state.step,
@@ -190,7 +183,7 @@ class StepReport:
             "optim/loss_scale": loss_scale,
             "train/nonfinite_steps": state.nonfinite_steps,
             **self.throughput.metrics(self.steps - state.step),
-            **more,
+            **self.more,
         }
         self.loggers.log(record)
         self.say(step_line(record, self.steps))
