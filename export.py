@@ -48,7 +48,9 @@ def main(cfg: DictConfig) -> None:
         if config.run is None:
             import_model(config)
         else:
-            export(Path(config.run), config)
+            from tracking.store import local_run
+
+            export(local_run(config.run, config.step), config)
 
 
 def export(path: Path, config: ExportConfig) -> None:

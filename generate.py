@@ -65,12 +65,13 @@ def converse(model: "Transformer", saved: "Saved", config: GenerateConfig) -> No
 def load_model(config: GenerateConfig) -> "tuple[Saved, Transformer]":
     import torch
 
+    from tracking.store import local_run
     from training.load import open_saved
     from training.setup import DTYPES
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ModelError("device (cuda): torch sees no CUDA device here; use device=cpu")
-    saved = open_saved(Path(str(config.run or config.hf)), config.step)
+    saved = open_saved(local_run(str(config.run or config.hf), config.step), config.step)
     if saved.tokenizer is None:
         raise ModelError(f"{config.run or config.hf} has no tokenizer, which generate.py needs")
     if config.chat and saved.chat is None:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from conf.cli import checked, data_settings, report_user_errors, run
 from conf.schema import PrepareConfig
+from tracking.logs import printable
 
 SAMPLE_TOKENS = 120
 
@@ -33,6 +34,7 @@ def work(config: PrepareConfig, settings: str = "with the data settings of this 
     from corpus.prepare import is_prepared
     from corpus.sample import sample_texts
     from data.manifest import read_manifest
+    from data.shards import Shard
 
     path = Path(config.data.path)
     if is_prepared(config.data, config.tokenizer, add=config.add):
@@ -41,10 +43,15 @@ def work(config: PrepareConfig, settings: str = "with the data settings of this 
     elif (about := write(config)) is None:
         print(f"shard {config.shard} of {config.shards} is done; {path} is made when all are")
         return
+    if config.verify:
+        stems = [stem for split in about["splits"].values() for its in split.values() for stem in its["shards"]]
+        for stem in stems:
+            Shard(path / stem, verify=True)
+        print(f"{len(stems)} shards are as they were written")
     print_left_out(about["left_out"])
     print_table(about)
     for source, text in sample_texts(config.data, 3, max_tokens=SAMPLE_TOKENS):
-        print(f"\n--- a document of {source}, decoded\n{text.rstrip()}")
+        print(f"\n--- a document of {source}, decoded\n{printable(text.rstrip())}")
     print(f"\nnext: python train.py {settings}")
 
 

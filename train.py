@@ -95,7 +95,6 @@ def train(
     from tracking.loggers import Loggers
     from tracking.metrics_file import truncate_metrics
     from training.agreement import check_same_run
-    from training.checkpoint import Checkpoints
     from training.describe import describe, save_run_inputs
     from training.loop import Run, loop
     from training.optim.optimizer import build_optimizer
@@ -109,6 +108,8 @@ def train(
     # Data: checked first, because it is wrong most often and opened in no time.
     corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
 
+    if config.data.verify:
+        corpus.verify(mesh.rank, mesh.world_size)
     facts = {"configuration": run_config, "data": corpus.fingerprints}
     check_same_run(facts, Ranks(mesh.host))
 
@@ -116,19 +117,8 @@ def train(
     tied_params = model.module.tied_params
     optimizer = build_optimizer(model.module, config.optimizer, params=model.params, tied_params=tied_params)
     scaler, state = LossScaler(config.precision), TrainState(device=mesh.device)
-    keep = config.checkpoint
-    checkpoints = RunCheckpoints(
-        Checkpoints(run_dir, keep=keep.keep, keep_every=keep.keep_every, keep_best=keep.keep_best, group=mesh.host),
-        state,
-        optimizer,
-        scaler,
-        run_config=run_config,
-        data={
-            "parts": corpus.fingerprints,
-            "sources": corpus.sources,
-            "add_bos": corpus.add_bos,
-            "add_eos": corpus.add_eos,
-        },
+    checkpoints = RunCheckpoints.of(
+        config.checkpoint, mesh, run_dir, corpus, state=state, optimizer=optimizer, scaler=scaler, run_config=run_config
     )
     checkpoints.resume_or_start(config)
     corpus.train.begin_at(state.first_sample)

@@ -8,6 +8,7 @@ the command's own `main`.
 import argparse
 import errno
 import os
+import re
 import shlex
 import signal
 import sys
@@ -44,7 +45,7 @@ from launch.ranks import VARIABLES, joined_environment
 from launch.sweep import SweepError, merge_problems
 from model.config import ModelError
 from parallel.config import ParallelError
-from tracking.logs import escape_unprintable, quiet_pipe
+from tracking.logs import escape_unprintable, printable, quiet_pipe
 from training.config import CheckpointError, TrainingError
 from training.preflight import preflight_problems
 
@@ -123,7 +124,8 @@ def is_user_error(error: BaseException) -> bool:
 
 def _print_errors(messages: list[str]) -> None:
     for message in messages:
-        print(f"error: {message}", file=sys.stderr)
+        message = re.sub(r"(://[^/@\s]*:)[^/@\s]*@", r"\1***@", message)  # the password of an address
+        print(f"error: {printable(message)}", file=sys.stderr)
 
 
 def data_settings(hydra: Any, *keys: str) -> str:
@@ -236,6 +238,9 @@ class Composer:
             return
         wrong = [self._unread_problem(argument) for argument in self.unread]
         wrong += [problem for override in self.overrides for problem in self._option_problems(override)]
+        for key, value in ((o.key_or_group, str(o.value())) for o in self.overrides):
+            if key in ("hydra.run.dir", "hydra.sweep.dir") and "://" in value:
+                wrong.append(f"{key} ({value}) must be a folder; checkpoint.path takes an address for checkpoints")
         yield from wrong
         fixed = [o for o in self.overrides if not (o.is_sweep_override() or any(self._option_problems(o)))]
         composing = [o for o in fixed if self._is_composed(o)]

@@ -161,6 +161,7 @@ class PrepareConfig:
     workers: int | None = None  # processes (null: all of this process's cores)
     shards: int = 1  # jobs that the work is divided into
     shard: int = 0  # the one that this process is
+    verify: bool = False  # check the hashes of all shards, new or not
     add: bool = False  # add to a prepared corpus the files that came since
     launcher: LauncherConfig = MISSING
 

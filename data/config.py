@@ -24,6 +24,7 @@ class DataConfig(CorpusConfig):
     micro_batch_size: int = MISSING  # sequences of seq_len tokens per forward pass
     seed: int = 1024  # order of documents and packs
     tokenizer: str | None = None  # source=tokens: what they were made with, for bits per byte and decoding
+    verify: bool = field(default=False, metadata={"free": True})  # check the hashes of all shards before the first step
     workers: int = field(default=2, metadata={"free": True})  # loader processes; the order does not depend on it
     # without a batch from a worker, after which the run fails; 0: never
     worker_timeout_s: float = field(default=300.0, metadata={"free": True})

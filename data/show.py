@@ -21,7 +21,7 @@ from data.batches import IGNORED
 from data.config import DataConfig, RampConfig, packs_of_step
 from data.dataset import Corpus, open_corpus
 from data.tokenizer import Tokenizer
-from tracking.logs import escape_unprintable, quiet_pipe
+from tracking.logs import escape_unprintable, printable, quiet_pipe
 from tracking.metrics_file import last_step, read_records
 from tracking.run_folder import write_atomically
 
@@ -72,7 +72,7 @@ def show_pack(corpus: Corpus, sample: int, pack: int) -> None:
     for file, start, length, ends in zip(pieces.files, pieces.starts, pieces.lengths, pieces.ends, strict=True):
         more = "" if ends else ", continued elsewhere"
         print(f"--- {corpus.train.files[file].stem}.bin from token {start}, {length} tokens{more}")
-        print(marked(corpus.tokenizer, tokens[at : at + length], is_target[at : at + length]))
+        print(printable(marked(corpus.tokenizer, tokens[at : at + length], is_target[at : at + length])))
         at += length
     if at < len(tokens):
         print(f"--- {len(tokens) - at} tokens of padding")

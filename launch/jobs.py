@@ -56,7 +56,7 @@ class Job:
         work, on_slurm = pkgutil.resolve_name(self.work), self.launcher.where is Where.slurm
         start = partial(launch, work, *self.args, config=self.config, is_user_error=self.is_user_error)
         end = RankEnd.of(start, end_file(paths), self.is_user_error)
-        if end.text and end.error is None and self.launcher.requeue_crashes and on_slurm:
+        if end.is_crash and self.launcher.requeue_crashes and on_slurm:
             again = "it crashed twice at the same step" if self.hopeless() else ""
             refused = again or slurm.requeue(self.launcher.max_requeues)
             end.text += f"\nnot requeued: {refused}" if refused else ""

@@ -4,6 +4,7 @@ Imports no torch: the parent of spawned ranks only waits.
 """
 
 import ctypes
+import errno
 import multiprocessing
 import os
 import pickle
@@ -25,6 +26,7 @@ from launch.config import RankError
 from launch.environment import DEFAULTS, VARIABLES, check_joined, free_port, joined_environment, nproc_per_node
 from parallel.config import ParallelConfig
 from tracking.logs import STACK_SIGNALS
+from training.config import SaveError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 GRACE_S = 5.0  # for the other ranks to end by themselves once one has failed
@@ -85,6 +87,12 @@ class RankEnd:
             if is_user_error(error):
                 return cls(error=error, text=str(error) or repr(error))
             return cls(text=str(error) if isinstance(error, RankError) else traceback.format_exc())
+
+    @property
+    def is_crash(self) -> bool:
+        """Whether another attempt may do better: not after an error of the user's, but for a disk that was full."""
+        full = isinstance(self.error, SaveError) or getattr(self.error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        return bool(self.text) and (self.error is None or full)
 
     def write(self, end_file: Path) -> None:
         partial = end_file.with_suffix(".partial")

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +102,20 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "done"
     trained(folder, *small)
     return folder
+
+
+@pytest.fixture
+def disk_size() -> str:
+    return "512k"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, disk_size: str) -> Iterator[Path]:
+    """A disk of its own, so small that it can be filled."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={disk_size}", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -47,7 +47,7 @@ MUTANTS = [
     Mutant(11, SAVE, "                os.rename(path, trash)", "                trash = path", f"{SAVES}::test_a_kill_at"),
     Mutant(12, FOLDER, "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
            "tests/tracking/test_run_folder.py::test_a_held_folder"),
-    Mutant(14, SAVE, "self.ranks.on_first(lambda: committed(self.folder))", "committed(self.folder)",
+    Mutant(14, SAVE, "self.ranks.on_first(self._found)", "self._found()",
            f"{GUARDS}::test_the_first_rank"),
     Mutant(16, SAVE, ' != expected["size"]:', ' == "":', f"{GUARDS}::test_a_file_of"),
     Mutant(17, SAVE, ") != expected:", ") == 0:", f"{SAVES}::test_a_damaged_checkpoint"),

@@ -15,7 +15,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 
-from conf.cli import CONF, checked, open_composer, run
+from conf.cli import CONF, _print_errors, checked, open_composer, run
 from conf.schema import (
     TrainConfig,
     free_keys,
@@ -395,3 +395,10 @@ def test_refusal_does_not_import_torch(tmp_path: Path, line: str, code: int, exp
     done = command("-X", "importtime", *line.split(), *folders)
     assert done.returncode == code and expected in done.stderr and "Traceback" not in done.stderr
     assert " torch\n" not in done.stderr, "torch was imported to refuse"
+
+
+def test_the_password_of_an_address_is_not_echoed(capsys: pytest.CaptureFixture[str]) -> None:
+    _print_errors(["data.input (https://me:secret@host/a.jsonl) has \x1b[2J", "https://host:80/a@b is as it was"])
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == r"error: data.input (https://me:***@host/a.jsonl) has \x1b[2J"
+    assert second == "error: https://host:80/a@b is as it was"

@@ -1,20 +1,26 @@
 """Whole runs: that they learn, stop, go on as if they had never stopped, and refuse what is wrong."""
 
+import json
 import logging
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 
 from tests.conftest import ROOT, metrics, trained
 from training.checkpoint import open_checkpoint
 from training.config import CheckpointError, TrainingError
+from training.loop import Periodic, Run
+from training.state import TrainState
 from training.stop import StopRequest
 
 LONG = ["steps=12", "checkpoint.every=3", "valid_every=4", "checkpoint.keep=0"]
@@ -239,9 +245,77 @@ def test_every_option_trains(tmp_path: Path, small: list[str], options: list[str
 def test_nonfinite_gradients_end_the_run_and_name_the_module(tmp_path: Path, small: list[str]) -> None:
     """Case 42."""
     with pytest.raises(TrainingError, match=r"3 steps in a row .* first in \S+ \((weight|forward|backward|gradient)\)"):
-        trained(tmp_path / "r", *small, "optimizer.lr=1e30", "optimizer.max_nonfinite_steps=3", "steps=30")
+        diverges = ["optimizer.lr=1e30", "optimizer.max_nonfinite_steps=3", "steps=30", "checkpoint.every=1"]
+        trained(tmp_path / "r", *small, *diverges)
     records = metrics(tmp_path / "r")
     assert records[-1]["train/nonfinite_steps"] >= 2 and records[-1]["train/grad_norm"] is None
+    finite = max(r["step"] for r in records if r.get("train/grad_norm") is not None)
+    assert open_checkpoint(tmp_path / "r").step == finite, "none after it"
+
+
+def test_a_save_is_put_off_until_a_gradient_is_finite(
+    tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Case 42: what a run of steps without a finite gradient leaves behind pushes out nothing good."""
+    sync = TrainState.sync
+
+    def in_a_row(self: TrainState) -> int:
+        new = sync(self)
+        self.nonfinite_in_a_row = {4: 1, 5: 2, 10: 1}.get(self.step, 0)
+        return new
+
+    monkeypatch.setattr(TrainState, "sync", in_a_row)
+    trained(tmp_path / "r", *small, "checkpoint.every=4", "checkpoint.keep=0")
+    steps = sorted(int(path.name[5:]) for path in (tmp_path / "r" / "checkpoints").glob("step-*"))
+    assert steps == [6, 8, 10], "one such step at the end may be an overflow of fp16"
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_resumed(
+    tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Case 42: one of before it was checked at the save."""
+    settings = [*small, "checkpoint.every=4"]
+
+    def spoil(run: Run) -> None:
+        if run.state.step == 10:
+            run.checkpoints.optimizer.weights.shards["norm.weight"][3] = math.nan
+
+    with monkeypatch.context() as unchecked:
+        unchecked.setattr("training.resume.check_tensors", lambda *_: None)
+        trained(tmp_path / "r", *settings, periodic=[Periodic(1, spoil)])
+    trained(tmp_path / "r", *settings)
+    assert "model.norm.weight are not finite; set aside as step-00000010.corrupt" in caplog.text
+    trained(tmp_path / "whole", *settings)
+    assert_same_run(tmp_path / "r", tmp_path / "whole")
+
+
+def test_an_older_checkpoint_lacks_what_came_later(tmp_path: Path, run_dir: Path, small: list[str]) -> None:
+    """Case 25: settings that did not exist then have their defaults; a counter of newer code is refused."""
+    shutil.copytree(run_dir, tmp_path / "r")
+    folder = next((tmp_path / "r" / "checkpoints").glob("step-*"))
+
+    def rewrite(change: Callable[[dict], object]) -> None:
+        state, manifest = (
+            json.loads((folder / "state.json").read_text()),
+            json.loads((folder / "manifest.json").read_text()),
+        )
+        change(state)
+        (folder / "state.json").write_text(json.dumps(state))
+        raw = (folder / "state.json").read_bytes()
+        manifest["files"]["state.json"] = {"size": len(raw), "xxh3_128": xxhash.xxh3_128_hexdigest(raw)}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    rewrite(
+        lambda state: [
+            state["config"]["optimizer"].pop("eps"),
+            state.pop("scaler"),
+            state["progress"].pop("skipped_steps"),
+        ]
+    )
+    trained(tmp_path / "r", *small)
+    rewrite(lambda state: state["progress"].update(wisdom=1))
+    with pytest.raises(CheckpointError, match="its progress has wisdom; use the version that wrote it"):
+        trained(tmp_path / "r", *small)
 
 
 def test_a_sweep_has_a_folder_per_point(tmp_path: Path, small: list[str]) -> None:

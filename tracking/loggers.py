@@ -15,6 +15,7 @@ from typing import Any
 from tracking.config import LoggerConfig
 from tracking.metrics_file import METRICS
 from tracking.plot import plot_loss
+from tracking.run_folder import Lines
 
 Record = dict[str, Any]  # "step", "tokens", and metrics such as "train/loss"; None for one that is not finite
 
@@ -40,7 +41,7 @@ class Logger:
 
 class JsonLines(Logger):
     def __init__(self, run_dir: Path, run_config: dict[str, Any], step: int) -> None:
-        self.file = (run_dir / METRICS).open("a", buffering=1, encoding="utf-8")
+        self.file = Lines(run_dir / METRICS)
 
     def log(self, record: Record) -> None:
         self.file.write(json.dumps(record) + "\n")

@@ -3,11 +3,14 @@
 import faulthandler
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+
+from tracking.run_folder import Lines
 
 STACK_SIGNALS = (signal.SIGUSR1, signal.SIGQUIT)
 
@@ -18,13 +21,14 @@ def log_to(run_dir: Path, rank: int = 0) -> Iterator[None]:
 
     Until the context ends, SIGUSR1 and SIGQUIT append the stacks of all threads.
     """
-    file = logging.FileHandler(run_dir / (f"train.rank{rank}.log" if rank else "train.log"), encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    with screen(logging.WARNING if rank else logging.INFO), _handler(file):
+    with closing(Lines(run_dir / (f"train.rank{rank}.log" if rank else "train.log"))) as lines:
+        file = logging.StreamHandler(lines)
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         for signum in STACK_SIGNALS:
-            faulthandler.register(signum, file.stream)
+            faulthandler.register(signum, lines.file.fileno())
         try:
-            yield
+            with screen(logging.WARNING if rank else logging.INFO), _handler(file):
+                yield
         finally:
             for signum in STACK_SIGNALS:
                 faulthandler.unregister(signum)
@@ -34,6 +38,11 @@ def escape_unprintable() -> None:
     """Have standard output escape the characters that the terminal's encoding lacks; Python would raise."""
     if (reconfigure := getattr(sys.stdout, "reconfigure", None)) is not None:  # a notebook's has none
         reconfigure(errors="backslashreplace")
+
+
+def printable(text: str) -> str:
+    """Return a text of others for a terminal, which control characters in it could command."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], text)
 
 
 @contextmanager

@@ -16,12 +16,13 @@ Curve = list[tuple[int, float]]  # (tokens, loss)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file of JSON lines, without one that is being written or was cut short by a kill."""
+    """Return the records of a file of JSON lines, without one that is being written, damaged or was cut short."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
+    with suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
 
 
 def loss_curve(records: Sequence[dict[str, Any]], key: str) -> Curve:

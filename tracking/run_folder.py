@@ -33,6 +33,9 @@ def locked(folder: Path, rank: int = 0, name: str = LOCK) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise _in_use(folder, name) from None
+        except OSError as error:
+            what = f"{folder} is on a disk without file locks ({error.strerror}), which keep two runs apart"
+            raise CheckpointError(f"{what}; mount it with them, or use another") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -61,8 +64,40 @@ def _in_use(folder: Path, name: str = LOCK) -> CheckpointError:
 
 def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+class Lines:
+    """A file that lines are added to. What a full or failing disk does not take is kept and tried again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.file, self.kept, self.failing = path, path.open("a+b", buffering=0), b"", False
+        if self.file.tell():
+            self.file.seek(-1, os.SEEK_END)
+            self.kept = b"" if self.file.read(1) == b"\n" else b"\n"  # the last line was cut short by a kill
+
+    def write(self, text: str) -> None:
+        self.kept += text.encode("utf-8", "backslashreplace")
+        was_failing, self.failing = self.failing, False
+        try:
+            while self.kept:
+                self.kept = self.kept[self.file.write(self.kept) :]
+        except OSError as error:
+            self.failing = True
+            if not was_failing:
+                logger.warning("%s: %s; its lines are kept and tried again", self.path, error)
+
+    def flush(self) -> None:
+        self.write("")
+
+    def close(self) -> None:
+        self.flush()
+        self.file.close()
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -110,7 +145,7 @@ def check_stored_config(run_dir: Path, run_config: dict[str, Any], config: Check
     own, init_from = committed(run_dir / "checkpoints")[:1], run_config["init_from"]
     if own and config.resume is Resume.never:
         raise CheckpointError(f"checkpoint.resume (never): {run_dir} holds {own[0].name}; pass another name=")
-    if not own and config.resume is Resume.must:
+    if not own and config.resume is Resume.must and config.path is None:
         remedy = "pass another name=, or checkpoint.resume=auto"
         raise CheckpointError(f"checkpoint.resume (must): {run_dir} holds no checkpoint; {remedy}")
     origins = own if own or init_from is None else checkpoints_of(Path(init_from))[:1]

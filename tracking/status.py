@@ -8,14 +8,14 @@ import re
 import socket
 import time
 import traceback
-from contextlib import suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from launch.config import RankError
 from tracking.heartbeat import last_words, read_sign
 from tracking.metrics_file import last_step, read_records
-from tracking.run_folder import is_held, write_atomically
+from tracking.run_folder import Lines, is_held, write_atomically
 
 NAME = "status.json"
 CRASHES = "crashes.jsonl"  # to which every rank adds its own
@@ -26,6 +26,7 @@ SYMPTOM = re.compile(
     r"closed by peer|connection reset|broken pipe|lost the others|nccl|(?<!DataLoader )timed?[ _-]?out", re.IGNORECASE
 )
 ALERTS = {"finished": "end", "failed": "crash"}  # by state; any other is a stop
+RESERVED = 8192  # bytes for how a run ends, if the disk is full by then
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +75,8 @@ class Status:
         attempt = ".".join(os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "RESTART_COUNT"))
         trace = "".join(traceback.format_exception(error))[-MOST_CHARS:]
         crash = {"attempt": attempt, "step": step, "error": reason, "rank": self.rank, "time": time.time()}
-        with suppress(OSError), (self.run_dir / CRASHES).open("a", encoding="utf-8") as file:  # the disk may be full
-            file.write(json.dumps({**crash, "traceback": trace}) + "\n")
+        with closing(Lines(self.run_dir / CRASHES)) as lines:
+            lines.write(json.dumps({**crash, "traceback": trace}) + "\n")
         first, speaks = {**crash, "traceback": trace}, not self.rank
         if self.ranks > 1:
             if SYMPTOM.search(reason):
@@ -116,7 +117,16 @@ class Status:
 
 
 def _write(run_dir: Path, **record: Any) -> None:
-    write_atomically(run_dir / NAME, json.dumps({**record, "time": time.time()}))
+    path, text = run_dir / NAME, json.dumps({**record, "time": time.time()})
+    try:
+        write_atomically(path, text + " " * RESERVED)
+    except OSError as error:
+        try:  # a full disk takes no second file, but the first one has its place
+            with path.open("r+", encoding="utf-8") as file:
+                file.write(text)
+                file.truncate()
+        except OSError:
+            logger.warning("%s does not say %s: %s", path, record["state"], error)
 
 
 def note_queued(run_dir: Path, run_config: dict[str, Any]) -> None:

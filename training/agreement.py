@@ -46,6 +46,16 @@ def check_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
                 raise TrainingError(f"{both}; nothing was saved: resume from a checkpoint, without the faulty GPU")
 
 
+def nonfinite_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
+    """Return the names of the tensors that are not finite on some rank; a collective."""
+
+    def is_finite(shard: Tensor) -> bool:
+        return all(bool(torch.isfinite(part).all()) for part in shard.flatten().split(CHECKED_AT_ONCE))
+
+    mine = [name for name, tensor in tensors.items() if not is_finite(local(tensor))]
+    return sorted({name for names in ranks.all_gather(lambda: mine) for name in names})
+
+
 def _place(tensor: Tensor) -> tuple[int, ...] | None:
     """Return which part of a tensor this rank holds: replicas hold the same."""
     if not isinstance(tensor, DTensor):

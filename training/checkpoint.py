@@ -3,14 +3,13 @@
 Every rank writes and hashes what it holds; rank 0 alone commits, removes, and decides which one is read.
 """
 
-import hashlib
 import json
 import logging
 import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,24 +17,30 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.futures import Future
 
-from tracking.run_folder import checkpoints_in, committed
-from training.config import CheckpointError
+from tracking.metrics_file import METRICS, read_records
+from tracking.retry import retried
+from tracking.run_folder import checkpoints_in, committed, write_atomically
+from tracking.store import Store, describe
+from training.config import CheckpointError, DamagedError, IncompleteError, SaveError
 from training.metadata import MetadataReader, check_complete, read_metadata
 from training.ranks import Ranks, reason_of, some
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+READABLE_SINCE = "0.1.0"  # the first version of this repository that reads it
 # States of one rank each: resumed by another number of ranks, there are more or fewer of them.
 PER_RANK = "rng."
+BEGUN = ".begun"  # a file in the folder of checkpoints: it is the run's, not where its disk should have been mounted
 
 Group = dist.ProcessGroup
 Files = dict[str, dict[str, Any]]  # size and hash, by name
@@ -99,59 +104,103 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run folder, which the ranks of one group alone write to."""
+    """The checkpoints of one run folder, which the ranks of one group alone write to; each is copied to a store."""
 
     def __init__(
-        self, run_dir: Path, *, keep: int, keep_every: int = 0, keep_best: bool = False, group: Group | None = None
+        self,
+        run_dir: Path,
+        *,
+        keep: int,
+        keep_every: int = 0,
+        keep_best: bool = False,
+        group: Group | None = None,
+        address: str | None = None,
     ) -> None:
-        self.folder = run_dir / "checkpoints"
+        self.folder, self.store = run_dir / "checkpoints", Store(address) if address else None
+        self.saved: Path | None = None
         self.keep, self.keep_every, self.keep_best = keep, keep_every, keep_best
         self.ranks = Ranks(group)
+        self.saved_bytes = 0  # by the last save, on all ranks
         self.ranks.on_first(self._sweep)
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
         """Write a checkpoint and commit it, all ranks together; of a tensor each writes what it holds.
 
-        On failure, on whichever rank, nothing has changed and every rank raises `CheckpointError`.
+        On failure, on whichever rank, nothing has changed and every rank raises `SaveError`. If only the copy to the
+        store failed, another call makes that alone.
         """
         final = self.folder / f"step-{step:08d}"
         text = json.dumps({"step": step, **state}, indent=1, allow_nan=False, sort_keys=True)
-        if self.ranks.on_first(final.exists):
+        if self.store is not None and self.saved == final:
+            self._copy(final)
             return final
-        partial_dir = self.ranks.on_first(lambda: self.folder / f".tmp-{final.name}-{os.getpid()}")
+        partial_dir = self.folder / f".tmp-{final.name}"
         try:
-            _write(partial_dir, step, tensors, text, self.ranks)
-            self.ranks.on_first(lambda: (os.rename(partial_dir, final), _fsync(self.folder)))
+            if self.ranks.on_first(final.exists):
+                raise CheckpointError(f"{final} exists")
+            self.saved_bytes = _write(partial_dir, step, tensors, text, self.ranks)
+            self.ranks.on_first(lambda: (final.exists() or os.rename(partial_dir, final), _fsync(self.folder)))
         except CheckpointError as error:
+            needed, free = sum(tensor.nbytes for tensor in tensors.values()), _free_bytes(self.folder)
             if self.ranks.rank == 0:
                 shutil.rmtree(partial_dir, ignore_errors=True)
-            needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(self.folder).free
-            why = f"{error} (about {needed:,} bytes are needed, {free:,} are free); earlier checkpoints are untouched"
-            raise CheckpointError(f"step {step} was not saved to {self.folder}: {why}") from error
-        self.ranks.on_first(self._purge)
+            why = f"{error} (about {needed:,} bytes are needed, {free} are free); earlier checkpoints are untouched"
+            raise SaveError(f"step {step} was not saved to {self.folder}: {why}") from error
+        self.saved = final
+        removed = self.ranks.on_first(self._purge)
+        self._copy(final, removed)
         return final
 
-    def newest(self) -> Checkpoint | None:
-        """Return the newest good checkpoint; damaged ones after it are logged and renamed to `.corrupt`.
+    def _copy(self, checkpoint: Path, removed: Iterable[str] = ()) -> None:
+        """Copy a committed checkpoint to the store, each rank what it wrote, and remove others there."""
+        store, tokenizer = self.store, self.folder.parent / "tokenizer"
+        if store is None:
+            return
+        last = [checkpoint / name for name in (".metadata", "state.json", "manifest.json")]
+        try:
+            self.ranks.all_gather(lambda: store.upload(*checkpoint.glob(f"__{self.ranks.rank}_*")))
+            self.ranks.on_first(lambda: store.upload(*tokenizer.glob("*"), *last))
+            self.ranks.on_first(lambda: [store.remove(name) for name in removed])
+        except CheckpointError as error:
+            raise SaveError(f"{checkpoint} was saved, but not copied: {error}") from error
 
-        If none is good they stay where they are, and are refused again. Rank 0 decides: what another rank would see of
-        the disk may be old.
+    def newest(self, load: Callable[[Checkpoint], object] = lambda _: None) -> Checkpoint | None:
+        """Return the newest good checkpoint that `load` takes without a `DamagedError`.
+
+        Damaged ones after it are logged and set aside. If none is good they stay where they are, and are refused again.
+        Rank 0 decides: what another rank would see of the disk may be old.
         """
-        good, damaged = _first_good(self.ranks.on_first(lambda: committed(self.folder)), self.ranks)
+        good, damaged = _first_good(self.ranks.on_first(self._found), self.ranks, load)
         if good is not None:
-            self.ranks.on_first(lambda: [_set_aside(path, reason) for path, reason in damaged.items()])
+            self.ranks.on_first(lambda: [_set_aside(path, error) for path, error in damaged.items()])
         elif damaged:
-            what = f"every checkpoint in {self.folder} is damaged ({'; '.join(damaged.values())})"
+            what = f"every checkpoint in {self.folder} is damaged ({'; '.join(map(str, damaged.values()))})"
             raise CheckpointError(f"{what}; restore one, or pass another name=")
         return good
 
-    def _sweep(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".*"):  # of a run that was killed while writing or removing
-            shutil.rmtree(leftover)
+    def _found(self) -> list[Path]:
+        own = committed(self.folder)
+        if self.store is not None:
+            self.store.download_newest(self.folder, after=own[0].name if own else "")
+        return committed(self.folder)
 
-    def _purge(self) -> None:
-        found = committed(self.folder)
+    def _sweep(self) -> None:
+        """Check that the folder is the run's and can be written to; remove what a run left that was killed."""
+        begun, metrics = self.folder / BEGUN, self.folder.parent / METRICS
+        if not (begun.exists() or committed(self.folder)) and read_records(metrics):
+            what = f"{self.folder} is not the folder that {metrics} was written beside: it may not be mounted"
+            raise CheckpointError(f"{what}; restore it, pass another name=, or remove {metrics} to begin anew")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(begun, "")
+        for leftover in set(self.folder.glob(".*")) - {begun}:
+            try:
+                shutil.rmtree(leftover)
+            except OSError as error:
+                logger.warning("%s could not be removed: %s", leftover, error)
+
+    def _purge(self) -> list[str]:
+        """Remove what need not be kept, and return the names."""
+        removed, found = [], committed(self.folder)
         best = min(found, key=_valid_loss) if self.keep_best else None
         for path in found[self.keep :] if self.keep else []:
             if path == best or (self.keep_every and int(path.name.removeprefix("step-")) % self.keep_every == 0):
@@ -159,9 +208,11 @@ class Checkpoints:
             trash = path.with_name(f".trash-{path.name}")  # a removal that is cut short leaves nothing that looks whole
             try:
                 os.rename(path, trash)
+                removed.append(path.name)
             except OSError as error:
                 logger.warning("%s could not be removed: %s", path, error)
             shutil.rmtree(trash, ignore_errors=True)
+        return removed
 
 
 def _valid_loss(checkpoint: Path) -> float:
@@ -179,25 +230,52 @@ def open_checkpoint(path: Path, ranks: Ranks | None = None, *, step: int | None 
     ranks = ranks or Ranks()
     good, damaged = _first_good(ranks.on_first(lambda: checkpoints_in(path, step)), ranks)
     if good is None:
-        raise CheckpointError(f"{'; '.join(damaged.values())}; name another run or checkpoint")
-    for reason in damaged.values():
-        logger.warning("%s; an older one is read", reason)
+        raise CheckpointError(f"{'; '.join(map(str, damaged.values()))}; name another run or checkpoint")
+    for error in damaged.values():
+        logger.warning("%s; an older one is read", error)
     return good
 
 
-def _first_good(paths: list[Path], ranks: Ranks) -> tuple[Checkpoint | None, dict[Path, str]]:
-    """Return the first checkpoint that is whole, and what is wrong with those before it."""
-    damaged: dict[Path, str] = {}
+def _first_good(
+    paths: list[Path], ranks: Ranks, load: Callable[[Checkpoint], object] = lambda _: None
+) -> tuple[Checkpoint | None, dict[Path, DamagedError]]:
+    """Return the first checkpoint that is whole and that `load` takes, and what is wrong with those before it."""
+    damaged: dict[Path, DamagedError] = {}
     for path in paths:
         try:
-            return _open(path, ranks), damaged
-        except CheckpointError as error:
-            damaged[path] = str(error)
+            checkpoint = _open(path, ranks)
+            load(checkpoint)
+            return checkpoint, damaged
+        except DamagedError as error:
+            damaged[path] = error
     return None, damaged
 
 
-def _write(folder: Path, step: int, tensors: dict[str, Tensor], text: str, ranks: Ranks) -> None:
-    """Write all files of a checkpoint so that they survive a power loss, and check that nothing is missing."""
+class _Writer(FileSystemWriter):
+    """Writes with one thread, because one of several can lose an error, and raises what the disk said first."""
+
+    def __init__(self, folder: Path) -> None:
+        # Nothing is copied ahead: for that it would wait for all work of the device, the training's too.
+        super().__init__(folder, thread_count=1, single_file_per_rank=True, per_thread_copy_ahead=0)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future:
+        return retried(lambda: self._write_once(plan, planner))
+
+    def _write_once(self, plan: SavePlan, planner: SavePlanner) -> Future:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or error from error
+
+
+def _write(folder: Path, step: int, tensors: dict[str, Tensor], text: str, ranks: Ranks) -> int:
+    """Write all files of a checkpoint so that they survive a power loss, and check that nothing is missing.
+
+    Return the bytes of all ranks' tensors.
+    """
 
     def make_folder() -> None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -208,24 +286,23 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], text: str, ranks
 
     def finish() -> None:
         files = {name: entry for part, _ in parts for name, entry in part.items()}
-        if unseen := [name for name in files if not (folder / name).exists()]:
-            raise CheckpointError(f"rank 0 does not see {some(unseen)}: all nodes must share the run folder")
+        for name in files:
+            (folder / name).stat()  # all nodes must share the run folder
         names = set().union(*(part for _, part in parts))
         check_complete(read_metadata(folder), names, {name: entry["size"] for name, entry in files.items()})
         (folder / "state.json").write_text(text + "\n", encoding="utf-8")
         for name in (".metadata", "state.json"):
             files[name] = _sync(folder / name)
-        manifest = {"format_version": FORMAT_VERSION, "step": step, "files": dict(sorted(files.items()))}
+        version = {"format_version": FORMAT_VERSION, "readable_since": READABLE_SINCE}
+        manifest = {**version, "step": step, "files": dict(sorted(files.items()))}
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         _fsync(folder / "manifest.json")
         _fsync(folder)
 
     ranks.on_first(make_folder)
-    # One thread: a writer of several can lose an error of one of them.
-    writer = FileSystemWriter(folder, thread_count=1, single_file_per_rank=True)
     try:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked
-        save(dict(tensors), storage_writer=writer, process_group=ranks.group, no_dist=ranks.group is None)
+        save(dict(tensors), storage_writer=_Writer(folder), process_group=ranks.group, no_dist=ranks.group is None)
     except (OSError, RuntimeError, CheckpointException) as error:  # DCP raises one of a rank's on all
         failures = error.failures.values() if isinstance(error, CheckpointException) else ()
         if any(isinstance(cause, KeyboardInterrupt) for cause, _ in failures):
@@ -233,6 +310,7 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], text: str, ranks
         raise CheckpointError(reason_of(error)) from error
     parts = ranks.all_gather(own_files)
     ranks.on_first(finish)
+    return sum(entry["size"] for part, _ in parts for entry in part.values())
 
 
 def _open(path: Path, ranks: Ranks) -> Checkpoint:
@@ -245,7 +323,7 @@ def _open(path: Path, ranks: Ranks) -> Checkpoint:
     def read() -> tuple[dict[str, Any], Metadata]:
         metadata = read_metadata(path)
         if unlisted := {place.relative_path for place in (metadata.storage_data or {}).values()} - files.keys():
-            raise CheckpointError(f"{path}/.metadata names {some(unlisted)}, which its manifest does not")
+            raise DamagedError(f"{path}/.metadata names {some(unlisted)}, which its manifest does not")
         return json.loads((path / "state.json").read_text(encoding="utf-8")), metadata
 
     state, metadata = ranks.on_first(read)
@@ -253,34 +331,40 @@ def _open(path: Path, ranks: Ranks) -> Checkpoint:
 
 
 def _read_manifest(path: Path) -> tuple[int, Files]:
+    text = (path / "manifest.json").read_text(encoding="utf-8", errors="replace")
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        files, step, version = manifest["files"], manifest["step"], manifest["format_version"]
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} has no manifest.json: it is not a complete checkpoint") from None
+        manifest = json.loads(text)
+        files, step, version = manifest["files"], manifest["step"], int(manifest["format_version"])
     except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{path}/manifest.json is damaged") from None
+        raise DamagedError(f"{path}/manifest.json is damaged") from None
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format_version {version}; this code reads {FORMAT_VERSION}")
+        since = manifest.get("readable_since", "another one")
+        what = f"{path} has format_version {version}, this code reads {FORMAT_VERSION}"
+        raise CheckpointError(f"{what}; use version {since} of it, or name another checkpoint")
     return step, files
 
 
 def _verify(path: Path, files: Files) -> None:
+    sizes = {name: (path / name).stat().st_size for name in files}
     for name, expected in files.items():
-        file = path / name
-        size = file.stat().st_size if file.exists() else None
-        if size != expected["size"]:
-            what = "is missing" if size is None else f"has {size} bytes of {expected['size']}"
-            raise CheckpointError(f"{file} {what}")
-        if _describe(file) != expected:
-            raise CheckpointError(f"{file} is damaged: its hash differs from the manifest's")
+        if sizes[name] != expected["size"]:
+            raise DamagedError(f"{path / name} has {sizes[name]} bytes of {expected['size']}")
+        if _describe(path / name) != expected:
+            raise DamagedError(f"{path / name} is damaged: its hash differs from the manifest's")
 
 
-def _set_aside(path: Path, reason: str) -> None:
-    aside = path.with_name(f"{path.name}.corrupt")
+def _set_aside(path: Path, error: DamagedError) -> None:
+    aside = path.with_name(f"{path.name}.{'incomplete' if isinstance(error, IncompleteError) else 'corrupt'}")
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(path, aside)
-    logger.warning("%s; set aside as %s", reason, aside.name)
+    logger.warning("%s; set aside as %s", error, aside.name)
+
+
+def _free_bytes(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free:,}"
+    except OSError:
+        return "an unknown number"
 
 
 def _sync(path: Path) -> dict[str, Any]:
@@ -291,8 +375,7 @@ def _sync(path: Path) -> dict[str, Any]:
 
 def _describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, xxhash.xxh3_128)
-    return {"size": path.stat().st_size, "xxh3_128": digest.hexdigest()}
+        return describe(file)
 
 
 def _fsync(path: Path) -> None:

@@ -12,6 +12,18 @@ class CheckpointError(Exception):
     """A checkpoint or run folder that cannot be used."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint that will not become readable: a wrong hash, size or format, or numbers that are not finite."""
+
+
+class IncompleteError(DamagedError):
+    """A checkpoint with files missing, as a copy that was interrupted has."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint that was not written; what the run has done since the one before may be lost."""
+
+
 class TrainingError(Exception):
     """A run that must not go on."""
 
@@ -64,6 +76,11 @@ class Resume(Enum):
     auto = "auto"  # from the newest good checkpoint of the run folder, else from the start
     never = "never"  # refuse a run folder that holds checkpoints
     must = "must"  # refuse a run folder that holds none
+
+
+class OnSaveError(Enum):
+    warn = "warn"  # go on, and save at the next interval; a failure at the end is an error all the same
+    stop = "stop"
 
 
 def unless(config: Any, section: str, rule: str, holds: Callable[[Any], bool], *keys: str) -> Iterator[str]:
@@ -197,6 +214,9 @@ class CheckpointConfig:
     keep_every: int = 0  # steps; the checkpoints at multiples of it are kept too (0: none)
     keep_best: bool = False  # the checkpoint with the lowest validation loss is kept too
     resume: Resume = Resume.auto
+    asynchronous: bool | None = None  # write while training goes on, from a copy in the host's memory (null: on GPUs)
+    on_save_error: OnSaveError = OnSaveError.warn
+    path: str | None = None  # where every checkpoint is copied to, such as s3://bucket/prefix, and found on resume
     check_replicas_every: int = 0  # steps after which replicas are compared without a save, which always does; 0: never
     stop_file: str | None = None  # holds N: save and stop at step N; -N: save at step N and go on
     accept_changes: list[str] = field(default_factory=list)  # keys that may differ from the stored config

@@ -20,6 +20,7 @@ from model.config import ModelConfig, ModelError
 from model.hf.families import read_config, read_stop_ids, read_weights
 from model.transformer import Transformer
 from tracking.run_folder import run_dir_of
+from tracking.store import local_run
 from training.checkpoint import open_checkpoint
 
 
@@ -46,7 +47,7 @@ def load(
     path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> tuple[Transformer, Tokenizer]:
     """Return the model and the tokenizer saved at a path, on a GPU if there is one, in fp32 by default."""
-    saved = open_saved(Path(path))
+    saved = open_saved(local_run(str(path)))
     if saved.tokenizer is None:
         raise ModelError(f"{path} has no tokenizer; open_saved(path).build() returns the model alone")
     return saved.build(device, dtype), saved.tokenizer

@@ -76,18 +76,19 @@ def loop(run: Run, batches: Iterator[list[Batch]], periodic: Sequence[Periodic] 
         *periodic,
         Periodic(1, agree),
         validation,
+        Periodic(1, lambda run: run.checkpoints.after_step()),
         Periodic(config.checkpoint.check_replicas_every, lambda run: run.checkpoints.check()),
         Periodic(1, partial(follow, StopFile(config.checkpoint.stop_file))),
         Periodic(config.checkpoint.every, lambda run: (run.checkpoints.save(), agree(run))),
     )
-    with garbage_collection_paused(), run.stragglers.watch(run.engine):
+    with garbage_collection_paused(), run.checkpoints, run.stragglers.watch(run.engine):
         set_limits(run)
         validation.run_if_due(run)  # if a stop cut it short
         while state.step < config.steps and not stop and not run.finished:
             train_step(run, batches, skip=any(state.step + 1 in part for part in skipped))
             for entry in actions:
                 entry.run_if_due(run)
-    run.checkpoints.save()
+        run.checkpoints.save(last=True)
     run.report.loggers.plot()
 
 
@@ -123,7 +124,7 @@ def log_step(run: Run) -> None:
             module = run.engine.find_nonfinite_module(run.batches)
             why = f"{in_a_row} steps in a row had no finite gradient (optimizer.max_nonfinite_steps), first in {module}"
             raise TrainingError(f"{why}; lower optimizer.lr, or use skip_batches")
-    run.report.more = dict(run.stragglers.metrics)
+    run.report.more = {**run.stragglers.metrics, **run.checkpoints.take_metrics()}
     if sigma := run.config.optimizer.spike_sigma:
         figures = {"loss": float(run.result.loss), "gradient norm": float(run.result.grad_norm)}
         if spikes := find_spikes(run.state.recent, figures, sigma):

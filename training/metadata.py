@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from training.config import CheckpointError
+from training.config import CheckpointError, DamagedError
 from training.ranks import some
 
 DCP = "torch.distributed.checkpoint"
@@ -35,13 +35,13 @@ class _MetadataUnpickler(pickle.Unpickler):
             return _enum_member  # Python 3.11 and 3.12 pickle a member of an enum so
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and name not in PICKLED_NAMES.get(module, ()):
-            raise CheckpointError(f".metadata asks for {module}.{name}, which no checkpoint needs")
+            raise DamagedError(f".metadata asks for {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)
 
 
 def _enum_member(owner: Any, name: str) -> Any:
     if not (isinstance(owner, type) and issubclass(owner, Enum)):
-        raise CheckpointError(f".metadata asks for {name} of {owner}, which no checkpoint needs")
+        raise DamagedError(f".metadata asks for {name} of {owner}, which no checkpoint needs")
     return owner[name]
 
 
@@ -57,17 +57,17 @@ class MetadataReader(FileSystemReader):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Read which tensors a checkpoint holds; raises `CheckpointError` if it is damaged or holds anything else."""
+    """Read which tensors a checkpoint holds; raises `DamagedError` if it is damaged or holds anything else."""
     with (folder / ".metadata").open("rb") as file:
         try:
             metadata = _MetadataUnpickler(file).load()
-        except CheckpointError as error:
-            raise CheckpointError(f"{folder}: {error}") from None
+        except DamagedError as error:
+            raise DamagedError(f"{folder}: {error}") from None
         except (pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
-            raise CheckpointError(f"{folder}/.metadata is damaged: {error}") from None
+            raise DamagedError(f"{folder}/.metadata is damaged: {error}") from None
     entries = metadata.state_dict_metadata.values() if isinstance(metadata, Metadata) else [metadata]
     if not all(isinstance(entry, TensorStorageMetadata) for entry in entries):
-        raise CheckpointError(f"{folder}/.metadata holds more than tensors; it is not loaded")
+        raise DamagedError(f"{folder}/.metadata holds more than tensors; it is not loaded")
     return metadata
 
 

@@ -18,6 +18,7 @@ from model.config import ModelError
 from parallel.axes import layout_problems
 from parallel.config import ParallelError
 from tracking.run_folder import check_not_held, check_origin, check_stored_config, committed, run_dir_of
+from tracking.store import Store, is_address
 from training.config import CheckpointError, Fp8
 
 Config = TrainConfig | PrepareConfig | ExportConfig | GenerateConfig
@@ -29,6 +30,8 @@ def preflight_problems(config: Config) -> Iterator[str]:
     try:
         if isinstance(config, TrainConfig):
             yield from _layout_problems(config)
+            if config.checkpoint.path is not None:
+                Store(config.checkpoint.path)
             if not (config.dry_run.enabled or any(config.model.problems())):
                 check_fits(config.data, config.model.vocab_size)
         elif isinstance(config, ExportConfig | GenerateConfig):
@@ -43,8 +46,8 @@ def _check_model(config: ExportConfig | GenerateConfig) -> None:
     internlm = config.from_internlm if isinstance(config, ExportConfig) else None
     if internlm is not None and not (Path(internlm) / "model_config.pt").is_file():
         raise ModelError(f"{internlm} holds no model_config.pt; name a folder of InternLM's training checkpoints")
-    if (config.run is None) == (hf is None):
-        return  # a problem of the configuration itself, or InternLM's
+    if (config.run is None) == (hf is None) or is_address(config.run):
+        return  # a problem of the configuration itself, or InternLM's; what is far away is found when it is fetched
     if hf is not None and not (Path(hf) / "config.json").is_file():
         raise ModelError(f"{hf} holds no config.json; name a Hugging Face folder such as runs/demo/hf")
     tokenizer = Path(hf) if hf is not None else run_dir_of(Path(config.run or ""), config.step) / "tokenizer"

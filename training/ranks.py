@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from training.config import CheckpointError
+from tracking.retry import retried
+from training.config import CheckpointError, DamagedError, IncompleteError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -23,23 +25,34 @@ class Ranks:
     def all_gather(self, step: Callable[[], T]) -> list[T]:
         """Run `step` on every rank and return all results on every rank; all must call this alike.
 
-        A failure on any rank is a `CheckpointError` on every rank.
+        What may pass is tried again. A failure on any rank is a `CheckpointError` on every rank, and the same kind of
+        `DamagedError` if it is one; a file that stays missing is an `IncompleteError`.
         """
-        value, reason, cause = None, "", None
+        value, failure, cause = None, None, None
         try:
-            value = step()
+            value = retried(step)
         except (OSError, RuntimeError, CheckpointException, CheckpointError) as error:
-            reason, cause = reason_of(error), error
-        found: list[Any] = [(value, reason)]
+            kind = type(error) if isinstance(error, DamagedError) else CheckpointError
+            kind = IncompleteError if isinstance(error, FileNotFoundError) else kind
+            where = f"rank {self.rank}: " if self.size > 1 else ""
+            failure, cause = kind(where + reason_of(error)), error
+        found: list[Any] = [(value, failure)]
         if self.size > 1:
-            mine, found = (value, reason and f"rank {self.rank}: {reason}"), [None] * self.size
+            mine, found = (value, failure), [None] * self.size
             try:
                 dist.all_gather_object(found, mine, group=self.group)
             except RuntimeError as error:
                 raise CheckpointError(f"rank {self.rank} lost the others: {reason_of(error)}") from error
-        if failed := next((reason for _, reason in found if reason), ""):
-            raise CheckpointError(failed) from cause
+        if failed := next((failure for _, failure in found if failure), None):
+            raise failed from cause
         return [value for value, _ in found]
+
+    def all(self, value: bool) -> bool:
+        """Return whether a value is true on every rank."""
+        flag = torch.tensor(int(value))
+        if self.size > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.group)
+        return bool(flag)
 
     def on_first(self, step: Callable[[], R]) -> R:
         """Run `step` on rank 0 and return its result, or raise its failure, on every rank."""
@@ -52,6 +65,8 @@ def reason_of(error: BaseException) -> str:
         rank, failure = next(iter(error.failures.items()))
         reason = reason_of(failure[0])
         return f"rank {rank}: {reason}" if len(error.failures) > 1 or rank else reason
+    if isinstance(error, FileNotFoundError):
+        return f"{error.filename} is missing"
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 

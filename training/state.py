@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from parallel.counters import StepCounters
+from training.config import CheckpointError
 
 
 @dataclass(slots=True)
@@ -53,6 +54,8 @@ class TrainState:
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """Take over the counters that are given, on the device too; call it before an engine counts."""
+        if unknown := values.keys() - {f.name for f in fields(self)}:
+            raise CheckpointError(f"its progress has {', '.join(sorted(unknown))}; use the version that wrote it")
         for name, value in values.items():
             setattr(self, name, value)
         self.__post_init__()

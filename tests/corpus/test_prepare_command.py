@@ -17,6 +17,7 @@ from conf.schema import PrepareConfig
 from corpus.config import DataError, OnBadRecord, TokenizerConfig
 from corpus.prepare import prepare
 from data.config import DataConfig
+from data.dataset import open_corpus
 from data.tokenizer import Tokenizer
 from launch.config import LauncherConfig
 from tests.corpora import RECORDS, ROOT, lines, settings_of
@@ -62,6 +63,32 @@ def test_command_ends_with_a_table_and_three_documents(
     again = closing_output(config, tokenizer, capsys)
     assert again[0].startswith(f"{config.path} was prepared before with the same settings") and again[1] == documents
     assert again[0].splitlines()[1:] == table.splitlines()[1:]
+
+
+def test_a_flipped_bit_is_found_when_asked_for(
+    config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own tokens are verified, by the command and by a run; and no text commands the terminal."""
+    (tmp_path / "texts" / "a.jsonl").write_bytes(
+        lines([{"text": f"clear \x1b[2J and \x9b0m ring\x07 {i}"} for i in range(9)])
+    )
+    whole = PrepareConfig(
+        data=config, tokenizer=settings_of(tokenizer), workers=1, launcher=LauncherConfig(), verify=True
+    )
+    prepare_data.work(whole)
+    out = capsys.readouterr().out
+    assert re.search(r"^\d+ shards are as they were written\n", out)
+    assert not set(out) & set("\x1b\x9b\x07") and r"clear \x1b[2J and \x9b0m ring\x07" in out
+    shard = max(Path(config.path).glob("train/*.bin"))
+    raw = bytearray(shard.read_bytes())
+    raw[0] ^= 1
+    shard.write_bytes(raw)
+    with pytest.raises(DataError, match=f"{shard.name} is missing or damaged; prepare it again"):
+        prepare_data.work(whole)
+    corpus = open_corpus(dataclasses.replace(config, seq_len=8, micro_batch_size=1), vocab_size=4096)
+    corpus.verify(1, 99)  # another rank's part
+    with pytest.raises(DataError, match=shard.name):
+        [corpus.verify(rank, 2) for rank in range(2)]
 
 
 def test_corpus_of_one_document_shows_one(

@@ -45,6 +45,16 @@ def test_a_held_folder_names_its_owner(tmp_path: Path) -> None:
     assert not is_held(tmp_path / "run") and subprocess.run(argv, cwd=ROOT).returncode == 0
 
 
+def test_a_disk_without_locks_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Case 12, where a second run could not be told apart."""
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
+    with (
+        pytest.raises(CheckpointError, match=r"is on a disk without file locks \(No locks available\)"),
+        locked(tmp_path),
+    ):
+        pass
+
+
 def test_changed_keys_must_be_free_or_accepted() -> None:
     old = {"steps": 10, "optimizer": {"lr": 0.1, "decay": "all"}, "logger": {"every": 1}, "data": {"seed": 1}}
     new = {"steps": 20, "optimizer": {"lr": 0.2, "decay": "all"}, "logger": {"every": 5}, "data": {"seed": 1}}

@@ -5,9 +5,12 @@ import os
 import resource
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,11 +20,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from parallel.loss_scaler import LossScaler
-from parallel.tensor_parallel import local
+from parallel.shards import ParamShard, local
 from training import checkpoint as module
 from training.agreement import check_same_run, check_tensors
 from training.checkpoint import Checkpoints
-from training.config import CheckpointError, OptimizerConfig, PrecisionConfig, TrainingError
+from training.config import CheckpointError, OnSaveError, OptimizerConfig, PrecisionConfig, TrainingError
 from training.optim.optimizer import build_optimizer
 from training.ranks import Ranks
 from training.resume import RunCheckpoints
@@ -217,7 +220,67 @@ def killed(folder: Path, rank: int) -> None:
     assert "step 2 was not saved" in message, message
 
 
-SCENARIOS = {"pairs": pairs, "rng": rng, "rule": rule, "faults": faults, "agreement": agreement, "killed": killed}
+def background(folder: Path, rank: int) -> None:
+    """Save shards while they change, then have rank 1 fail, and save again."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    half = place(torch.full((6, 5), 0.5, dtype=torch.bfloat16), mesh, (Shard(0),)).to_local()
+    params = {"weight": ParamShard(half, torch.Size((6, 5)), mesh, (Shard(0),))}
+    optimizer = build_optimizer(torch.nn.Linear(5, 6), OptimizerConfig(), params=params)
+    group = dist.new_group(backend="gloo")
+    checkpoints = Checkpoints(folder / "background", keep=0, group=group)
+    run = RunCheckpoints(
+        checkpoints, TrainState(step=1), optimizer, LossScaler(PrecisionConfig()), run_config={}, data={"parts": []}, background=True,
+    )  # fmt: skip
+    run.ranks = Ranks(dist.group.WORLD)
+    real, changed = module._write, threading.Event()
+
+    def hold(*args: Any) -> int:
+        changed.wait(60)
+        return real(*args)
+
+    module._write = hold
+    run.save()
+    half.fill_(0.25)
+    run.note_saved()
+    assert run.saving is not None and run.saved_step == 0, "the other rank's may still be under way"
+    changed.set()
+    run.note_saved(wait=True)
+    assert run.saved_step == 1 and run.metrics["perf/checkpoint_s"] > 0
+    saved = checkpoints.newest()
+    assert saved is not None and bool((saved.read("model.")["weight"] == 0.5).all())
+
+    run.state.step, fsync = 2, module._fsync
+    if rank == 1:
+        module._fsync = lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    run.config.on_save_error = OnSaveError.stop
+    run.save()
+    polls, message = 0, ""
+    while not message and polls < 1000:
+        polls += 1
+        time.sleep(0.01)
+        try:
+            run.note_saved()
+        except CheckpointError as error:
+            message = str(error)
+    assert "rank 1: [Errno 28]" in message, message
+    assert len(set(run.ranks.all_gather(lambda: polls))) == 1, "both at the same step"
+    run.note_saved(wait=True)  # not twice
+    module._fsync = fsync
+    run.save(last=True)
+    assert run.saved_step == 2 and sorted(path.name for path in checkpoints.folder.glob("step-*")) == [
+        "step-00000001", "step-00000002",
+    ]  # fmt: skip
+
+
+SCENARIOS = {
+    "background": background,
+    "pairs": pairs,
+    "rng": rng,
+    "rule": rule,
+    "faults": faults,
+    "agreement": agreement,
+    "killed": killed,
+}
 
 
 def main() -> None:

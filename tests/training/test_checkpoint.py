@@ -3,10 +3,12 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from tests.conftest import ROOT
 from training.checkpoint import Checkpoints, open_checkpoint
-from training.config import CheckpointError
+from training.config import CheckpointError, DamagedError, SaveError
 
 
 def tensors(fill: float = 0.0) -> dict[str, Tensor]:
@@ -24,6 +26,11 @@ def tensors(fill: float = 0.0) -> dict[str, Tensor]:
         "optimizer.a.step": torch.tensor(7.0 + fill),
         "rng.cpu": torch.arange(16, dtype=torch.uint8),
     }
+
+
+@pytest.fixture(autouse=True)
+def no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tracking.retry.WAITS_S", (0.01, 0.01))
 
 
 @pytest.fixture
@@ -50,7 +57,7 @@ def test_the_newest_k_are_kept(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in range(5):
         checkpoints.save(step, tensors(), {})
-    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step-00000003", "step-00000004"]
+    assert sorted(path.name for path in checkpoints.folder.glob("step-*")) == ["step-00000003", "step-00000004"]
 
 
 def test_the_best_and_every_nth_are_kept_too(tmp_path: Path) -> None:
@@ -59,9 +66,9 @@ def test_the_best_and_every_nth_are_kept_too(tmp_path: Path) -> None:
     for step, loss in losses.items():  # the run was stopped at 60 before its validation
         progress = {"valid_loss": loss, "validated_step": 50 if step == 60 else step}
         checkpoints.save(step, tensors(), {"progress": progress})
-    assert [int(path.name[5:]) for path in sorted(checkpoints.folder.iterdir())] == [20, 40, 70]
+    assert [int(path.name[5:]) for path in sorted(checkpoints.folder.glob("step-*"))] == [20, 40, 70]
     checkpoints.save(80, tensors(), {"progress": {"valid_loss": 1.5, "validated_step": 80}})
-    assert [int(path.name[5:]) for path in sorted(checkpoints.folder.iterdir())] == [40, 80]
+    assert [int(path.name[5:]) for path in sorted(checkpoints.folder.glob("step-*"))] == [40, 80]
 
 
 def flip(path: Path) -> None:
@@ -84,17 +91,66 @@ DAMAGES = {
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
     run: Checkpoints, file: str, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Cases 16, 17 and 18: bits that flipped, files cut short, empty, or missing."""
     DAMAGES[damage](run.folder / "step-00000030" / file)
     assert open_checkpoint(run.folder.parent).step == 20
     assert (run.folder / "step-00000030").exists(), "a reader changes nothing"
     newest = run.newest()
     assert newest is not None and newest.step == 20
-    assert "step-00000030" in caplog.text and "set aside as step-00000030.corrupt" in caplog.text
-    assert (run.folder / "step-00000030.corrupt").is_dir()
+    told_apart = damage == "remove" or (damage, file) == ("flip", "manifest.json")  # here in the name of a file
+    aside = "step-00000030.incomplete" if told_apart else "step-00000030.corrupt"
+    assert f"set aside as {aside}" in caplog.text and (run.folder / aside).is_dir()
+
+
+PASSING = {"ESTALE": 116, "EIO": 5, "EMFILE": 24, "ETIMEDOUT": 110, "late": 2}
+
+
+@pytest.mark.parametrize("number", PASSING.values(), ids=PASSING)
+@pytest.mark.parametrize("at", ["read", "write"])
+def test_an_error_that_passes_costs_no_checkpoint(
+    run: Checkpoints, monkeypatch: pytest.MonkeyPatch, number: int, at: str
+) -> None:
+    """Case 14: a file not seen yet, and what a network disk raises now and then."""
+    real, failures = Path.open, [number, number]
+
+    def sometimes(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.name == "__0_0.distcp" and failures:
+            raise OSError(failures.pop(), "for now", str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", sometimes)
+    if at == "write":
+        run.save(40, tensors(40), {})
+    newest = run.newest()
+    assert newest is not None and newest.step == (40 if at == "write" else 30) and not failures
+
+
+@pytest.mark.parametrize("number", [13, 5], ids=["EACCES", "EIO"])
+def test_an_error_that_stays_is_no_damage(run: Checkpoints, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def never(path: Path, *args: Any, **kwargs: Any) -> Any:
+        raise OSError(number, "for ever", str(path))
+
+    monkeypatch.setattr(Path, "open", never)
+    with pytest.raises(CheckpointError, match="for ever") as raised:
+        run.newest()
+    assert not isinstance(raised.value, DamagedError)
+    assert sorted(path.name for path in run.folder.glob("step-*"))[-1] == "step-00000030", "none was set aside"
+
+
+def test_a_newer_format_names_the_version_that_reads_it(run: Checkpoints) -> None:
+    """Case 25: a checkpoint of newer code is no damaged one, and none older is used in its place."""
+    manifest = run.folder / "step-00000030" / "manifest.json"
+    newer = {**json.loads(manifest.read_text()), "format_version": 2, "readable_since": "0.7.0"}
+    manifest.write_text(json.dumps(newer))
+    for read in (run.newest, lambda: open_checkpoint(run.folder.parent)):
+        with pytest.raises(CheckpointError, match="format_version 2, this code reads 1; use version 0.7.0") as raised:
+            read()
+        assert not isinstance(raised.value, DamagedError)
 
 
 def test_a_run_with_only_damaged_checkpoints_is_not_started_over(run: Checkpoints) -> None:
-    for path in run.folder.iterdir():
+    """Case 19."""
+    for path in run.folder.glob("step-*"):
         flip(path / "__0_0.distcp")
     with pytest.raises(CheckpointError, match="step-00000030/__0_0.distcp is damaged"):
         open_checkpoint(run.folder.parent)
@@ -190,7 +246,7 @@ def test_a_kill_at_any_moment_leaves_a_good_checkpoint(run: Checkpoints, phase: 
     again = Checkpoints(run.folder.parent, keep=1)
     newest = again.newest()
     assert newest is not None and newest.step == (40 if phase == "purge" else 30)
-    assert not list(run.folder.glob(".*")), "leftovers are swept"
+    assert [path.name for path in run.folder.glob(".*")] == [".begun"], "leftovers are swept"
 
 
 def test_a_full_disk_costs_nothing(run: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,9 +256,69 @@ def test_a_full_disk_costs_nothing(run: Checkpoints, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("training.checkpoint._fsync", full)
     with pytest.raises(CheckpointError, match=r"No space left on device \(about 78 bytes"):
         run.save(40, tensors(), {})
-    assert sorted(p.name for p in run.folder.iterdir()) == [f"step-000000{n}" for n in (10, 20, 30)]
+    assert sorted(p.name for p in run.folder.glob("step-*")) == [f"step-000000{n}" for n in (10, 20, 30)]
     monkeypatch.undo()
     assert run.save(40, tensors(), {}).name == "step-00000040"
+
+
+def test_a_disk_that_is_full_and_then_is_not(small_disk: Path) -> None:
+    """Cases 3 and 7, on a real disk."""
+    run, big = Checkpoints(small_disk, keep=1), {"model.a": torch.zeros(75_000)}
+    run.save(10, big, {})
+    with pytest.raises(SaveError) as raised:
+        run.save(20, big, {})
+    message = str(raised.value)
+    assert "[Errno 28] No space left on device" in message and "about 300,000 bytes are needed" in message
+    free = int(re.findall(r"([\d,]+) are free", message)[0].replace(",", ""))
+    assert free < 4096, "as it was when the write failed"
+    assert [path.name for path in run.folder.glob("*step*")] == ["step-00000010"]
+    subprocess.run(["mount", "-o", "remount,size=2m", str(small_disk)], check=True)
+    run.save(30, big, {})
+    assert open_checkpoint(small_disk).step == 30
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_at_the_start(small_disk: Path) -> None:
+    """Case 8."""
+    Checkpoints(small_disk, keep=1)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(CheckpointError, match="Read-only file system"):
+        Checkpoints(small_disk, keep=1)
+
+
+def test_what_cannot_be_removed_is_a_warning(
+    run: Checkpoints, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Case 10: at a purge, and of a run that was killed."""
+    (run.folder / ".tmp-step-00000040").mkdir()
+
+    def immutable(*_: object, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise PermissionError(1, "immutable")
+
+    monkeypatch.setattr(shutil, "rmtree", immutable)
+    monkeypatch.setattr(os, "rename", immutable)
+    again = Checkpoints(run.folder.parent, keep=1)
+    again._purge()
+    assert caplog.text.count("could not be removed") == 3 and len(list(run.folder.glob("step-*"))) == 3
+
+
+def test_a_folder_that_has_vanished_is_not_begun_anew(tmp_path: Path) -> None:
+    """A disk that is not mounted: the folder is not there, or empty, though the run has made steps."""
+    Checkpoints(tmp_path, keep=1)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 9}\n')
+    Checkpoints(tmp_path, keep=1)  # of a run that was killed before it saved
+    shutil.rmtree(tmp_path / "checkpoints")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="it may not be mounted"):
+            Checkpoints(tmp_path, keep=1)
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+
+
+def test_a_step_is_never_written_over(run: Checkpoints) -> None:
+    """Case 13."""
+    with pytest.raises(SaveError, match="step-00000030 exists"):
+        run.save(30, tensors(99), {})
+    assert torch.equal(open_checkpoint(run.folder.parent).read("model.")["b"], tensors(30)["model.b"])
 
 
 def test_a_file_size_limit_in_the_writer_is_an_error(tmp_path: Path) -> None:
@@ -214,7 +330,7 @@ def test_a_file_size_limit_in_the_writer_is_an_error(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "was not saved to" in done.stderr
-    assert not list((tmp_path / "checkpoints").iterdir())
+    assert not list((tmp_path / "checkpoints").glob("*step*"))
 
 
 def test_an_interrupt_while_saving_is_no_failed_checkpoint(run: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,105 @@
+"""What saving costs the steps: python -m benchmarks.checkpoint [--saves 4] model=1b parallel=zero1
+
+Prints per save how long the step waited for it, the time from its begin to its commit, bytes/s, how much longer the
+steps took meanwhile, and its share of the time at checkpoint.every=100.
+Ranks as train.py starts them: parallel.nproc_per_node=2, or torchrun.
+"""
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.timing import synchronize, where
+from benchmarks.train_step import build, configure
+from conf.cli import is_user_error
+from conf.schema import TrainConfig
+from data.dataset import open_corpus
+from launch.ranks import launch
+from parallel.mesh import distributed
+from training.resume import RunCheckpoints
+from training.setup import build_train_batches
+from training.state import TrainState
+
+DEFAULTS = (
+    "data.workers=0",
+    "data.seq_len=2048",
+    "data.micro_batch_size=8",
+    "global_batch_tokens=65536",
+    "checkpoint.every=100",
+)
+STEPS_ALONE = 10
+
+
+def work(config: TrainConfig, folder: Path, saves: int) -> None:
+    """Time steps without a save, then saves and the steps that are made meanwhile."""
+    with distributed(config.parallel) as mesh:
+        engine, state = build(config, mesh), TrainState(device=mesh.device)
+        corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
+        batches = next(build_train_batches(config, mesh, corpus, state))
+        run = RunCheckpoints.of(
+            config.checkpoint,
+            mesh,
+            folder,
+            corpus,
+            state=state,
+            optimizer=engine.optimizer,
+            scaler=engine.scaler,
+            run_config={},
+        )
+
+        start = time.perf_counter()
+        if run.background:
+            run.snapshot.allocate()
+        allocated_s = time.perf_counter() - start
+
+        def step() -> float:
+            synchronize(mesh.device)
+            start = time.perf_counter()
+            engine.train_step(batches)
+            synchronize(mesh.device)
+            state.step += 1
+            return time.perf_counter() - start
+
+        [step() for _ in range(3)]
+        alone_s = statistics.median(step() for _ in range(STEPS_ALONE))
+        if mesh.rank == 0:
+            print(f"{where(mesh.device)}; {mesh.world_size} ranks, {config.model.name}, {alone_s:.3f} s per step")
+            print(f"the host's memory was allocated in {allocated_s:.1f} s, in training while steps are made")
+            print("save   stall s   save s    GB/s   steps meanwhile   longer by s   share at every=100")
+        for number in range(1, saves + 1):
+            run.save()
+            meanwhile = []
+            while run.saving is not None:
+                meanwhile.append(step())
+                run.note_saved()
+            times = run.take_metrics()
+            longer_s = sum(meanwhile) - alone_s * len(meanwhile)
+            stall_s, rate = times["perf/checkpoint_stall_s"], times["perf/checkpoint_bytes_per_s"] / 1e9
+            share = (stall_s + longer_s) / (100 * alone_s + stall_s + longer_s)
+            if mesh.rank == 0:
+                print(
+                    f"{number:4d} {stall_s:9.3f} {times['perf/checkpoint_s']:8.1f} {rate:7.2f} {len(meanwhile):17d}"
+                    f" {longer_s:13.3f} {share:20.2%}",
+                    flush=True,
+                )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--saves", type=int, default=4)
+    parser.add_argument("--folder", type=Path, help="where checkpoints are written, and removed (default: a temporary)")
+    parser.add_argument("overrides", nargs="*")
+    arguments = parser.parse_args()
+    config = configure((*DEFAULTS, *arguments.overrides))
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="checkpoints-"))
+    try:
+        launch(work, config, folder, arguments.saves, config=config.parallel, is_user_error=is_user_error)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

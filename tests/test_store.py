@@ -1,0 +1,133 @@
+"""Checkpoints are copied to an object store whole or not at all, and a run goes on from there."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from hydra import compose, initialize_config_dir
+
+from conf.cli import CONF
+from conf.schema import register, to_object
+from tests.conftest import ROOT, trained
+from tracking.store import Store, local_run
+from training.checkpoint import Checkpoints, open_checkpoint
+from training.config import SaveError
+from training.preflight import preflight_problems
+
+
+@pytest.fixture
+def flaky_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A server of S3 that answers every third request with 503."""
+    monkeypatch.setattr("tracking.retry.WAITS_S", (0.01,) * 6)
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server")
+    from werkzeug.serving import make_server
+
+    app, count = server.DomainDispatcherApplication(server.create_backend_app), iter(range(1, 1_000_000))
+
+    def flaky(environ: dict[str, Any], start: Callable[..., Any]) -> Any:
+        if next(count) % 3 == 0:
+            start("503 Slow Down", [("Content-Length", "0")])
+            return [b""]
+        return app(environ, start)
+
+    http = make_server("127.0.0.1", 0, flaky, threaded=True)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    port = f"http://127.0.0.1:{http.port}"
+    settings = {"ENDPOINT_URL": port, "ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "y", "MAX_ATTEMPTS": "2"}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
+    yield "s3://bucket/runs"
+    http.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_goes_on_from_a_store_that_fails_every_third_request(
+    flaky_s3: str, tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Case 15."""
+    monkeypatch.chdir(tmp_path)
+    settings = [*small, "checkpoint.keep=1", f"checkpoint.path={flaky_s3}"]
+    trained(Path("here/r"), *settings, "steps=2", "checkpoint.asynchronous=true", "checkpoint.every=1")
+    assert Store(f"{flaky_s3}/r").names() == ["step-00000002"], "as many as are kept"
+    trained(Path("there/r"), *settings, "steps=3", "checkpoint.accept_changes=[steps]", "checkpoint.resume=must")
+    fetched = local_run(f"{flaky_s3}/r/step-00000003")
+    assert fetched == Path("runs/r") and any((fetched / "tokenizer").iterdir())
+    one, other = open_checkpoint(fetched), open_checkpoint(Path("there/r"))
+    assert one.step == other.step == 3 and one.state["progress"]["samples"] == 12
+    assert all(torch.equal(tensor, other.read("")[name]) for name, tensor in one.read("").items())
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoints:
+    monkeypatch.setattr("tracking.retry.WAITS_S", (0.01, 0.01))
+    return Checkpoints(tmp_path / "r", keep=2, address=f"file://{tmp_path}/far/r")
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, file: str, times: int) -> None:
+    """Have a file arrive cut short, so often."""
+    real, left = LocalFileSystem.put_file, iter(range(times))
+
+    def put_file(self: LocalFileSystem, here: str, there: str, **kwargs: Any) -> None:
+        real(self, here, there, **kwargs)
+        if here.endswith(file) and next(left, None) is not None:
+            os.truncate(there, 10)
+
+    monkeypatch.setattr(LocalFileSystem, "put_file", put_file)
+
+
+def test_a_copy_is_compared_with_what_was_copied(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, "__0_0.distcp", times=2)
+    checkpoints.save(1, {"model.a": torch.ones(9)}, {})
+    shutil.rmtree(checkpoints.folder)
+    newest = Checkpoints(
+        checkpoints.folder.parent, keep=2, address=checkpoints.store and checkpoints.store.address
+    ).newest()
+    assert newest is not None and torch.equal(newest.read("model.")["a"], torch.ones(9))
+
+
+@pytest.mark.parametrize("file", ["__0_0.distcp", "state.json"])
+def test_a_copy_that_fails_is_none_and_is_made_again(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """Case 15: a partial upload."""
+    assert checkpoints.store is not None
+    with monkeypatch.context() as failing:
+        spoil(failing, file, times=99)
+        with pytest.raises(SaveError, match="step-00000001 was saved, but not copied: .*is not what was copied"):
+            checkpoints.save(1, {"model.a": torch.ones(9)}, {})
+        assert checkpoints.store.names() == [], "the manifest comes last"
+    checkpoints.save(1, {"model.a": torch.zeros(9)}, {})
+    assert checkpoints.store.names() == ["step-00000001"]
+    assert open_checkpoint(checkpoints.folder.parent).read("model.")["a"].sum() == 9, "only the copy is made again"
+
+
+def test_a_damaged_copy_is_not_taken(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    for step in (1, 2):
+        checkpoints.save(step, {"model.a": torch.full((9,), step)}, {})
+    os.truncate(tmp_path / "far" / "r" / "step-00000002" / "__0_0.distcp", 100)
+    shutil.rmtree(checkpoints.folder)
+    newest = checkpoints.newest()
+    assert newest is not None and newest.step == 1
+
+
+def test_addresses_that_cannot_be_used_are_refused_at_the_start() -> None:
+    argv = [sys.executable, "train.py", "hydra.run.dir=s3://bucket/run"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "hydra.run.dir (s3://bucket/run) must be a folder" in done.stderr
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = to_object(compose("train", overrides=["data=random", "checkpoint.path=nowhere://x"]))
+    assert [p for p in preflight_problems(config) if "Protocol not known: nowhere" in p]
+    assert not (ROOT / "s3:").exists()

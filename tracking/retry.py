@@ -1,0 +1,32 @@
+"""Errors of disks and networks that often pass by themselves."""
+
+import errno
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# ENOENT: a file that another node has just written may not be seen yet.
+PASSING = {errno.ESTALE, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOENT}
+WAITS_S = (0.1, 0.4, 1.5, 4.0)
+
+logger = logging.getLogger(__name__)
+
+
+def of_a_disk(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in PASSING
+
+
+def retried(step: Callable[[], T], passes: Callable[[Exception], bool] = of_a_disk) -> T:
+    """Run `step`, and again after a while if it fails with an error that may pass."""
+    for wait_s in WAITS_S:
+        try:
+            return step()
+        except Exception as error:
+            if not passes(error):
+                raise
+            logger.warning("%s; trying again in %g s", error, wait_s)
+            time.sleep(wait_s)
+    return step()

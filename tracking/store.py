@@ -1,0 +1,125 @@
+"""A run's checkpoints in an object store, or any place that fsspec knows: there whole, or not at all."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import xxhash
+
+from tracking.retry import retried
+from tracking.run_folder import STEP
+from training.config import CheckpointError, DamagedError
+
+T = TypeVar("T")
+MANIFEST = "manifest.json"
+
+logger = logging.getLogger(__name__)
+
+
+def describe(file: IO[bytes]) -> dict[str, Any]:
+    """Return the size and hash of a file that was opened."""
+    digest = hashlib.file_digest(file, xxhash.xxh3_128)  # type: ignore[arg-type]
+    return {"size": file.tell(), "xxh3_128": digest.hexdigest()}
+
+
+def is_address(path: str | None) -> bool:
+    return path is not None and "://" in path
+
+
+class Store:
+    """An address with the folders of `checkpoints/`, each of which its manifest makes one, and `tokenizer/`.
+
+    What fails is tried again. A file is there when its size and hash are those of the one that was copied.
+    """
+
+    def __init__(self, address: str) -> None:
+        from fsspec.core import url_to_fs
+
+        self.address = address.rstrip("/")
+        try:
+            self.fs, self.root = url_to_fs(self.address, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise CheckpointError(f"checkpoint.path ({address}): {error}") from error
+
+    def names(self) -> list[str]:
+        """Return the checkpoints, oldest first."""
+        found = self._try(lambda: self.fs.glob(f"{self.root}/*/{MANIFEST}"))
+        return sorted(name for path in found if STEP.fullmatch(name := path.split("/")[-2]))
+
+    def upload(self, *files: Path) -> None:
+        """Copy files there, one after the other, each to a folder named as its own."""
+
+        def copy(file: Path, place: str) -> None:
+            self.fs.makedirs(place.rpartition("/")[0], exist_ok=True)
+            self.fs.put_file(str(file), place)
+            with file.open("rb") as here, self.fs.open(place, "rb") as there:
+                if describe(there) != describe(here):
+                    raise OSError(f"{place} is not what was copied there")
+
+        for file in files:
+            self._try(partial(copy, file, f"{self.root}/{file.parent.name}/{file.name}"))
+
+    def remove(self, name: str) -> None:
+        """Remove a checkpoint, first what makes it one."""
+        for place in (f"{self.root}/{name}/{MANIFEST}", f"{self.root}/{name}"):
+            self._try(lambda place=place: self.fs.exists(place) and self.fs.rm(place, recursive=True))
+
+    def download_newest(self, folder: Path, *, after: str = "", step: int | None = None) -> None:
+        """Copy the newest good checkpoint, or that of a step, to a folder of checkpoints, unless it is there."""
+        names = [name for name in self.names() if name > after and step in (None, int(name.removeprefix("step-")))]
+        for name in reversed(names):
+            if (folder / name).exists():
+                return
+            try:
+                self.download_folder(name, partial_dir := folder / f".tmp-{name}")
+            except DamagedError as error:
+                logger.warning("%s; an older one is read", error)
+                continue
+            os.rename(partial_dir, folder / name)
+            logger.info("copied %s/%s to %s", self.address, name, folder)
+            return
+
+    def download_folder(self, name: str, folder: Path) -> None:
+        """Copy the files of a folder here; those that its manifest lists must be what it says."""
+
+        def copy(path: str) -> None:
+            here = folder / path.rpartition("/")[2]
+            self.fs.get_file(path, str(here))
+            with here.open("rb") as file:
+                found = describe(file)
+            if listed.get(here.name, found) != found:
+                raise DamagedError(f"{path} is damaged: its size or hash is another than its manifest's")
+
+        folder.mkdir(parents=True, exist_ok=True)
+        listed: dict[str, Any] = {}
+        paths = self._try(lambda: self.fs.find(f"{self.root}/{name}"))
+        for path in sorted(paths, key=lambda path: not path.endswith(MANIFEST)):  # the manifest first
+            self._try(partial(copy, path))
+            if path.endswith(MANIFEST):
+                listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+
+    def _try(self, step: Callable[[], T]) -> T:
+        try:
+            return retried(step, lambda error: not isinstance(error, PermissionError))  # libraries raise what they like
+        except DamagedError:
+            raise
+        except Exception as error:
+            raise CheckpointError(f"{self.address}: {type(error).__name__}: {error}") from error
+
+
+def local_run(path: str, step: int | None = None) -> Path:
+    """Return a path as it is; of an address, the folder runs/<its last part> that its checkpoint is copied to."""
+    if not is_address(path):
+        return Path(path)
+    address, _, last = path.rstrip("/").rpartition("/")
+    if name := STEP.fullmatch(last):
+        path, step = address, int(name[1])
+    store, run_dir = Store(path), Path("runs", path.rstrip("/").rpartition("/")[2])
+    store.download_newest(run_dir / "checkpoints", step=step)
+    store.download_folder("tokenizer", run_dir / "tokenizer")
+    return run_dir

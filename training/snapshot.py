@@ -1,0 +1,68 @@
+"""A copy of an optimizer's tensors in the host's memory, from which a checkpoint is written while training goes on."""
+
+import weakref
+from copy import copy
+
+import torch
+from torch import Tensor
+
+from training.config import TrainingError
+from training.optim.optimizer import Optimizer
+
+ALIGNED_TO = 64  # bytes
+
+
+class Snapshot:
+    """Host memory for an optimizer's tensors, allocated once; pinned, so that a GPU copies at full speed."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.copies: list[dict[str, Tensor]] = []
+
+    @torch.no_grad()
+    def take(self) -> Optimizer:
+        """Return an optimizer that holds the tensors as they are now, until the next call."""
+        self.allocate()
+        for copies, tensors in zip(self.copies, self._held(), strict=True):
+            for name, tensor in tensors.items():
+                copies[name].copy_(tensor, non_blocking=True)
+        taken, weights = copy(self.optimizer), copy(self.optimizer.weights)
+        weights.shards, weights.remainder, updates, *states = self.copies
+        taken.weights, taken.updates, taken.state = weights, updates[""], dict(zip(taken.state, states, strict=True))
+        if taken.device.type == "cuda":
+            torch.cuda.current_stream(taken.device).synchronize()
+        return taken
+
+    def allocate(self) -> None:
+        """Allocate the memory, unless that was done: in one block, because each that is pinned is rounded up."""
+        if self.copies:
+            return
+        held = self._held()
+        sizes = [-(-tensor.nbytes // ALIGNED_TO) * ALIGNED_TO for tensors in held for tensor in tensors.values()]
+        block = torch.empty(sum(sizes), dtype=torch.uint8)
+        if self.optimizer.device.type == "cuda":
+            self._pin(block)
+        parts = iter(block.split(sizes))
+
+        def like(tensor: Tensor) -> Tensor:
+            return next(parts)[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+        self.copies = [{name: like(tensor) for name, tensor in tensors.items()} for tensors in held]
+
+    def _held(self) -> list[dict[str, Tensor]]:
+        optimizer = self.optimizer
+        return [
+            optimizer.weights.shards,
+            optimizer.weights.remainder,
+            {"": optimizer.updates},
+            *optimizer.state.values(),
+        ]
+
+    def _pin(self, block: Tensor) -> None:
+        cuda = torch.cuda.cudart()
+        with torch.cuda.device(self.optimizer.device):
+            error = int(cuda.cudaHostRegister(block.data_ptr(), block.nbytes, 1))
+        if error:
+            what = f"the host cannot pin {block.nbytes:,} bytes (CUDA error {error})"
+            raise TrainingError(f"{what}; pass checkpoint.asynchronous=false")
+        weakref.finalize(self, cuda.cudaHostUnregister, block.data_ptr()).atexit = False
