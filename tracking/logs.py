@@ -22,7 +22,7 @@ def log_to(run_dir: Path, rank: int = 0) -> Iterator[None]:
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     with screen(logging.WARNING if rank else logging.INFO), _handler(file):
         for signum in STACK_SIGNALS:
-            faulthandler.register(signum, file.stream)
+            faulthandler.register(signum, file.stream)  # type: ignore[arg-type]
         try:
             yield
         finally:
