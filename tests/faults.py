@@ -51,7 +51,11 @@ def _work(config: Any, run_dir: Path, fault: str, moment: str, rank: int, n: int
 
 
 def _signals(*signums: int) -> Callable[[], None]:
-    return lambda: [os.kill(os.getpid(), signum) for signum in signums] and None
+    def send() -> None:
+        for signum in signums:
+            os.kill(os.getpid(), signum)
+
+    return send
 
 
 kill, stop = _signals(signal.SIGKILL), _signals(signal.SIGSTOP)

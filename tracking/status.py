@@ -138,8 +138,8 @@ def note_queued(run_dir: Path, run_config: dict[str, Any]) -> None:
 
 def note_followed(run_dir: Path, text: str) -> None:
     """Record what followed a stop."""
-    status = read_status(run_dir)
-    _write(run_dir, **{**status, "stop": {**status.get("stop", {}), "followed": text}})
+    if status := read_status(run_dir):
+        _write(run_dir, **{**status, "stop": {**status.get("stop", {}), "followed": text}})
 
 
 def note_end(run_dir: Path, state: str, reason: str) -> None:

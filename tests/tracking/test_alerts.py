@@ -98,6 +98,6 @@ def test_a_spike_is_reported_and_its_window_outlives_a_resume(
     monkeypatch.setattr(Engine, "train_step", spiked)
     trained(tmp_path / "r", *settings)
     assert "step 26 is a spike: loss 66" in caplog.text
-    assert next(record.alert for record in caplog.records if hasattr(record, "alert")) == "spike"
+    assert next(vars(record)["alert"] for record in caplog.records if hasattr(record, "alert")) == "spike"
     counts = [record["train/spikes"] for record in metrics(tmp_path / "r") if "train/spikes" in record]
     assert counts[24] == 0 and counts[25] == 1

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tracking.heartbeat import Heartbeat, late_file, sign_file
+from tracking.run_folder import write_atomically
 
 
 def watched(folder: Path, monkeypatch: pytest.MonkeyPatch, *signs: dict, seconds: float = 0.6) -> None:
@@ -22,7 +23,7 @@ def watched(folder: Path, monkeypatch: pytest.MonkeyPatch, *signs: dict, seconds
         while time.monotonic() < end:
             for rank, sign in enumerate(signs, 1):
                 fresh = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()}
-                sign_file(folder, rank).write_text(json.dumps({**fresh, **sign}))
+                write_atomically(sign_file(folder, rank), json.dumps({**fresh, **sign}))
             time.sleep(0.01)
 
 
