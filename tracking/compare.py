@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracking.logs import escape_unprintable, quiet_pipe
-from tracking.metrics_file import METRICS, Curve, loss_curve, read_records, smoothed
-from tracking.plot import figure
+from tracking.metrics_file import METRICS, Curve, loss_curve, smoothed
+from tracking.plot import figure, read_drawn
 from tracking.run_folder import changed_keys, is_held
 from tracking.status import read_status
 from training.config import CheckpointError
@@ -91,7 +91,7 @@ def read_runs(folder: Path) -> list[Run]:
 
 
 def _read(path: Path, folder: Path) -> Run:
-    status, records = read_status(path), read_records(path / METRICS)
+    status, records = read_status(path), read_drawn(path / METRICS)
     killed = status["state"] == "running" and not is_held(path)
     train, valid = (loss_curve(records, f"{kind}/loss") for kind in ("train", "valid"))
     diverged = any(curve and curve[-1][1] == math.inf for curve in (train, valid))

@@ -26,6 +26,8 @@ class TrainState:
     updates: int = 0  # of the weights; the schedule follows these
     nonfinite_steps: int = 0  # whose gradient was not finite
     nonfinite_in_a_row: int = 0
+    spikes: int = 0
+    recent: dict[str, list[float]] = field(default_factory=dict)  # figures of logged steps, for spikes
     device: torch.device = field(default=torch.device("cpu"), metadata={"saved": False})
     counters: StepCounters = field(init=False, metadata={"saved": False})
 
@@ -44,7 +46,7 @@ class TrainState:
         self.updates, self.nonfinite_steps, self.nonfinite_in_a_row = self.counters.read()
         return self.nonfinite_steps - before
 
-    def state_dict(self) -> dict[str, int | float | None]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the counters as JSON, which has no nan."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("saved", True)}
         known = self.valid_loss is not None and math.isfinite(self.valid_loss)
