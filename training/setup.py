@@ -1,8 +1,10 @@
 """Model, engine, batches and schedule of a run, as its configuration asks for them."""
 
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,11 +14,13 @@ from data.dataset import Corpus
 from data.loader import train_batches
 from model.counts import flops_per_token, internlm_flops_per_token
 from model.transformer import Transformer
+from parallel.config import ParallelConfig
 from parallel.engine import Engine
 from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
 from parallel.parallelize import parallelize, write_shard
-from training.config import Dtype, PrecisionConfig, TrainingError
+from training.config import Dtype, LossConfig, OptimizerConfig, PrecisionConfig, TrainingError
+from training.load import Saved
 from training.optim.optimizer import Optimizer
 from training.report import Throughput, peak_tflops
 from training.schedules import learning_rate, second_beta
@@ -85,6 +89,30 @@ def build_engine(
         n_sources=1 if corpus is None else len(corpus.sources),
         bytes_per_token=None if n_bytes is None else torch.from_numpy(n_bytes),
     )
+
+
+def build_evaluator(saved: Saved, mesh: Mesh, parallel: ParallelConfig, dtype: Dtype) -> Engine:
+    """Return an engine for a saved model that cannot train: it has no optimizer.
+
+    The rows of a padded vocabulary are left out, as an export leaves them out, unless tp splits them.
+    """
+    config, tokenizer, checkpoint = saved.config, saved.tokenizer, saved.checkpoint
+    if tokenizer is not None and checkpoint is not None and checkpoint.state["data"]["parts"] and mesh.axes.tp == 1:
+        config = replace(config, vocab_size=min(config.vocab_size, tokenizer.vocab_size))
+    precision, loss = PrecisionConfig(compute=dtype), LossConfig()
+    run = TrainConfig(model=config, parallel=parallel, precision=precision, loss=loss, optimizer=OptimizerConfig())
+
+    def fill(model: Transformer, _seed: int) -> None:
+        weights = saved.read() if checkpoint is None else {}
+        for name, param in model.named_parameters():
+            name = model.tied_params.get(name, name)
+            # One weight at a time is in memory, on every rank.
+            whole = weights[name] if checkpoint is None else checkpoint.read(f"model.{name}")[""]
+            write_shard(param, whole[: param.shape[0]])
+
+    model, stages = build_model(run, mesh, fill)
+    no_optimizer: Any = None
+    return build_engine(run, mesh, model, stages, no_optimizer, LossScaler(precision), TrainState(device=mesh.device))
 
 
 def build_train_batches(
