@@ -178,10 +178,10 @@ class PrepareConfig:
         yield from _below(self, 1, "workers")
 
 
-def _saved_problems(config: "ExportConfig | GenerateConfig") -> Iterator[str]:
+def _saved_problems(config: "ExportConfig | GenerateConfig | EvaluateConfig") -> Iterator[str]:
     if config.step is not None and config.run is None:
         yield f"step ({config.step}) needs run"
-    if config.dtype is Dtype.auto:
+    if config.dtype is Dtype.auto and not isinstance(config, EvaluateConfig):
         yield "dtype (auto) is for training; choose bf16, fp16 or fp32"
 
 
@@ -248,6 +248,28 @@ class GenerateConfig:
             yield f"device ({self.device}) must be auto, cpu or cuda"
 
 
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig:
+    run: str | None = None  # a run folder or one of its checkpoints
+    step: int | None = None  # of the run's checkpoint (null: the newest)
+    hf: str | None = None  # an exported or other Hugging Face folder
+    validation: bool = True  # score the validation split of the run's data
+    valid_tokens: int | None = None  # of it (null: the whole split)
+    tasks: list[str] = field(default_factory=list)  # builtin, a fetched one such as hellaswag, or a .jsonl file
+    batch_tokens: int = 16384  # of tasks, per forward pass and device
+    dtype: Dtype = Dtype.auto
+    parallel: ParallelConfig = MISSING
+
+    def problems(self) -> Iterator[str]:
+        if (self.run is None) == (self.hf is None):
+            yield "run and hf: set one of them, run=runs/<name> or hf=<folder>"
+        yield from _saved_problems(self)
+        yield from _below(self, 1, "valid_tokens", "batch_tokens")
+        yield from self.parallel.problems()
+        if not self.tasks and (self.hf is not None or not self.validation):
+            yield "tasks is empty, so there is nothing to evaluate; name some, such as tasks=[builtin]"
+
+
 def _below(section: object, least: int, *keys: str) -> Iterator[str]:
     """Yield the values that are below the least that is allowed, or of more than 64 bits; null is allowed."""
     values = {key: value for key in keys if (value := getattr(section, key)) is not None}
@@ -255,7 +277,10 @@ def _below(section: object, least: int, *keys: str) -> Iterator[str]:
     yield from (f"{key} ({value}) must be below 2**63" for key, value in values.items() if value >= 2**63)
 
 
-SCHEMAS = {"train": TrainConfig, "prepare_data": PrepareConfig, "export": ExportConfig, "generate": GenerateConfig}
+SCHEMAS = {
+    "train": TrainConfig, "prepare_data": PrepareConfig, "export": ExportConfig, "generate": GenerateConfig,
+    "evaluate": EvaluateConfig,
+}  # fmt: skip
 
 
 def register() -> None:

@@ -44,6 +44,18 @@ def last_step(run_dir: Path) -> int:
     return max((record["step"] for record in read_records(run_dir / METRICS)), default=0)
 
 
+def add_record(path: Path, record: dict[str, Any]) -> None:
+    """Add a record where its step belongs, or to the one of its step that has some of its metrics already."""
+    records, keys = read_records(path), record.keys() - {"step", "tokens"}
+    same = next((r for r in records if r["step"] == record["step"] and keys & r.keys()), None)
+    if same is None:
+        records.append(record)
+    else:
+        same |= record
+    records.sort(key=lambda r: r["step"])
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
 def truncate_metrics(path: Path, step: int, validated: bool) -> None:
     """Drop the records after `step`, from which a run resumes, and the validation of `step` unless it was saved."""
     # A validation counts as after its step.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from conf.schema import ExportConfig, GenerateConfig, PrepareConfig, TrainConfig, to_plain
+from conf.schema import EvaluateConfig, ExportConfig, GenerateConfig, PrepareConfig, TrainConfig, to_plain
 from corpus.config import DataError, Source, as_paths
 from corpus.inputs import check_inputs
 from data.config import check_tokenizer
@@ -19,8 +19,10 @@ from parallel.axes import layout_problems
 from parallel.config import ParallelError
 from tracking.run_folder import check_not_held, check_origin, check_stored_config, committed, run_dir_of
 from training.config import CheckpointError, Fp8
+from training.tasks import check_task
 
-Config = TrainConfig | PrepareConfig | ExportConfig | GenerateConfig
+SavedConfig = ExportConfig | GenerateConfig | EvaluateConfig
+Config = TrainConfig | PrepareConfig | SavedConfig
 Check = Callable[[], object]
 
 
@@ -31,15 +33,15 @@ def preflight_problems(config: Config) -> Iterator[str]:
             yield from _layout_problems(config)
             if not (config.dry_run.enabled or any(config.model.problems())):
                 check_fits(config.data, config.model.vocab_size)
-        elif isinstance(config, ExportConfig | GenerateConfig):
+        elif isinstance(config, SavedConfig):
             _check_model(config)
     except (CheckpointError, DataError, ModelError, ParallelError) as error:
         yield str(error)
 
 
-def _check_model(config: ExportConfig | GenerateConfig) -> None:
-    """Raise a user error if there is no model, or no tokenizer to generate text with."""
-    hf = config.hf if isinstance(config, GenerateConfig) else config.from_hf
+def _check_model(config: SavedConfig) -> None:
+    """Raise a user error if there is no model, or no tokenizer to generate text with, or no such task."""
+    hf = config.from_hf if isinstance(config, ExportConfig) else config.hf
     internlm = config.from_internlm if isinstance(config, ExportConfig) else None
     if internlm is not None and not (Path(internlm) / "model_config.pt").is_file():
         raise ModelError(f"{internlm} holds no model_config.pt; name a folder of InternLM's training checkpoints")
@@ -48,8 +50,10 @@ def _check_model(config: ExportConfig | GenerateConfig) -> None:
     if hf is not None and not (Path(hf) / "config.json").is_file():
         raise ModelError(f"{hf} holds no config.json; name a Hugging Face folder such as runs/demo/hf")
     tokenizer = Path(hf) if hf is not None else run_dir_of(Path(config.run or ""), config.step) / "tokenizer"
-    if isinstance(config, GenerateConfig):
+    if isinstance(config, GenerateConfig) or (isinstance(config, EvaluateConfig) and config.tasks):
         check_tokenizer(tokenizer.absolute())
+    for name in config.tasks if isinstance(config, EvaluateConfig) else ():
+        check_task(name)
 
 
 def _layout_problems(config: TrainConfig) -> Iterator[str]:

@@ -91,7 +91,9 @@ def build_engine(
     )
 
 
-def build_evaluator(saved: Saved, mesh: Mesh, parallel: ParallelConfig, dtype: Dtype) -> Engine:
+def build_evaluator(
+    saved: Saved, mesh: Mesh, parallel: ParallelConfig, dtype: Dtype, corpus: Corpus | None = None
+) -> Engine:
     """Return an engine for a saved model that cannot train: it has no optimizer.
 
     The rows of a padded vocabulary are left out, as an export leaves them out, unless tp splits them.
@@ -99,7 +101,7 @@ def build_evaluator(saved: Saved, mesh: Mesh, parallel: ParallelConfig, dtype: D
     config, tokenizer, checkpoint = saved.config, saved.tokenizer, saved.checkpoint
     if tokenizer is not None and checkpoint is not None and checkpoint.state["data"]["parts"] and mesh.axes.tp == 1:
         config = replace(config, vocab_size=min(config.vocab_size, tokenizer.vocab_size))
-    precision, loss = PrecisionConfig(compute=dtype), LossConfig()
+    precision, loss, parallel = PrecisionConfig(compute=dtype), LossConfig(), replace(parallel, cuda_graphs=False)
     run = TrainConfig(model=config, parallel=parallel, precision=precision, loss=loss, optimizer=OptimizerConfig())
 
     def fill(model: Transformer, _seed: int) -> None:
@@ -112,7 +114,8 @@ def build_evaluator(saved: Saved, mesh: Mesh, parallel: ParallelConfig, dtype: D
 
     model, stages = build_model(run, mesh, fill)
     no_optimizer: Any = None
-    return build_engine(run, mesh, model, stages, no_optimizer, LossScaler(precision), TrainState(device=mesh.device))
+    state = TrainState(device=mesh.device)
+    return build_engine(run, mesh, model, stages, no_optimizer, LossScaler(precision), state, corpus)
 
 
 def build_train_batches(
