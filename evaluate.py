@@ -75,8 +75,7 @@ def evaluate(config: EvaluateConfig, saved: "Saved", mesh: "Mesh") -> dict[str, 
             raise ModelError(f"{config.run or config.hf} has no tokenizer, which tasks need")
         tasks = Tasks(config.tasks, saved.tokenizer, add_bos=saved.add_bos)
         shape = tasks.shape(engine, config.batch_tokens)
-        if n_cut := tasks.n_cut(shape):
-            logger.info("%d of %d texts are cut to %d tokens", n_cut, len(tasks.texts), shape.context)
+        tasks.note_cut(shape)
         metrics |= tasks.metrics(engine, shape)
     for line in task_lines(metrics):
         logger.info("%s", line)

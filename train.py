@@ -127,7 +127,7 @@ def train(
 
     mesh.on_rank_zero(save_run_inputs, run_config, run_dir, corpus, state)
     describe(config, mesh, corpus, optimizer, state, run_dir)
-    mesh.on_rank_zero(truncate_metrics, run_dir / "metrics.jsonl", state.step, state.validated_step == state.step)
+    mesh.on_rank_zero(truncate_metrics, run_dir / "metrics.jsonl", state.step, state.undone())
 
     # The batches' workers end here, however the steps end.
     with closing(build_train_batches(config, mesh, corpus, state)) as batches:

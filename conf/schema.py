@@ -27,12 +27,14 @@ from tracking.config import EarlyStopConfig, LoggerConfig
 from training.config import (
     CheckpointConfig,
     Dtype,
+    EvaluationConfig,
     Fp8,
     LossConfig,
     MuonScale,
     OptimizerConfig,
     OptimizerImpl,
     PrecisionConfig,
+    SamplesConfig,
     SchedulerConfig,
 )
 
@@ -69,6 +71,8 @@ class TrainConfig:
     loss: LossConfig = MISSING
     checkpoint: CheckpointConfig = field(default=MISSING, metadata=FREE)
     early_stop: EarlyStopConfig = field(default=MISSING, metadata=FREE)
+    evaluate: EvaluationConfig = field(default=MISSING, metadata=FREE)
+    samples: SamplesConfig = field(default=MISSING, metadata=FREE)
     logger: LoggerConfig = field(default=MISSING, metadata=FREE)
     launcher: LauncherConfig = field(default=MISSING, metadata=FREE)
     dry_run: DryRunConfig = field(default=MISSING, metadata=FREE)
@@ -142,6 +146,11 @@ class TrainConfig:
         if by_size and self.optimizer.name == "muon" and scale is not MuonScale.spectral:
             of_model = f"model.parametrization ({model.parametrization.value})"
             yield f"optimizer.scale ({scale.value}) does not go with {of_model}; use optimizer.scale=spectral"
+        asked = "evaluate.tasks" if self.evaluate.tasks else "samples.prompts" if self.samples.prompts else ""
+        if asked and (data.source is Source.random or (data.source is Source.tokens and not data.tokenizer)):
+            yield f"{asked} needs a tokenizer, which data.source ({data.source.value}) lacks; set data.tokenizer"
+        if self.samples.prompts and self.samples.max_new_tokens >= data.pack_tokens:
+            yield f"samples.max_new_tokens ({self.samples.max_new_tokens}) must be below {data.pack_tokens}, a pack"
         if self.checkpoint.keep_best and (self.valid_every < 1 or self.checkpoint.every % self.valid_every):
             least = f"a checkpoint.every ({self.checkpoint.every}) that is a multiple of it"
             yield f"checkpoint.keep_best (true) needs valid_every ({self.valid_every}), and {least}"
@@ -277,10 +286,8 @@ def _below(section: object, least: int, *keys: str) -> Iterator[str]:
     yield from (f"{key} ({value}) must be below 2**63" for key, value in values.items() if value >= 2**63)
 
 
-SCHEMAS = {
-    "train": TrainConfig, "prepare_data": PrepareConfig, "export": ExportConfig, "generate": GenerateConfig,
-    "evaluate": EvaluateConfig,
-}  # fmt: skip
+SCHEMAS = {"train": TrainConfig, "prepare_data": PrepareConfig, "export": ExportConfig, "generate": GenerateConfig}
+SCHEMAS["evaluate"] = EvaluateConfig
 
 
 def register() -> None:

@@ -15,8 +15,10 @@ from typing import Any
 from tracking.config import LoggerConfig
 from tracking.metrics_file import METRICS
 from tracking.plot import plot_loss
+from tracking.samples import write_samples
 
-Record = dict[str, Any]  # "step", "tokens", and metrics such as "train/loss"; None for one that is not finite
+# "step", "tokens", and metrics such as "train/loss"; None for one that is not finite, a list of rows for texts
+Record = dict[str, Any]
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,11 @@ class TensorBoard(Logger):
 
     def log(self, record: Record) -> None:
         for key, value in _metrics(record).items():
-            self.writer.add_scalar(key, value, record["step"])
+            if isinstance(value, list):
+                text = "\n\n".join(f"**{name}**\n\n{_indented(text)}" for row in value for name, text in row.items())
+                self.writer.add_text(key, text, record["step"])
+            else:
+                self.writer.add_scalar(key, value, record["step"])
 
     def close(self) -> None:
         self.writer.close()
@@ -93,7 +99,13 @@ class Wandb(Logger):
         )
 
     def log(self, record: Record) -> None:
-        self.run.log(_metrics(record), step=record["step"])
+        found = _metrics(record)
+        for key, rows in found.items():
+            if isinstance(rows, list):
+                import wandb
+
+                found[key] = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+        self.run.log(found, step=record["step"])
 
     def close(self) -> None:
         self.run.finish()
@@ -128,6 +140,11 @@ class Loggers:
         if not self.rank:
             self._try(plot_loss, lambda: plot_loss(self.run_dir / METRICS, self.run_dir / "loss.png"))
 
+    def write_samples(self) -> None:
+        """Write samples.md from metrics.jsonl."""
+        if not self.rank:
+            self._try(write_samples, lambda: write_samples(self.run_dir))
+
     def _try(self, what: Any, call: Callable[[], object]) -> bool:
         try:
             call()
@@ -139,3 +156,8 @@ class Loggers:
 
 def _metrics(record: Record) -> Record:
     return {key: value for key, value in record.items() if key != "step" and value is not None}
+
+
+def _indented(text: str) -> str:
+    """Return a text as a block of code in Markdown."""
+    return "\n".join(f"    {line}" for line in text.splitlines())

@@ -56,9 +56,12 @@ def add_record(path: Path, record: dict[str, Any]) -> None:
     write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def truncate_metrics(path: Path, step: int, validated: bool) -> None:
-    """Drop the records after `step`, from which a run resumes, and the validation of `step` unless it was saved."""
-    # A validation counts as after its step.
-    kept = [r for r in read_records(path) if r["step"] + ("valid/loss" in r and not validated) <= step]
+def truncate_metrics(path: Path, step: int, undone: tuple[str, ...]) -> None:
+    """Drop the records after `step`, from which a run resumes, and of `step` the metrics that begin with `undone`."""
+    kept = [record for record in read_records(path) if record["step"] <= step]
+    for record in (record for record in kept if record["step"] == step):
+        for key in [key for key in record if key.startswith(undone)]:
+            del record[key]
     if path.exists():
+        kept = [record for record in kept if record.keys() - {"step", "tokens"}]
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))

@@ -19,7 +19,7 @@ from parallel.axes import layout_problems
 from parallel.config import ParallelError
 from tracking.run_folder import check_not_held, check_origin, check_stored_config, committed, run_dir_of
 from training.config import CheckpointError, Fp8
-from training.tasks import check_task
+from training.tasks import BUILTIN, check_task, is_task_file, wheel
 
 SavedConfig = ExportConfig | GenerateConfig | EvaluateConfig
 Config = TrainConfig | PrepareConfig | SavedConfig
@@ -97,6 +97,9 @@ def _inputs(config: TrainConfig, run_dir: Path, settings: str | None) -> Iterato
         paths = as_paths(config.data.input) if tokens else [f"{config.data.path}/corpus.json"]
         check = partial(check_exists, config.data, settings or "with the same data settings")
         yield from ((Path(path), check) for path in paths)
+    for name in config.evaluate.tasks:
+        if name != BUILTIN:
+            yield Path(name) if is_task_file(name) else wheel(), partial(check_task, name)
     if config.init_from is not None and not committed(run_dir / "checkpoints"):
         yield Path(config.init_from), partial(check_origin, Path(config.init_from))
 

@@ -73,19 +73,24 @@ def pack(lengths: Sequence[int], row_len: int) -> list[list[int]]:
 
 
 def fill(texts: Sequence[Encoded], sources: Sequence[int], rows: Sequence[Sequence[int]], row_len: int) -> Batch:
-    """Return a batch of rows of texts, each a segment whose tokens from `n_given` on are targets of its source."""
+    """Return a batch of rows of texts, each a segment whose tokens from `n_given` on are targets of its source.
+
+    A row holds a token more than `row_len`, which is a target only.
+    """
     tokens, source_BT = np.zeros((len(rows), row_len + 1), dtype=np.int32), np.zeros((len(rows), row_len), np.int32)
     is_target = np.zeros(tokens.shape, dtype=bool)
-    ends, used = list[int](), np.zeros(len(rows), dtype=np.int64)
+    ends, n_ends, used = list[int](), [0] * len(rows), np.zeros(len(rows), dtype=np.int64)
     for row, numbers in enumerate(rows):
         for number in numbers:
             start, (ids, n_given) = int(used[row]), texts[number]
             end = start + len(ids)
             tokens[row, start:end], source_BT[row, start:end] = ids, sources[number]
             is_target[row, start + n_given : end] = True
-            used[row] = end
-            ends.append(end)
-    filled = Rows(tokens, np.array(ends, dtype=np.int64), np.array([*map(len, rows)]), used, is_target)
+            used[row] = min(end, row_len)
+            if end <= row_len:
+                ends.append(end)
+                n_ends[row] += 1
+    filled = Rows(tokens, np.array(ends, dtype=np.int64), np.array(n_ends), used, is_target)
     batch = collate(filled, np.zeros(len(rows), dtype=np.int64), seq_len=row_len, isolated=True)
     batch.source_BT = torch.from_numpy(source_BT)
     return batch
@@ -95,10 +100,10 @@ def score(engine: Engine, texts: Sequence[Encoded], shape: Shape) -> tuple[list[
     """Return each text's negative log-likelihood in nats, and whether greedy decoding writes it; a collective."""
     parts, sources = list[Encoded](), list[int]()
     for number, text in enumerate(texts):
-        for part in windows(text, min(shape.context, shape.row_len - 1)):
+        for part in windows(text, min(shape.context, shape.row_len)):
             parts.append(part)
             sources.append(number)
-    rows = pack([len(part.ids) for part in parts], shape.row_len)
+    rows = pack([len(part.ids) for part in parts], shape.row_len + 1)
     dp_size, first = engine.mesh.dp_size, engine.mesh.dp_rank * shape.rows
     rows += [[]] * (-len(rows) % (shape.rows * dp_size))  # every rank has as many batches, all of one shape
     starts = range(first, len(rows), shape.rows * dp_size)

@@ -27,7 +27,7 @@ PAIRS = [
     ("def main(", "argv):"), ("def main( ", "argv):"), ("import", " os"), ("", "The quick brown fox"),
     ("x = 1\n" * 30, "y = 2"), ("", "y = 2\n" * 40), ("今天", "天气"),
 ]  # fmt: skip
-SHAPE = Shape(rows=2, row_len=72, context=64)
+SHAPE = Shape(rows=2, row_len=64, context=64)
 
 
 @pytest.fixture(scope="module")
