@@ -54,6 +54,7 @@ def evaluate(config: EvaluateConfig, saved: "Saved", mesh: "Mesh") -> dict[str, 
     from parallel.config import ParallelError
     from training.evaluation import Tasks, task_lines
     from training.report import loss_metrics, valid_lines
+    from training.scoring import fitting_shape
     from training.setup import build_evaluator
 
     opened = open_data(config, saved)
@@ -70,13 +71,19 @@ def evaluate(config: EvaluateConfig, saved: "Saved", mesh: "Mesh") -> dict[str, 
         metrics = loss_metrics(totals_S4.tolist(), corpus.sources, "valid")
         for line in valid_lines(metrics, corpus.sources):
             logger.info("%s", line)
-    if config.tasks:
-        if saved.tokenizer is None:
-            raise ModelError(f"{config.run or config.hf} has no tokenizer, which tasks need")
+    if (config.tasks or config.harness) and saved.tokenizer is None:
+        raise ModelError(f"{config.run or config.hf} has no tokenizer, which tasks need")
+    if config.tasks and saved.tokenizer is not None:
         tasks = Tasks(config.tasks, saved.tokenizer, add_bos=saved.add_bos)
-        shape = tasks.shape(engine, config.batch_tokens)
+        shape = fitting_shape(engine, tasks.texts, config.batch_tokens)
         tasks.note_cut(shape)
         metrics |= tasks.metrics(engine, shape)
+    if config.harness and saved.tokenizer is not None:
+        from training.harness import HarnessModel, harness_metrics
+
+        batch_tokens, add_bos = config.batch_tokens, saved.add_bos
+        model = HarnessModel(engine, saved.tokenizer, add_bos=add_bos, batch_tokens=batch_tokens)
+        metrics |= harness_metrics(model, config.harness)
     for line in task_lines(metrics):
         logger.info("%s", line)
     return metrics
@@ -87,7 +94,7 @@ def open_data(config: EvaluateConfig, saved: "Saved") -> "tuple[Corpus, DataConf
     from data.config import DataConfig
     from data.dataset import open_corpus
 
-    if not config.validation or saved.checkpoint is None or "data" not in saved.checkpoint.state["config"]:
+    if config.valid_tokens == 0 or saved.checkpoint is None or "data" not in saved.checkpoint.state["config"]:
         return None
     data = stored(DataConfig, saved.checkpoint.state["config"]["data"])
     corpus = open_corpus(data, vocab_size=saved.config.vocab_size)

@@ -19,6 +19,7 @@ from conf.schema import PrepareConfig, TrainConfig, to_plain
 from launch.config import Where
 from launch.ranks import nproc_per_node
 from parallel.config import Device, ParallelConfig
+from tracking.metrics_file import last_value
 from tracking.run_folder import SWEEP_LOCK, changed_keys, is_free_key, locked
 from tracking.status import crashed_the_same_way_twice, note_end, note_queued, read_status
 
@@ -70,8 +71,10 @@ def run_points(
         for point in points:
             run_dir, launcher = point.run_dir, point.config.launcher
             if run_dir not in needed:
-                status = read_status(run_dir)
-                outcomes[run_dir] = Outcome("finished", _value(run_dir, status["valid_loss"]))
+                status, objective = read_status(run_dir), getattr(point.config, "objective", "")
+                same = status["config"].get("objective", "valid/loss") == objective
+                value = status["valid_loss"] if same else last_value(run_dir, objective)
+                outcomes[run_dir] = Outcome("finished", _value(run_dir, value))
                 logger.info("%s already: %s", status["state"], run_dir)
                 continue
             one_process = ParallelConfig(device=Device.cpu, nproc_per_node=1)
@@ -90,7 +93,8 @@ def run_points(
             outcomes[point.run_dir] = outcome
             if outcome.state == "finished":
                 loss = outcome.value = _value(point.run_dir, outcome.value)
-                shown = f", validation loss {loss:.4f}" if isinstance(loss, float) and loss != math.inf else ""
+                name = {"valid/loss": "validation loss"}.get(o := point.described.get("objective", ""), o)
+                shown = f", {name} {loss:.4f}" if isinstance(loss, float) and loss != math.inf else ""
                 logger.info("%s: %s%s", "given up" if loss == math.inf else "finished", point.name, shown)
             else:
                 note_end(point.run_dir, outcome.state, outcome.reason)

@@ -72,7 +72,7 @@ def test_the_command_scores_on_two_ranks_and_leaves_the_metrics_of_a_run_in_use(
     assert "not in metrics.jsonl" in ended.stdout and metrics(done) == before
     found = json.loads((done / "evaluation.json").read_text())["10"]
     assert found["evaluation/builtin/questions"] >= 300 and 0 <= found["evaluation/builtin/acc"] <= 1
-    alone = evaluate.work(settings(done, validation=False))
+    alone = evaluate.work(settings(done, valid_tokens=0))
     assert {key: found[key] for key in alone} == pytest.approx(alone, rel=1e-5)
     assert json.loads((done / "evaluation.json").read_text())["10"] == {**found, **alone}, "one checkpoint's are merged"
 

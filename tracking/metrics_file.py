@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,15 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def loss_curve(records: Sequence[dict[str, Any]], key: str) -> Curve:
-    """Return a loss over the run's tokens; one that is not finite, null in the file, is inf."""
-    return [(r["tokens"], math.inf if r[key] is None else r[key]) for r in records if key in r]
+    """Return a metric over the run's tokens, of -key its negative; one that is not finite, null in the file, is inf."""
+    name, sign = key.removeprefix("-"), -1 if key.startswith("-") else 1
+    return [(r["tokens"], math.inf if r[name] is None else sign * r[name]) for r in records if name in r]
+
+
+def last_value(run_dir: Path, key: str) -> float | None:
+    """Return the last value of a metric of a run, as `loss_curve` has it."""
+    curve = loss_curve(read_records(run_dir / METRICS), key)
+    return curve[-1][1] if curve else None
 
 
 def smoothed(curve: Curve) -> Curve:
@@ -38,6 +46,17 @@ def smoothed(curve: Curve) -> Curve:
             weight = SMOOTHING * weight + (1 - SMOOTHING)
         result.append((tokens, mean / weight if math.isfinite(loss) else loss))
     return result
+
+
+def centred(curve: Curve) -> Curve:
+    """Return the mean around each point, so without lag, over about 2% of the curve; without what is not finite."""
+    finite = [(tokens, loss) for tokens, loss in curve if math.isfinite(loss)]
+    sums = [0.0, *accumulate(loss for _, loss in finite)]
+    half = [min(len(finite) // 100 + 1, i, len(finite) - 1 - i) for i in range(len(finite))]
+    return [
+        (tokens, (sums[i + n + 1] - sums[i - n]) / (2 * n + 1))
+        for i, ((tokens, _), n) in enumerate(zip(finite, half, strict=True))
+    ]
 
 
 def last_step(run_dir: Path) -> int:

@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from math import lcm
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PREFIX = "evaluation/"
-ROW_MULTIPLE = 64  # tokens
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +34,6 @@ class Tasks:
         every = [question for questions in self.questions.values() for question in questions]
         pairs = [pair for each in every for pair in zip(each.contexts, each.continuations, strict=True)]
         self.texts = encode(tokenizer, pairs, add_bos=add_bos)
-
-    def shape(self, engine: Engine, batch_tokens: int) -> Shape:
-        """Return batches of about so many tokens whose rows hold the longest text."""
-        axes, context = engine.mesh.axes, engine.model.config.max_seq_len
-        multiple, longest = lcm(ROW_MULTIPLE, axes.cp * axes.tp), max(len(text.ids) for text in self.texts)
-        row_len = -(-min(longest - 1, context) // multiple) * multiple
-        return Shape(max(1, batch_tokens // row_len), row_len, context)
 
     def note_cut(self, shape: Shape) -> None:
         """Log how many texts are too long for the model to see their beginning."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
 
-from conf.schema import TrainConfig, parse_ranges
+from conf.schema import TrainConfig
 from data.batches import Batch
+from data.config import parse_ranges
 from data.dataset import Corpus
 from data.loader import valid_batches
 from parallel.engine import Engine, StepResult

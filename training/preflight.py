@@ -50,10 +50,13 @@ def _check_model(config: SavedConfig) -> None:
     if hf is not None and not (Path(hf) / "config.json").is_file():
         raise ModelError(f"{hf} holds no config.json; name a Hugging Face folder such as runs/demo/hf")
     tokenizer = Path(hf) if hf is not None else run_dir_of(Path(config.run or ""), config.step) / "tokenizer"
-    if isinstance(config, GenerateConfig) or (isinstance(config, EvaluateConfig) and config.tasks):
+    if isinstance(config, GenerateConfig) or (isinstance(config, EvaluateConfig) and (config.tasks or config.harness)):
         check_tokenizer(tokenizer.absolute())
     for name in config.tasks if isinstance(config, EvaluateConfig) else ():
         check_task(name)
+    for name in config.harness if isinstance(config, EvaluateConfig) else ():
+        if name.endswith(".yaml") and not Path(name).is_file():
+            raise ModelError(f"harness ({name}) does not exist; name a task's .yaml file, or a task by its name")
 
 
 def _layout_problems(config: TrainConfig) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from math import lcm
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,8 @@ from data.packing import Rows
 from data.tokenizer import Tokenizer
 from parallel.engine import Engine
 from parallel.tensor_parallel import local_head
+
+ROW_MULTIPLE = 64  # tokens
 
 
 class Encoded(NamedTuple):
@@ -94,6 +97,14 @@ def fill(texts: Sequence[Encoded], sources: Sequence[int], rows: Sequence[Sequen
     batch = collate(filled, np.zeros(len(rows), dtype=np.int64), seq_len=row_len, isolated=True)
     batch.source_BT = torch.from_numpy(source_BT)
     return batch
+
+
+def fitting_shape(engine: Engine, texts: Sequence[Encoded], batch_tokens: int) -> Shape:
+    """Return batches of about so many tokens, whose rows hold the longest text or what the model can look at."""
+    axes, context = engine.mesh.axes, engine.model.config.max_seq_len
+    multiple, longest = lcm(ROW_MULTIPLE, axes.cp * axes.tp), max(len(text.ids) for text in texts)
+    row_len = -(-min(longest, context) // multiple) * multiple
+    return Shape(max(1, batch_tokens // row_len), row_len, context)
 
 
 def score(engine: Engine, texts: Sequence[Encoded], shape: Shape) -> tuple[list[float], list[bool]]:

@@ -67,7 +67,7 @@ def test_tasks_and_samples_are_reported_every_n_steps(
 
     trained(tmp_path / "again", *settings)
     assert evaluations(tmp_path / "again", "samples") == evaluations(folder, "samples")
-    config = EvaluateConfig(run=str(folder), tasks=[str(tmp_path / "own.jsonl")], dtype=Dtype.fp32, validation=False)
+    config = EvaluateConfig(run=str(folder), tasks=[str(tmp_path / "own.jsonl")], dtype=Dtype.fp32, valid_tokens=0)
     found = evaluate.work(replace(config, parallel=ParallelConfig(device=Device.cpu)))
     assert found["evaluation/own/bpb"] == pytest.approx(evaluations(tmp_path / "again")[10], rel=1e-5)
 

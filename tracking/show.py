@@ -1,0 +1,57 @@
+"""Show a run in the terminal, its loss and what its tasks scored: python -m tracking.show runs/demo"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from tracking.compare import aligned, read_runs
+from tracking.logs import escape_unprintable, quiet_pipe
+from tracking.metrics_file import METRICS, centred, loss_curve, read_records
+from training.config import CheckpointError
+
+MOST_POINTS = 200  # of a curve in the terminal
+
+
+def show(run_dir: Path) -> str:
+    """Return a plot of the losses over tokens, and a table of the validations and evaluations."""
+    import plotext
+
+    (run,) = read_runs(run_dir)[:1]
+    records = read_records(run_dir / METRICS)
+    curve = centred(loss_curve(records, "train/loss"))
+    plotext.clear_figure()
+    plotext.theme("clear")
+    plotext.plot_size(*plotext.terminal_size()) if sys.stdout.isatty() else plotext.plot_size(100, 25)
+    for points, label in ((curve[:: len(curve) // MOST_POINTS + 1], "train, smoothed"), (run.valid, "validation")):
+        if points:
+            plotext.plot(*map(list, zip(*points, strict=True)), label=label)
+    plotext.title(f"{run.name}: {run.state}, step {run.step}/{run.config['steps']}")
+    plotext.xlabel("tokens")
+    names = ("valid/loss", "valid/bits_per_byte")
+    keys = [key for record in records for key in record if key in names or key.startswith("evaluation/")]
+    keys = [key for key in dict.fromkeys(keys) if not key.endswith("/questions")]
+    rows: dict[int, dict[str, float | None]] = {}
+    for record in records:
+        rows.setdefault(record["step"], {}).update({key: record[key] for key in keys if key in record})
+    cells = [
+        [f"{step:,}", *(f"{its[key]:.4f}" if its.get(key) is not None else "-" for key in keys)]
+        for step, its in rows.items()
+        if its
+    ]
+    head = ["step", *(key.removeprefix("evaluation/") for key in keys)]
+    return "\n".join([plotext.build(), "", *aligned([head, *cells])])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, prog="python -m tracking.show")
+    parser.add_argument("run", type=Path, help="a run's folder, such as runs/demo")
+    escape_unprintable()
+    try:
+        with quiet_pipe():
+            print(show(parser.parse_args().run))
+    except (CheckpointError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
