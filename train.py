@@ -103,8 +103,9 @@ def train(
     facts = {"configuration": run_config, "data": corpus.fingerprints}
     check_same_run(facts, Ranks(mesh.host))
 
-    model, stages = build_model(config, mesh)
-    optimizer = build_optimizer(model, config.optimizer, tied_params=model.tied_params)
+    model = build_model(config, mesh)
+    tied_params = model.module.tied_params
+    optimizer = build_optimizer(model.module, config.optimizer, params=model.params, tied_params=tied_params)
     scaler, state = LossScaler(config.precision), TrainState(device=mesh.device)
     keep = config.checkpoint
     checkpoints = RunCheckpoints(
@@ -123,7 +124,7 @@ def train(
     checkpoints.resume_or_start(config)
     corpus.train.begin_at(state.first_sample)
     optimizer.set_schedule(lr_schedule(config, state))
-    engine = build_engine(config, mesh, model, stages, optimizer, scaler, state, corpus)
+    engine = build_engine(config, mesh, model, optimizer, scaler, state, corpus)
 
     mesh.on_rank_zero(save_run_inputs, run_config, run_dir, corpus, state)
     describe(config, mesh, corpus, optimizer, state, run_dir)

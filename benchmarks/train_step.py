@@ -23,10 +23,10 @@ from conf.cli import CONF
 from conf.schema import TrainConfig, register, to_config
 from model.config import ModelConfig
 from model.counts import flops_per_token, internlm_flops_per_token
-from model.transformer import Transformer
 from parallel.engine import Engine
 from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
+from parallel.parallelize import ParallelModel
 from training.optim.optimizer import build_optimizer
 from training.report import peak_tflops
 from training.setup import build_engine, build_model
@@ -67,26 +67,24 @@ def configure(overrides: tuple[str, ...]) -> TrainConfig:
 
 
 @torch.no_grad()
-def draw_weights(model: Transformer, seed: int = 0) -> None:
+def draw_weights(model: ParallelModel, seed: int = 0) -> None:
     """Draw the weights on the device: as large as `init_weights` makes them, in a thousandth of the time."""
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    stds = model.init_stds()
-    for name, param in model.named_parameters():
+    stds = model.module.init_stds()
+    generator = torch.Generator(next(iter(model.params.values())).shard.device).manual_seed(seed)
+    for name, param in model.params.items():
         std = stds[name]
         if std is None:
-            param.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+            param.shard.fill_(1.0 if name.endswith("norm.weight") else 0.0)
         else:
-            param.normal_(0.0, std, generator=generator)
+            param.shard.normal_(0.0, std, generator=generator)
 
 
 def build(config: TrainConfig, mesh: Mesh) -> Engine:
     """Make the engine as train.py does, with weights drawn fast and a constant rate."""
-    model, stages = build_model(config, mesh, draw_weights)
-    optimizer = build_optimizer(model, config.optimizer, tied_params=model.tied_params)
+    model = build_model(config, mesh, draw_weights)
+    optimizer = build_optimizer(model.module, config.optimizer, params=model.params)
     optimizer.set_schedule([(config.optimizer.lr, config.optimizer.beta2)] * 10_000)
-    return build_engine(
-        config, mesh, model, stages, optimizer, LossScaler(config.precision), TrainState(device=mesh.device)
-    )
+    return build_engine(config, mesh, model, optimizer, LossScaler(config.precision), TrainState(device=mesh.device))
 
 
 def products(model: ModelConfig) -> list[tuple[int, int, int]]:

@@ -13,10 +13,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -29,7 +28,6 @@ CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 TRITON_KERNELS = ("model.loss_kernel", "training.optim.adamw_kernel")
 IS_CUDA, DEVICE = torch.Tensor.is_cuda.__get__, torch.Tensor.device.__get__  # type: ignore[attr-defined]
 FAKE_DEVICE: Any = FakeTensor.device.fget
-TO_EMPTY = nn.Module.to_empty
 MAKE_WRAPPER: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
 
 
@@ -56,7 +54,6 @@ def fake_gpu(on_launch: Callable[[tuple[Any, ...]], object]) -> Iterator[None]:
         patches: list[tuple[Any, str, Any]] = [
             (FakeTensor, "device", property(_device)),
             (torch.Tensor, "_make_wrapper_subclass", _make_wrapper),
-            (nn.Module, "to_empty", _to_empty),
             (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
             (DeviceMesh, "mesh", property(_without_modes(DeviceMesh.mesh.fget))),
         ]
@@ -121,23 +118,8 @@ def _make_wrapper(*args: Any, **kwargs: Any) -> Any:
     return MAKE_WRAPPER(*args, **{key: _on_cpu(value) for key, value in kwargs.items()})
 
 
-def _to_empty(module: nn.Module, *, device: torch.device, recurse: bool = True) -> nn.Module:
-    """Set new parameters, where the real method swaps tensors: a fake one cannot be swapped."""
-    for child in module.modules():
-        for name, param in child.named_parameters(recurse=False):
-            if isinstance(param, FakeTensor):
-                setattr(child, name, nn.Parameter(torch.empty_like(param, device=device)))
-    if any(isinstance(param, DTensor) for param in module.parameters()):
-        return TO_EMPTY(module, device=_on_cpu(device), recurse=recurse)
-    return module
-
-
 def _rms_norm(x: Tensor, _shape: Any, weight: Any, eps: float | None = None) -> Tensor:
-    if not isinstance(x, DTensor):
-        return _RMSNorm.apply(x, weight)  # type: ignore[return-value]
-    partial = [Partial() if place.is_shard() else Replicate() for place in x.placements]
-    out = _RMSNorm.apply(x.to_local(), weight.to_local(grad_placements=partial))
-    return DTensor.from_local(out, x.device_mesh, x.placements, run_check=False)  # type: ignore[arg-type]
+    return _RMSNorm.apply(x, weight)  # type: ignore[return-value]
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -9,14 +9,14 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from dry_run.trace import in_backward
+from parallel.zero import Zero
 
 BLOCK = 512  # bytes; the CUDA allocator rounds each request up to a multiple
-COLLECTIVES = ("c10d", "_c10d_functional", "fsdp")  # namespaces of operations
+COLLECTIVES = ("c10d", "_c10d_functional")  # namespaces of operations
 BACKWARD = "activation gradients"
 KINDS = ("parameters", "gradients", "optimizer", "activations", "logits", "communication")
 
@@ -49,8 +49,8 @@ class Memory:
         return mock.patch.object(self, "kind", kind)
 
     @contextmanager
-    def following_fsdp(self) -> Iterator[None]:
-        """Follow what FSDP does without an operation: it frees gathered parameters and allocates them again.
+    def following_zero(self) -> Iterator[None]:
+        """Follow what ZeRO does without an operation: it frees gathered parameters and allocates them again.
 
         What it allocates at the end of a module's backward pass is gradients, also outside of autograd's backward pass.
         """
@@ -64,8 +64,8 @@ class Memory:
                 self._allocate(storage, "parameters")
             return result
 
-        patch, post_backward = mock.patch.object, self.label("gradients")(FSDPParamGroup.post_backward)
-        with patch(torch.UntypedStorage, "resize_", resize_), patch(FSDPParamGroup, "post_backward", post_backward):
+        patch, take = mock.patch.object, self.label("gradients")(Zero._take)
+        with patch(torch.UntypedStorage, "resize_", resize_), patch(Zero, "_take", take):
             yield
 
     def record(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
@@ -76,12 +76,10 @@ class Memory:
                 if allocation.kind == BACKWARD:
                     allocation.kind = "gradients"
         self._backward = backward
-        kind = BACKWARD if backward and self.kind != "logits" else self.kind
+        kind = BACKWARD if backward and self.kind not in ("logits", "gradients") else self.kind
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._follow(leaf, "communication" if func.namespace in COLLECTIVES else kind)
-        if func is torch.ops.fsdp.split_with_sizes_copy.default:  # gathered parameters
-            self.relabel(kwargs["out"], "parameters")
 
     def relabel(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Change the kind of tensors' storages."""

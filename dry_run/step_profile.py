@@ -14,14 +14,14 @@ from dry_run.fake_compile import fake_compile
 from dry_run.fake_gpu import fake_gpu, fake_mesh
 from dry_run.memory import Memory
 from dry_run.step_time import StepTime, estimate_time
-from dry_run.trace import ObserveOps, Phase, Trace
+from dry_run.trace import ObserveOps, Phase, Trace, n_bytes
 from model.config import Attention
 from parallel.axes import resolve_axes
 from parallel.config import AXES
 from parallel.engine import Engine
 from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
-from parallel.tensor_parallel import local
+from parallel.zero import Unit, Zero
 from training.optim.optimizer import build_optimizer
 from training.setup import build_engine, build_model, lr_schedule
 from training.state import TrainState
@@ -71,14 +71,17 @@ def profile_rank(config: TrainConfig, rank: int, n_micro_batches: int) -> StepPr
     with ExitStack() as stack:
         mesh = stack.enter_context(fake_mesh(config.parallel, rank, axes.world_size))
         stack.enter_context(fake_gpu(trace.record_kernel))
-        stack.enter_context(memory.following_fsdp())
+        stack.enter_context(memory.following_zero())
         ops = stack.enter_context(ObserveOps(memory.record))
         stack.enter_context(mock.patch.object(torch, "compile", fake_compile(trace, ops)))
+        stack.enter_context(mock.patch("parallel.zero.can_share", lambda *_: False))
+        for name, stand_in in zero_stand_ins(trace).items():
+            stack.enter_context(mock.patch.object(Zero, name, stand_in))
         with memory.label("optimizer"):
             engine = _build_engine(config, mesh)
-        params = list(engine.model.parameters())
-        memory.relabel(params, "parameters")
-        n_params = sum(local(param).numel() for param in params)
+        shards = [param.shard for param in engine.params.values()]
+        memory.relabel([*engine.model.parameters(), *shards], "parameters")
+        n_params = sum(shard.numel() for shard in shards)
         memory.reset_peak()  # weights were drawn on the host
         _label_engine(engine, memory, trace)
         ops.observers.append(trace.record)
@@ -90,28 +93,31 @@ def profile_rank(config: TrainConfig, rank: int, n_micro_batches: int) -> StepPr
     return StepProfile(rank, n_params, peak, bytes_at_peak, trace.collectives(), flops, time, trace.phases)
 
 
+def zero_stand_ins(trace: Trace) -> dict[str, Any]:
+    """Return what stands for methods of `Zero`: fake ranks have no streams, and no operation that gathers a unit."""
+
+    def all_gather(zero: Zero, unit: Unit) -> None:
+        trace.add_collective("all_gather", zero.shard_group, n_bytes(unit.wholes))
+
+    return {"_all_gather": all_gather, "_on_stream": lambda _: trace.overlapped(), "_event": lambda _: None}
+
+
 def _build_engine(config: TrainConfig, mesh: Mesh) -> Engine:
     """Build model, optimizer and engine as a run does, but for what needs a real GPU."""
     model = config.model
     if model.attention is not Attention.reference:
         model = replace(model, attention=Attention.sdpa)  # saves what every fused kernel saves, and runs on the CPU
     config = replace(config, model=model, parallel=replace(config.parallel, cuda_graphs=False))
-    module, stages = build_model(config, mesh)
-    state = TrainState()
-    optimizer = build_optimizer(module, config.optimizer, tied_params=module.tied_params)
+    model, state = build_model(config, mesh), TrainState()
+    tied_params = model.module.tied_params
+    optimizer = build_optimizer(model.module, config.optimizer, params=model.params, tied_params=tied_params)
     optimizer.set_schedule(lr_schedule(config, state)[:1])
-    return build_engine(config, mesh, module, stages, optimizer, LossScaler(config.precision), state)
+    return build_engine(config, mesh, model, optimizer, LossScaler(config.precision), state)
 
 
 def _label_engine(engine: Engine, memory: Memory, trace: Trace) -> None:
-    """Label what the loss and the optimizer allocate and issue, and the parameters that are gathered by then."""
-    linear_loss = memory.label("logits")(engine.linear_loss)
-
-    def loss(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        memory.relabel(engine.model.parameters(), "parameters")
-        return linear_loss(*args, **kwargs)
-
-    engine.linear_loss = loss
+    """Label what the loss and the optimizer allocate and issue."""
+    engine.linear_loss = memory.label("logits")(engine.linear_loss)
     engine.aux_names = []  # which fake pipeline ranks cannot agree on
     update = memory.label("optimizer")(engine.optimizer.step)
 
@@ -137,8 +143,8 @@ def _extrapolate(before: StepProfile, last: StepProfile, times: float) -> StepPr
         return new + (new - old) * times
 
     collectives = {}
-    for key, (count, n_bytes) in last.collectives.items():
-        old_count, old_bytes = before.collectives.get(key, (0, 0))
-        collectives[key] = round(extend(old_count, count)), round(extend(old_bytes, n_bytes))
+    for key, (count, total) in last.collectives.items():
+        old_count, old_total = before.collectives.get(key, (0, 0))
+        collectives[key] = round(extend(old_count, count)), round(extend(old_total, total))
     time = StepTime(*map(extend, astuple(before.time), astuple(last.time)))
     return replace(last, collectives=collectives, flops=round(extend(before.flops, last.flops)), time=time)

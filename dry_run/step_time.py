@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from dry_run.config import DryRunConfig
 from dry_run.trace import Collective, Phase
 
-FSDP_KINDS = ("all_gather", "reduce_scatter", "all_reduce")  # which overlap with compute
-
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
@@ -19,7 +17,7 @@ class StepTime:
 
     compute_s: float
     blocking_s: float  # collectives that nothing hides
-    exposed_s: float  # the part of FSDP's collectives that compute does not hide
+    exposed_s: float  # the part of data-parallel collectives that compute does not hide
     update_s: float  # the optimizer's part of them
     bubble_s: float = 0.0  # a pipeline rank without a micro-batch
 
@@ -35,7 +33,7 @@ def estimate_time(phases: Iterable[Phase], config: DryRunConfig) -> StepTime:
         busy = compute_s(phase, config)
         overlapping, blocked = 0.0, blocking
         for item in phase.collectives:
-            if item.kind in FSDP_KINDS and not {"pp", "tp"}.intersection(item.axis.split("+")):
+            if item.overlaps:
                 overlapping += collective_s(item, config)
             else:
                 blocking += collective_s(item, config)

@@ -1,6 +1,7 @@
 """Trace of what one rank issues in a step: collectives, FLOPs of products, bytes that other operations move."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -24,6 +25,7 @@ class Collective:
     axis: str  # of the mesh; several are joined by +
     ranks: tuple[int, ...]
     n_bytes: int  # of the whole tensor: gathered, or not yet scattered
+    overlaps: bool  # with what else is issued
 
 
 @dataclass(slots=True)
@@ -62,6 +64,7 @@ class Trace:
         self.axes = axes
         self.phases = [Phase(backward=False)]
         self.products_only = False  # record nothing but products and collectives
+        self.overlaps = False
 
     def record(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         if in_backward() != self.phases[-1].backward:
@@ -78,6 +81,13 @@ class Trace:
             phase.flops += flop_registry[packet](*args, **kwargs, out_val=result)
         elif not self.products_only and not func.is_view and not packet.__name__.startswith(FREE):
             self.record_kernel([args, [kwargs[key] for key in kwargs if key != "out"], result])
+
+    @contextmanager
+    def overlapped(self) -> Iterator[None]:
+        """Mark the collectives issued within as ones that run beside computing."""
+        self.overlaps = True
+        yield
+        self.overlaps = False
 
     def record_kernel(self, args: Sequence[Any]) -> None:
         """Record a kernel that reads or writes each of its tensors once."""
@@ -96,10 +106,14 @@ class Trace:
         if kind is None:  # waits and barriers
             return
         parts = [*args, *kwargs.values()]
-        ranks = tuple(dist.get_process_group_ranks(_group_of(parts)))
+        self.add_collective(kind, _group_of(parts), max(map(n_bytes, [*parts, result])))
+
+    def add_collective(self, kind: str, group: dist.ProcessGroup, n_bytes: int) -> None:
+        """Add a collective of `n_bytes` over a group."""
+        ranks = tuple(dist.get_process_group_ranks(group))
         if len(ranks) > 1:
-            whole = max(map(n_bytes, [*parts, result]))
-            self.phases[-1].collectives.append(Collective(kind, axis_of(ranks, self.axes), ranks, whole))
+            axis = axis_of(ranks, self.axes)
+            self.phases[-1].collectives.append(Collective(kind, axis, ranks, n_bytes, self.overlaps))
 
 
 def _group_of(args: Sequence[Any]) -> dist.ProcessGroup:

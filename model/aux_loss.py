@@ -21,10 +21,9 @@ class AuxLosses:
     def attach(self, x_BTD: Tensor, losses: dict[str, Tensor]) -> Tensor:
         """Return x_BTD with losses whose gradient is `weight` wherever x_BTD has a gradient."""
         for name, value in losses.items():
-            loss: Any = getattr(value, "full_tensor", lambda value=value: value)()  # of tensor-parallel layers
-            attached: Any = _Attach.apply(x_BTD, loss.float() * self.weight)
+            attached: Any = _Attach.apply(x_BTD, value.float() * self.weight)
             x_BTD = attached
-            self.sums[name] = self.sums.get(name, 0) + loss.detach().float()
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
         return x_BTD
 
 

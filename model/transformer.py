@@ -6,7 +6,7 @@ D d_model, H query heads, G key/value heads, K head_dim, F d_ff, V vocabulary.
 
 import hashlib
 import pkgutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -194,13 +194,21 @@ class Transformer(nn.Module):
         return stds
 
     @torch.no_grad()
-    def init_weights(self, seed: int, write: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
+    def init_weights(
+        self,
+        seed: int,
+        params: Mapping[str, Any] | None = None,
+        write: Callable[[Any, Tensor], object] = Tensor.copy_,
+    ) -> None:
         """Draw every parameter in fp32 from a generator of its own, seeded by `seed` and its name.
 
         So the weights do not depend on the device, the dtype, the layout or the order of drawing, and tied
-        parameters are equal. `write(param, whole)` sets a parameter that may be a shard of the whole.
+        parameters are equal. `params`, by name, are to be set instead of the model's own, by `write(param, whole)`:
+        shards that know the whole's shape.
         """
-        for (name, param), std in zip(self.named_parameters(), self.init_stds().values(), strict=True):
+        params = params or dict(self.named_parameters())
+        for name, std in self.init_stds().items():
+            param = params[name]
             if std is None:
                 write(param, torch.full(param.shape, 1.0 if name.endswith("norm.weight") else 0.0))
                 continue

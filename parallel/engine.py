@@ -3,25 +3,23 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from data.batches import IGNORED, Batch
 from model.aux_loss import AuxLosses
 from model.loss import linear_cross_entropy
-from model.transformer import Transformer
 from parallel.config import ParallelConfig, no_graphs
 from parallel.counters import StepCounters
-from parallel.fp8 import Fp8Linear, reduce_scales
-from parallel.graphs import Graphs
+from parallel.graphs import Graphs, Turn
 from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
 from parallel.nonfinite import NonfiniteWatch
-from parallel.parallelize import set_gradient_sync, sharded_modules
-from parallel.tensor_parallel import local, local_head, sharded_dim
+from parallel.parallelize import ParallelModel
+from parallel.tensor_parallel import VocabularyShard
 from training.config import LossConfig, Reduction
 
 if TYPE_CHECKING:
@@ -67,31 +65,30 @@ class Sums:
 class Engine:
     """Runs steps of a model and an optimizer on a mesh, without waiting for the device.
 
-    `model` holds this rank's parameters, `stages` are its pipeline stages, both as `parallelize` leaves them.
     `bytes_per_token` (V,) is the length of each token's text, if known; `n_sources` is S.
     """
 
     def __init__(
         self,
-        model: Transformer,
+        model: ParallelModel,
         optimizer: Optimizer,
         mesh: Mesh,
         *,
         parallel: ParallelConfig,
         loss: LossConfig,
         max_grad_norm: float,
-        stages: Sequence[Transformer] = (),
         scaler: LossScaler,
         counters: StepCounters,
         n_sources: int,
         bytes_per_token: Tensor | None = None,
     ) -> None:
-        self.model, self.optimizer, self.mesh, self.config = model, optimizer, mesh, parallel
-        self.stages = list(stages) or [model]
+        self.model, self.optimizer, self.mesh = model.module, optimizer, mesh
+        self.params, self.partial_grads, self.zero = model.params, model.partial_grads, model.zero
         self.scaler, self.counters, self.max_grad_norm = scaler, counters, max_grad_norm
-        self.params = dict(model.named_parameters())  # between steps: this rank's shards
-        self.counted = [p for name, p in self.params.items() if name not in model.tied_params and is_first_copy(p)]
-        self.casts = [m.cast for m in model.modules() if isinstance(m, Fp8Linear) and m.cast is not None]
+        tied = self.model.tied_params
+        self.counted = [p for name, p in self.params.items() if name not in tied and p.is_first_copy]
+        tp_mesh = mesh.param_mesh["tp"] if mesh.param_mesh is not None and mesh.axes.tp > 1 else None
+        self.vocabulary = tp_mesh and VocabularyShard(tp_mesh, self.model.config.vocab_size)
         self.reduction, self.n_sources = loss.reduction, n_sources
         smoothing, z_loss = loss.label_smoothing, loss.z_loss
         self.linear_loss: Callable[..., tuple[Tensor, Tensor, Tensor]] = partial(
@@ -103,13 +100,13 @@ class Engine:
         if mesh.axes.pp > 1:
             from parallel.pipeline import Pipeline
 
-            self.pipeline = Pipeline(self.stages, mesh, parallel, model.config)
+            self.pipeline = Pipeline(model, mesh, parallel)
         if parallel.cuda_graphs and mesh.device.type != "cuda":
             raise no_graphs(str(mesh.device))
         self.graphs = self.graphs_on(torch.cuda.Stream(mesh.device)) if parallel.cuda_graphs else None
 
     def graphs_on(self, stream: torch.cuda.Stream | None) -> Graphs:
-        return Graphs(self.params.values(), self._run_one, self._update, self._no_sums(), stream)
+        return Graphs(self.model.parameters(), self._run_one, self._update, self._no_sums(), stream, self.zero)
 
     def train_step(self, batches: Sequence[Batch]) -> StepResult:
         """Run the micro-batches of a step and update the weights, unless the gradient is not finite."""
@@ -131,6 +128,7 @@ class Engine:
 
     def _update(self, sums: Sums) -> Sequence[Tensor]:
         """Update the weights; returns loss, norm, whether it is finite, rates_2, totals_S4 and auxiliary losses."""
+        self._finish_gradients()
         loss, grad_norm, totals_S4, *aux = self._reduce(sums, self._grad_norm())
         loss, grad_norm = loss / self.scaler.scale, grad_norm / self.scaler.scale
         finite = torch.isfinite(grad_norm)
@@ -147,7 +145,7 @@ class Engine:
         `n_sources` is another S than training's; `head` is called on the last hidden states in place of the loss.
         """
         sums = self._no_sums(n_sources=n_sources)
-        self._reduce_scales()
+        self._gather()
         try:
             for batch in batches:
                 tokens_BT, kwargs = self._inputs(batch, 0.0, sums)
@@ -156,10 +154,9 @@ class Engine:
                     self.model(tokens_BT, **kwargs)
                 else:
                     self.pipeline.evaluate(tokens_BT, kwargs)
-        finally:  # a training step must not find gathered weights that are out of date
-            for stage in self.stages:
-                for module in sharded_modules(stage):
-                    module.reshard()
+        finally:
+            if self.zero is not None:
+                self.zero.free()
         return self.mesh.sum_(sums.totals_S4 * (self.mesh.coordinate("tp") == 0))
 
     def find_nonfinite_module(self, batches: Sequence[Batch]) -> str:
@@ -171,6 +168,7 @@ class Engine:
                 _, weights, aux_weight = self._weights(batches)
                 with watch:
                     self._run(batches, weights, self._no_sums(aux_weight))
+                self._finish_gradients()
                 watch.check_params(self.params)
             events = [event for events in self.mesh.gather(watch.events) for event in events]
             return min(events).text if events else "the sum of finite gradients overflowed"
@@ -179,30 +177,51 @@ class Engine:
 
     def _run(self, batches: Sequence[Batch], weights: Sequence[float], sums: Sums) -> None:
         """Run forward and backward passes, and add to `sums`."""
-        self._reduce_scales()
         if self.pipeline is None:
-            for index, (batch, weight) in enumerate(zip(batches, weights, strict=True), 1):
-                set_gradient_sync(self.model, self.config.zero_stage, last=index == len(batches))
-                self._run_one(batch, weight, sums)
-            return
-        inputs = [self._inputs(*pair, sums) for pair in zip(batches, weights, strict=True)]
-        self.pipeline.train(inputs)
-        for _, kwargs in inputs:
-            self._add_aux(kwargs["aux"], sums)
+            for index, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
+                self._run_one(batch, weight, sums, Turn(index, len(batches)))
+        else:
+            self._gather()
+            inputs = [self._inputs(*pair, sums) for pair in zip(batches, weights, strict=True)]
+            self.pipeline.train(inputs)
+            for _, kwargs in inputs:
+                self._add_aux(kwargs["aux"], sums)
 
-    def _run_one(self, batch: Batch, weight: float | Tensor, sums: Sums) -> None:
+    def _run_one(self, batch: Batch, weight: float | Tensor, sums: Sums, turn: Turn) -> None:
+        if self.zero is not None:
+            if turn.is_first:
+                self.zero.gather()
+            self.zero.begin_backward(0, accumulates=turn.count > 1, last=turn.is_last)
         tokens_BT, kwargs = self._inputs(batch, weight, sums)
         self.model(tokens_BT, **kwargs).backward()
+        if self.zero is not None:
+            self.zero.end_backward()
         self._add_aux(kwargs["aux"], sums)
+
+    def _gather(self) -> None:
+        if self.zero is not None:
+            self.zero.gather()
+
+    def _finish_gradients(self) -> None:
+        """Give every shard its gradient: summed over ranks, and over the copies of a tied parameter."""
+        if self.zero is not None:
+            self.zero.finish()
+        for param in self.params.values():
+            if param.grad is None:  # a step without a single target
+                param.shard.grad = torch.zeros_like(param.shard)
+        grads = [param.grad for name, param in self.params.items() if name in self.partial_grads]
+        if grads:
+            whole = torch.cat([grad.flatten() for grad in grads if grad is not None])
+            dist.all_reduce(whole, group=self.mesh.param_mesh.get_group("tp"))
+            for grad, total in zip(grads, whole.split([grad.numel() for grad in grads]), strict=True):
+                grad.copy_(total.view_as(grad))
+        if self.pipeline is not None and self.pipeline.tied:
+            self.pipeline.sum_tied(self.params)
 
     def _add_aux(self, aux: AuxLosses, sums: Sums) -> None:
         for name, loss in aux.sums.items():
             sums.aux[name] = sums.aux.get(name, torch.zeros((), device=self.mesh.device))
             sums.aux[name] += loss  # in place, as graphs need it
-
-    def _reduce_scales(self) -> None:
-        if self.casts and self.mesh.param_mesh is not None:
-            reduce_scales(self.casts, self.mesh.param_mesh.get_group("dp_shard"))
 
     def _inputs(self, batch: Batch, weight: float | Tensor, sums: Sums) -> "Inputs":
         """Return this rank's tokens on the device; the head returns the weighted loss and adds to `sums`."""
@@ -216,8 +235,8 @@ class Engine:
         weights_N = torch.where(labels_N == IGNORED, 0.0, weight).float()
 
         def head(h_BTD: Tensor, weight_VD: Tensor) -> Tensor:
-            h_BTD, weight_VD, shard = local_head(h_BTD, weight_VD)
-            loss, nll_N, correct_N = self.linear_loss(h_BTD.flatten(0, 1), weight_VD, labels_N, weights_N, shard=shard)
+            h_ND, shard = h_BTD.flatten(0, 1), self.vocabulary
+            loss, nll_N, correct_N = self.linear_loss(h_ND, weight_VD, labels_N, weights_N, shard=shard)
             sums.loss += loss.detach()
             target_N, lengths = labels_N != IGNORED, self.bytes_per_token
             bytes_N = torch.zeros_like(nll_N) if lengths is None else lengths[labels_N.clamp(min=0)] * target_N
@@ -237,12 +256,17 @@ class Engine:
     def _weights(self, batches: Sequence[Batch]) -> tuple[list[int], list[float], float]:
         """Return all ranks' target counts, this rank's weights of target tokens, and the weight of auxiliary losses.
 
-        An auxiliary loss is a mean over micro-batches and over cp ranks, each of which has it for its own tokens.
+        An auxiliary loss is a mean over micro-batches, over cp ranks, each of which has it for its own tokens, and over
+        tp ranks, which may have it for their own part of a layer.
         """
         counts = self.mesh.all_counts([int((batch.labels_BT != IGNORED).sum()) for batch in batches])
         weights = token_weights(counts, self.reduction)[self.mesh.dp_rank :: self.mesh.dp_size]
         scale = self.scaler.scale
-        return counts, [weight * scale for weight in weights], scale / (len(counts) * self.mesh.axes.cp)
+        return (
+            counts,
+            [weight * scale for weight in weights],
+            scale / (len(counts) * self.mesh.axes.cp * self.mesh.axes.tp),
+        )
 
     def _reduce(self, sums: Sums, grad_norm: Tensor) -> Sequence[Tensor]:
         """Return loss, gradient norm, totals_S4 and auxiliary losses of all ranks, from those of each."""
@@ -254,10 +278,9 @@ class Engine:
         aux = [sums.aux[name] if name in sums.aux else torch.zeros_like(grad_norm) for name in self.aux_names]
         if self.mesh.world_size == 1:
             return sums.loss, grad_norm, sums.totals_S4, *aux
-        scalars = [x.double()[None] for x in (sums.loss, *aux, grad_norm.square())]
-        figures = torch.cat([sums.totals_S4.flatten(), *scalars])
-        if self.mesh.coordinate("tp"):  # tp ranks have the same losses, but their own parts of the gradient
-            figures[:-1] = 0
+        is_first = self.mesh.coordinate("tp") == 0  # tp ranks have the same losses
+        scalars = [x.double()[None] for x in (sums.loss * is_first, *aux, grad_norm.square())]
+        figures = torch.cat([sums.totals_S4.flatten() * is_first, *scalars])
         self.mesh.sum_(figures)
         totals, (loss, *aux, square) = figures[: -len(scalars)], figures[-len(scalars) :].unbind()
         return loss.float(), square.sqrt().float(), totals.view_as(sums.totals_S4), *aux
@@ -268,33 +291,16 @@ class Engine:
         return Sums(zero, totals_S4, torch.full_like(zero, aux_weight))
 
     def _grad_norm(self) -> Tensor:
-        """Return the 2-norm over this rank's gradients, times the loss scale; each parameter is counted once.
-
-        Every parameter gets a gradient with its own layout, and tied parameters the sum of theirs.
-        """
-        for param in self.params.values():
-            if param.grad is None:  # a step without a single target
-                param.grad = torch.zeros_like(param)
-            elif isinstance(param, DTensor) and isinstance(param.grad, DTensor):
-                # Under sequence parallelism a norm's gradient is a partial sum over this rank's tokens; FSDP sums it.
-                param.grad = param.grad.redistribute(placements=param.placements)
-        if self.pipeline is not None and self.pipeline.tied:
-            self.pipeline.sum_tied(self.params)
-        grads = [param.grad for param in self.counted if param.grad is not None]
-        norms = [torch.linalg.vector_norm(local(grad), dtype=torch.float32) for grad in grads]
-        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self.mesh.device)
+        """Return the 2-norm over this rank's gradients, times the loss scale; each parameter is counted once."""
+        grads = [param.grad for param in self.counted]
+        if not grads:
+            return torch.zeros((), device=self.mesh.device)
+        foreach: Any = torch  # its types lack _foreach_norm
+        return torch.linalg.vector_norm(torch.stack(foreach._foreach_norm(grads, 2, torch.float32)))
 
     def _drop_gradients(self) -> None:
         for param in self.params.values():
-            param.grad = None
-
-
-def is_first_copy(param: Tensor) -> bool:
-    """Return whether, of all ranks that hold the same shard of a parameter, this one counts it."""
-    if not isinstance(param, DTensor):
-        return True
-    replicated = [axis for axis, placement in enumerate(param.placements) if sharded_dim(placement) is None]
-    return all(param.device_mesh.get_local_rank(axis) == 0 for axis in replicated)
+            param.shard.grad = None
 
 
 def token_weights(target_counts: list[int], reduction: Reduction) -> list[float]:

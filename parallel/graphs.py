@@ -5,17 +5,38 @@ writes the same memory every time: micro-batches are copied to where the recorde
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from data.batches import Batch
+from parallel.zero import Zero
 
 if TYPE_CHECKING:
     from parallel.engine import Sums
 
 FIELDS = ("tokens_BT", "labels_BT", "positions_BT", "source_BT")
+
+
+class Turn(NamedTuple):
+    """Which of a step's micro-batches one is."""
+
+    index: int
+    count: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.count - 1
+
+    @property
+    def kind(self) -> tuple[bool, bool]:
+        """What messages between ranks depend on."""
+        return self.is_first, self.is_last
 
 
 class Recorded:
@@ -53,19 +74,23 @@ class Graphs:
     def __init__(
         self,
         params: Iterable[nn.Parameter],
-        run: Callable[[Batch, Tensor, "Sums"], None],
+        run: Callable[[Batch, Tensor, "Sums", "Turn"], None],
         update: Callable[["Sums"], Sequence[Tensor]],
         sums: "Sums",
         stream: torch.cuda.Stream | None,
+        zero: Zero | None = None,
     ) -> None:
-        self.params = list(params)
+        self.params = list(params) if zero is None else []  # whose gradients stay in place
+        self.zero = zero
+        if zero is not None:
+            zero.fixed = True
         # A pool of its own: memory that one graph needs temporarily is free for the next one.
         self.stream, self.pool = stream, None if stream is None else torch.cuda.graph_pool_handle()
         self.run, self.sums = run, sums
         self.figures: list[Tensor] = []
         dtypes = [getattr(param, "grad_dtype", None) or param.dtype for param in self.params]
         self.grads = [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(self.params, dtypes, strict=True)]
-        self.passes: dict[tuple[int, ...], tuple[Batch, Tensor, Recorded]] = {}
+        self.passes: dict[tuple[object, ...], tuple[Batch, Tensor, Recorded]] = {}
         self.update = Recorded(lambda: self._update(update), stream, self.pool)
 
     def step(self, batches: Sequence[Batch], weights: Sequence[float], aux_weight: float) -> list[Tensor]:
@@ -73,8 +98,8 @@ class Graphs:
         for param, grad in zip(self.params, self.grads, strict=True):
             param.grad = grad
         self.sums.aux_weight.fill_(aux_weight)
-        for batch, weight in zip(batches, weights, strict=True):
-            fixed, fixed_weight, passes = self._passes_of(batch)
+        for index, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
+            fixed, fixed_weight, passes = self._passes_of(batch, Turn(index, len(batches)))
             for name in FIELDS:
                 getattr(fixed, name).copy_(getattr(batch, name), non_blocking=True)
             n = len(batch.cu_seqlens)
@@ -90,22 +115,23 @@ class Graphs:
         self.figures = self.figures or [torch.empty_like(figure) for figure in figures]  # first in an eager run
         for fixed, figure in zip(self.figures, figures, strict=True):
             fixed.copy_(figure)
-        torch._foreach_zero_(self.grads)  # type: ignore[attr-defined]
+        kept = [] if self.zero is None else self.zero.kept_grads()
+        torch._foreach_zero_([*self.grads, *kept])  # type: ignore[attr-defined]
         self.sums.zero_()
 
-    def _passes_of(self, batch: Batch) -> tuple[Batch, Tensor, Recorded]:
+    def _passes_of(self, batch: Batch, turn: "Turn") -> tuple[Batch, Tensor, Recorded]:
         """Return the fixed batch, weight and graph for a micro-batch: one for all of a shape whose segments fit."""
         rows, row_len = batch.tokens_BT.shape
         segments, longest = len(batch.cu_seqlens) - 1, batch.max_seq_len
         if segments * longest != rows * row_len:  # not segments of one length
             # A power of two of them, more than rows, each up to a row long: so that packs share few graphs.
             segments, longest = 1 << max(segments - 1, rows).bit_length(), row_len
-        key = (rows, row_len, segments, longest)
+        key = (rows, row_len, segments, longest, *(turn.kind if self.zero else ()))
         if key not in self.passes:
             device = self.sums.loss.device
             fields = {name: torch.empty_like(getattr(batch, name), device=device) for name in FIELDS}
             cu_seqlens = torch.zeros(segments + 1, dtype=batch.cu_seqlens.dtype, device=device)
             fixed, weight = Batch(**fields, cu_seqlens=cu_seqlens, max_seq_len=longest), torch.zeros((), device=device)
-            recorded = Recorded(lambda: self.run(fixed, weight, self.sums), self.stream, self.pool)
+            recorded = Recorded(lambda: self.run(fixed, weight, self.sums, turn), self.stream, self.pool)
             self.passes[key] = fixed, weight, recorded
         return self.passes[key]

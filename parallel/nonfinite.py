@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from parallel.tensor_parallel import local
+from parallel.shards import ParamShard
 
 
 class Event(NamedTuple):
@@ -40,9 +40,9 @@ class NonfiniteWatch:
         for hook in self.hooks:
             hook.remove()
 
-    def check_params(self, params: Mapping[str, nn.Parameter]) -> None:
+    def check_params(self, params: Mapping[str, ParamShard]) -> None:
         for name, param in params.items():
-            self._check(param, 0, 0, False, name.rpartition(".")[0], f"{name} (weight)")
+            self._check(param.shard, 0, 0, False, name.rpartition(".")[0], f"{name} (weight)")
             if param.grad is not None:
                 self._check(param.grad, 2, 0, True, name.rpartition(".")[0], f"{name} (gradient)")
 
@@ -57,7 +57,7 @@ class NonfiniteWatch:
             output.register_hook(lambda grad: self._check(grad, 1, micro_batch, True, name, f"{name} (backward)"))
 
     def _check(self, tensor: Tensor, kind: int, micro_batch: int, backward: bool, module: str, text: str) -> None:
-        if not torch.isfinite(local(tensor)).all():
+        if not torch.isfinite(tensor).all():
             sign = -1 if backward else 1
             layer, index = sign * layer_of(module), sign * self.index[module]
             self.events.append(Event(kind, micro_batch, backward, layer, index, text))

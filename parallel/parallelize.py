@@ -1,31 +1,46 @@
 """What is done to a model before it is trained, in the one right order."""
 
 import os
-import warnings
+from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils.checkpoint import checkpoint
 
 from model.transformer import Transformer
 from parallel.axes import stage_layers, stages_of
-from parallel.config import SPLIT_BACKWARD, Compile, ParallelConfig, ParallelError, ReduceDtype, no_fp8
-from parallel.fp8 import MULTIPLE, Fp8Linear, cast_before_gathering
+from parallel.config import SPLIT_BACKWARD, Compile, ParallelConfig, ParallelError, no_fp8
+from parallel.fp8 import MULTIPLE, Fp8Linear, Fp8RowwiseLinear
 from parallel.mesh import Mesh
-from parallel.tensor_parallel import apply_cp, apply_tp, local, shard_slices
+from parallel.shards import ParamShard
+from parallel.tensor_parallel import RowwiseLinear, apply_cp, apply_tp
+from parallel.zero import Zero
 
 
 def recomputed_blocks(n_blocks: int, config: ParallelConfig) -> int:
     """Return how many blocks, from the first, recompute their activations in the backward pass."""
     fraction = {"none": 0.0, "full": 1.0, "fraction": config.activation_checkpointing_fraction}
     return round(n_blocks * fraction[config.activation_checkpointing.value])
+
+
+@dataclass(slots=True)
+class ParallelModel:
+    """A model laid out over a mesh: this rank's layers, the pipeline stages that run them, and what is trained."""
+
+    module: Transformer
+    stages: list[Transformer]
+    params: dict[str, ParamShard]
+    partial_grads: set[str]  # parameters whose gradients tensor-parallel ranks compute in part
+    zero: Zero | None
+
+    def init_weights(self, seed: int) -> None:
+        self.module.init_weights(seed, self.params, ParamShard.write)
 
 
 def parallelize(
@@ -36,19 +51,18 @@ def parallelize(
     *,
     fp8: str = "none",
     grad_dtype: torch.dtype | None = None,
-) -> list[Transformer]:
-    """Lay out a model that was built on the meta device, and allocate it; returns its stages, which run it.
+) -> ParallelModel:
+    """Lay out a model that was built on the meta device, and allocate it, not initialised.
 
-    The model keeps this rank's parameters, not initialised. `fp8` is `none` or the name of a scaling; `grad_dtype`
-    accumulates the gradients of micro-batches, if it is not `dtype`.
+    `fp8` is `none` or the name of a scaling; `grad_dtype` accumulates the gradients of micro-batches on one GPU, if it
+    is not `dtype`.
     """
     stages = split_stages(model, mesh, config)
     blocks = list(model.blocks.values())
-    for module in model.modules():  # not model.to(): a dry run's tensors cannot be swapped
-        for name, param in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(param.to(dtype)))
+    shapes = {name: param.shape for name, param in model.named_parameters()}
+    tp_dims, partial_grads = dict[str, int](), set[str]()
     if mesh.param_mesh is not None and mesh.axes.tp > 1:
-        apply_tp(model, mesh.param_mesh["tp"], sequence_parallel=config.sequence_parallel)
+        tp_dims, partial_grads = apply_tp(model, mesh.param_mesh["tp"], sequence_parallel=config.sequence_parallel)
         if config.async_tp:
             overlap_tp(mesh.param_mesh["tp"])
     if fp8 != "none":
@@ -62,16 +76,33 @@ def parallelize(
     if compiles(config, mesh):
         compile_blocks(blocks)
     sharded = mesh.axes.dp * mesh.axes.cp > 1
-    for stage in stages:
-        if sharded:
-            apply_zero(stage, mesh, config)
-        stage.to_empty(device=mesh.device)
-    if sharded:
-        cast_before_gathering(model)
-    elif grad_dtype is not None and grad_dtype != dtype:  # sharded gradients are accumulated in reduce_dtype
+    for module in model.modules():  # sharded parameters are allocated in flat buffers
+        for name, param in module.named_parameters(recurse=False):
+            device = "meta" if sharded else mesh.device
+            setattr(module, name, nn.Parameter(torch.empty(param.shape, dtype=dtype, device=device)))
+    zero = Zero(stages, mesh, config) if sharded else None
+    if zero is None and grad_dtype is not None and grad_dtype != dtype:
         for param in model.parameters():
             param.grad_dtype = grad_dtype  # type: ignore[attr-defined]
-    return stages
+    shards = dict(model.named_parameters()) if zero is None else zero.shards
+    axes = [*(["dp_replicate", "dp_shard"] if sharded else []), *(["tp"] if mesh.axes.tp > 1 else [])]
+    its_mesh = mesh.param_mesh[tuple(axes)] if mesh.param_mesh is not None and axes else None
+    params = {
+        name: ParamShard(shards[name], shape, its_mesh, placements(axes, tp_dims.get(name), mesh.axes.tp))
+        for name, shape in shapes.items()
+    }
+    return ParallelModel(model, stages, params, partial_grads, zero)
+
+
+def placements(axes: list[str], tp_dim: int | None, tp: int) -> tuple[Placement, ...]:
+    """Return how a parameter lies on a mesh of these axes: its rows are split over dp_shard after a split by tp."""
+    rows = _StridedShard(0, split_factor=tp) if tp_dim == 0 else Shard(0)
+    place = {
+        "dp_replicate": Replicate(),
+        "dp_shard": rows,
+        "tp": Replicate() if tp_dim is None else Shard(tp_dim),
+    }
+    return tuple(place[axis] for axis in axes)
 
 
 def compiles(config: ParallelConfig, mesh: Mesh) -> bool:
@@ -102,11 +133,11 @@ def apply_fp8(blocks: list[nn.Module], scaling: str) -> None:
             convert_to_float8_training(block, config=Float8LinearConfig.from_recipe_name(scaling))
         return
     for module in (module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)):
-        rows, columns = local(module.weight).shape
+        rows, columns = module.weight.shape
         if rows % MULTIPLE or columns % MULTIPLE:
             shape = f"{rows} x {columns}, this rank's part of a matrix"
             raise ParallelError(f"precision.fp8 ({scaling}) needs sizes in multiples of {MULTIPLE}, not {shape}")
-        module.__class__ = Fp8Linear
+        module.__class__ = Fp8RowwiseLinear if isinstance(module, RowwiseLinear) else Fp8Linear
 
 
 def check_fp8_device(scaling: str, device: torch.device) -> None:
@@ -134,49 +165,3 @@ def compile_blocks(blocks: list[nn.Module], backend: str = "inductor") -> None:
     for block in blocks:
         for part in ("project", "finish"):
             setattr(block, part, torch.compile(getattr(block, part), fullgraph=True, dynamic=False, backend=backend))
-
-
-def apply_zero(model: Transformer, mesh: Mesh, config: ParallelConfig) -> None:
-    """Shard parameters over dp_shard, and sum gradients over it and dp_replicate; each block is gathered by itself.
-
-    Both axes are used at any size, so that gradients are accumulated in `reduce_dtype`.
-    """
-    assert mesh.param_mesh is not None
-    # A sharded embedding returns a view; nothing changes it in place.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    reduce_dtype = torch.float32 if config.reduce_dtype is ReduceDtype.fp32 else torch.bfloat16
-    policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    wrap = partial(fully_shard, mesh=mesh.param_mesh["dp_replicate", "dp_shard"], mp_policy=policy)
-    tied = model.norm is not None and model.head is None  # the embedding is gathered with the root, for the head
-    parts = [*([] if model.embed is None or tied else [model.embed]), *model.blocks.values()]
-    for module in parts:
-        wrap(module, reshard_after_forward=config.zero_stage == 3)
-    wrap(model, reshard_after_forward=False)  # the head, which the backward pass needs at once
-    if mesh.axes.pp > 1 and config.zero_stage == 3:
-        # FSDP forgets the order of modules after each backward pass, though other micro-batches are under way.
-        for module, following in pairwise([model, *reversed(parts), parts[0]]):
-            module.set_modules_to_backward_prefetch([following])  # type: ignore[operator]
-    for module in sharded_modules(model):
-        # Losses are weighted by 1 / the step's targets, so gradients are summed and not averaged.
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-
-
-def set_gradient_sync(model: nn.Module, zero_stage: int, *, last: bool) -> None:
-    """Set what the backward pass of a micro-batch does with gradients and parameters under a ZeRO stage."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last or zero_stage >= 2)
-        model.set_requires_all_reduce(last)
-        model.set_reshard_after_backward(last or zero_stage == 3)
-
-
-def sharded_modules(model: nn.Module) -> list[FSDPModule]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
-@torch.no_grad()
-def write_shard(param: Tensor, whole: Tensor) -> None:
-    """Set this rank's shard of a parameter from the whole tensor, without communication."""
-    if isinstance(param, DTensor):
-        whole = whole[shard_slices(param, param.device_mesh.get_coordinate())]
-    local(param).copy_(whole)

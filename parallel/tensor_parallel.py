@@ -1,74 +1,143 @@
-"""Tensor parallelism by the model's own plan, and context parallelism, which splits the tokens of a sequence."""
+"""Tensor parallelism by the model's own plan, and context parallelism, which splits the tokens of a sequence.
 
-from collections.abc import Callable, Sequence
-from functools import partial
+Weights are plain tensors that hold this rank's part, and collectives are operations between them, so that a compiler
+sees both. Between layers each rank has its share of the tokens (Korthikanti et al. 2022, arXiv:2205.05198), or all of
+them without sequence parallelism.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
 from math import lcm
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from model.transformer import Transformer
 
+collectives: Any = torch.ops._c10d_functional
 
-def apply_tp(model: Transformer, mesh: DeviceMesh, *, sequence_parallel: bool) -> None:
-    """Split a model over tp as its `tp_plan` says.
 
-    colwise: outputs are split; rowwise: inputs are split, so that outputs are sums over tp (a bias is added once);
-    norm: the weight is replicated and the output gathered. Between them stand plain tensors: all tokens, or this rank's
-    under sequence parallelism.
+@dataclass(frozen=True, slots=True)
+class TensorParallel:
+    """The ranks that split each matrix, as the layers need them."""
+
+    group_name: str
+    size: int
+    rank: int
+    sequence_parallel: bool
+
+
+def _all_gather(x_BtD: Tensor, tp: TensorParallel) -> Tensor:
+    """Return all ranks' tokens, which are slices of the flattened batch."""
+    rows, length = x_BtD.shape[:2]
+    flat = x_BtD.flatten(0, 1).contiguous()
+    whole = collectives.wait_tensor(collectives.all_gather_into_tensor(flat, tp.size, tp.group_name))
+    return whole.view(rows, length * tp.size, -1)
+
+
+def _reduce_scatter(x_BTD: Tensor, tp: TensorParallel) -> Tensor:
+    rows, length = x_BTD.shape[:2]
+    flat = x_BTD.flatten(0, 1).contiguous()
+    part = collectives.wait_tensor(collectives.reduce_scatter_tensor(flat, "sum", tp.size, tp.group_name))
+    return part.view(rows, length // tp.size, -1)
+
+
+def _all_reduce(x: Tensor, tp: TensorParallel) -> Tensor:
+    return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", tp.group_name))
+
+
+class _Enter(torch.autograd.Function):
+    """Stands before matrices whose outputs are split: they need all tokens, and each has a part of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
+        return _all_gather(x, tp) if tp.sequence_parallel else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return (_reduce_scatter if ctx.tp.sequence_parallel else _all_reduce)(grad, ctx.tp), None
+
+
+class _Leave(torch.autograd.Function):
+    """Stands after matrices whose inputs are split: their outputs are sums over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
+        return (_reduce_scatter if tp.sequence_parallel else _all_reduce)(x, tp)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _all_gather(grad, ctx.tp) if ctx.tp.sequence_parallel else grad, None
+
+
+class RowwiseLinear(nn.Linear):
+    """A linear layer that has some of the columns of its weight; the bias is added to the sum."""
+
+    tp: TensorParallel
+    product: Callable[[Tensor, Tensor], Tensor] = staticmethod(F.linear)
+
+    def forward(self, input: Tensor) -> Tensor:
+        out: Any = _Leave.apply(self.product(input, self.weight), self.tp)
+        return out if self.bias is None else out + self.bias
+
+
+class SplitEmbedding(nn.Embedding):
+    """An embedding that has some of the rows of its table."""
+
+    tp: TensorParallel
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows_BT = input - self.tp.rank * len(self.weight)
+        inside_BT = (rows_BT >= 0) & (rows_BT < len(self.weight))
+        out_BTD = F.embedding(torch.where(inside_BT, rows_BT, 0), self.weight)
+        out: Any = _Leave.apply(out_BTD * inside_BT[..., None], self.tp)
+        return out
+
+
+@cache
+def _gathering(norm: type[nn.Module]) -> type[nn.Module]:
+    """Return a norm of this rank's tokens that returns all tokens."""
+
+    class Gathering(norm):  # type: ignore[misc, valid-type]
+        def forward(self, x: Tensor) -> Any:
+            return _Enter.apply(super().forward(x), self.tp)
+
+    return Gathering
+
+
+def apply_tp(model: Transformer, mesh: DeviceMesh, *, sequence_parallel: bool) -> tuple[dict[str, int], set[str]]:
+    """Split a model on the meta device over tp as its `tp_plan` says.
+
+    colwise: outputs are split; rowwise: inputs are split, so that outputs are sums over tp; norm: the weight is
+    replicated. Returns the dimension that each split parameter is split in, and the parameters of which each rank
+    computes a part of the gradient, to be summed over tp.
     """
-    between: Placement = Shard(1) if sequence_parallel else Replicate()
-    rowwise = RowwiseParallel(output_layouts=between)
-    styles = {"colwise": ColwiseParallel(), "rowwise": rowwise, "norm": _GatheringNorm(between)}
-    plan: dict[str, ParallelStyle] = {path: styles[style] for path, style in model.tp_plan().items()}
-    if "embed" in plan:  # the vocabulary is the input of a lookup
-        plan["embed"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=between)
-    parallelize_module(model, mesh, plan)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def sharded_dim(placement: Placement) -> int | None:
-    """Return the dimension that a placement shards; FSDP has kinds of `Shard` that are not subclasses of it."""
-    return getattr(placement, "dim", None)
-
-
-def shard_slices(param: DTensor, coordinate: Sequence[int] | None) -> tuple[slice, ...]:
-    """Return where the shard of the rank at a coordinate of the parameter's mesh lies in the whole tensor."""
-    assert coordinate is not None
-    mesh, bounds = param.device_mesh, [(0, size) for size in param.shape]
-    for axis in reversed(range(mesh.ndim)):  # tp was applied first; dp_shard splits what is left
-        dim = sharded_dim(param.placements[axis])
-        if dim is not None:
-            start, stop = bounds[dim]
-            size = -(-(stop - start) // mesh.size(axis))
-            start = min(start + size * coordinate[axis], stop)
-            bounds[dim] = start, min(start + size, stop)
-    return tuple(slice(*bound) for bound in bounds)
-
-
-class _GatheringNorm(ParallelStyle):
-    """Norm this rank's tokens and gather all of them as a DTensor, so that their gradients are summed over tp once."""
-
-    def __init__(self, between: Placement) -> None:
-        self.between = between
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        return distribute_module(module, device_mesh, None, self._enter, self._leave)  # type: ignore[arg-type]
-
-    def _enter(self, _module: nn.Module, inputs: tuple[Tensor], mesh: DeviceMesh) -> tuple[DTensor]:
-        return (DTensor.from_local(inputs[0], mesh, [self.between], run_check=False),)
-
-    def _leave(self, _module: nn.Module, output: DTensor, _mesh: DeviceMesh) -> DTensor:
-        return output.redistribute(placements=[Replicate()])
+    group: Any = mesh.get_group()
+    tp = TensorParallel(group.group_name, mesh.size(), mesh.get_local_rank(), sequence_parallel)
+    split: dict[str, int] = {}
+    partial_grads: set[str] = set()
+    for path, style in model.tp_plan().items():
+        module: Any = model.get_submodule(path)
+        if style == "norm":
+            module.__class__ = _gathering(type(module))
+        elif style == "rowwise":
+            module.__class__ = SplitEmbedding if isinstance(module, nn.Embedding) else RowwiseLinear
+        module.tp = tp
+        for name, param in module.named_parameters(recurse=False):
+            if style == "norm" or (style == "rowwise" and param.ndim == 1):
+                partial_grads |= {f"{path}.{name}"} if sequence_parallel else set()
+                continue
+            dim = 1 if style == "rowwise" and not isinstance(module, nn.Embedding) else 0
+            split[f"{path}.{name}"] = dim
+            setattr(module, name, nn.Parameter(param.chunk(mesh.size(), dim)[0].contiguous()))
+    return split, partial_grads
 
 
 class VocabularyShard:
@@ -85,16 +154,6 @@ class VocabularyShard:
         dist.all_reduce(tensor, group=self.group)
 
 
-def local_head(h_BTD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor, VocabularyShard | None]:
-    """Return the loss's inputs as plain tensors: all tokens, and this rank's rows of the vocabulary."""
-    if not isinstance(weight_VD, DTensor):
-        return h_BTD, weight_VD, None
-    assert isinstance(h_BTD, DTensor)
-    shard = VocabularyShard(weight_VD.device_mesh, weight_VD.shape[0])
-    # The gradient through a rank's own rows is a partial sum.
-    return h_BTD.to_local(grad_placements=[Partial()]), weight_VD.to_local(grad_placements=[Shard(0)]), shard
-
-
 def apply_cp(model: Transformer, mesh: DeviceMesh) -> None:
     """Let each rank attend to whole sequences with a part of the heads (Ulysses, arXiv:2309.14509)."""
     for block in model.blocks.values():
@@ -107,15 +166,55 @@ def _ulysses(
     size, n_kv_heads = group.size(), k.shape[2]
     if n_kv_heads % size:  # each rank needs the key-value heads of its queries
         k, v = (x.repeat_interleave(lcm(n_kv_heads, size) // n_kv_heads, dim=2) for x in (k, v))
-    q, k, v = (_all_to_all(x, group, split_dim=2, cat_dim=1) for x in (q, k, v))
-    return _all_to_all(attend(q, k, v, **kwargs), group, split_dim=1, cat_dim=2)
+    # one message: of each rank's heads, the queries, keys and values
+    parts: Any = _SwapHeadsForTokens.apply(group, q, k, v)
+    out: Any = _SwapTokensForHeads.apply(group, attend(*parts, **kwargs))
+    return out
 
 
-def _all_to_all(x: Tensor, group: dist.ProcessGroup, *, split_dim: int, cat_dim: int) -> Tensor:
-    """Send chunk i of `split_dim` to rank i, and concatenate the chunks received along `cat_dim`."""
-    from torch.distributed._functional_collectives import all_to_all_single_autograd
+def _heads_to_ranks(group: dist.ProcessGroup, *tensors_BthK: Tensor) -> list[Tensor]:
+    """Send rank i the i-th share of each tensor's heads, and return all ranks' tokens of this rank's heads."""
+    size = group.size()
+    chunks = [x.unflatten(2, (size, -1)).movedim(2, 0) for x in tensors_BthK]
+    received = exchange(torch.cat(chunks, dim=3), group)
+    whole = received.transpose(0, 1).flatten(1, 2)  # of one row, a view
+    return list(whole.split([chunk.shape[3] for chunk in chunks], dim=2))
 
-    chunks = torch.stack(x.chunk(group.size(), split_dim))
-    # The public all_to_all_single has no gradient; this one is what DTensor uses.
-    received: Any = all_to_all_single_autograd(chunks.flatten(), None, None, group)
-    return torch.cat(received.view_as(chunks).unbind(), cat_dim)
+
+def _tokens_to_ranks(group: dist.ProcessGroup, *tensors_BThK: Tensor) -> list[Tensor]:
+    """Send rank i the i-th share of the tokens, and return all ranks' heads of this rank's tokens."""
+    size = group.size()
+    received = exchange(torch.cat(tensors_BThK, dim=2).unflatten(1, (size, -1)).transpose(0, 1), group)
+    parts = received.split([x.shape[2] for x in tensors_BThK], dim=3)
+    return [part.movedim(0, 2).flatten(2, 3) for part in parts]
+
+
+def exchange(chunks: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Send chunk i of the first dimension to rank i, and return the chunks received, by rank."""
+    sent = chunks.contiguous()
+    received = torch.empty_like(sent)
+    # as bytes: gloo does not exchange every dtype
+    dist.all_to_all_single(received.view(torch.uint8), sent.view(torch.uint8), group=group)
+    return received
+
+
+class _SwapHeadsForTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(_heads_to_ranks(group, *tensors))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, *_tokens_to_ranks(ctx.group, *grads)
+
+
+class _SwapTokensForHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, x: Tensor) -> Tensor:
+        ctx.group = group
+        return _tokens_to_ranks(group, x)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        return None, _heads_to_ranks(ctx.group, grad)[0]

@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
-from parallel.tensor_parallel import shard_slices, sharded_dim
+from parallel.shards import ParamShard
 
 
 class Transfer(NamedTuple):
@@ -31,23 +30,22 @@ class WholeMatrices:
     rows are.
     """
 
-    def __init__(self, params: Sequence[nn.Parameter], costs: Sequence[int], group: dist.ProcessGroup | None) -> None:
+    def __init__(self, params: Sequence[ParamShard], costs: Sequence[int], group: dist.ProcessGroup | None) -> None:
         self.group, self.shapes, self.rank, self.n_ranks = group, [tuple(param.shape) for param in params], 0, 1
         self.to_owners: list[Transfer] = []
         self.from_owners: list[Transfer] = []
         coordinates: list[tuple[int, ...]] = []
-        if isinstance(params[0], DTensor):
-            mesh = params[0].device_mesh
+        mesh = params[0].mesh
+        if mesh is not None:
             coordinates = list(product(*map(range, mesh.shape)))
             self.n_ranks, self.rank = len(coordinates), coordinates.index(tuple(mesh.get_coordinate() or ()))
         owners, self.largest_cost = balance(costs, self.n_ranks)
         for number, (param, owner) in enumerate(zip(params, owners, strict=True)):
-            if not isinstance(param, DTensor):
-                continue
-            replicated = [axis for axis, placement in enumerate(param.placements) if sharded_dim(placement) is None]
             for rank, at in enumerate(coordinates):
-                rows, columns = shard_slices(param, at)
-                if all(at[axis] == coordinates[owner][axis] for axis in replicated):  # in the owner's replica
+                rows, columns = param.slices_at(at)
+                if all(
+                    at[axis] == coordinates[owner][axis] for axis in param.replicated_axes
+                ):  # in the owner's replica
                     self.to_owners.append(Transfer(number, rank, owner, rows, columns))
                 self.from_owners.append(Transfer(number, owner, rank, rows, columns))
         self.mine = [number for number, owner in enumerate(owners) if owner == self.rank]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from parallel.tensor_parallel import local, sharded_dim
+from parallel.shards import local, sharded_dim
 from training.config import TrainingError
 from training.ranks import Ranks
 

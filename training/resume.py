@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from conf.schema import TrainConfig, stored, to_plain
 from model.hf.families import pad_vocabulary, read_config, read_weights
 from parallel.loss_scaler import LossScaler
-from parallel.parallelize import write_shard
 from tracking.run_folder import check_changes, check_origin, check_same_model
 from training.agreement import check_tensors
 from training.checkpoint import PER_RANK, Checkpoint, Checkpoints, open_checkpoint
@@ -115,7 +113,7 @@ class RunCheckpoints:
             if content != {"model"}:
                 raise CheckpointError(f"{asked}: the Hugging Face folder {path} holds a model only")
             check_same_model(to_plain(read_config(path)[0]), self.run_config["model"], path)
-            self._write_model(pad_vocabulary(read_weights(path), vocab_size))
+            self.optimizer.load_weights(pad_vocabulary(read_weights(path), vocab_size))
             logger.info("weights from %s", path)
             return
         other = open_checkpoint(path, self.checkpoints.ranks)
@@ -125,7 +123,7 @@ class RunCheckpoints:
         grows = other.state["config"]["model"]["vocab_size"] < vocab_size
         for word in ("model", "optimizer"):
             if word == "model" and word in content and grows:
-                self._write_model(pad_vocabulary(other.read("model."), vocab_size))
+                self.optimizer.load_weights(pad_vocabulary(other.read("model."), vocab_size))
             elif word in content:
                 self._load(other, f"{word}.")
         before = other.state["progress"]
@@ -136,13 +134,6 @@ class RunCheckpoints:
         if "sampler" in content:
             self.state.load_state_dict({key: before[key] for key in ("step", "samples", "first_sample", "tokens")})
         logger.info("%s from %s", ", ".join(sorted(content)), other.path)
-
-    def _write_model(self, weights: dict[str, Tensor]) -> None:
-        tensors = self.optimizer.state_tensors()
-        for name in tensors:
-            if name.startswith("model."):
-                write_shard(tensors[name], weights[name.removeprefix("model.")])
-        self.optimizer.load_tensors(tensors)
 
     def _load(self, checkpoint: Checkpoint, prefix: str, *, exact: bool = False) -> None:
         """Load the optimizer's tensors whose names begin with `prefix`; `exact`: the checkpoint holds no others."""

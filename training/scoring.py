@@ -13,7 +13,6 @@ from data.batches import Batch, collate
 from data.packing import Rows
 from data.tokenizer import Tokenizer
 from parallel.engine import Engine
-from parallel.tensor_parallel import local_head
 
 ROW_MULTIPLE = 64  # tokens
 
@@ -170,10 +169,9 @@ def last_logits(engine: Engine, batch: Batch, places: Sequence[tuple[int, int]])
     rows_N, columns_N = torch.tensor(places, device=mesh.device).unbind(1)
 
     def head(h_BTD: Tensor, weight_VD: Tensor) -> Tensor:
-        h_BTD, weight_VD, shard = local_head(h_BTD, weight_VD)
         here_N = columns_N - mesh.coordinate("cp") * h_BTD.shape[1]  # in this rank's slice of the row
         mine_N = (here_N >= 0) & (here_N < h_BTD.shape[1]) & (mesh.dp_rank == 0)
-        first = 0 if shard is None else shard.first
+        first = 0 if engine.vocabulary is None else engine.vocabulary.first
         part_NV = (h_BTD[rows_N[mine_N], here_N[mine_N]] @ weight_VD.T).float()
         logits_NV[mine_N, first : first + len(weight_VD)] = part_NV
         return part_NV

@@ -4,7 +4,7 @@ from collections.abc import Callable, Generator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -18,7 +18,7 @@ from parallel.config import ParallelConfig
 from parallel.engine import Engine
 from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
-from parallel.parallelize import parallelize, write_shard
+from parallel.parallelize import ParallelModel, parallelize
 from training.config import Dtype, LossConfig, OptimizerConfig, PrecisionConfig, TrainingError
 from training.load import Saved
 from training.optim.optimizer import Optimizer
@@ -46,27 +46,23 @@ def compute_dtype(config: PrecisionConfig, device: torch.device) -> tuple[torch.
 
 
 def build_model(
-    config: TrainConfig, mesh: Mesh, fill: Callable[[Transformer, int], object] | None = None
-) -> tuple[Transformer, list[Transformer]]:
-    """Return this rank's part of the model, laid out and filled with weights, and its pipeline stages.
-
-    `fill(model, seed)` draws the weights in another way than the model does.
-    """
+    config: TrainConfig, mesh: Mesh, fill: Callable[[ParallelModel, int], object] = ParallelModel.init_weights
+) -> ParallelModel:
+    """Return this rank's part of the model, laid out and filled with weights."""
     torch.manual_seed(config.seed)
     model = Transformer.on_meta(config.model)
     precision = config.precision
     dtype, _ = compute_dtype(precision, mesh.device)
     grad_dtype = DTYPES[precision.grad_dtype.value] if precision.grad_dtype else None
-    stages = parallelize(model, mesh, config.parallel, dtype, fp8=precision.fp8.value, grad_dtype=grad_dtype)
-    (fill or partial(Transformer.init_weights, write=write_shard))(model, config.seed)
-    return model, stages
+    laid_out = parallelize(model, mesh, config.parallel, dtype, fp8=precision.fp8.value, grad_dtype=grad_dtype)
+    fill(laid_out, config.seed)
+    return laid_out
 
 
 def build_engine(
     config: TrainConfig,
     mesh: Mesh,
-    model: Transformer,
-    stages: list[Transformer],
+    model: ParallelModel,
     optimizer: Optimizer,
     scaler: LossScaler,
     state: TrainState,
@@ -83,7 +79,6 @@ def build_engine(
         parallel=config.parallel,
         loss=config.loss,
         max_grad_norm=config.optimizer.max_grad_norm,
-        stages=stages,
         scaler=scaler,
         counters=state.counters,
         n_sources=1 if corpus is None else len(corpus.sources),
@@ -104,18 +99,16 @@ def build_evaluator(
     precision, loss, parallel = PrecisionConfig(compute=dtype), LossConfig(), replace(parallel, cuda_graphs=False)
     run = TrainConfig(model=config, parallel=parallel, precision=precision, loss=loss, optimizer=OptimizerConfig())
 
-    def fill(model: Transformer, _seed: int) -> None:
+    def fill(model: ParallelModel, _seed: int) -> None:
         weights = saved.read() if checkpoint is None else {}
-        for name, param in model.named_parameters():
-            name = model.tied_params.get(name, name)
+        for name, param in model.params.items():
+            name = model.module.tied_params.get(name, name)
             # One weight at a time is in memory, on every rank.
             whole = weights[name] if checkpoint is None else checkpoint.read(f"model.{name}")[""]
-            write_shard(param, whole[: param.shape[0]])
+            param.write(whole[: param.shape[0]])
 
-    model, stages = build_model(run, mesh, fill)
-    no_optimizer: Any = None
-    state = TrainState(device=mesh.device)
-    return build_engine(run, mesh, model, stages, no_optimizer, LossScaler(precision), state, corpus)
+    model, no_optimizer, state = build_model(run, mesh, fill), cast(Any, None), TrainState(device=mesh.device)
+    return build_engine(run, mesh, model, no_optimizer, LossScaler(precision), state, corpus)
 
 
 def build_train_batches(

@@ -23,7 +23,7 @@ from parallel.counters import StepCounters
 from parallel.engine import Engine
 from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh, leave, open_mesh
-from parallel.parallelize import parallelize, write_shard
+from parallel.parallelize import parallelize
 from tests.parallel.packed import micro_batch
 from training.config import LossConfig, OptimizerConfig, PrecisionConfig, Reduction
 from training.optim.optimizer import build_optimizer
@@ -111,12 +111,12 @@ def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
         if case.regularized and number % 2:
             assert isinstance(block, Block)
             block.mlp.__class__ = RegularizedMLP
-    stages = parallelize(model, mesh, config, case.dtype, fp8=case.fp8)
-    model.init_weights(3, write_shard)
-    built = build_optimizer(model, optimizer, tied_params=model.tied_params)
+    laid_out = parallelize(model, mesh, config, case.dtype, fp8=case.fp8)
+    laid_out.init_weights(3)
+    built = build_optimizer(model, optimizer, params=laid_out.params, tied_params=model.tied_params)
     built.set_schedule([(3e-3, 0.95)] * (N_STEPS + 1))
     return Engine(
-        model,
+        laid_out,
         built,
         mesh,
         parallel=config,
@@ -125,7 +125,6 @@ def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
         counters=StepCounters(mesh.device),
         max_grad_norm=optimizer.max_grad_norm,
         n_sources=2,
-        stages=stages,
         bytes_per_token=torch.arange(64),
     )
 
@@ -145,7 +144,7 @@ def outcome(case: Case, mesh: Mesh, config: ParallelConfig) -> Outcome:
         for handle in handles:
             handle.remove()
     valid = engine.evaluate(mine[-1])
-    weights = {name: whole(param.detach()) for name, param in engine.params.items()}
+    weights = {name: whole(param.laid_out(param.shard.detach())) for name, param in engine.params.items()}
     weights = {name: weight for part in mesh.gather(weights) for name, weight in part.items()}
     if MODELS[case.model].tie_embeddings and "head.weight" in weights:
         assert torch.equal(weights.pop("head.weight"), weights["embed.weight"]), "the tied copies differ"

@@ -46,12 +46,12 @@ def build(
     with torch.device("meta"):
         model = Transformer(CONFIG)
     dtype = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}[compute]
-    parallelize(model, mesh, parallel or ParallelConfig(), dtype, fp8=fp8, grad_dtype=grad_dtype)
-    model.init_weights(seed=3)
+    laid_out = parallelize(model, mesh, parallel or ParallelConfig(), dtype, fp8=fp8, grad_dtype=grad_dtype)
+    laid_out.init_weights(seed=3)
     adamw = build_optimizer(model, optimizer)
     adamw.set_schedule([(optimizer.lr, 0.95)] * 100)
     return Engine(
-        model,
+        laid_out,
         adamw,
         mesh,
         parallel=parallel or ParallelConfig(),

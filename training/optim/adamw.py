@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adamw import adamw
 
+from parallel.shards import ParamShard
 from training.config import OptimizerConfig, OptimizerImpl, TrainingError
 from training.optim.master_weights import MasterWeights
 from training.optim.optimizer import Chunk, Group, State, UpdateRule, gradient
@@ -19,9 +20,9 @@ class AdamW(UpdateRule):
 
     state_names = ("exp_avg", "exp_avg_sq")
 
-    def __init__(self, config: OptimizerConfig, params: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, config: OptimizerConfig, params: Mapping[str, ParamShard]) -> None:
         super().__init__(config, params)
-        self.impl = resolve_impl(config.impl, next(iter(params.values())).device)
+        self.impl = resolve_impl(config.impl, next(iter(params.values())).shard.device)
         self.on_device = self.impl is OptimizerImpl.triton
 
     def rates(self, lr: float, beta2: float, update: int) -> tuple[float, ...]:

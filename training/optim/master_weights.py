@@ -1,14 +1,11 @@
 """Exact fp32 master weights beside parameters of any dtype, for this process's shard of each."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch import Tensor
 
-from parallel.tensor_parallel import local, sharded_dim
+from parallel.shards import ParamShard
 
 
 class MasterWeights:
@@ -18,9 +15,9 @@ class MasterWeights:
     it, so that an exact master costs four bytes with the parameter. One in fp16 has a master of its own.
     """
 
-    def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, params: Mapping[str, ParamShard]) -> None:
         self.params = params
-        self.shards = {name: local(param.detach()) for name, param in params.items()}
+        self.shards = {name: param.shard.detach() for name, param in params.items()}
         # int16: the lower half of a bf16 parameter's master; fp32: an fp16 parameter's master
         self.remainder: dict[str, Tensor] = {}
         for name, param in self.shards.items():
@@ -50,8 +47,8 @@ class MasterWeights:
         """Return a master laid out as its parameter is; of a bf16 parameter it is on the CPU."""
         param, remainder = self.shards[name], self.remainder.get(name)
         if remainder is not None and remainder.dtype == torch.int16:
-            return like(self.params[name], join(param.cpu(), remainder.cpu()))
-        return like(self.params[name], self.read(name))
+            return self.params[name].laid_out(join(param.cpu(), remainder.cpu()))
+        return self.params[name].laid_out(self.read(name))
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,19 +62,3 @@ def split(master: Tensor) -> tuple[Tensor, Tensor]:
 def join(upper: Tensor, lower: Tensor) -> Tensor:
     """Return the fp32 numbers that `split` divided."""
     return ((upper.view(torch.int16).int() << 16) + lower).view(torch.float32)
-
-
-def like(param: Tensor, shard: Tensor) -> Tensor:
-    """Return `shard` with the layout of a parameter that is distributed; it may be on another device.
-
-    One column with as many rows as the parameter's shard is sharded as those rows are.
-    """
-    if not isinstance(param, DTensor):
-        return shard
-    spec: Any = param._spec
-    shape, stride, placements = spec.tensor_meta.shape, spec.tensor_meta.stride, spec.placements
-    if shard.shape != local(param).shape:
-        shape, stride = torch.Size((shape[0], 1)), (1, 1)
-        placements = tuple(Replicate() if sharded_dim(place) == 1 else place for place in placements)
-    meta = TensorMeta(shape, stride, shard.dtype)
-    return DTensor(shard, DTensorSpec(spec.mesh, placements, tensor_meta=meta), requires_grad=False)

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
+from parallel.shards import ParamShard
 from parallel.whole_matrices import WholeMatrices, group_of
 from training.config import MuonScale, OptimizerConfig
 from training.optim.master_weights import MasterWeights
@@ -36,17 +36,17 @@ class Muon(UpdateRule):
     on_device = True
     size_free = True
 
-    def __init__(self, config: OptimizerConfig, params: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, config: OptimizerConfig, params: Mapping[str, ParamShard]) -> None:
         super().__init__(config, params)
-        device = next(iter(params.values())).device
+        device = next(iter(params.values())).shard.device
         # of the iteration and of what ranks exchange; few CPUs are fast in bf16
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.batches: dict[tuple[str, ...], list[tuple[list[str], WholeMatrices]]] = {}  # by the names of a group
-        meshes = dict.fromkeys(param.device_mesh for param in params.values() if isinstance(param, DTensor))
+        meshes = dict.fromkeys(param.mesh for param in params.values() if param.mesh is not None)
         self.groups: dict[object, dist.ProcessGroup | None] = {mesh: group_of(mesh) for mesh in meshes}
 
     @classmethod
-    def takes(cls, name: str, param: nn.Parameter) -> bool:
+    def takes(cls, name: str, param: ParamShard) -> bool:
         return param.ndim == 2 and "blocks." in name
 
     def new_state(self, shard: Tensor) -> dict[str, Tensor]:
@@ -105,9 +105,8 @@ class Muon(UpdateRule):
         total = 0.0
         for name in names:
             param = self.params[name]
-            mesh = param.device_mesh if isinstance(param, DTensor) else None
-            total += param.numel() / (1 if mesh is None else mesh.size())
-            batches.setdefault((int(total // CHUNK_NUMEL), mesh), []).append(name)
+            total += param.numel() / (1 if param.mesh is None else param.mesh.size())
+            batches.setdefault((int(total // CHUNK_NUMEL), param.mesh), []).append(name)
         for (_, mesh), batch in batches.items():
             params = [self.params[name] for name in batch]
             yield batch, WholeMatrices(params, [n_flops(param.shape) for param in params], self.groups.get(mesh))

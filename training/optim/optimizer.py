@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from model.config import ModelConfig
 from model.parametrization import Scales, scales_of
 from model.transformer import Transformer
-from parallel.tensor_parallel import local
+from parallel.shards import ParamShard, local, whole_params
 from training.config import OPTIMIZERS, Decay, Dtype, OptimizerConfig, TrainingError
-from training.optim.master_weights import MasterWeights, like
+from training.optim.master_weights import MasterWeights
 
 # Numbers updated by one call of a rule: enough for a full launch, little enough that their fp32 copies are a small
 # part of memory.
@@ -38,7 +39,7 @@ class Chunk:
     """Parameters that a rule updates together, as this process's shards; the lists are parallel."""
 
     names: list[str]
-    params: list[nn.Parameter]  # as the model has them: their shapes, layouts and raw gradients
+    params: list[ParamShard]  # their whole shapes, layouts and raw gradients
     masters: list[Tensor]  # fp32, to be updated in place
     state: dict[str, list[Tensor]]  # fp32, by the rule's state_names, to be updated in place
     grad_scale: Tensor
@@ -70,11 +71,11 @@ class UpdateRule:
     on_device = False  # True: `update_raw` is called instead of `update`
     size_free = False  # True: its rates need no factor for a model's size, `model.parametrization` or not
 
-    def __init__(self, config: OptimizerConfig, params: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, config: OptimizerConfig, params: Mapping[str, ParamShard]) -> None:
         self.config, self.params = config, params
 
     @classmethod
-    def takes(cls, name: str, param: nn.Parameter) -> bool:
+    def takes(cls, name: str, param: ParamShard) -> bool:
         """Return whether the rule updates a parameter; AdamW updates the others."""
         return True
 
@@ -113,13 +114,13 @@ class Optimizer:
 
     def __init__(
         self,
-        model: nn.Module,
+        params: Mapping[str, ParamShard],
         config: OptimizerConfig,
         rules: Sequence[type[UpdateRule]],
         tied_params: Mapping[str, str],
+        model_config: ModelConfig | None,
     ) -> None:
-        self.config, self.tied_params = config, tied_params
-        self.params = dict(model.named_parameters())
+        self.config, self.tied_params, self.params, self.model_config = config, tied_params, params, model_config
         self.weights = MasterWeights(self.params)
         self.device = next(iter(self.weights.shards.values())).device
         first = {name: next(rule for rule in rules if rule.takes(name, p)) for name, p in self.params.items()}
@@ -128,7 +129,6 @@ class Optimizer:
         dtype = torch.bfloat16 if config.state_dtype is Dtype.bf16 else torch.float32
         self.state: State = {}
         self.groups: dict[Group, list[str]] = {}
-        self.model_config = model.config if isinstance(model, Transformer) else None
         for rule in self.rules:
             for name in rule.params:
                 for key, tensor in rule.new_state(self.weights.shards[name]).items():
@@ -175,7 +175,7 @@ class Optimizer:
                 elif bool(finite):
                     self._update_in_chunks(group, names, its_rates, grad_scale)
         for param in self.params.values():
-            param.grad = None
+            param.shard.grad = None
         unscaled = self.schedule_UR.index_select(0, self.row)[0]
         self.updates += finite
         self.row += finite
@@ -214,7 +214,7 @@ class Optimizer:
             saved[f"model.{saved_as}"] = self.weights.to_save(name)
             for key, tensors in self._state_of(name):
                 tensor = tensors[name] if tensors[name].dtype == torch.float32 else tensors[name].cpu().float()
-                saved[f"optimizer.{saved_as}.{key}"] = like(param, tensor)
+                saved[f"optimizer.{saved_as}.{key}"] = param.laid_out(tensor)
             saved[f"optimizer.{saved_as}.step"] = self.updates
         return saved
 
@@ -227,22 +227,37 @@ class Optimizer:
             for key, state in self._state_of(name):
                 state[name].copy_(local(tensors[f"optimizer.{saved_as}.{key}"]))
 
+    @torch.no_grad()
+    def load_weights(self, wholes: Mapping[str, Tensor]) -> None:
+        """Take over whole weights, by parameter."""
+        for name, param in self.params.items():
+            whole = wholes[self.tied_params.get(name, name)]
+            self.weights.write(name, param.take(whole).to(self.device, torch.float32))
+
     def _state_of(self, name: str) -> list[tuple[str, dict[str, Tensor]]]:
         return [(key, tensors) for key, tensors in self.state.items() if name in tensors]
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimizerConfig, *, tied_params: Mapping[str, str] = MappingProxyType({})
+    model: nn.Module,
+    config: OptimizerConfig,
+    *,
+    params: Mapping[str, ParamShard] | None = None,
+    tied_params: Mapping[str, str] = MappingProxyType({}),
 ) -> Optimizer:
-    """Return the optimizer that `config.name` asks for: one of `OPTIMIZERS`, or `module:Class`."""
+    """Return the optimizer that `config.name` asks for: one of `OPTIMIZERS`, or `module:Class`.
+
+    `params` are the model's, if it is distributed.
+    """
     try:
         rules = dict.fromkeys(pkgutil.resolve_name(OPTIMIZERS.get(name, name)) for name in (config.name, "adamw"))
     except (ImportError, AttributeError) as error:
         raise TrainingError(f"optimizer.name ({config.name}) cannot be imported: {error}") from error
-    return Optimizer(model, config, list(rules), tied_params)
+    model_config = model.config if isinstance(model, Transformer) else None
+    return Optimizer(params or whole_params(model), config, list(rules), tied_params, model_config)
 
 
-def gradient(param: nn.Parameter) -> Tensor:
+def gradient(param: ParamShard) -> Tensor:
     """Return the gradient of this process's shard of a parameter."""
     assert param.grad is not None, "an update needs every gradient"
-    return local(param.grad)
+    return param.grad

@@ -1,0 +1,85 @@
+"""torchtitan's Llama on several GPUs with its own `parallelize_llama`, for benchmarks.multi_gpu."""
+
+import importlib.machinery
+import sys
+from typing import Any
+from unittest.mock import MagicMock
+
+import torch
+import torch.nn.functional as F
+
+SHAPES = {
+    "1b": {"dim": 2048, "n_layers": 24, "n_heads": 16, "n_kv_heads": 16, "vocab_size": 32768, "multiple_of": 256},
+    "7b": {"dim": 4096, "n_layers": 12, "n_heads": 32, "n_kv_heads": 32, "vocab_size": 103168, "multiple_of": 256},
+}
+
+
+def _fake_missing(*names: str) -> None:
+    """Let torchtitan import packages of its data loader that are not installed and not used here."""
+    for name in names:
+        try:
+            __import__(name)
+        except ImportError:
+            module: Any = MagicMock()
+            module.__path__, module.__spec__ = [], importlib.machinery.ModuleSpec(name, None)
+            sys.modules[name] = module
+
+
+def measure(
+    model: tuple[str, ...], seq_len: int, rows: int, micro_batches: int, reshard: str, tp: str, seconds: float
+) -> dict[str, float]:
+    """Return tokens/s per GPU, milliseconds and GiB of a step."""
+    import torch.distributed as dist
+
+    from benchmarks.multi_gpu import timed
+    from parallel.config import ParallelConfig
+    from parallel.mesh import distributed
+
+    _fake_missing("datasets", "datasets.distributed", "tyro", "tomli")
+    from torchtitan.config import JobConfig  # type: ignore[import-not-found]
+    from torchtitan.distributed import ParallelDims  # type: ignore[import-not-found]
+    from torchtitan.distributed.utils import clip_grad_norm_  # type: ignore[import-not-found]
+    from torchtitan.models.llama3 import Transformer, TransformerModelArgs  # type: ignore[import-not-found]
+    from torchtitan.models.llama3.infra.parallelize import parallelize_llama  # type: ignore[import-not-found]
+
+    with distributed(ParallelConfig(dp_replicate=-1)) as mesh:
+        n_gpus, device = mesh.world_size, mesh.device
+        dp = n_gpus // int(tp)
+        job = JobConfig()
+        job.training.seq_len, job.compile.enable, job.activation_checkpoint.mode = seq_len, True, "none"
+        job.parallelism.fsdp_reshard_after_forward = reshard
+        dims = ParallelDims(dp_replicate=1, dp_shard=dp, cp=1, tp=int(tp), pp=1, ep=1, etp=1, world_size=n_gpus)
+        if hasattr(dims, "build_mesh"):
+            dims.build_mesh()
+        shape = SHAPES[model[0].removeprefix("model=")]
+        arguments = TransformerModelArgs(**shape, ffn_dim_multiplier=None, rope_theta=10000, max_seq_len=seq_len)
+        with torch.device("meta"):
+            module = Transformer(arguments)
+        module = parallelize_llama(module, dims, job)
+        module.to_empty(device=device)
+        with torch.no_grad():
+            module.init_weights(buffer_device=device)
+        params = list(module.parameters())
+        optimizer = torch.optim.AdamW(params, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        loss_of: Any = torch.compile(
+            lambda logits, labels: F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        )
+        random = torch.Generator().manual_seed(dist.get_rank() if dp > 1 else 0)
+
+        def step() -> None:
+            for _ in range(micro_batches):
+                x = torch.randint(0, arguments.vocab_size, (rows, seq_len + 1), generator=random)
+                x = x.to(device, non_blocking=True)
+                if int(tp) > 1:
+                    from torch.distributed.tensor.parallel import loss_parallel
+
+                    with loss_parallel():
+                        (loss_of(module(x[:, :-1]), x[:, 1:]) / micro_batches).backward()
+                else:
+                    (loss_of(module(x[:, :-1]), x[:, 1:]) / micro_batches).backward()
+            clip_grad_norm_(params, 1.0, foreach=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        tokens = rows * seq_len * micro_batches * dp / n_gpus
+        return timed(step, device, tokens, seconds, mesh.all_reduce_max)

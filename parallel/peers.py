@@ -1,0 +1,42 @@
+"""Memory that the ranks of a node read from each other by copy engines: messages that take no multiprocessor."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class SharedBuffer:
+    """A flat buffer of every rank of a group, each of which the others can read."""
+
+    def __init__(self, n: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup) -> None:
+        from torch.distributed import _symmetric_memory as symmetric
+
+        self.rank, self.size = group.rank(), group.size()
+        self.mine: Tensor = symmetric.empty(n, dtype=dtype, device=device)
+        self.handle: Any = symmetric.rendezvous(self.mine, group.group_name)
+
+    def of(self, rank: int, start: int, n: int) -> Tensor:
+        """Return `n` numbers of a rank's buffer."""
+        return self.handle.get_buffer(rank, (n,), self.mine.dtype, start)
+
+    def others(self) -> list[int]:
+        """Return the other ranks, beginning with the next one, so that no rank is read by all at once."""
+        return [(self.rank + step) % self.size for step in range(1, self.size)]
+
+    def barrier(self) -> None:
+        """Let the current stream wait until every rank's stream is here."""
+        self.handle.barrier(channel=0)
+
+
+def can_share(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Return whether all ranks of a group are GPUs of one node that can read each other's memory."""
+    if device.type != "cuda" or not torch.cuda.is_available() or group.size() == 1:
+        return False
+    n_here = torch.cuda.device_count()
+    ranks = dist.get_process_group_ranks(group)
+    if len({rank // n_here for rank in ranks}) > 1:
+        return False
+    here = torch.cuda.current_device()
+    return all(torch.cuda.can_device_access_peer(here, rank % n_here) for rank in ranks if rank % n_here != here)

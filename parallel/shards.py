@@ -1,0 +1,100 @@
+"""A parameter as one rank trains it: its shard, and where that lies in the whole."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+
+@dataclass(eq=False, slots=True)
+class ParamShard:
+    """This rank's shard of a parameter, a plain tensor; its `.grad` is the shard's, once gradients are reduced.
+
+    `shape` is the whole parameter's. Without a mesh the shard is the whole.
+    """
+
+    shard: Tensor
+    shape: torch.Size
+    mesh: DeviceMesh | None = None
+    placements: tuple[Placement, ...] = ()
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def grad(self) -> Tensor | None:
+        return self.shard.grad
+
+    def numel(self) -> int:
+        """Return how many numbers the whole parameter has."""
+        return prod(self.shape)
+
+    @property
+    def replicated_axes(self) -> list[int]:
+        """The axes of the mesh whose ranks hold the same shard."""
+        return [axis for axis, placement in enumerate(self.placements) if sharded_dim(placement) is None]
+
+    @property
+    def is_first_copy(self) -> bool:
+        """Whether, of all ranks that hold the same shard, this is the first."""
+        return self.mesh is None or all(self.mesh.get_local_rank(axis) == 0 for axis in self.replicated_axes)
+
+    def slices_at(self, coordinate: Sequence[int] | None) -> tuple[slice, ...]:
+        """Return where the shard of the rank at a coordinate of the mesh lies in the whole."""
+        bounds = [(0, size) for size in self.shape]
+        if self.mesh is not None:
+            assert coordinate is not None
+            for axis in reversed(range(self.mesh.ndim)):  # tp splits first; dp_shard splits what is left
+                dim = sharded_dim(self.placements[axis])
+                if dim is not None:
+                    start, stop = bounds[dim]
+                    size = -(-(stop - start) // self.mesh.size(axis))
+                    start = min(start + size * coordinate[axis], stop)
+                    bounds[dim] = start, min(start + size, stop)
+        return tuple(slice(*bound) for bound in bounds)
+
+    def take(self, whole: Tensor) -> Tensor:
+        """Return this rank's part of the whole tensor, a view."""
+        return whole[self.slices_at(None if self.mesh is None else self.mesh.get_coordinate())]
+
+    @torch.no_grad()
+    def write(self, whole: Tensor) -> None:
+        """Set this rank's shard from the whole tensor, without communication."""
+        self.shard.copy_(self.take(whole))
+
+    def laid_out(self, shard: Tensor) -> Tensor:
+        """Return a tensor shaped as the shard, on any device, as a DTensor with the parameter's layout.
+
+        One column with as many rows as the shard is sharded as those rows are.
+        """
+        if self.mesh is None:
+            return shard
+        shape, placements = self.shape, self.placements
+        if shard.shape != self.shard.shape:
+            shape = torch.Size((shape[0], 1))
+            placements = tuple(Replicate() if sharded_dim(place) == 1 else place for place in placements)
+        stride = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
+        spec: Any = DTensorSpec(self.mesh, placements, tensor_meta=TensorMeta(shape, stride, shard.dtype))
+        return DTensor(shard, spec, requires_grad=False)
+
+
+def whole_params(module: nn.Module) -> dict[str, ParamShard]:
+    """Return the parameters of a module that is not distributed."""
+    return {name: ParamShard(param, param.shape) for name, param in module.named_parameters()}
+
+
+def sharded_dim(placement: Placement) -> int | None:
+    """Return the dimension that a placement shards; not every kind of `Shard` is a subclass of it."""
+    return getattr(placement, "dim", None)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

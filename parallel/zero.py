@@ -1,0 +1,344 @@
+"""ZeRO: parameters, gradients and optimizer state sharded over data-parallel ranks, by explicit collectives.
+
+A unit is a block, the embedding, or norm and head. Its parameters are views of one flat buffer that holds, parameter by
+parameter, the ranks' equal shares of rows, so that a gather writes every parameter where it is read. Gradients are
+packed rank by rank and sent to the rank that owns each share. Collectives run on a stream of their own:
+
+    stage 0     gradients are summed over all ranks
+    stage 1     gradients are accumulated whole and sent once per step; weights are gathered once, as the forward pass
+                of the next step comes to them
+    stage 2     gradients are sent after each micro-batch, while the backward pass goes on
+    stage 3     weights too are gathered as the passes come to them, and freed after
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.transformer import Transformer
+from parallel.config import ParallelConfig, ReduceDtype
+from parallel.mesh import Mesh
+from parallel.peers import SharedBuffer, can_share
+from parallel.tensor_parallel import exchange
+
+ALIGNMENT = 8  # numbers; kernels read matrices from addresses in multiples of 16 bytes
+# Above it a message to each rank would be short, and ranks are on several nodes: their sums travel as they are made.
+MAX_EXCHANGE = 8  # ranks
+
+
+class Unit:
+    """Parameters that are gathered and reduced together: those of some modules, as views of one flat buffer."""
+
+    def __init__(
+        self,
+        modules: dict[str, nn.Module],
+        group: dist.ProcessGroup,
+        device: torch.device,
+        *,
+        frees: bool,
+        copies: bool,
+    ) -> None:
+        rank, n_shards = group.rank(), group.size()
+        self.modules, self.n_shards = modules, n_shards
+        self.is_block = all(path.startswith("blocks.") for path in modules)
+        owners = {
+            f"{path}.{name}": (module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], param)
+            for path, module in modules.items()
+            for name, param in module.named_parameters()
+        }
+        shapes = [param.shape for *_, param in owners.values()]
+        self.dtype = next(param.dtype for *_, param in owners.values())
+        # of each parameter: numbers per share, padding of the last rows included, and where its shares begin
+        self.sizes = [-(-shape[0] // n_shards) * shape[1:].numel() for shape in shapes]
+        self.starts, self.length = [], 0
+        for size in self.sizes:
+            self.starts.append(self.length)
+            self.length += -(-size // ALIGNMENT) * ALIGNMENT
+        n_kept = self.length if frees else self.length * n_shards  # between steps
+        shared = SharedBuffer(n_kept, self.dtype, device, group) if copies else None
+        kept = torch.empty(n_kept, dtype=self.dtype, device=device) if shared is None else shared.mine
+        self.whole = torch.empty(self.length * n_shards, dtype=self.dtype, device=device) if frees else kept
+        self.n_bytes = self.whole.untyped_storage().nbytes()
+        self.params: list[nn.Parameter] = []  # whole over data-parallel ranks, as the model reads them
+        self.shards: dict[str, Tensor] = {}  # this rank's, as the optimizer updates them
+        # flat, of each parameter: the whole with padding, and this rank's share of it
+        self.wholes: list[Tensor] = []
+        self.mine: list[Tensor] = []
+        self.copies: list[tuple[Tensor, Tensor]] = []  # to, from: what copy engines gather
+        layout = zip(owners.items(), shapes, self.sizes, self.starts, strict=True)
+        for (name, (owner, leaf, _)), shape, size, start in layout:
+            whole = self.whole[start * n_shards :][: size * n_shards]
+            mine = kept[start:][:size] if frees else whole[size * rank :][:size]
+            param = nn.Parameter(whole[: shape.numel()].view(shape))
+            setattr(owner, leaf, param)
+            n_numbers = max(0, min(size, shape.numel() - size * rank))  # without padding
+            self.params.append(param)
+            self.shards[name] = mine[:n_numbers].view(-1, *shape[1:])
+            self.wholes.append(whole)
+            self.mine.append(mine)
+            for peer in shared.others() if shared else ():
+                at = start if frees else start * n_shards + size * peer
+                self.copies.append((whole[size * peer :][:size], shared.of(peer, at, size)))
+            if shared and frees:
+                self.copies.append((whole[size * rank :][:size], mine))
+        self.is_gathered = not frees  # its memory is there, and what fills it is under way
+        self.ready: Any = None  # event after which the parameters may be read
+        self.accumulated: Tensor | None = None  # whole gradients of earlier micro-batches
+        self.grads: Tensor | None = None  # of this rank's shares, summed over ranks
+        self.missing = 0  # gradients that the backward pass has yet to compute
+        self.before: Unit | None = None  # whose backward pass comes next
+        self.after: Unit | None = None
+
+    def pack(self, out: Tensor | None = None) -> Tensor:
+        """Return the gradients as (n_shards, length), a row for each rank, and drop them; `out` is flat."""
+        parts = []
+        for param, size in zip(self.params, self.sizes, strict=True):
+            grad = torch.zeros_like(param) if param.grad is None else param.grad
+            flat, param.grad = grad.reshape(-1), None
+            padding = size * self.n_shards - len(flat)
+            parts.append((F.pad(flat, (0, padding)) if padding else flat).view(self.n_shards, size))
+            if gap := -size % ALIGNMENT:
+                parts.append(flat.new_zeros(self.n_shards, gap))
+        return torch.cat(parts, dim=1, out=None if out is None else out.view(self.n_shards, -1))
+
+    def set_shard_grads(self) -> None:
+        assert self.grads is not None
+        for start, shard in zip(self.starts, self.shards.values(), strict=True):
+            shard.grad = self.grads[start:][: shard.numel()].view(shard.shape)
+
+    def resize(self, n_bytes: int) -> None:
+        self.is_gathered = n_bytes > 0
+        self.whole.untyped_storage().resize_(n_bytes)
+
+
+class Zero:
+    """Gathers and frees the parameters of a model's stages, and reduces their gradients."""
+
+    def __init__(self, stages: Sequence[Transformer], mesh: Mesh, config: ParallelConfig) -> None:
+        assert mesh.param_mesh is not None
+        self.stage, self.device = config.zero_stage, mesh.device
+        self.shard_group, self.copy_group = (mesh.param_mesh.get_group(axis) for axis in ("dp_shard", "dp_replicate"))
+        self.n_shards = self.shard_group.size()
+        self.frees = self.stage == 3 and self.n_shards > 1
+        self.reduce_dtype = torch.float32 if config.reduce_dtype is ReduceDtype.fp32 else torch.bfloat16
+        # Within a node weights and gradients are read by copy engines, which leave all multiprocessors to products.
+        self.copies = can_share(self.shard_group, mesh.device)
+        self.stream: Any = torch.cuda.Stream(mesh.device, priority=-1) if _has_streams(mesh.device) else None
+        self.units: list[list[Unit]] = []  # of each stage, in the order of the forward pass
+        for stage in stages:
+            its = [
+                Unit(modules, self.shard_group, self.device, frees=self.frees, copies=self.copies)
+                for modules in units_of(stage)
+            ]
+            self.units.append(its)
+            for unit in its:
+                self._hook(unit)
+            for one, other in pairwise(its):
+                one.after, other.before = other, one
+        self.pending: list[Unit] = []  # of a backward pass, whose gradients are still to come; the next one is last
+        self.accumulates = self.last = False
+        self.fixed = False  # gradients stay in the same memory, for graphs, which zero them
+        self.in_flight: deque[tuple[Any, Tensor]] = deque()  # messages that the stream may still read
+        # Gradients that other ranks read: three, so that one is written while others are under way or being read.
+        self.outboxes: list[SharedBuffer] = []
+        blocks = [unit for unit in chain.from_iterable(self.units) if unit.is_block]
+        if self.copies and blocks:
+            n = max(unit.length for unit in blocks) * self.n_shards
+            self.outboxes = [SharedBuffer(n, blocks[0].dtype, self.device, self.shard_group) for _ in range(3)]
+
+    @property
+    def shards(self) -> dict[str, Tensor]:
+        """This rank's shards of the stages' parameters, by name."""
+        return {name: shard for units in self.units for unit in units for name, shard in unit.shards.items()}
+
+    def _hook(self, unit: Unit) -> None:
+        for shard in unit.shards.values():
+            shard.grad_dtype = self.reduce_dtype  # type: ignore[attr-defined]
+        for param in unit.params:
+            param.register_post_accumulate_grad_hook(lambda _: self._count(unit))
+        for module in unit.modules.values():
+            module.register_forward_pre_hook(lambda *_: self._need(unit, unit.after))
+        if not self.frees:
+            return
+        unit.resize(0)
+        if "norm" not in unit.modules:  # which the head needs, and at once the backward pass
+            (module,) = unit.modules.values()
+            module.register_forward_hook(lambda _module, _inputs, output: self._leave(unit, output))
+
+    # --- gathering
+
+    def gather(self) -> None:
+        """Start to gather the parameters that are kept whole, in the order in which a forward pass needs them."""
+        if self.copies:
+            with self._on_stream():  # all ranks have updated their shards
+                self.outboxes[0].barrier()
+        if self.n_shards > 1 and not self.frees:
+            for unit in chain.from_iterable(self.units):
+                self._gather(unit)
+
+    def _gather(self, unit: Unit) -> None:
+        if not unit.is_gathered:
+            unit.resize(unit.n_bytes)
+        # What a backward pass reads is what the forward pass read, gathered again.
+        with self._on_stream(), torch.autograd._unsafe_preserve_version_counter(unit.whole):
+            self._all_gather(unit)
+        unit.ready = self._event()
+
+    def _all_gather(self, unit: Unit) -> None:
+        if self.copies:
+            for whole, part in unit.copies:
+                whole.copy_(part)
+            return
+        self.shard_group.allgather_into_tensor_coalesced(unit.wholes, unit.mine).wait()
+
+    def _need(self, unit: Unit, next_: Unit | None) -> None:
+        """Let the device wait until a unit's parameters are there, while those needed next are under way."""
+        if not unit.is_gathered:
+            self._gather(unit)
+        if unit.ready is not None:
+            torch.cuda.current_stream().wait_event(unit.ready)
+            unit.ready = None
+        if next_ is not None and not next_.is_gathered:
+            self._gather(next_)
+
+    def _leave(self, unit: Unit, output: Any) -> None:
+        """Free a unit's parameters after its forward pass, and have them gathered for its backward pass."""
+        x = output[0] if isinstance(output, tuple) else output
+        if unit.is_block and x.requires_grad:
+            before = unit.before if unit.before and unit.before.is_block else None
+            x.register_hook(lambda _: self._need(unit, before))
+            if unit.after and not unit.after.is_block:
+                return  # the backward pass begins with this block
+        unit.resize(0)
+
+    def free(self) -> None:
+        """Free what the passes gathered, as far as the ZeRO stage does."""
+        for unit in chain.from_iterable(self.units) if self.frees else ():
+            unit.resize(0)
+
+    # --- reducing
+
+    def begin_backward(self, stage: int, *, accumulates: bool, last: bool) -> None:
+        """Prepare for a stage's backward pass; `last`: of the step's micro-batches, which `accumulates` several."""
+        self.pending = list(self.units[stage])
+        self.accumulates, self.last = accumulates and self.stage < 2, last
+        for unit in self.pending:
+            unit.missing = len(unit.params)
+
+    def end_backward(self) -> None:
+        """Take the gradients that the pass did not compute, as zeros."""
+        while self.pending:
+            self._take(self.pending.pop())
+        if self.stream is not None and self.fixed:  # a graph ends on one stream
+            with self._on_stream():
+                if self.outboxes:  # the next replay writes into the same ones
+                    self.outboxes[0].barrier()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            self.in_flight.clear()
+
+    def kept_grads(self) -> list[Tensor]:
+        """Return the gradients that stay where they are between steps, if they are `fixed`."""
+        kept = [(unit.grads, unit.accumulated) for unit in chain.from_iterable(self.units)]
+        return [tensor for pair in kept for tensor in pair if tensor is not None]
+
+    def _count(self, unit: Unit) -> None:
+        unit.missing -= 1
+        while self.pending and self.pending[-1].missing == 0:  # in one order on all ranks
+            self._take(self.pending.pop())
+
+    def _take(self, unit: Unit) -> None:
+        while len(self.in_flight) > 1:  # so that its memory can be used again
+            event, _ = self.in_flight.popleft()
+            torch.cuda.current_stream().wait_event(event)
+        outbox = None
+        if self.outboxes and unit.is_block and not self.accumulates:
+            outbox = self.outboxes[0]
+            self.outboxes.append(self.outboxes.pop(0))
+        packed = unit.pack(None if outbox is None else outbox.mine[: unit.length * self.n_shards])
+        if self.frees:
+            unit.resize(0)
+        if self.accumulates:
+            if unit.accumulated is None:
+                unit.accumulated = packed.to(self.reduce_dtype)
+            else:
+                unit.accumulated += packed
+            if not self.last:
+                return
+            packed = unit.accumulated
+            if not self.fixed:
+                unit.accumulated = None
+        with self._on_stream():
+            total = self._sum_over_shards(packed, outbox)
+            unit.grads = total if unit.grads is None else unit.grads.add_(total)
+            if self.last and self.copy_group.size() > 1:
+                dist.all_reduce(unit.grads, group=self.copy_group)
+            if self.stream is not None:
+                self.in_flight.append((self._event(), packed))
+
+    def _sum_over_shards(self, packed: Tensor, outbox: SharedBuffer | None) -> Tensor:
+        """Return this rank's share of a unit's gradients, summed over the ranks that have the others."""
+        if self.n_shards == 1:
+            return packed[0].to(self.reduce_dtype)
+        if outbox is not None:
+            received, n = torch.empty_like(packed), packed.shape[1]
+            outbox.barrier()
+            for rank in (*outbox.others(), outbox.rank):
+                received[rank].copy_(outbox.of(rank, outbox.rank * n, n))
+            return received.sum(0, dtype=self.reduce_dtype)
+        if self.n_shards > MAX_EXCHANGE:
+            total = torch.empty(packed.shape[1], dtype=self.reduce_dtype, device=packed.device)
+            self.shard_group.reduce_scatter_tensor_coalesced([total], [packed.to(self.reduce_dtype).view(-1)]).wait()
+            return total
+        # As many bytes as bf16 sums would take, and none is rounded: what was computed is summed where it is needed.
+        sent = packed if packed.element_size() <= self.reduce_dtype.itemsize else packed.to(self.reduce_dtype)
+        return exchange(sent, self.shard_group).sum(0, dtype=self.reduce_dtype)
+
+    def finish(self) -> None:
+        """Wait, on the device, for the step's gradients, and set them on the shards."""
+        if self.stream is not None and not self.fixed:
+            torch.cuda.current_stream().wait_stream(self.stream)
+            self.in_flight.clear()
+        for unit in chain.from_iterable(self.units):
+            unit.set_shard_grads()
+            if not self.fixed:
+                unit.grads = None
+
+    # --- streams
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        """Issue collectives on their own stream, after what the current one has issued so far."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def _event(self) -> Any:
+        if self.stream is None:
+            return None
+        event = torch.cuda.Event()
+        event.record(self.stream)
+        return event
+
+
+def _has_streams(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_available()  # a dry run's devices have none
+
+
+def units_of(stage: Transformer) -> list[dict[str, nn.Module]]:
+    """Return the modules of each unit by path, in the order of the forward pass; those of one unit stay gathered."""
+    blocks = [{f"blocks.{layer}": block} for layer, block in stage.blocks.items()]
+    ends = {name: getattr(stage, name) for name in ("embed", "norm", "head") if getattr(stage, name) is not None}
+    if stage.norm is not None and stage.head is None:  # the embedding is the head
+        return [ends, *blocks]
+    first, last = ({name: ends[name] for name in names if name in ends} for names in (("embed",), ("norm", "head")))
+    return [modules for modules in (first, *blocks, last) if modules]
