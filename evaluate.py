@@ -50,18 +50,12 @@ def work(config: EvaluateConfig) -> dict[str, float]:
 def evaluate(config: EvaluateConfig, saved: "Saved", mesh: "Mesh") -> dict[str, float]:
     """Score the validation split of a run's data, by source, and the tasks; a collective."""
     from data.loader import valid_batches
-    from parallel.axes import layout_problems
-    from parallel.config import ParallelError
     from training.evaluation import Tasks, task_lines
     from training.report import loss_metrics, valid_lines
     from training.scoring import fitting_shape
     from training.setup import build_evaluator
 
     opened = open_data(config, saved)
-    pack_len = opened[1].pack_tokens if opened else saved.config.max_seq_len
-    wrong = layout_problems(config.parallel, mesh.world_size, model=saved.config, pack_len=pack_len, micro_batches=[])
-    if problems := list(wrong):
-        raise ParallelError("\n".join(problems))
     engine = build_evaluator(saved, mesh, config.parallel, config.dtype, opened and opened[0])
     metrics = dict[str, float]()
     if opened:

@@ -10,6 +10,7 @@ best of several batch sizes. No text: both get the same ids.
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,7 +104,7 @@ def main() -> None:
 
     family = export_family(config)
     about = family.write_config(config, dtype="float32", bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    llama = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in about.items() if k != "architectures"}))
+    llama: Any = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in about.items() if k != "architectures"}))
     llama.load_state_dict({theirs: weights[name] for name, theirs in family.names(config).items()}, strict=False)
     llama = llama.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
     some = texts[:: int(1 / TRIED)]

@@ -71,11 +71,9 @@ def run_points(
         for point in points:
             run_dir, launcher = point.run_dir, point.config.launcher
             if run_dir not in needed:
-                status, objective = read_status(run_dir), getattr(point.config, "objective", "")
-                same = status["config"].get("objective", "valid/loss") == objective
-                value = status["valid_loss"] if same else last_value(run_dir, objective)
-                outcomes[run_dir] = Outcome("finished", _value(run_dir, value))
-                logger.info("%s already: %s", status["state"], run_dir)
+                objective = getattr(point.config, "objective", "")
+                outcomes[run_dir] = Outcome("finished", _value(run_dir, last_value(run_dir, objective)))
+                logger.info("%s already: %s", read_status(run_dir)["state"], run_dir)
                 continue
             one_process = ParallelConfig(device=Device.cpu, nproc_per_node=1)
             parallel = point.config.parallel if isinstance(point.config, TrainConfig) else one_process
@@ -93,7 +91,7 @@ def run_points(
             outcomes[point.run_dir] = outcome
             if outcome.state == "finished":
                 loss = outcome.value = _value(point.run_dir, outcome.value)
-                name = {"valid/loss": "validation loss"}.get(o := point.described.get("objective", ""), o)
+                name = point.described.get("objective", "").replace("valid/loss", "validation loss")
                 shown = f", {name} {loss:.4f}" if isinstance(loss, float) and loss != math.inf else ""
                 logger.info("%s: %s%s", "given up" if loss == math.inf else "finished", point.name, shown)
             else:

@@ -63,9 +63,7 @@ def folder(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_run_and_export_score_alike_in_the_harness_and_by_our_tasks(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
+    lm_eval: Any = pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     config = EvaluateConfig(
         run=str(folder / "run"), harness=[f"{folder}/{name}.yaml" for name in TASKS], valid_tokens=0, dtype=Dtype.fp32,
@@ -73,9 +71,10 @@ def test_run_and_export_score_alike_in_the_harness_and_by_our_tasks(
     )  # fmt: skip
     scores = evaluate.evaluate(config, open_saved(folder / "run"), CPU)
     export_args = {"pretrained": str(folder / "run" / "hf"), "dtype": "float32"}
-    manager = TaskManager(include_path=str(folder))
-    found = simple_evaluate("hf", export_args, list(TASKS), device="cpu", task_manager=manager, bootstrap_iters=0)
-    assert found is not None
+    manager = lm_eval.tasks.TaskManager(include_path=str(folder))
+    found = lm_eval.simple_evaluate(
+        "hf", export_args, list(TASKS), device="cpu", task_manager=manager, bootstrap_iters=0
+    )
     results = found["results"]
     for name, metrics in {
         "choices": ("acc", "acc_norm"),
@@ -91,7 +90,7 @@ def test_run_and_export_score_alike_in_the_harness_and_by_our_tasks(
     saved = open_saved(folder / "run")
     assert saved.tokenizer is not None
     engine = build_evaluator(saved, CPU, ParallelConfig(), Dtype.fp32)
-    model = HarnessModel(engine, saved.tokenizer, add_bos=saved.add_bos, batch_tokens=512)
+    model: Any = HarnessModel(engine, saved.tokenizer, add_bos=saved.add_bos, batch_tokens=512)
     samples = found["samples"]["choices"]
     asked = [SimpleNamespace(args=pair) for sample in samples for pair in sample["arguments"]]
     theirs = [value for sample in samples for response in sample["resps"] for value in response]

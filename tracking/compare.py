@@ -3,16 +3,14 @@
 Writes a table of what differs between the runs and what came out, and two pictures, to <folder>/compare.
 """
 
-import argparse
 import math
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracking.logs import escape_unprintable, quiet_pipe
+from tracking.logs import folder_command
 from tracking.metrics_file import METRICS, Curve, loss_curve, read_records, smoothed
 from tracking.plot import figure
 from tracking.run_folder import changed_keys, is_held
@@ -238,16 +236,5 @@ def _sortable(value: Any) -> tuple[int, float, str]:
     return (0, float(value), "") if isinstance(value, int | float) else (1, 0.0, str(value))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, prog="python -m tracking.compare")
-    parser.add_argument("folder", type=Path, help="a sweep's folder, such as runs/lr_sweep")
-    escape_unprintable()
-    try:
-        with quiet_pipe():
-            compare(parser.parse_args().folder, show=True)
-    except (CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    folder_command(lambda folder: compare(folder, show=True), "tracking.compare", __doc__)

@@ -1,17 +1,14 @@
 """List all runs, the last first, and what they were started with: python -m tracking.list"""
 
-import argparse
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from tracking.compare import Run, aligned, read_runs
-from tracking.logs import escape_unprintable, quiet_pipe
+from tracking.logs import folder_command
 from tracking.metrics_file import METRICS, read_records
 from tracking.status import read_status
-from training.config import CheckpointError
 
 
 def list_runs(folder: Path) -> str:
@@ -31,16 +28,5 @@ def _row(run: Run) -> list[str]:
     return [*cells, typed]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, prog="python -m tracking.list")
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), help="where runs are")
-    escape_unprintable()
-    try:
-        with quiet_pipe():
-            print(list_runs(parser.parse_args().folder))
-    except (CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    folder_command(lambda folder: print(list_runs(folder)), "tracking.list", __doc__, default="runs")

