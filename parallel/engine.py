@@ -191,7 +191,7 @@ class Engine:
         if self.zero is not None:
             if turn.is_first:
                 self.zero.gather()
-            self.zero.begin_backward(0, accumulates=turn.count > 1, last=turn.is_last)
+            self.zero.begin_backward(0, first=turn.is_first, last=turn.is_last)
         tokens_BT, kwargs = self._inputs(batch, weight, sums)
         self.model(tokens_BT, **kwargs).backward()
         if self.zero is not None:

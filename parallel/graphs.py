@@ -83,7 +83,7 @@ class Graphs:
         self.params = list(params) if zero is None else []  # whose gradients stay in place
         self.zero = zero
         if zero is not None:
-            zero.fixed = True
+            zero.joins = True
         # A pool of its own: memory that one graph needs temporarily is free for the next one.
         self.stream, self.pool = stream, None if stream is None else torch.cuda.graph_pool_handle()
         self.run, self.sums = run, sums
@@ -115,8 +115,8 @@ class Graphs:
         self.figures = self.figures or [torch.empty_like(figure) for figure in figures]  # first in an eager run
         for fixed, figure in zip(self.figures, figures, strict=True):
             fixed.copy_(figure)
-        kept = [] if self.zero is None else self.zero.kept_grads()
-        torch._foreach_zero_([*self.grads, *kept])  # type: ignore[attr-defined]
+        if self.grads:
+            torch._foreach_zero_(self.grads)  # type: ignore[attr-defined]
         self.sums.zero_()
 
     def _passes_of(self, batch: Batch, turn: "Turn") -> tuple[Batch, Tensor, Recorded]:

@@ -1,5 +1,6 @@
 """The process group and device mesh of a run, opened before anything else and closed after it."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -147,5 +148,6 @@ def leave() -> None:
     """Close the process group, and clear DTensor's cache, without which a process cannot open a second mesh."""
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache  # late: only several ranks need it
 
+    gc.collect()  # graphs that recorded collectives end before their groups
     dist.destroy_process_group()
     _clear_sharding_prop_cache()

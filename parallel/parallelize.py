@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils.checkpoint import checkpoint
@@ -64,6 +63,8 @@ def parallelize(
     if mesh.param_mesh is not None and mesh.axes.tp > 1:
         tp_dims, partial_grads = apply_tp(model, mesh.param_mesh["tp"], sequence_parallel=config.sequence_parallel)
         if config.async_tp:
+            from parallel.async_tp import overlap_tp  # late: imports the compiler
+
             overlap_tp(mesh.param_mesh["tp"])
     if fp8 != "none":
         check_fp8_device(fp8, mesh.device)
@@ -143,16 +144,6 @@ def apply_fp8(blocks: list[nn.Module], scaling: str) -> None:
 def check_fp8_device(scaling: str, device: torch.device) -> None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         raise no_fp8(scaling, torch.cuda.get_device_name(device) if device.type == "cuda" else str(device))
-
-
-def overlap_tp(mesh: DeviceMesh) -> None:
-    """Let the compiler overlap matrix products with the collectives of tp; torch has only private switches for it."""
-    import torch._inductor.config as inductor_config
-    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
-
-    inductor: Any = inductor_config
-    inductor._micro_pipeline_tp = True
-    enable_symm_mem_for_group(mesh.get_group().group_name)
 
 
 def compile_blocks(blocks: list[nn.Module], backend: str = "inductor") -> None:

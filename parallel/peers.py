@@ -1,5 +1,6 @@
 """Memory that the ranks of a node read from each other by copy engines: messages that take no multiprocessor."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -7,14 +8,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class SharedBuffer:
+@dataclass(slots=True)
+class Buffer:
+    """A flat buffer of this rank."""
+
+    mine: Tensor
+
+
+class SharedBuffer(Buffer):
     """A flat buffer of every rank of a group, each of which the others can read."""
 
     def __init__(self, n: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup) -> None:
         from torch.distributed import _symmetric_memory as symmetric
 
         self.rank, self.size = group.rank(), group.size()
-        self.mine: Tensor = symmetric.empty(n, dtype=dtype, device=device)
+        self.mine = symmetric.empty(n, dtype=dtype, device=device)
         self.handle: Any = symmetric.rendezvous(self.mine, group.group_name)
 
     def of(self, rank: int, start: int, n: int) -> Tensor:

@@ -41,13 +41,14 @@ class Stage(PipelineStage):
 
     def __init__(self, model: Transformer, *args: Any, zero: Zero | None, turn: int, **kwargs: Any) -> None:
         super().__init__(OwnOutput(model), *args, **kwargs)
-        self.zero, self.turn = zero, turn
+        self.zero, self.turn, self.begun = zero, turn, False
 
     def backward_maybe_with_nosync(self, backward_type: Any, bwd_kwargs: dict, last_backward: bool = False) -> Any:
         # Gradients of weights may be computed later than those of inputs.
         computes = self.zero is not None and backward_type != "input"
         if computes:
-            self.zero.begin_backward(self.turn, accumulates=True, last=last_backward)
+            self.zero.begin_backward(self.turn, first=not self.begun, last=last_backward)
+            self.begun = not last_backward
         found = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
         if computes:
             self.zero.end_backward()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from model.transformer import Transformer
 from parallel.config import ParallelConfig, ReduceDtype
 from parallel.mesh import Mesh
-from parallel.peers import SharedBuffer, can_share
+from parallel.peers import Buffer, SharedBuffer, can_share
 from parallel.tensor_parallel import exchange
 
 ALIGNMENT = 8  # numbers; kernels read matrices from addresses in multiples of 16 bytes
@@ -90,26 +90,36 @@ class Unit:
                 self.copies.append((whole[size * rank :][:size], mine))
         self.is_gathered = not frees  # its memory is there, and what fills it is under way
         self.ready: Any = None  # event after which the parameters may be read
-        self.accumulated: Tensor | None = None  # whole gradients of earlier micro-batches
-        self.grads: Tensor | None = None  # of this rank's shares, summed over ranks
+        self.accumulated: Buffer | None = None  # whole gradients of the micro-batches so far
+        self.outbox: Buffer | None = None  # if it is not one of those that blocks share
+        self.grads = kept.new_empty(0)  # of this rank's shares, summed over ranks
         self.missing = 0  # gradients that the backward pass has yet to compute
         self.before: Unit | None = None  # whose backward pass comes next
         self.after: Unit | None = None
 
-    def pack(self, out: Tensor | None = None) -> Tensor:
-        """Return the gradients as (n_shards, length), a row for each rank, and drop them; `out` is flat."""
+    def pack(self, out: Tensor) -> None:
+        """Move the gradients to `out`, (n_shards, length): a row for each rank."""
         parts = []
+        for flat, size in zip(self._take_grads(), self.sizes, strict=True):
+            parts.append(flat)
+            if gap := -size % ALIGNMENT:
+                parts.append(flat.new_zeros(self.n_shards, gap))
+        torch.cat(parts, dim=1, out=out)
+
+    def accumulate(self, out: Tensor, *, first: bool) -> None:
+        """Add the gradients to `out`, which lies as in `pack` and has zeros between them, or begin with them."""
+        for flat, size, start in zip(self._take_grads(), self.sizes, self.starts, strict=True):
+            part = out[:, start : start + size]
+            part.copy_(flat) if first else part.add_(flat)
+
+    def _take_grads(self) -> Iterator[Tensor]:
         for param, size in zip(self.params, self.sizes, strict=True):
             grad = torch.zeros_like(param) if param.grad is None else param.grad
             flat, param.grad = grad.reshape(-1), None
             padding = size * self.n_shards - len(flat)
-            parts.append((F.pad(flat, (0, padding)) if padding else flat).view(self.n_shards, size))
-            if gap := -size % ALIGNMENT:
-                parts.append(flat.new_zeros(self.n_shards, gap))
-        return torch.cat(parts, dim=1, out=None if out is None else out.view(self.n_shards, -1))
+            yield (F.pad(flat, (0, padding)) if padding else flat).view(self.n_shards, size)
 
     def set_shard_grads(self) -> None:
-        assert self.grads is not None
         for start, shard in zip(self.starts, self.shards.values(), strict=True):
             shard.grad = self.grads[start:][: shard.numel()].view(shard.shape)
 
@@ -130,6 +140,8 @@ class Zero:
         self.reduce_dtype = torch.float32 if config.reduce_dtype is ReduceDtype.fp32 else torch.bfloat16
         # Within a node weights and gradients are read by copy engines, which leave all multiprocessors to products.
         self.copies = can_share(self.shard_group, mesh.device)
+        if self.copies:
+            self.flag = SharedBuffer(1, torch.int32, mesh.device, self.shard_group)
         self.stream: Any = torch.cuda.Stream(mesh.device, priority=-1) if _has_streams(mesh.device) else None
         self.units: list[list[Unit]] = []  # of each stage, in the order of the forward pass
         for stage in stages:
@@ -143,15 +155,12 @@ class Zero:
             for one, other in pairwise(its):
                 one.after, other.before = other, one
         self.pending: list[Unit] = []  # of a backward pass, whose gradients are still to come; the next one is last
-        self.accumulates = self.last = False
-        self.fixed = False  # gradients stay in the same memory, for graphs, which zero them
-        self.in_flight: deque[tuple[Any, Tensor]] = deque()  # messages that the stream may still read
-        # Gradients that other ranks read: three, so that one is written while others are under way or being read.
-        self.outboxes: list[SharedBuffer] = []
-        blocks = [unit for unit in chain.from_iterable(self.units) if unit.is_block]
-        if self.copies and blocks:
-            n = max(unit.length for unit in blocks) * self.n_shards
-            self.outboxes = [SharedBuffer(n, blocks[0].dtype, self.device, self.shard_group) for _ in range(3)]
+        self.first = self.last = True
+        # Where steps are graphs, each ends on one stream, and gradients stay in the same memory.
+        self.joins = False
+        self.in_flight: deque[Any] = deque()  # events after messages that may not have arrived yet
+        # Gradients of blocks on their way: one is written while others are being read.
+        self.outboxes: deque[Buffer] = deque()
 
     @property
     def shards(self) -> dict[str, Tensor]:
@@ -178,7 +187,7 @@ class Zero:
         """Start to gather the parameters that are kept whole, in the order in which a forward pass needs them."""
         if self.copies:
             with self._on_stream():  # all ranks have updated their shards
-                self.outboxes[0].barrier()
+                self._barrier()
         if self.n_shards > 1 and not self.frees:
             for unit in chain.from_iterable(self.units):
                 self._gather(unit)
@@ -225,10 +234,10 @@ class Zero:
 
     # --- reducing
 
-    def begin_backward(self, stage: int, *, accumulates: bool, last: bool) -> None:
-        """Prepare for a stage's backward pass; `last`: of the step's micro-batches, which `accumulates` several."""
+    def begin_backward(self, stage: int, *, first: bool, last: bool) -> None:
+        """Prepare for a stage's backward pass of the first or last of a step's micro-batches, or of one between."""
         self.pending = list(self.units[stage])
-        self.accumulates, self.last = accumulates and self.stage < 2, last
+        self.first, self.last = first, last
         for unit in self.pending:
             unit.missing = len(unit.params)
 
@@ -236,17 +245,10 @@ class Zero:
         """Take the gradients that the pass did not compute, as zeros."""
         while self.pending:
             self._take(self.pending.pop())
-        if self.stream is not None and self.fixed:  # a graph ends on one stream
+        if self.joins and self.stream is not None:
             with self._on_stream():
-                if self.outboxes:  # the next replay writes into the same ones
-                    self.outboxes[0].barrier()
-            torch.cuda.current_stream().wait_stream(self.stream)
-            self.in_flight.clear()
-
-    def kept_grads(self) -> list[Tensor]:
-        """Return the gradients that stay where they are between steps, if they are `fixed`."""
-        kept = [(unit.grads, unit.accumulated) for unit in chain.from_iterable(self.units)]
-        return [tensor for pair in kept for tensor in pair if tensor is not None]
+                self._barrier()  # the next replay of a graph writes into the same outboxes
+            self._join()
 
     def _count(self, unit: Unit) -> None:
         unit.missing -= 1
@@ -254,61 +256,85 @@ class Zero:
             self._take(self.pending.pop())
 
     def _take(self, unit: Unit) -> None:
-        while len(self.in_flight) > 1:  # so that its memory can be used again
-            event, _ = self.in_flight.popleft()
-            torch.cuda.current_stream().wait_event(event)
-        outbox = None
-        if self.outboxes and unit.is_block and not self.accumulates:
-            outbox = self.outboxes[0]
-            self.outboxes.append(self.outboxes.pop(0))
-        packed = unit.pack(None if outbox is None else outbox.mine[: unit.length * self.n_shards])
+        """Take a unit's gradients of a micro-batch, and send them to the ranks that own them if it is time."""
+        if self.stage < 2 and not (self.first and self.last):
+            if unit.accumulated is None:
+                unit.accumulated = self._buffer(unit.length * self.n_shards, self.reduce_dtype)
+            buffer = unit.accumulated
+            unit.accumulate(buffer.mine.view(self.n_shards, -1), first=self.first)
+        else:
+            buffer = self._outbox(unit)
+            unit.pack(buffer.mine[: unit.length * self.n_shards].view(self.n_shards, -1))
         if self.frees:
             unit.resize(0)
-        if self.accumulates:
-            if unit.accumulated is None:
-                unit.accumulated = packed.to(self.reduce_dtype)
-            else:
-                unit.accumulated += packed
-            if not self.last:
-                return
-            packed = unit.accumulated
-            if not self.fixed:
-                unit.accumulated = None
-        with self._on_stream():
-            total = self._sum_over_shards(packed, outbox)
-            unit.grads = total if unit.grads is None else unit.grads.add_(total)
-            if self.last and self.copy_group.size() > 1:
-                dist.all_reduce(unit.grads, group=self.copy_group)
-            if self.stream is not None:
-                self.in_flight.append((self._event(), packed))
+        if self.last or self.stage >= 2:
+            with self._on_stream():
+                self._send(unit, buffer)
+                self.in_flight.append(self._event())
 
-    def _sum_over_shards(self, packed: Tensor, outbox: SharedBuffer | None) -> Tensor:
-        """Return this rank's share of a unit's gradients, summed over the ranks that have the others."""
+    def _buffer(self, n: int, dtype: torch.dtype) -> Buffer:
+        """Return zeros, which other ranks can read if they are on this node."""
+        if not self.copies:
+            return Buffer(torch.zeros(n, dtype=dtype, device=self.device))
+        buffer = SharedBuffer(n, dtype, self.device, self.shard_group)
+        buffer.mine.zero_()
+        return buffer
+
+    def _outbox(self, unit: Unit) -> Buffer:
+        """Return a buffer that a unit's gradients can be written to: nobody reads it any more.
+
+        One that was sent two messages ago is free: the barrier of the last message came after it was read.
+        """
+        while len(self.in_flight) > (1 if unit.is_block else 0):
+            if (event := self.in_flight.popleft()) is not None:
+                torch.cuda.current_stream().wait_event(event)
+        if not unit.is_block:
+            unit.outbox = unit.outbox or self._buffer(unit.length * self.n_shards, unit.dtype)
+            return unit.outbox
+        if not self.outboxes:
+            n = max(unit.length for unit in chain.from_iterable(self.units) if unit.is_block)
+            self.outboxes = deque(self._buffer(n * self.n_shards, unit.dtype) for _ in range(3))
+        self.outboxes.rotate()
+        return self.outboxes[0]
+
+    def _send(self, unit: Unit, buffer: Buffer) -> None:
+        """Sum a unit's packed gradients over ranks: this rank's share."""
+        packed = buffer.mine[: unit.length * self.n_shards].view(self.n_shards, -1)
+        begins = self.first or self.stage < 2
+        if begins and not len(unit.grads):
+            unit.grads = torch.empty(unit.length, dtype=self.reduce_dtype, device=self.device)
+        total = unit.grads if begins else torch.empty_like(unit.grads)
         if self.n_shards == 1:
-            return packed[0].to(self.reduce_dtype)
-        if outbox is not None:
-            received, n = torch.empty_like(packed), packed.shape[1]
-            outbox.barrier()
-            for rank in (*outbox.others(), outbox.rank):
-                received[rank].copy_(outbox.of(rank, outbox.rank * n, n))
-            return received.sum(0, dtype=self.reduce_dtype)
-        if self.n_shards > MAX_EXCHANGE:
-            total = torch.empty(packed.shape[1], dtype=self.reduce_dtype, device=packed.device)
-            self.shard_group.reduce_scatter_tensor_coalesced([total], [packed.to(self.reduce_dtype).view(-1)]).wait()
-            return total
-        # As many bytes as bf16 sums would take, and none is rounded: what was computed is summed where it is needed.
-        sent = packed if packed.element_size() <= self.reduce_dtype.itemsize else packed.to(self.reduce_dtype)
-        return exchange(sent, self.shard_group).sum(0, dtype=self.reduce_dtype)
+            total.copy_(packed[0])
+        elif self.copies or self.n_shards <= MAX_EXCHANGE:
+            # As few bytes as bf16 sums would take, and no sum is rounded: what was computed is summed where it belongs.
+            sent = packed if packed.element_size() <= self.reduce_dtype.itemsize else packed.to(self.reduce_dtype)
+            received = self._read_peers(buffer, unit.length) if self.copies else exchange(sent, self.shard_group)
+            torch.sum(received, 0, dtype=self.reduce_dtype, out=total)
+        else:
+            sent = packed.to(self.reduce_dtype).view(-1)
+            self.shard_group.reduce_scatter_tensor_coalesced([total], [sent]).wait()
+        if not begins:
+            unit.grads += total
+        if self.last and self.copy_group.size() > 1:
+            dist.all_reduce(unit.grads, group=self.copy_group)
+
+    def _read_peers(self, buffer: Any, n: int) -> Tensor:
+        """Return every rank's gradients of this rank's share, (n_shards, n)."""
+        received = torch.empty(self.n_shards, n, dtype=buffer.mine.dtype, device=self.device)
+        buffer.barrier()
+        for rank in (*buffer.others(), buffer.rank):
+            received[rank].copy_(buffer.of(rank, buffer.rank * n, n))
+        return received
 
     def finish(self) -> None:
         """Wait, on the device, for the step's gradients, and set them on the shards."""
-        if self.stream is not None and not self.fixed:
-            torch.cuda.current_stream().wait_stream(self.stream)
-            self.in_flight.clear()
+        if self.stream is not None and not self.joins:
+            self._join()
         for unit in chain.from_iterable(self.units):
             unit.set_shard_grads()
-            if not self.fixed:
-                unit.grads = None
+            if not self.joins:
+                unit.grads, unit.accumulated = unit.grads.new_empty(0), unit.accumulated if self.copies else None
 
     # --- streams
 
@@ -321,6 +347,15 @@ class Zero:
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             yield
+
+    def _join(self) -> None:
+        torch.cuda.current_stream().wait_stream(self.stream)
+        self.in_flight.clear()
+
+    def _barrier(self) -> None:
+        """Let the current stream wait until all ranks' streams are here, if they read each other's memory."""
+        if self.copies:
+            self.flag.barrier()
 
     def _event(self) -> Any:
         if self.stream is None:
