@@ -1,6 +1,7 @@
 """Show a run in the terminal, its loss and what its tasks scored: python -m tracking.show runs/demo"""
 
 import sys
+from math import isfinite
 from pathlib import Path
 
 from tracking.compare import aligned, read_runs
@@ -19,12 +20,15 @@ def show(run_dir: Path) -> str:
     curve = centred(loss_curve(records, "train/loss"))
     plotext.clear_figure()
     plotext.theme("clear")
-    plotext.plot_size(*plotext.terminal_size()) if sys.stdout.isatty() else plotext.plot_size(100, 25)
-    for points, label in ((curve[:: len(curve) // MOST_POINTS + 1], "train, smoothed"), (run.valid, "validation")):
+    plotext.plot_size(*(plotext.terminal_size() if sys.stdout.isatty() else (100, 25)))
+    train = curve[:: len(curve) // MOST_POINTS + 1]
+    valid = [point for point in run.valid if isfinite(point[1])]
+    for points, label, marker in ((train, "train, smoothed", "hd"), (valid, "validation", "o")):
         if points:
-            plotext.plot(*map(list, zip(*points, strict=True)), label=label)
+            plotext.plot(*map(list, zip(*points, strict=True)), label=label, marker=marker)
     plotext.title(f"{run.name}: {run.state}, step {run.step}/{run.config['steps']}")
     plotext.xlabel("tokens")
+    drawing = plotext.build() if sys.stdout.isatty() else plotext.uncolorize(plotext.build())
     names = ("valid/loss", "valid/bits_per_byte")
     keys = [key for record in records for key in record if key in names or key.startswith("evaluation/")]
     keys = [key for key in dict.fromkeys(keys) if not key.endswith("/questions")]
@@ -37,7 +41,7 @@ def show(run_dir: Path) -> str:
         if its
     ]
     head = ["step", *(key.removeprefix("evaluation/") for key in keys)]
-    return "\n".join([plotext.build(), "", *aligned([head, *cells])])
+    return "\n".join([drawing, "", *aligned([head, *cells])])
 
 
 if __name__ == "__main__":
