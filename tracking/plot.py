@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 from warnings import catch_warnings, filterwarnings
 
-from tracking.metrics_file import loss_curve, read_records, smoothed
+from tracking.metrics_file import centred, loss_curve, read_records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+MANY = 40  # points of a curve
 
 
 @contextmanager
@@ -37,15 +40,23 @@ def figure(picture: Path, width: float = 8.0, plots: int = 1) -> Iterator[list["
 
 
 def plot_loss(metrics: Path, picture: Path) -> None:
-    """Draw training loss, faint and smoothed, and validation loss; nothing for a run without steps."""
+    """Draw training loss, faint and smoothed, and validation loss; nothing for a run without steps.
+
+    The first twentieth, where the loss falls from that of a guess, does not set the scale.
+    """
     records = read_records(metrics)
     train, valid = loss_curve(records, "train/loss"), loss_curve(records, "valid/loss")
     if not train:
         return
     with figure(picture) as (axes,):
         axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.3, linewidth=0.8)
-        axes.plot(*zip(*smoothed(train), strict=True), color="tab:blue", label="train, smoothed")
+        mean = centred(train)
+        axes.plot(*zip(*mean, strict=True) if mean else ((), ()), color="tab:blue", label="train, smoothed")
         if valid:
             axes.plot(*zip(*valid, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
+        shown = [loss for _, loss in mean[len(mean) // 20 :] + valid if isfinite(loss)]
+        if shown and len(train) > MANY:
+            margin = 0.05 * (max(shown) - min(shown)) or 0.1
+            axes.set_ylim(min(shown) - margin, max(shown) + margin)
         axes.set(xlabel="tokens", title=picture.parent.name)
         axes.legend()
