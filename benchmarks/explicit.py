@@ -1,8 +1,8 @@
-"""What explicit collectives on plain tensors are worth on two GPUs, before an engine is built on them.
+"""What explicit collectives on plain tensors are worth on two GPUs, outside of the engine.
 
     torchrun --nproc-per-node 2 -m benchmarks.explicit CASE SHAPE [--rows 4] [--micro-batches 1]
 
-A prototype beside `parallel/`: no DTensor, no FSDP; parameters are views of one flat buffer.
+A prototype of `parallel/zero.py` and `parallel/tensor_parallel.py`: parameters are views of one flat buffer.
 
 one                 one GPU's rate, on every GPU at the same time
 zero1_nccl          reduce-scatter of a block during the backward pass, all-gather behind the update, by NCCL

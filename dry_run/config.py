@@ -16,15 +16,15 @@ class DryRunConfig:
     devices_per_node: int = 8
     device_memory_gib: float = 139.0
     peak_tflops: float = 989.0
-    flops_efficiency: float = 0.75  # of matrix products
+    flops_efficiency: float = 0.72  # of matrix products
     memory_gbps: float = 3350.0  # GB/s
     memory_efficiency: float = 0.8  # of all other operations
-    intra_node_gbps: float = 360.0  # GB/s per GPU
+    intra_node_gbps: float = 280.0  # GB/s per GPU
     inter_node_gbps: float = 45.0  # GB/s per GPU
     intra_node_latency_us: float = 1.0  # per hop of a ring
     inter_node_latency_us: float = 6.0
-    launch_us: float = 20.0  # per collective
-    overlap: float = 0.9  # share of compute time that can hide FSDP's collectives
+    launch_us: float = 40.0  # per collective: what a short one takes
+    overlap: float = 0.9  # share of compute time that can hide data-parallel collectives
     workspace_mib: int = 64  # of the libraries of matrix products
 
     def problems(self) -> Iterator[str]:

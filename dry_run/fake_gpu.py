@@ -55,6 +55,7 @@ def fake_gpu(on_launch: Callable[[tuple[Any, ...]], object]) -> Iterator[None]:
             (FakeTensor, "device", property(_device)),
             (torch.Tensor, "_make_wrapper_subclass", _make_wrapper),
             (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+            *((torch.cuda, name, mock.MagicMock()) for name in ("Stream", "Event", "current_stream")),
             (DeviceMesh, "mesh", property(_without_modes(DeviceMesh.mesh.fget))),
         ]
         names = ("__init__", "__getitem__", "_concatenate", "_flatten", "_unflatten")

@@ -94,12 +94,12 @@ def profile_rank(config: TrainConfig, rank: int, n_micro_batches: int) -> StepPr
 
 
 def zero_stand_ins(trace: Trace) -> dict[str, Any]:
-    """Return what stands for methods of `Zero`: fake ranks have no streams, and no operation that gathers a unit."""
+    """Return what stands for methods of `Zero`: no operation gathers a unit, and none runs on a stream."""
 
     def all_gather(zero: Zero, unit: Unit) -> None:
         trace.add_collective("all_gather", zero.shard_group, n_bytes(unit.wholes))
 
-    return {"_all_gather": all_gather, "_on_stream": lambda _: trace.overlapped(), "_event": lambda _: None}
+    return {"_all_gather": all_gather, "_on_stream": lambda _: trace.overlapped()}
 
 
 def _build_engine(config: TrainConfig, mesh: Mesh) -> Engine:

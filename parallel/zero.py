@@ -26,7 +26,7 @@ from model.transformer import Transformer
 from parallel.config import ParallelConfig, ReduceDtype
 from parallel.mesh import Mesh
 from parallel.peers import Buffer, SharedBuffer, can_share
-from parallel.tensor_parallel import exchange
+from parallel.tensor_parallel import collectives, exchange
 
 ALIGNMENT = 8  # numbers; kernels read matrices from addresses in multiples of 16 bytes
 # Above it a message to each rank would be short, and ranks are on several nodes: their sums travel as they are made.
@@ -91,28 +91,31 @@ class Unit:
         self.is_gathered = not frees  # its memory is there, and what fills it is under way
         self.ready: Any = None  # event after which the parameters may be read
         self.accumulated: Buffer | None = None  # whole gradients of the micro-batches so far
-        self.outbox: Buffer | None = None  # if it is not one of those that blocks share
         self.grads = kept.new_empty(0)  # of this rank's shares, summed over ranks
         self.missing = 0  # gradients that the backward pass has yet to compute
         self.before: Unit | None = None  # whose backward pass comes next
         self.after: Unit | None = None
 
-    def pack(self, out: Tensor) -> None:
-        """Move the gradients to `out`, (n_shards, length): a row for each rank."""
-        parts = []
-        for flat, size in zip(self._take_grads(), self.sizes, strict=True):
-            parts.append(flat)
-            if gap := -size % ALIGNMENT:
+    def pack(self, grads: list[Tensor], out: Tensor, begin: int) -> None:
+        """Write shares of gradients from `begin` on to `out`, (n_shards, n): a row for each rank."""
+        parts, at, end = [], begin, begin + out.shape[1]
+        for flat, size, start in zip(grads, self.sizes, self.starts, strict=True):
+            if start < end and at < start + size:
+                parts.append(flat[:, at - start : end - start])
+                at = min(end, start + size)
+            if start <= at < end and (gap := min(end, at + -size % ALIGNMENT) - at):
                 parts.append(flat.new_zeros(self.n_shards, gap))
+                at += gap
         torch.cat(parts, dim=1, out=out)
 
-    def accumulate(self, out: Tensor, *, first: bool) -> None:
+    def accumulate(self, grads: list[Tensor], out: Tensor, *, first: bool) -> None:
         """Add the gradients to `out`, which lies as in `pack` and has zeros between them, or begin with them."""
-        for flat, size, start in zip(self._take_grads(), self.sizes, self.starts, strict=True):
+        for flat, size, start in zip(grads, self.sizes, self.starts, strict=True):
             part = out[:, start : start + size]
             part.copy_(flat) if first else part.add_(flat)
 
-    def _take_grads(self) -> Iterator[Tensor]:
+    def take_grads(self) -> Iterator[Tensor]:
+        """Yield the gradients as (n_shards, size), padding included, and drop them."""
         for param, size in zip(self.params, self.sizes, strict=True):
             grad = torch.zeros_like(param) if param.grad is None else param.grad
             flat, param.grad = grad.reshape(-1), None
@@ -142,7 +145,7 @@ class Zero:
         self.copies = can_share(self.shard_group, mesh.device)
         if self.copies:
             self.flag = SharedBuffer(1, torch.int32, mesh.device, self.shard_group)
-        self.stream: Any = torch.cuda.Stream(mesh.device, priority=-1) if _has_streams(mesh.device) else None
+        self.stream: Any = torch.cuda.Stream(mesh.device, priority=-1) if mesh.device.type == "cuda" else None
         self.units: list[list[Unit]] = []  # of each stage, in the order of the forward pass
         for stage in stages:
             its = [
@@ -159,8 +162,10 @@ class Zero:
         # Where steps are graphs, each ends on one stream, and gradients stay in the same memory.
         self.joins = False
         self.in_flight: deque[Any] = deque()  # events after messages that may not have arrived yet
-        # Gradients of blocks on their way: one is written while others are being read.
+        # Gradients on their way, those of a block or fewer: one is written while others are being read.
         self.outboxes: deque[Buffer] = deque()
+        blocks = [unit.length for unit in chain.from_iterable(self.units) if unit.is_block]
+        self.outbox_length = max(blocks)
 
     @property
     def shards(self) -> dict[str, Tensor]:
@@ -217,6 +222,11 @@ class Zero:
         if next_ is not None and not next_.is_gathered:
             self._gather(next_)
 
+    def need_stage(self, stage: int) -> None:
+        """Gather what a pass for gradients of weights reads, as recomputed blocks do, if an earlier one freed it."""
+        for unit in self.units[stage]:
+            self._need(unit, unit.after)
+
     def _leave(self, unit: Unit, output: Any) -> None:
         """Free a unit's parameters after its forward pass, and have them gathered for its backward pass."""
         x = output[0] if isinstance(output, tuple) else output
@@ -257,71 +267,69 @@ class Zero:
 
     def _take(self, unit: Unit) -> None:
         """Take a unit's gradients of a micro-batch, and send them to the ranks that own them if it is time."""
+        grads = list(unit.take_grads())
         if self.stage < 2 and not (self.first and self.last):
             if unit.accumulated is None:
-                unit.accumulated = self._buffer(unit.length * self.n_shards, self.reduce_dtype)
-            buffer = unit.accumulated
-            unit.accumulate(buffer.mine.view(self.n_shards, -1), first=self.first)
+                unit.accumulated = self._buffer(unit.length, unit.whole, self.reduce_dtype)
+            unit.accumulate(grads, unit.accumulated.mine.view(self.n_shards, -1), first=self.first)
+            if self.last:
+                self._send(unit, unit.accumulated, 0, unit.length)
         else:
-            buffer = self._outbox(unit)
-            unit.pack(buffer.mine[: unit.length * self.n_shards].view(self.n_shards, -1))
+            for begin in range(0, unit.length, self.outbox_length):
+                n = min(self.outbox_length, unit.length - begin)
+                outbox = self._next_outbox(unit)
+                unit.pack(grads, outbox.mine[: n * self.n_shards].view(self.n_shards, n), begin)
+                self._send(unit, outbox, begin, n)
         if self.frees:
             unit.resize(0)
-        if self.last or self.stage >= 2:
-            with self._on_stream():
-                self._send(unit, buffer)
-                self.in_flight.append(self._event())
 
-    def _buffer(self, n: int, dtype: torch.dtype) -> Buffer:
-        """Return zeros, which other ranks can read if they are on this node."""
+    def _buffer(self, length: int, like: Tensor, dtype: torch.dtype) -> Buffer:
+        """Return zeros for shares of packed gradients, which other ranks can read if they are on this node."""
         if not self.copies:
-            return Buffer(torch.zeros(n, dtype=dtype, device=self.device))
-        buffer = SharedBuffer(n, dtype, self.device, self.shard_group)
+            return Buffer(like.new_zeros(length * self.n_shards, dtype=dtype))
+        buffer = SharedBuffer(length * self.n_shards, dtype, self.device, self.shard_group)
         buffer.mine.zero_()
         return buffer
 
-    def _outbox(self, unit: Unit) -> Buffer:
-        """Return a buffer that a unit's gradients can be written to: nobody reads it any more.
-
-        One that was sent two messages ago is free: the barrier of the last message came after it was read.
-        """
-        while len(self.in_flight) > (1 if unit.is_block else 0):
+    def _next_outbox(self, unit: Unit) -> Buffer:
+        """Return the outbox that was sent three messages ago, which has been read: a barrier came after it."""
+        while len(self.in_flight) > 1:
             if (event := self.in_flight.popleft()) is not None:
                 torch.cuda.current_stream().wait_event(event)
-        if not unit.is_block:
-            unit.outbox = unit.outbox or self._buffer(unit.length * self.n_shards, unit.dtype)
-            return unit.outbox
         if not self.outboxes:
-            n = max(unit.length for unit in chain.from_iterable(self.units) if unit.is_block)
-            self.outboxes = deque(self._buffer(n * self.n_shards, unit.dtype) for _ in range(3))
+            self.outboxes = deque(self._buffer(self.outbox_length, unit.whole, unit.dtype) for _ in range(3))
         self.outboxes.rotate()
         return self.outboxes[0]
 
-    def _send(self, unit: Unit, buffer: Buffer) -> None:
-        """Sum a unit's packed gradients over ranks: this rank's share."""
-        packed = buffer.mine[: unit.length * self.n_shards].view(self.n_shards, -1)
-        begins = self.first or self.stage < 2
-        if begins and not len(unit.grads):
-            unit.grads = torch.empty(unit.length, dtype=self.reduce_dtype, device=self.device)
-        total = unit.grads if begins else torch.empty_like(unit.grads)
-        if self.n_shards == 1:
-            total.copy_(packed[0])
-        elif self.copies or self.n_shards <= MAX_EXCHANGE:
-            # As few bytes as bf16 sums would take, and no sum is rounded: what was computed is summed where it belongs.
-            sent = packed if packed.element_size() <= self.reduce_dtype.itemsize else packed.to(self.reduce_dtype)
-            received = self._read_peers(buffer, unit.length) if self.copies else exchange(sent, self.shard_group)
-            torch.sum(received, 0, dtype=self.reduce_dtype, out=total)
-        else:
-            sent = packed.to(self.reduce_dtype).view(-1)
-            self.shard_group.reduce_scatter_tensor_coalesced([total], [sent]).wait()
-        if not begins:
-            unit.grads += total
-        if self.last and self.copy_group.size() > 1:
-            dist.all_reduce(unit.grads, group=self.copy_group)
+    def _send(self, unit: Unit, buffer: Buffer, begin: int, n: int) -> None:
+        """Sum a unit's packed gradients over ranks: `n` of this rank's share, from `begin` on."""
+        with self._on_stream():
+            packed = buffer.mine[: n * self.n_shards].view(self.n_shards, n)
+            if not len(unit.grads):
+                unit.grads = packed.new_empty(unit.length, dtype=self.reduce_dtype)
+            begins = self.first or self.stage < 2
+            grads = unit.grads[begin : begin + n]
+            total = grads if begins else torch.empty_like(grads)
+            if self.n_shards == 1:
+                total.copy_(packed[0])
+            elif self.copies or self.n_shards <= MAX_EXCHANGE:
+                # As few bytes as bf16 sums would take, and none is rounded.
+                sent = packed if packed.element_size() <= self.reduce_dtype.itemsize else packed.to(self.reduce_dtype)
+                received = self._read_peers(buffer, n) if self.copies else exchange(sent, self.shard_group)
+                torch.sum(received, 0, dtype=self.reduce_dtype, out=total)
+            else:
+                sent, name = packed.to(self.reduce_dtype).view(-1), self.shard_group.group_name
+                part = collectives.reduce_scatter_tensor(sent, "sum", self.n_shards, name)
+                total.copy_(collectives.wait_tensor(part))
+            if not begins:
+                grads += total
+            if self.last and self.copy_group.size() > 1:
+                dist.all_reduce(grads, group=self.copy_group)
+            self.in_flight.append(self._event())
 
     def _read_peers(self, buffer: Any, n: int) -> Tensor:
         """Return every rank's gradients of this rank's share, (n_shards, n)."""
-        received = torch.empty(self.n_shards, n, dtype=buffer.mine.dtype, device=self.device)
+        received = buffer.mine.new_empty(self.n_shards, n)
         buffer.barrier()
         for rank in (*buffer.others(), buffer.rank):
             received[rank].copy_(buffer.of(rank, buffer.rank * n, n))
@@ -363,10 +371,6 @@ class Zero:
         event = torch.cuda.Event()
         event.record(self.stream)
         return event
-
-
-def _has_streams(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_available()  # a dry run's devices have none
 
 
 def units_of(stage: Transformer) -> list[dict[str, nn.Module]]:

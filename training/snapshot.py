@@ -2,6 +2,7 @@
 
 import weakref
 from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class Snapshot:
         ]
 
     def _pin(self, block: Tensor) -> None:
-        cuda = torch.cuda.cudart()
+        cuda: Any = torch.cuda.cudart()
         with torch.cuda.device(self.optimizer.device):
             error = int(cuda.cudaHostRegister(block.data_ptr(), block.nbytes, 1))
         if error:

@@ -3,9 +3,8 @@
 import subprocess
 import sys
 from copy import deepcopy
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -17,7 +16,8 @@ from dry_run.fake_gpu import TRITON_KERNELS
 from dry_run.run import run_dry_run
 from dry_run.step_profile import StepProfile, profile_rank, profile_step
 from model.counts import count_params
-from training.config import Fp8
+from parallel.config import ReduceDtype
+from parallel.zero import ALIGNMENT, Zero
 
 ROOT = Path(__file__).parent.parent.parent
 WORLD, MICRO_BATCHES, LAYERS = 1024, 2, 2
@@ -36,150 +36,155 @@ def configure(*overrides: str, world_size: int = WORLD) -> TrainConfig:
 
 
 @cache
-def profile(*overrides: str, world_size: int = WORLD) -> tuple[TrainConfig, StepProfile]:
-    """Profile a step of `MICRO_BATCHES` per rank, of a layout without a pipeline."""
+def profile(
+    *overrides: str, world_size: int = WORLD, micro_batches: int = MICRO_BATCHES
+) -> tuple[TrainConfig, StepProfile]:
+    """Profile a step of a layout without a pipeline."""
     config = configure(*overrides, world_size=world_size)
-    (found,) = profile_step(config, MICRO_BATCHES)
+    (found,) = profile_step(config, micro_batches)
     return config, found
 
 
-def padded(rows: int, shard: int) -> int:
-    return -(-rows // shard) * shard
+Shapes = list[tuple[int, int]]  # of a unit's parameters, a tp rank's part: rows, numbers per row
 
 
-def n_params_of(config: TrainConfig, *, tp: int, shard: int, layers: int, embed: bool = True, head: bool = True) -> int:
-    """Parameters of a tp rank: matrices are split over tp, then rows are padded for FSDP."""
-    width, d_ff = config.model.d_model, config.model.d_ff
-    columns = 3 * (padded(width // tp, shard) * width + padded(width // tp, shard))
-    rows = width * (width // tp) + width + width * (d_ff // tp)
-    block = columns + rows + 2 * padded(d_ff // tp, shard) * width + 2 * width
-    vocabulary = padded(config.model.vocab_size // tp, shard) * width
-    return layers * block + embed * vocabulary + head * (vocabulary + width)
+def units_of(config: TrainConfig, *, tp: int = 1, embed: bool = True, head: bool = True) -> list[Shapes]:
+    """Return what is gathered and reduced together: the embedding, each block, norm and head."""
+    width, d_ff, vocab = config.model.d_model, config.model.d_ff // tp, config.model.vocab_size // tp
+    attention = [*[(width // tp, width), (width // tp, 1)] * 3, (width, width // tp), (width, 1)]
+    block = [*attention, *[(d_ff, width)] * 2, (width, d_ff), *[(width, 1)] * 2]
+    ends = [[(vocab, width)]] * embed, [[(width, 1), (vocab, width)]] * head
+    return [*ends[0], *[block] * config.model.n_layers, *ends[1]]
 
 
-class Sizes:
-    """Parameter counts of FSDP's groups: each block, the embedding, and the rest."""
-
-    def __init__(self, config: TrainConfig, shard: int) -> None:
-        layers, part = config.model.n_layers, partial(n_params_of, config, tp=1, shard=shard)
-        vectors = layers * 6 * config.model.d_model  # biases and norms
-        matrices = part(layers=layers, embed=False, head=False) - vectors
-        self.in_8_bits = matrices if config.precision.fp8 is Fp8.tensorwise else 0
-        self.rest, self.all, self.groups = part(layers=0, embed=False), part(layers=layers), layers + 2
+def padded(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
-def metric_bytes(dp: int) -> int:
+def gathered(units: list[Shapes], shards: int) -> int:
+    """Return the numbers of whole units; rows are padded until they divide."""
+    return sum(padded(rows, shards) * columns for unit in units for rows, columns in unit)
+
+
+def packed(units: list[Shapes], shards: int) -> int:
+    """Return the numbers of the units' gradients, in which a rank's share of each parameter is aligned too."""
+    shares = [padded(rows, shards) // shards * columns for unit in units for rows, columns in unit]
+    return shards * sum(padded(share, ALIGNMENT) for share in shares)
+
+
+def metric_bytes(dp: int, micro_batches: int = MICRO_BATCHES) -> int:
     """Bytes that each step reduces over all ranks: targets per micro-batch; loss, four sums per source, norm."""
-    return 8 * dp * MICRO_BATCHES + 8 * 6
+    return 8 * dp * micro_batches + 8 * 6
+
+
+def gathers_of(units: list[Shapes], shards: int, zero_stage: int, micro_batches: int) -> tuple[int, int]:
+    """Return count and bytes of gathers per step."""
+    if zero_stage == 3:
+        # In each forward pass, and every block but the last again in the backward pass, which begins with that one.
+        units = [*units, *units[1:-2]] * micro_batches
+    return len(units), BF16 * gathered(units, shards)
+
+
+def messages_of(units: list[Shapes], shards: int) -> int:
+    """Return how many messages gradients take that are sent as they are computed: pieces no larger than a block."""
+    largest = max(packed([unit], shards) for unit in units if len(unit) > 2)
+    return sum(-(-packed([unit], shards) // largest) for unit in units)
+
+
+# Shards, ZeRO stage, micro-batches; how, how often and in how many bytes per number a unit's gradients are sent.
+SENT = [
+    (["parallel=ddp"], (1, 0, 2), ("", 0, 0)),
+    (["parallel=ddp", "parallel.reduce_dtype=bf16"], (1, 0, 2), ("", 0, 0)),
+    (["parallel=zero1"], (WORLD, 1, 2), ("reduce_scatter", 1, 4)),
+    (["parallel=hybrid_zero"], (8, 1, 2), ("all_to_all", 1, 4)),
+    (["parallel=hybrid_zero"], (8, 1, 1), ("all_to_all", 1, 2)),  # as computed, for there is nothing to add
+    (["parallel=hybrid_zero", "parallel.reduce_dtype=bf16"], (8, 1, 2), ("all_to_all", 1, 2)),
+    (["parallel=hybrid_zero", "parallel.dp_shard=64"], (64, 1, 2), ("reduce_scatter", 1, 4)),
+    (["parallel=zero2"], (WORLD, 2, 2), ("reduce_scatter", 2, 4)),
+    (["parallel=hybrid_zero", "parallel.zero_stage=2"], (8, 2, 2), ("all_to_all", 2, 2)),
+    (["parallel=zero3"], (WORLD, 3, 2), ("reduce_scatter", 2, 4)),
+    (["parallel=hybrid_zero", "parallel.zero_stage=3"], (8, 3, 2), ("all_to_all", 2, 2)),
+    (["parallel=hybrid_zero", "precision=fp8"], (8, 1, 2), ("all_to_all", 1, 4)),
+]
 
 
 def data_parallel_collectives(
-    sizes: Sizes, shard: int, *, gathers: tuple[int, int], scatters: int, reduce_bytes: int = 4
+    config: TrainConfig, layout: tuple[int, int, int], sent: tuple[str, int, int]
 ) -> dict[tuple[str, str], tuple[int, int]]:
-    """Return the closed form; `gathers` is how often a step gathers each block or the embedding, and the rest."""
-    replicas = WORLD // shard
-    dp = "+".join(name for name, size in (("dp_replicate", replicas), ("dp_shard", shard)) if size > 1)
+    """Return the closed form of a row of `SENT`."""
+    (shards, zero_stage, micro_batches), (kind, times, sent_bytes) = layout, sent
+    units, replicas = units_of(config), WORLD // shards
+    numbers, reduced_bytes = packed(units, shards), 2 if config.parallel.reduce_dtype is ReduceDtype.bf16 else 4
+    dp = "+".join(name for name, size in (("dp_replicate", replicas), ("dp_shard", shards)) if size > 1)
     expected = {}
+    n_messages = len(units) if zero_stage < 2 and micro_batches > 1 else messages_of(units, shards)
     if replicas > 1:
-        expected["dp_replicate", "all_reduce"] = (sizes.groups, reduce_bytes * sizes.all // shard)
-    if shard > 1:
-        blocks, rest = gathers
-        expected["dp_shard", "all_gather"] = (
-            blocks * (sizes.groups - 1) + rest,
-            BF16 * (blocks * (sizes.all - sizes.rest) + rest * sizes.rest) - blocks * sizes.in_8_bits,
-        )
-        expected["dp_shard", "reduce_scatter"] = (scatters * sizes.groups, scatters * reduce_bytes * sizes.all)
-        if sizes.in_8_bits:  # the largest value of each matrix of a block
-            expected["dp_shard", "all_reduce"] = (1, 4 * 7 * LAYERS)
+        expected["dp_replicate", "all_reduce"] = (n_messages, reduced_bytes * numbers // shards)
+    if shards > 1:
+        expected["dp_shard", "all_gather"] = gathers_of(units, shards, zero_stage, micro_batches)
+        expected["dp_shard", kind] = (times * n_messages, times * sent_bytes * numbers)
     count, n_bytes = expected.get((dp, "all_reduce"), (0, 0))
-    expected[dp, "all_reduce"] = (count + 2, n_bytes + metric_bytes(WORLD))
+    expected[dp, "all_reduce"] = (count + 2, n_bytes + metric_bytes(WORLD, micro_batches))
     return expected
 
 
-@pytest.mark.parametrize(
-    ("overrides", "shard", "gathers", "scatters", "reduce_bytes"),
-    [
-        (["parallel=ddp"], 1, (0, 0), 0, 4),
-        (["parallel=ddp", "parallel.reduce_dtype=bf16"], 1, (0, 0), 0, 2),
-        (["parallel=zero1"], WORLD, (1, 1), 1, 4),
-        (["parallel=hybrid_zero"], 8, (1, 1), 1, 4),
-        (["parallel=hybrid_zero", "parallel.reduce_dtype=bf16"], 8, (1, 1), 1, 2),
-        (["parallel=hybrid_zero", "parallel.dp_shard=64"], 64, (1, 1), 1, 4),
-        (["parallel=zero2"], WORLD, (1, 1), MICRO_BATCHES, 4),
-        (["parallel=hybrid_zero", "parallel.zero_stage=2"], 8, (1, 1), MICRO_BATCHES, 4),
-        (["parallel=zero3"], WORLD, (2 * MICRO_BATCHES, MICRO_BATCHES), MICRO_BATCHES, 4),
-        (["parallel=hybrid_zero", "parallel.zero_stage=3"], 8, (2 * MICRO_BATCHES, MICRO_BATCHES), MICRO_BATCHES, 4),
-        (["parallel=zero1", "precision=fp8"], WORLD, (1, 1), 1, 4),
-        (["parallel=hybrid_zero", "precision=fp8"], 8, (1, 1), 1, 4),
-        (["parallel=zero3", "precision=fp8"], WORLD, (2 * MICRO_BATCHES, MICRO_BATCHES), MICRO_BATCHES, 4),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("overrides", "layout", "sent"), SENT, ids=str)
 def test_data_parallel_collectives_on_1024_gpus(
-    overrides: list[str], shard: int, gathers: tuple[int, int], scatters: int, reduce_bytes: int
+    overrides: list[str], layout: tuple[int, int, int], sent: tuple[str, int, int]
 ) -> None:
-    config, found = profile(*overrides)
-    expected = data_parallel_collectives(
-        Sizes(config, shard), shard, gathers=gathers, scatters=scatters, reduce_bytes=reduce_bytes
-    )
-    assert found.collectives == expected
+    config, found = profile(*overrides, micro_batches=layout[2])
+    assert found.collectives == data_parallel_collectives(config, layout, sent)
 
 
 def test_a_reduction_too_many_is_noticed() -> None:
-    def always(model: Any, _zero_stage: int, *, last: bool) -> None:
-        model.set_requires_gradient_sync(True)
-        model.set_reshard_after_backward(last)
+    begin = Zero.begin_backward
 
-    with mock.patch("parallel.engine.set_gradient_sync", always):
+    def always_last(zero: Zero, stage: int, **_: bool) -> None:
+        begin(zero, stage, first=True, last=True)
+
+    with mock.patch.object(Zero, "begin_backward", always_last):
         config, found = profile.__wrapped__("parallel=hybrid_zero")
-    expected = data_parallel_collectives(Sizes(config, 8), 8, gathers=(1, 1), scatters=1)
+    expected = data_parallel_collectives(config, (8, 1, 2), ("all_to_all", 1, 4))
     assert found.collectives != expected
-    scattered = expected["dp_shard", "reduce_scatter"]
-    assert found.collectives["dp_shard", "reduce_scatter"] == tuple(MICRO_BATCHES * figure for figure in scattered)
+    exchanged = ("all_to_all", MICRO_BATCHES, BF16)
+    assert (
+        found.collectives["dp_shard", "all_to_all"]
+        == (data_parallel_collectives(config, (8, 1, 2), exchanged)["dp_shard", "all_to_all"])
+    )
+    count, n_bytes = expected["dp_replicate", "all_reduce"]
+    assert found.collectives["dp_replicate", "all_reduce"] == (MICRO_BATCHES * count, MICRO_BATCHES * n_bytes)
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 def test_tensor_parallel_collectives_carry_activations_and_no_logits(sequence_parallel: bool) -> None:
-    tp, shard = 2, WORLD // 2
+    tp, shards = 2, WORLD // 2
     config, found = profile("parallel=tp_zero1", f"parallel.sequence_parallel={str(sequence_parallel).lower()}")
-    tokens, width, numbers = 4096, config.model.d_model, n_params_of(config, tp=tp, shard=shard, layers=LAYERS)
+    tokens, width, units = 4096, config.model.d_model, units_of(config, tp=tp)
     # Attention, MLP, embedding and head each send whole activations once forward and once backward.
     sent = MICRO_BATCHES * (4 * LAYERS + 2)
     loss = (3 * MICRO_BATCHES, 5 * 4 * tokens * MICRO_BATCHES)  # largest logit; three sums; the first of the largest
-    norms = 2 * LAYERS + 1
+    partial_grads = 4 * (3 * LAYERS + 1) * width // shards  # of norms and row-wise biases
     expected = {
-        ("dp_shard", "all_gather"): (LAYERS + 2, BF16 * numbers),
-        ("dp_shard", "reduce_scatter"): (LAYERS + 2, 4 * numbers),
+        ("dp_shard", "all_gather"): gathers_of(units, shards, 1, MICRO_BATCHES),
+        ("dp_shard", "reduce_scatter"): (len(units), 4 * packed(units, shards)),
         ("dp_shard+tp", "all_reduce"): (2, metric_bytes(WORLD // tp)),
     }
     whole = sent * BF16 * tokens * width
     if sequence_parallel:
         expected["tp", "all_gather"] = expected["tp", "reduce_scatter"] = (sent, whole)
-        expected["tp", "all_reduce"] = (loss[0] + norms, loss[1] + 4 * width * norms)
+        expected["tp", "all_reduce"] = (loss[0] + 1, loss[1] + partial_grads)
     else:
         expected["tp", "all_reduce"] = (sent + loss[0], whole + loss[1])
     assert found.collectives == expected
 
 
-@pytest.mark.slow
-def test_fp8_changes_only_the_gathered_weights_on_tp() -> None:
-    _, bf16 = profile("parallel=tp_zero1")
-    config, found = profile("parallel=tp_zero1", "precision=fp8")
-    tp, shard, width = 2, WORLD // 2, config.model.d_model
-    vectors = 3 * padded(width // tp, shard) + 3 * width  # biases and norms
-    matrices = n_params_of(config, tp=tp, shard=shard, layers=LAYERS, embed=False, head=False) - LAYERS * vectors
-    count, n_bytes = bf16.collectives["dp_shard", "all_gather"]
-    changed = {("dp_shard", "all_gather"): (count, n_bytes - matrices), ("dp_shard", "all_reduce"): (1, 4 * 7 * LAYERS)}
-    assert found.collectives == {**bf16.collectives, **changed}
-
-
 def test_context_parallel_collectives() -> None:
     config, found = profile("parallel=cp")
-    # q, k, v and the output of every layer, forward and backward, half of the tokens here
-    count = 8 * LAYERS * MICRO_BATCHES
-    assert found.collectives["cp", "all_to_all"] == (count, count * BF16 * 4096 // 2 * config.model.d_model)
-    numbers = n_params_of(config, tp=1, shard=WORLD, layers=LAYERS)
-    assert found.collectives["dp_shard+cp", "reduce_scatter"] == (LAYERS + 2, 4 * numbers)
+    # of every layer q, k and v in one message and the output in another, forward and backward, half of the tokens here
+    count, numbers = 4 * LAYERS * MICRO_BATCHES, 8 * LAYERS * MICRO_BATCHES * 4096 // 2 * config.model.d_model
+    assert found.collectives["cp", "all_to_all"] == (count, BF16 * numbers)
+    units = units_of(config)
+    assert found.collectives["dp_shard+cp", "reduce_scatter"] == (len(units), 4 * packed(units, WORLD))
 
 
 @pytest.mark.slow
@@ -187,13 +192,18 @@ def test_pipeline_stages_hold_their_layers_and_send_activations() -> None:
     config = configure("parallel=3d", "model.n_layers=4")
     stages = profile_step(config, 4)
     assert [found.rank for found in stages] == [0, WORLD // 2]
-    for found, ends in zip(stages, ({"head": False}, {"embed": False}), strict=True):
-        numbers = n_params_of(config, tp=2, shard=WORLD // 4, layers=2, **ends)
-        assert found.collectives["dp_shard", "all_gather"] == (3, BF16 * numbers)
-        assert found.collectives["dp_shard", "reduce_scatter"] == (3, 4 * numbers)
+    for found, units in zip(stages, stages_of(config, tp=2), strict=True):
+        assert found.collectives["dp_shard", "all_gather"] == (3, BF16 * gathered(units, WORLD // 4))
+        assert found.collectives["dp_shard", "reduce_scatter"] == (3, 4 * packed(units, WORLD // 4))
         for kind in ("send", "recv"):
             passed = 4 * BF16 * 4096 * config.model.d_model // 2  # a tp peer has half of the tokens
             assert 0 <= found.collectives["pp", kind][1] - passed <= 8
+
+
+def stages_of(config: TrainConfig, *, tp: int = 1) -> tuple[list[Shapes], list[Shapes]]:
+    """Return the units of two pipeline stages."""
+    units = units_of(config, tp=tp)
+    return units[: len(units) // 2], units[len(units) // 2 :]
 
 
 @cache
@@ -209,36 +219,27 @@ def pipeline_of_2(schedule: str, zero_stage: int) -> tuple[TrainConfig, list[Ste
 @pytest.mark.parametrize(
     ("schedule", "zero_stage", "gathers"),
     [
-        # How often a step gathers: a block and the embedding of the first stage; a block and the head of the second
-        ("1f1b", 2, (1, 1, 1, 1)),
-        ("1f1b", 3, (8, 8, 8, 4)),  # forward and backward; the head stays gathered between them
-        ("zero_bubble", 2, (1, 1, 1, 1)),
-        # For the gradients of weights too, which the first stage computes in the same pass: its inputs need none.
-        ("zero_bubble", 3, (8, 8, 12, 8)),
+        # How often a step gathers the embedding and two blocks of the first stage; two blocks and the head of the second
+        ("1f1b", 2, ((1, 1, 1), (1, 1, 1))),
+        # Blocks in both passes of four micro-batches; the last one and the head stay gathered between them.
+        ("1f1b", 3, ((4, 8, 8), (8, 4, 4))),
+        ("zero_bubble", 2, ((1, 1, 1), (1, 1, 1))),
+        # What the second stage reads stays until a pass for gradients of weights, which come late:
+        # F0 I0 F1 I1 W0 F2 I2 W1 F3 I3 W2 W3 gathers its first block for all but F1, W0, W1 and W2; the others
+        # for F0, F2, F3 and W3.
+        ("zero_bubble", 3, ((4, 8, 8), (8, 4, 4))),
     ],
 )
 def test_pipeline_collectives_per_zero_stage(
-    schedule: str, zero_stage: int, gathers: tuple[int, int, int, int]
+    schedule: str, zero_stage: int, gathers: tuple[tuple[int, ...], ...]
 ) -> None:
     config, profiles = pipeline_of_2(schedule, zero_stage)
-    part = partial(n_params_of, config, tp=1, shard=8)
-    blocks = part(layers=2, embed=False, head=False)
-    ends = (part(layers=0, head=False), part(layers=0, embed=False))
-    for found, end, of_block, of_end in zip(profiles, ends, gathers[::2], gathers[1::2], strict=True):
-        assert found.collectives["dp_shard", "all_gather"] == (
-            2 * of_block + of_end,
-            BF16 * (of_block * blocks + of_end * end),
-        )
-        assert found.collectives["dp_shard", "reduce_scatter"] == (4 * 3, 4 * 4 * (blocks + end))
-        assert found.collectives["dp_replicate", "all_reduce"] == (3, 4 * (blocks + end) // 8)
-
-
-@pytest.mark.slow
-def test_zero_bubble_weight_pass_prefetches_the_next_block() -> None:
-    phases = pipeline_of_2("zero_bubble", 3)[1][1].phases
-    sent = [item.kind for phase in phases for item in phase.collectives if item.axis == "dp_shard"]
-    gather, reduce = "all_gather", "reduce_scatter"
-    assert sent[-6:] == [gather, gather, reduce, gather, reduce, reduce]
+    for found, units, times in zip(profiles, stages_of(config), gathers, strict=True):
+        its = [unit for unit, count in zip(units, times, strict=True) for _ in range(count)]
+        assert found.collectives["dp_shard", "all_gather"] == (len(its), BF16 * gathered(its, 8))
+        numbers = packed(units, 8)
+        assert found.collectives["dp_shard", "all_to_all"] == (4 * 3, 4 * BF16 * numbers)
+        assert found.collectives["dp_replicate", "all_reduce"] == (3, 4 * numbers // 8)
 
 
 @pytest.mark.slow
@@ -246,13 +247,13 @@ def test_pipeline_memory_per_zero_stage() -> None:
     small = 512 * 30 * 4  # each tensor is rounded up to 512 bytes
     for zero_stage in (1, 2, 3):
         config, (first, _) = pipeline_of_2("1f1b", zero_stage)
-        part = partial(n_params_of, config, tp=1, shard=8, head=False)
-        numbers = part(layers=2)
-        # The peak is in the backward pass of the last block, the only one that ZeRO 3 has gathered then.
-        gathered = part(layers=1, embed=False) if zero_stage == 3 else numbers
-        assert first.bytes_at_peak["parameters"] == pytest.approx(2 * (numbers / 8 + gathered), abs=small), zero_stage
-        kept = numbers if zero_stage == 1 else numbers / 8
-        assert first.bytes_at_peak["gradients"] == pytest.approx(4 * kept, abs=2 * small), zero_stage
+        (_, *blocks), numbers = stages_of(config)[0], gathered(stages_of(config)[0], 8)
+        # The peak is in the backward pass of the last block. ZeRO 3 has gathered it and the next one then.
+        held = numbers / 8 + gathered(blocks, 8) if zero_stage == 3 else numbers
+        assert first.bytes_at_peak["parameters"] == pytest.approx(2 * held, abs=small), zero_stage
+        # ZeRO 2 has sums of its shards, and three places as large as a block where gradients are sent from.
+        kept = 4 * numbers if zero_stage == 1 else 4 * numbers / 8 + 2 * packed([blocks[0]] * 3, 8)
+        assert first.bytes_at_peak["gradients"] == pytest.approx(kept, abs=small), zero_stage
 
 
 @pytest.mark.slow
@@ -266,7 +267,6 @@ def test_extrapolated_step_equals_a_full_one() -> None:
 def test_memory_by_kind() -> None:
     config, alone = profile(world_size=1)
     numbers = count_params(config.model)
-    assert sum(alone.bytes_at_peak.values()) == pytest.approx(alone.peak_bytes, rel=1e-3)
     small = 512 * 30 * LAYERS  # each tensor is rounded up to 512 bytes
     assert alone.bytes_at_peak["parameters"] == pytest.approx(2 * numbers, abs=small)
     # the lower 16 bits of the masters, and two fp32 moments
@@ -274,19 +274,11 @@ def test_memory_by_kind() -> None:
     assert alone.bytes_at_peak["gradients"] == pytest.approx(2 * numbers, abs=small)
     _, sharded = profile("parallel=zero1", "parallel.reduce_dtype=bf16", world_size=8)
     assert sharded.bytes_at_peak["optimizer"] == pytest.approx(10 * numbers / 8, abs=3 * small)
-    assert sharded.bytes_at_peak["parameters"] == pytest.approx(2 * numbers * (1 + 1 / 8), abs=2 * small)
+    for kind in ("parameters", "gradients"):  # a rank's shard of the parameters lies within the whole
+        assert sharded.bytes_at_peak[kind] == pytest.approx(2 * numbers, abs=small)
     assert sharded.bytes_at_peak["activations"] == pytest.approx(alone.bytes_at_peak["activations"], rel=0.02)
-
-
-def test_memory_of_weights_gathered_in_8_bits() -> None:
-    _, alone = profile("precision=fp8", world_size=1)
-    config, sharded = profile("parallel=zero1", "precision=fp8", "parallel.reduce_dtype=bf16", world_size=8)
-    sizes, numbers, small = Sizes(config, 8), count_params(config.model), 512 * 30 * LAYERS
-    assert sharded.bytes_at_peak["parameters"] == pytest.approx(
-        2 * numbers * (1 + 1 / 8) - sizes.in_8_bits, abs=2 * small
-    )
-    kept = alone.bytes_at_peak["activations"] - sharded.bytes_at_peak["activations"]
-    assert kept == pytest.approx(sizes.in_8_bits, rel=0.05)
+    for found in (alone, sharded):
+        assert sum(found.bytes_at_peak.values()) == found.peak_bytes
 
 
 def test_config_is_unchanged_and_fake_modules_are_gone() -> None:
@@ -327,5 +319,5 @@ def test_command_prints_the_report(tmp_path: Path) -> None:
     command = [sys.executable, "train.py", "dry_run=true", "parallel=hybrid_zero", "dry_run.world_size=1024"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for words in ("1,024 GPUs", "dp_shard 8", "parameters held; peak", "reduce_scatter", "tokens/s per GPU", "overlap"):
+    for words in ("1,024 GPUs", "dp_shard 8", "parameters held; peak", "all_to_all", "tokens/s per GPU", "overlap"):
         assert words in done.stdout

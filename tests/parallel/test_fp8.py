@@ -1,21 +1,21 @@
 """8-bit products against exact ones."""
 
-from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.multiprocessing.spawn import spawn
 
 from model.config import Init, ModelConfig
 from model.transformer import Transformer
-from parallel.fp8 import E4M3, E5M2, Fp8Linear, GatheredWeight, to_fp8_both_ways
+from parallel.config import ActivationCheckpointing, ParallelConfig
+from parallel.fp8 import E4M3, E5M2, Fp8Linear, to_fp8_both_ways
+from parallel.mesh import Mesh
 from parallel.parallelize import apply_fp8, compile_blocks
-from parallel.tensor_parallel import apply_tp
+from tests.parallel.layouts import Case, build, run, steps_of, whole
 
 
 def relative(found: Tensor, exact: Tensor) -> float:
@@ -56,53 +56,16 @@ def test_odd_number_of_tokens_is_padded() -> None:
         out = linear(x)
         assert out.shape == (n_tokens, 16)
         found.append((out[:15], *torch.autograd.grad(out[:15].square().sum(), (x, linear.weight))))
-    for part, whole in zip(*found, strict=True):
-        assert torch.equal(part, whole[: len(part)])
+    for part, more in zip(*found, strict=True):
+        assert torch.equal(part, more[: len(part)])
 
 
-def gathered(linear: nn.Linear) -> nn.Linear:
-    """Return the same layer with the weight that FSDP would gather."""
-    weight_MK = linear.weight.detach()
-    amax = weight_MK.abs().amax().float()
-    in_8_bits = to_fp8_both_ways(weight_MK, torch.finfo(E4M3).max / amax, E4M3)[0]
-    other = nn.Linear(linear.in_features, linear.out_features, dtype=weight_MK.dtype, device=weight_MK.device)
-    other.bias = linear.bias
-    other.weight = nn.Parameter(GatheredWeight(in_8_bits, amax, weight_MK.dtype))
-    other.__class__ = Fp8Linear
-    return other
-
-
-@ON_DEVICES
-def test_gathered_weight_equals_one_that_is_cast_now(device: str) -> None:
+# Dynamo's own, from inspecting what it compiles
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")
+def test_product_compiles_to_one_graph() -> None:
     torch.manual_seed(0)
-    linear = nn.Linear(96, 64, dtype=torch.bfloat16, device=device)
-    linear.__class__ = Fp8Linear
-    x = torch.randn(2, 32, 96, dtype=torch.bfloat16, device=device, requires_grad=True)
-    found = []
-    for layer in (linear, gathered(linear)):
-        out = layer(x)
-        found.append((out, *torch.autograd.grad(out.square().sum(), (x, layer.weight))))
-    assert all(torch.equal(part, other) for part, other in zip(*found, strict=True))
-    assert type(found[1][2]) is Tensor and found[1][2].dtype == torch.bfloat16
-
-
-def test_gathered_weight_allows_only_views_and_products() -> None:
-    weight = gathered(nn.Linear(32, 16)).weight
-    assert isinstance(weight.view(-1), GatheredWeight)
-    with pytest.raises(NotImplementedError, match="mul.Tensor"):
-        weight.mul(2)
-
-
-# Dynamo's own, from inspecting the inputs of what it compiles
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf", "ignore:.*should not be instantiated"
-)
-@pytest.mark.parametrize("prepare", [nn.Module.train, gathered])
-def test_product_compiles_to_one_graph(prepare: Callable[[Any], nn.Module]) -> None:
-    torch.manual_seed(0)
-    linear = nn.Linear(32, 16, dtype=torch.bfloat16)
-    linear.__class__ = Fp8Linear
-    layer = prepare(linear)
+    layer = nn.Linear(32, 16, dtype=torch.bfloat16)
+    layer.__class__ = Fp8Linear
     x = torch.randn(2, 16, 32, dtype=torch.bfloat16, requires_grad=True)
     grads = []
     for forward in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
@@ -130,44 +93,53 @@ def one_block(dtype: torch.dtype) -> Transformer:
 def passes(model: Transformer) -> tuple[Tensor, dict[str, Tensor]]:
     tokens_BT = torch.randint(64, (2, 32), generator=torch.Generator().manual_seed(2))
     tokens_BT = tokens_BT.to(next(model.parameters()).device)
-    model(tokens_BT, head=lambda h_BTD, _: whole(h_BTD)).square().sum().backward()
+    model(tokens_BT, head=lambda h_BTD, _: h_BTD).square().sum().backward()
     with torch.no_grad():
-        out = model(tokens_BT, head=lambda h_BTD, _: whole(h_BTD))
-    return out, {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+        out = model(tokens_BT, head=lambda h_BTD, _: h_BTD)
+    return out, {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
 
 
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
+def gradients(case: Case, mesh: Mesh, config: ParallelConfig) -> dict[str, Tensor]:
+    """Return the gradients of a step of a model that depends much on each product and each bias."""
+    with mock.patch("parallel.parallelize.check_fp8_device"):
+        engine = build(case, mesh, config)
+    generator = torch.Generator().manual_seed(1)
+    for param in engine.params.values():
+        scale = param.shape[-1] ** -0.5 if param.ndim > 1 else 1
+        param.write(torch.randn(param.shape, generator=generator) * scale)
+    found: dict[str, Tensor] = {}
+
+    def step(**_: Tensor) -> Tensor:
+        found.update({name: whole(param.laid_out(param.shard.grad)) for name, param in engine.params.items()})
+        return torch.zeros(2)
+
+    engine.optimizer.step = step  # type: ignore[method-assign]
+    engine.train_step(steps_of(case.n_micro_batches)[0][mesh.dp_rank :: mesh.dp_size])
+    return found
 
 
-def tp_rank(rank: int, folder: Path, sequence_parallel: bool) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    model = one_block(torch.bfloat16)
-    apply_tp(model, init_device_mesh("cpu", (2,)), sequence_parallel=sequence_parallel)
-    apply_fp8(list(model.blocks.children()), "tensorwise")
-    assert sum(isinstance(module, Fp8Linear) for module in model.modules()) == 7
-    found = passes(model)
-    torch.save(found, folder / f"found{rank}")
-    dist.barrier()
-    dist.destroy_process_group()
+fp8 = partial(Case, 2, "wide", n_micro_batches=2, dtype=torch.bfloat16, fp8="tensorwise")
+LAYOUTS = {
+    "zero1": fp8(layout={"dp_shard": 2, "zero_stage": 1}),
+    "zero3_recomputed": fp8(
+        layout={"dp_shard": 2, "zero_stage": 3, "activation_checkpointing": ActivationCheckpointing.full}
+    ),
+    "tp": fp8(layout={"tp": 2}),
+    "tp_no_sp": fp8(layout={"tp": 2, "sequence_parallel": False}),
+}
 
 
-@pytest.mark.parametrize("sequence_parallel", [True, False])
-def test_tp_equals_one_rank_and_adds_the_bias_once(tmp_path: Path, sequence_parallel: bool) -> None:
-    ranks: Any = spawn(tp_rank, (tmp_path, sequence_parallel), nprocs=2, join=False)
-    for process in ranks.processes:  # not their exit codes: gloo may abort a finished rank when its peer leaves
-        process.join()
-    (out, grads), (same_out, same_grads) = (torch.load(tmp_path / f"found{rank}") for rank in (0, 1))
-    assert torch.equal(out, same_out) and all(torch.equal(grads[name], same_grads[name]) for name in grads)
-    exact_out, exact_grads = passes(one_block(torch.float32))
-    single = one_block(torch.bfloat16)
-    apply_fp8(list(single.blocks.children()), "tensorwise")
-    whole_out, whole_grads = passes(single)
-    assert 1e-3 < relative(out, exact_out) < 1.2 * relative(whole_out, exact_out) < 0.1
-    assert grads.keys() == exact_grads.keys()
-    for name, exact in exact_grads.items():
-        assert relative(grads[name], exact) < 1.2 * relative(whole_grads[name], exact) < 0.2, name
+@pytest.mark.slow
+def test_gradients_of_a_layout_are_as_near_as_those_of_one_rank(tmp_path: Path) -> None:
+    here, mesh = run(tmp_path, LAYOUTS, 2, function=gradients), Mesh(device=torch.device("cpu"))
+    exact, alone = (
+        gradients(case, mesh, ParallelConfig()) for case in (replace(fp8(), dtype=torch.float32, fp8="none"), fp8())
+    )
+    for layout, found in here.items():
+        assert isinstance(found, dict), found
+        assert found.keys() == exact.keys()
+        for name, grad in exact.items():
+            assert relative(found[name], grad) < 1.5 * relative(alone[name], grad) < 0.3, (layout, name)
 
 
 @pytest.mark.gpu

@@ -115,26 +115,27 @@ def rule(folder: Path, rank: int) -> None:
     """Make three updates by a rule from outside on shards, and compare them with those of whole parameters."""
     config = OptimizerConfig(name="tests.training.test_seams:Momentum", options={"momentum": 0.8})
     mesh = init_device_mesh("cpu", (4,))
-    models = [torch.nn.Linear(6, 5).bfloat16(), torch.nn.Linear(6, 5).bfloat16()]
-    for name in ("weight", "bias"):
-        for model in models:
-            setattr(model, name, torch.nn.Parameter(torch.full_like(getattr(model, name), 0.7)))
-        setattr(models[0], name, torch.nn.Parameter(place(getattr(models[0], name).detach(), mesh, (Shard(0),))))
-    optimizers = [build_optimizer(model, config) for model in models]
+    model = torch.nn.Linear(6, 5).bfloat16()
+    whole = {name: torch.full_like(param, 0.7) for name, param in model.named_parameters()}
+    shards = {
+        name: ParamShard(local(place(tensor, mesh, (Shard(0),))), tensor.shape, mesh, (Shard(0),))
+        for name, tensor in whole.items()
+    }
+    wholes = {name: ParamShard(tensor, tensor.shape) for name, tensor in whole.items()}
+    optimizers = [build_optimizer(model, config, params=params) for params in (shards, wholes)]
     for step in range(3):
         torch.manual_seed(step)
-        grads = {name: torch.randn_like(param) for name, param in models[1].named_parameters()}
-        for name, grad in grads.items():
-            getattr(models[0], name).grad = place(grad, mesh, (Shard(0),))
-            getattr(models[1], name).grad = grad
+        for name, tensor in whole.items():
+            grad = torch.randn_like(tensor)
+            wholes[name].shard.grad, shards[name].shard.grad = grad, local(place(grad, mesh, (Shard(0),)))
         for optimizer in optimizers:
             if not step:
                 optimizer.set_schedule([(1e-3, 0.95)] * 3)
             optimizer.step(grad_scale=torch.tensor(2.0), finite=torch.tensor(True))
-    sharded, whole = (optimizer.state_tensors() for optimizer in optimizers)
-    assert sharded.keys() == whole.keys()
+    sharded, expected = (optimizer.state_tensors() for optimizer in optimizers)
+    assert sharded.keys() == expected.keys()
     for name, tensor in sharded.items():
-        assert torch.equal(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor, whole[name]), name
+        assert torch.equal(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor, expected[name]), name
 
 
 def faults(folder: Path, rank: int) -> None:
@@ -226,7 +227,7 @@ def background(folder: Path, rank: int) -> None:
     half = place(torch.full((6, 5), 0.5, dtype=torch.bfloat16), mesh, (Shard(0),)).to_local()
     params = {"weight": ParamShard(half, torch.Size((6, 5)), mesh, (Shard(0),))}
     optimizer = build_optimizer(torch.nn.Linear(5, 6), OptimizerConfig(), params=params)
-    group = dist.new_group(backend="gloo")
+    group: Any = dist.new_group(backend="gloo")
     checkpoints = Checkpoints(folder / "background", keep=0, group=group)
     run = RunCheckpoints(
         checkpoints, TrainState(step=1), optimizer, LossScaler(PrecisionConfig()), run_config={}, data={"parts": []}, background=True,

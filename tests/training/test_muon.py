@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Shard
 
-from parallel.tensor_parallel import local
+from parallel.shards import ParamShard, local, whole_params
 from parallel.whole_matrices import balance
 from training.config import Dtype, MuonScale, OptimizerConfig
 from training.optim import muon
@@ -35,15 +35,15 @@ def hidden(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if "blocks" in name and p.ndim == 2}
 
 
-def built(model: nn.Module, **options: Any) -> Optimizer:
-    optimizer = build_optimizer(model, OptimizerConfig(name="muon", **options))
+def built(model: nn.Module, params: dict[str, ParamShard] | None = None, **options: Any) -> Optimizer:
+    optimizer = build_optimizer(model, OptimizerConfig(name="muon", **options), params=params)
     optimizer.set_schedule([(1e-2, 0.9)] * 20)
     return optimizer
 
 
 def update(optimizer: Optimizer, grads: dict[str, Tensor], *, finite: bool = True) -> None:
     for name, param in optimizer.params.items():
-        param.grad = grads[name].clone().to(param.dtype) * 4
+        param.shard.grad = grads[name].clone().to(param.shard.dtype) * 4
     optimizer.step(grad_scale=torch.tensor(4.0), finite=torch.tensor(finite))
 
 
@@ -173,15 +173,15 @@ def test_states_of_16_bits_are_exchanged(tmp_path: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
+        params = whole_params(sharded)
         for name, param in hidden(sharded).items():
-            module, _, last = name.rpartition(".")
-            whole = nn.Parameter(distribute_tensor(param.detach(), mesh, [Shard(0)]))
-            sharded.get_submodule(module).register_parameter(last, whole)
-        optimizers = [built(model, normuon=True, state_dtype=Dtype.bf16) for model in (alone, sharded)]
-        shared = {n: distribute_tensor(g, mesh, [Shard(0)]) if n in hidden(alone) else g for n, g in grads.items()}
+            params[name] = ParamShard(param, param.shape, mesh, (Shard(0),))
+        optimizers = [
+            built(model, its, normuon=True, state_dtype=Dtype.bf16) for model, its in ((alone, None), (sharded, params))
+        ]
         for _ in range(2):
-            update(optimizers[0], grads)
-            update(optimizers[1], shared)
+            for optimizer in optimizers:
+                update(optimizer, grads)
         for name, tensor in optimizers[1].state_tensors().items():
             assert torch.equal(local(tensor), optimizers[0].state_tensors()[name]), name
     finally:

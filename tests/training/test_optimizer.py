@@ -46,8 +46,8 @@ def train_both(optimizer: Optimizer, reference: torch.optim.AdamW, full: nn.Modu
             group["lr"], group["betas"] = lr, (optimizer.config.beta1, beta2)
         scale = torch.rand((), device=optimizer.device) + 1
         for param, other in zip(optimizer.params.values(), full.parameters(), strict=True):
-            param.grad = torch.randn_like(param)
-            other.grad = param.grad.float() / scale
+            param.shard.grad = torch.randn_like(param.shard)
+            other.grad = param.shard.grad.float() / scale
         reference.step()
         finite = FINITE.to(optimizer.device)
         assert optimizer.step(grad_scale=scale, finite=finite).tolist() == [lr, beta2]
