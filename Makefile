@@ -5,7 +5,7 @@ PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3,$(shell $(nam
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test test-slow test-all lint clean
+.PHONY: demo test test-slow test-all mutants lint clean
 
 demo: $(VENV)/.demo
 	$(PY) -m benchmarks.demo
@@ -19,6 +19,9 @@ test-slow: $(VENV)/.dev
 test-all: $(VENV)/.dev  # the tests of Slurm by themselves: they wait for its timers
 	$(PY) -m pytest -n 2 -m "not slurm"
 	$(PY) -m pytest -m slurm
+
+mutants: $(VENV)/.dev  # breaks one guard after the other; its test must notice
+	$(PY) -m tests.mutants
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .

@@ -47,25 +47,34 @@ def work(config: TrainConfig, run_dir: Path) -> float | None:
     """Run one rank of a run and return its `objective`; after a stop, exit with the signal's code."""
     from launch.slurm import requeue_slurm_job
     from parallel.mesh import distributed
+    from tracking.alerts import alerts
+    from tracking.heartbeat import FOLDER, Heartbeat
     from tracking.logs import log_to
     from tracking.run_folder import locked
     from tracking.status import Status
     from training.out_of_memory import explain_oom
     from training.stop import StopRequest
+    from training.stragglers import pending_collective
 
-    run_config = to_plain(config)
+    # What NCCL's flight recorder holds when a collective times out, a file per rank: torchfrtrace reads them
+    os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(run_dir / FOLDER / "nccl_trace_rank_"))
+    run_config, late_s = to_plain(config), config.parallel.step_timeout_s / 2
     with (
         distributed(config.parallel) as mesh,
         locked(run_dir, mesh.rank),
         log_to(run_dir, mesh.rank),
-        Status(run_dir, run_config, rank=mesh.rank) as status,
-        StopRequest(mesh) as stop,
-        explain_oom(config),
+        alerts(config.alerts, run_dir),
     ):
-        valid_loss = train(config, run_config, mesh, run_dir, stop)
-        status.end(valid_loss, stopped=bool(stop), given_up=stop.given_up)
-    if stop.for_a_requeue:
-        requeue_slurm_job(run_dir, rank=mesh.rank, max_requeues=config.launcher.max_requeues)
+        with (
+            Status(run_dir, run_config, rank=mesh.rank, ranks=mesh.world_size) as status,
+            StopRequest(mesh) as stop,
+            Heartbeat(run_dir, mesh.rank, lambda: stop.agreements, late_s=late_s, pending=pending_collective),
+            explain_oom(config),
+        ):
+            valid_loss = train(config, run_config, mesh, run_dir, stop)
+            status.end(valid_loss, stopped=bool(stop), given_up=stop.given_up, **stop.summary())
+        if stop.for_a_requeue:
+            requeue_slurm_job(run_dir, rank=mesh.rank, max_requeues=config.launcher.max_requeues)
     if stop and not stop.given_up:
         sys.exit(stop.exit_code)
     return valid_loss

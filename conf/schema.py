@@ -24,7 +24,7 @@ from dry_run.config import DryRunConfig
 from launch.config import LauncherConfig
 from model.config import ModelConfig, Parametrization
 from parallel.config import ParallelConfig
-from tracking.config import EarlyStopConfig, LoggerConfig
+from tracking.config import AlertsConfig, EarlyStopConfig, LoggerConfig
 from training.config import (
     CheckpointConfig,
     Dtype,
@@ -76,6 +76,7 @@ class TrainConfig:
     evaluate: EvaluationConfig = field(default=MISSING, metadata=FREE)
     samples: SamplesConfig = field(default=MISSING, metadata=FREE)
     logger: LoggerConfig = field(default=MISSING, metadata=FREE)
+    alerts: AlertsConfig = field(default=MISSING, metadata=FREE)
     launcher: LauncherConfig = field(default=MISSING, metadata=FREE)
     dry_run: DryRunConfig = field(default=MISSING, metadata=FREE)
 

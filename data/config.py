@@ -26,6 +26,8 @@ class DataConfig(CorpusConfig):
     tokenizer: str | None = None  # source=tokens: what they were made with, for bits per byte and decoding
     verify: bool = field(default=False, metadata={"free": True})  # check the hashes of all shards before the first step
     workers: int = field(default=2, metadata={"free": True})  # loader processes; the order does not depend on it
+    # without a batch from a worker, after which the run fails; 0: never
+    worker_timeout_s: float = field(default=300.0, metadata={"free": True})
 
     @property
     def pack_tokens(self) -> int:
@@ -43,7 +45,7 @@ class DataConfig(CorpusConfig):
         yield from (f"data.mix.{name} ({weight}) must be 0 or more" for name, weight in wrong.items())
         if self.mix and not wrong and not any(self.mix.values()):
             yield f"data.mix ({self.mix}) needs a weight above 0"
-        least = {"seq_len": 2, "micro_batch_size": 1, "workers": 0, "seed": 0}
+        least = {"seq_len": 2, "micro_batch_size": 1, "workers": 0, "worker_timeout_s": 0, "seed": 0}
         small = [key for key, limit in least.items() if getattr(self, key) < limit]
         yield from (f"data.{key} ({getattr(self, key)}) must be at least {least[key]}" for key in small)
         if self.seed >= 2**32:

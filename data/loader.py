@@ -82,6 +82,7 @@ def train_batches(
         sampler=micro_batches(),  # type: ignore[arg-type]
         num_workers=config.workers,
         worker_init_fn=_start_worker if config.workers else None,
+        timeout=config.worker_timeout_s if config.workers else 0,
         # Linux's own way; in a process of joblib's the default is joblib's, which starts no other's processes.
         multiprocessing_context="fork" if config.workers and sys.platform == "linux" else None,
         pin_memory=pin_memory,
@@ -97,7 +98,10 @@ def train_batches(
             yield found
             step += 1
     finally:
+        workers = getattr(batches, "_workers", [])
         del batches  # ends the workers: a traceback keeps this frame alive, and they ignore signals
+        for worker in workers:  # one that hangs would be waited for when Python ends
+            worker.kill()
 
 
 def valid_batches(

@@ -27,7 +27,7 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 from launch import slurm
 from launch.config import LauncherConfig, Where
 from launch.environment import visible_gpus
-from launch.ranks import RankEnd, UserErrorTest, first_failure, handle, hung_stacks, is_timeout, launch, read_ends
+from launch.ranks import RankEnd, UserErrorTest, describe_failure, first_failure, handle, launch, read_ends
 from parallel.config import ParallelConfig, ParallelError
 
 STOP_S = 60.0  # for jobs of this machine to save when they are stopped
@@ -66,8 +66,6 @@ class Job:
         if end.text:
             print(end.text, file=sys.stderr, flush=True)
             sys.stdout.flush()
-            if on_slurm and is_timeout(end.text):
-                slurm.request_stacks()
             os._exit(1)  # submitit would make an exception a result, and the job a success
         return end.value
 
@@ -155,10 +153,9 @@ class Running:
         if not over:
             return None
         if first is not None:
-            text = ends[first].text.removeprefix("error: ").rstrip()
-            rank = f"rank {first} failed first\n" if n_ranks > 1 else ""
-            hung = {rank: path for rank, path in files.items() if rank not in ends}
-            return Outcome("failed", reason=f"{rank}{text}{hung_stacks(text, hung)}")
+            text = ends[first].text
+            text = describe_failure(first, text) if n_ranks > 1 else text
+            return Outcome("failed", reason=text.removeprefix("error: ").rstrip())
         if ends or self.state == "CANCELLED":
             return Outcome("stopped", reason="stopped; the same command resumes it from its last checkpoint")
         state = f" ({self.state})" if self.state else ""

@@ -5,11 +5,9 @@ Imports no torch: the parent of spawned ranks only waits.
 
 import ctypes
 import errno
-import faulthandler
 import multiprocessing
 import os
 import pickle
-import re
 import resource
 import signal
 import sys
@@ -27,11 +25,11 @@ from typing import Any
 from launch.config import RankError
 from launch.environment import DEFAULTS, VARIABLES, check_joined, free_port, joined_environment, nproc_per_node
 from parallel.config import ParallelConfig
+from tracking.logs import STACK_SIGNALS
 from training.config import SaveError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 GRACE_S = 5.0  # for the other ranks to end by themselves once one has failed
-STACK_S = 1.0  # for a hung rank to write its stack before it is killed
 POLL_S = 0.5
 
 UserErrorTest = Callable[[BaseException], bool]
@@ -45,9 +43,16 @@ def launch(work: Callable[..., Any], *args: Any, config: ParallelConfig, is_user
     """
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    for signum in STACK_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)  # until there is a log that takes stacks
     if joined := joined_environment(os.environ):
         check_joined(joined, config)
         os.environ.update(joined)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: save and stop when torchrun dies
+        work = record(work)  # has torchrun show the traceback of the rank that failed first
     n_ranks = 1 if joined else nproc_per_node(config)
     if n_ranks == 1:
         return work(*args)
@@ -73,20 +78,15 @@ class RankEnd:
 
     @classmethod
     def of(cls, work: Callable[[], Any], end_file: Path, is_user_error: UserErrorTest) -> "RankEnd":
-        """Run `work`; until it ends, SIGQUIT writes the stack to a file beside `end_file`."""
         end_file.unlink(missing_ok=True)
-        with stack_file(end_file).open("w", encoding="utf-8") as stack:
-            faulthandler.register(signal.SIGQUIT, stack)
-            try:
-                return cls(value=work())
-            except SystemExit as stop:
-                return cls(exit_code=stop.code)
-            except BaseException as error:
-                if is_user_error(error):
-                    return cls(error=error, text=str(error) or repr(error))
-                return cls(text=str(error) if isinstance(error, RankError) else traceback.format_exc())
-            finally:
-                faulthandler.unregister(signal.SIGQUIT)
+        try:
+            return cls(value=work())
+        except SystemExit as stop:
+            return cls(exit_code=stop.code)
+        except BaseException as error:
+            if is_user_error(error):
+                return cls(error=error, text=str(error) or repr(error))
+            return cls(text=str(error) if isinstance(error, RankError) else traceback.format_exc())
 
     @property
     def is_crash(self) -> bool:
@@ -105,25 +105,15 @@ def read_ends(end_files: Mapping[int, Path]) -> dict[int, RankEnd]:
     return {rank: pickle.loads(path.read_bytes()) for rank, path in end_files.items() if path.exists()}
 
 
-def stack_file(end_file: Path) -> Path:
-    return end_file.with_suffix(".stack")
-
-
 def first_failure(ends: Mapping[int, RankEnd]) -> int | None:
     """Return the rank that failed first."""
     failed = [rank for rank, end in ends.items() if end.text]
     return min(failed, key=lambda rank: ends[rank].time, default=None)
 
 
-def hung_stacks(text: str, end_files: Mapping[int, Path]) -> str:
-    """Return where ranks hung, if `text` is the error of a rank that timed out waiting for them."""
-    stacks = {k: stack_file(path).read_text("utf-8") for k, path in end_files.items() if stack_file(path).exists()}
-    shown = [f"\nrank {rank} hung at\n{stack}" for rank, stack in stacks.items() if stack]
-    return "".join(shown) if is_timeout(text) else ""
-
-
-def is_timeout(text: str) -> bool:
-    return re.search(r"timed?[ _-]?out", text, re.IGNORECASE) is not None
+def describe_failure(rank: int, text: str) -> str:
+    """Return a rank's failure with its number, unless it is that of another rank already."""
+    return text if text.startswith("error: ") else f"error: rank {rank} failed first\n{text}"
 
 
 class _Ranks:
@@ -139,6 +129,7 @@ class _Ranks:
         before = handle(SIGNALS, self._forward)
         try:
             self._spawn(work)
+            before |= handle(STACK_SIGNALS, self._forward)  # not before: new processes ignore them still
             deadline = None
             while running := [rank for rank, process in enumerate(self.processes) if process.exitcode is None]:
                 if deadline is None and self._has_a_failure():
@@ -146,11 +137,7 @@ class _Ranks:
                 if deadline is not None and time.monotonic() > deadline:
                     break
                 wait([self.processes[rank].sentinel for rank in running], POLL_S)
-            hung = {rank: self.end_files[rank] for rank in running if not self.end_files[rank].exists()}
-            for rank in hung:
-                os.kill(self.processes[rank].pid or 0, signal.SIGQUIT)
-            time.sleep(STACK_S if hung else 0)
-            return self._result(hung)
+            return self._result(hung={rank for rank in running if not self.end_files[rank].exists()})
         finally:
             for process in self.processes:
                 process.kill()
@@ -168,7 +155,7 @@ class _Ranks:
             self.processes.append(process)
 
     def _forward(self, signum: int, _frame: FrameType | None) -> None:
-        self.signum = signum
+        self.signum = signum if signum in SIGNALS else self.signum
         for process in self.processes:
             if process.pid is not None and process.exitcode is None:
                 os.kill(process.pid, signum)
@@ -178,7 +165,7 @@ class _Ranks:
         ends = read_ends(self.end_files)  # read after, because a rank writes its end before it exits
         return first_failure(ends) is not None or not exited <= ends.keys()
 
-    def _result(self, hung: Mapping[int, Path]) -> Any:
+    def _result(self, hung: set[int]) -> Any:
         ends = read_ends(self.end_files)
         killed = [rank for rank in self.end_files if rank not in ends and rank not in hung]
         first = first_failure(ends)
@@ -187,8 +174,7 @@ class _Ranks:
         if killed:
             raise RankError(f"error: rank {killed[0]} died first: {_death(self.processes[killed[0]].exitcode or 0)}")
         if first is not None:
-            text = ends[first].text
-            raise ends[first].error or RankError(f"error: rank {first} failed first\n{text}{hung_stacks(text, hung)}")
+            raise ends[first].error or RankError(describe_failure(first, ends[first].text))
         for end in ends.values():
             if end.exit_code is not None:
                 sys.exit(end.exit_code)

@@ -17,11 +17,11 @@ from typing import Any
 
 from launch.config import LauncherConfig
 from parallel.config import ParallelError
+from tracking.status import note_followed
 
 OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "GONE", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
 MEMORY = "slurm_job.json"  # in a run folder: the job that runs it
 ANSWER_S = 120
-STACKS_S = 3
 UNSEEN = "unseen: "
 WHERE = ("partition", "account", "qos", "constraint")  # options that decide which nodes are asked
 
@@ -160,14 +160,8 @@ def requeue(max_requeues: int) -> str:
     return _message(done.stderr) if done.returncode else ""
 
 
-def request_stacks() -> None:
-    """Have every rank of this job write its stack."""
-    ask("scancel", "--signal=QUIT", f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}")
-    time.sleep(STACKS_S)
-
-
 def requeue_slurm_job(run_dir: Path, *, rank: int, max_requeues: int) -> None:
-    """In a Slurm job whose ranks have all saved, requeue it or print why not; elsewhere, do nothing.
+    """In a Slurm job whose ranks have all saved, requeue it or log why not; elsewhere, do nothing.
 
     Rank 0 asks Slurm and the others wait for it, because a rank that leaves ends the rest.
     """
@@ -179,8 +173,9 @@ def requeue_slurm_job(run_dir: Path, *, rank: int, max_requeues: int) -> None:
     answered = run_dir / ".requeue"
     if rank == 0:
         refused = requeue(max_requeues)
-        if refused:
-            print(f"not requeued: {refused}", flush=True)
+        what = f"not requeued: {refused}" if refused else "requeued"
+        logger.info("%s", what, extra={"alert": "requeue"})
+        note_followed(run_dir, what)
         answered.write_text(attempt, encoding="utf-8")
         return
     deadline = time.monotonic() + ANSWER_S

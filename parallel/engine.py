@@ -1,5 +1,6 @@
 """The training step: forward, backward, one global norm, one clip, one update, or none if the norm is not finite."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -85,6 +86,7 @@ class Engine:
         self.model, self.optimizer, self.mesh = model.module, optimizer, mesh
         self.params, self.partial_grads, self.zero = model.params, model.partial_grads, model.zero
         self.scaler, self.counters, self.max_grad_norm = scaler, counters, max_grad_norm
+        self.limits_2 = torch.full((2,), math.inf, device=mesh.device)  # of loss and norm: a step above changes nothing
         tied = self.model.tied_params
         self.counted = [p for name, p in self.params.items() if name not in tied and p.is_first_copy]
         tp_mesh = mesh.param_mesh["tp"] if mesh.param_mesh is not None and mesh.axes.tp > 1 else None
@@ -131,7 +133,7 @@ class Engine:
         self._finish_gradients()
         loss, grad_norm, totals_S4, *aux = self._reduce(sums, self._grad_norm())
         loss, grad_norm = loss / self.scaler.scale, grad_norm / self.scaler.scale
-        finite = torch.isfinite(grad_norm)
+        finite = torch.isfinite(grad_norm) & (torch.stack([loss, grad_norm]) <= self.limits_2).all()
         # The clip and the loss scale are one division, done inside the update.
         clip = ((grad_norm + 1e-6) / self.max_grad_norm).clamp(min=1.0) if self.max_grad_norm > 0 else 1.0
         rates_2 = self.optimizer.step(grad_scale=torch.ones_like(grad_norm) * clip * self.scaler.scale, finite=finite)

@@ -161,6 +161,7 @@ def test_tutorial_on_four_nodes_is_one_micro_batch_per_gpu() -> None:
     ],
 )  # fmt: skip
 def test_everything_wrong_is_reported_at_once(line: str, expected: list[str]) -> None:
+    """Cases 21 and 48."""
     found = problems(*line.split())
     assert len(found) == len(expected), found
     for pattern, problem in zip(expected, found, strict=True):

@@ -117,6 +117,7 @@ def hf_dir(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_weights_of_another_tokenizer_are_refused(
     run_dir: Path, hf_dir: Path, tmp_path: Path, small: list[str], others: dict[str, str]
 ) -> None:
+    """Case 24."""
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         base: TrainConfig = to_config(compose("train", overrides=small))

@@ -55,6 +55,7 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 @pytest.mark.parametrize("before,after", PAIRS, ids=lambda name: name)
 def test_checkpoints_are_equal_across_layouts(runs: Path, before: str, after: str) -> None:
+    """Case 20."""
     saved = open_checkpoint(runs / before).read("")
     again = open_checkpoint(runs / f"{before}_{after}" / "again").read("")
     names = {name for name in saved if not name.startswith("rng.")}
@@ -67,6 +68,7 @@ def test_checkpoints_are_equal_across_layouts(runs: Path, before: str, after: st
 
 @pytest.mark.parametrize("before,after", PAIRS, ids=lambda name: name)
 def test_losses_go_on_across_layouts(runs: Path, before: str, after: str) -> None:
+    """Case 20."""
     variant = before[:5] if before.startswith(("tied_", "muon_")) else ""
     whole, here = losses(runs / f"{variant}whole"), losses(runs / f"{before}_{after}")
     assert sorted(here) == list(range(1, STEPS + 1))

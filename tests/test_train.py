@@ -201,6 +201,7 @@ def test_numbers_that_json_lacks_are_saved(tmp_path: Path, small: list[str]) -> 
 
 
 def test_changed_data_is_refused(run_dir: Path, corpus_dir: Path, tmp_path: Path, small: list[str]) -> None:
+    """Case 24."""
     folder = tmp_path / "r"
     shutil.copytree(run_dir, folder)
     shutil.copytree(corpus_dir, tmp_path / "tokens")
@@ -242,6 +243,7 @@ def test_every_option_trains(tmp_path: Path, small: list[str], options: list[str
 
 
 def test_nonfinite_gradients_end_the_run_and_name_the_module(tmp_path: Path, small: list[str]) -> None:
+    """Case 42."""
     with pytest.raises(TrainingError, match=r"3 steps in a row .* first in \S+ \((weight|forward|backward|gradient)\)"):
         diverges = ["optimizer.lr=1e30", "optimizer.max_nonfinite_steps=3", "steps=30", "checkpoint.every=1"]
         trained(tmp_path / "r", *small, *diverges)
@@ -350,6 +352,7 @@ def test_torchrun_equals_the_plain_command(tmp_path: Path, small: list[str]) -> 
 def test_an_impossible_run_is_one_line(
     tmp_path: Path, small: list[str], override: str, environment: dict, key: str
 ) -> None:
+    """Cases 37 and 48."""
     argv = [sys.executable, "train.py", *small, "name=x", override, f"hydra.run.dir={tmp_path}"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
     assert done.returncode in (1, 2) and key in done.stderr and "Traceback" not in done.stderr

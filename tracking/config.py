@@ -26,6 +26,18 @@ class LoggerConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class AlertsConfig:
+    """Who is told of a crash, a requeue, a stop, a spike, a stall and the end: JSON of run, state, step and reason."""
+
+    command: str | None = field(default=None, metadata={"prose": True})  # a shell command that reads it
+    webhook: str | None = field(default=None, metadata={"prose": True})  # an address that takes it as POST
+
+    def problems(self) -> Iterator[str]:
+        if self.webhook is not None and not self.webhook.startswith(("http://", "https://")):
+            yield f"alerts.webhook ({self.webhook}) must begin with http:// or https://"
+
+
+@dataclass(kw_only=True, slots=True)
 class EarlyStopConfig:
     """Ends a point of a sweep whose metric exceeds the best point's at the same tokens by a margin."""
 

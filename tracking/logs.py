@@ -1,9 +1,11 @@
 """Log lines of a run: on the terminal, and with the time in train.log in its folder."""
 
 import argparse
+import faulthandler
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -12,15 +14,26 @@ from pathlib import Path
 from tracking.run_folder import Lines
 from training.config import CheckpointError
 
+STACK_SIGNALS = (signal.SIGUSR1, signal.SIGQUIT)
+
 
 @contextmanager
 def log_to(run_dir: Path, rank: int = 0) -> Iterator[None]:
-    """Show log lines and append them to train.log; other ranks show only warnings and have files of their own."""
+    """Show log lines and append them to train.log; other ranks show only warnings and have files of their own.
+
+    Until the context ends, SIGUSR1 and SIGQUIT append the stacks of all threads.
+    """
     with closing(Lines(run_dir / (f"train.rank{rank}.log" if rank else "train.log"))) as lines:
         file = logging.StreamHandler(lines)
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        with screen(logging.WARNING if rank else logging.INFO), _handler(file):
-            yield
+        for signum in STACK_SIGNALS:
+            faulthandler.register(signum, lines.file.fileno())
+        try:
+            with screen(logging.WARNING if rank else logging.INFO), _handler(file):
+                yield
+        finally:
+            for signum in STACK_SIGNALS:
+                faulthandler.unregister(signum)
 
 
 def escape_unprintable() -> None:
@@ -41,6 +54,7 @@ def screen(level: int = logging.INFO) -> Iterator[None]:
     terminal = logging.StreamHandler(sys.stdout)
     terminal.handleError = drop_stdout  # the lines are in train.log too
     terminal.setLevel(level)
+    terminal.addFilter(lambda record: not hasattr(record, "file_only"))
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     before = logging.root.level
     logging.root.setLevel(logging.INFO)

@@ -1,18 +1,37 @@
 """Pictures of losses over tokens."""
 
+import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from math import isfinite
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from warnings import catch_warnings, filterwarnings
 
-from tracking.metrics_file import centred, loss_curve, read_records
+from tracking.metrics_file import centred, loss_curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MANY = 40  # points of a curve
+HEAD = 100  # bytes of a record that hold its step, its tokens and the first loss
+WHOLE_BYTES = 4_000_000  # of metrics, about as many steps as a picture has pixels
+
+
+def read_drawn(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a run that are drawn: all validations, and of a long run every n-th step and the last."""
+    every, records, last = 1 + (path.stat().st_size if path.exists() else 0) // WHOLE_BYTES, [], b""
+    with path.open("rb") if path.exists() else nullcontext(()) as lines:
+        for number, line in enumerate(lines):
+            is_valid = line.find(b'"valid/loss"', 0, HEAD) >= 0
+            last = last if is_valid else line
+            if is_valid or number % every == 0:
+                with suppress(ValueError):  # cut short by a kill
+                    records.append(json.loads(line))
+    with suppress(ValueError):
+        records += [json.loads(last)] if every > 1 else []
+    return sorted(records, key=itemgetter("step"))
 
 
 @contextmanager
@@ -44,7 +63,7 @@ def plot_loss(metrics: Path, picture: Path) -> None:
 
     The first twentieth, where the loss falls from that of a guess, does not set the scale.
     """
-    records = read_records(metrics)
+    records = read_drawn(metrics)
     train, valid = loss_curve(records, "train/loss"), loss_curve(records, "valid/loss")
     if not train:
         return

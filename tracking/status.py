@@ -4,17 +4,29 @@ import json
 import logging
 import math
 import os
+import re
+import socket
 import time
+import traceback
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from launch.config import RankError
+from tracking.heartbeat import last_words, read_sign
 from tracking.metrics_file import last_step, read_records
 from tracking.run_folder import Lines, is_held, write_atomically
 
 NAME = "status.json"
 CRASHES = "crashes.jsonl"  # to which every rank adds its own
-RESERVED = 1024  # bytes for how a run ends, if the disk is full by then
+MOST_CHARS = 4000  # of a traceback
+CAUSE_S = 2.0  # for a rank that failed first to write why
+# What a rank raises because another one failed
+SYMPTOM = re.compile(
+    r"closed by peer|connection reset|broken pipe|lost the others|nccl|(?<!DataLoader )timed?[ _-]?out", re.IGNORECASE
+)
+ALERTS = {"finished": "end", "failed": "crash"}  # by state; any other is a stop
+RESERVED = 8192  # bytes for how a run ends, if the disk is full by then
 
 logger = logging.getLogger(__name__)
 
@@ -28,40 +40,80 @@ def read_status(run_dir: Path) -> dict[str, Any]:
 
 
 class Status:
-    """Keeps a run's status.json for the duration of the context; rank 0 writes it."""
+    """Keeps a run's status.json for the duration of the context; rank 0 writes it, or the first one that is left.
 
-    def __init__(self, run_dir: Path, run_config: dict[str, Any], *, rank: int = 0) -> None:
-        self.run_dir, self.rank = run_dir, rank
+    A rank that failed because another one did raises that one's failure as a `RankError`.
+    """
+
+    def __init__(self, run_dir: Path, run_config: dict[str, Any], *, rank: int = 0, ranks: int = 1) -> None:
+        self.run_dir, self.rank, self.ranks = run_dir, rank, ranks
         self.record: dict[str, Any] = {"state": "running", "config": run_config}
 
     def __enter__(self) -> "Status":
-        self.before, self.first_step = read_status(self.run_dir), last_step(self.run_dir)
-        self._write()
+        self.before, self.first_step, self.began = read_status(self.run_dir), last_step(self.run_dir), time.time()
+        if not self.rank:
+            _write(self.run_dir, **self.record)
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        cause, speaks = None, not self.rank
         if isinstance(error, Exception):
-            step, reason = last_step(self.run_dir), f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            attempt = ".".join(os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "RESTART_COUNT"))
-            crash = {"attempt": attempt, "step": step, "error": reason, "rank": self.rank, "time": time.time()}
-            with closing(Lines(self.run_dir / CRASHES)) as lines:
-                lines.write(json.dumps(crash) + "\n")
-            refused = step == self.first_step and self.before.get("state") in ("finished", "given up", "stopped")
-            self.record = self.before if refused else {**self.record, "state": "failed", "reason": reason}
+            cause, speaks = self._crash(error)
         elif error is not None:
             self.record["state"] = "stopped"
-        self._write()
+        if speaks:
+            _write(self.run_dir, **self.record)
+        state, text = self.record["state"], self.record.get("traceback", "") + self.record.get("reason", "")
+        alert = {"alert": ALERTS.get(state, "stop")} if speaks and self.record is not self.before else {}
+        logger.log(logging.ERROR if cause else logging.INFO, text or state, extra={"file_only": True, **alert})
+        if cause is not None and cause is not error:
+            raise cause from error
 
-    def end(self, valid_loss: float | None, *, stopped: bool, given_up: bool) -> None:
+    def _crash(self, error: Exception) -> tuple[Exception, bool]:
+        """Record this rank's failure; return the one that came first, and whether this rank writes the status."""
+        step, reason = last_step(self.run_dir), f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        attempt = ".".join(os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "RESTART_COUNT"))
+        trace = "".join(traceback.format_exception(error))[-MOST_CHARS:]
+        crash = {"attempt": attempt, "step": step, "error": reason, "rank": self.rank, "time": time.time()}
+        with closing(Lines(self.run_dir / CRASHES)) as lines:
+            lines.write(json.dumps({**crash, "traceback": trace}) + "\n")
+        first, speaks = {**crash, "traceback": trace}, not self.rank
+        if self.ranks > 1:
+            if SYMPTOM.search(reason):
+                first, speaks = self._first_failure(first)
+            reason = f"rank {first['rank']} failed first: {first['error']}"
+        refused = step == self.first_step and self.before.get("state") in ("finished", "given up", "stopped")
+        failed = {"state": "failed", "reason": reason, "traceback": first["traceback"]}
+        self.record = self.before if refused else {**self.record, **failed}
+        text = f"error: rank {first['rank']} failed first\n{first['traceback'] or first['error']}"
+        return error if first["rank"] == self.rank else RankError(text), speaks
+
+    def _first_failure(self, mine: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+        """Wait for what other ranks write of their failures; return the first, and whether no lower rank wrote any."""
+        deadline, crashes, causes = time.monotonic() + CAUSE_S, [], []
+        while not causes and time.monotonic() < deadline:
+            time.sleep(CAUSE_S / 20)
+            crashes = [c for c in read_records(self.run_dir / CRASHES) if c["time"] >= self.began]
+            causes = [crash for crash in crashes if not SYMPTOM.search(crash["error"])]
+        silent = sorted(set(range(self.ranks)) - {crash["rank"] for crash in crashes})
+        signs = {rank: sign for rank in silent if (sign := read_sign(self.run_dir, rank))}
+        words = {rank: last_words(self.run_dir, rank, sign) for rank, sign in signs.items()}
+        hosts = {sign["host"] for sign in signs.values()}
+        if not any(words.values()) and len(hosts) == 1 and socket.gethostname() not in hosts:  # a machine is gone
+            words[min(words)] = f"nothing more came from {hosts.pop()}"
+        for rank, text in words.items():
+            error, _, stack = text.partition("\n")
+            if text:
+                causes.append({"rank": rank, "error": error, "traceback": f"{stack}{error}\n", "time": math.inf})
+        speaks = self.rank == min([self.rank, *(crash["rank"] for crash in crashes)])
+        return min(causes, key=lambda cause: cause["time"], default=mine), speaks
+
+    def end(self, valid_loss: float | None, *, stopped: bool, given_up: bool, **more: Any) -> None:
         """Record how the run ended; one that ended before its last step was stopped."""
         finished = not stopped and last_step(self.run_dir) >= self.record["config"]["steps"]
         state = "given up" if given_up else "finished" if finished else "stopped"
         known = valid_loss is not None and math.isfinite(valid_loss)
-        self.record |= {"state": state, "valid_loss": valid_loss if known else None}
-
-    def _write(self) -> None:
-        if not self.rank:
-            _write(self.run_dir, **self.record)
+        self.record |= {"state": state, "valid_loss": valid_loss if known else None, **more}
 
 
 def _write(run_dir: Path, **record: Any) -> None:
@@ -82,6 +134,12 @@ def note_queued(run_dir: Path, run_config: dict[str, Any]) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     if not read_status(run_dir):
         _write(run_dir, state="queued", config=run_config)
+
+
+def note_followed(run_dir: Path, text: str) -> None:
+    """Record what followed a stop."""
+    if status := read_status(run_dir):
+        _write(run_dir, **{**status, "stop": {**status.get("stop", {}), "followed": text}})
 
 
 def note_end(run_dir: Path, state: str, reason: str) -> None:

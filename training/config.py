@@ -120,6 +120,9 @@ class OptimizerConfig:
     vector_lr_scale: float = 1.0
     max_grad_norm: float = 1.0  # one norm over all parameters; 0: no clipping
     max_nonfinite_steps: int = 10  # consecutive steps without a finite gradient before the run is stopped
+    # standard deviations above those of the last logged steps from which a loss or norm is reported; 0: never
+    spike_sigma: float = field(default=0.0, metadata={"free": True})
+    skip_spikes: bool = False  # such a step changes nothing
 
     def problems(self) -> Iterator[str]:
         for key in ("momentum", "scale", "polar_express", "normuon", "cautious_decay") if self.name == "adamw" else ():
@@ -129,6 +132,9 @@ class OptimizerConfig:
             yield f"optimizer.name ({self.name}) must be {', '.join(OPTIMIZERS)} or module:Class"
         yield from unless(self, "optimizer", "positive and finite", lambda x: 0 < x < math.inf, "lr", "eps")
         yield from unless(self, "optimizer", "0 or more", lambda x: x >= 0, "weight_decay", "beta2_c", "max_grad_norm")
+        yield from unless(self, "optimizer", "0 or more", lambda x: x >= 0, "spike_sigma")
+        if self.skip_spikes and not self.spike_sigma:
+            yield "optimizer.skip_spikes (true) needs optimizer.spike_sigma, such as 6"
         scales = ("embed_lr_scale", "head_lr_scale", "vector_lr_scale")
         yield from unless(self, "optimizer", "0 or more and finite", lambda x: 0 <= x < math.inf, *scales)
         yield from unless(self, "optimizer", "in [0, 1)", lambda x: 0 <= x < 1, "beta1", "beta2", "momentum")

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
 
+import torch
+
 from conf.schema import TrainConfig
 from data.batches import Batch
 from data.config import parse_ranges
@@ -20,8 +22,10 @@ from training.config import TrainingError
 from training.evaluation import Evaluation
 from training.report import StepReport
 from training.resume import RunCheckpoints
+from training.spikes import find_spikes, spike_limits
 from training.state import TrainState
 from training.stop import StopRequest
+from training.stragglers import Stragglers
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +46,10 @@ class Run:
     batches: list[Batch] = field(default_factory=list)
     result: StepResult | None = None
     loss_scale: float = 1.0
+    stragglers: Stragglers = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stragglers = Stragglers(self.engine.mesh)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +81,15 @@ def loop(run: Run, batches: Iterator[list[Batch]], periodic: Sequence[Periodic] 
         Periodic(config.logger.every, lambda _: gc.collect(1)),
         Periodic(early.every, lambda _: is_hopeless(early, run.report.loggers.run_dir, state.step) and stop.give_up()),
         *periodic,
-        Periodic(1, lambda run: run.stop.agree()),
+        Periodic(1, agree),
         *judging,
         Periodic(1, lambda run: run.checkpoints.after_step()),
         Periodic(config.checkpoint.check_replicas_every, lambda run: run.checkpoints.check()),
         Periodic(1, partial(follow, StopFile(config.checkpoint.stop_file))),
-        Periodic(config.checkpoint.every, lambda run: run.checkpoints.save()),
+        Periodic(config.checkpoint.every, lambda run: (run.checkpoints.save(), agree(run))),
     )
-    with garbage_collection_paused(), run.checkpoints:
+    with garbage_collection_paused(), run.checkpoints, run.stragglers.watch(run.engine):
+        set_limits(run)
         for entry in judging:  # if a stop cut one short
             entry.run_if_due(run)
         while state.step < config.steps and not stop and not run.finished:
@@ -102,7 +111,7 @@ def train_step(run: Run, batches: Iterator[list[Batch]], *, skip: bool) -> None:
         state.skipped_steps += 1
         logger.info("step %d/%d  left out by skip_batches", state.step, config.steps)
         return
-    throughput.data_ready()
+    run.stragglers.begin(throughput.data_ready())
     run.loss_scale = run.engine.scaler.scale
     run.result = run.engine.train_step(run.batches)
     throughput.end(run.result.n_tokens)
@@ -116,15 +125,37 @@ def log_step(run: Run) -> None:
     run.report.throughput.lap()  # until now the host waited for the device
     if nonfinite:
         in_a_row, limit = run.state.nonfinite_in_a_row, run.config.optimizer.max_nonfinite_steps
-        text = "step %d changed nothing: its gradient is not finite (%d such steps, %d in a row, the limit is %d)"
+        why = "its gradient is not finite" + (", or it is a spike" if run.config.optimizer.skip_spikes else "")
+        text = f"step %d changed nothing: {why} (%d such steps, %d in a row, the limit is %d)"
         logger.warning(text, run.state.step, run.state.nonfinite_steps, in_a_row, limit)
         if in_a_row >= limit:
             module = run.engine.find_nonfinite_module(run.batches)
             why = f"{in_a_row} steps in a row had no finite gradient (optimizer.max_nonfinite_steps), first in {module}"
             raise TrainingError(f"{why}; lower optimizer.lr, or use skip_batches")
+    run.report.more = {**run.stragglers.metrics, **run.checkpoints.take_metrics()}
+    if sigma := run.config.optimizer.spike_sigma:
+        figures = {"loss": float(run.result.loss), "gradient norm": float(run.result.grad_norm)}
+        if spikes := find_spikes(run.state.recent, figures, sigma):
+            run.state.spikes += 1
+            say = logger.warning if not run.engine.mesh.rank else logger.debug
+            say("step %d is a spike: %s", run.state.step, "; ".join(spikes), extra={"alert": "spike"})
+        run.report.more["train/spikes"] = run.state.spikes
+        set_limits(run)
     epochs = run.corpus.train.epochs(run.state.samples)
-    run.report.saved = run.checkpoints.take_metrics()
     run.report.step(run.state, run.result, epochs=epochs, loss_scale=run.loss_scale)
+
+
+def set_limits(run: Run) -> None:
+    """Have the engine skip the steps that are spikes, if asked for, by the window as it is."""
+    optimizer = run.config.optimizer
+    if optimizer.skip_spikes:
+        limits = spike_limits(run.state.recent, optimizer.spike_sigma)
+        run.engine.limits_2.copy_(torch.tensor(list(limits.values())))
+
+
+def agree(run: Run) -> None:
+    """Share requests to stop, and the time that each rank took by itself, among all ranks."""
+    run.stragglers.note(run.stop.agree(run.state.step, run.stragglers.own_s()))
 
 
 def validate(run: Run) -> None:
@@ -135,7 +166,7 @@ def validate(run: Run) -> None:
     batches = valid_batches(
         run.corpus, config.data, max_tokens=config.valid_tokens, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size
     )
-    totals_S4 = run.engine.evaluate(takewhile(lambda _: not run.stop, batches))
+    totals_S4 = run.engine.evaluate(takewhile(lambda _: agree(run) or not run.stop, batches))
     if not run.stop:
         run.report.validation(state, totals_S4)
 

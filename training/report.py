@@ -72,9 +72,11 @@ class Throughput:
     def begin(self) -> None:
         self.at = time.perf_counter()
 
-    def data_ready(self) -> None:
-        """Note that the step's batch is there: until now the step waited for data."""
-        self.waited += self.lap()
+    def data_ready(self) -> float:
+        """Note that the step's batch is there, and return how long the step waited for it."""
+        elapsed = self.lap()
+        self.waited += elapsed
+        return elapsed
 
     def end(self, tokens: int) -> None:
         """Note that all work of a step was handed to the device."""
@@ -163,7 +165,7 @@ class StepReport:
 
     def __init__(self, loggers: Loggers, throughput: Throughput, *, sources: Sequence[str], steps: int) -> None:
         self.loggers, self.throughput, self.sources, self.steps = loggers, throughput, sources, steps
-        self.saved: Mapping[str, float] = {}  # the times of a checkpoint, for the next step's record
+        self.more: dict[str, float] = {}  # metrics of the next step that is reported
 
     def step(self, state: TrainState, result: StepResult, *, epochs: Mapping[int, float], loss_scale: float) -> None:
         """Report a step; `epochs` is how often each source has been seen."""
@@ -181,10 +183,10 @@ class StepReport:
             "optim/loss_scale": loss_scale,
             "train/nonfinite_steps": state.nonfinite_steps,
             **self.throughput.metrics(self.steps - state.step),
-            **self.saved,
+            **self.more,
         }
         self.loggers.log(record)
-        logger.info("%s", step_line(record, self.steps))
+        self.say(step_line(record, self.steps))
 
     def validation(self, state: TrainState, totals_S4: Tensor) -> None:
         """Report a validation, by source, and draw the curve."""
@@ -192,5 +194,10 @@ class StepReport:
         state.valid_loss, state.validated_step = metrics.get("valid/loss"), state.step
         self.loggers.log({"step": state.step, "tokens": state.tokens, **metrics})
         for line in valid_lines(metrics, self.sources):
-            logger.info("%s", line)
+            self.say(line)
         self.loggers.plot()
+
+    def say(self, line: str) -> None:
+        """Log a line that all ranks have; rank 0 does."""
+        if not self.loggers.rank:
+            logger.info("%s", line)

@@ -27,6 +27,8 @@ class TrainState:
     updates: int = 0  # of the weights; the schedule follows these
     nonfinite_steps: int = 0  # whose gradient was not finite
     nonfinite_in_a_row: int = 0
+    spikes: int = 0
+    recent: dict[str, list[float]] = field(default_factory=dict)  # figures of logged steps, for spikes
     device: torch.device = field(default=torch.device("cpu"), metadata={"saved": False})
     counters: StepCounters = field(init=False, metadata={"saved": False})
 

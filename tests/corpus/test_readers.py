@@ -96,6 +96,7 @@ def test_ranges_share_lines_out(
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.parquet", "a.txt"])
 def test_document_above_the_limit_is_bad_record(tmp_path: Path, name: str) -> None:
+    """Case 47."""
     records = [{"text": "before"}, {"text": "x" * (1 << 20)}, {"text": "y" * (1 << 20) + "y"}, {"text": "after"}]
     plain, packed = "." + name.split(".")[1], name.partition(".")[2].partition(".")[1:]
     content = b"z" * (1 << 21) if plain == ".txt" else PLAIN[plain](records)
@@ -150,6 +151,7 @@ BAD = [
 
 @pytest.mark.parametrize(("name", "content", "place"), BAD, ids=range(len(BAD)))
 def test_bad_record_is_named_or_counted(tmp_path: Path, name: str, content: bytes, place: str) -> None:
+    """Case 47."""
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=place):
         read(local(tmp_path, name))
@@ -191,6 +193,7 @@ def test_lines_before_the_damage_are_read(tmp_path: Path, packed: str) -> None:
 
 
 def test_odd_characters_are_kept(tmp_path: Path) -> None:
+    """Case 47."""
     texts = ["a\0b", "crlf\r\nline\r", "\ufeff in \ufeff", "a\u2028\x85b", "\U0010ffff 👩‍👩‍👧", " \t lead", "ends \n\n"]
     records = [{"text": text} for text in texts]
     raw = b"\xef\xbb\xbf" + b"\r\n".join(line for line in lines(records).splitlines()) + b"\r\n\n \n"

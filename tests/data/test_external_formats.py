@@ -179,6 +179,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_internlm_file_is_named(tmp_path: Path, damage: str) -> None:
+    """Case 46."""
     write_internlm(tmp_path / "a.bin", [[1, 2, 33], [1, 22]], np.int64)
     assert (tmp_path / "a.bin").read_bytes()[23:].startswith(b'{"tokens"')
     named, change = DAMAGES[damage]
@@ -194,6 +195,7 @@ def test_damaged_internlm_file_is_named(tmp_path: Path, damage: str) -> None:
 def test_id_outside_the_vocabulary_is_reported_with_its_place(
     tmp_path: Path, wrong: int, reported: int, code: int, dtype: str
 ) -> None:
+    """Case 45."""
     write_megatron(tmp_path / "a", [[1, 2, 3], [4, 5, wrong, 7]], code, dtype)
     corpus = open_corpus(config(tmp_path), vocab_size=103_168)
     with pytest.raises(DataError, match=rf"a.bin: token 5, in document 1, is id {reported}"):

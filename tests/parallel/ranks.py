@@ -43,6 +43,7 @@ def steps(folder: Path) -> None:
     with StopRequest() as stop:
         (folder / f"started{rank}").write_text(str(os.getpid()))
         while not stop:
+            stop.agree(0)
             time.sleep(0.01)
         time.sleep(0.2)
         (folder / f"saved{rank}").touch()

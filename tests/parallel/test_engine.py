@@ -191,6 +191,7 @@ def test_evaluate_returns_totals_by_source() -> None:
 
 
 def test_nonfinite_step_changes_nothing_and_the_module_is_named() -> None:
+    """Cases 40 and 41."""
     engine = build()
     batches = [micro_batch([8], 0)]
     block = engine.model.get_submodule("blocks.1.mlp.w_up")

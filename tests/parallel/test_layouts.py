@@ -155,6 +155,7 @@ def test_bf16_layout_learns_like_one_process_in_float32(
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.bad_rank is not None])
 def test_all_ranks_skip_a_step_that_is_nonfinite_on_one(name: str, outcomes: dict[str, Outcome | str]) -> None:
+    """Case 40."""
     here = outcomes[name]
     assert isinstance(here, Outcome), here
     assert here.finite == [number != 2 for number in range(N_STEPS)]

@@ -43,6 +43,7 @@ def test_ranks_join() -> None:
 
 
 def test_port_in_use() -> None:
+    """Case 37."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -53,13 +54,15 @@ def test_port_in_use() -> None:
 
 @pytest.mark.parametrize(("rank", "why"), [(0, "1/2 clients joined"), (1, "timed out")])
 def test_rank_whose_peer_never_joins_gives_up(rank: int, why: str) -> None:
+    """Case 37."""
     port = free_port()
     line = errors_of(start_rank(rank, 2, port, init_timeout_s=2))[-1]  # after torch's own stack
     for words in (f"RANK {rank}", "(WORLD_SIZE)", f"127.0.0.1:{port}", "(parallel.init_timeout_s)", why):
         assert words in line
 
 
-def test_hanging_rank_is_named_with_its_stack() -> None:
+def test_hanging_rank_ends_all() -> None:
+    """Case 30."""
     parent = psutil.Process(os.getpid())
     others = set(parent.children(recursive=True))  # of other tests
     process = start("60", "2", "1")
@@ -69,7 +72,5 @@ def test_hanging_rank_is_named_with_its_stack() -> None:
         time.sleep(0.2)
     lines = errors_of(process)
     assert lines[0] == "error: rank 0 failed first"
-    (start_of_stack,) = (i for i, line in enumerate(lines) if line.startswith("rank 1 hung"))
-    assert any("in meet" in line for line in lines[start_of_stack:])
     assert sum(line.startswith("Traceback") for line in lines) == 1
     assert len(family) >= 3 and not psutil.wait_procs(family, 5)[1]

@@ -90,7 +90,6 @@ def test_outcomes_of_jobs_on_several_nodes(tmp_path: Path, capsys: pytest.Captur
     out = capsys.readouterr().out
     assert "[again] attempt 0" in out and "[again] attempt 1" in out and "[crash] attempt 1" not in out
     assert found["hang"].reason.count("RuntimeError: timed out") == 1
-    assert "rank 1 hung at\n" in found["hang"].reason and "work.py" in found["hang"].reason.split("hung")[1]
     ids = [job_of(tmp_path / how) for how in ends]
     until(lambda: all(state in slurm.OVER for state in slurm.states(ids).values()))
     states = slurm.states(ids)

@@ -41,6 +41,7 @@ def wait_for_cancel(run_dir: Path) -> None:
     with StopRequest() as stop:
         (run_dir / f"begun{os.environ.get(RESTARTS, '0')}").touch()
         while not stop:
+            stop.agree(0)
             time.sleep(0.05)
     (run_dir / "saved").touch()
     requeue_slurm_job(run_dir, rank=0, max_requeues=1)

@@ -2,6 +2,9 @@
 
 import json
 import logging
+import time
+import tracemalloc
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -15,7 +18,7 @@ from tracking.config import LoggerConfig
 from tracking.loggers import Logger, Loggers, Record
 from tracking.logs import log_to
 from tracking.metrics_file import read_records, smoothed, truncate_metrics
-from tracking.plot import plot_loss
+from tracking.plot import plot_loss, read_drawn
 
 WANDB = {"wandb_project": "p", "wandb_entity": "team", "wandb_tags": ["a", "b"], "wandb_notes": "why"}
 RUN_CONFIG = {"name": "x", "logger": WANDB}
@@ -104,6 +107,7 @@ def test_wandb_takes_its_settings_and_a_run_that_starts_again_is_another(
 
 
 def test_a_failing_logger_is_dropped_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Case 39."""
     InMemory.records.clear()
     with opened(tmp_path, extra=[f"{__name__}:Failing", f"{__name__}:InMemory"]) as loggers:
         for step in (1, 2):
@@ -115,6 +119,8 @@ def test_a_failing_logger_is_dropped_with_one_warning(tmp_path: Path, caplog: py
 def test_libraries_that_fail_do_not_stop_a_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Case 39."""
+
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no network")
 
@@ -166,3 +172,23 @@ def test_log_lines_go_to_terminal_and_file(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().out == "line 1\nline 2\n"
     lines = (tmp_path / "train.log").read_text().splitlines()
     assert [line.split("INFO ")[1] for line in lines] == ["line 1", "line 2"]
+
+
+@pytest.mark.slow
+def test_a_picture_of_a_long_run_takes_little_time_and_memory(tmp_path: Path) -> None:
+    import_module("matplotlib.figure")  # not a part of the time
+    more = ", ".join(f'"perf/figure_{n}": 12345.678901234567' for n in range(20))
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step in range(1, 300_001):
+            file.write(f'{{"step": {step}, "tokens": {step}, "train/loss": {1e6 / step}, {more}}}\n')
+            if step % 1000 == 0:
+                file.write(f'{{"step": {step}, "tokens": {step}, "valid/loss": 2.5}}\nnot JSON\n')
+    tracemalloc.start()
+    started = time.process_time()
+    plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    took, memory = time.process_time() - started, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert took < 4 and memory < 200e6, "tracemalloc doubles the time"
+    drawn = read_drawn(tmp_path / "metrics.jsonl")
+    assert sum("valid/loss" in record for record in drawn) == 300 and drawn[-1]["step"] == 300_000
+    assert 1000 < len(drawn) < 10_000

@@ -32,6 +32,7 @@ STORED: dict[str, Any] = {
 
 
 def test_a_held_folder_names_its_owner(tmp_path: Path) -> None:
+    """Case 12."""
     code = "import sys, pathlib, tracking.run_folder as r\nwith r.locked(pathlib.Path(sys.argv[1])): pass"
     argv = [sys.executable, "-c", code, str(tmp_path / "run")]
     assert not is_held(tmp_path / "run")
@@ -79,6 +80,7 @@ def stored_run(folder: Path, text: str) -> Path:
 
 
 def test_stored_configurations_are_checked_before_any_device(tmp_path: Path) -> None:
+    """Case 22."""
     run = stored_run(tmp_path / "old", json.dumps({"config": STORED}))
     wider = {**STORED, "model": {**STORED["model"], "d_model": 64, "n_layers": 3}, "init_from": str(run)}
     check_stored_config(run, STORED, CheckpointConfig())

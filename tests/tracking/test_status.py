@@ -1,15 +1,18 @@
 """How a run ended, how often it crashed, and when early_stop ends it."""
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
 
+from launch.config import RankError
 from tests.conftest import trained
 from tests.tracking.test_compare import written
 from tracking.compare import read_runs
 from tracking.config import EarlyStopConfig
 from tracking.early_stop import is_hopeless
+from tracking.heartbeat import sign_file
 from tracking.run_folder import locked
 from tracking.status import Status, crashed_the_same_way_twice, note_end, read_status
 from training.config import CheckpointError
@@ -73,3 +76,36 @@ def test_two_equal_crashes_are_recognised(tmp_path: Path, monkeypatch: pytest.Mo
     assert crashed_the_same_way_twice(tmp_path)
     crash(0, RuntimeError("a third"), job=2)
     assert not crashed_the_same_way_twice(tmp_path), "the first attempt of another job"
+
+
+def test_a_symptom_gives_way_to_the_cause_on_another_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Case 29."""
+    monkeypatch.setattr("tracking.status.CAUSE_S", 0.1)
+    lost = RuntimeError("Connection closed by peer")
+
+    def other_rank_fails(error: Exception) -> None:
+        with pytest.raises(type(error)), Status(tmp_path, {}, rank=1, ranks=2):
+            raise error
+
+    with (
+        pytest.raises(RankError, match="^error: rank 1 failed first\nTraceback(.|\n)*ValueError: boom"),
+        Status(tmp_path, {}, ranks=2),
+    ):
+        other_rank_fails(ValueError("boom"))
+        raise lost
+    assert read_status(tmp_path)["reason"] == "rank 1 failed first: ValueError: boom"
+    with pytest.raises(RuntimeError, match="closed by peer"), Status(tmp_path, {}, ranks=2):
+        raise lost  # what an earlier attempt ended by is no cause
+    with pytest.raises(RuntimeError, match="DataLoader timed out"), Status(tmp_path, {}, ranks=2):
+        raise RuntimeError("DataLoader timed out after 3 seconds")
+
+
+def test_a_rank_that_died_without_a_word_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Case 29."""
+    monkeypatch.setattr("tracking.status.CAUSE_S", 0.1)
+    (tmp_path / ".ranks").mkdir()
+    for host, text in ((socket.gethostname(), "was killed, or ran out of memory"), ("n7", "nothing more came from n7")):
+        sign_file(tmp_path, 0).write_text(json.dumps({"pid": 2**22 + 1, "host": host, "time": 0}))
+        with pytest.raises(RankError, match=text), Status(tmp_path, {}, rank=1, ranks=2):
+            raise RuntimeError("Connection closed by peer")
+        assert "rank 0 failed first" in read_status(tmp_path)["reason"], "the first rank that is left writes it"

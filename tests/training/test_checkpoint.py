@@ -42,6 +42,7 @@ def run(tmp_path: Path) -> Checkpoints:
 
 
 def test_round_trip_is_exact(run: Checkpoints) -> None:
+    """Case 28."""
     os.utime(run.folder / "step-00000010", (4e9, 4e9))  # the newest is the highest step
     newest = run.newest()
     assert newest is not None and (newest.step, newest.state["progress"]) == (30, {"step": 30})
@@ -159,6 +160,7 @@ def test_a_run_with_only_damaged_checkpoints_is_not_started_over(run: Checkpoint
 
 
 def test_other_names_shapes_or_dtypes_are_refused(run: Checkpoints) -> None:
+    """Cases 22 and 23."""
     newest = run.newest()
     assert newest is not None
     changed = tensors()
@@ -203,6 +205,7 @@ FORGED = {
 
 @pytest.mark.parametrize("forgery", list(FORGED))
 def test_metadata_runs_no_code(run: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgery: str) -> None:
+    """Case 26."""
     monkeypatch.setenv("PAYLOAD", str(tmp_path / "ran"))
     forged, message = FORGED[forgery]
     step = run.folder / "step-00000030"
@@ -235,6 +238,7 @@ Checkpoints(folder, keep=1).save(40, {"model.a": torch.ones(3)}, {})
 
 @pytest.mark.parametrize("phase", ["write", "manifest", "fsync", "rename", "purge"])
 def test_a_kill_at_any_moment_leaves_a_good_checkpoint(run: Checkpoints, phase: str) -> None:
+    """Cases 2 and 11."""
     shutil.rmtree(run.folder / "step-00000010")
     shutil.rmtree(run.folder / "step-00000020")
     done = subprocess.run([sys.executable, "-c", KILLED, phase, str(run.folder.parent)], cwd=ROOT)
@@ -318,6 +322,7 @@ def test_a_step_is_never_written_over(run: Checkpoints) -> None:
 
 
 def test_a_file_size_limit_in_the_writer_is_an_error(tmp_path: Path) -> None:
+    """Case 4."""
     code = (
         "import resource, signal, torch; from pathlib import Path; from training.checkpoint import Checkpoints\n"
         f"signal.signal(signal.SIGXFSZ, signal.SIG_IGN); c = Checkpoints(Path('{tmp_path}'), keep=1)\n"

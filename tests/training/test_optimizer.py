@@ -77,6 +77,7 @@ def test_gradients_are_divided_by_the_scale_and_dropped() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_nonfinite_update_changes_nothing_and_takes_no_rate(device: str) -> None:
+    """Case 41."""
     model = network(torch.bfloat16).to(device)
     optimizer = build_optimizer(model, OptimizerConfig())
     assert optimizer.rules[0].on_device is (device == "cuda")

@@ -57,6 +57,7 @@ def test_a_damaged_part_of_one_rank_is_named_once(ranks: tuple[Path, list[tuple[
 
 
 def test_a_rank_killed_while_saving_commits_nothing(tmp_path: Path) -> None:
+    """Case 1."""
     ended = run_ranks(tmp_path, "killed")
     assert [code for code, _ in ended] == [0, -9, 0, 0], "\n".join(text for _, text in ended)
     assert open_checkpoint(tmp_path / "killed").step == 1

@@ -33,19 +33,29 @@ def test_state_dict_round_trip_reaches_the_device() -> None:
 
 
 def test_signals_set_a_flag_and_a_second_interrupt_stops_at_once() -> None:
+    """Cases 32, 34 and 35."""
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest() as stop:
-        assert not stop
-        os.kill(os.getpid(), signal.SIGTERM)
+        for signum in (signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM):
+            os.kill(os.getpid(), signum)
+        assert not stop, "not before a step is over"
+        stop.agree(7)
         assert stop and stop.exit_code == 143 and stop.for_a_requeue
+    summary = stop.summary()
+    assert summary["reason"] == "SIGTERM on rank 0, saved at step 7"
+    assert {**summary["stop"], "time": 0} == {
+        "signal": "SIGTERM", "rank": 0, "step": 7, "time": 0, "signals": 3, "exit_code": 143
+    }  # fmt: skip
     assert signal.getsignal(signal.SIGTERM) is before
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGHUP)
+        stop.agree(0)
         assert stop and stop.exit_code == 129 and not stop.for_a_requeue
     ignoring = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGHUP)
-        assert not stop
+        stop.agree(0)
+        assert not stop and not stop.summary()
     signal.signal(signal.SIGHUP, ignoring)
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)

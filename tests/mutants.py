@@ -1,0 +1,147 @@
+"""Break one guard after the other and check that the test that is meant to notice does: python -m tests.mutants [K/N]
+
+With K/N, every N-th guard from the K-th on. Works on a copy of the files that git knows.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LIMIT_S = 300
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A case of docs/faults.md, the code that guards against it, what breaks that code, and the test that notices."""
+
+    case: int
+    file: str
+    code: str
+    broken: str
+    test: str
+
+
+GUARDS, SAVES, STATE = (
+    "tests/training/test_guards.py",
+    "tests/training/test_checkpoint.py",
+    "tests/training/test_state.py",
+)
+FAULTS, STATUS, BEATS = "tests/test_faults.py", "tests/tracking/test_status.py", "tests/tracking/test_heartbeat.py"
+SAVE, FOLDER, STOP, BEAT = (
+    "training/checkpoint.py",
+    "tracking/run_folder.py",
+    "training/stop.py",
+    "tracking/heartbeat.py",
+)
+MUTANTS = [
+    Mutant(2, SAVE, "os.rename(partial_dir, final)", "shutil.copytree(partial_dir, final)", f"{GUARDS}::test_files_reach"),
+    Mutant(4, SAVE, "        check_complete(read_metadata(folder)", "        str((folder)", f"{GUARDS}::test_what_a_writer"),
+    Mutant(6, SAVE, "    _fsync(path)\n    return", "    return", f"{GUARDS}::test_files_reach"),
+    Mutant(6, SAVE, '_fsync(folder / "manifest.json")', "pass", f"{GUARDS}::test_files_reach"),
+    Mutant(10, SAVE, '            except OSError as error:\n                logger.warning("%s could not be removed: %s", path',
+           '            except KeyError as error:\n                logger.warning("%s could not be removed: %s", path',
+           f"{GUARDS}::test_what_cannot"),
+    Mutant(11, SAVE, "                os.rename(path, trash)", "                trash = path", f"{SAVES}::test_a_kill_at"),
+    Mutant(12, FOLDER, "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
+           "tests/tracking/test_run_folder.py::test_a_held_folder"),
+    Mutant(14, SAVE, "self.ranks.on_first(self._found)", "self._found()",
+           f"{GUARDS}::test_the_first_rank"),
+    Mutant(16, SAVE, ' != expected["size"]:', ' == "":', f"{GUARDS}::test_a_file_of"),
+    Mutant(17, SAVE, ") != expected:", ") == 0:", f"{SAVES}::test_a_damaged_checkpoint"),
+    Mutant(18, SAVE, "    except (ValueError, KeyError, TypeError):", "    except KeyError:", f"{SAVES}::test_a_damaged_checkpoint"),
+    Mutant(19, SAVE, "        elif damaged:", "        elif False:", f"{SAVES}::test_a_run_with_only"),
+    Mutant(22, FOLDER, "and before[key] != now[key]]", "and False]",
+           "tests/tracking/test_run_folder.py::test_stored_configurations"),
+    Mutant(23, SAVE, "saved.properties.dtype) != (tensor.shape, tensor.dtype)", ") != (tensor.shape,)",
+           f"{SAVES}::test_other_names"),
+    Mutant(24, "training/resume.py", "set(parts), saved != parts", "set(parts), False", "tests/test_train.py::test_changed_data"),
+    Mutant(25, SAVE, "    if version != FORMAT_VERSION:", "    if False:", f"{GUARDS}::test_another_format"),
+    Mutant(26, "training/metadata.py", "if not is_dtype and name not in PICKLED_NAMES.get(module, ()):", "if False:",
+           f"{SAVES}::test_metadata_runs_no_code"),
+    Mutant(27, FOLDER, "    if step not in steps:", "    if False:", f"{GUARDS}::test_a_step_that"),
+    Mutant(28, FOLDER, "if STEP.fullmatch(path.name)), reverse=True",
+           "if STEP.fullmatch(path.name)), key=lambda p: p.stat().st_mtime, reverse=False", f"{SAVES}::test_round_trip"),
+    Mutant(29, "tracking/status.py", "            if SYMPTOM.search(reason):", "            if False:",
+           f"{STATUS}::test_a_symptom_gives_way"),
+    Mutant(29, BEAT, 'if sign["host"] == socket.gethostname() and', "if False and", f"{STATUS}::test_a_rank_that_died"),
+    Mutant(30, BEAT, "if waited_s > self.late_s and self.reported is None:", "if False:", f"{BEATS}::test_a_stopped_process"),
+    Mutant(30, BEAT, 'for r, s in alive.items() if not s["waits"]}', "for r, s in ()}", f"{BEATS}::test_a_rank_in_no"),
+    Mutant(31, BEAT, "if not found and len(waits) > 1:", "if False:", f"{BEATS}::test_ranks_in_different"),
+    Mutant(32, STOP, "        self.before = handle(SIGNALS, self._handle)", "        self.before = {}", f"{STATE}::test_signals_set"),
+    Mutant(33, STOP, "        if self.mesh is not None:", "        if False:", f"{FAULTS}::test_a_signal_to_one[step"),
+    Mutant(33, "training/loop.py", "agree(run) or not run.stop", "not run.stop", f"{FAULTS}::test_a_signal_to_one[validation"),
+    Mutant(34, "launch/ranks.py", "signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)", "signal.SIGTERM, signal.SIGHUP)",
+           f"{STATE}::test_signals_set"),
+    Mutant(35, STOP, "if signum == signal.SIGINT and", "if", f"{STATE}::test_signals_set"),
+    Mutant(35, "training/loop.py", "(run.checkpoints.save(), agree(run))", "run.checkpoints.save()",
+           f"{FAULTS}::test_a_signal_to_one[save"),
+    Mutant(37, "parallel/mesh.py", "    except dist.DistError as error:", "    except KeyError as error:",
+           "tests/parallel/test_mesh.py::test_port_in_use"),
+    Mutant(38, "data/loader.py", "timeout=config.worker_timeout_s if config.workers else 0", "timeout=0",
+           "tests/data/test_loader.py::test_a_worker_that_hangs[hangs"),
+    Mutant(39, "tracking/loggers.py", "        except Exception as error:", "        except ZeroDivisionError as error:",
+           "tests/tracking/test_loggers.py::test_a_failing_logger"),
+    Mutant(41, "parallel/engine.py", "finite = torch.isfinite(grad_norm) &", "finite = torch.ones_like(grad_norm, dtype=torch.bool) |",
+           "tests/parallel/test_engine.py::test_nonfinite_step"),
+    Mutant(42, "training/loop.py", "        if in_a_row >= limit:", "        if False:", "tests/test_train.py::test_nonfinite_gradients"),
+    Mutant(43, "training/spikes.py", "if value > limits[name] else []", "if False else []", "tests/tracking/test_alerts.py::test_a_spike"),
+    Mutant(43, "training/state.py", "recent: dict[str, list[float]] = field(default_factory=dict)",
+           'recent: dict[str, list[float]] = field(default_factory=dict, metadata={"saved": False})',
+           "tests/tracking/test_alerts.py::test_a_spike"),
+    Mutant(44, "training/agreement.py", "            if digest != expected:", "            if False:", f"{GUARDS}::test_a_bit_that"),
+    Mutant(45, "data/dataset.py", "if rows.tokens.view(np.uint32).max() >= self.vocab_size:", "if False:",
+           "tests/data/test_loader.py::test_id_outside"),
+    Mutant(46, "data/shards.py", "if not known or index_bytes not in", "if not known and index_bytes not in",
+           "tests/data/test_shards.py::test_damaged_shard"),
+    Mutant(47, "corpus/documents.py", "except (ValueError, RecursionError) as error:", "except RecursionError as error:",
+           "tests/corpus/test_readers.py::test_bad_record_is"),
+    Mutant(48, "conf/schema.py", '        yield from _below(self, 1, "steps", "valid_tokens")\n', "",
+           "tests/test_cli.py::test_everything_wrong"),
+]  # fmt: skip
+
+
+def notices(mutant: Mutant, copy: Path) -> str:
+    """Run the test of a guard that is broken in a copy; return what is wrong with the outcome, or ""."""
+    file = copy / mutant.file
+    text = file.read_text(encoding="utf-8")
+    if text.count(mutant.code) != 1:
+        return f"{mutant.file} has {mutant.code!r} {text.count(mutant.code)} times; write it anew"
+    path, _, name = mutant.test.partition("::")
+    words = name.replace("[", " and ").replace("]", "")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", path, "-k", words]
+    file.write_text(text.replace(mutant.code, mutant.broken), encoding="utf-8")
+    try:
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return ""
+    finally:
+        file.write_text(text, encoding="utf-8")
+    if done.returncode in (0, 3, 4, 5):  # passed, or did not run
+        return f"{mutant.test} does not notice: {(done.stdout + done.stderr).strip().splitlines()[-1]}"
+    return ""
+
+
+def main(part: str = "1/1") -> None:
+    first, every = map(int, part.split("/"))
+    names = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    survivors = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        for name in names:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, copy / name)
+        for mutant in MUTANTS[first % every :: every]:
+            problem = notices(mutant, copy)
+            survivors += bool(problem)
+            print(f"case {mutant.case:2d}  {problem or mutant.test}", flush=True)
+    sys.exit(f"error: {survivors} broken guards went unnoticed" if survivors else 0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,143 @@
+"""Each guard of a checkpoint by itself: what one catches, another would hide."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tracking.run_folder import checkpoints_in
+from training import checkpoint as module
+from training.agreement import check_tensors
+from training.checkpoint import Checkpoints, open_checkpoint
+from training.config import CheckpointError, TrainingError
+from training.ranks import Ranks
+
+TENSORS = {"model.a": torch.ones(3, 4), "model.b": torch.zeros(5, dtype=torch.bfloat16)}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Checkpoints:
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for step in (10, 20):
+        checkpoints.save(step, TENSORS, {})
+    return checkpoints
+
+
+def test_files_reach_the_disk_before_the_name_they_are_found_by(
+    run: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cases 2 and 6."""
+    synced: list[Path] = []
+    fsync, rename = module._fsync, os.rename
+
+    def renamed(old: Path, new: Path) -> None:
+        if Path(new).name.startswith("step-"):
+            assert {path.name for path in Path(old).iterdir()} == {path.name for path in synced if path.parent == old}
+            assert old in synced and not Path(new).exists()
+            synced.clear()
+        rename(old, new)
+
+    monkeypatch.setattr(module, "_fsync", lambda path: (synced.append(path), fsync(path)))
+    monkeypatch.setattr(module.os, "rename", renamed)
+    run.save(30, TENSORS, {})
+    assert synced == [run.folder], "and then the name does"
+
+
+def test_what_a_writer_lost_is_noticed(run: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Case 4: a writer of several threads can lose an error of one of them."""
+    save = module.save
+
+    def lossy(tensors: dict[str, Tensor], **settings: Any) -> object:
+        return save({"model.a": tensors["model.a"]}, **settings)
+
+    monkeypatch.setattr(module, "save", lossy)
+    with pytest.raises(CheckpointError, match="model.b were not written"):
+        run.save(30, TENSORS, {})
+
+
+def test_what_cannot_be_removed_is_a_warning(
+    run: Checkpoints, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Case 10."""
+    rename = os.rename
+
+    def refused(old: Path, new: Path) -> None:
+        if ".trash" in str(new):
+            raise PermissionError(1, "Operation not permitted")
+        rename(old, new)
+
+    monkeypatch.setattr(module.os, "rename", refused)
+    run.keep = 1
+    assert run.save(30, TENSORS, {}).exists() and "could not be removed" in caplog.text
+
+
+class SecondOfTwo(Ranks):
+    """Rank 1, which takes what rank 0 found; rank 0 sees `first` where this one sees another thing."""
+
+    def __init__(self, first: Any) -> None:
+        super().__init__()
+        self.rank, self.first = 1, first
+
+    def on_first(self, step: Any) -> Any:
+        return self.first if self.first is not None else super().on_first(step)
+
+    def all_gather(self, step: Any) -> list[Any]:
+        return [self.first, step()]
+
+
+def test_the_first_rank_decides_which_checkpoints_there_are(run: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Case 14: the list of another rank may be old."""
+    asked: list[list[Path]] = []
+    monkeypatch.setattr(module, "_first_good", lambda paths, *_: asked.append(paths) or (None, {}))
+    run.ranks = SecondOfTwo([run.folder / "step-00000010"])
+    run.newest()
+    assert asked == [[run.folder / "step-00000010"]]
+
+
+def test_a_file_of_the_wrong_size_is_not_even_read(run: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Case 16."""
+    cut = run.folder / "step-00000020" / "__0_0.distcp"
+    os.truncate(cut, 10)
+    describe, read = module._describe, []
+    monkeypatch.setattr(module, "_describe", lambda path: (read.append(path), describe(path))[1])
+    newest = run.newest()
+    assert newest is not None and newest.step == 10 and cut not in read
+
+
+def test_a_step_that_is_not_there_is_an_error(run: Checkpoints) -> None:
+    """Case 27."""
+    assert checkpoints_in(run.folder, 10) == [run.folder / "step-00000010"]
+    with pytest.raises(CheckpointError, match=r"step \(30\): .* has no checkpoint of that step; choose from 10, 20"):
+        checkpoints_in(run.folder, 30)
+
+
+def test_a_bit_that_differs_between_replicas_is_named() -> None:
+    """Case 44."""
+    mine = {"model.a": torch.ones(3, 4), "model.b": torch.ones(5)}
+    seen: list[dict] = []
+    both = SecondOfTwo(None)
+    both.all_gather = lambda step: seen.append(step()) or seen  # type: ignore[method-assign]
+    check_tensors(mine, both)
+    check_tensors(mine, both)
+    mine["model.b"].view(torch.int32)[3] ^= 1
+    with pytest.raises(TrainingError, match=r"ranks 0 and 2 hold the same part of model.b, and their numbers differ"):
+        check_tensors(mine, both)
+
+
+def test_another_format_is_not_read(run: Checkpoints) -> None:
+    """Case 25."""
+    manifest = run.folder / "step-00000020" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 99'))
+    with pytest.raises(CheckpointError, match="has format_version 99"):
+        open_checkpoint(manifest.parent)
+
+
+def test_nothing_is_found_without_a_manifest(run: Checkpoints) -> None:
+    """Cases 2 and 18."""
+    shutil.copytree(run.folder / "step-00000020", run.folder / "step-00000030", ignore=lambda *_: ["manifest.json"])
+    newest = run.newest()
+    assert newest is not None and newest.step == 20

@@ -1,0 +1,46 @@
+"""The rank that holds up the others is found by the time that each takes by itself."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from training.stragglers import IN_A_ROW, Stragglers
+
+
+def stragglers(**settings: int) -> Stragglers:
+    mesh: Any = SimpleNamespace(world_size=3, rank=0, axes=SimpleNamespace(pp=1), device=torch.device("cpu"))
+    mesh.axes.pp = settings.get("pp", 1)
+    return Stragglers(mesh)
+
+
+def test_ten_steps_of_one_slow_rank_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    found = stragglers()
+    for slow in [1] * (IN_A_ROW - 1) + [2] * (IN_A_ROW + 5):
+        assert len(caplog.records) == (slow == 2 and found.in_a_row >= IN_A_ROW)
+        found.note([5.0 if rank == slow else 1.0 for rank in range(3)])
+        found.note([0.0, 0.0, 0.0])  # of a validation
+    assert [record.message for record in caplog.records] == [
+        "rank 2 has held up the others for 10 steps: it takes 5 s to its first loss, they take 1"
+    ]
+    assert found.metrics == {"perf/slowest_rank": 2, "perf/slowest_rank_s": 5.0, "perf/own_s": 1.0}
+    for _ in range(2 * IN_A_ROW):
+        found.note([1.0, 1.05, 1.0])
+    assert len(caplog.records) == 1, "no slower than usual"
+
+
+def test_own_time_is_data_and_the_first_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 10.0, 10.5, 20.0])
+    monkeypatch.setattr("training.stragglers.time.perf_counter", lambda: next(clock))
+    found, model = stragglers(), torch.nn.Linear(2, 2)
+    engine: Any = SimpleNamespace(model=model, graphs=None)
+    assert found.own_s() == 0.0
+    with found.watch(engine):
+        found.begin(0.25)
+        for _ in range(3):
+            model(torch.ones(1, 2))
+        assert found.own_s() == 0.75 and found.own_s() == 0.0
+    with stragglers(pp=2).watch(engine):
+        model(torch.ones(1, 2))
+    assert not model._forward_hooks
