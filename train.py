@@ -44,7 +44,7 @@ def main(cfg: DictConfig) -> float | None:
 
 
 def work(config: TrainConfig, run_dir: Path) -> float | None:
-    """Run one rank of a run and return its validation loss; after a stop, exit with the signal's code."""
+    """Run one rank of a run and return its `objective`; after a stop, exit with the signal's code."""
     from launch.slurm import requeue_slurm_job
     from parallel.mesh import distributed
     from tracking.alerts import alerts
@@ -89,11 +89,11 @@ def train(
     *,
     periodic: "Sequence[Periodic]" = (),
 ) -> float | None:
-    """Run the steps that are left of a run and return its validation loss; `periodic` comes after each step."""
+    """Run the steps that are left of a run and return its `objective`; `periodic` comes after each step."""
     from data.dataset import open_corpus
     from parallel.loss_scaler import LossScaler
     from tracking.loggers import Loggers
-    from tracking.metrics_file import truncate_metrics
+    from tracking.metrics_file import last_value, truncate_metrics
     from training.agreement import check_same_run
     from training.describe import describe, save_run_inputs
     from training.loop import Run, loop
@@ -127,7 +127,7 @@ def train(
 
     mesh.on_rank_zero(save_run_inputs, run_config, run_dir, corpus, state)
     describe(config, mesh, corpus, optimizer, state, run_dir)
-    mesh.on_rank_zero(truncate_metrics, run_dir / "metrics.jsonl", state.step, state.validated_step == state.step)
+    mesh.on_rank_zero(truncate_metrics, run_dir / "metrics.jsonl", state.step, state.undone())
 
     # The batches' workers end here, however the steps end.
     with closing(build_train_batches(config, mesh, corpus, state)) as batches:
@@ -137,7 +137,7 @@ def train(
         with Loggers(run_dir, config.logger, run_config=run_config, step=state.step, rank=mesh.rank) as loggers:
             report = StepReport(loggers, build_throughput(config, mesh), sources=corpus.sources, steps=config.steps)
             loop(Run(config, engine, corpus, state, checkpoints, report, stop), batches, periodic)
-    return state.valid_loss
+    return state.valid_loss if config.objective == "valid/loss" else last_value(run_dir, config.objective)
 
 
 if __name__ == "__main__":

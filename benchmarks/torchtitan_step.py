@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import sys
+from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -20,9 +21,17 @@ def _fake_missing(*names: str) -> None:
         try:
             __import__(name)
         except ImportError:
-            module: Any = MagicMock()
+            module: Any = MagicMock() if name == "tyro" else ModuleType(name)
             module.__path__, module.__spec__ = [], importlib.machinery.ModuleSpec(name, None)
+            if name != "tyro":  # whose attributes are subclassed
+                module.__getattr__ = _empty_class
             sys.modules[name] = module
+
+
+def _empty_class(name: str) -> type:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return type(name, (), {})
 
 
 def measure(
@@ -35,7 +44,8 @@ def measure(
     from parallel.config import ParallelConfig
     from parallel.mesh import distributed
 
-    _fake_missing("datasets", "datasets.distributed", "tyro", "tomli")
+    data_loading = ("datasets", "datasets.distributed", "torchdata", "torchdata.stateful_dataloader", "torchdata.nodes")
+    _fake_missing(*data_loading, "tyro", "tomli", "torchdata.stateful_dataloader.worker")
     from torchtitan.config import JobConfig  # type: ignore[import-not-found]
     from torchtitan.distributed import ParallelDims  # type: ignore[import-not-found]
     from torchtitan.distributed.utils import clip_grad_norm_  # type: ignore[import-not-found]

@@ -5,6 +5,7 @@ The dataclasses beside the code are the truth; YAML only chooses values. Imports
 
 import dataclasses
 import difflib
+import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf.ladder import ladder
 from corpus.config import MOST_SHARDS, Source, Style, TokenizerConfig
-from data.config import TRAINING_ONLY, DataConfig, RampConfig, fitting_vocab_size, packs_of_step
+from data.config import TRAINING_ONLY, DataConfig, RampConfig, fitting_vocab_size, packs_of_step, parse_ranges
 from dry_run.config import DryRunConfig
 from launch.config import LauncherConfig
 from model.config import ModelConfig, Parametrization
@@ -27,12 +28,14 @@ from tracking.config import AlertsConfig, EarlyStopConfig, LoggerConfig
 from training.config import (
     CheckpointConfig,
     Dtype,
+    EvaluationConfig,
     Fp8,
     LossConfig,
     MuonScale,
     OptimizerConfig,
     OptimizerImpl,
     PrecisionConfig,
+    SamplesConfig,
     SchedulerConfig,
 )
 
@@ -60,6 +63,7 @@ class TrainConfig:
     profile: bool = False  # measure a few steps instead of training: runs/<name>/profile
     init_from: str | None = field(default=None, metadata=FREE)  # a run, a checkpoint, or a Hugging Face folder
     init_content: list[str] = field(default_factory=lambda: ["model"], metadata=FREE)
+    objective: str = field(default="valid/loss", metadata=FREE)  # a metric that searches minimise; with - they maximise
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
     parallel: ParallelConfig = field(default=MISSING, metadata=FREE)
@@ -69,6 +73,8 @@ class TrainConfig:
     loss: LossConfig = MISSING
     checkpoint: CheckpointConfig = field(default=MISSING, metadata=FREE)
     early_stop: EarlyStopConfig = field(default=MISSING, metadata=FREE)
+    evaluate: EvaluationConfig = field(default=MISSING, metadata=FREE)
+    samples: SamplesConfig = field(default=MISSING, metadata=FREE)
     logger: LoggerConfig = field(default=MISSING, metadata=FREE)
     alerts: AlertsConfig = field(default=MISSING, metadata=FREE)
     launcher: LauncherConfig = field(default=MISSING, metadata=FREE)
@@ -143,6 +149,11 @@ class TrainConfig:
         if by_size and self.optimizer.name == "muon" and scale is not MuonScale.spectral:
             of_model = f"model.parametrization ({model.parametrization.value})"
             yield f"optimizer.scale ({scale.value}) does not go with {of_model}; use optimizer.scale=spectral"
+        no_tokenizer = data.source is Source.random or (data.source is Source.tokens and not data.tokenizer)
+        if (self.evaluate.tasks or self.samples.prompts) and no_tokenizer:
+            yield "evaluate.tasks and samples.prompts need a tokenizer; set data.tokenizer"
+        if self.samples.prompts and self.samples.max_new_tokens >= data.pack_tokens:
+            yield f"samples.max_new_tokens ({self.samples.max_new_tokens}) must be below {data.pack_tokens}, a pack"
         if self.checkpoint.keep_best and (self.valid_every < 1 or self.checkpoint.every % self.valid_every):
             least = f"a checkpoint.every ({self.checkpoint.every}) that is a multiple of it"
             yield f"checkpoint.keep_best (true) needs valid_every ({self.valid_every}), and {least}"
@@ -180,10 +191,10 @@ class PrepareConfig:
         yield from _below(self, 1, "workers")
 
 
-def _saved_problems(config: "ExportConfig | GenerateConfig") -> Iterator[str]:
+def _saved_problems(config: "ExportConfig | GenerateConfig | EvaluateConfig") -> Iterator[str]:
     if config.step is not None and config.run is None:
         yield f"step ({config.step}) needs run"
-    if config.dtype is Dtype.auto:
+    if config.dtype is Dtype.auto and not isinstance(config, EvaluateConfig):
         yield "dtype (auto) is for training; choose bf16, fp16 or fp32"
 
 
@@ -250,6 +261,31 @@ class GenerateConfig:
             yield f"device ({self.device}) must be auto, cpu or cuda"
 
 
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig:
+    run: str | None = None  # a run folder or one of its checkpoints
+    step: int | None = None  # of the run's checkpoint (null: the newest)
+    hf: str | None = None  # an exported or other Hugging Face folder
+    valid_tokens: int | None = None  # of the run's validation split (null: all of it, 0: none)
+    tasks: list[str] = field(default_factory=list)  # builtin, a fetched one such as hellaswag, or a .jsonl file
+    harness: list[str] = field(default_factory=list)  # tasks of lm-evaluation-harness: names or .yaml files
+    batch_tokens: int = 16384  # of tasks, per forward pass and device
+    dtype: Dtype = Dtype.auto
+    parallel: ParallelConfig = MISSING
+
+    def problems(self) -> Iterator[str]:
+        if (self.run is None) == (self.hf is None):
+            yield "run and hf: set one of them, run=runs/<name> or hf=<folder>"
+        yield from _saved_problems(self)
+        yield from _below(self, 1, "batch_tokens")
+        yield from _below(self, 0, "valid_tokens")
+        yield from self.parallel.problems()
+        if self.harness and importlib.util.find_spec("lm_eval") is None:
+            yield f"harness ({', '.join(self.harness)}) needs lm-evaluation-harness: pip install lm-eval"
+        if not (self.tasks or self.harness) and (self.hf is not None or self.valid_tokens == 0):
+            yield "tasks is empty, so there is nothing to evaluate; name some, such as tasks=[builtin]"
+
+
 def _below(section: object, least: int, *keys: str) -> Iterator[str]:
     """Yield the values that are below the least that is allowed, or of more than 64 bits; null is allowed."""
     values = {key: value for key in keys if (value := getattr(section, key)) is not None}
@@ -258,6 +294,7 @@ def _below(section: object, least: int, *keys: str) -> Iterator[str]:
 
 
 SCHEMAS = {"train": TrainConfig, "prepare_data": PrepareConfig, "export": ExportConfig, "generate": GenerateConfig}
+SCHEMAS["evaluate"] = EvaluateConfig
 
 
 def register() -> None:
@@ -265,17 +302,6 @@ def register() -> None:
     OmegaConf.register_new_resolver("ladder", ladder, replace=True)
     for name, schema in SCHEMAS.items():
         ConfigStore.instance().store(f"{name}_schema", node=schema)
-
-
-def parse_ranges(parts: list[str]) -> list[range]:
-    """Return ["17", "100-120"] as ranges of steps from 1 on, both ends included; raise ValueError."""
-    ranges = []
-    for part in parts:
-        first, _, last = part.partition("-")
-        ranges.append(range(int(first), int(last or first) + 1))
-        if not ranges[-1] or ranges[-1][0] < 1:
-            raise ValueError(part)
-    return ranges
 
 
 def to_object(cfg: DictConfig) -> Any:

@@ -96,3 +96,14 @@ def packs_of_step(step: int, *, global_batch_tokens: int, ramp: RampConfig, pack
     if ramp.start_tokens is not None:
         tokens = min(tokens, ramp.start_tokens + ramp.increment_tokens * (step // ramp.every_steps))
     return tokens // pack_tokens
+
+
+def parse_ranges(parts: list[str]) -> list[range]:
+    """Return ["17", "100-120"] as ranges of steps from 1 on, both ends included; raise ValueError."""
+    ranges = []
+    for part in parts:
+        first, _, last = part.partition("-")
+        ranges.append(range(int(first), int(last or first) + 1))
+        if not ranges[-1] or ranges[-1][0] < 1:
+            raise ValueError(part)
+    return ranges

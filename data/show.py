@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.schema import parse_ranges, stored
+from conf.schema import stored
 from corpus.config import DataError
 from data.batches import IGNORED
-from data.config import DataConfig, RampConfig, packs_of_step
+from data.config import DataConfig, RampConfig, packs_of_step, parse_ranges
 from data.dataset import Corpus, open_corpus
 from data.tokenizer import Tokenizer
 from tracking.logs import escape_unprintable, printable, quiet_pipe

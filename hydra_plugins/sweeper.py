@@ -1,4 +1,4 @@
-"""`hydra/sweeper=optuna`: a search that minimises the validation loss and can be continued.
+"""`hydra/sweeper=optuna`: a search that minimises `objective`, the validation loss or any metric, and can be continued.
 
     python train.py -m hydra/sweeper=optuna hydra.sweeper.n_trials=20 'optimizer.lr=tag(log, interval(1e-4, 1e-2))'
 

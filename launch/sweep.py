@@ -19,6 +19,7 @@ from conf.schema import PrepareConfig, TrainConfig, to_plain
 from launch.config import Where
 from launch.ranks import nproc_per_node
 from parallel.config import Device, ParallelConfig
+from tracking.metrics_file import last_value
 from tracking.run_folder import SWEEP_LOCK, changed_keys, is_free_key, locked
 from tracking.status import crashed_the_same_way_twice, note_end, note_queued, read_status
 
@@ -70,9 +71,9 @@ def run_points(
         for point in points:
             run_dir, launcher = point.run_dir, point.config.launcher
             if run_dir not in needed:
-                status = read_status(run_dir)
-                outcomes[run_dir] = Outcome("finished", _value(run_dir, status["valid_loss"]))
-                logger.info("%s already: %s", status["state"], run_dir)
+                objective = getattr(point.config, "objective", "")
+                outcomes[run_dir] = Outcome("finished", _value(run_dir, last_value(run_dir, objective)))
+                logger.info("%s already: %s", read_status(run_dir)["state"], run_dir)
                 continue
             one_process = ParallelConfig(device=Device.cpu, nproc_per_node=1)
             parallel = point.config.parallel if isinstance(point.config, TrainConfig) else one_process
@@ -90,7 +91,8 @@ def run_points(
             outcomes[point.run_dir] = outcome
             if outcome.state == "finished":
                 loss = outcome.value = _value(point.run_dir, outcome.value)
-                shown = f", validation loss {loss:.4f}" if isinstance(loss, float) and loss != math.inf else ""
+                name = point.described.get("objective", "").replace("valid/loss", "validation loss")
+                shown = f", {name} {loss:.4f}" if isinstance(loss, float) and loss != math.inf else ""
                 logger.info("%s: %s%s", "given up" if loss == math.inf else "finished", point.name, shown)
             else:
                 note_end(point.run_dir, outcome.state, outcome.reason)

@@ -26,6 +26,8 @@ from training.config import LossConfig, Reduction
 if TYPE_CHECKING:
     from parallel.pipeline import Inputs
 
+Head = Callable[[Tensor, Tensor], Tensor]  # of the last hidden states h_BTD and the head's weight_VD
+
 
 class Optimizer(Protocol):
     def step(self, *, grad_scale: Tensor, finite: Tensor) -> Tensor:
@@ -139,18 +141,24 @@ class Engine:
         return loss, grad_norm, finite, rates_2, totals_S4, *aux
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> Tensor:
-        """Score batches without training; returns totals_S4 as in `StepResult`."""
-        sums = self._no_sums()
+    def evaluate(self, batches: Iterable[Batch], n_sources: int | None = None, head: Head | None = None) -> Tensor:
+        """Score batches without training; returns totals_S4 as in `StepResult`.
+
+        `n_sources` is another S than training's; `head` is called on the last hidden states in place of the loss.
+        """
+        sums = self._no_sums(n_sources=n_sources)
         self._gather()
-        for batch in batches:
-            tokens_BT, kwargs = self._inputs(batch, 0.0, sums)
-            if self.pipeline is None:
-                self.model(tokens_BT, **kwargs)
-            else:
-                self.pipeline.evaluate(tokens_BT, kwargs)
-        if self.zero is not None:
-            self.zero.free()
+        try:
+            for batch in batches:
+                tokens_BT, kwargs = self._inputs(batch, 0.0, sums)
+                kwargs["head"] = head or kwargs["head"]
+                if self.pipeline is None:
+                    self.model(tokens_BT, **kwargs)
+                else:
+                    self.pipeline.evaluate(tokens_BT, kwargs)
+        finally:
+            if self.zero is not None:
+                self.zero.free()
         return self.mesh.sum_(sums.totals_S4 * (self.mesh.coordinate("tp") == 0))
 
     def find_nonfinite_module(self, batches: Sequence[Batch]) -> str:
@@ -279,9 +287,10 @@ class Engine:
         totals, (loss, *aux, square) = figures[: -len(scalars)], figures[-len(scalars) :].unbind()
         return loss.float(), square.sqrt().float(), totals.view_as(sums.totals_S4), *aux
 
-    def _no_sums(self, aux_weight: float = 0.0) -> Sums:
+    def _no_sums(self, aux_weight: float = 0.0, n_sources: int | None = None) -> Sums:
         zero = torch.zeros((), device=self.mesh.device)
-        return Sums(zero, zero.new_zeros(self.n_sources, 4, dtype=torch.float64), torch.full_like(zero, aux_weight))
+        totals_S4 = zero.new_zeros(n_sources or self.n_sources, 4, dtype=torch.float64)
+        return Sums(zero, totals_S4, torch.full_like(zero, aux_weight))
 
     def _grad_norm(self) -> Tensor:
         """Return the 2-norm over this rank's gradients, times the loss scale; each parameter is counted once."""

@@ -19,13 +19,13 @@ from conf.cli import CONF, _print_errors, checked, open_composer, run
 from conf.schema import (
     TrainConfig,
     free_keys,
-    parse_ranges,
     register,
     stored,
     stored_model,
     to_config,
     to_plain,
 )
+from data.config import parse_ranges
 from launch.sweep import folder_name
 from training.config import OptimizerConfig
 from training.preflight import world_size
@@ -320,7 +320,7 @@ def test_folder_outside_the_repository_is_checked_like_ours(outside: Path) -> No
         ("--info defaults-tree", "experiment"),
         ("--hydra-help", "--multirun"),
         ("--config-dir {outside} --help", "\ncluster: big\n"),
-        ("hydra.searchpath=[{outside}] experiment=mine --help", "mine mup_transfer sft_7b"),
+        ("hydra.searchpath=[{outside}] experiment=mine --help", "mine mix_sweep mup_transfer sft_7b"),
     ],
 )
 def test_hydra_flags_work(outside: Path, line: str, shown: str) -> None:

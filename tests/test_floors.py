@@ -21,7 +21,7 @@ FLOORS = (
     ("training",),
     ("dry_run",),
     ("conf.cli",),
-    ("hydra_plugins", "train", "prepare_data", "export", "generate"),
+    ("hydra_plugins", "train", "prepare_data", "export", "generate", "evaluate"),
 )  # fmt: skip
 ROOMS = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 TORCH_FREE = ("conf", "launch", "tracking", "*.config")

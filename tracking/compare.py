@@ -3,17 +3,16 @@
 Writes a table of what differs between the runs and what came out, and two pictures, to <folder>/compare.
 """
 
-import argparse
 import math
-import sys
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracking.logs import escape_unprintable, quiet_pipe
-from tracking.metrics_file import METRICS, Curve, loss_curve, smoothed
-from tracking.plot import figure, read_drawn
+from tracking.logs import folder_command
+from tracking.metrics_file import METRICS, Curve, loss_curve, read_records, smoothed
+from tracking.plot import figure
 from tracking.run_folder import changed_keys, is_held
 from tracking.status import read_status
 from training.config import CheckpointError
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
 NOT_COMPARED = ("launcher", "logger", "checkpoint")
 MOST_KEYS = 12  # settings in the table and the pictures
 MOST_LABELS = 20  # of a picture's curves
+MOST_SCORES = 12  # of tasks in the table
+SCORE = re.compile(r"evaluation/.+/(acc|acc_norm|bpb)")
 WIDE_RANGE = 8.0  # values that span this factor are drawn on a logarithmic scale
 
 
@@ -36,8 +37,15 @@ class Run:
     valid: Curve
     step: int = 0
     bits_per_byte: float | None = None
+    scores: dict[str, float | None] = field(default_factory=dict)  # of tasks, by "name metric"
+    of_sources: dict[str, float | None] = field(default_factory=dict)  # validation losses
     tokens_per_s: float | None = None  # per device
     reason: str = ""
+    folder: Path = Path()
+
+    @property
+    def tokens(self) -> int:
+        return max((tokens for tokens, _ in [*self.train[-1:], *self.valid[-1:]]), default=0)
 
     @property
     def loss(self) -> float | None:
@@ -63,9 +71,7 @@ def compare(folder: Path, *, show: bool = False) -> str:
         notes.append(f"{len(keys) - MOST_KEYS} more settings differ; see config.yaml in the runs' folders")
         keys = sorted(keys, key=lambda key: (key != "name", not key.endswith(".name")))[:MOST_KEYS]
     rows = table(runs, keys)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    cells = [[*map(str.rjust, row[:-1], widths), row[-1]] for row in rows]
-    text = "\n".join([*map("  ".join, cells), *notes])
+    text = "\n".join([*aligned(rows), *notes])
     if show:
         print(text, flush=True)
     out = folder / "compare"
@@ -73,6 +79,10 @@ def compare(folder: Path, *, show: bool = False) -> str:
     pictures = {"loss.png": "loss", "final.png": "final loss"} if any(run.train for run in runs) else {}
     if pictures:
         draw([run for run in runs if run.train], keys, out)
+    mixed = [run for run in runs if run.state == "finished" and run.of_sources and run.value("data.mix")]
+    if any(key.startswith("data.mix") for key in keys) and mixed:
+        draw_mixtures(mixed, out)
+        pictures["mix.png"] = "validation losses over shares in the mixture"
     (out / "table.txt").write_text(text + "\n", encoding="utf-8")
     images = [f"![{title}]({name})" for name, title in pictures.items()]
     parts = [as_markdown(rows), *(f"- {note}" for note in notes), *images]
@@ -91,7 +101,7 @@ def read_runs(folder: Path) -> list[Run]:
 
 
 def _read(path: Path, folder: Path) -> Run:
-    status, records = read_status(path), read_drawn(path / METRICS)
+    status, records = read_status(path), read_records(path / METRICS)
     killed = status["state"] == "running" and not is_held(path)
     train, valid = (loss_curve(records, f"{kind}/loss") for kind in ("train", "valid"))
     diverged = any(curve and curve[-1][1] == math.inf for curve in (train, valid))
@@ -104,7 +114,12 @@ def _read(path: Path, folder: Path) -> Run:
         valid=valid,
         step=last.get("step", 0),
         bits_per_byte=last.get("valid/bits_per_byte"),
+        scores={
+            " ".join(key.removeprefix("evaluation/").rsplit("/", 1)): last[key] for key in last if SCORE.fullmatch(key)
+        },
+        of_sources={key.removeprefix("valid/loss/"): last[key] for key in last if key.startswith("valid/loss/")},
         tokens_per_s=last.get("perf/tgs_all"),
+        folder=path,
         reason="it was killed, or ran out of memory" if killed else status.get("reason", ""),
     )
 
@@ -129,12 +144,13 @@ def short_names(keys: Sequence[str]) -> list[str]:
 
 def table(runs: Sequence[Run], keys: Sequence[str]) -> list[list[str]]:
     """Return the header and one row per run."""
-    rows = [[*(short_names(keys) or ["run"]), "loss", "bits/byte", "tok/s/gpu", "tokens", "step", "state"]]
+    scores = sorted({name for run in runs for name in run.scores})[:MOST_SCORES]
+    rows = [[*(short_names(keys) or ["run"]), "loss", "bits/byte", *scores, "tok/s/gpu", "tokens", "step", "state"]]
     for run in runs:
-        tokens = max((tokens for tokens, _ in [*run.train[-1:], *run.valid[-1:]]), default=0)
         cells = [_shown(run.value(key), "g") for key in keys] or [run.name]
-        cells += [_shown(run.loss, ".4f"), _shown(run.bits_per_byte, ".4f"), _shown(run.tokens_per_s, ",.0f")]
-        rows.append([*cells, f"{tokens:,}", f"{run.step}/{run.config['steps']}", run.state])
+        cells += [_shown(value, ".4f") for value in (run.loss, run.bits_per_byte, *map(run.scores.get, scores))]
+        cells += [_shown(run.tokens_per_s, ",.0f")]
+        rows.append([*cells, f"{run.tokens:,}", f"{run.step}/{run.config['steps']}", run.state])
     return rows
 
 
@@ -146,6 +162,12 @@ def _shown(value: Any, spec: str) -> str:
 
 def _short(text: str) -> str:
     return text if len(text) <= 40 else f"{text[:19]}…{text[-20:]}"
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Return rows as lines with columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([*map(str.rjust, row[:-1], widths), row[-1]]) for row in rows]
 
 
 def as_markdown(rows: list[list[str]]) -> str:
@@ -180,6 +202,17 @@ def draw(runs: Sequence[Run], keys: Sequence[str], out: Path) -> None:
             _draw_final(axes, runs, key, colors, [other for other in keys if other != key])
 
 
+def draw_mixtures(runs: Sequence[Run], out: Path) -> None:
+    """Draw mix.png, each source's validation loss over its share of the training data."""
+    with figure(out / "mix.png") as (axes,):
+        for source in sorted({source for run in runs for source in run.of_sources}):
+            points = [(run.value("data.mix"), run.of_sources.get(source)) for run in runs]
+            shares = [(mix.get(source, 0.0) / sum(mix.values()), loss) for mix, loss in points if loss is not None]
+            axes.plot(*zip(*sorted(shares), strict=True), "o-", label=source)
+        axes.set(xlabel="share of the source in training", title="validation loss by source")
+        axes.legend(fontsize="small")
+
+
 def _draw_final(axes: "Axes", runs: Sequence[Run], key: str, colors: dict[str, Any], others: Sequence[str]) -> None:
     """Draw last losses over the values of a key, with a line through finished runs that agree in all `others`."""
     values = [run.value(key) for run in runs]
@@ -203,16 +236,5 @@ def _sortable(value: Any) -> tuple[int, float, str]:
     return (0, float(value), "") if isinstance(value, int | float) else (1, 0.0, str(value))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, prog="python -m tracking.compare")
-    parser.add_argument("folder", type=Path, help="a sweep's folder, such as runs/lr_sweep")
-    escape_unprintable()
-    try:
-        with quiet_pipe():
-            compare(parser.parse_args().folder, show=True)
-    except (CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    folder_command(lambda folder: compare(folder, show=True), "tracking.compare", __doc__)

@@ -39,9 +39,10 @@ class AlertsConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EarlyStopConfig:
-    """Ends a point of a sweep whose smoothed loss exceeds the best point's at the same tokens by a margin."""
+    """Ends a point of a sweep whose metric exceeds the best point's at the same tokens by a margin."""
 
-    margin: float | None = None  # nats per token (null: no point is ended early)
+    margin: float | None = None  # in nats per token for a loss (null: no point is ended early)
+    metric: str = "train/loss"  # any by name, a training loss smoothed; with - the highest is the best
     after_step: int = 100
     every: int = 10  # steps between comparisons
 

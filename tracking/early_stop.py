@@ -14,19 +14,23 @@ def is_hopeless(config: EarlyStopConfig, run_dir: Path, step: int) -> bool:
     """Return whether a run is to end at `step`; the other runs are its siblings in the sweep's folder."""
     if config.margin is None or step < config.after_step or step % config.every:
         return False
-    own = _curve(run_dir)
+    own = _curve(run_dir, config.metric)
     if not own:
         return False
     tokens, loss = own[-1]
     others = {path.parent for path in run_dir.parent.glob("*/status.json")} - {run_dir}
-    at_these_tokens = [(next((loss for at, loss in _curve(o) if at >= tokens), math.inf), o.name) for o in others]
+    curves = {other: _curve(other, config.metric) for other in others}
+    at_these_tokens = [
+        (next((loss for at, loss in its if at >= tokens), math.inf), o.name) for o, its in curves.items()
+    ]
     best, name = min(at_these_tokens, default=(math.inf, ""))
     if loss <= best + config.margin:
         return False
-    message = "given up at step %d: the loss is %.4f, that of %s at the same tokens %.4f (early_stop.margin is %g)"
-    logger.info(message, step, loss, name, best, config.margin)
+    message = "given up at step %d: %s is %.4f, that of %s at the same tokens %.4f (early_stop.margin is %g)"
+    logger.info(message, step, config.metric, loss, name, best, config.margin)
     return True
 
 
-def _curve(run_dir: Path) -> Curve:
-    return smoothed(loss_curve(read_records(run_dir / METRICS), "train/loss"))
+def _curve(run_dir: Path, metric: str) -> Curve:
+    curve = loss_curve(read_records(run_dir / METRICS), metric)
+    return smoothed(curve) if metric.startswith("train/") else curve

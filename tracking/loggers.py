@@ -16,8 +16,10 @@ from tracking.config import LoggerConfig
 from tracking.metrics_file import METRICS
 from tracking.plot import plot_loss
 from tracking.run_folder import Lines
+from tracking.samples import as_markdown, write_samples
 
-Record = dict[str, Any]  # "step", "tokens", and metrics such as "train/loss"; None for one that is not finite
+# "step", "tokens", and metrics such as "train/loss"; None for one that is not finite, a list of rows for texts
+Record = dict[str, Any]
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,10 @@ class TensorBoard(Logger):
 
     def log(self, record: Record) -> None:
         for key, value in _metrics(record).items():
-            self.writer.add_scalar(key, value, record["step"])
+            if isinstance(value, list):
+                self.writer.add_text(key, as_markdown(value), record["step"])
+            else:
+                self.writer.add_scalar(key, value, record["step"])
 
     def close(self) -> None:
         self.writer.close()
@@ -94,7 +99,14 @@ class Wandb(Logger):
         )
 
     def log(self, record: Record) -> None:
-        self.run.log(_metrics(record), step=record["step"])
+        import wandb
+
+        tables = {
+            key: wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+            for key, rows in record.items()
+            if isinstance(rows, list)
+        }
+        self.run.log({**_metrics(record), **tables}, step=record["step"])
 
     def close(self) -> None:
         self.run.finish()
@@ -125,9 +137,10 @@ class Loggers:
         self.loggers = [one for one in self.loggers if self._try(type(one), lambda one=one: one.log(finite))]
 
     def plot(self) -> None:
-        """Draw loss.png from metrics.jsonl."""
+        """Draw loss.png, and write samples.md, from metrics.jsonl."""
         if not self.rank:
             self._try(plot_loss, lambda: plot_loss(self.run_dir / METRICS, self.run_dir / "loss.png"))
+            self._try(write_samples, lambda: write_samples(self.run_dir))
 
     def _try(self, what: Any, call: Callable[[], object]) -> bool:
         try:

@@ -1,16 +1,18 @@
 """Log lines of a run: on the terminal, and with the time in train.log in its folder."""
 
+import argparse
 import faulthandler
 import logging
 import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 from tracking.run_folder import Lines
+from training.config import CheckpointError
 
 STACK_SIGNALS = (signal.SIGUSR1, signal.SIGQUIT)
 
@@ -79,6 +81,18 @@ def quiet_pipe() -> Iterator[None]:
     except BrokenPipeError:
         drop_stdout()
         sys.exit(141)  # as a shell reports what ends by SIGPIPE
+
+
+def folder_command(work: Callable[[Path], object], prog: str, doc: str | None, default: str | None = None) -> None:
+    """Run a command whose argument is the folder of a run or of several; print an error without a traceback."""
+    parser = argparse.ArgumentParser(description=doc, prog=f"python -m {prog}")
+    parser.add_argument("folder", type=Path, nargs="?" if default else None, default=default, help="such as runs/demo")
+    escape_unprintable()
+    try:
+        with quiet_pipe():
+            work(parser.parse_args().folder)
+    except (CheckpointError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 @contextmanager

@@ -3,16 +3,18 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from math import isfinite
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from warnings import catch_warnings, filterwarnings
 
-from tracking.metrics_file import loss_curve, smoothed
+from tracking.metrics_file import centred, loss_curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+MANY = 40  # points of a curve
 HEAD = 100  # bytes of a record that hold its step, its tokens and the first loss
 WHOLE_BYTES = 4_000_000  # of metrics, about as many steps as a picture has pixels
 
@@ -57,15 +59,23 @@ def figure(picture: Path, width: float = 8.0, plots: int = 1) -> Iterator[list["
 
 
 def plot_loss(metrics: Path, picture: Path) -> None:
-    """Draw training loss, faint and smoothed, and validation loss; nothing for a run without steps."""
+    """Draw training loss, faint and smoothed, and validation loss; nothing for a run without steps.
+
+    The first twentieth, where the loss falls from that of a guess, does not set the scale.
+    """
     records = read_drawn(metrics)
     train, valid = loss_curve(records, "train/loss"), loss_curve(records, "valid/loss")
     if not train:
         return
     with figure(picture) as (axes,):
         axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.3, linewidth=0.8)
-        axes.plot(*zip(*smoothed(train), strict=True), color="tab:blue", label="train, smoothed")
+        mean = centred(train)
+        axes.plot(*zip(*mean, strict=True) if mean else ((), ()), color="tab:blue", label="train, smoothed")
         if valid:
             axes.plot(*zip(*valid, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
+        shown = [loss for _, loss in mean[len(mean) // 20 :] + valid if isfinite(loss)]
+        if shown and len(train) > MANY:
+            margin = 0.05 * (max(shown) - min(shown)) or 0.1
+            axes.set_ylim(min(shown) - margin, max(shown) + margin)
         axes.set(xlabel="tokens", title=picture.parent.name)
         axes.legend()

@@ -5,8 +5,6 @@ the tokens of the run. Where D / N is the same in all runs, as in a ladder, the 
 Writes scaling_law.md and scaling_law.png beside the runs.
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -17,6 +15,7 @@ import numpy as np
 
 from conf.ladder import n_params
 from tracking.compare import read_runs
+from tracking.logs import folder_command
 from tracking.plot import figure
 from training.config import CheckpointError
 
@@ -115,14 +114,5 @@ def report(folder: Path) -> str:
     return text
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, prog="python -m tracking.scaling_law")
-    parser.add_argument("folder", type=Path, help="a sweep's folder, such as runs/ladder")
-    try:
-        print(report(parser.parse_args().folder))
-    except (CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    folder_command(lambda folder: print(report(folder)), "tracking.scaling_law", __doc__)

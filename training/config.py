@@ -226,3 +226,30 @@ class CheckpointConfig:
         yield from unless(self, "checkpoint", "0 or more", lambda x: x >= 0, *keys)
         if self.keep_every and (self.every < 1 or self.keep_every % self.every):
             yield f"checkpoint.keep_every ({self.keep_every}) must be a multiple of checkpoint.every ({self.every})"
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluationConfig:
+    """Tasks that are scored while a model trains; see training.tasks for what a task is."""
+
+    every: int = 0  # steps; 0: only at the end
+    tasks: list[str] = field(default_factory=list)
+    max_share: float | None = None  # of the run's time for tasks and samples; beyond it they are left out till the end
+
+    def problems(self) -> Iterator[str]:
+        yield from unless(self, "evaluate", "0 or more", lambda x: x >= 0, "every")
+        yield from unless(self, "evaluate", "in (0, 1], or null", lambda x: x is None or 0 < x <= 1, "max_share")
+
+
+@dataclass(kw_only=True, slots=True)
+class SamplesConfig:
+    """Texts that a model writes while it trains, drawn with the same random numbers each time."""
+
+    every: int = 0  # steps; 0: only at the end
+    prompts: list[str] = field(default_factory=list, metadata={"prose": True})
+    max_new_tokens: int = 64  # each is a forward pass
+    temperature: float = 0.8  # 0: greedy
+
+    def problems(self) -> Iterator[str]:
+        yield from unless(self, "samples", "0 or more", lambda x: 0 <= x < math.inf, "every", "temperature")
+        yield from unless(self, "samples", "at least 1", lambda x: x >= 1, "max_new_tokens")

@@ -21,7 +21,7 @@ from model.hf.families import read_config, read_stop_ids, read_weights
 from model.transformer import Transformer
 from tracking.run_folder import run_dir_of
 from tracking.store import local_run
-from training.checkpoint import open_checkpoint
+from training.checkpoint import Checkpoint, open_checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,7 @@ class Saved:
     add_bos: bool
     stop_ids: set[int]  # of the end of a text, and of an answer
     read: Callable[[], dict[str, Tensor]] = field(repr=False)  # fp32 weights by name, on the CPU
+    checkpoint: Checkpoint | None = field(default=None, repr=False)  # of a run
 
     def build(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Transformer:
         """Return the model with its weights, ready for inference."""
@@ -58,7 +59,7 @@ def open_saved(path: Path, step: int | None = None) -> Saved:
     if (path / "config.json").exists():
         tokenizer, ends = tokenizer_in(path), list[int | None](read_stop_ids(path))
         config, add_bos = read_config(path)[0], tokenizer is not None and adds_bos(path)
-        read = partial(read_weights, path)
+        read, checkpoint = partial(read_weights, path), None
     else:
         checkpoint = open_checkpoint(path, step=step)
         tokenizer = tokenizer_in(run_dir_of(checkpoint.path) / "tokenizer")
@@ -67,7 +68,7 @@ def open_saved(path: Path, step: int | None = None) -> Saved:
         ends, read = [], partial(checkpoint.read, "model.")
     chat = None if tokenizer is None else chat_encoder(tokenizer)
     ends += [tokenizer and tokenizer.eos_id, chat and chat.answer_end()]
-    return Saved(config, tokenizer, chat, add_bos, {token for token in ends if token is not None}, read)
+    return Saved(config, tokenizer, chat, add_bos, {token for token in ends if token is not None}, read, checkpoint)
 
 
 def tokenizer_in(folder: Path) -> Tokenizer | None:

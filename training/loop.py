@@ -10,14 +10,16 @@ from itertools import takewhile
 
 import torch
 
-from conf.schema import TrainConfig, parse_ranges
+from conf.schema import TrainConfig
 from data.batches import Batch
+from data.config import parse_ranges
 from data.dataset import Corpus
 from data.loader import valid_batches
 from parallel.engine import Engine, StepResult
 from tracking.early_stop import is_hopeless
 from tracking.run_folder import StopFile
 from training.config import TrainingError
+from training.evaluation import Evaluation
 from training.report import StepReport
 from training.resume import RunCheckpoints
 from training.spikes import find_spikes, spike_limits
@@ -68,14 +70,19 @@ def loop(run: Run, batches: Iterator[list[Batch]], periodic: Sequence[Periodic] 
     """Train until the run is over or asked to stop, then save; `periodic` comes before validation."""
     config, state, stop, early = run.config, run.state, run.stop, run.config.early_stop
     skipped = parse_ranges(config.skip_batches)
-    validation = Periodic(config.valid_every, validate, at_end=True)
+    evaluation = Evaluation(config)
+    judging = (  # of the model as it stands; a stop cuts it short, to be done when the run resumes
+        Periodic(config.valid_every, validate, at_end=True),
+        Periodic(config.evaluate.every, evaluation.score_tasks, at_end=True),
+        Periodic(config.samples.every, evaluation.write_samples, at_end=True),
+    )
     actions = (
         Periodic(config.logger.every, log_step, at_end=True),
         Periodic(config.logger.every, lambda _: gc.collect(1)),
         Periodic(early.every, lambda _: is_hopeless(early, run.report.loggers.run_dir, state.step) and stop.give_up()),
         *periodic,
         Periodic(1, agree),
-        validation,
+        *judging,
         Periodic(1, lambda run: run.checkpoints.after_step()),
         Periodic(config.checkpoint.check_replicas_every, lambda run: run.checkpoints.check()),
         Periodic(1, partial(follow, StopFile(config.checkpoint.stop_file))),
@@ -83,7 +90,8 @@ def loop(run: Run, batches: Iterator[list[Batch]], periodic: Sequence[Periodic] 
     )
     with garbage_collection_paused(), run.checkpoints, run.stragglers.watch(run.engine):
         set_limits(run)
-        validation.run_if_due(run)  # if a stop cut it short
+        for entry in judging:  # if a stop cut one short
+            entry.run_if_due(run)
         while state.step < config.steps and not stop and not run.finished:
             train_step(run, batches, skip=any(state.step + 1 in part for part in skipped))
             for entry in actions:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from conf.schema import ExportConfig, GenerateConfig, PrepareConfig, TrainConfig, to_plain
+from conf.schema import EvaluateConfig, ExportConfig, GenerateConfig, PrepareConfig, TrainConfig, to_plain
 from corpus.config import DataError, Source, as_paths
 from corpus.inputs import check_inputs
 from data.config import check_tokenizer
@@ -20,8 +20,10 @@ from parallel.config import ParallelError
 from tracking.run_folder import check_not_held, check_origin, check_stored_config, committed, run_dir_of
 from tracking.store import Store, is_address
 from training.config import CheckpointError, Fp8
+from training.tasks import BUILTIN, check_task, is_task_file, wheel
 
-Config = TrainConfig | PrepareConfig | ExportConfig | GenerateConfig
+SavedConfig = ExportConfig | GenerateConfig | EvaluateConfig
+Config = TrainConfig | PrepareConfig | SavedConfig
 Check = Callable[[], object]
 
 
@@ -34,15 +36,15 @@ def preflight_problems(config: Config) -> Iterator[str]:
                 Store(config.checkpoint.path)
             if not (config.dry_run.enabled or any(config.model.problems())):
                 check_fits(config.data, config.model.vocab_size)
-        elif isinstance(config, ExportConfig | GenerateConfig):
+        elif isinstance(config, SavedConfig):
             _check_model(config)
     except (CheckpointError, DataError, ModelError, ParallelError) as error:
         yield str(error)
 
 
-def _check_model(config: ExportConfig | GenerateConfig) -> None:
-    """Raise a user error if there is no model, or no tokenizer to generate text with."""
-    hf = config.hf if isinstance(config, GenerateConfig) else config.from_hf
+def _check_model(config: SavedConfig) -> None:
+    """Raise a user error if there is no model, or no tokenizer to generate text with, or no such task."""
+    hf = config.from_hf if isinstance(config, ExportConfig) else config.hf
     internlm = config.from_internlm if isinstance(config, ExportConfig) else None
     if internlm is not None and not (Path(internlm) / "model_config.pt").is_file():
         raise ModelError(f"{internlm} holds no model_config.pt; name a folder of InternLM's training checkpoints")
@@ -51,8 +53,13 @@ def _check_model(config: ExportConfig | GenerateConfig) -> None:
     if hf is not None and not (Path(hf) / "config.json").is_file():
         raise ModelError(f"{hf} holds no config.json; name a Hugging Face folder such as runs/demo/hf")
     tokenizer = Path(hf) if hf is not None else run_dir_of(Path(config.run or ""), config.step) / "tokenizer"
-    if isinstance(config, GenerateConfig):
+    if isinstance(config, GenerateConfig) or (isinstance(config, EvaluateConfig) and (config.tasks or config.harness)):
         check_tokenizer(tokenizer.absolute())
+    for name in config.tasks if isinstance(config, EvaluateConfig) else ():
+        check_task(name)
+    for name in config.harness if isinstance(config, EvaluateConfig) else ():
+        if name.endswith(".yaml") and not Path(name).is_file():
+            raise ModelError(f"harness ({name}) does not exist; name a task's .yaml file, or a task by its name")
 
 
 def _layout_problems(config: TrainConfig) -> Iterator[str]:
@@ -96,6 +103,9 @@ def _inputs(config: TrainConfig, run_dir: Path, settings: str | None) -> Iterato
         paths = as_paths(config.data.input) if tokens else [f"{config.data.path}/corpus.json"]
         check = partial(check_exists, config.data, settings or "with the same data settings")
         yield from ((Path(path), check) for path in paths)
+    for name in config.evaluate.tasks:
+        if name != BUILTIN:
+            yield Path(name) if is_task_file(name) else wheel(), partial(check_task, name)
     if config.init_from is not None and not committed(run_dir / "checkpoints"):
         yield Path(config.init_from), partial(check_origin, Path(config.init_from))
 

@@ -1,8 +1,10 @@
 """Model, engine, batches and schedule of a run, as its configuration asks for them."""
 
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -12,11 +14,13 @@ from data.dataset import Corpus
 from data.loader import train_batches
 from model.counts import flops_per_token, internlm_flops_per_token
 from model.transformer import Transformer
+from parallel.config import ParallelConfig
 from parallel.engine import Engine
 from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
 from parallel.parallelize import ParallelModel, parallelize
-from training.config import Dtype, PrecisionConfig, TrainingError
+from training.config import Dtype, LossConfig, OptimizerConfig, PrecisionConfig, TrainingError
+from training.load import Saved
 from training.optim.optimizer import Optimizer
 from training.report import Throughput, peak_tflops
 from training.schedules import learning_rate, second_beta
@@ -80,6 +84,31 @@ def build_engine(
         n_sources=1 if corpus is None else len(corpus.sources),
         bytes_per_token=None if n_bytes is None else torch.from_numpy(n_bytes),
     )
+
+
+def build_evaluator(
+    saved: Saved, mesh: Mesh, parallel: ParallelConfig, dtype: Dtype, corpus: Corpus | None = None
+) -> Engine:
+    """Return an engine for a saved model that cannot train: it has no optimizer.
+
+    The rows of a padded vocabulary are left out, as an export leaves them out, unless tp splits them.
+    """
+    config, tokenizer, checkpoint = saved.config, saved.tokenizer, saved.checkpoint
+    if tokenizer is not None and checkpoint is not None and checkpoint.state["data"]["parts"] and mesh.axes.tp == 1:
+        config = replace(config, vocab_size=min(config.vocab_size, tokenizer.vocab_size))
+    precision, loss, parallel = PrecisionConfig(compute=dtype), LossConfig(), replace(parallel, cuda_graphs=False)
+    run = TrainConfig(model=config, parallel=parallel, precision=precision, loss=loss, optimizer=OptimizerConfig())
+
+    def fill(model: ParallelModel, _seed: int) -> None:
+        weights = saved.read() if checkpoint is None else {}
+        for name, param in model.params.items():
+            name = model.module.tied_params.get(name, name)
+            # One weight at a time is in memory, on every rank.
+            whole = weights[name] if checkpoint is None else checkpoint.read(f"model.{name}")[""]
+            param.write(whole[: param.shape[0]])
+
+    model, no_optimizer, state = build_model(run, mesh, fill), cast(Any, None), TrainState(device=mesh.device)
+    return build_engine(run, mesh, model, no_optimizer, LossScaler(precision), state, corpus)
 
 
 def build_train_batches(

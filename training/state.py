@@ -22,6 +22,7 @@ class TrainState:
     skipped_steps: int = 0  # by skip_batches
     validated_step: int = 0
     valid_loss: float | None = None
+    evaluated: dict[str, int] = field(default_factory=dict)  # the last step of `evaluation` and of `samples`
     # Counted on the device, and here as of the last `sync`
     updates: int = 0  # of the weights; the schedule follows these
     nonfinite_steps: int = 0  # whose gradient was not finite
@@ -45,6 +46,11 @@ class TrainState:
         before = self.nonfinite_steps
         self.updates, self.nonfinite_steps, self.nonfinite_in_a_row = self.counters.read()
         return self.nonfinite_steps - before
+
+    def undone(self) -> tuple[str, ...]:
+        """Return how the metrics begin that a run which resumes here may log again at this step."""
+        last = {"valid/": self.validated_step, "evaluation": 0, "samples": 0} | self.evaluated
+        return tuple(word for word, step in last.items() if step != self.step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters as JSON, which has no nan."""

@@ -85,8 +85,10 @@ def test_wandb_is_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_SILENT", "true")
     with opened(tmp_path, wandb=True) as loggers:
-        loggers.log(record(1))
+        loggers.log(record(1, samples=[{"prompt": "a", "text": "b"}]))
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    (table,) = run.glob("files/media/table/samples*")
+    assert json.loads(table.read_text())["data"] == [["a", "b"]]
     assert (tmp_path / "wandb_id").read_text() in run.name
 
 
@@ -153,12 +155,12 @@ def test_smoothing_starts_at_the_first_value_and_survives_a_step_without_one() -
     assert smoothed([(1, 4.0), (2, 0.0)])[1][1] == pytest.approx(4 * 0.09 / 0.19)
 
 
-@pytest.mark.parametrize(("validated", "kept"), [(True, 3), (False, 2)])
-def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path, validated: bool, kept: int) -> None:
-    path = tmp_path / "metrics.jsonl"
-    records = [{"step": 1}, {"step": 2}, {"step": 2, "valid/loss": 1.0}, {"step": 3}]
+@pytest.mark.parametrize(("undone", "kept"), [((), 3), (("valid/",), 2)])
+def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path, undone: tuple[str, ...], kept: int) -> None:
+    path, valid = tmp_path / "metrics.jsonl", {"step": 2, "valid/loss": 1.0}
+    records = [record(1), record(2), {**valid, "valid/accuracy": 0.5}, record(3)]
     path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 4, "tr')
-    truncate_metrics(path, 2, validated=validated)
+    truncate_metrics(path, 2, undone)
     assert read_records(path) == records[:kept]
 
 

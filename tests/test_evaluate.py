@@ -1,0 +1,90 @@
+"""evaluate.py: the validation split and tasks of a run, one of its checkpoints, and a Hugging Face folder."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import export
+from conf.schema import EvaluateConfig, ExportConfig
+from parallel.config import Device, ParallelConfig
+from tests.conftest import ROOT, metrics, trained
+from tracking.run_folder import locked
+from training.config import Dtype
+
+QUESTIONS = [
+    {"context": "import", "continuations": [" os", " sys", " xyz"], "answer": 0},
+    {"context": "def main(", "continuations": ["argv):", "🦄"], "answer": 0},
+    {"text": "The quick brown fox\n" * 9},
+    {"context": "x =", "continuations": [" 1"]},
+]
+
+
+@pytest.fixture
+def done(tmp_path_factory: pytest.TempPathFactory, small: list[str], tmp_path: Path) -> Path:
+    """A finished run whose vocabulary is not padded, so that it is scored as in training and as exported."""
+    run_dir = tmp_path_factory.getbasetemp() / "unpadded"
+    if not run_dir.exists():
+        trained(run_dir, *small, "model.vocab_size=1000")
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    return shutil.copytree(run_dir, tmp_path / "done")
+
+
+def settings(done: Path, **changes: object) -> EvaluateConfig:
+    parallel = ParallelConfig(device=Device.cpu)
+    tasks = [str(done.parent / "own.jsonl")]
+    return EvaluateConfig(**{"run": str(done), "tasks": tasks, "parallel": parallel, "dtype": Dtype.fp32, **changes})  # type: ignore[arg-type]
+
+
+def test_a_run_is_scored_as_it_was_in_training_and_the_export_alike(
+    done: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = metrics(done)
+    (valid,) = [record for record in before if "valid/loss" in record]
+    found = evaluate.work(settings(done))
+    assert valid.keys() < found.keys() | {"step", "tokens"}
+    losses = {key: value for key, value in valid.items() if key.startswith("valid/")}
+    assert {key: found[key] for key in losses} == pytest.approx(losses, rel=1e-6)
+    printed = capsys.readouterr().out
+    assert "valid code" in printed and f"bpb {found['evaluation/own/bpb']:.6g}" in printed
+    assert json.loads((done / "evaluation.json").read_text()) == {"10": found}
+    *others, last = metrics(done)
+    assert others == before[:-1] and last == {**valid, **found}
+
+    export.export(done, ExportConfig(run=str(done), dtype=Dtype.fp32))
+    of_export = evaluate.work(settings(done, run=None, hf=str(done / "hf")))
+    assert of_export == pytest.approx({key: value for key, value in found.items() if key.startswith("evaluation/")})
+    assert json.loads((done / "hf" / "evaluation.json").read_text()) == {"": of_export}
+
+
+def test_the_command_scores_on_two_ranks_and_leaves_the_metrics_of_a_run_in_use(done: Path) -> None:
+    own = f"{done.parent}/own.jsonl"
+    command = [sys.executable, "evaluate.py", f"run={done}", "step=10", f"tasks=[builtin,{own}]", "valid_tokens=128"]
+    layout = ["parallel=zero3", "parallel.dp_shard=2", "parallel.device=cpu", "dtype=fp32"]
+    before = metrics(done)
+    with locked(done):
+        ended = subprocess.run([*command, *layout], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "not in metrics.jsonl" in ended.stdout and metrics(done) == before
+    found = json.loads((done / "evaluation.json").read_text())["10"]
+    assert found["evaluation/builtin/questions"] >= 300 and 0 <= found["evaluation/builtin/acc"] <= 1
+    alone = evaluate.work(settings(done, valid_tokens=0))
+    assert {key: found[key] for key in alone} == pytest.approx(alone, rel=1e-5)
+    assert json.loads((done / "evaluation.json").read_text())["10"] == {**found, **alone}, "one checkpoint's are merged"
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ("", "run and hf"), ("hf=x", "tasks is empty"), ("run=x step=3 tasks=[nope]", "no checkpoint in x"),
+        ("run={run} tasks=[nope]", "task nope is not known"), ("run={run} parallel.dp_shard=2", "zero_stage"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_evaluated_is_named(done: Path, argv: str, named: str) -> None:
+    from tests.test_cli import problems
+
+    assert named in "\n".join(problems(*argv.format(run=done).split(), command="evaluate"))

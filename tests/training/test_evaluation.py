@@ -1,0 +1,138 @@
+"""Tasks and samples while a model trains: reported once, whatever stops or fails, and at a stated cost."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import evaluate
+from conf.schema import EvaluateConfig
+from corpus.config import DataError
+from parallel.config import Device, ParallelConfig
+from tests.conftest import ROOT, metrics, trained
+from tests.test_cli import composed
+from training.config import Dtype
+from training.evaluation import Tasks
+from training.loop import Periodic
+from training.preflight import check_run
+from training.stop import StopRequest
+
+QUESTIONS = [
+    {"context": "import", "continuations": [" os", " sys"], "answer": 0},
+    {"context": "def main(", "continuations": ["argv):", "🦄"], "answer": 0},
+    {"context": "x = " * 40, "continuations": ["1", "2"], "answer": 1},
+]
+
+
+@pytest.fixture
+def settings(small: list[str], tmp_path: Path) -> list[str]:
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    tasks = ["model.vocab_size=1000", "data.seq_len=64", f"evaluate.tasks=[{own}]", "evaluate.every=4"]
+    samples = ["samples.prompts=['import', 'a | b\n']", "samples.every=5", "samples.max_new_tokens=8"]
+    return [*small, *tasks, *samples]
+
+
+def evaluations(folder: Path, key: str = "evaluation/own/bpb") -> dict[int, Any]:
+    records = [record for record in metrics(folder) if key in record]
+    assert len({record["step"] for record in records}) == len(records), "each step is evaluated once"
+    return {record["step"]: record[key] for record in records}
+
+
+def test_tasks_and_samples_are_reported_every_n_steps(
+    tmp_path: Path, settings: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    folder = tmp_path / "r"
+    trained(folder, *settings, "logger=tensorboard")
+    assert list(evaluations(folder)) == [4, 8, 10] and list(evaluations(folder, "samples")) == [5, 10]
+    assert "2 of 6 texts of the tasks are cut to 64 tokens" in caplog.text
+    assert caplog.text.count("samples took") == 2 and caplog.text.count("of the time") == 5
+    assert "own                    acc " in caplog.text
+
+    assert (folder / "samples.md").read_text().count("\n| <code>5</code> | <code>") == 2
+    first, second = evaluations(folder, "samples")[10]
+    assert first["prompt"] == "import" and second["prompt"] == "a | b\n" and first["text"] != second["text"]
+    assert "## <code>a &#124; b<br></code>\n" in (folder / "samples.md").read_text()
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    scores = [(event.step, event.value) for event in events.Scalars("evaluation/own/bpb")]
+    assert scores == [(step, pytest.approx(value)) for step, value in evaluations(folder).items()]
+    assert [event.step for event in events.Tensors("samples/text_summary")] == [5, 10]
+
+    trained(tmp_path / "again", *settings)
+    assert evaluations(tmp_path / "again", "samples") == evaluations(folder, "samples")
+    config = EvaluateConfig(run=str(folder), tasks=[str(tmp_path / "own.jsonl")], dtype=Dtype.fp32, valid_tokens=0)
+    found = evaluate.work(replace(config, parallel=ParallelConfig(device=Device.cpu)))
+    assert found["evaluation/own/bpb"] == pytest.approx(evaluations(tmp_path / "again")[10], rel=1e-5)
+
+
+def test_a_resumed_run_evaluates_once(tmp_path: Path, settings: list[str]) -> None:
+    folder, often = tmp_path / "r", ["checkpoint.every=4", "checkpoint.keep=0"]
+    trained(folder, *settings, *often)
+    whole = metrics(folder)
+    (folder / "checkpoints" / "step-00000010" / "manifest.json").unlink()  # as if killed after step 8
+    trained(folder, *settings, *often)
+    assert metrics(folder) == whole
+
+    stop = StopRequest()
+    periodic = [Periodic(8, lambda _: stop.give_up())]
+    trained(tmp_path / "stopped", *settings, *often, stop=stop, periodic=periodic)
+    assert list(evaluations(tmp_path / "stopped")) == [4], "the stop cut it short"
+    trained(tmp_path / "stopped", *settings, *often)
+    assert evaluations(tmp_path / "stopped") == evaluations(folder)
+
+
+def test_a_failing_evaluation_is_logged_once_and_training_goes_on(
+    tmp_path: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(Tasks, "metrics", broken)
+    trained(tmp_path / "r", *settings)
+    assert caplog.text.count("evaluation is dropped, training goes on: ValueError: no such thing") == 1
+    assert evaluations(tmp_path / "r") == {} and list(evaluations(tmp_path / "r", "samples")) == [5, 10]
+    assert metrics(tmp_path / "r")[-2]["valid/loss"] > 0
+
+
+def test_what_costs_too_much_is_left_out_until_the_end(
+    tmp_path: Path, settings: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    trained(tmp_path / "r", *settings, "evaluate.every=2", "evaluate.max_share=1e-6", "samples.prompts=[]")
+    assert list(evaluations(tmp_path / "r")) == [2, 10]
+    assert caplog.text.count("(evaluate.max_share is 1e-06)") == 3
+
+
+def test_a_bad_task_or_what_cannot_be_sampled_is_refused_before_the_first_step(
+    tmp_path: Path, settings: list[str]
+) -> None:
+    config = composed(*settings)
+    check_run(config, tmp_path / "r", None)
+    (tmp_path / "own.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"own.jsonl, line 1"):
+        check_run(config, tmp_path / "r", None)
+    wrong = [replace(config.samples, max_new_tokens=64), replace(config.samples, every=-1)]
+    named = [problem for samples in wrong for problem in replace(config, samples=samples).problems()]
+    named += replace(config, evaluate=replace(config.evaluate, max_share=2)).problems()
+    assert [problem.split()[0] for problem in named] == [
+        "samples.max_new_tokens",
+        "samples.every",
+        "evaluate.max_share",
+    ]
+
+
+def test_the_command_evaluates_on_two_pipeline_stages(tmp_path: Path, settings: list[str]) -> None:
+    same = [*settings, "steps=4", "data.micro_batch_size=1", "samples.temperature=0", "samples.every=4"]
+    trained(tmp_path / "alone", *same)
+    argv = [sys.executable, "train.py", "name=r", f"hydra.run.dir={tmp_path}/r", *same, "parallel.pp=2"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert evaluations(tmp_path / "r") == pytest.approx(evaluations(tmp_path / "alone"), rel=1e-5)
+    assert evaluations(tmp_path / "r", "samples") == evaluations(tmp_path / "alone", "samples")

