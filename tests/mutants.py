@@ -31,6 +31,7 @@ GUARDS, SAVES, STATE = (
     "tests/training/test_state.py",
 )
 FAULTS, STATUS, BEATS = "tests/test_faults.py", "tests/tracking/test_status.py", "tests/tracking/test_heartbeat.py"
+BEHIND = "tests/training/test_background_save.py"
 SAVE, FOLDER, STOP, BEAT = (
     "training/checkpoint.py",
     "tracking/run_folder.py",
@@ -39,17 +40,25 @@ SAVE, FOLDER, STOP, BEAT = (
 )
 MUTANTS = [
     Mutant(2, SAVE, "os.rename(partial_dir, final)", "shutil.copytree(partial_dir, final)", f"{GUARDS}::test_files_reach"),
+    Mutant(3, SAVE, "                shutil.rmtree(partial_dir, ignore_errors=True)\n            why", "                pass\n            why",
+           f"{SAVES}::test_a_disk_that_is_full_and"),
     Mutant(4, SAVE, "        check_complete(read_metadata(folder)", "        str((folder)", f"{GUARDS}::test_what_a_writer"),
     Mutant(6, SAVE, "    _fsync(path)\n    return", "    return", f"{GUARDS}::test_files_reach"),
     Mutant(6, SAVE, '_fsync(folder / "manifest.json")', "pass", f"{GUARDS}::test_files_reach"),
+    Mutant(5, "training/resume.py", "            if last or self.config.on_save_error is OnSaveError.stop:", "            if last:",
+           f"{BEHIND}::test_a_failure_behind"),
+    Mutant(7, FOLDER, "            self.failing = True", "            self.kept = b''", "tests/test_full_disk.py::test_a_disk_that_is_full_for"),
     Mutant(10, SAVE, '            except OSError as error:\n                logger.warning("%s could not be removed: %s", path',
            '            except KeyError as error:\n                logger.warning("%s could not be removed: %s", path',
            f"{GUARDS}::test_what_cannot"),
     Mutant(11, SAVE, "                os.rename(path, trash)", "                trash = path", f"{SAVES}::test_a_kill_at"),
     Mutant(12, FOLDER, "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
            "tests/tracking/test_run_folder.py::test_a_held_folder"),
+    Mutant(13, SAVE, "            if self.ranks.on_first(final.exists):", "            if False:", f"{SAVES}::test_a_step_is_never"),
     Mutant(14, SAVE, "self.ranks.on_first(self._found)", "self._found()",
            f"{GUARDS}::test_the_first_rank"),
+    Mutant(15, "tracking/store.py", "                if describe(there) != describe(here):", "                if False:",
+           "tests/test_store.py::test_a_copy_that_fails"),
     Mutant(16, SAVE, ' != expected["size"]:', ' == "":', f"{GUARDS}::test_a_file_of"),
     Mutant(17, SAVE, ") != expected:", ") == 0:", f"{SAVES}::test_a_damaged_checkpoint"),
     Mutant(18, SAVE, "    except (ValueError, KeyError, TypeError):", "    except KeyError:", f"{SAVES}::test_a_damaged_checkpoint"),

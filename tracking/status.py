@@ -8,7 +8,7 @@ import re
 import socket
 import time
 import traceback
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class Status:
         attempt = ".".join(os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "RESTART_COUNT"))
         trace = "".join(traceback.format_exception(error))[-MOST_CHARS:]
         crash = {"attempt": attempt, "step": step, "error": reason, "rank": self.rank, "time": time.time()}
-        with closing(Lines(self.run_dir / CRASHES)) as lines:
+        with suppress(OSError), closing(Lines(self.run_dir / CRASHES)) as lines:  # the disk may be gone
             lines.write(json.dumps({**crash, "traceback": trace}) + "\n")
         first, speaks = {**crash, "traceback": trace}, not self.rank
         if self.ranks > 1:
