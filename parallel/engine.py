@@ -151,7 +151,7 @@ class Engine:
         try:
             for batch in batches:
                 tokens_BT, kwargs = self._inputs(batch, 0.0, sums)
-                kwargs["head"] = head or kwargs["head"]
+                kwargs = {**kwargs, "head": head or kwargs["head"]}
                 if self.pipeline is None:
                     self.model(tokens_BT, **kwargs)
                 else:
@@ -211,9 +211,9 @@ class Engine:
         for param in self.params.values():
             if param.grad is None:  # a step without a single target
                 param.shard.grad = torch.zeros_like(param.shard)
-        grads = [param.grad for name, param in self.params.items() if name in self.partial_grads]
-        if grads:
-            whole = torch.cat([grad.flatten() for grad in grads if grad is not None])
+        grads: list[Any] = [param.grad for name, param in self.params.items() if name in self.partial_grads]
+        if grads and self.mesh.param_mesh is not None:
+            whole = torch.cat([grad.flatten() for grad in grads])
             dist.all_reduce(whole, group=self.mesh.param_mesh.get_group("tp"))
             for grad, total in zip(grads, whole.split([grad.numel() for grad in grads]), strict=True):
                 grad.copy_(total.view_as(grad))

@@ -133,12 +133,14 @@ def apply_fp8(blocks: list[nn.Module], scaling: str) -> None:
         for block in blocks:
             convert_to_float8_training(block, config=Float8LinearConfig.from_recipe_name(scaling))
         return
-    for module in (module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)):
+    linears: list[Any] = [m for block in blocks for m in block.modules() if isinstance(m, nn.Linear)]
+    for module in linears:
         rows, columns = module.weight.shape
         if rows % MULTIPLE or columns % MULTIPLE:
             shape = f"{rows} x {columns}, this rank's part of a matrix"
             raise ParallelError(f"precision.fp8 ({scaling}) needs sizes in multiples of {MULTIPLE}, not {shape}")
-        module.__class__ = Fp8RowwiseLinear if isinstance(module, RowwiseLinear) else Fp8Linear
+        rowwise = bool(isinstance(module, RowwiseLinear))
+        module.__class__ = Fp8RowwiseLinear if rowwise else Fp8Linear
 
 
 def check_fp8_device(scaling: str, device: torch.device) -> None:

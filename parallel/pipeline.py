@@ -45,15 +45,15 @@ class Stage(PipelineStage):
 
     def backward_maybe_with_nosync(self, backward_type: Any, bwd_kwargs: dict, last_backward: bool = False) -> Any:
         # Gradients of weights may be computed later than those of inputs.
-        computes = self.zero is not None and backward_type != "input"
-        if self.zero is not None and backward_type == "weight":
-            self.zero.need_stage(self.turn)
-        if computes:
-            self.zero.begin_backward(self.turn, first=not self.begun, last=last_backward)
+        zero = self.zero if backward_type != "input" else None
+        if zero is not None:
+            if backward_type == "weight":
+                zero.need_stage(self.turn)
+            zero.begin_backward(self.turn, first=not self.begun, last=last_backward)
             self.begun = not last_backward
         found = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
-        if computes:
-            self.zero.end_backward()
+        if zero is not None:
+            zero.end_backward()
         return found
 
 

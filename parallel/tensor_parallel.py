@@ -125,16 +125,18 @@ def apply_tp(model: Transformer, mesh: DeviceMesh, *, sequence_parallel: bool) -
     partial_grads: set[str] = set()
     for path, style in model.tp_plan().items():
         module: Any = model.get_submodule(path)
+        is_embedding = bool(isinstance(module, nn.Embedding))
         if style == "norm":
             module.__class__ = _gathering(type(module))
         elif style == "rowwise":
-            module.__class__ = SplitEmbedding if isinstance(module, nn.Embedding) else RowwiseLinear
+            split_class: type[nn.Module] = SplitEmbedding if is_embedding else RowwiseLinear
+            module.__class__ = split_class
         module.tp = tp
         for name, param in module.named_parameters(recurse=False):
             if style == "norm" or (style == "rowwise" and param.ndim == 1):
                 partial_grads |= {f"{path}.{name}"} if sequence_parallel else set()
                 continue
-            dim = 1 if style == "rowwise" and not isinstance(module, nn.Embedding) else 0
+            dim = 1 if style == "rowwise" and not is_embedding else 0
             split[f"{path}.{name}"] = dim
             setattr(module, name, nn.Parameter(param.chunk(mesh.size(), dim)[0].contiguous()))
     return split, partial_grads

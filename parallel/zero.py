@@ -83,11 +83,12 @@ class Unit:
             self.shards[name] = mine[:n_numbers].view(-1, *shape[1:])
             self.wholes.append(whole)
             self.mine.append(mine)
-            for peer in shared.others() if shared else ():
-                at = start if frees else start * n_shards + size * peer
-                self.copies.append((whole[size * peer :][:size], shared.of(peer, at, size)))
-            if shared and frees:
-                self.copies.append((whole[size * rank :][:size], mine))
+            if shared is not None:
+                for peer in shared.others():
+                    at = start if frees else start * n_shards + size * peer
+                    self.copies.append((whole[size * peer :][:size], shared.of(peer, at, size)))
+                if frees:
+                    self.copies.append((whole[size * rank :][:size], mine))
         self.is_gathered = not frees  # its memory is there, and what fills it is under way
         self.ready: Any = None  # event after which the parameters may be read
         self.accumulated: Buffer | None = None  # whole gradients of the micro-batches so far
@@ -201,7 +202,8 @@ class Zero:
         if not unit.is_gathered:
             unit.resize(unit.n_bytes)
         # What a backward pass reads is what the forward pass read, gathered again.
-        with self._on_stream(), torch.autograd._unsafe_preserve_version_counter(unit.whole):
+        autograd: Any = torch.autograd
+        with self._on_stream(), autograd._unsafe_preserve_version_counter(unit.whole):
             self._all_gather(unit)
         unit.ready = self._event()
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -110,7 +111,8 @@ def gradients(case: Case, mesh: Mesh, config: ParallelConfig) -> dict[str, Tenso
     found: dict[str, Tensor] = {}
 
     def step(**_: Tensor) -> Tensor:
-        found.update({name: whole(param.laid_out(param.shard.grad)) for name, param in engine.params.items()})
+        params: dict[str, Any] = engine.params
+        found.update({name: whole(param.laid_out(param.grad)) for name, param in params.items()})
         return torch.zeros(2)
 
     engine.optimizer.step = step  # type: ignore[method-assign]

@@ -51,8 +51,9 @@ def summed_gradients(case: Case, mesh: Mesh, config: ParallelConfig, max_exchang
             torch.stack(terms).sum().backward()
             zero.end_backward()
         zero.finish()
-    assert all(param.shard.grad.dtype == torch.float32 for param in model.params.values())
-    return {name: whole(param.laid_out(param.shard.grad)) for name, param in model.params.items()}
+    params: dict[str, Any] = model.params
+    assert all(param.grad.dtype == torch.float32 for param in params.values())
+    return {name: whole(param.laid_out(param.grad)) for name, param in params.items()}
 
 
 def check_sharded(case: Case, mesh: Mesh, config: ParallelConfig) -> None:

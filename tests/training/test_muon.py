@@ -143,6 +143,7 @@ def test_cautious_decay_spares_what_the_update_grows() -> None:
         random_grads(models[0]),
         ({"weight_decay": 0.0}, {"weight_decay": 0.5}, {"weight_decay": 0.5, "cautious_decay": True}),
     )
+    options: Any
     before = next(iter(hidden(models[0]).values())).detach().clone()
     for model, options in zip(models, ways, strict=True):
         update(built(model, **options), grads)
