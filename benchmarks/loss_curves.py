@@ -21,6 +21,8 @@ from benchmarks.train_step import build, configure, draw_weights
 from conf.schema import TrainConfig
 from model.transformer import Transformer
 from parallel.mesh import Mesh
+from parallel.parallelize import ParallelModel
+from parallel.shards import whole_params
 from training.schedules import learning_rate
 
 
@@ -35,7 +37,7 @@ def train_eager(config: TrainConfig, device: torch.device) -> list[float]:
     with device:
         model = Transformer(config.model)
     torch.set_default_dtype(torch.float32)
-    draw_weights(model, config.seed)
+    draw_weights(ParallelModel(model, [model], whole_params(model), set(), None), config.seed)
     params, masters = list(model.parameters()), [p.detach().float().requires_grad_() for p in model.parameters()]
     of = config.optimizer
     optimizer = torch.optim.AdamW(

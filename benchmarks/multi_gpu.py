@@ -181,7 +181,8 @@ def main() -> None:
         for name in asked:
             if not (row := rows[name]).peer:
                 continue
-            its = measure_torchtitan(row.model, row.seq_len, row.rows, row.micro_batches, *row.peer, args.seconds)
+            reshard, tp = row.peer
+            its = measure_torchtitan(row.model, row.seq_len, row.rows, row.micro_batches, reshard, tp, args.seconds)
             gc.collect()
             torch.cuda.empty_cache()
             if rank == 0:
