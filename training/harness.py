@@ -81,7 +81,8 @@ class HarnessModel(TemplateLM):
 def harness_metrics(model: HarnessModel, tasks: Sequence[str]) -> dict[str, float]:
     """Return `evaluation/<task>/<metric>` of the harness's tasks, by name or YAML files; a collective."""
     files = [Path(task) for task in tasks if task.endswith(".yaml")]
-    names = [found[1] for file in files if (found := re.search(r"^task: *[\"']?([^\s\"']+)", file.read_text(), re.M))]
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    names = [found[1] for text in texts if (found := re.search(r"^task: *[\"']?([^\s\"']+)", text, re.M))]
     names += [task for task in tasks if not task.endswith(".yaml")]
     manager = TaskManager(include_path=[str(file.parent) for file in files] or None)
     run: Any = simple_evaluate  # its type is that of a wrapper

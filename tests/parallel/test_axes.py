@@ -59,7 +59,7 @@ def test_fitting_layout_has_no_problems() -> None:
         (2, {"dp_shard": 2, "zero_stage": 0}, ["parallel.dp_shard (2)", "zero_stage"]),
         (1, {"async_tp": True, "sequence_parallel": False}, ["parallel.async_tp (true)", "tp", "sequence_parallel"]),
         (1, {"cuda_graphs": True, "device": Device.cpu}, ["parallel.cuda_graphs (true)", "device cuda"]),
-        (2, {"cuda_graphs": True, "tp": 2, "sequence_parallel": False}, ["parallel.cuda_graphs (true)", "every axis 1"]),
+        (2, {"cuda_graphs": True, "pp": 2}, ["parallel.cuda_graphs (true)", "pp 1"]),
         (2, {"pp": 2, "pipeline_schedule": Schedule["zbv"]}, ["parallel.pipeline_schedule (zbv)", "virtual_stages", "not 1"]),
         (2, {"pp": 2, "pipeline_schedule": Schedule["zero_bubble"], "compile": Compile.blocks},
          ["parallel.pipeline_schedule (zero_bubble)", "parallel.compile (blocks)"]),
