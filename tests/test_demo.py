@@ -43,7 +43,8 @@ def demo(checkout: Path, *, stop_in_training: bool = False) -> tuple[int, str]:
 def written_files(checkout: Path) -> dict[str, tuple[int, bytes]]:
     """Return the files of corpus, checkpoints and export, with the time of their last change."""
     folders = [checkout / "corpora", checkout / "runs" / "demo" / "checkpoints", checkout / "runs" / "demo" / "hf"]
-    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    # .begun is written at each start, to see whether it can be
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file() and path.name != ".begun"]
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
