@@ -190,9 +190,9 @@ class Engine:
                 self._add_aux(kwargs["aux"], sums)
 
     def _run_one(self, batch: Batch, weight: float | Tensor, sums: Sums, turn: Turn) -> None:
+        if turn.is_first:
+            self._gather()
         if self.zero is not None:
-            if turn.is_first:
-                self.zero.gather()
             self.zero.begin_backward(0, first=turn.is_first, last=turn.is_last)
         tokens_BT, kwargs = self._inputs(batch, weight, sums)
         self.model(tokens_BT, **kwargs).backward()
@@ -205,7 +205,7 @@ class Engine:
             self.zero.gather()
 
     def _finish_gradients(self) -> None:
-        """Give every shard its gradient: summed over ranks, and over the copies of a tied parameter."""
+        """Set the gradient of every shard: summed over ranks, and over the copies of a tied parameter."""
         if self.zero is not None:
             self.zero.finish()
         for param in self.params.values():

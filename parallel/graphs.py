@@ -67,8 +67,8 @@ class Recorded:
 class Graphs:
     """Runs the steps of an engine: one graph per shape of micro-batch, and one for the update.
 
-    `run(batch, weight, sums)` runs a micro-batch's passes and adds to `sums`, which are zeroed here; `update(sums)` is
-    the rest of a step and returns its figures. Neither may need the host.
+    `run(batch, weight, sums, turn)` runs a micro-batch's passes and adds to `sums`, which are zeroed here;
+    `update(sums)` is the rest of a step and returns its figures. Neither may need the host.
     """
 
     def __init__(

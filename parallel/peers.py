@@ -1,5 +1,6 @@
 """Memory that the ranks of a node read from each other by copy engines: messages that take no multiprocessor."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +43,10 @@ def can_share(group: dist.ProcessGroup, device: torch.device) -> bool:
     """Return whether all ranks of a group are GPUs of one node that can read each other's memory."""
     if device.type != "cuda" or not torch.cuda.is_available() or group.size() == 1:
         return False
-    n_here = torch.cuda.device_count()
-    ranks = dist.get_process_group_ranks(group)
-    if len({rank // n_here for rank in ranks}) > 1:
+    # Launchers number the ranks of a node without gaps, and a rank's GPU is its number on the node.
+    n_gpus = torch.cuda.device_count()
+    n_here, ranks = int(os.environ.get("LOCAL_WORLD_SIZE", n_gpus)), dist.get_process_group_ranks(group)
+    if n_here > n_gpus or len({rank // n_here for rank in ranks}) > 1:
         return False
     here = torch.cuda.current_device()
     return all(torch.cuda.can_device_access_peer(here, rank % n_here) for rank in ranks if rank % n_here != here)

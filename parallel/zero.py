@@ -109,9 +109,9 @@ class Unit:
                 at += gap
         torch.cat(parts, dim=1, out=out)
 
-    def accumulate(self, grads: list[Tensor], out: Tensor, *, first: bool) -> None:
-        """Add the gradients to `out`, which lies as in `pack` and has zeros between them, or begin with them."""
-        for flat, size, start in zip(grads, self.sizes, self.starts, strict=True):
+    def accumulate(self, out: Tensor, *, first: bool) -> None:
+        """Move the gradients to `out`, or add them: it lies as in `pack`, and has zeros between them."""
+        for flat, size, start in zip(self.take_grads(), self.sizes, self.starts, strict=True):
             part = out[:, start : start + size]
             part.copy_(flat) if first else part.add_(flat)
 
@@ -269,14 +269,14 @@ class Zero:
 
     def _take(self, unit: Unit) -> None:
         """Take a unit's gradients of a micro-batch, and send them to the ranks that own them if it is time."""
-        grads = list(unit.take_grads())
         if self.stage < 2 and not (self.first and self.last):
             if unit.accumulated is None:
                 unit.accumulated = self._buffer(unit.length, unit.whole, self.reduce_dtype)
-            unit.accumulate(grads, unit.accumulated.mine.view(self.n_shards, -1), first=self.first)
+            unit.accumulate(unit.accumulated.mine.view(self.n_shards, -1), first=self.first)
             if self.last:
                 self._send(unit, unit.accumulated, 0, unit.length)
         else:
+            grads = list(unit.take_grads())
             for begin in range(0, unit.length, self.outbox_length):
                 n = min(self.outbox_length, unit.length - begin)
                 outbox = self._next_outbox(unit)

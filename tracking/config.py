@@ -27,7 +27,7 @@ class LoggerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class AlertsConfig:
-    """Who is told of a crash, a requeue, a stop, a spike, a stall and the end: JSON of run, state, step and reason."""
+    """Who hears of a crash, a requeue, a stop, a spike, a stall and the end: JSON of run, state, step and reason."""
 
     command: str | None = field(default=None, metadata={"prose": True})  # a shell command that reads it
     webhook: str | None = field(default=None, metadata={"prose": True})  # an address that takes it as POST

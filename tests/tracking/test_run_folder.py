@@ -46,7 +46,7 @@ def test_a_held_folder_names_its_owner(tmp_path: Path) -> None:
 
 
 def test_a_disk_without_locks_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Case 12, where a second run could not be told apart."""
+    """Case 12, where a second run could not be distinguished."""
     monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
     with (
         pytest.raises(CheckpointError, match=r"is on a disk without file locks \(No locks available\)"),
