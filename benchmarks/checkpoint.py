@@ -39,7 +39,7 @@ def work(config: TrainConfig, folder: Path, saves: int) -> None:
         engine, state = build(config, mesh), TrainState(device=mesh.device)
         corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
         batches = next(build_train_batches(config, mesh, corpus, state))
-        run = RunCheckpoints.of(
+        run = RunCheckpoints(
             config.checkpoint,
             mesh,
             folder,

@@ -60,24 +60,18 @@ class Checkpoint:
     def tensors(self) -> dict[str, TensorStorageMetadata]:
         return self.metadata.state_dict_metadata  # type: ignore[return-value]
 
-    def load_into(self, tensors: dict[str, Tensor]) -> None:
-        """Read every tensor in place, each rank its shards, whatever the layout it was saved from.
+    def load(self, tensors: dict[str, Tensor], *, exact: bool = False) -> None:
+        """Read the named tensors in place, each rank its shards, whatever the layout they were saved from.
 
-        The names, over all ranks, must be those that were saved.
+        Shapes and dtypes must be those that were saved; if `exact`, so must the names, over all ranks.
         """
         wanted = set().union(*self.ranks.all_gather(lambda: set(tensors)))
         missing = wanted - self.tensors.keys()
-        unused = {name for name in self.tensors.keys() - wanted if not name.startswith(PER_RANK)}
+        unused = {name for name in self.tensors.keys() - wanted if exact and not name.startswith(PER_RANK)}
         if missing or unused:
             raise CheckpointError(f"{self.path} does not fit: missing {some(missing)}, unused {some(unused)}")
-        self.load(tensors)
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Read the named tensors in place, each rank its shards; shapes and dtypes must be those that were saved."""
 
         def read() -> None:
-            if missing := tensors.keys() - self.tensors.keys():
-                raise CheckpointError(f"{self.path} has no {some(missing)}")
             wrong = [
                 f"{name} ({tuple(saved.size)} {saved.properties.dtype}, now {tuple(tensor.shape)} {tensor.dtype})"
                 for name, tensor in tensors.items()
@@ -193,26 +187,16 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(begun, "")
         for leftover in set(self.folder.glob(".*")) - {begun}:
-            try:
-                shutil.rmtree(leftover)
-            except OSError as error:
-                logger.warning("%s could not be removed: %s", leftover, error)
+            _remove(leftover)
 
     def _purge(self) -> list[str]:
         """Remove what need not be kept, and return the names."""
-        removed, found = [], committed(self.folder)
+        found = committed(self.folder)
         best = min(found, key=_valid_loss) if self.keep_best else None
-        for path in found[self.keep :] if self.keep else []:
-            if path == best or (self.keep_every and int(path.name.removeprefix("step-")) % self.keep_every == 0):
-                continue
-            trash = path.with_name(f".trash-{path.name}")  # a removal that is cut short leaves nothing that looks whole
-            try:
-                os.rename(path, trash)
-                removed.append(path.name)
-            except OSError as error:
-                logger.warning("%s could not be removed: %s", path, error)
-            shutil.rmtree(trash, ignore_errors=True)
-        return removed
+        past = [path for path in found[self.keep or len(found) :] if path != best]
+        if self.keep_every:
+            past = [path for path in past if int(path.name.removeprefix("step-")) % self.keep_every]
+        return [path.name for path in past if _remove(path)]
 
 
 def _valid_loss(checkpoint: Path) -> float:
@@ -272,10 +256,7 @@ class _Writer(FileSystemWriter):
 
 
 def _write(folder: Path, step: int, tensors: dict[str, Tensor], text: str, ranks: Ranks) -> int:
-    """Write all files of a checkpoint so that they survive a power loss, and check that nothing is missing.
-
-    Return the bytes of all ranks' tensors.
-    """
+    """Write all files so that they survive a power loss, check that none is missing, and return the tensors' bytes."""
 
     def make_folder() -> None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -358,6 +339,17 @@ def _set_aside(path: Path, error: DamagedError) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(path, aside)
     logger.warning("%s; set aside as %s", error, aside.name)
+
+
+def _remove(folder: Path) -> bool:
+    """Remove a folder, or warn; return whether nothing has its name any more."""
+    trash = folder.with_name(f".trash-{folder.name}")  # a removal that is cut short leaves nothing that looks whole
+    try:
+        os.rename(folder, trash)
+        shutil.rmtree(trash)
+    except OSError as error:
+        logger.warning("%s could not be removed: %s", folder, error)
+    return not folder.exists()
 
 
 def _free_bytes(folder: Path) -> str:

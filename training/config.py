@@ -131,12 +131,11 @@ class OptimizerConfig:
         if ":" not in self.name and self.name not in OPTIMIZERS:
             yield f"optimizer.name ({self.name}) must be {', '.join(OPTIMIZERS)} or module:Class"
         yield from unless(self, "optimizer", "positive and finite", lambda x: 0 < x < math.inf, "lr", "eps")
-        yield from unless(self, "optimizer", "0 or more", lambda x: x >= 0, "weight_decay", "beta2_c", "max_grad_norm")
-        yield from unless(self, "optimizer", "0 or more", lambda x: x >= 0, "spike_sigma")
+        keys = ("weight_decay", "beta2_c", "max_grad_norm", "spike_sigma")
+        scales = ("embed_lr_scale", "head_lr_scale", "vector_lr_scale")
+        yield from unless(self, "optimizer", "0 or more and finite", lambda x: 0 <= x < math.inf, *keys, *scales)
         if self.skip_spikes and not self.spike_sigma:
             yield "optimizer.skip_spikes (true) needs optimizer.spike_sigma, such as 6"
-        scales = ("embed_lr_scale", "head_lr_scale", "vector_lr_scale")
-        yield from unless(self, "optimizer", "0 or more and finite", lambda x: 0 <= x < math.inf, *scales)
         yield from unless(self, "optimizer", "in [0, 1)", lambda x: 0 <= x < 1, "beta1", "beta2", "momentum")
         yield from unless(self, "optimizer", "at least 1", lambda x: x >= 1, "max_nonfinite_steps")
         if self.state_dtype not in (Dtype.fp32, Dtype.bf16):
@@ -186,12 +185,8 @@ class PrecisionConfig:
             yield "precision.fp8 (rowwise) needs torchao: pip install -r requirements-gpu.txt, or use tensorwise"
         if self.grad_dtype not in (None, Dtype.fp32) and self.grad_dtype is not self.compute:
             yield f"precision.grad_dtype ({self.grad_dtype.value}) must be fp32, {self.compute.value} or null"
-        if not 0 < self.min_scale <= self.initial_scale <= self.max_scale:
-            bounds = f"min_scale ({self.min_scale}, above 0) and max_scale ({self.max_scale})"
-            yield f"precision.initial_scale ({self.initial_scale}) must be between {bounds}"
-        yield from unless(self, "precision", "above 1", lambda x: x > 1, "growth_factor")
-        yield from unless(self, "precision", "in (0, 1)", lambda x: 0 < x < 1, "backoff_factor")
-        yield from unless(self, "precision", "at least 1", lambda x: x >= 1, "growth_interval", "hysteresis")
+        keys = ("growth_factor", "backoff_factor", "growth_interval", "hysteresis", "min_scale", "max_scale")
+        yield from unless(self, "precision", "above 0", lambda x: x > 0, "initial_scale", *keys)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,8 +25,15 @@ from parallel.shards import ParamShard, local
 from training import checkpoint as module
 from training.agreement import check_same_run, check_tensors
 from training.checkpoint import Checkpoints
-from training.config import CheckpointError, OnSaveError, OptimizerConfig, PrecisionConfig, TrainingError
-from training.optim.optimizer import build_optimizer
+from training.config import (
+    CheckpointConfig,
+    CheckpointError,
+    OnSaveError,
+    OptimizerConfig,
+    PrecisionConfig,
+    TrainingError,
+)
+from training.optim.optimizer import Optimizer, build_optimizer
 from training.ranks import Ranks
 from training.resume import RunCheckpoints
 from training.state import TrainState
@@ -85,21 +93,26 @@ def pairs(folder: Path, rank: int) -> None:
         assert newest is not None and newest.state == {"step": step, "from": saved}
         for loaded in layouts:
             tensors = laid_out(loaded, fill=-1.0)
-            newest.load_into(tensors)
+            newest.load(tensors, exact=True)
             check(tensors)
+
+
+def checkpoints_of(folder: Path, optimizer: Optimizer, **settings: Any) -> RunCheckpoints:
+    """Return the checkpoints of a run that has made one step."""
+    mesh: Any = SimpleNamespace(device=torch.device("cpu"), host=dist.group.WORLD)
+    corpus: Any = SimpleNamespace(add_bos=True, add_eos=True, fingerprints=[], sources=[])
+    parts: Any = {"optimizer": optimizer, "state": TrainState(step=1), "scaler": LossScaler(PrecisionConfig())}
+    return RunCheckpoints(CheckpointConfig(**settings), mesh, folder, corpus, **parts, run_config={})
 
 
 def rng(folder: Path, rank: int) -> None:
     """Save a random state per rank and take it back, here and with another number of ranks."""
-    checkpoints = Checkpoints(folder / "rng", keep=1, group=dist.group.WORLD)
     torch.manual_seed(5)
-    optimizer = build_optimizer(torch.nn.Linear(2, 2), OptimizerConfig())
-    state, scaler = TrainState(step=1), LossScaler(PrecisionConfig())
-    run = RunCheckpoints(checkpoints, state, optimizer, scaler, run_config={}, data={"parts": []})
+    run = checkpoints_of(folder / "rng", build_optimizer(torch.nn.Linear(2, 2), OptimizerConfig()))
     torch.manual_seed(rank)
     run.save()
     expected = torch.rand(3)
-    newest = checkpoints.newest()
+    newest = run.checkpoints.newest()
     assert newest is not None
     torch.manual_seed(99)
     run.restore(newest)
@@ -143,10 +156,10 @@ def faults(folder: Path, rank: int) -> None:
     checkpoints = Checkpoints(folder / "faults", keep=0, group=dist.group.WORLD)
     for step in (1, 2, 3):
         checkpoints.save(step, laid_out("flat"), {"step_saved": step})
-    message = refusal(lambda: checkpoints.newest().load_into({**laid_out("flat"), "model.d": torch.zeros(1)}))  # type: ignore[union-attr]
+    message = refusal(lambda: checkpoints.newest().load({**laid_out("flat"), "model.d": torch.zeros(1)}, exact=True))  # type: ignore[union-attr]
     assert "missing model.d, unused none" in message, message
     wrong = {**laid_out("flat"), "model.b": torch.zeros(6)}
-    message = refusal(lambda: checkpoints.newest().load_into(wrong))  # type: ignore[union-attr]
+    message = refusal(lambda: checkpoints.newest().load(wrong, exact=True))  # type: ignore[union-attr]
     assert "model.b ((5,) torch.float32, now (6,)" in message, message
     shard = checkpoints.folder / "step-00000003" / "__1_0.distcp"
     if rank == 0:
@@ -157,7 +170,7 @@ def faults(folder: Path, rank: int) -> None:
     dist.barrier()
     newest = checkpoints.newest()
     assert newest is not None and newest.step == 1, newest
-    newest.load_into(laid_out("hybrid"))
+    newest.load(laid_out("hybrid"), exact=True)
     # A disk that is full for rank 1 alone
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -227,12 +240,8 @@ def background(folder: Path, rank: int) -> None:
     half = place(torch.full((6, 5), 0.5, dtype=torch.bfloat16), mesh, (Shard(0),)).to_local()
     params = {"weight": ParamShard(half, torch.Size((6, 5)), mesh, (Shard(0),))}
     optimizer = build_optimizer(torch.nn.Linear(5, 6), OptimizerConfig(), params=params)
-    group: Any = dist.new_group(backend="gloo")
-    checkpoints = Checkpoints(folder / "background", keep=0, group=group)
-    run = RunCheckpoints(
-        checkpoints, TrainState(step=1), optimizer, LossScaler(PrecisionConfig()), run_config={}, data={"parts": []}, background=True,
-    )  # fmt: skip
-    run.ranks = Ranks(dist.group.WORLD)
+    run = checkpoints_of(folder / "background", optimizer, keep=0, asynchronous=True)
+    checkpoints = run.checkpoints
     real, changed = module._write, threading.Event()
 
     def hold(*args: Any) -> int:

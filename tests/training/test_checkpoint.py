@@ -47,7 +47,7 @@ def test_round_trip_is_exact(run: Checkpoints) -> None:
     newest = run.newest()
     assert newest is not None and (newest.step, newest.state["progress"]) == (30, {"step": 30})
     target = {name: torch.zeros_like(tensor) for name, tensor in tensors().items()}
-    newest.load_into(target)
+    newest.load(target, exact=True)
     for name, tensor in tensors(30).items():
         assert torch.equal(target[name], tensor) and target[name].dtype == tensor.dtype
     assert list(newest.read("model.")) == ["a", "b"]
@@ -166,12 +166,12 @@ def test_other_names_shapes_or_dtypes_are_refused(run: Checkpoints) -> None:
     changed = tensors()
     changed["model.c"] = changed.pop("model.b")
     with pytest.raises(CheckpointError, match=r"missing model.c, unused model.b"):
-        newest.load_into(changed)
+        newest.load(changed, exact=True)
     with pytest.raises(CheckpointError, match=r"model.a \(\(3, 4\) torch.float32, now \(4, 3\)"):
-        newest.load_into({**tensors(), "model.a": torch.zeros(4, 3)})
+        newest.load({**tensors(), "model.a": torch.zeros(4, 3)}, exact=True)
     with pytest.raises(CheckpointError, match=r"torch.bfloat16, now \(5,\) torch.float32"):
-        newest.load_into({**tensors(), "model.b": torch.zeros(5)})
-    with pytest.raises(CheckpointError, match=r"has no optimizer.a.momentum"):
+        newest.load({**tensors(), "model.b": torch.zeros(5)}, exact=True)
+    with pytest.raises(CheckpointError, match=r"missing optimizer.a.momentum"):
         newest.load({"optimizer.a.momentum": torch.zeros(3, 4)})
 
 
@@ -198,7 +198,7 @@ def borrowed() -> bytes:
 
 FORGED = {
     "a call": (lambda: pickle.dumps(Mkdir()), r"asks for posix.mkdir"),
-    "a method": (lambda: pickle.dumps(Attribute()), r"asks for mkdir of"),
+    "a method": (lambda: pickle.dumps(Attribute()), r"is damaged"),
     "a module's import": (borrowed, r"asks for torch.distributed.checkpoint.metadata.os.mkdir"),
 }
 

@@ -93,13 +93,11 @@ def test_an_unknown_rule_is_named(name: str) -> None:
     assert any("optimizer.name" in problem for problem in OptimizerConfig(name="adam").problems())
 
 
-def test_auto_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_auto_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu, auto = torch.device("cpu"), torch.device("cuda", 0), PrecisionConfig()
-    cpuinfo = tmp_path / "cpuinfo"
-    monkeypatch.setattr("training.setup.CPUINFO", cpuinfo)
-    assert compute_dtype(auto, cpu)[0] is torch.float32  # no such file, as on macOS
-    for flags, dtype in (("avx2 avx512f", torch.float32), ("avx512f avx512_bf16", torch.bfloat16)):
-        cpuinfo.write_text(f"flags\t\t: fpu {flags} sse\n")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for has_bf16, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=has_bf16: found)
         assert compute_dtype(auto, cpu)[0] is dtype
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, dtype in (((7, 0), torch.float32), ((8, 0), torch.bfloat16)):
@@ -113,11 +111,10 @@ def test_a_run_resumes_on_another_precision_of_auto(
     tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = [*(setting for setting in small if not setting.startswith("precision")), "steps=4"]
-    cpuinfo = tmp_path / "cpuinfo"
-    monkeypatch.setattr("training.setup.CPUINFO", cpuinfo)
     (tmp_path / "stop").write_text("2")
-    cpuinfo.write_text("avx512_bf16")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     trained(tmp_path / "r", *settings, f"checkpoint.stop_file={tmp_path / 'stop'}")
-    cpuinfo.write_text("avx2")
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
     assert trained(tmp_path / "r", *settings) is not None
     assert open_checkpoint(tmp_path / "r").step == 4

@@ -41,6 +41,7 @@ def test_signals_set_a_flag_and_a_second_interrupt_stops_at_once() -> None:
         assert not stop, "not before a step is over"
         stop.agree(7)
         assert stop and stop.exit_code == 143 and stop.for_a_requeue
+    stop.saved_step = 7
     summary = stop.summary()
     assert summary["reason"] == "SIGTERM on rank 0, saved at step 7"
     assert {**summary["stop"], "time": 0} == {
