@@ -43,7 +43,7 @@ MUTANTS = [
     Mutant(3, SAVE, "                shutil.rmtree(partial_dir, ignore_errors=True)\n            why", "                pass\n            why",
            f"{SAVES}::test_a_disk_that_is_full_and"),
     Mutant(4, SAVE, "        check_complete(read_metadata(folder)", "        str((folder)", f"{GUARDS}::test_what_a_writer"),
-    Mutant(6, SAVE, "    _fsync(path)\n    return", "    return", f"{GUARDS}::test_files_reach"),
+    Mutant(6, SAVE, "    if sync:\n", "    if False:\n", f"{GUARDS}::test_files_reach"),
     Mutant(6, SAVE, '_fsync(folder / "manifest.json")', "pass", f"{GUARDS}::test_files_reach"),
     Mutant(5, "training/resume.py", "            if last or self.config.on_save_error is OnSaveError.stop:", "            if last:",
            f"{BEHIND}::test_a_failure_behind"),

@@ -263,7 +263,7 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], text: str, ranks
         folder.mkdir(parents=True)
 
     def own_files() -> tuple[Files, set[str]]:
-        return {path.name: _sync(path) for path in folder.glob(f"__{ranks.rank}_*")}, set(tensors)
+        return {path.name: _describe(path, sync=True) for path in folder.glob(f"__{ranks.rank}_*")}, set(tensors)
 
     def finish() -> None:
         files = {name: entry for part, _ in parts for name, entry in part.items()}
@@ -273,7 +273,7 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], text: str, ranks
         check_complete(read_metadata(folder), names, {name: entry["size"] for name, entry in files.items()})
         (folder / "state.json").write_text(text + "\n", encoding="utf-8")
         for name in (".metadata", "state.json"):
-            files[name] = _sync(folder / name)
+            files[name] = _describe(folder / name, sync=True)
         version = {"format_version": FORMAT_VERSION, "readable_since": READABLE_SINCE}
         manifest = {**version, "step": step, "files": dict(sorted(files.items()))}
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -359,13 +359,10 @@ def _free_bytes(folder: Path) -> str:
         return "an unknown number"
 
 
-def _sync(path: Path) -> dict[str, Any]:
-    """Make a file survive a power loss, and return its size and hash."""
-    _fsync(path)
-    return _describe(path)
-
-
-def _describe(path: Path) -> dict[str, Any]:
+def _describe(path: Path, *, sync: bool = False) -> dict[str, Any]:
+    """Return a file's size and hash; `sync`: make it survive a power loss before."""
+    if sync:
+        _fsync(path)
     with path.open("rb") as file:
         return describe(file)
 

@@ -68,11 +68,12 @@ class RunCheckpoints:
         self.snapshot, self.writer = Snapshot(optimizer), ThreadPoolExecutor(1, "checkpoint")
         self.saved_step = 0
         self.saving: Future[Saved] | None = None  # the save that is under way
-        self.ready: Future[None] | None = None  # when there is memory for a copy of the tensors
         self.put_off = False  # a save is due at the next step whose gradient is finite
         self.metrics: dict[str, float] = {}  # of the last save, until they are logged
 
     def __enter__(self) -> "RunCheckpoints":
+        if self.background and self.config.every:
+            self.snapshot.allocate()  # takes seconds
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
@@ -96,8 +97,6 @@ class RunCheckpoints:
         progress = {"progress": self.state.state_dict(), "scaler": self.scaler.state_dict()}
         state = {"config": self.run_config, "data": self.data, **progress}
         in_background = self.background and not last
-        if in_background and self.ready is not None:
-            self.ready.result()
         optimizer = self.snapshot.take() if in_background else self.optimizer
         write = partial(self._write, begun, optimizer, self.state.step, torch.get_rng_state(), state)
         if in_background:
@@ -147,9 +146,6 @@ class RunCheckpoints:
 
     def after_step(self) -> None:
         """Take note of a save that has ended, and make one that was put off."""
-        every = self.config.every
-        if self.background and every and self.ready is None and self.state.step % every == every // 2:
-            self.ready = self.writer.submit(self.snapshot.allocate)  # takes seconds, before the first save
         self.note_saved()
         if self.put_off:
             self.save()

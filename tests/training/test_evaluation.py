@@ -118,14 +118,8 @@ def test_a_bad_task_or_what_cannot_be_sampled_is_refused_before_the_first_step(
     (tmp_path / "own.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match=r"own.jsonl, line 1"):
         check_run(config, tmp_path / "r", None)
-    wrong = [replace(config.samples, max_new_tokens=64), replace(config.samples, every=-1)]
-    named = [problem for samples in wrong for problem in replace(config, samples=samples).problems()]
-    named += replace(config, evaluate=replace(config.evaluate, max_share=2)).problems()
-    assert [problem.split()[0] for problem in named] == [
-        "samples.max_new_tokens",
-        "samples.every",
-        "evaluate.max_share",
-    ]
+    (problem,) = replace(config, samples=replace(config.samples, max_new_tokens=64)).problems()
+    assert problem.startswith("samples.max_new_tokens")
 
 
 def test_the_command_evaluates_on_two_pipeline_stages(tmp_path: Path, settings: list[str]) -> None:
