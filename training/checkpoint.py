@@ -30,7 +30,7 @@ from tracking.metrics_file import METRICS, read_records
 from tracking.retry import retried
 from tracking.run_folder import checkpoints_in, committed, write_atomically
 from tracking.store import Store, describe
-from training.config import CheckpointError, DamagedError, IncompleteError, SaveError
+from training.config import CheckpointConfig, CheckpointError, DamagedError, IncompleteError, SaveError
 from training.metadata import MetadataReader, check_complete, read_metadata
 from training.ranks import Ranks, reason_of, some
 
@@ -42,7 +42,6 @@ READABLE_SINCE = "0.1.0"  # the first version of this repository that reads it
 PER_RANK = "rng."
 BEGUN = ".begun"  # a file in the folder of checkpoints: it is the run's, not where its disk should have been mounted
 
-Group = dist.ProcessGroup
 Files = dict[str, dict[str, Any]]  # size and hash, by name
 
 
@@ -100,20 +99,10 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints of one run folder, which the ranks of one group alone write to; each is copied to a store."""
 
-    def __init__(
-        self,
-        run_dir: Path,
-        *,
-        keep: int,
-        keep_every: int = 0,
-        keep_best: bool = False,
-        group: Group | None = None,
-        address: str | None = None,
-    ) -> None:
-        self.folder, self.store = run_dir / "checkpoints", Store(address) if address else None
+    def __init__(self, run_dir: Path, config: CheckpointConfig, group: dist.ProcessGroup | None = None) -> None:
+        self.folder, self.config, self.ranks = run_dir / "checkpoints", config, Ranks(group)
+        self.store = Store(f"{config.path.rstrip('/')}/{run_dir.name}") if config.path else None
         self.saved: Path | None = None
-        self.keep, self.keep_every, self.keep_best = keep, keep_every, keep_best
-        self.ranks = Ranks(group)
         self.saved_bytes = 0  # by the last save, on all ranks
         self.ranks.on_first(self._sweep)
 
@@ -192,10 +181,10 @@ class Checkpoints:
     def _purge(self) -> list[str]:
         """Remove what need not be kept, and return the names."""
         found = committed(self.folder)
-        best = min(found, key=_valid_loss) if self.keep_best else None
-        past = [path for path in found[self.keep or len(found) :] if path != best]
-        if self.keep_every:
-            past = [path for path in past if int(path.name.removeprefix("step-")) % self.keep_every]
+        best = min(found, key=_valid_loss) if self.config.keep_best else None
+        past = [path for path in found[self.config.keep or len(found) :] if path != best]
+        if every := self.config.keep_every:
+            past = [path for path in past if int(path.name.removeprefix("step-")) % every]
         return [path.name for path in past if _remove(path)]
 
 

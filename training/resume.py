@@ -61,9 +61,7 @@ class RunCheckpoints:
         self.background = mesh.device.type == "cuda" if config.asynchronous is None else config.asynchronous
         # Ranks that write while others train have a group of their own.
         group: Any = dist.new_group(backend="gloo") if self.background and mesh.host is not None else mesh.host
-        address = config.path and f"{config.path.rstrip('/')}/{run_dir.name}"
-        kept = {"keep": config.keep, "keep_every": config.keep_every, "keep_best": config.keep_best}
-        self.checkpoints, self.ranks = Checkpoints(run_dir, **kept, group=group, address=address), Ranks(mesh.host)
+        self.checkpoints, self.ranks = Checkpoints(run_dir, config, group), Ranks(mesh.host)
         self.rng_name = f"{FIRST_RNG}.{self.ranks.rank}" if self.ranks.rank else FIRST_RNG
         self.snapshot, self.writer = Snapshot(optimizer), ThreadPoolExecutor(1, "checkpoint")
         self.saved_step = 0

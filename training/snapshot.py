@@ -1,11 +1,16 @@
 """A copy of an optimizer's tensors in the host's memory, from which a checkpoint is written while training goes on."""
 
+import weakref
 from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from training.config import TrainingError
 from training.optim.optimizer import Optimizer
+
+ALIGNED_TO = 64  # bytes
 
 
 class Snapshot:
@@ -30,12 +35,28 @@ class Snapshot:
         return taken
 
     def allocate(self) -> None:
-        """Allocate the memory, unless that was done."""
-        if not self.copies:
-            pinned = {"device": "cpu", "pin_memory": self.optimizer.device.type == "cuda"}
-            held = self._held()
-            self.copies = [{name: torch.empty_like(t, **pinned) for name, t in tensors.items()} for tensors in held]
+        """Allocate the memory, unless that was done: in one block, because each that is pinned is rounded up."""
+        if self.copies:
+            return
+        held = self._held()
+        sizes = [-(-tensor.nbytes // ALIGNED_TO) * ALIGNED_TO for tensors in held for tensor in tensors.values()]
+        block = torch.empty(sum(sizes), dtype=torch.uint8)
+        if self.optimizer.device.type == "cuda":
+            self._pin(block)
+        parts = iter(block.split(sizes))
+        self.copies = [
+            {n: next(parts)[: t.nbytes].view(t.dtype).view(t.shape) for n, t in tensors.items()} for tensors in held
+        ]
 
     def _held(self) -> list[dict[str, Tensor]]:
         weights, updates, states = self.optimizer.weights, self.optimizer.updates, self.optimizer.state.values()
         return [weights.shards, weights.remainder, {"": updates}, *states]
+
+    def _pin(self, block: Tensor) -> None:
+        cuda: Any = torch.cuda.cudart()
+        with torch.cuda.device(self.optimizer.device):
+            error = int(cuda.cudaHostRegister(block.data_ptr(), block.nbytes, 1))
+        if error:
+            what = f"the host cannot pin {block.nbytes:,} bytes (CUDA error {error})"
+            raise TrainingError(f"{what}; pass checkpoint.asynchronous=false")
+        weakref.finalize(self, cuda.cudaHostUnregister, block.data_ptr()).atexit = False
