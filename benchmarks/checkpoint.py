@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks.timing import synchronize, where
 from benchmarks.train_step import build, configure
@@ -39,16 +40,8 @@ def work(config: TrainConfig, folder: Path, saves: int) -> None:
         engine, state = build(config, mesh), TrainState(device=mesh.device)
         corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
         batches = next(build_train_batches(config, mesh, corpus, state))
-        run = RunCheckpoints(
-            config.checkpoint,
-            mesh,
-            folder,
-            corpus,
-            state=state,
-            optimizer=engine.optimizer,
-            scaler=engine.scaler,
-            run_config={},
-        )
+        parts: Any = {"optimizer": engine.optimizer, "scaler": engine.scaler, "state": state}
+        run = RunCheckpoints(config.checkpoint, mesh, folder, corpus, **parts, run_config={})
 
         start = time.perf_counter()
         if run.background:
