@@ -13,11 +13,6 @@ MODEL = ModelConfig(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def new_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("parallel.config.version", lambda _: "2.13.0")
-
-
 def problems(world_size: int, *, pack_len: int = 64, steps: tuple[int, ...] = (16,), **fields: Any) -> list[str]:
     config = ParallelConfig(**{"zero_stage": 1, **fields})
     wrong = list(layout_problems(config, world_size, model=MODEL, pack_len=pack_len, micro_batches=steps))
