@@ -20,7 +20,7 @@ from conf.schema import register, to_object
 from tests.conftest import ROOT, trained
 from tracking.store import Store, local_run
 from training.checkpoint import Checkpoints, open_checkpoint
-from training.config import SaveError
+from training.config import CheckpointConfig, SaveError
 from training.preflight import preflight_problems
 
 
@@ -72,7 +72,7 @@ def test_a_run_goes_on_from_a_store_that_fails_every_third_request(
 @pytest.fixture
 def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoints:
     monkeypatch.setattr("tracking.retry.WAITS_S", (0.01, 0.01))
-    return Checkpoints(tmp_path / "r", keep=2, address=f"file://{tmp_path}/far/r")
+    return Checkpoints(tmp_path / "r", CheckpointConfig(keep=2, path=f"file://{tmp_path}/far"))
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, file: str, times: int) -> None:
@@ -91,9 +91,7 @@ def test_a_copy_is_compared_with_what_was_copied(checkpoints: Checkpoints, monke
     spoil(monkeypatch, "__0_0.distcp", times=2)
     checkpoints.save(1, {"model.a": torch.ones(9)}, {})
     shutil.rmtree(checkpoints.folder)
-    newest = Checkpoints(
-        checkpoints.folder.parent, keep=2, address=checkpoints.store and checkpoints.store.address
-    ).newest()
+    newest = Checkpoints(checkpoints.folder.parent, checkpoints.config).newest()
     assert newest is not None and torch.equal(newest.read("model.")["a"], torch.ones(9))
 
 

@@ -20,7 +20,7 @@ from parallel.config import ParallelError
 from tracking.run_folder import check_not_held, check_origin, check_stored_config, committed, run_dir_of
 from tracking.store import Store, is_address
 from training.config import CheckpointError, Fp8
-from training.tasks import BUILTIN, check_task, is_task_file, wheel
+from training.tasks import BUILTIN, is_task_file, read_task, wheel
 
 SavedConfig = ExportConfig | GenerateConfig | EvaluateConfig
 Config = TrainConfig | PrepareConfig | SavedConfig
@@ -56,7 +56,7 @@ def _check_model(config: SavedConfig) -> None:
     if isinstance(config, GenerateConfig) or (isinstance(config, EvaluateConfig) and (config.tasks or config.harness)):
         check_tokenizer(tokenizer.absolute())
     for name in config.tasks if isinstance(config, EvaluateConfig) else ():
-        check_task(name)
+        read_task(name)
     for name in config.harness if isinstance(config, EvaluateConfig) else ():
         if name.endswith(".yaml") and not Path(name).is_file():
             raise ModelError(f"harness ({name}) does not exist; name a task's .yaml file, or a task by its name")
@@ -105,7 +105,7 @@ def _inputs(config: TrainConfig, run_dir: Path, settings: str | None) -> Iterato
         yield from ((Path(path), check) for path in paths)
     for name in config.evaluate.tasks:
         if name != BUILTIN:
-            yield Path(name) if is_task_file(name) else wheel(), partial(check_task, name)
+            yield Path(name) if is_task_file(name) else wheel(), partial(read_task, name)
     if config.init_from is not None and not committed(run_dir / "checkpoints"):
         yield Path(config.init_from), partial(check_origin, Path(config.init_from))
 
