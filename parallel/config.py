@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from enum import Enum
 from importlib.metadata import version
 
+from launch.config import UserError
+
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outer to inner: tp ranks are neighbours
 
 
@@ -47,7 +49,7 @@ SPLIT_BACKWARD = (Schedule["zero_bubble"], Schedule["zbv"])
 SPLIT_BACKWARD_TORCH = (2, 13)  # before it, torch sums the gradients of a node's several outputs wrongly
 
 
-class ParallelError(Exception):
+class ParallelError(UserError):
     """A layout that this machine cannot run; the message is for the user."""
 
 
