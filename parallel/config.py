@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
+from launch.config import UserError
+
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outer to inner: tp ranks are neighbours
 
 
@@ -40,7 +42,7 @@ Schedule = Enum(
 )
 
 
-class ParallelError(Exception):
+class ParallelError(UserError):
     """A layout that this machine cannot run; the message is for the user."""
 
 
