@@ -15,7 +15,6 @@ from typing import Any
 
 from benchmarks.timing import synchronize, where
 from benchmarks.train_step import build, configure
-from conf.cli import is_user_error
 from conf.schema import TrainConfig
 from data.dataset import open_corpus
 from launch.ranks import launch
@@ -89,7 +88,7 @@ def main() -> None:
     config = configure((*DEFAULTS, *arguments.overrides))
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="checkpoints-"))
     try:
-        launch(work, config, folder, arguments.saves, config=config.parallel, is_user_error=is_user_error)
+        launch(work, config, folder, arguments.saves, config=config.parallel)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 
-from conf.cli import CONF, is_user_error
+from conf.cli import CONF
 from conf.schema import register, to_config
 from launch.ranks import launch
 
@@ -28,7 +28,7 @@ def disturbed(folder: Path, fault: str, settings: list[str], *, moment: str = "s
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = to_config(compose("train", overrides=[*settings, *two]))
     folder.mkdir(exist_ok=True)
-    return launch(_work, config, folder, fault, moment, rank, n, config=config.parallel, is_user_error=is_user_error)
+    return launch(_work, config, folder, fault, moment, rank, n, config=config.parallel)
 
 
 def _work(config: Any, run_dir: Path, fault: str, moment: str, rank: int, n: int) -> float | None:

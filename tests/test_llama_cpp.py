@@ -110,7 +110,7 @@ def test_llama_cpp_gives_the_same_tokens_and_text(
 ) -> None:
     run = run_with(run_dir, tmp_path / "run", kind)
     with monkeypatch.context() as patch:
-        patch.setattr(export, "verify", lambda *_, **__: "by another client")  # which takes long
+        patch.setattr("model.hf.verify.verify", lambda *_, **__: "by another client")  # which takes long
         export.export(run, ExportConfig(run=str(run), out=str(tmp_path / "hf"), dtype=Dtype.fp32))
     convert(tmp_path / "hf", tmp_path / "model.gguf")
     server = served(tmp_path / "model.gguf")

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from launch.config import UserError
 
-class CheckpointError(Exception):
+
+class CheckpointError(UserError):
     """A checkpoint or run folder that cannot be used."""
 
 
@@ -24,7 +26,7 @@ class SaveError(CheckpointError):
     """A checkpoint that was not written; what the run has done since the one before may be lost."""
 
 
-class TrainingError(Exception):
+class TrainingError(UserError):
     """A run that must not go on."""
 
 
