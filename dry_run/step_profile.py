@@ -51,8 +51,6 @@ def profile_step(config: TrainConfig, n_micro_batches: int) -> list[StepProfile]
     round_size = pp * parallel.virtual_stages
     longest = 4 * round_size
     bubble = (pp - 1) / (n_micro_batches * parallel.virtual_stages)  # as a share of the busy time
-    if "z" in parallel.pipeline_schedule.value:  # weight gradients fill two thirds of it (arXiv:2401.10241)
-        bubble /= 3
     profiles = []
     for rank in range(0, world_size, world_size // pp):
         profile = profile_rank(config, rank, min(n_micro_batches, longest))

@@ -19,7 +19,7 @@ from conf.schema import register, to_object
 from tests.conftest import trained
 from tracking.store import Store, local_run
 from training.checkpoint import Checkpoints, open_checkpoint
-from training.config import SaveError
+from training.config import CheckpointConfig, SaveError
 from training.preflight import preflight_problems
 
 
@@ -71,7 +71,7 @@ def test_a_run_goes_on_from_a_store_that_fails_every_third_request(
 @pytest.fixture
 def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoints:
     monkeypatch.setattr("tracking.retry.WAITS_S", (0.01, 0.01))
-    return Checkpoints(tmp_path / "r", keep=2, address=f"file://{tmp_path}/far/r")
+    return Checkpoints(tmp_path / "r", CheckpointConfig(keep=2, path=f"file://{tmp_path}/far"))
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, file: str, times: int) -> None:

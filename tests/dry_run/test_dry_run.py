@@ -154,9 +154,8 @@ def test_context_parallel_collectives() -> None:
 
 
 @cache
-def pipeline_of_2(schedule: str) -> tuple[TrainConfig, list[StepProfile]]:
-    layout = ["parallel=hybrid_zero", "parallel.pp=2", "parallel.zero_stage=3", "model.n_layers=4"]
-    config = configure(*layout, f"parallel.pipeline_schedule={schedule}")
+def pipeline_of_2() -> tuple[TrainConfig, list[StepProfile]]:
+    config = configure("parallel=hybrid_zero", "parallel.pp=2", "parallel.zero_stage=3", "model.n_layers=4")
     return config, profile_step(config, 4)
 
 
@@ -167,15 +166,11 @@ def stages_of(config: TrainConfig) -> tuple[list[Shapes], list[Shapes]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
-def test_pipeline_collectives(schedule: str) -> None:
-    config, profiles = pipeline_of_2(schedule)
+def test_pipeline_collectives() -> None:
+    config, profiles = pipeline_of_2()
     assert [found.rank for found in profiles] == [0, WORLD // 2]
     # How often a step gathers the embedding and two blocks of the first stage; two blocks and the head of the second:
     # blocks in both passes of four micro-batches; the last one and the head stay gathered between them.
-    # With zero_bubble what the second stage reads stays until a pass for gradients of weights, which come late:
-    # F0 I0 F1 I1 W0 F2 I2 W1 F3 I3 W2 W3 gathers its first block for all but F1, W0, W1 and W2; the others
-    # for F0, F2, F3 and W3.
     gathers = (4, 8, 8), (8, 4, 4)
     for found, units, times in zip(profiles, stages_of(config), gathers, strict=True):
         its = [unit for unit, count in zip(units, times, strict=True) for _ in range(count)]
@@ -189,7 +184,7 @@ def test_pipeline_collectives(schedule: str) -> None:
 
 @pytest.mark.slow
 def test_pipeline_memory() -> None:
-    config, (first, _) = pipeline_of_2("1f1b")
+    config, (first, _) = pipeline_of_2()
     (_, *blocks), numbers = stages_of(config)[0], gathered(stages_of(config)[0], 8)
     small = 512 * 30 * 4  # each tensor is rounded up to 512 bytes
     # The peak is in the backward pass of the last block, when ZeRO 3 has gathered it and the next one.
