@@ -57,7 +57,7 @@ MUTANTS = [
     Mutant(13, SAVE, "            if self.ranks.on_first(final.exists):", "            if False:", f"{SAVES}::test_a_step_is_never"),
     Mutant(14, SAVE, "self.ranks.on_first(self._found)", "self._found()",
            f"{GUARDS}::test_the_first_rank"),
-    Mutant(15, "tracking/store.py", "                if describe(there) != describe(here):", "                if False:",
+    Mutant(15, "tracking/store.py", "            if describe(there) != describe(here):", "            if False:",
            "tests/test_store.py::test_a_copy_that_fails"),
     Mutant(16, SAVE, ' != expected["size"]:', ' == "":', f"{GUARDS}::test_a_file_of"),
     Mutant(17, SAVE, ") != expected:", ") == 0:", f"{SAVES}::test_a_damaged_checkpoint"),

@@ -58,9 +58,7 @@ class Run:
 
 def compare(folder: Path, *, show: bool = False) -> str:
     """Write table.md and pictures of the runs in a folder, and return the table; the best run comes first."""
-    runs = sorted(
-        read_runs(folder), key=lambda run: (run.state != "finished", run.loss is None, run.loss or 0, run.name)
-    )
+    runs = sorted(read_runs(folder), key=lambda run: (run.state != "finished", run.loss or math.inf, run.name))
     keys = swept_keys(runs)
     notes = [f"{run.name}: {run.reason.splitlines()[0]}" for run in runs if run.state == "failed" and run.reason]
     if len(keys) > MOST_KEYS:

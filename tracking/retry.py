@@ -4,9 +4,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable
-from typing import TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 # ENOENT: a file that another node has just written may not be seen yet.
 PASSING = {errno.ESTALE, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOENT}
@@ -19,7 +17,7 @@ def of_a_disk(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in PASSING
 
 
-def retried(step: Callable[[], T], passes: Callable[[Exception], bool] = of_a_disk) -> T:
+def retried(step: Callable[[], Any], passes: Callable[[Exception], bool] = of_a_disk) -> Any:
     """Run `step`, and again after a while if it fails with an error that may pass."""
     for wait_s in WAITS_S:
         try:

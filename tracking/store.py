@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import xxhash
 
@@ -15,7 +15,6 @@ from tracking.retry import retried
 from tracking.run_folder import STEP
 from training.config import CheckpointError, DamagedError
 
-T = TypeVar("T")
 MANIFEST = "manifest.json"
 
 logger = logging.getLogger(__name__)
@@ -53,16 +52,15 @@ class Store:
 
     def upload(self, *files: Path) -> None:
         """Copy files there, one after the other, each to a folder named as its own."""
-
-        def copy(file: Path, place: str) -> None:
-            self.fs.makedirs(place.rpartition("/")[0], exist_ok=True)
-            self.fs.put_file(str(file), place)
-            with file.open("rb") as here, self.fs.open(place, "rb") as there:
-                if describe(there) != describe(here):
-                    raise OSError(f"{place} is not what was copied there")
-
         for file in files:
-            self._try(partial(copy, file, f"{self.root}/{file.parent.name}/{file.name}"))
+            self._try(partial(self._put, file, f"{self.root}/{file.parent.name}/{file.name}"))
+
+    def _put(self, file: Path, place: str) -> None:
+        self.fs.makedirs(place.rpartition("/")[0], exist_ok=True)
+        self.fs.put_file(str(file), place)
+        with file.open("rb") as here, self.fs.open(place, "rb") as there:
+            if describe(there) != describe(here):
+                raise OSError(f"{place} is not what was copied there")
 
     def remove(self, name: str) -> None:
         """Remove a checkpoint, first what makes it one."""
@@ -71,39 +69,37 @@ class Store:
 
     def download_newest(self, folder: Path, *, after: str = "", step: int | None = None) -> None:
         """Copy the newest good checkpoint, or that of a step, to a folder of checkpoints, unless it is there."""
-        names = [name for name in self.names() if name > after and step in (None, int(name.removeprefix("step-")))]
-        for name in reversed(names):
+        wanted = "" if step is None else f"step-{step:08d}"
+        for name in reversed([name for name in self.names() if name > after and wanted in ("", name)]):
             if (folder / name).exists():
                 return
             try:
-                self.download_folder(name, partial_dir := folder / f".tmp-{name}")
+                self.download_folder(name, folder / f".tmp-{name}")
             except DamagedError as error:
                 logger.warning("%s; an older one is read", error)
                 continue
-            os.rename(partial_dir, folder / name)
+            os.rename(folder / f".tmp-{name}", folder / name)
             logger.info("copied %s/%s to %s", self.address, name, folder)
             return
 
     def download_folder(self, name: str, folder: Path) -> None:
         """Copy the files of a folder here; those that its manifest lists must be what it says."""
-
-        def copy(path: str) -> None:
-            here = folder / path.rpartition("/")[2]
-            self.fs.get_file(path, str(here))
-            with here.open("rb") as file:
-                found = describe(file)
-            if listed.get(here.name, found) != found:
-                raise DamagedError(f"{path} is damaged: its size or hash is another than its manifest's")
-
         folder.mkdir(parents=True, exist_ok=True)
         listed: dict[str, Any] = {}
-        paths = self._try(lambda: self.fs.find(f"{self.root}/{name}"))
-        for path in sorted(paths, key=lambda path: not path.endswith(MANIFEST)):  # the manifest first
-            self._try(partial(copy, path))
-            if path.endswith(MANIFEST):
-                listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        places = self._try(lambda: self.fs.find(f"{self.root}/{name}"))
+        for place in sorted(places, key=lambda place: not place.endswith(MANIFEST)):  # the manifest first
+            here = folder / place.rpartition("/")[2]
+            self._try(partial(self._get, place, here, listed.get(here.name)))
+            if here.name == MANIFEST:
+                listed = json.loads(here.read_text(encoding="utf-8"))["files"]
 
-    def _try(self, step: Callable[[], T]) -> T:
+    def _get(self, place: str, here: Path, expected: dict[str, Any] | None) -> None:
+        self.fs.get_file(place, str(here))
+        with here.open("rb") as file:
+            if expected not in (None, describe(file)):
+                raise DamagedError(f"{place} is damaged: its size or hash is another than its manifest's")
+
+    def _try(self, step: Callable[[], Any]) -> Any:
         try:
             return retried(step, lambda error: not isinstance(error, PermissionError))  # libraries raise what they like
         except DamagedError:

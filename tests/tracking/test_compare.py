@@ -1,7 +1,6 @@
 """Runs are compared, listed and shown in the terminal, whatever became of them."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from tracking.compare import compare, read_runs, swept_keys
-from tracking.config import EarlyStopConfig
-from tracking.early_stop import is_hopeless
 from tracking.list import list_runs
-from tracking.logs import folder_command
-from tracking.metrics_file import last_value
 from tracking.show import show
 from tracking.status import Status, read_status
 from training.config import CheckpointError
@@ -120,17 +115,6 @@ def test_lines_join_runs_that_differ_in_one_key(tmp_path: Path, axes: list[Axes]
     assert [panel.get_xscale() for panel in final] == ["log", "linear"], "a factor of ten, and of two"
 
 
-def test_the_table_is_printed_even_if_nothing_can_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    written(tmp_path / "a", [1.0])
-    (tmp_path / "compare").touch()
-    monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"^error: \[Errno "):
-        folder_command(lambda folder: compare(folder, show=True), "tracking.compare", None)
-    assert "1.0000" in capsys.readouterr().out
-
-
 def test_a_run_is_plotted_with_its_evaluations(tmp_path: Path) -> None:
     scores = [
         {"step": 500, "valid/loss": 3.25, "valid/loss/en": 3.0},
@@ -166,14 +150,3 @@ def test_a_comparison_has_the_scores_of_tasks_and_draws_mixtures(tmp_path: Path,
     lines = {str(line.get_label()): np.asarray(line.get_xydata()).tolist() for line in axes[-1].lines}
     assert lines == {"code": [[0.5, 3.0], [0.75, 1.0]], "en": [[0.25, 3.0], [0.5, 1.0]]}
     assert "(mix.png)" in (tmp_path / "compare" / "table.md").read_text()
-
-
-def test_early_stop_and_objective_take_any_metric(tmp_path: Path) -> None:
-    good, bad = (
-        written(tmp_path / name, [1.0], {"step": 2, "evaluation/own/acc": acc})
-        for name, acc in (("good", 0.9), ("bad", 0.2))
-    )
-    rule = EarlyStopConfig(margin=0.5, after_step=1, every=1, metric="-evaluation/own/acc")
-    assert is_hopeless(rule, bad, 2) and not is_hopeless(rule, good, 2)
-    assert last_value(bad, "evaluation/own/acc") == 0.2 and last_value(bad, "-evaluation/own/acc") == -0.2
-    assert last_value(bad, "evaluation/none/acc") is None

@@ -1,7 +1,6 @@
 """Records reach every logger, whatever one of them does, and the pictures and log lines of a run."""
 
 import json
-import logging
 import tracemalloc
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +14,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.conftest import trained
 from tracking.config import LoggerConfig
 from tracking.loggers import Logger, Loggers, Record
-from tracking.logs import log_to
 from tracking.metrics_file import read_records, smoothed, truncate_metrics
 from tracking.plot import plot_loss
 
@@ -143,16 +141,6 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path, undone: tuple[
     path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 4, "tr')
     truncate_metrics(path, 2, undone)
     assert read_records(path) == records[:kept]
-
-
-def test_log_lines_go_to_terminal_and_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    for number in (1, 2):
-        with log_to(tmp_path):
-            logging.getLogger("x").info("line %d", number)
-    logging.getLogger("x").info("line 3")
-    assert capsys.readouterr().out == "line 1\nline 2\n"
-    lines = (tmp_path / "train.log").read_text().splitlines()
-    assert [line.split("INFO ")[1] for line in lines] == ["line 1", "line 2"]
 
 
 @pytest.mark.slow

@@ -34,10 +34,9 @@ def test_law_of_a_ladder_has_one_term() -> None:
     assert found.loss(10**8, 2 * 10**9) == pytest.approx(one.loss(10**8, 1), rel=5e-3)
 
 
-@pytest.mark.parametrize("losses", [[3.0, 2.9], [2.0, 2.5, 3.0]])
-def test_too_few_or_rising_losses_are_refused(losses: list[float]) -> None:
+def test_rising_losses_are_refused() -> None:
     with pytest.raises(CheckpointError):
-        fit([Point(n, 20 * n, loss) for n, loss in zip(SIZES, losses, strict=False)])
+        fit([Point(n, 20 * n, loss) for n, loss in zip(SIZES, [2.0, 2.5, 3.0], strict=False)])
 
 
 def test_report_predicts_the_next_size_and_the_largest_from_the_others(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tracking.compare import read_runs
 from tracking.config import EarlyStopConfig
 from tracking.early_stop import is_hopeless
 from tracking.heartbeat import sign_file
+from tracking.metrics_file import last_value
 from tracking.run_folder import locked
 from tracking.status import Status, crashed_the_same_way_twice, note_end, read_status
 from training.config import CheckpointError
@@ -29,6 +30,17 @@ def test_early_stop_compares_at_the_same_tokens(tmp_path: Path) -> None:
     assert not is_hopeless(rule, worse, 1) and not is_hopeless(EarlyStopConfig(), worse, 2)
     assert is_hopeless(rule, written(tmp_path / "nan", [5.0, None]), 2)
     assert not is_hopeless(rule, written(tmp_path / "ahead", [9.0] * 9), 9), "no other has come that far"
+
+
+def test_early_stop_and_objective_take_any_metric(tmp_path: Path) -> None:
+    good, bad = (
+        written(tmp_path / f"{acc}", [1.0], {"step": 2, "evaluation/own/acc": acc, "valid/loss": None})
+        for acc in (0.9, 0.2)
+    )
+    rule = EarlyStopConfig(margin=0.5, after_step=1, every=1, metric="-evaluation/own/acc")
+    assert is_hopeless(rule, bad, 2) and not is_hopeless(rule, good, 2)
+    keys = ("evaluation/own/acc", "-evaluation/own/acc", "valid/loss", "evaluation/none/acc")
+    assert [last_value(bad, key) for key in keys] == [0.2, -0.2, None, None]
 
 
 def test_a_held_run_is_running_and_a_refused_one_keeps_its_status(tmp_path: Path) -> None:
