@@ -77,32 +77,24 @@ class DocumentMaker:
 
     def from_line(self, line: bytes, place: str) -> Document | None:
         """Return the document of a line of JSON."""
-        if self.config.raw_json and not self.config.source_key:
-            return self.from_bytes(line, place)
         try:
-            text = line.decode("utf-8-sig")
-            record = json.loads(text)
+            record = json.loads(line.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             return self.left_out.bad(place, f"not JSON: {error}")
-        return self.from_record(record, place, line=text)
+        return self.from_record(record, place)
 
-    def from_record(self, record: Any, place: str, *, line: str | None = None) -> Document | None:
-        """Return the document of a record; `line` is its JSON as it was written, if it was."""
+    def from_record(self, record: Any, place: str) -> Document | None:
+        """Return the document of a record: its text, or its conversation."""
         config, messages = self.config, None
-        try:
-            if isinstance(record, ValueError):  # of a row that cannot be read
-                raise record
-            if config.style is not Style.text:
+        text: Any = lookup(record, config.text_key)
+        if config.style is not Style.text:
+            try:
                 messages = messages_of(record, config.style.value, config.messages_key)
-                text: Any = json.dumps(messages, ensure_ascii=False)
-            elif config.raw_json:
-                text = json.dumps(record) if line is None else line
-            else:
-                text = lookup(record, config.text_key)
-        except (ValueError, TypeError) as error:  # no messages, or what JSON cannot hold, such as Parquet's dates
-            return self.left_out.bad(place, str(error))
-        if not isinstance(text, str):
-            return self.left_out.bad(place, describe_missing(record, "data.text_key", config.text_key, "a string"))
+                text = json.dumps(messages, ensure_ascii=False)
+            except (ValueError, TypeError) as error:  # no messages, or what JSON cannot hold, such as Parquet's dates
+                return self.left_out.bad(place, str(error))
+        elif not isinstance(text, str):
+            return self.left_out.bad(place, describe_missing(record, config.text_key, "a string", "data.text_key"))
         source = (lookup(record, config.source_key) if config.source_key else None) or ""
         if isinstance(source, dict | list) or len(str(source)) > MOST_SOURCE_CHARS:
             return self.left_out.bad(place, f"data.source_key ({config.source_key}) must be a short name")

