@@ -12,7 +12,7 @@ if __name__ == "__main__":  # Ctrl-C while modules load ends the process without
 import hydra
 from omegaconf import DictConfig
 
-from conf.cli import checked, is_user_error, report_user_errors, run
+from conf.cli import checked, run
 from conf.schema import EvaluateConfig, stored
 from launch.ranks import launch
 from model.config import ModelError
@@ -29,9 +29,8 @@ logger = logging.getLogger(__name__)
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
-    with report_user_errors():
-        config: EvaluateConfig = checked(cfg)
-        launch(work, config, config=config.parallel, is_user_error=is_user_error)
+    config: EvaluateConfig = checked(cfg)
+    launch(work, config, config=config.parallel)
 
 
 def work(config: EvaluateConfig) -> dict[str, float]:
@@ -70,7 +69,6 @@ def evaluate(config: EvaluateConfig, saved: "Saved", mesh: "Mesh") -> dict[str, 
     if config.tasks and saved.tokenizer is not None:
         tasks = Tasks(config.tasks, saved.tokenizer, add_bos=saved.add_bos)
         shape = fitting_shape(engine, tasks.texts, config.batch_tokens)
-        tasks.note_cut(shape)
         metrics |= tasks.metrics(engine, shape)
     if config.harness and saved.tokenizer is not None:
         from training.harness import HarnessModel, harness_metrics

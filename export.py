@@ -3,9 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +13,7 @@ if __name__ == "__main__":  # Ctrl-C while modules load ends the process without
 import hydra
 from omegaconf import DictConfig
 
-from conf.cli import checked, report_user_errors, run
+from conf.cli import checked, run
 from conf.schema import ExportConfig, stored_model, to_plain
 from model.config import ModelConfig, ModelError
 
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
     from training.checkpoint import Checkpoint
 
 SHARD_BYTES = 5_000_000_000
-LOGITS_TOLERANCE = 1e-4
 CARD = """---
 library_name: transformers
 ---
@@ -43,22 +39,22 @@ library_name: transformers
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="export")
 def main(cfg: DictConfig) -> None:
-    with report_user_errors():
-        config: ExportConfig = checked(cfg)
-        if config.run is None:
-            import_model(config)
-        else:
-            from tracking.store import local_run
+    config: ExportConfig = checked(cfg)
+    if config.run is None:
+        return import_model(config)
+    from tracking.store import local_run
 
-            export(local_run(config.run, config.step), config)
+    export(local_run(config.run, config.step), config)
 
 
 def export(path: Path, config: ExportConfig) -> None:
     """Write the newest checkpoint of a run, or a step's, as a Hugging Face folder that was verified."""
+    from data.hf_tokenizer import export_problem
     from model.counts import count_params
+    from model.hf.verify import verify
     from tracking.run_folder import run_dir_of
     from training.checkpoint import open_checkpoint
-    from training.load import tokenizer_in
+    from training.load import open_saved, tokenizer_in
     from training.setup import DTYPES
 
     checkpoint = open_checkpoint(path, step=config.step)
@@ -85,7 +81,9 @@ def export(path: Path, config: ExportConfig) -> None:
         card = CARD.format(name=model.name, params=count_params(model), step=checkpoint.step, run=run_dir, out=out)
         (partial / "README.md").write_text(card, encoding="utf-8")
         write_json(partial / "export.json", origin)
-        print(verify(partial, tokenizer, add_bos=add_bos))
+        if tokenizer is not None and not (partial / "tokenizer.json").exists():
+            print(export_problem(tokenizer))
+        print(verify(partial, open_saved(partial).build("cpu"), tokenizer, add_bos=add_bos))
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -154,51 +152,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def verify(folder: Path, tokenizer: "Tokenizer | None", *, add_bos: bool) -> str:
-    """Return what transformers finds equal in a fresh process; raises `ModelError` for what is not."""
-    import torch
-    from safetensors.torch import save_file
-
-    from data.hf_tokenizer import export_problem
-    from data.mixed_text import mixed_lines
-    from model.hf import verify
-    from training.load import open_saved
-
-    model = open_saved(folder).build("cpu")
-    shape = 2, min(64, model.config.max_seq_len)
-    tokens_BT = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        logits_BTV = model(tokens_BT)
-    texts: list[tuple[str, list[int | None], str | None]] = []  # of ids that stand for unknown text none is compared
-    if tokenizer is not None and (folder / "tokenizer.json").exists():
-        bos = [tokenizer.bos_id] if add_bos else []
-        encoded = ((line, tokenizer.encode(line)) for line in ("", *mixed_lines()))
-        texts = [(x, [*bos, *ids], None if tokenizer.unk_id in ids else tokenizer.decode(ids)) for x, ids in encoded]
-    elif tokenizer is not None:
-        print(export_problem(tokenizer))
-    with tempfile.TemporaryDirectory() as scratch:
-        logits_file, expected = Path(scratch) / "logits.safetensors", Path(scratch) / "expected.json"
-        save_file({"tokens": tokens_BT, "logits": logits_BTV.contiguous()}, logits_file)
-        any_order = tokenizer is not None and tokenizer.any_order
-        write_json(expected, {"logits": str(logits_file), "texts": texts, "any_order": any_order})
-        command = [sys.executable, "-P", str(verify.__file__), str(folder.resolve()), str(expected)]
-        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        raise ModelError(f"transformers cannot load the export: {done.stderr.strip().splitlines()[-1]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    difference = found["logits_difference"]
-    wrong = [f"{kind} {names}" for kind, names in found["keys"].items() if names]
-    if not difference <= LOGITS_TOLERANCE:
-        wrong.append(f"logits differ by {difference:.2e}")
-    if found["wrong_texts"]:
-        wrong.append(f"token ids differ on {found['wrong_texts'][0]}")
-    if wrong:
-        raise ModelError(f"nothing was exported: {'; '.join(wrong)}")
-    tokens = f"token ids and decoding equal on {len(texts):,} texts" if texts else "no tokenizer.json"
-    version = f"transformers {found['transformers']} ({found['class']})"
-    return f"verified with {version}: no missing or unexpected keys, logits equal to {difference:.1e}, {tokens}"
-
-
 def import_model(config: ExportConfig) -> None:
     """Turn a folder of Hugging Face's or InternLM's into a run folder with one checkpoint, to go on from it."""
     from data.hf_tokenizer import export_problem
@@ -207,6 +160,7 @@ def import_model(config: ExportConfig) -> None:
     from model.hf.internlm_training import read_training_checkpoint
     from tracking.run_folder import locked
     from training.checkpoint import Checkpoints
+    from training.config import CheckpointConfig
     from training.load import tokenizer_in
     from training.state import TrainState
 
@@ -234,7 +188,8 @@ def import_model(config: ExportConfig) -> None:
     with locked(run_dir):
         if tokenizer is not None:
             save_tokenizer(tokenizer, run_dir / "tokenizer")
-        path = Checkpoints(run_dir, keep=0).save(0, {f"model.{name}": t for name, t in weights.items()}, state)
+        tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
+        path = Checkpoints(run_dir, CheckpointConfig()).save(0, tensors, state)
     n_params = sum(weight.numel() for weight in weights.values())
     print(f"imported {n_params:,} parameters of {folder} into {path}; train from them with init_from={run_dir}")
 

@@ -4,7 +4,6 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ if __name__ == "__main__":  # Ctrl-C while modules load ends the process without
 import hydra
 from omegaconf import DictConfig
 
-from conf.cli import checked, report_user_errors, run
+from conf.cli import checked, run
 from conf.schema import GenerateConfig
 from data.tokenizer import INCOMPLETE, Tokenizer
 from model.config import ModelError
@@ -27,24 +26,26 @@ if TYPE_CHECKING:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="generate")
 def main(cfg: DictConfig) -> None:
-    with report_user_errors():
-        config: GenerateConfig = checked(cfg)
-        is_open = config.prompt is None and config.prompts is None
-        prompts = [] if is_open else read_prompts(config)
-        saved, model = load_model(config)
-        if is_open:
-            return converse(model, saved, config)
-        jobs = [(number, text, sample) for number, text in enumerate(prompts) for sample in range(config.samples)]
-        if len(jobs) == 1:
-            print("" if config.chat else prompts[0], end="", flush=True)
-            write(model, saved, config, jobs, partial(print, end="", flush=True))
-            print()
-            return
-        for start in range(0, len(jobs), config.batch_size):
-            batch = jobs[start : start + config.batch_size]
-            for (number, text, sample), new in zip(batch, write(model, saved, config, batch), strict=True):
-                said = f"{text}\n{new}" if config.chat else text + new
-                print(f"--- prompt {number + 1}, sample {sample + 1}\n{said}\n", flush=True)
+    config: GenerateConfig = checked(cfg)
+    is_open = config.prompt is None and config.prompts is None
+    prompts = [] if is_open else read_prompts(config)
+    saved, model = load_model(config)
+    if is_open:
+        return converse(model, saved, config)
+    jobs = [(number, text, sample) for number, text in enumerate(prompts) for sample in range(config.samples)]
+    if len(jobs) == 1:
+        print("" if config.chat else prompts[0], end="", flush=True)
+        write(model, saved, config, jobs, show)
+        return print()
+    for start in range(0, len(jobs), config.batch_size):
+        batch = jobs[start : start + config.batch_size]
+        for (number, text, sample), new in zip(batch, write(model, saved, config, batch), strict=True):
+            said = f"{text}\n{new}" if config.chat else text + new
+            print(f"--- prompt {number + 1}, sample {sample + 1}\n{said}\n", flush=True)
+
+
+def show(piece: str) -> None:
+    print(piece, end="", flush=True)
 
 
 def converse(model: "Transformer", saved: "Saved", config: GenerateConfig) -> None:
@@ -57,7 +58,7 @@ def converse(model: "Transformer", saved: "Saved", config: GenerateConfig) -> No
             while text.endswith("\\"):
                 text = text[:-1] + "\n" + input(sign)
             if text.strip():
-                answer = write(model, saved, config, [(0, text, 0)], partial(print, end="", flush=True), history)[0]
+                answer = write(model, saved, config, [(0, text, 0)], show, history)[0]
                 print()
                 history += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 

@@ -12,7 +12,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from conf.cli import checked, data_settings, report_user_errors, run
+from conf.cli import checked, data_settings, run
 from conf.schema import PrepareConfig
 from tracking.logs import printable
 
@@ -21,12 +21,11 @@ SAMPLE_TOKENS = 120
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="prepare_data")
 def main(cfg: DictConfig) -> None:
-    with report_user_errors():
-        try:
-            work(checked(cfg), data_settings(HydraConfig.get(), "data.name", "data.path"))
-        except KeyboardInterrupt:
-            print("stopped; the same command goes on from here", file=sys.stderr)
-            raise
+    try:
+        work(checked(cfg), data_settings(HydraConfig.get(), "data.name", "data.path"))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        raise
 
 
 def work(config: PrepareConfig, settings: str = "with the data settings of this command") -> None:
@@ -65,19 +64,11 @@ def write(config: PrepareConfig) -> dict[str, Any] | None:
     from corpus.prepare import prepare
 
     documents = tokens = text_bytes = 0
-    # The delay keeps the bar away until there is something to count; smoothing 0 is the mean rate.
-    options: Any = {"total": 1.0, "bar_format": "{elapsed}{postfix}", "smoothing": 0, "mininterval": 0.5, "delay": 1e-3}
-    with logging_redirect_tqdm(), tqdm(**options, file=sys.stderr) as bar:
+    options: Any = {"total": 1.0, "bar_format": "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"}
+    with logging_redirect_tqdm(), tqdm(**options, mininterval=0.5, file=sys.stderr) as bar:
 
         def progress(more_documents: int, more_tokens: int, more_text_bytes: int, share: float) -> None:
             nonlocal documents, tokens, text_bytes
-            if not documents:
-                bar.unpause()  # a tokenizer may have been trained until now
-                bar.delay = 0  # so that its line is ended
-            elif share:
-                bar.bar_format = "{percentage:3.0f}%|{bar:20}| {elapsed}{postfix}, {remaining} left"
-            if more_documents and not more_text_bytes:
-                bar.initial += share  # an earlier run's
             documents, tokens = documents + more_documents, tokens + more_tokens
             text_bytes += more_text_bytes
             speed = text_bytes / 1e6 / max(0.1, bar.format_dict["elapsed"])

@@ -18,7 +18,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from conf.cli import checked, data_settings, is_user_error, report_user_errors, run
+from conf.cli import checked, data_settings, run
 from conf.schema import TrainConfig, to_plain
 from launch.ranks import launch
 from launch.sweep import removed_if_unused
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
     run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
-    with report_user_errors(), removed_if_unused(run_dir):
+    with removed_if_unused(run_dir):
         config: TrainConfig = checked(cfg)
         if config.dry_run.enabled:
             from dry_run.run import run_dry_run
 
             return run_dry_run(config)
         check_run(config, run_dir, data_settings(HydraConfig.get()))
-        return launch(work, config, run_dir, config=config.parallel, is_user_error=is_user_error)
+        return launch(work, config, run_dir, config=config.parallel)
 
 
 def work(config: TrainConfig, run_dir: Path) -> float | None:
@@ -69,7 +69,7 @@ def work(config: TrainConfig, run_dir: Path) -> float | None:
             Status(run_dir, run_config, rank=mesh.rank, ranks=mesh.world_size) as status,
             StopRequest(mesh) as stop,
             Heartbeat(run_dir, mesh.rank, lambda: stop.agreements, late_s=late_s, pending=pending_collective),
-            explain_oom(config),
+            explain_oom(),
         ):
             valid_loss = train(config, run_config, mesh, run_dir, stop)
             status.end(valid_loss, stopped=bool(stop), given_up=stop.given_up, **stop.summary())
@@ -117,7 +117,7 @@ def train(
     tied_params = model.module.tied_params
     optimizer = build_optimizer(model.module, config.optimizer, params=model.params, tied_params=tied_params)
     scaler, state = LossScaler(config.precision), TrainState(device=mesh.device)
-    checkpoints = RunCheckpoints.of(
+    checkpoints = RunCheckpoints(
         config.checkpoint, mesh, run_dir, corpus, state=state, optimizer=optimizer, scaler=scaler, run_config=run_config
     )
     checkpoints.resume_or_start(config)

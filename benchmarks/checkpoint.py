@@ -14,7 +14,6 @@ from pathlib import Path
 
 from benchmarks.timing import synchronize, where
 from benchmarks.train_step import build, configure
-from conf.cli import is_user_error
 from conf.schema import TrainConfig
 from data.dataset import open_corpus
 from launch.ranks import launch
@@ -39,7 +38,7 @@ def work(config: TrainConfig, folder: Path, saves: int) -> None:
         engine, state = build(config, mesh), TrainState(device=mesh.device)
         corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
         batches = next(build_train_batches(config, mesh, corpus, state))
-        run = RunCheckpoints.of(
+        run = RunCheckpoints(
             config.checkpoint,
             mesh,
             folder,
@@ -67,7 +66,7 @@ def work(config: TrainConfig, folder: Path, saves: int) -> None:
         alone_s = statistics.median(step() for _ in range(STEPS_ALONE))
         if mesh.rank == 0:
             print(f"{where(mesh.device)}; {mesh.world_size} ranks, {config.model.name}, {alone_s:.3f} s per step")
-            print(f"the host's memory was allocated in {allocated_s:.1f} s, in training while steps are made")
+            print(f"the host's memory was allocated in {allocated_s:.1f} s, in training before the first step")
             print("save   stall s   save s    GB/s   steps meanwhile   longer by s   share at every=100")
         for number in range(1, saves + 1):
             run.save()
@@ -96,7 +95,7 @@ def main() -> None:
     config = configure((*DEFAULTS, *arguments.overrides))
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="checkpoints-"))
     try:
-        launch(work, config, folder, arguments.saves, config=config.parallel, is_user_error=is_user_error)
+        launch(work, config, folder, arguments.saves, config=config.parallel)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

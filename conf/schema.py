@@ -39,6 +39,7 @@ from training.config import (
     SchedulerConfig,
 )
 
+MEANT = {"batch_size": "global_batch_tokens", "learning_rate": "lr"}  # by another framework's name
 CONTENT = ("model", "optimizer", "scheduler", "sampler", "all")
 NAME = re.compile(r"[\w.=,+-]{1,200}(/[\w.=,+-]{1,200})*")
 # Metadata of fields; that of a field which is any value but text is {"number": True}
@@ -112,7 +113,10 @@ class TrainConfig:
             parse_ranges(self.skip_batches)
         except ValueError:
             yield f"skip_batches ({','.join(self.skip_batches)}) must look like [17,100-120]"
-        yield from self._init_problems()
+        if self.init_from is None and self.init_content != ["model"]:
+            yield f"init_content ({self.init_content}) needs init_from"
+        if unknown := [word for word in self.init_content if word not in CONTENT]:
+            yield f"init_content ({', '.join(unknown)}) must be among {', '.join(CONTENT)}"
         yield from self._pair_problems()
 
     def batch_problems(self) -> Iterator[str]:
@@ -130,14 +134,6 @@ class TrainConfig:
                 yield f"ramp.{key} ({value}) must be a positive multiple of a micro-batch ({unit} tokens)"
         if ramp.start_tokens > self.global_batch_tokens:
             yield f"ramp.start_tokens ({ramp.start_tokens}) must be at most global_batch_tokens"
-
-    def _init_problems(self) -> Iterator[str]:
-        if self.init_from == "":
-            yield "init_from is not set; name a run, a checkpoint, or a Hugging Face folder"
-        if self.init_from is None and self.init_content != ["model"]:
-            yield f"init_content ({self.init_content}) needs init_from"
-        if unknown := [word for word in self.init_content if word not in CONTENT]:
-            yield f"init_content ({', '.join(unknown)}) must be among {', '.join(CONTENT)}"
 
     def _pair_problems(self) -> Iterator[str]:
         model, data, precision, graphs = self.model, self.data, self.precision, self.parallel.cuda_graphs
@@ -191,17 +187,33 @@ class PrepareConfig:
         yield from _below(self, 1, "workers")
 
 
-def _saved_problems(config: "ExportConfig | GenerateConfig | EvaluateConfig") -> Iterator[str]:
-    if config.step is not None and config.run is None:
-        yield f"step ({config.step}) needs run"
-    if config.dtype is Dtype.auto and not isinstance(config, EvaluateConfig):
-        yield "dtype (auto) is for training; choose bf16, fp16 or fp32"
+@dataclass(kw_only=True, slots=True)
+class SavedConfig:
+    """A model that was trained before."""
+
+    run: str | None = None  # a run folder or one of its checkpoints
+    step: int | None = None  # of the run's checkpoint (null: the newest)
+    dtype: Dtype = Dtype.fp32
+
+    def problems(self) -> Iterator[str]:
+        if self.step is not None and self.run is None:
+            yield f"step ({self.step}) needs run"
+        if self.dtype is Dtype.auto and not isinstance(self, EvaluateConfig):
+            yield "dtype (auto) is for training; choose bf16, fp16 or fp32"
 
 
 @dataclass(kw_only=True, slots=True)
-class ExportConfig:
-    run: str | None = None  # a run folder or one of its checkpoints
-    step: int | None = None  # of the run's checkpoint (null: the newest)
+class RunOrHfConfig(SavedConfig):
+    hf: str | None = None  # an exported or other Hugging Face folder
+
+    def problems(self) -> Iterator[str]:
+        if (self.run is None) == (self.hf is None):
+            yield "run and hf: set one of them, run=runs/<name> or hf=<folder>"
+        yield from SavedConfig.problems(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportConfig(SavedConfig):
     from_hf: str | None = None  # a Hugging Face folder to import
     from_internlm: str | None = None  # a folder of InternLM's training checkpoints to import
     tokenizer: str | None = None  # from_internlm: a tokenizer's file or folder, as those checkpoints hold none
@@ -213,14 +225,11 @@ class ExportConfig:
             yield "run, from_hf and from_internlm: set one, run=runs/<name> to export or from_hf=<folder> to import"
         if self.tokenizer is not None and self.from_internlm is None:
             yield f"tokenizer ({self.tokenizer}) needs from_internlm"
-        yield from _saved_problems(self)
+        yield from SavedConfig.problems(self)
 
 
 @dataclass(kw_only=True, slots=True)
-class GenerateConfig:
-    run: str | None = None  # a run folder or one of its checkpoints
-    step: int | None = None  # of the run's checkpoint (null: the newest)
-    hf: str | None = None  # an exported or other Hugging Face folder
+class GenerateConfig(RunOrHfConfig):
     prompt: str | None = field(default=None, metadata=PROSE)  # "-": standard input, whole
     prompts: str | None = None  # a file with one prompt per line, or "-"
     chat: bool = False  # prompts are messages, answered by the chat template; without one it is a conversation
@@ -235,13 +244,10 @@ class GenerateConfig:
     samples: int = 1  # texts per prompt
     batch_size: int = 16  # prompts decoded together
     device: str = "auto"  # auto, cpu or cuda
-    dtype: Dtype = Dtype.fp32
     cache: bool = True  # keep keys and values; false recomputes the whole text for every token
 
     def problems(self) -> Iterator[str]:
-        if (self.run is None) == (self.hf is None):
-            yield "run and hf: set one of them, run=runs/<name> or hf=<folder>"
-        yield from _saved_problems(self)
+        yield from RunOrHfConfig.problems(self)
         if (self.prompt is None) == (self.prompts is None) and not (self.chat and self.prompt is None):
             yield 'prompt and prompts: set one of them, prompt="..." or prompts=<file>, or chat=true for a conversation'
         if self.system is not None and not self.chat:
@@ -262,10 +268,7 @@ class GenerateConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class EvaluateConfig:
-    run: str | None = None  # a run folder or one of its checkpoints
-    step: int | None = None  # of the run's checkpoint (null: the newest)
-    hf: str | None = None  # an exported or other Hugging Face folder
+class EvaluateConfig(RunOrHfConfig):
     valid_tokens: int | None = None  # of the run's validation split (null: all of it, 0: none)
     tasks: list[str] = field(default_factory=list)  # builtin, a fetched one such as hellaswag, or a .jsonl file
     harness: list[str] = field(default_factory=list)  # tasks of lm-evaluation-harness: names or .yaml files
@@ -274,9 +277,7 @@ class EvaluateConfig:
     parallel: ParallelConfig = MISSING
 
     def problems(self) -> Iterator[str]:
-        if (self.run is None) == (self.hf is None):
-            yield "run and hf: set one of them, run=runs/<name> or hf=<folder>"
-        yield from _saved_problems(self)
+        yield from RunOrHfConfig.problems(self)
         yield from _below(self, 1, "batch_tokens")
         yield from _below(self, 0, "valid_tokens")
         yield from self.parallel.problems()
@@ -288,9 +289,10 @@ class EvaluateConfig:
 
 def _below(section: object, least: int, *keys: str) -> Iterator[str]:
     """Yield the values that are below the least that is allowed, or of more than 64 bits; null is allowed."""
-    values = {key: value for key in keys if (value := getattr(section, key)) is not None}
-    yield from (f"{key} ({value}) must be at least {least}" for key, value in values.items() if value < least)
-    yield from (f"{key} ({value}) must be below 2**63" for key, value in values.items() if value >= 2**63)
+    for key in keys:
+        value = getattr(section, key)
+        if value is not None and not least <= value < 2**63:
+            yield f"{key} ({value}) must be at least {least}, and below 2**63"
 
 
 SCHEMAS = {"train": TrainConfig, "prepare_data": PrepareConfig, "export": ExportConfig, "generate": GenerateConfig}
@@ -306,7 +308,7 @@ def register() -> None:
 
 def to_object(cfg: DictConfig) -> Any:
     """Return a composed configuration as its dataclass; raise `ConfigError` if a key is unknown or missing."""
-    if problems := [*_unknown_keys(cfg), *(f"{key} is not set" for key in sorted(OmegaConf.missing_keys(cfg)))]:
+    if problems := [*unknown_keys(cfg), *(f"{key} is not set" for key in sorted(OmegaConf.missing_keys(cfg)))]:
         raise ConfigError("\n".join(problems))
     try:
         config: Any = OmegaConf.to_object(cfg)
@@ -365,14 +367,18 @@ def free_keys() -> list[str]:
     ]
 
 
-def keys_named(word: str, section: type) -> list[str]:
-    """Return the dotted keys whose last word is `word`."""
-    return [key for key, _, found in _settings(section) if found.name == word]
+def similar_keys(key: str, section: type) -> list[str]:
+    """Return the dotted keys that end with the same word, or the nearest one."""
+    keys, word = [key for key, _, _ in _settings(section)], key.rpartition(".")[2]
+    named = [each for each in keys if each.rpartition(".")[2] == MEANT.get(word, word)]
+    return named or difflib.get_close_matches(key, keys, n=1)
 
 
 def stored(section: type, values: dict[str, Any]) -> Any:
-    """Return a section of a configuration that was stored with a checkpoint."""
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), values))
+    """Return a section of a configuration that was stored with a checkpoint, without settings that are no more."""
+    known = {field.name for field in dataclasses.fields(section)}
+    its = {key: value for key, value in values.items() if key in known}
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), its))
 
 
 def stored_model(run_config: dict[str, Any]) -> ModelConfig:
@@ -385,7 +391,7 @@ def did_you_mean(word: str, choices: list[str]) -> str:
     return f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(choices)}"
 
 
-def _unknown_keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
+def unknown_keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
     """Yield the keys that `+key=value` added to a structured node; OmegaConf itself accepts them."""
     schema = OmegaConf.get_type(cfg)
     known = [f.name for f in dataclasses.fields(schema)] if dataclasses.is_dataclass(schema) else None
@@ -393,4 +399,4 @@ def _unknown_keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
         if known is not None and key not in known:
             yield f"{prefix}{key} is not a setting; {did_you_mean(str(key), known)}"
         elif OmegaConf.is_dict(cfg._get_node(key)) and not OmegaConf.is_missing(cfg, key):
-            yield from _unknown_keys(cfg[key], f"{prefix}{key}.")
+            yield from unknown_keys(cfg[key], f"{prefix}{key}.")

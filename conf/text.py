@@ -38,13 +38,6 @@ def as_hydra_reads(argument: str, command: str, *, sweep: bool) -> str:
     return ("++" if in_dict and key == plain_key else "") + key + equal + value
 
 
-def as_typed(argument: str) -> str:
-    """Return a setting of train.py in Hydra's grammar without the quotes that `as_hydra_reads` puts."""
-    key, _, value = argument.partition("=")
-    typed = f"{key}={_read(value)}"
-    return typed if as_hydra_reads(typed, "train", sweep=False).lstrip("+") == argument else argument
-
-
 def _field(command: str, key: str) -> tuple[Any, Mapping[str, Any], bool]:
     """Return a setting's type without its None, its metadata, and whether it is or lies in a dictionary."""
     kind: Any = SCHEMAS[command]

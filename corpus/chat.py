@@ -136,10 +136,9 @@ class ChatEncoder:
 
     What is trained on and what is not are encoded apart, so that no token lies in both. A control token becomes its
     id where the template writes it; where a message holds its name the name is spelled out, so that nobody ends a turn
-    by typing `</s>`. Limits: a name that the template begins and a message completes counts as the template's; pieces
-    that the tokenizer finds in any text (SentencePiece's user-defined ones, Hugging Face's added ones that are not
-    special) it finds in a message too; special tokens never swallow the spaces beside them; a space that a tokenizer
-    puts before every text is put before the first only.
+    by typing `</s>`. Pieces that the tokenizer finds in any text (SentencePiece's user-defined ones, Hugging Face's
+    added ones that are not special) it finds in a message too; a space that it puts before every text is put before
+    the first only.
     """
 
     def __init__(self, template: str, tokenizer: Tokenizer) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from launch.config import UserError
 
-class DataError(Exception):
+
+class DataError(UserError):
     """Text, tokens or a tokenizer that cannot be used; the message is for the user."""
 
 

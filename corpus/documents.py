@@ -16,18 +16,11 @@ MOST_SOURCE_CHARS = 100
 
 @dataclass(slots=True)
 class Document:
-    """A document of a corpus.
-
-    Attributes:
-        hash: xxh3_64 of the text; of equal ones a corpus holds the first.
-        messages: of a conversation; `text` is then their JSON.
-    """
-
-    text: str
+    text: str  # of a conversation the JSON of its messages
     source: str
     split: str
     place: str
-    hash: int
+    hash: int  # xxh3_64 of the text; of equal ones a corpus holds the first
     text_bytes: int
     messages: Messages | None = None
 
@@ -45,11 +38,7 @@ class DocumentMaker:
     def from_text(
         self, text: str, place: str, source: str = "", *, split_key: str = "", messages: Messages | None = None
     ) -> Document | None:
-        """Return the document of a text.
-
-        Its split is the item's, or decided by the hash of the text (of `split_key`, where files stay together), so that
-        a document stays where it is when others are added.
-        """
+        """Return the document of a text; its split is the item's, or that of the hash of `split_key` or the text."""
         config = self.config
         if not text or text.isspace():
             self.left_out.empty += 1

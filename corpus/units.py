@@ -102,10 +102,7 @@ def _file_units(items: list[Item], config: CorpusConfig) -> Iterator[tuple[tuple
 
 
 def _dataset_units(items: list[Item], config: CorpusConfig) -> Iterator[tuple[tuple[Span, ...], bytes, int]]:
-    """Yield rows of datasets, read by this process, once and in order, as a stream must be.
-
-    Units grow with the bytes before them, since the size of a stream is not known.
-    """
+    """Yield rows of datasets, read once by this process; units grow, since the size of a stream is not known."""
     total = 0
     for number, item in enumerate(items):
         first, batches, size = 0, [], 0

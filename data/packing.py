@@ -41,14 +41,9 @@ class Pieces(NamedTuple):
 
 
 class Packing(ABC):
-    """The packs of a source's files. A subclass decides which pieces of documents each pack holds.
+    """The packs of a source's files, of `pack_len` tokens; a subclass decides which pieces of documents each holds.
 
-    `data.packing=module:Class` names a class of the user's own.
-
-    Args:
-        files: the source's files.
-        pack_len: tokens per pack.
-        seed: of the order of documents; None for validation, which must hold every token.
+    The seed is that of the order of documents; None for validation, which must hold every token.
     """
 
     isolated = True  # tokens see only their own document; False: all of their `seq_len` tokens

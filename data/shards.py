@@ -100,8 +100,7 @@ def _close_synced(file: IO[bytes], raw: bytes = b"") -> None:
 class FileReader:
     """A file read at any place, opened when first read; a process started with it opens its own.
 
-    Nothing is mapped into memory: a file that is cut short while it is read is an error, not a dead process, and
-    a process that has read a terabyte is no larger for it.
+    Not mapped into memory: a file that is cut short while it is read is an error, not a dead process.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -128,18 +127,13 @@ class FileReader:
 
 
 class TokenFile(ABC):
-    """A file of documents' tokens, end to end.
+    """A file of documents' tokens, end to end."""
 
-    Attributes:
-        stem: its path without `.bin`.
-        masked: the highest bit of a token is its loss mask.
-        conversations: a part of a document says nothing without the beginning.
-    """
-
-    stem: Path
+    stem: Path  # its path without `.bin`
     n_tokens: int
     n_documents: int
-    masked = conversations = False
+    masked = False  # the highest bit of a token is its loss mask
+    conversations = False  # a part of a document says nothing without the beginning
     ends: np.ndarray | None = None  # cache of `ends_between`
 
     @abstractmethod

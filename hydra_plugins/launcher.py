@@ -4,10 +4,11 @@ Hydra finds launchers in this folder alone.
 """
 
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -17,8 +18,10 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from conf.schema import TrainConfig
-from launch.sweep import SweepError, SweepPoint, folder_name, removed_if_unused, run_points, share_cores
+from launch.sweep import SweepError, folder_name, removed_if_unused, run_points, share_cores
+
+if TYPE_CHECKING:
+    from launch.jobs import Point
 
 
 @dataclass
@@ -38,72 +41,53 @@ class JobLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run a batch of points; the values returned are rank 0's, in the order of the points."""
-        from conf.cli import is_user_error
-        from training.preflight import check_run
-
         with removed_if_unused(Path(self.config.hydra.sweep.dir)):
             setup_globals()
-            swept = self._swept(job_overrides)
-            points = [
-                self._point(n, o, swept, len(job_overrides)) for n, o in enumerate(job_overrides, initial_job_idx)
-            ]
-            dry = {isinstance(point.config, TrainConfig) and point.config.dry_run.enabled for point in points}
-            if len(dry) > 1:
+            task = OverridesParser.create().parse_overrides(list(self.config.hydra.overrides.task))
+            fixed = {override.key_or_group for override in task if not override.is_sweep_override()}
+            numbered = enumerate(job_overrides, initial_job_idx)
+            points = [self._point(number, overrides, fixed, len(job_overrides)) for number, overrides in numbered]
+            dry = [point.described.get("dry_run", {}).get("enabled", False) for point in points]
+            if any(dry) and not all(dry):
                 raise SweepError("dry_run.enabled must be the same at all points of a sweep")
-            if True in dry:
+            if all(dry):
                 results = list(map(_run_dry, points))
             else:
-                results = run_points(
-                    points,
-                    Path(os.path.relpath(self.config.hydra.sweep.dir)),
-                    check=lambda point: check_run(point.config, point.run_dir, point.settings),
-                    is_user_error=is_user_error,
-                )
-        return [
-            JobReturn(
-                overrides=overrides,
-                status=JobStatus.FAILED if isinstance(result, Exception) else JobStatus.COMPLETED,
-                _return_value=result,
-            )
-            for overrides, result in zip(job_overrides, results, strict=True)
-        ]
+                results = run_points(points, Path(os.path.relpath(self.config.hydra.sweep.dir)))
+        failed = [isinstance(result, Exception) for result in results]
+        states = [JobStatus.FAILED if failure else JobStatus.COMPLETED for failure in failed]
+        return [JobReturn(o, status=s, _return_value=r) for o, s, r in zip(job_overrides, states, results, strict=True)]
 
-    def _point(self, number: int, overrides: Sequence[str], swept: set[str], n_points: int) -> SweepPoint:
+    def _point(self, number: int, overrides: Sequence[str], fixed: set[str], n_points: int) -> "Point":
         """Compose and check one point; its folder is named after the keys that vary."""
         from conf.cli import checked, data_settings
+        from conf.schema import TrainConfig, to_plain
+        from launch.jobs import Job, Point
+        from parallel.config import Device, ParallelConfig
+        from training.preflight import check_run
 
-        fixed = sorted({_key(override) for override in overrides} - swept | {"launcher", "name"})
-        exclude = f"hydra.job.config.override_dirname.exclude_keys={fixed}"
+        exclude = f"hydra.job.config.override_dirname.exclude_keys={sorted(fixed | {'launcher', 'name'})}"
         cfg = self.hydra_context.config_loader.load_sweep_config(self.config, [*overrides, exclude])
         with read_write(cfg), open_dict(cfg):
             cfg.hydra.job.update(num=number, id=str(number))
             HydraConfig.instance().set_config(cfg.copy())
             run_dir = Path(os.path.relpath(cfg.hydra.sweep.dir)) / str(cfg.hydra.sweep.subdir or "")
-            settings, named = data_settings(cfg.hydra), data_settings(cfg.hydra, "data.name", "data.path")
-            del cfg["hydra"]
+            hydra = cfg.pop("hydra")
         config = share_cores(checked(cfg), n_points)
-        other = run_dir if isinstance(config, TrainConfig) else named
-        label = " ".join(override for override in overrides if _key(override) in swept)
-        return SweepPoint(label, run_dir, config, (config, other), settings)
-
-    def _swept(self, job_overrides: Sequence[Sequence[str]]) -> set[str]:
-        """Return the keys that have several values, here or in the sweep that this batch is part of."""
-        params = self.config.hydra.sweeper.get("params") or {}
-        lines = [*self.config.hydra.overrides.task, *(f"{key}={value}" for key, value in params.items())]
-        swept = {o.key_or_group for o in OverridesParser.create().parse_overrides(lines) if o.is_sweep_override()}
-        keys = Counter(map(_key, {override for overrides in job_overrides for override in overrides}))
-        return swept | {key for key, n_values in keys.items() if n_values > 1}
+        if isinstance(config, TrainConfig):
+            job = Job("train:work", (config, run_dir), run_dir, config.parallel, config.launcher)
+        else:
+            one_process = ParallelConfig(device=Device.cpu, nproc_per_node=1)
+            named = data_settings(hydra, "data.name", "data.path")
+            job = Job("prepare_data:work", (config, named), run_dir, one_process, config.launcher)
+        label = " ".join(o for o in overrides if o.lstrip("+~").partition("=")[0] not in fixed)
+        return Point(label, job, to_plain(config), check=partial(check_run, config, run_dir, data_settings(hydra)))
 
 
-def _key(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
-
-
-def _run_dry(point: SweepPoint) -> None:
+def _run_dry(point: "Point") -> None:
     """Print the report of a point's dry run; no job is started for it."""
     from dry_run.run import run_dry_run
 
-    assert isinstance(point.config, TrainConfig)
     if point.label:
         print(f"\n== {point.label}", flush=True)
-    run_dry_run(point.config)
+    run_dry_run(point.job.args[0])

@@ -109,15 +109,11 @@ class OptunaSweeper(Sweeper):
         logging.getLogger("optuna").propagate = False
         self.folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, self.folder / "multirun.yaml")
-        journal = self.folder / "search.journal"
+        storage = JournalStorage(JournalFileBackend(str(self.folder / "search.journal")))
+        study = optuna.create_study(storage=storage, study_name=self.folder.name, load_if_exists=True)
         # A continued search draws other points than it began with.
-        n_records = len(journal.read_text(encoding="utf-8").splitlines()) if journal.exists() else 0
-        return optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(journal))),
-            study_name=self.folder.name,
-            sampler=optuna.samplers.TPESampler(seed=self.seed + n_records),
-            load_if_exists=True,
-        )
+        study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.trials))
+        return study
 
     def _changed_settings(self, study: "Study", fixed: list[str]) -> list[str]:
         """Return how the trials so far differ from those to come, in what does not vary; the study keeps it."""

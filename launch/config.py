@@ -1,5 +1,6 @@
-"""Where the processes of a run or sweep start. Torch-free."""
+"""Where the processes of a run or sweep start, and which of their errors are the user's. Torch-free."""
 
+import errno
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -7,10 +8,19 @@ from enum import Enum
 
 TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):(\d{2})(?::(\d{2}))?")  # [days-]hours:minutes[:seconds]
 SLURM_ONLY = ("cpus_per_task", "mem_gb", "partition", "account", "qos", "constraint", "sbatch", "srun_args", "setup")
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+
+
+class UserError(Exception):
+    """What the user can fix: reported without a traceback."""
 
 
 class RankError(Exception):
     """The failure of one of several ranks: lines for the user, with the rank's traceback."""
+
+
+def is_user_error(error: BaseException) -> bool:
+    return isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in DISK_ERRORS)
 
 
 class Where(Enum):
@@ -37,7 +47,7 @@ class LauncherConfig:
     signal_delay_s: int = 120  # seconds before the time limit at which a run saves; Slurm may take 60 more
     sbatch: dict[str, str] = field(default_factory=dict)  # other options: {mail-type: END}
     srun_args: list[str] = field(default_factory=list)
-    setup: list[str] = field(default_factory=list)  # shell lines before srun: [module load cuda]
+    setup: list[str] = field(default_factory=list)  # shell lines before srun; they may bring data that is not here yet
     max_requeues: int = 20
     requeue_crashes: bool = False  # requeue a run that crashed, unless it crashed twice at the same step
     poll_s: float = 10.0  # seconds between queries to Slurm

@@ -8,7 +8,6 @@ import errno
 import multiprocessing
 import os
 import pickle
-import resource
 import signal
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch.config import RankError
+from launch.config import RankError, is_user_error
 from launch.environment import DEFAULTS, VARIABLES, check_joined, free_port, joined_environment, nproc_per_node
 from parallel.config import ParallelConfig
 from tracking.logs import STACK_SIGNALS
@@ -32,14 +31,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 GRACE_S = 5.0  # for the other ranks to end by themselves once one has failed
 POLL_S = 0.5
 
-UserErrorTest = Callable[[BaseException], bool]
 
-
-def launch(work: Callable[..., Any], *args: Any, config: ParallelConfig, is_user_error: UserErrorTest) -> Any:
+def launch(work: Callable[..., Any], *args: Any, config: ParallelConfig) -> Any:
     """Run `work(*args)` on every rank of a run; return what rank 0, or the joined rank, returns.
 
-    Everything is pickled for spawned ranks. The exception of the rank that failed first is raised as it is if it
-    `is_user_error`, otherwise as a `RankError` with that rank's traceback.
+    Everything is pickled for spawned ranks. The exception of the rank that failed first is raised as it is if the user
+    can fix it, otherwise as a `RankError` with that rank's traceback.
     """
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
@@ -57,7 +54,7 @@ def launch(work: Callable[..., Any], *args: Any, config: ParallelConfig, is_user
     if n_ranks == 1:
         return work(*args)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        return _Ranks(n_ranks, Path(folder)).run(work, args, is_user_error)
+        return _Ranks(n_ranks, Path(folder)).run(work, args)
 
 
 def handle(signals: Iterable[int], handler: Callable[[int, FrameType | None], object]) -> dict[int, Any]:
@@ -72,15 +69,14 @@ class RankEnd:
 
     value: Any = None
     exit_code: Any = None
-    error: BaseException | None = None  # a user error
+    error: BaseException | None = None  # one that the user can fix
     text: str = ""
     time: float = field(default_factory=time.time)
 
     @classmethod
-    def of(cls, work: Callable[[], Any], end_file: Path, is_user_error: UserErrorTest) -> "RankEnd":
-        end_file.unlink(missing_ok=True)
+    def of(cls, work: Callable[..., Any], *args: Any) -> "RankEnd":
         try:
-            return cls(value=work())
+            return cls(value=work(*args))
         except SystemExit as stop:
             return cls(exit_code=stop.code)
         except BaseException as error:
@@ -124,11 +120,17 @@ class _Ranks:
         self.processes: list[BaseProcess] = []
         self.signum: int | None = None
 
-    def run(self, *work: Any) -> Any:
+    def run(self, work: Callable[..., Any], args: tuple) -> Any:
         """Spawn the ranks and wait until all have ended, or until the grace period after a failure is over."""
         before = handle(SIGNALS, self._forward)
+        context, port, n_ranks = multiprocessing.get_context("spawn"), free_port(), len(self.end_files)
         try:
-            self._spawn(work)
+            for rank, end_file in self.end_files.items():
+                values = (rank, n_ranks, rank, n_ranks, "127.0.0.1", port)
+                variables = dict(zip(VARIABLES, map(str, values), strict=True))
+                process = context.Process(target=_run_rank, args=(os.getpid(), variables, end_file, work, args))
+                process.start()
+                self.processes.append(process)
             before |= handle(STACK_SIGNALS, self._forward)  # not before: new processes ignore them still
             deadline = None
             while running := [rank for rank, process in enumerate(self.processes) if process.exitcode is None]:
@@ -144,15 +146,6 @@ class _Ranks:
                 process.join()
             for signum, handler in before.items():
                 signal.signal(signum, handler)
-
-    def _spawn(self, work: tuple) -> None:
-        context, port, n_ranks = multiprocessing.get_context("spawn"), free_port(), len(self.end_files)
-        for rank, end_file in self.end_files.items():
-            values = (rank, n_ranks, rank, n_ranks, "127.0.0.1", port)
-            variables = dict(zip(VARIABLES, map(str, values), strict=True))
-            process = context.Process(target=_run_rank, args=(os.getpid(), variables, end_file, *work))
-            process.start()
-            self.processes.append(process)
 
     def _forward(self, signum: int, _frame: FrameType | None) -> None:
         self.signum = signum if signum in SIGNALS else self.signum
@@ -172,7 +165,10 @@ class _Ranks:
         if self.signum is not None and (killed or first is not None) and not hung:
             sys.exit(128 + self.signum)  # stopped before there was anything to save
         if killed:
-            raise RankError(f"error: rank {killed[0]} died first: {_death(self.processes[killed[0]].exitcode or 0)}")
+            code = self.processes[killed[0]].exitcode or 0
+            death = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            memory = "; the system may have run out of memory" if -code == signal.SIGKILL else ""
+            raise RankError(f"error: rank {killed[0]} died first: {death}{memory}")
         if first is not None:
             raise ends[first].error or RankError(describe_failure(first, ends[first].text))
         for end in ends.values():
@@ -181,22 +177,12 @@ class _Ranks:
         return ends[0].value
 
 
-def _death(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    cause = "; the system may have run out of memory" if -code == signal.SIGKILL else ""
-    return f"{signal.Signals(-code).name}{cause}"
-
-
-def _run_rank(
-    parent: int, variables: dict[str, str], end_file: Path, work: Callable, args: tuple, is_user_error: UserErrorTest
-) -> None:
+def _run_rank(parent: int, variables: dict[str, str], end_file: Path, work: Callable[..., Any], args: tuple) -> None:
     """Run one spawned rank, which dies with its parent."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
         return
     os.setpgrp()  # a terminal's Ctrl-C reaches only the parent, which forwards it once
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     os.environ.update(variables)
-    RankEnd.of(lambda: work(*args), end_file, is_user_error).write(end_file)
+    RankEnd.of(work, *args).write(end_file)

@@ -1,4 +1,4 @@
-"""What is asked of Slurm: whether a job could run, to run it, its state, to cancel it, and to requeue it."""
+"""What is asked of Slurm: to run a job, its state, to cancel it, and to requeue it."""
 
 import json
 import logging
@@ -8,7 +8,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,8 +21,7 @@ from tracking.status import note_followed
 OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "GONE", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
 MEMORY = "slurm_job.json"  # in a run folder: the job that runs it
 ANSWER_S = 120
-UNSEEN = "unseen: "
-WHERE = ("partition", "account", "qos", "constraint")  # options that decide which nodes are asked
+BY_SBATCHS_NAME = ("nodes", "gpus_per_node", "cpus_per_task", "partition", "account", "qos", "constraint")
 
 logger = logging.getLogger(__name__)
 
@@ -41,55 +39,26 @@ def _outside_job() -> Iterator[None]:
 
 
 @_outside_job()
-def check(config: LauncherConfig, folder: Path, needed: Sequence[tuple[Path, str]] = ()) -> None:
-    """Raise `ParallelError` for a job that Slurm would refuse, or whose nodes do not see what it needs.
-
-    They must see `folder`, this interpreter, and the `needed` paths, each with the error to raise if this machine does
-    not see it either, or "". What the job's own `setup` may bring is not checked.
-    """
-    if shutil.which("sbatch") is None:
-        raise ParallelError("launcher=slurm needs sbatch; run this where jobs are submitted")
-    options = _options(config)
-    tried = ask("sbatch", "--test-only", *_flags(options), "--wrap=true")
-    if tried.returncode:
-        raise ParallelError(f"launcher=slurm: {_message(tried.stderr)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder.resolve() / ".probe"
-    errors = {probe: _unshared(f"{probe.parent} (hydra.sweep.dir)"), Path(sys.executable): _unshared(sys.executable)}
-    errors |= {} if config.setup else {path: error or _unshared(str(path)) for path, error in needed}
-    where = _flags({name: options[name] for name in WHERE if name in options})
-    step = ["srun", "--immediate=2", "--time=1", "--ntasks=1", "--quiet", *where, *config.srun_args]
-    script = f'for path; do test -e "$path" || echo "{UNSEEN}$path"; done'
-    probe.touch()
-    answer = ask(*step, "sh", "-c", script, "sh", *map(str, errors))
-    probe.unlink()
-    answered = answer.returncode == 0  # no node does if all are busy, for instance
-    unseen = [path for path in errors if answered and f"{UNSEEN}{path}" in answer.stdout.splitlines()]
-    if unseen:
-        raise ParallelError("\n".join(errors[path] for path in ([probe] if probe in unseen else unseen)))
-    if not answered or config.setup:
-        for error in dict.fromkeys(error for _, error in needed if error):
-            logger.warning("on this machine %s; the nodes could not be asked", error)
-
-
-def _unshared(what: str) -> str:
-    return f"launcher=slurm: the nodes do not see {what}; it must be on a disk that they share"
-
-
-@_outside_job()
 def submit(
     jobs: Sequence[Callable[[], Any]], config: LauncherConfig, folder: Path, variables: dict[str, str]
 ) -> list[str]:
     """Submit jobs, several as one array, and return their ids; `folder` takes submitit's files."""
+    if shutil.which("sbatch") is None:
+        raise ParallelError("launcher=slurm needs sbatch; run this where jobs are submitted")
     from submitit.core.utils import FailedJobError
     from submitit.slurm.slurm import SlurmExecutor
 
     executor = SlurmExecutor(folder, max_num_timeout=config.max_requeues)
     exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    options = {name: value for name in BY_SBATCHS_NAME if (value := getattr(config, name)) is not None}
+    if config.mem_gb:
+        options["mem"] = f"{config.mem_gb}G"
+    # True is an option without a value, such as exclusive.
+    more = {name: True if value.lower() == "true" else value for name, value in config.sbatch.items()}
     executor.update_parameters(
+        **options,
         job_name="train",
         time=math.ceil(config.time_s / 60),
-        nodes=config.nodes,
         ntasks_per_node=config.ranks_per_node,
         signal_delay_s=config.signal_delay_s,
         array_parallelism=config.parallel_jobs or len(jobs),
@@ -97,7 +66,7 @@ def submit(
         setup=[*exports, "export SLURM_KILL_BAD_EXIT=1", *config.setup],
         # A requeued job appends to its logs; sbatch's open-mode does not reach srun.
         srun_args=["--open-mode=append", *config.srun_args],
-        additional_parameters={"requeue": True, **_options(config)},
+        additional_parameters={"requeue": True, **more},
     )
     try:
         return [job.job_id for job in executor.submit_array(list(jobs))]
@@ -181,25 +150,6 @@ def requeue_slurm_job(run_dir: Path, *, rank: int, max_requeues: int) -> None:
     deadline = time.monotonic() + ANSWER_S
     while time.monotonic() < deadline and not (answered.exists() and answered.read_text(encoding="utf-8") == attempt):
         time.sleep(0.2)
-
-
-def _options(config: LauncherConfig) -> dict[str, Any]:
-    """Return a job's options by sbatch's names; True is an option without a value, such as exclusive."""
-    options = {
-        **{name: getattr(config, name) for name in WHERE},
-        "nodes": config.nodes,
-        "ntasks-per-node": config.ranks_per_node,
-        "gpus-per-node": config.gpus_per_node,
-        "cpus-per-task": config.cpus_per_task,
-        "mem": f"{config.mem_gb}G" if config.mem_gb else None,
-        "time": config.time,
-        **{name: True if value.lower() == "true" else value for name, value in config.sbatch.items()},
-    }
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _flags(options: dict[str, Any]) -> list[str]:
-    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
 
 
 def ask(*command: str) -> subprocess.CompletedProcess[str]:

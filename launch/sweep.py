@@ -8,134 +8,102 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from conf.schema import PrepareConfig, TrainConfig, to_plain
-from launch.config import Where
+from conf.schema import PrepareConfig, TrainConfig
+from launch.config import UserError, Where, is_user_error
 from launch.ranks import nproc_per_node
-from parallel.config import Device, ParallelConfig
 from tracking.metrics_file import last_value
 from tracking.run_folder import SWEEP_LOCK, changed_keys, is_free_key, locked
-from tracking.status import crashed_the_same_way_twice, note_end, note_queued, read_status
+from tracking.status import note_end, note_queued, read_status
+
+if TYPE_CHECKING:
+    from launch.jobs import Point
 
 CODE = Path(__file__).parent.parent
 
 logger = logging.getLogger(__name__)
 
 
-class SweepError(Exception):
+class SweepError(UserError):
     """Points of a sweep that cannot start or did not finish."""
 
 
-@dataclass(frozen=True)
-class SweepPoint:
-    """A point of a sweep, checked and ready to run; `label` is what varies, `args` what the command's work takes."""
-
-    label: str
-    run_dir: Path
-    config: TrainConfig | PrepareConfig
-    args: tuple
-    settings: str = ""  # those by which another command finds its data
-
-
-# Raises a user error if a point cannot start; returns the paths that nodes of Slurm must see, each with an error or "".
-Check = Callable[[SweepPoint], list[tuple[Path, str]]]
-
-
-def run_points(
-    points: Sequence[SweepPoint],
-    sweep_dir: Path,
-    *,
-    check: Check,
-    is_user_error: Callable[[BaseException], bool],
-) -> list[float | SweepError | None]:
-    """Run the command's `work` at each point; return rank 0's values, or errors.
+def run_points(points: "Sequence[Point]", sweep_dir: Path) -> list[float | SweepError | None]:
+    """Run the job of each point that is not finished; return rank 0's values, or errors.
 
     The value of a point that was given up is infinite. Raise `SweepError` before the first one starts if any cannot.
     """
-    trains = isinstance(points[0].config, TrainConfig)
-    missing = [point for point in points if not is_finished(point.run_dir, to_plain(point.config))]
-    needed = _needed(missing, len(points), check, is_user_error)
-    from launch.jobs import Job, Outcome, Point, run_jobs
+    from launch.jobs import Outcome, run_jobs
     from tracking.compare import compare
     from tracking.logs import screen
 
-    jobs, begun, outcomes = [], [], {}
-    starts_here = any(point.config.launcher.where is Where.local and point.run_dir in needed for point in points)
+    missing = [point for point in points if not is_finished(point.job.run_dir, point.described)]
+    _check(missing, len(points))
+    begun: list[Point] = []
+    outcomes: dict[Path, Outcome] = {}
+
+    def begin(point: "Point") -> None:
+        begun.append(point)
+        if point.job.work == "train:work":
+            note_queued(point.job.run_dir, point.described)
+
+    def report(point: "Point", outcome: Outcome) -> None:
+        outcomes[point.job.run_dir] = outcome
+        if outcome.state == "finished":
+            loss = outcome.value = _value(point.job.run_dir, outcome.value)
+            name = point.described.get("objective", "").replace("valid/loss", "validation loss")
+            shown = f", {name} {loss:.4f}" if isinstance(loss, float) and loss != math.inf else ""
+            logger.info("%s: %s%s", "given up" if loss == math.inf else "finished", point.name, shown)
+        else:
+            note_end(point.job.run_dir, outcome.state, outcome.reason)
+            print(f"error: {point.name} {outcome.state}: {outcome.reason}", file=sys.stderr)
+
+    starts_here = any(point.job.launcher.where is Where.local for point in missing)
     with screen(), locked(sweep_dir, name=SWEEP_LOCK) if starts_here else nullcontext():
         for point in points:
-            run_dir, launcher = point.run_dir, point.config.launcher
-            if run_dir not in needed:
-                objective = getattr(point.config, "objective", "")
-                outcomes[run_dir] = Outcome("finished", _value(run_dir, last_value(run_dir, objective)))
+            if point not in missing:
+                run_dir = point.job.run_dir
+                value = _value(run_dir, last_value(run_dir, point.described.get("objective", "")))
+                outcomes[run_dir] = Outcome("finished", value)
                 logger.info("%s already: %s", read_status(run_dir)["state"], run_dir)
-                continue
-            one_process = ParallelConfig(device=Device.cpu, nproc_per_node=1)
-            parallel = point.config.parallel if isinstance(point.config, TrainConfig) else one_process
-            work = "train:work" if trains else "prepare_data:work"
-            hopeless = partial(crashed_the_same_way_twice, run_dir)
-            job = Job(work, point.args, parallel, is_user_error, launcher, hopeless=hopeless)
-            jobs.append(Point(point.label, run_dir, launcher, to_plain(point.config), job, needed[run_dir]))
-
-        def begin(point: Point) -> None:
-            begun.append(point)
-            if trains:
-                note_queued(point.run_dir, point.described)
-
-        def report(point: Point, outcome: Outcome) -> None:
-            outcomes[point.run_dir] = outcome
-            if outcome.state == "finished":
-                loss = outcome.value = _value(point.run_dir, outcome.value)
-                name = point.described.get("objective", "").replace("valid/loss", "validation loss")
-                shown = f", {name} {loss:.4f}" if isinstance(loss, float) and loss != math.inf else ""
-                logger.info("%s: %s%s", "given up" if loss == math.inf else "finished", point.name, shown)
-            else:
-                note_end(point.run_dir, outcome.state, outcome.reason)
-                print(f"error: {point.name} {outcome.state}: {outcome.reason}", file=sys.stderr)
-
         try:
-            if jobs:
-                run_jobs(jobs, sweep_dir.resolve() / ".jobs", keep_code(sweep_dir / ".code"), report, begin)
+            if missing:
+                run_jobs(missing, sweep_dir.resolve() / ".jobs", keep_code(sweep_dir / ".code"), report, begin)
         except BaseException:
             for point in begun:
-                note_end(point.run_dir, "stopped", "")
+                note_end(point.job.run_dir, "stopped", "")
             raise
-        if trains and any(point.label for point in points):
+        if points[0].job.work == "train:work" and any(point.label for point in points):
             compare(sweep_dir, show=True)
-    ends = [outcomes[point.run_dir] for point in points]
-    failed = [p.label or str(p.run_dir) for p, end in zip(points, ends, strict=True) if end.state != "finished"]
+    ends = [outcomes[point.job.run_dir] for point in points]
+    failed = [point.name for point, end in zip(points, ends, strict=True) if end.state != "finished"]
     error = SweepError(f"{len(failed)} of {len(points)} points did not finish: {', '.join(failed)}")
     return [end.value if end.state == "finished" else error for end in ends]
 
 
-def _value(run_dir: Path, valid_loss: float | None) -> float | None:
-    return math.inf if read_status(run_dir).get("state") == "given up" else valid_loss
+def _value(run_dir: Path, value: float | None) -> float | None:
+    return math.inf if read_status(run_dir).get("state") == "given up" else value
 
 
-def _needed(
-    points: Sequence[SweepPoint], n_points: int, check: Check, is_user_error: Callable[[BaseException], bool]
-) -> dict[Path, list[tuple[Path, str]]]:
-    """Return what nodes of Slurm must see for each point, by its folder; raise `SweepError` if a point cannot start."""
+def _check(points: "Sequence[Point]", n_points: int) -> None:
+    """Raise `SweepError` with every reason why a point cannot start."""
     problems: dict[str, list[str]] = {}
-    needed: dict[Path, list[tuple[Path, str]]] = {}
+    if shared := [point for n, point in enumerate(points) if point.job.run_dir in {p.job.run_dir for p in points[:n]}]:
+        raise SweepError(f"points share {shared[0].job.run_dir}; name each value once, or set hydra.sweep.subdir")
     for point in points:
-        if point.run_dir in needed:
-            raise SweepError(f"points share {point.run_dir}; name each value once, or set hydra.sweep.subdir")
         try:
-            needed[point.run_dir] = check(point)
+            point.check()
         except Exception as error:
             if not is_user_error(error):
                 raise
-            needed[point.run_dir] = []
             problems.setdefault(str(error), []).append(point.label)
     if problems:
         raise SweepError("\n".join(merge_problems(problems, n_points)))
-    return needed
 
 
 def merge_problems(problems: dict[str, list[str]], n_points: int) -> list[str]:
@@ -195,7 +163,7 @@ def keep_code(folder: Path) -> Path:
     rooms -= {CODE / "tests", CODE / "benchmarks"}
     files = [
         *CODE.glob("*.py"),
-        *(path for room in rooms for kind in ("py", "yaml") for path in room.rglob(f"*.{kind}")),
+        *(path for room in rooms for path in room.rglob("*.*") if path.suffix in (".py", ".yaml")),
     ]
     contents = {str(path.relative_to(CODE)): path.read_text(encoding="utf-8") for path in sorted(files)}
     copy = folder / hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:12]

@@ -7,12 +7,14 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from launch.config import UserError
+
 # Layers by name; a name like `module:Class` is a class of the user's own.
 MLPS = {"swiglu": "model.layers:SwiGLU"}
 ATTENTION_LAYERS = {"gqa": "model.attention:SelfAttention"}
 
 
-class ModelError(Exception):
+class ModelError(UserError):
     """A model that cannot be built, loaded or converted. The message is for the user."""
 
 

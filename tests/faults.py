@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 
-from conf.cli import CONF, is_user_error
+from conf.cli import CONF
 from conf.schema import register, to_config
 from launch.ranks import launch
 
@@ -29,7 +28,7 @@ def disturbed(folder: Path, fault: str, settings: list[str], *, moment: str = "s
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = to_config(compose("train", overrides=[*settings, *two]))
     folder.mkdir(exist_ok=True)
-    return launch(_work, config, folder, fault, moment, rank, n, config=config.parallel, is_user_error=is_user_error)
+    return launch(_work, config, folder, fault, moment, rank, n, config=config.parallel)
 
 
 def _work(config: Any, run_dir: Path, fault: str, moment: str, rank: int, n: int) -> float | None:
@@ -58,16 +57,12 @@ def _signals(*signums: int) -> Callable[[], None]:
     return send
 
 
-kill, stop = _signals(signal.SIGKILL), _signals(signal.SIGSTOP)
+kill = _signals(signal.SIGKILL)
 terminate = _signals(signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM)
 
 
 def fail() -> None:
     raise ValueError("boom")
-
-
-def hang() -> None:
-    time.sleep(300)
 
 
 def disagree() -> None:

@@ -8,21 +8,21 @@ import signal
 import subprocess
 import sys
 from importlib.util import find_spec
-from itertools import product
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
+from omegaconf import OmegaConf
 
-from conf.cli import CONF, _print_errors, checked, open_composer, run
+from conf.cli import CONF, CommandLine, _print_errors, checked, run
 from conf.schema import (
     TrainConfig,
     free_keys,
     register,
     stored,
     stored_model,
-    to_config,
     to_plain,
 )
 from data.config import parse_ranges
@@ -32,7 +32,9 @@ from training.preflight import world_size
 
 ROOT = Path(__file__).parent.parent
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name[0] != "_")
-OPTIONS = [(group, option.stem) for group in GROUPS for option in sorted((CONF / group).glob("*.yaml"))]
+OPTIONS = {group: sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in GROUPS}
+LINES = {"model": ("data", "precision", "dry_run"), "parallel": ("optimizer", "scheduler", "checkpoint", "logger"),
+         "experiment": (), "launcher": ()}  # groups whose options are composed together  # fmt: skip
 
 register()
 
@@ -43,8 +45,7 @@ def composed(*overrides: str) -> TrainConfig:
 
 
 def problems(*argv: str, command: str = "train") -> list[str]:
-    with open_composer(get_args_parser().parse_args(argv), command) as composer:
-        return composer.problems()
+    return CommandLine(get_args_parser().parse_args(argv), command).problems()
 
 
 def command(*argv: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -73,18 +74,16 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("group", "option"), OPTIONS)
-def test_every_option_composes(group: str, option: str) -> None:
-    extra = ["data.seq_len=256", "data.input=tokens"] if group == "data" else []
-    extra += ["init_from=runs/done"] if option == "sft_7b" else []
-    ranks = 1 if option == "single" else 8
-    extra += ["model=1b", "parallel.device=cpu", f"parallel.nproc_per_node={ranks}"] if group == "parallel" else []
-    assert composed(f"{group}='{option}'", *extra).name
-
-
-def test_readme_lists_the_groups() -> None:
-    named = "model data parallel optimizer scheduler precision checkpoint logger launcher experiment dry_run"
-    assert sorted(named.split()) == GROUPS
+@pytest.mark.parametrize("first", LINES)
+def test_every_option_composes(first: str) -> None:
+    groups = (first, *LINES[first])
+    assert sorted(group for line in LINES for group in (line, *LINES[line])) == GROUPS
+    more = {"model": ["data.seq_len=256", "data.input=tokens"], "parallel": ["model=1b", "parallel.device=cpu"]}
+    for options in zip_longest(*(OPTIONS[group] for group in groups)):
+        chosen = [f"{group}='{option}'" for group, option in zip(groups, options, strict=True) if option is not None]
+        ranks = [f"parallel.nproc_per_node={1 if options[0] == 'single' else 8}"] if first == "parallel" else []
+        origin = ["init_from=runs/done"] if options[0] == "sft_7b" else []
+        assert composed(*chosen, *more.get(first, []), *ranks, *origin).name
 
 
 def test_tutorial_experiment_has_the_tutorials_hyper_parameters() -> None:
@@ -107,57 +106,51 @@ def test_tutorial_on_four_nodes_is_one_micro_batch_per_gpu() -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("model=7bb", ["model=7bb .*'7b'"]),
-        ("modle=7b", ["modle .*'model'"]),
-        ("optimizer=null +experiment=demo", ["optimizer=None .*adamw", r"\+experiment=demo .*leave out"]),
-        ("7b local", ["7b .*model=7b", "local .*data=local or launcher=local"]),
-        ("model=8b optimizer.lrr=1 +model.n_layer=3 steps=abc 350m", [  # all of it at once
-            "350m ", "model=8b ", "optimizer.lrr .*'lr'", "model.n_layer .*'n_layers'", r"steps \(abc\).*Integer",
+        ("modle=7b optimizer=null +experiment=demo 7b", [
+            "7b must be key=value", "optimizer=null: .*string", r"\+experiment=demo: ", "modle .*mean model",
         ]),
+        ("model=8b optimizer.lrr=1 +model.n_layer=3 steps=abc model.init=gpt steps.x=1 name=实验/第一", [  # all at once
+            "model=8b: .* 7b ", "optimizer.lrr .*optimizer.lr", "steps=abc: .*Integer", "model.init=gpt: .*internlm_v1",
+            "steps.x", "model.n_layer .*'n_layers'",
+        ]),
+        ("lr=1e-3 batch_size=8 model.resume=x", [
+            "lr .*optimizer.lr", "batch_size .*global_batch_tokens", "model.resume .*checkpoint.resume",
+        ]),
+        ("data.mix.code=0.5 data=local data.seq_len=256", []),  # training does not ask for the text
+        ("data.mix.笔记=1 data.sources.C#=x", ["data.mix.笔记=1 .*YAML", "data.sources.C#=x "]),
         ("optimizer.lr=1e-4,1e-3", ["optimizer.lr .*-m"]),
-        ("model.init=gpt skip_batches=3 steps.x=1", [r"model.init \(gpt\).*internlm_v1", r"skip_batches \(3\)", "steps.x"]),
-        ("optimizer.lr=nan steps=0", [r"steps \(0\)", r"optimizer.lr \(nan\)"]),
-        ("model.n_heads=7 data.seq_len=4096 data.micro_batch_size=1", [
-            r"model.d_model \(256\)", r"model.n_kv_heads \(4\)", r"data.seq_len \(4096\).*model.max_seq_len \(2048\)",
-        ]),
-        ("-m steps=10,0", [r"steps \(0\) .*\(at steps=0\)"]),
         ("launcher=slurm optimizer.lr=1e-3,-1", [r"optimizer.lr \(-1.0\) .*\(at optimizer.lr=-1\)"]),
-        ("-m seed=range(3) optimizer.lr=1,-1", [r"optimizer.lr .*\(at seed=0 optimizer.lr=-1 and 2 other points\)"]),
-        ("-m model=tiny,8b optimizer.lr=1,x", ["model=8b ", r"optimizer.lr \(x\)"]),
+        ("-m seed=range(3) optimizer.lr=-1,1", [r"optimizer.lr .*\(at seed=0 optimizer.lr=-1 and 2 other points\)"]),
+        ("-m model=tiny,8b optimizer.lr=1,x", ["model=8b: ", "optimizer.lr=x: "]),
         ("experiment=lr_sweep optimizer.lr=1,-1", [r"optimizer.lr .*\(at optimizer.lr=-1\)"]),
         ("experiment=lr_sweep steps=0", [r"steps \(0\) must be at least 1$"]),
         ("-m hydra/sweeper=optuna hydra.sweeper.n_trails=9 optimizer.lr=1,2", ["hydra.sweeper.n_trails"]),
         ("-m hydra/sweeper=optuna optimizer.lr=tag(log,interval(1e-4,1e-2))", []),
         ("-m hydra/sweeper=optuna optimizer.lr=interval(-1,1)", [r"optimizer.lr \(-1.0\)"]),
-        ("-m hydra/launcher=nothing steps=1", ["hydra/launcher=nothing .*jobs"]),
+        ("-m hydra/launcher=nothing steps=1", ["hydra/launcher=nothing: .*jobs"]),
         ("experiment=sft_7b data.input=a.json", ["init_from is not set"]),
-        ("skip_batches=[2,3-1]", [r"skip_batches \(2,3-1\)"]),
-        ("name=../x skip_batches=[0]", [r"name \(../x\)", r"skip_batches \(0\)"]),
-        ("init_content=[weights] init_from=x", [r"init_content \(weights\)"]),
+        ("name=../x skip_batches=[2,3-1] steps=0 init_content=[weights] init_from=x model.n_heads=7 early_stop.margin=0 "
+         "optimizer.lr=nan checkpoint.keep_best=true valid_every=30 checkpoint.keep_every=1500 data.seq_len=4096 "
+         "data.micro_batch_size=1", [
+            r"name \(../x\)", r"steps \(0\)", r"model.d_model \(256\)", r"model.n_kv_heads \(4\)",
+            r"optimizer.lr \(nan\)", r"checkpoint.keep_every \(1500\) .*checkpoint.every \(1000\)",
+            r"early_stop.margin \(0.0\)", r"skip_batches \(2,3-1\)", r"init_content \(weights\)",
+            r"data.seq_len \(4096\).*model.max_seq_len \(2048\)", r"keep_best .*valid_every \(30\)",
+        ]),
         ("model.attention=flash_attn precision=fp32", [r"model.attention \(flash_attn\) .*precision.compute"]),
         ("parallel.cuda_graphs=true precision=fp16 optimizer.impl=torch", ["precision.compute", "optimizer.impl .*torch"]),
-        ("ramp.start_tokens=100", ["ramp.every_steps", r"ramp.start_tokens \(100\)", r"ramp.increment_tokens \(0\)"]),
+        ("ramp.start_tokens=100 data.pack_len=300", [
+            r"data.pack_len \(300\)", "ramp.every_steps", r"ramp.start_tokens \(100\)", r"ramp.increment_tokens \(0\)",
+        ]),
         ("data.micro_batch_size=5 parallel.tp=3 parallel.nproc_per_node=3 parallel.device=cpu", [
             r"global_batch_tokens \(16384\) .*data.micro_batch_size \(5\)", r"parallel.tp \(3\) .*model.n_heads",
             r"parallel.cp x parallel.tp \(3\)",
         ]),
-        ("global_batch_tokens=1000", [r"global_batch_tokens \(1000\)"]),
-        ("data.pack_len=300", [r"data.pack_len \(300\)"]),
-        ("data.mix.code=0.5 data.mix.en=2", []),
-        ("data.mix.笔记=1 data.sources.C#=x", ["^data.mix.笔记: .*YAML", "^data.sources.C#: "]),
-        ("data=local data.seq_len=256", []),  # training does not ask for the text
-        ("launcher.nodes=2 launcher.partition=gpu", [r"launcher.nodes \(2\)", r"launcher.partition \(gpu\)"]),
-        ("launcher.time=1h", [r"launcher.time \(1h\)"]),
-        ("launcher.time=0:01:00 launcher.parallel_jobs=0", [r"launcher.parallel_jobs \(0\)", "launcher.signal_delay_s"]),
-        ("early_stop.margin=0", [r"early_stop.margin \(0.0\)"]),
-        ("lr=1e-3 batch_size=8 model.resume=x learning_rate=1", [
-            "lr .*optimizer.lr", "batch_size .*global_batch_tokens or data.micro_batch_size", "model.resume .*checkpoint.resume",
-            "learning_rate .*optimizer.lr",
+        ("launcher.nodes=2 launcher.partition=gpu launcher.time=0:01:00 launcher.parallel_jobs=0", [
+            r"launcher.parallel_jobs \(0\)", "launcher.signal_delay_s", r"launcher.nodes \(2\)",
+            r"launcher.partition \(gpu\)",
         ]),
-        (f"name={'x' * 201}", ["name .*200"]),
-        ("name=实验/第一 steps=f(", [r"steps \(f\(\)"]),
-        ("checkpoint.keep_best=true checkpoint.every=100 valid_every=30", [r"keep_best .*valid_every \(30\)"]),
-        ("checkpoint.keep_every=1500", [r"checkpoint.keep_every \(1500\) .*checkpoint.every \(1000\)"]),
+        ("launcher.time=1h", [r"launcher.time \(1h\)"]),
     ],
 )  # fmt: skip
 def test_everything_wrong_is_reported_at_once(line: str, expected: list[str]) -> None:
@@ -172,25 +165,17 @@ def test_everything_wrong_is_reported_at_once(line: str, expected: list[str]) ->
     ("name", "line", "expected"),
     [
         ("prepare_data", "data=local", ["data.input"]),
-        (
-            "prepare_data",
-            "data=local data.sources.a={input:x,text_kye:y}",
-            ["data.sources.a.text_kye: "],
-        ),
-        (
-            "prepare_data",
-            "data=local data.sources.a={input:x,text_lines:7y}",
-            ["data.sources.a.text_lines: Value '7y'"],
-        ),
+        ("prepare_data", "data=local data.sources.a={input:x,text_kye:y}", ["data.sources.a.text_kye: "]),
+        ("prepare_data", "data=local data.sources.a={input:x,text_lines:7y}", ["data.sources.a.text_lines: Value '7y'"]),
         ("prepare_data", "data=local data.sources.a={text_key:y}", ["data.sources.a.input: "]),
         ("export", "", ["run, from_hf and from_internlm"]),
+        ("export", "dtype=bf17 run=x", ["dtype=bf17"]),
+        ("export", "from_internlm=/nowhere", ["/nowhere holds no model_config.pt"]),
         ("generate", "", ["run and hf", "prompt and prompts"]),
-        ("export", "run=/nowhere", ["/nowhere"]),
-        ("generate", "run=/nowhere prompt=x stop=end", ["stop (end)"]),
-        ("generate", "hf=/nowhere prompt=x", ["/nowhere holds no config.json"]),
-        ("generate", "hf=/nowhere prompt=x dtype=auto", ["dtype (auto)", "/nowhere"]),
+        ("generate", "run=/nowhere prompt=x stop=end", ["stop=end: Invalid"]),
+        ("generate", "hf=/nowhere prompt=x dtype=auto", ["dtype (auto)", "/nowhere holds no config.json"]),
     ],
-)
+)  # fmt: skip
 def test_other_commands_are_checked_too(name: str, line: str, expected: list[str]) -> None:
     found = problems(*line.split(), command=name)
     assert len(found) == len(expected), found
@@ -211,21 +196,15 @@ def test_model_without_tokenizer_is_refused_for_generation(tmp_path: Path) -> No
 
 def test_checked_points_are_what_hydra_composes(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr("conf.cli.to_object", lambda cfg: seen.append(cfg) or to_config(cfg))
-    lines = ("++data.mix.code=1,2", "model=tiny,125m", "name=a,b", "seed=3", "data.micro_batch_size=1")
+    monkeypatch.setattr("conf.cli.checked", lambda cfg: seen.append(OmegaConf.to_container(cfg, resolve=True)))
+    lines = ("++data.mix.code=1,2", "model=tiny,125m", "name=x_${seed},b", "seed=3")
     assert problems("-m", *lines, "data.seq_len=${model.max_seq_len}") == []
+    points = ((1, "tiny", "x_3"), (2, "tiny", "x_3"), (1, "125m", "x_3"), (1, "tiny", "b"))
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        for cfg, (mix, model, name) in zip(seen, product((1, 2), ("tiny", "125m"), "ab"), strict=True):
+        for cfg, (mix, model, name) in zip(seen, points, strict=True):
             overrides = [f"++data.mix.code={mix}", f"model={model}", f"name={name}", "seed=3"]
-            overrides += ["data.seq_len=${model.max_seq_len}", "data.micro_batch_size=1"]
-            assert cfg == compose("train", overrides=overrides)
-
-
-def test_large_sweep_is_composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr("conf.cli.compose", lambda *args, **kwargs: calls.append(1) or compose(*args, **kwargs))
-    assert problems("-m", "seed=range(3)", "name=x_${hydra:job.num}") == []
-    assert len(calls) == 1
+            overrides.append("data.seq_len=${model.max_seq_len}")
+            assert cfg == OmegaConf.to_container(compose("train", overrides=overrides), resolve=True)
 
 
 def test_only_the_first_rank_reports_what_is_the_same_for_all(
@@ -275,7 +254,7 @@ def test_folders_of_points_lie_in_the_sweeps() -> None:
     assert folder_name("init_from='runs/a'") == names[0], "however it was quoted"
 
 
-@pytest.mark.parametrize("script", ["train.py", "generate.py", "prepare_data.py", "export.py"])
+@pytest.mark.parametrize("script", ["train.py", "prepare_data.py"])
 def test_an_interrupt_while_modules_load_is_quiet(script: str) -> None:
     argv = [sys.executable, "-X", "importtime", script, "nonsense"]
     with subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
@@ -300,7 +279,7 @@ def test_folder_outside_the_repository_is_checked_like_ours(outside: Path) -> No
     for folder in ([f"--config-dir={outside}"], [f"hydra.searchpath=[file://{outside}]"]):
         assert problems(*folder, "experiment=mine", "+cluster=big", "model=small") == []
         found = problems(*folder, "experiment=min", "+cluster=bg", "model.d_modl=3")
-        assert len(found) == 3 and "'mine'" in found[0] and "'big'" in found[1] and "'d_model'" in found[2]
+        assert len(found) == 3 and " mine " in found[0] and " big" in found[1] and "model.d_model" in found[2]
         (problem,) = problems(*folder, "experiment=broken")
         assert "experiment/broken" in problem and "n_layrs" in problem
     both = [f"--config-dir={outside / 'experiment'}", f"hydra.searchpath=[file://{outside}]"]
@@ -312,15 +291,12 @@ def test_folder_outside_the_repository_is_checked_like_ours(outside: Path) -> No
 @pytest.mark.parametrize(
     ("line", "shown"),
     [
-        ("--config-dir {outside} experiment=mine +cluster=big --cfg job", "steps: 7\n"),
         ("hydra.searchpath=[file://{outside}] experiment=mine --cfg job --package model", "d_model: 16\n"),
         ("--config-dir {outside} --config-name my_train --cfg job", "steps: 9\n"),
         ("--config-path {outside}/../conf --config-dir conf --cfg job", ""),
         ("--config-dir {outside} --info searchpath", "{outside}"),
-        ("--info defaults-tree", "experiment"),
         ("--hydra-help", "--multirun"),
         ("--config-dir {outside} --help", "\ncluster: big\n"),
-        ("hydra.searchpath=[{outside}] experiment=mine --help", "mine mix_sweep mup_transfer sft_7b"),
     ],
 )
 def test_hydra_flags_work(outside: Path, line: str, shown: str) -> None:
@@ -332,7 +308,7 @@ def test_hydra_flags_work(outside: Path, line: str, shown: str) -> None:
 
 
 def test_completion_knows_options_and_keys() -> None:
-    for typed, word in (("experiment=d", "experiment=demo"), ("optimizer.l", "optimizer.lr="), ("dry_run=a", "a100")):
+    for typed, word in (("experiment=d", "experiment=demo"), ("optimizer.l", "optimizer.lr=")):
         variables = {"COMP_LINE": f"python train.py {typed}", "COMP_POINT": "99", "COMP_TYPE": "9"}
         assert word in command("train.py", "-sc", "query=bash", **variables).stdout
 
@@ -348,12 +324,10 @@ def test_remedy_names_the_folder_of_the_user(outside: Path, tmp_path: Path) -> N
 
 no_joblib = find_spec("hydra_plugins.hydra_joblib_launcher") is None
 JOBLIB = pytest.param("joblib", marks=pytest.mark.skipif(no_joblib, reason="hydra-joblib-launcher is not installed"))
-LAUNCHERS = ["basic", JOBLIB, "submitit_local"]
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_stock_launcher_checks_every_point(tmp_path: Path, outside: Path, launcher: str) -> None:
-    argv = ["train.py", "-m", f"--config-dir={outside}", "experiment=mine", f"hydra/launcher={launcher}"]
+def test_stock_launcher_checks_every_point(tmp_path: Path, outside: Path) -> None:
+    argv = ["train.py", "-m", f"--config-dir={outside}", "experiment=mine", "hydra/launcher=basic"]
     argv += ["optimizer.lr=1e-3,1e-2", f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=${optimizer.lr}"]
     done = command(*argv, "data=builtin", "data.path=/nowhere")
     assert done.returncode == 1 and "/nowhere" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
@@ -361,7 +335,7 @@ def test_stock_launcher_checks_every_point(tmp_path: Path, outside: Path, launch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["basic", JOBLIB, "submitit_local"])
 def test_stock_launcher_trains_every_point(tmp_path: Path, outside: Path, launcher: str) -> None:
     argv = ["train.py", "-m", f"--config-dir={outside}", "experiment=mine", f"hydra/launcher={launcher}"]
     many = ["data.workers=2", *(f"launcher.sbatch.option{n}={'x' * 20}" for n in range(9))]  # a long name
@@ -376,23 +350,13 @@ def test_stock_launcher_trains_every_point(tmp_path: Path, outside: Path, launch
     [
         ("train.py steps=-1", 2, "steps (-1)"),
         ("train.py data.path=nowhere", 1, "run: python prepare_data.py data=builtin data.path=nowhere\n"),
-        ("train.py model=125m data=tokens data.input=/nowhere", 1, "data.input (/nowhere)"),
-        ("train.py model=125m data=tokens data.input=Makefile data.valid_input=/no", 1, "data.valid_input (/no)"),
         ("train.py model=125m data=tokens data.input=Makefile data.tokenizer=/no/x.model", 1, "data.tokenizer (/no/x"),
-        ("train.py data=random data.seq_len=256 data.vocab_size=99 data.micro_batch_size=1 init_from=docs", 1,
-         "init_from (docs)"),
-        ("prepare_data.py data=locl", 2, "'local'"),
-        ("prepare_data.py data=local data.input=/nowhere", 1, "data.input (/nowhere)"),
-        ("export.py dtype=bf17 run=x", 2, "dtype (bf17)"),
-        ("export.py from_hf=/nowhere", 2, "/nowhere"),
-        ("export.py from_internlm=/nowhere", 2, "/nowhere holds no model_config.pt"),
+        ("prepare_data.py data=local data.input=/nowhere data.path={tmp}/tokens", 1, "data.input (/nowhere)"),
         ("generate.py run=/nowhere prompt=x", 2, "/nowhere"),
     ],
-)  # fmt: skip
+)
 def test_refusal_does_not_import_torch(tmp_path: Path, line: str, code: int, expected: str) -> None:
-    folders = [f"hydra.run.dir={tmp_path}"]
-    folders += [f"data.path={tmp_path / 'tokens'}"] if line.startswith("prepare_data") else []
-    done = command("-X", "importtime", *line.split(), *folders)
+    done = command("-X", "importtime", *line.format(tmp=tmp_path).split(), f"hydra.run.dir={tmp_path}")
     assert done.returncode == code and expected in done.stderr and "Traceback" not in done.stderr
     assert " torch\n" not in done.stderr, "torch was imported to refuse"
 

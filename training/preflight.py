@@ -1,33 +1,27 @@
 """What is checked before a GPU, a process group or Slurm is touched. Imports no torch."""
 
 import os
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
-from conf.schema import EvaluateConfig, ExportConfig, GenerateConfig, PrepareConfig, TrainConfig, to_plain
-from corpus.config import DataError, Source, as_paths
+from conf.schema import EvaluateConfig, GenerateConfig, PrepareConfig, SavedConfig, TrainConfig, to_plain
+from corpus.config import DataError, Source
 from corpus.inputs import check_inputs
 from data.config import check_tokenizer
 from data.manifest import check_exists, check_fits
 from data.mixed_text import mixed_lines
 from data.tokenizer import load_tokenizer
-from launch.config import Where
+from launch.config import UserError, Where
 from launch.environment import check_gpu_features, joined_environment, world_size
 from model.config import ModelError
 from parallel.axes import layout_problems
-from parallel.config import ParallelError
 from tracking.run_folder import check_not_held, check_origin, check_stored_config, committed, run_dir_of
 from tracking.store import Store, is_address
 from training.config import CheckpointError, Fp8
-from training.tasks import BUILTIN, check_task, is_task_file, wheel
-
-SavedConfig = ExportConfig | GenerateConfig | EvaluateConfig
-Config = TrainConfig | PrepareConfig | SavedConfig
-Check = Callable[[], object]
+from training.tasks import read_task
 
 
-def preflight_problems(config: Config) -> Iterator[str]:
+def preflight_problems(config: TrainConfig | PrepareConfig | SavedConfig) -> Iterator[str]:
     """Yield what a configuration alone cannot tell: whether ranks fit the layout, whether a model is there."""
     try:
         if isinstance(config, TrainConfig):
@@ -38,14 +32,14 @@ def preflight_problems(config: Config) -> Iterator[str]:
                 check_fits(config.data, config.model.vocab_size)
         elif isinstance(config, SavedConfig):
             _check_model(config)
-    except (CheckpointError, DataError, ModelError, ParallelError) as error:
+    except UserError as error:
         yield str(error)
 
 
 def _check_model(config: SavedConfig) -> None:
     """Raise a user error if there is no model, or no tokenizer to generate text with, or no such task."""
-    hf = config.from_hf if isinstance(config, ExportConfig) else config.hf
-    internlm = config.from_internlm if isinstance(config, ExportConfig) else None
+    hf: str | None = getattr(config, "hf", None) or getattr(config, "from_hf", None)
+    internlm: str | None = getattr(config, "from_internlm", None)
     if internlm is not None and not (Path(internlm) / "model_config.pt").is_file():
         raise ModelError(f"{internlm} holds no model_config.pt; name a folder of InternLM's training checkpoints")
     if (config.run is None) == (hf is None) or is_address(config.run):
@@ -53,11 +47,12 @@ def _check_model(config: SavedConfig) -> None:
     if hf is not None and not (Path(hf) / "config.json").is_file():
         raise ModelError(f"{hf} holds no config.json; name a Hugging Face folder such as runs/demo/hf")
     tokenizer = Path(hf) if hf is not None else run_dir_of(Path(config.run or ""), config.step) / "tokenizer"
-    if isinstance(config, GenerateConfig) or (isinstance(config, EvaluateConfig) and (config.tasks or config.harness)):
+    tasks, harness = (config.tasks, config.harness) if isinstance(config, EvaluateConfig) else ([], [])
+    if isinstance(config, GenerateConfig) or tasks or harness:
         check_tokenizer(tokenizer.absolute())
-    for name in config.tasks if isinstance(config, EvaluateConfig) else ():
-        check_task(name)
-    for name in config.harness if isinstance(config, EvaluateConfig) else ():
+    for name in tasks:
+        read_task(name)
+    for name in harness:
         if name.endswith(".yaml") and not Path(name).is_file():
             raise ModelError(f"harness ({name}) does not exist; name a task's .yaml file, or a task by its name")
 
@@ -72,42 +67,30 @@ def _layout_problems(config: TrainConfig) -> Iterator[str]:
     )
 
 
-def check_run(config: TrainConfig | PrepareConfig, run_dir: Path, settings: str | None) -> list[tuple[Path, str]]:
+def check_run(config: TrainConfig | PrepareConfig, run_dir: Path, settings: str) -> None:
     """Raise a user error if a run or job cannot start, as far as this machine knows.
 
-    Return what nodes of Slurm must see, each with its error if this machine does not see it either, or "". `settings`
-    are those by which prepare_data.py makes the data.
+    `settings` are those by which prepare_data.py makes the data.
     """
     here = config.launcher.where is Where.local
     if isinstance(config, PrepareConfig):
         if here:
             check_inputs(config.data)
-        return []
-    inputs = list(_inputs(config, run_dir, settings))
+        return
+    is_new = not committed(run_dir / "checkpoints")
+    if here or not config.launcher.setup:
+        check_exists(config.data, settings)
+        for name in config.evaluate.tasks:
+            read_task(name)
+        if config.init_from is not None and is_new:
+            check_origin(Path(config.init_from))
     if here:
-        for _, check in inputs:
-            check()
         if not joined_environment(os.environ):  # of which the first may hold the folder already
             check_not_held(run_dir)
         check_gpu_features(config.parallel, None if config.precision.fp8 is Fp8.none else config.precision.fp8.value)
     check_stored_config(run_dir, to_plain(config), config.checkpoint)
-    if not committed(run_dir / "checkpoints"):
+    if is_new:
         check_same_tokenizer(config)
-    return [] if here else [(path.absolute(), _error_of(check)) for path, check in inputs]
-
-
-def _inputs(config: TrainConfig, run_dir: Path, settings: str | None) -> Iterator[tuple[Path, Check]]:
-    """Yield the files that a run reads before its first step, each with the check that it is there."""
-    if config.data.source is not Source.random:
-        tokens = config.data.source is Source.tokens
-        paths = as_paths(config.data.input) if tokens else [f"{config.data.path}/corpus.json"]
-        check = partial(check_exists, config.data, settings or "with the same data settings")
-        yield from ((Path(path), check) for path in paths)
-    for name in config.evaluate.tasks:
-        if name != BUILTIN:
-            yield Path(name) if is_task_file(name) else wheel(), partial(check_task, name)
-    if config.init_from is not None and not committed(run_dir / "checkpoints"):
-        yield Path(config.init_from), partial(check_origin, Path(config.init_from))
 
 
 def check_same_tokenizer(config: TrainConfig) -> None:
@@ -126,11 +109,3 @@ def check_same_tokenizer(config: TrainConfig) -> None:
     if ids != others or not weights.special_ids.items() <= data.special_ids.items():  # the data's may have more
         remedy = f"prepare it with {key}={os.path.relpath(folder)}, or pass checkpoint.accept_changes=[{key}]"
         raise CheckpointError(f"init_from ({config.init_from}) has another tokenizer than the data; {remedy}")
-
-
-def _error_of(check: Check) -> str:
-    try:
-        check()
-    except (DataError, CheckpointError) as error:
-        return str(error)
-    return ""

@@ -1,43 +1,58 @@
-"""Load a Hugging Face folder as a stranger would, and print how it differs from what was expected, as JSON.
+"""Load an exported folder with transformers, and compare what it computes with what it was exported from."""
 
-Run as a script, in a process that cannot import this repository: `verify.py FOLDER EXPECTED.json`, where the JSON
-holds texts with their token ids and what those decode to, and the path of a file with tokens and their logits.
-"""
-
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 
-def main(folder: str, expected_path: str) -> None:
-    import torch
-    from safetensors.torch import load_file
+from data.mixed_text import mixed_lines
+from data.tokenizer import Tokenizer
+from model.config import ModelError
+from model.transformer import Transformer
+
+LOGITS_TOLERANCE = 1e-4
+
+
+def verify(folder: Path, model: Transformer, tokenizer: Tokenizer | None, *, add_bos: bool) -> str:
+    """Return what transformers finds equal to the model and the tokenizer; raise `ModelError` for what is not."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
+    from transformers.utils import logging
 
-    expected = json.loads(Path(expected_path).read_text(encoding="utf-8"))
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, torch_dtype=torch.float32)
-    model, info = loaded
-    reference = load_file(expected["logits"])
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if not (folder / "tokenizer.json").exists():
+        tokenizer = None
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+        theirs: Any = tokenizer and AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise ModelError(f"transformers cannot load the export: {error}") from error
+    (hf_model, info), n_texts = loaded, 0
+    shape = 2, min(64, model.config.max_seq_len)
+    tokens_BT = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        logits = model.eval()(reference["tokens"]).logits
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder) if expected["texts"] else None
-    wrong, comparable = [], sorted if expected["any_order"] else list
-    for text, ids, decoded in expected["texts"]:
-        found = tokenizer(text)["input_ids"]
-        right = comparable(found) == comparable(ids)
-        if not right or decoded not in (None, tokenizer.decode(ids, skip_special_tokens=True)):
-            wrong.append({"text": text, "expected": ids, "found": found})
+        difference = float((hf_model.eval()(tokens_BT).logits - model(tokens_BT)).abs().max())
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    result = {
-        "transformers": __version__,
-        "class": type(model).__name__,
-        "keys": {kind: sorted(map(str, info[kind])) for kind in kinds},
-        "logits_difference": float((logits - reference["logits"]).abs().max()),
-        "wrong_texts": wrong,
-    }
-    print(json.dumps(result))
+    wrong = [f"{kind} {sorted(map(str, info[kind]))}" for kind in kinds if info[kind]]
+    if not difference <= LOGITS_TOLERANCE:
+        wrong.append(f"logits differ by {difference:.2e}")
+    if tokenizer is not None:
+        texts = ["", *mixed_lines()]
+        if different := [text for text in texts if not _equal(text, tokenizer, theirs, add_bos)]:
+            wrong.append(f"token ids differ on {different[0]!r}")
+        n_texts = len(texts)
+    if wrong:
+        raise ModelError(f"nothing was exported: {'; '.join(wrong)}")
+    of_texts = f"token ids and decoding equal on {n_texts:,} texts" if n_texts else "no tokenizer.json"
+    version = f"transformers {__version__} ({type(hf_model).__name__})"
+    return f"verified with {version}: no missing or unexpected keys, logits equal to {difference:.1e}, {of_texts}"
 
 
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+def _equal(text: str, tokenizer: Tokenizer, theirs: Any, add_bos: bool) -> bool:
+    ids = tokenizer.encode(text)
+    expected, found = [*([tokenizer.bos_id] if add_bos else []), *ids], theirs(text)["input_ids"]
+    comparable = sorted if tokenizer.any_order else list
+    if comparable(found) != comparable(expected):
+        return False
+    # Of ids that stand for unknown text none is compared.
+    return tokenizer.unk_id in ids or theirs.decode(expected, skip_special_tokens=True) == tokenizer.decode(ids)

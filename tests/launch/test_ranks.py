@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +13,10 @@ from typing import Any
 import psutil
 import pytest
 
-from conf.cli import is_user_error
 from corpus.config import DataError
 from launch.config import LauncherConfig, RankError, Where
 from launch.environment import DEFAULTS, PORTS, VARIABLES, first_host, joined_environment, nproc_per_node, world_size
-from launch.jobs import Job, Outcome, Point, Running, free_gpus, run_jobs
+from launch.jobs import Job, Outcome, Point, free_gpus, run_jobs
 from launch.ranks import launch
 from parallel.config import Device, ParallelConfig, ParallelError
 from tests.conftest import ROOT
@@ -39,7 +39,7 @@ def test_spawned_ranks_have_their_variables(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_one_rank_runs_in_this_process() -> None:
     assert ranks.launched(1, os.getpid) == os.getpid()
-    assert launch(os.getpid, config=ParallelConfig(), is_user_error=bool) == os.getpid()
+    assert launch(os.getpid, config=ParallelConfig()) == os.getpid()
 
 
 @pytest.mark.parametrize(
@@ -123,11 +123,11 @@ def join(monkeypatch: pytest.MonkeyPatch, **changes: str) -> dict[str, str]:
 
 def test_variables_of_torchrun_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     values = join(monkeypatch)
-    answer = launch(ranks.variables, config=ParallelConfig(nproc_per_node=7), is_user_error=bool)
+    answer = launch(ranks.variables, config=ParallelConfig(nproc_per_node=7))
     assert {name: answer[name] for name in VARIABLES} == values
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(ParallelError, match="WORLD_SIZE must be set beside RANK, LOCAL_RANK"):
-        launch(os.getpid, config=ParallelConfig(), is_user_error=bool)
+        launch(os.getpid, config=ParallelConfig())
 
 
 def test_more_ranks_than_gpus_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,8 +159,7 @@ def test_world_size_counts_simulated_started_or_future_ranks(
 
 
 def point(folder: Path, work: str, config: LauncherConfig) -> Point:
-    job = Job(work, (), ParallelConfig(device=Device.cpu), is_user_error, config, hopeless=bool)
-    return Point(work, folder, config, {}, job)
+    return Point(work, Job(work, (), folder, ParallelConfig(device=Device.cpu), config), {})
 
 
 def test_jobs_share_the_gpus_of_a_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -170,11 +169,12 @@ def test_jobs_share_the_gpus_of_a_machine(monkeypatch: pytest.MonkeyPatch, tmp_p
     pair = LauncherConfig(parallel_jobs=4)
     assert nproc_per_node(ParallelConfig(dp_replicate=-1), pair) == 2
     new = point(tmp_path, "os:getpid", pair)
-    running = [Running(new, "1", tmp_path, gpus=[8, 9]), Running(new, "2", tmp_path, gpus=[12, 13])]
+    started: Any = SimpleNamespace()
+    running = [replace(new, process=started, gpus=gpus) for gpus in ([8, 9], [12, 13])]
     assert free_gpus(new, running) == [10, 11]
-    new.launcher = LauncherConfig(parallel_jobs=2, gpus_per_node=6)
+    new.job.launcher = LauncherConfig(parallel_jobs=2, gpus_per_node=6)
     assert free_gpus(new, running) is None, "it waits until enough are free"
-    new.launcher = LauncherConfig(gpus_per_node=9)
+    new.job.launcher = LauncherConfig(gpus_per_node=9)
     with pytest.raises(ParallelError, match=r"launcher.gpus_per_node \(9\)"):
         free_gpus(new, running)
     assert LauncherConfig(parallel_jobs=None).gpus_per_job(8) == 1 and pair.gpus_per_job(0) == 0

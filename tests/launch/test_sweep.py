@@ -55,7 +55,7 @@ def test_failing_point_stops_no_other_and_only_missing_points_run_again(tmp_path
     assert done.stdout.count("finished already: ") == 2
     assert read_status(tmp_path / "optimizer.lr=0.003")["state"] == "finished"
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
-    losses = [float(line.split()[1]) for line in (tmp_path / "compare" / "table.txt").read_text().splitlines()[1:4]]
+    losses = [float(line.split()[1]) for line in (tmp_path / "compare" / "table.md").read_text().splitlines()[2:5]]
     assert losses == sorted(losses), "the best is first"
 
 

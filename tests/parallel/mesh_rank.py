@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from conf.cli import is_user_error, report_user_errors
+from conf.cli import report_user_errors
 from launch.ranks import launch
 from parallel.config import Device, ParallelConfig
 from parallel.mesh import distributed
@@ -25,4 +25,4 @@ if __name__ == "__main__":
         device=Device.cpu, dp_replicate=-1, nproc_per_node=2, init_timeout_s=float(init_s), step_timeout_s=float(step_s)
     )
     with report_user_errors():
-        launch(meet, config, *map(int, hanging or ["-1"]), config=config, is_user_error=is_user_error)
+        launch(meet, config, *map(int, hanging or ["-1"]), config=config)

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from conf.cli import is_user_error, report_user_errors
+from conf.cli import report_user_errors
 from corpus.config import DataError
 from launch.environment import DEFAULTS, VARIABLES
 from launch.ranks import launch
@@ -51,7 +51,7 @@ def steps(folder: Path) -> None:
 
 
 def launched(n: int, work, *args):
-    return launch(work, *args, config=ParallelConfig(nproc_per_node=n), is_user_error=is_user_error)
+    return launch(work, *args, config=ParallelConfig(nproc_per_node=n))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 
-from conf.cli import CONF, is_user_error
+from conf.cli import CONF
 from conf.schema import register, to_config
 from launch import slurm
 from launch.config import LauncherConfig, Where
@@ -25,7 +24,7 @@ from parallel.config import ParallelConfig, ParallelError
 from tests.conftest import ROOT, trained
 from tests.slurm.cluster import lost, why_not
 from tests.test_train import assert_same_run
-from tracking.status import crashed_the_same_way_twice, read_status
+from tracking.status import read_status
 from training.checkpoint import open_checkpoint
 
 SLOWLY = "tests.slurm.work:train_slowly_at_first"
@@ -40,8 +39,8 @@ def launcher(**settings: Any) -> LauncherConfig:
 def point(work: str, *args: Any, run_dir: Path, **settings: Any) -> Point:
     config = launcher(**settings)
     run_dir.mkdir(parents=True, exist_ok=True)
-    job = Job(f"tests.slurm.work:{work}", args, ParallelConfig(), is_user_error, config, hopeless=bool)
-    return Point(run_dir.name, run_dir, config, {"name": run_dir.name}, job)
+    job = Job(f"tests.slurm.work:{work}", args, run_dir, ParallelConfig(), config)
+    return Point(run_dir.name, job, {"name": run_dir.name})
 
 
 def outcomes_of(points: list[Point], folder: Path) -> dict[str, Outcome]:
@@ -70,7 +69,7 @@ def scontrol(*words: str) -> str:
 def test_outcomes_of_jobs_on_several_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ends = ("answer", "crash", "kill", "hang")
     points = [point("end", how, run_dir=tmp_path / how, nodes=2, tasks_per_node=1) for how in ends]
-    answering = points[0].launcher
+    answering = points[0].job.launcher
     answering.tasks_per_node, answering.setup = 2, ["export FROM_SETUP=1"]
     answering.srun_args, answering.sbatch = ["--export=ALL,FROM_SRUN=2"], {"comment": "mine"}
     points.append(
@@ -104,9 +103,8 @@ def training(run_dir: Path, settings: list[str], work: str = "train:work", *args
         overrides = [*settings, "launcher=slurm", "launcher.poll_s=0.5", f"name={run_dir.name}"]
         config = to_config(compose("train", overrides=overrides))
     run_dir.mkdir()
-    again = partial(crashed_the_same_way_twice, run_dir)
-    job = Job(work, (config, run_dir, *args), config.parallel, is_user_error, config.launcher, hopeless=again)
-    return Point(run_dir.name, run_dir, config.launcher, {"name": run_dir.name}, job)
+    job = Job(work, (config, run_dir, *args), run_dir, config.parallel, config.launcher)
+    return Point(run_dir.name, job, {"name": run_dir.name})
 
 
 @contextmanager
@@ -210,15 +208,13 @@ def test_crash_loops_and_exhausted_requeues_end(
     assert message in capsys.readouterr().out
 
 
-def test_what_slurm_refuses_is_known_before_submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ParallelError, match="invalid partition specified: nowhere"):
-        slurm.check(launcher(partition="nowhere"), tmp_path)
-    with pytest.raises(ParallelError, match="Requested node configuration is not available|More processors requested"):
-        slurm.check(launcher(nodes=2, gpus_per_node=3), tmp_path)
-    slurm.check(launcher(nodes=2, gpus_per_node=2), tmp_path)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ParallelError, match="needs sbatch"):
-        slurm.check(launcher(), tmp_path)
+def test_what_slurm_refuses_is_an_error(tmp_path: Path) -> None:
+    for settings, refused in (
+        ({"partition": "nowhere"}, "invalid partition specified: nowhere"),
+        ({"nodes": 2, "gpus_per_node": 3}, "Requested node configuration is not available|More processors requested"),
+    ):
+        with pytest.raises(ParallelError, match=refused):
+            outcomes_of([point("end", "answer", run_dir=tmp_path / "refused", **settings)], tmp_path)
 
 
 def test_a_sweep_runs_only_what_is_missing(tmp_path: Path, small: list[str]) -> None:
@@ -230,7 +226,7 @@ def test_a_sweep_runs_only_what_is_missing(tmp_path: Path, small: list[str]) -> 
     assert "error: optimizer.lr=1e+30 failed: " in done.stderr
     assert done.stderr.count("1 steps in a row had no finite gradient") == 1
     assert done.stderr.endswith("error: 1 of 2 points did not finish: optimizer.lr=1e+30\n")
-    assert {"table.md", "table.txt", "loss.png", "final.png"} == {
+    assert {"table.md", "loss.png", "final.png"} == {
         path.name for path in (tmp_path / "compare").iterdir()
     }
     done = subprocess.run([*argv, "optimizer.lr=1e-3,1e-2"], cwd=ROOT, capture_output=True, text=True)
