@@ -134,7 +134,7 @@ class TokenizerConfig:
     special_tokens_in_text: bool = False  # their names in a document become the tokens; false: they are text
     add_bos: bool = False
     add_eos: bool = True
-    train_bytes: int = 64_000_000  # of text the tokenizer is trained on, drawn evenly from the corpus
+    train_bytes: int = 64_000_000  # of text the tokenizer is trained on: the beginning of each file, by its size
 
     def problems(self) -> Iterator[str]:
         # 256 bytes, unknown, bos, eos and room for merges

@@ -232,10 +232,10 @@ def run_units(units: Iterable[Unit], job: Job, *, workers: int, shards: int, sha
     n_units = n_documents = 0
     total = sum(map(content_size, job.items)) / shards if most is None else 0
 
-    def add(unit: Unit, documents: int, tokens: int, text_bytes: int) -> None:
+    def add(unit: Unit, counts: list[int], *, is_new: bool = True) -> None:
         nonlocal n_documents
-        n_documents += documents
-        progress(documents, tokens, text_bytes, unit.size / total if total else 0)
+        n_documents += counts[0]
+        progress(counts[0], counts[1], counts[2] * is_new, unit.size / total if total else 0)
 
     def to_do() -> Iterator[Unit]:
         nonlocal n_units
@@ -248,12 +248,12 @@ def run_units(units: Iterable[Unit], job: Job, *, workers: int, shards: int, sha
                 if (done := read_unit(job.folder, unit.number)) is None:
                     yield unit
                 else:
-                    add(unit, *done["counts"][:2], 0)
+                    add(unit, done["counts"], is_new=False)
 
     if workers == 1 or most is not None:  # a unit's limit is known when those before it are done
         worker = UnitWorker(job)
         for unit in to_do():
-            add(unit, *worker.write(unit))
+            add(unit, worker.write(unit))
     else:
         _run_in_processes(to_do(), job, workers, add)
     return n_units
@@ -265,7 +265,7 @@ def _run_in_processes(units: Iterator[Unit], job: Job, workers: int, add: Callab
     def wait_for_all_but(most: int) -> None:
         while len(waiting) > most:
             for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                add(waiting.pop(future), *future.result())
+                add(waiting.pop(future), future.result())
 
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (job,)) as pool:
         try:

@@ -33,6 +33,8 @@ def check_exists(config: DataConfig, settings: str = "with the same data setting
         if config.tokenizer is not None:
             check_tokenizer(config.tokenizer, "data.tokenizer")
     elif config.source is not Source.random and not (Path(config.path) / "corpus.json").exists():
+        if config.source is Source.local and config.input is None and not config.sources:
+            settings += " data.input=..."
         raise DataError(f"there is no prepared data in {config.path}; run: python prepare_data.py {settings}")
 
 

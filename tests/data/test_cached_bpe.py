@@ -114,11 +114,8 @@ def test_long_texts_are_split_between_words(both: Both, monkeypatch: pytest.Monk
 
 
 RULES = [
-    ("normalizer_spec", {"add_dummy_prefix": True}, True),
-    ("normalizer_spec", {"remove_extra_whitespaces": True}, True),
     ("normalizer_spec", {"add_dummy_prefix": True, "remove_extra_whitespaces": True}, True),
     ("normalizer_spec", {"escape_whitespaces": False}, False),
-    ("trainer_spec", {"treat_whitespace_as_suffix": True}, True),
     ("trainer_spec", {"model_type": 1}, False),
     ("trainer_spec", {"byte_fallback": False}, False),
 ]

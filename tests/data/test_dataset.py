@@ -32,9 +32,6 @@ def damage(folder: Path, change: str) -> None:
             path.write_bytes(path.read_bytes() + b"\xc0\x3e\x01")
         case "manifest":
             (folder / "corpus.json").write_text("{}")
-        case "bin":
-            path = folder / "train" / "wiki-00000.bin"
-            path.write_bytes(path.read_bytes()[:-2])
         case "header":
             path = folder / "train" / "wiki-00000.json"
             path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer": "other"}))
@@ -47,7 +44,6 @@ def damage(folder: Path, change: str) -> None:
     [
         ("tokenizer", {}, "tokenizer.model"),
         ("manifest", {}, "corpus.json"),
-        ("bin", {}, "wiki-00000.bin"),
         ("header", {}, "wiki-00000.bin"),
         ("no header", {}, "wiki-00000.bin"),
         ("none", {"seq_len": 100_000, "packing": "internlm"}, "100000"),
@@ -68,7 +64,7 @@ def test_small_vocabulary_and_missing_corpus_are_reported_before_opening(folder:
     with pytest.raises(DataError, match="model.vocab_size=1024"):
         open_corpus(data_config(folder), vocab_size=999)
     check_fits(data_config(folder / "none"), vocab_size=999)
-    with pytest.raises(DataError, match="prepare_data.py data=mine"):
+    with pytest.raises(DataError, match="prepare_data.py data=mine data.input=..."):
         check_exists(data_config(folder / "none"), "data=mine")
 
 
