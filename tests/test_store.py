@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 
-from conf.cli import CONF, open_composer
+from conf.cli import CONF, CommandLine
 from conf.schema import register, to_object
 from tests.conftest import trained
 from tracking.store import Store, local_run
@@ -116,8 +116,8 @@ def test_a_copy_is_compared_with_what_was_copied_and_a_damaged_one_not_taken(
 
 def test_addresses_that_cannot_be_used_are_refused_at_the_start() -> None:
     register()
-    with open_composer(get_args_parser().parse_args(["hydra.run.dir=s3://bucket/run"]), "train") as composer:
-        assert [p for p in composer.problems() if p.startswith("hydra.run.dir (s3://bucket/run) must be a folder")]
+    line = CommandLine(get_args_parser().parse_args(["hydra.run.dir=s3://bucket/run"]), "train")
+    assert [p for p in line.problems() if p.startswith("hydra.run.dir (s3://bucket/run) must be a folder")]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = to_object(compose("train", overrides=["data=random", "checkpoint.path=nowhere://x"]))
     assert [p for p in preflight_problems(config) if "Protocol not known: nowhere" in p]

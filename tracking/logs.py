@@ -79,8 +79,10 @@ def drop_stdout(record: object = None) -> None:
 def quiet_pipe() -> Iterator[None]:
     """End without a word where the reader of standard output has gone, as `head` does."""
     try:
-        yield
-        sys.stdout.flush()
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
     except BrokenPipeError:
         drop_stdout()
         sys.exit(141)  # as a shell reports what ends by SIGPIPE
