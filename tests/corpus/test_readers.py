@@ -9,8 +9,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet as pq
 import pytest
 import zstandard
 from hypothesis import given, settings
@@ -186,15 +184,6 @@ def test_odd_characters_are_kept(tmp_path: Path) -> None:
         assert [d.text for d in read(local(tmp_path, name))] == texts
     (tmp_path / "d.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\0")
     assert [d.text for d in read(local(tmp_path, "d.txt"))] == ["one\r\ntwo\0"]
-
-
-def test_parquet_of_any_layout_is_read(tmp_path: Path) -> None:
-    """Dictionary columns, large strings, columns that are missing."""
-    texts = ["a", "b", "c" * 5000, "d", "b"]
-    for kind in (pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())):
-        table = pyarrow.table({"text": pyarrow.array(texts).cast(kind), "other": [1] * 5})
-        pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
-        assert [d.text for d in read(local(tmp_path, "a.parquet", source_key="meta.set"))] == texts
 
 
 def test_sources_are_folders_a_key_or_named(tmp_path: Path) -> None:

@@ -81,6 +81,8 @@ def test_mixture_is_exact_in_any_window_and_leaves_out_sources_without_weight(fo
         assert np.bincount(sources).tolist() == [2_500, 7_500]
     alone = opened(folder, mix={"c++": 1.0})
     assert set(alone.train.epochs(500)) == {0} and alone.sources == mixed.sources
+    both = opened(folder).train
+    assert both.epochs(3 * both.n_packs) == {0: 3.0, 1: 3.0}
     assert mixed.valid.n_packs == alone.valid.n_packs > 0
 
 

@@ -70,8 +70,6 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
 }
 WRONG_OFFSETS = {
     "past the end": (SECOND_START, 99),
-    "before 0": (SECOND_START, -4),
-    "documents past the sequences": (ENDS + 24, 9),
     "documents not in order": (ENDS + 8, 3),
 }
 

@@ -132,21 +132,13 @@ def test_zero_byte_piece_is_encoded_in_bytes_by_both(tokenizer: Tokenizer, tmp_p
         assert fast.encode(text) == ids == own.encode_many([text])[0].tolist() and fast.decode(ids) == text
 
 
-@pytest.mark.parametrize(
-    ("name", "sentence"),
-    [
-        ("missing.model", "does not exist"),
-        ("empty", "neither tokenizer.model nor"),
-        ("bad.model", "not a SentencePiece model"),
-        ("bad.json", "not a tokenizer.json"),
-    ],
-)
-def test_what_is_no_tokenizer_is_reported(tmp_path: Path, name: str, sentence: str) -> None:
+def test_what_is_no_tokenizer_is_reported(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for bad in ("bad.model", "bad.json"):
         (tmp_path / bad).write_text("not a model")
-    with pytest.raises(DataError, match=sentence):
-        load_tokenizer(tmp_path / name)
+    for name in ("missing.model", "empty", "bad.model", "bad.json"):
+        with pytest.raises(DataError, match=name):
+            load_tokenizer(tmp_path / name)
 
 
 @pytest.mark.skipif("INTERNLM_TOKENIZER" not in os.environ, reason="INTERNLM_TOKENIZER names no V7_sft.model")
