@@ -87,8 +87,6 @@ def print_left_out(left_out: dict[str, Any]) -> None:
             print(f"{left_out[key]:,} {kind} were left out{', the first at' * (key == 'count')}")
     for place in left_out["places"]:
         print(f"  {place}")
-    for name, count in left_out.get("fields", {}).items():
-        print(f"{name} of messages is not written by the chat template: left out of {count:,} conversations")
 
 
 def print_table(about: dict[str, Any]) -> None:

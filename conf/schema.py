@@ -375,8 +375,10 @@ def similar_keys(key: str, section: type) -> list[str]:
 
 
 def stored(section: type, values: dict[str, Any]) -> Any:
-    """Return a section of a configuration that was stored with a checkpoint."""
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), values))
+    """Return a section of a configuration that was stored with a checkpoint, without settings that are no more."""
+    known = {field.name for field in dataclasses.fields(section)}
+    its = {key: value for key, value in values.items() if key in known}
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), its))
 
 
 def stored_model(run_config: dict[str, Any]) -> ModelConfig:
