@@ -98,13 +98,12 @@ def _print_errors(messages: list[str]) -> None:
         print(f"error: {printable(message)}", file=sys.stderr)
 
 
-def data_settings(hydra: Any, *keys: str) -> str:
-    """Return the data settings of a command line as another command takes them: `keys`, or all that preparing reads."""
+def data_settings(hydra: Any) -> str:
+    """Return the settings of a command line that decide which tokens there are, as another command takes them."""
     folders = [f"--config-dir={s.path}" for s in hydra.runtime.config_sources if s.provider == "command-line"]
     folders += [o for o in hydra.overrides.hydra if o.startswith("hydra.searchpath=")]
     typed = [o for o in (o.lstrip("+") for o in hydra.overrides.task) if o.startswith("data.")]
-    named = [(o, o.removeprefix("data.").partition("=")[0]) for o in typed]
-    typed = [o for o, key in named if (f"data.{key}" in keys if keys else key.split(".")[0] not in TRAINING_ONLY)]
+    typed = [o for o in typed if re.split("[.=]", o)[1] not in TRAINING_ONLY]
     plain = [re.sub(r"='((?!null$)[^'\\,[\]{}()$]+)'$", r"=\1", o) for o in typed]  # which is text without quotes too
     return shlex.join([*folders, f"data={hydra.runtime.choices['data']}", *plain])
 

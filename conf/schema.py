@@ -23,7 +23,7 @@ from data.config import TRAINING_ONLY, DataConfig, RampConfig, fitting_vocab_siz
 from dry_run.config import DryRunConfig
 from launch.config import LauncherConfig
 from model.config import ModelConfig, Parametrization
-from parallel.config import ParallelConfig
+from parallel.config import Device, ParallelConfig
 from tracking.config import AlertsConfig, EarlyStopConfig, LoggerConfig
 from training.config import (
     CheckpointConfig,
@@ -243,7 +243,7 @@ class GenerateConfig(RunOrHfConfig):
     seed: int = 0
     samples: int = 1  # texts per prompt
     batch_size: int = 16  # prompts decoded together
-    device: str = "auto"  # auto, cpu or cuda
+    device: Device = Device.auto
     cache: bool = True  # keep keys and values; false recomputes the whole text for every token
 
     def problems(self) -> Iterator[str]:
@@ -263,8 +263,6 @@ class GenerateConfig(RunOrHfConfig):
             yield f"repetition_penalty ({self.repetition_penalty}) must be in [0.0001, 10000]"
         if "" in self.stop:
             yield "stop holds an empty string, which would end every text at once; leave it out"
-        if self.device not in ("auto", "cpu", "cuda"):
-            yield f"device ({self.device}) must be auto, cpu or cuda"
 
 
 @dataclass(kw_only=True, slots=True)
