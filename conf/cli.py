@@ -163,9 +163,7 @@ class CommandLine:
             try:
                 overrides.append(self.parser.parse_override(argument))
             except HydraException:
-                wrong.append(
-                    f"{argument} must be key=value; other keys than of ASCII letters, digits, _ and - need YAML"
-                )
+                wrong.append(f"{argument} must be key=value; a key of more than ASCII letters, digits, _, - needs YAML")
         fixed = [override for override in overrides if not override.is_sweep_override()]
         fixed = self._sound(sorted(fixed, key=self._chooses, reverse=True), wrong)
         cfg, hydra = self.configure(fixed)
@@ -179,8 +177,9 @@ class CommandLine:
             wrong.append(f"{varied[0][0].key_or_group} has several values; add -m to run one after another")
         elif many and joined_environment(os.environ):
             wrong.append("a sweep starts its ranks itself; run python train.py -m ... without torchrun or srun")
-        for value in (value for values in varied for value in values):
-            self._sound([value], wrong, beside=fixed)
+        for values in varied:
+            for value in values:
+                self._sound([value], wrong, beside=fixed)
         yield from wrong
         if not (wrong or self.args.help or self.args.cfg or self.args.info):
             first = [values[0] for values in varied]
@@ -211,12 +210,11 @@ class CommandLine:
         return f"{override.key_or_group} is not a setting" + (f"; did you mean {meant}?" if meant else "")
 
     def _chooses(self, override: Override) -> bool:
-        """Return whether an override decides what is composed, rather than a value in it."""
-        key = override.key_or_group
+        """Return whether an override chooses an option of a group, rather than a value."""
+        key, name = override.key_or_group, self.config_name
         if key not in self.options:
-            name, lines = self.config_name, self.search_path
-            self.options[key] = [] if "." in key else self.loader.get_group_options(key, None, name, lines)
-        return key == "hydra.searchpath" or (bool(self.options[key]) and not isinstance(override.value(), dict))
+            self.options[key] = [] if "." in key else self.loader.get_group_options(key, None, name, self.search_path)
+        return bool(self.options[key]) and not isinstance(override.value(), dict)
 
     def _split(self, override: Override) -> list[Override]:
         """Return an override for each of its values; for the ends of an interval."""
@@ -238,9 +236,7 @@ class CommandLine:
 
 
 def _cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
+    return error if error.__cause__ is None else _cause(error.__cause__)
 
 
 def _message(error: BaseException) -> str:

@@ -113,6 +113,8 @@ class TrainConfig:
             parse_ranges(self.skip_batches)
         except ValueError:
             yield f"skip_batches ({','.join(self.skip_batches)}) must look like [17,100-120]"
+        if self.init_from == "":
+            yield "init_from is not set; name a run, a checkpoint, or a Hugging Face folder"
         if self.init_from is None and self.init_content != ["model"]:
             yield f"init_content ({self.init_content}) needs init_from"
         if unknown := [word for word in self.init_content if word not in CONTENT]:
@@ -290,7 +292,7 @@ def _below(section: object, least: int, *keys: str) -> Iterator[str]:
     for key in keys:
         value = getattr(section, key)
         if value is not None and not least <= value < 2**63:
-            yield f"{key} ({value}) must be at least {least}, and below 2**63"
+            yield f"{key} ({value}) must be {f'at least {least}' if value < least else 'below 2**63'}"
 
 
 SCHEMAS = {"train": TrainConfig, "prepare_data": PrepareConfig, "export": ExportConfig, "generate": GenerateConfig}
