@@ -22,7 +22,7 @@ SAMPLE_TOKENS = 120
 @hydra.main(version_base="1.3", config_path="conf", config_name="prepare_data")
 def main(cfg: DictConfig) -> None:
     try:
-        work(checked(cfg), data_settings(HydraConfig.get(), "data.name", "data.path"))
+        work(checked(cfg), data_settings(HydraConfig.get()))
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         raise

@@ -24,6 +24,7 @@ from data.hf_tokenizer import write_hf_tokenizer
 from data.shards import LOSS_MASKED, Shard
 from data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from model.config import ModelConfig
+from parallel.config import Device
 from tests.conftest import trained
 from tests.corpora import lines, made, parquet
 from tests.corpus.test_chat import SYMBOLS, TURNS, changed
@@ -186,8 +187,8 @@ def test_experiment_starts_from_a_model_and_trains_on_answers(
     assert generation["eos_token_id"] == ends
     about = json.loads((tmp_path / "sft" / "hf" / "config.json").read_text())
     assert (about["eos_token_id"], theirs.eos_token, about["pad_token_id"]) == (ends[1], "<eoa>", 2)
-    of_run = GenerateConfig(run=str(tmp_path / "sft"), prompt="x", device="cpu")
-    of_export = GenerateConfig(hf=str(tmp_path / "sft" / "hf"), prompt="x", device="cpu")
+    of_run = GenerateConfig(run=str(tmp_path / "sft"), prompt="x", device=Device.cpu)
+    of_export = GenerateConfig(hf=str(tmp_path / "sft" / "hf"), prompt="x", device=Device.cpu)
     assert generate.load_model(of_run)[0].stop_ids == generate.load_model(of_export)[0].stop_ids == set(ends)
     asked = [{"role": "user", "content": "Add 3 and 1.\nBriefly."}, {"role": "assistant", "content": "It is 4."}]
     ids = [*theirs.apply_chat_template(asked, return_dict=True)["input_ids"], 2]
