@@ -69,7 +69,6 @@ def evaluate(config: EvaluateConfig, saved: "Saved", mesh: "Mesh") -> dict[str, 
     if config.tasks and saved.tokenizer is not None:
         tasks = Tasks(config.tasks, saved.tokenizer, add_bos=saved.add_bos)
         shape = fitting_shape(engine, tasks.texts, config.batch_tokens)
-        tasks.note_cut(shape)
         metrics |= tasks.metrics(engine, shape)
     if config.harness and saved.tokenizer is not None:
         from training.harness import HarnessModel, harness_metrics

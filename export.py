@@ -160,6 +160,7 @@ def import_model(config: ExportConfig) -> None:
     from model.hf.internlm_training import read_training_checkpoint
     from tracking.run_folder import locked
     from training.checkpoint import Checkpoints
+    from training.config import CheckpointConfig
     from training.load import tokenizer_in
     from training.state import TrainState
 
@@ -187,7 +188,8 @@ def import_model(config: ExportConfig) -> None:
     with locked(run_dir):
         if tokenizer is not None:
             save_tokenizer(tokenizer, run_dir / "tokenizer")
-        path = Checkpoints(run_dir, keep=0).save(0, {f"model.{name}": t for name, t in weights.items()}, state)
+        tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
+        path = Checkpoints(run_dir, CheckpointConfig()).save(0, tensors, state)
     n_params = sum(weight.numel() for weight in weights.values())
     print(f"imported {n_params:,} parameters of {folder} into {path}; train from them with init_from={run_dir}")
 

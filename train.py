@@ -69,7 +69,7 @@ def work(config: TrainConfig, run_dir: Path) -> float | None:
             Status(run_dir, run_config, rank=mesh.rank, ranks=mesh.world_size) as status,
             StopRequest(mesh) as stop,
             Heartbeat(run_dir, mesh.rank, lambda: stop.agreements, late_s=late_s, pending=pending_collective),
-            explain_oom(config),
+            explain_oom(),
         ):
             valid_loss = train(config, run_config, mesh, run_dir, stop)
             status.end(valid_loss, stopped=bool(stop), given_up=stop.given_up, **stop.summary())
@@ -117,7 +117,7 @@ def train(
     tied_params = model.module.tied_params
     optimizer = build_optimizer(model.module, config.optimizer, params=model.params, tied_params=tied_params)
     scaler, state = LossScaler(config.precision), TrainState(device=mesh.device)
-    checkpoints = RunCheckpoints.of(
+    checkpoints = RunCheckpoints(
         config.checkpoint, mesh, run_dir, corpus, state=state, optimizer=optimizer, scaler=scaler, run_config=run_config
     )
     checkpoints.resume_or_start(config)

@@ -38,7 +38,7 @@ def work(config: TrainConfig, folder: Path, saves: int) -> None:
         engine, state = build(config, mesh), TrainState(device=mesh.device)
         corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
         batches = next(build_train_batches(config, mesh, corpus, state))
-        run = RunCheckpoints.of(
+        run = RunCheckpoints(
             config.checkpoint,
             mesh,
             folder,
@@ -66,7 +66,7 @@ def work(config: TrainConfig, folder: Path, saves: int) -> None:
         alone_s = statistics.median(step() for _ in range(STEPS_ALONE))
         if mesh.rank == 0:
             print(f"{where(mesh.device)}; {mesh.world_size} ranks, {config.model.name}, {alone_s:.3f} s per step")
-            print(f"the host's memory was allocated in {allocated_s:.1f} s, in training while steps are made")
+            print(f"the host's memory was allocated in {allocated_s:.1f} s, in training before the first step")
             print("save   stall s   save s    GB/s   steps meanwhile   longer by s   share at every=100")
         for number in range(1, saves + 1):
             run.save()

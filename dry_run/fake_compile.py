@@ -9,15 +9,15 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import stateless
 
-from dry_run.trace import ObserveOps, Trace
+from dry_run.trace import Trace
 
 
-def fake_compile(trace: Trace, ops: ObserveOps) -> Callable[..., Callable[..., Any]]:
+def fake_compile(trace: Trace) -> Callable[..., Callable[..., Any]]:
     """Return a stand-in for `torch.compile` of modules' methods.
 
     Forward and backward are split by Inductor's partitioner, over Inductor's operations, so the same tensors are
     saved between them. Each graph counts as one kernel beside its products. All modules share the graphs of the
-    first, whose compilation `ops` does not observe.
+    first, whose compilation is not traced.
     """
     from torch._functorch._aot_autograd.utils import make_boxed_func
     from torch._functorch.aot_autograd import aot_function
@@ -52,7 +52,7 @@ def fake_compile(trace: Trace, ops: ObserveOps) -> Callable[..., Callable[..., A
                 compiled[body] = aot_function(functional, as_one_kernel, **options)  # type: ignore[arg-type]
                 # Activation checkpointing counts saved tensors, and this call's must not be among them.
                 hooks = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-                with mock.patch.object(ops, "observers", []), hooks:
+                with mock.patch.object(trace, "paused", True), hooks:
                     compiled[body](params, *args)
             return compiled[body](params, *args)
 

@@ -12,11 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from dry_run.trace import in_backward
 from parallel.zero import Zero
 
 BLOCK = 512  # bytes; the CUDA allocator rounds each request up to a multiple
-COLLECTIVES = ("c10d", "_c10d_functional")  # namespaces of operations
 BACKWARD = "activation gradients"
 KINDS = ("parameters", "gradients", "optimizer", "activations", "logits", "communication")
 
@@ -68,7 +66,8 @@ class Memory:
         with patch(torch.UntypedStorage, "resize_", resize_), patch(Zero, "_take", take):
             yield
 
-    def record(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+    def record(self, result: Any, *, is_collective: bool) -> None:
+        """Follow what an operation returns."""
         self.now += 1
         backward = in_backward()
         if self._backward and not backward:
@@ -79,7 +78,7 @@ class Memory:
         kind = BACKWARD if backward and self.kind not in ("logits", "gradients") else self.kind
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._follow(leaf, "communication" if func.namespace in COLLECTIVES else kind)
+                self._follow(leaf, "communication" if is_collective else kind)
 
     def relabel(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Change the kind of tensors' storages."""
@@ -121,3 +120,8 @@ class Memory:
             self.live_bytes -= allocation.n_bytes
         if self._by_storage.get(key) is allocation:
             del self._by_storage[key]
+
+
+def in_backward() -> bool:
+    """Return whether autograd is running a backward pass."""
+    return torch._C._current_graph_task_id() != -1

@@ -14,7 +14,7 @@ from dry_run.fake_compile import fake_compile
 from dry_run.fake_gpu import fake_gpu, fake_mesh
 from dry_run.memory import Memory
 from dry_run.step_time import StepTime, estimate_time
-from dry_run.trace import ObserveOps, Phase, Trace, n_bytes
+from dry_run.trace import Phase, Trace, n_bytes
 from model.config import Attention
 from parallel.axes import resolve_axes
 from parallel.config import AXES
@@ -51,8 +51,6 @@ def profile_step(config: TrainConfig, n_micro_batches: int) -> list[StepProfile]
     round_size = pp * parallel.virtual_stages
     longest = 4 * round_size
     bubble = (pp - 1) / (n_micro_batches * parallel.virtual_stages)  # as a share of the busy time
-    if "z" in parallel.pipeline_schedule.value:  # weight gradients fill two thirds of it (arXiv:2401.10241)
-        bubble /= 3
     profiles = []
     for rank in range(0, world_size, world_size // pp):
         profile = profile_rank(config, rank, min(n_micro_batches, longest))
@@ -67,16 +65,16 @@ def profile_step(config: TrainConfig, n_micro_batches: int) -> list[StepProfile]
 def profile_rank(config: TrainConfig, rank: int, n_micro_batches: int) -> StepProfile:
     """Run a step of one fake rank."""
     axes = resolve_axes(config.parallel, config.dry_run.world_size)
-    memory, trace = Memory(), Trace({axis: getattr(axes, axis) for axis in AXES})
+    memory = Memory()
+    trace = Trace({axis: getattr(axes, axis) for axis in AXES}, memory)
     with ExitStack() as stack:
         mesh = stack.enter_context(fake_mesh(config.parallel, rank, axes.world_size))
         stack.enter_context(fake_gpu(trace.record_kernel))
         stack.enter_context(memory.following_zero())
-        ops = stack.enter_context(ObserveOps(memory.record))
-        stack.enter_context(mock.patch.object(torch, "compile", fake_compile(trace, ops)))
+        stack.enter_context(trace)
+        stack.enter_context(mock.patch.object(torch, "compile", fake_compile(trace)))
         stack.enter_context(mock.patch("parallel.zero.can_share", lambda *_: False))
-        for name, stand_in in zero_stand_ins(trace).items():
-            stack.enter_context(mock.patch.object(Zero, name, stand_in))
+        stack.enter_context(mock.patch.multiple(Zero, **zero_stand_ins(trace)))
         with memory.label("optimizer"):
             engine = _build_engine(config, mesh)
         shards = [param.shard for param in engine.params.values()]
@@ -84,7 +82,7 @@ def profile_rank(config: TrainConfig, rank: int, n_micro_batches: int) -> StepPr
         n_params = sum(shard.numel() for shard in shards)
         memory.reset_peak()  # weights were drawn on the host
         _label_engine(engine, memory, trace)
-        ops.observers.append(trace.record)
+        trace.recording = True
         engine.train_step([_batch(config) for _ in range(n_micro_batches)])
     workspace = config.dry_run.workspace_mib * 2**20
     bytes_at_peak = {**memory.bytes_at_peak(), "workspace": workspace}

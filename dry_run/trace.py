@@ -1,6 +1,6 @@
 """Trace of what one rank issues in a step: collectives, FLOPs of products, bytes that other operations move."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from dry_run.memory import Memory, in_backward
 
 NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "c10d_functional")  # of collectives
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast", "send", "recv")
@@ -39,46 +41,45 @@ class Phase:
     collectives: list[Collective] = field(default_factory=list)
 
 
-class ObserveOps(TorchDispatchMode):
-    """Calls `observers` as `observer(func, args, kwargs, result)` after each operation on plain tensors."""
+class Trace(TorchDispatchMode):
+    """Follows operations on plain tensors in memory, and records in order what is issued once `recording` is set.
 
-    def __init__(self, *observers: Callable[[Any, Any, Any, Any], None]) -> None:
+    `axes` are the mesh's, with their sizes, outermost first.
+    """
+
+    def __init__(self, axes: dict[str, int], memory: Memory) -> None:
         super().__init__()
-        self.observers = list(observers)
+        self.axes, self.memory = axes, memory
+        self.phases = [Phase(backward=False)]
+        self.recording = self.paused = False
+        self.products_only = False  # record nothing but products and collectives
+        self.overlaps = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(map(is_traceable_wrapper_subclass_type, types)):  # such as DTensor
             return NotImplemented  # operations on its local tensors arrive on their own
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func.namespace != "prim":  # queries such as a tensor's device
-            for observer in self.observers:
-                observer(func, args, kwargs, result)
+        if func.namespace != "prim" and not self.paused:  # queries such as a tensor's device
+            self.memory.record(result, is_collective=func.namespace in NAMESPACES)
+            if self.recording:
+                self._record(func, args, kwargs, result)
         return result
 
-
-class Trace:
-    """Records what is issued, in order, on a mesh of these axes and sizes, outermost first."""
-
-    def __init__(self, axes: dict[str, int]) -> None:
-        self.axes = axes
-        self.phases = [Phase(backward=False)]
-        self.products_only = False  # record nothing but products and collectives
-        self.overlaps = False
-
-    def record(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+    def _record(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         if in_backward() != self.phases[-1].backward:
             self.phases.append(Phase(in_backward()))
         phase, packet = self.phases[-1], func._overloadpacket
         if func.namespace in NAMESPACES:
-            self._record_collective(packet.__name__, args, kwargs, result)
+            name, parts = packet.__name__.replace("_", ""), [*args, *kwargs.values()]
+            kind = next((kind for kind in KINDS if kind.replace("_", "") in name), None)
+            if kind is not None:  # no wait or barrier
+                self.add_collective(kind, _group_of(parts), max(map(n_bytes, [*parts, result])))
         elif packet.__name__.startswith(ATTENTION):
             phase.flops += _attention_flops(args, backward=packet.__name__.endswith("backward"))
-        elif packet in (torch.ops.aten.mm, torch.ops.aten.addmm):
-            left, right = [arg for arg in args if isinstance(arg, Tensor)][-2:]  # a dtype may follow them
-            phase.flops += 2 * left.numel() * right.shape[1]
         elif packet in flop_registry:
-            phase.flops += flop_registry[packet](*args, **kwargs, out_val=result)
+            tensors = [arg for arg in args if isinstance(arg, Tensor)]  # an output's dtype may follow them
+            phase.flops += flop_registry[packet](*tensors, out_val=result)
         elif not self.products_only and not func.is_view and not packet.__name__.startswith(FREE):
             self.record_kernel([args, [kwargs[key] for key in kwargs if key != "out"], result])
 
@@ -100,13 +101,6 @@ class Trace:
             count, total = table.get((item.axis, item.kind), (0, 0))
             table[item.axis, item.kind] = count + 1, total + item.n_bytes
         return dict(sorted(table.items()))
-
-    def _record_collective(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
-        kind = next((kind for kind in KINDS if kind.replace("_", "") in name.replace("_", "")), None)
-        if kind is None:  # waits and barriers
-            return
-        parts = [*args, *kwargs.values()]
-        self.add_collective(kind, _group_of(parts), max(map(n_bytes, [*parts, result])))
 
     def add_collective(self, kind: str, group: dist.ProcessGroup, n_bytes: int) -> None:
         """Add a collective of `n_bytes` over a group."""
@@ -134,11 +128,6 @@ def axis_of(ranks: Sequence[int], axes: dict[str, int]) -> str:
         if len({rank // stride % size for rank in ranks}) > 1:
             varying.append(name)
     return "+".join(varying)
-
-
-def in_backward() -> bool:
-    """Return whether autograd is running a backward pass."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def _attention_flops(args: Any, *, backward: bool) -> int:

@@ -99,9 +99,7 @@ def stage_layers(config: ParallelConfig, axes: Axes, n_layers: int) -> list[rang
 
 
 def stages_of(pp_rank: int, pp_size: int, config: ParallelConfig) -> list[int]:
-    """Return the numbers of a rank's stages: every `pp_size`-th one, or there and back for zbv."""
-    if config.pipeline_schedule.value == "zbv":
-        return [pp_rank, 2 * pp_size - 1 - pp_rank]
+    """Return the numbers of a rank's stages: every `pp_size`-th one."""
     return [pp_rank + turn * pp_size for turn in range(config.virtual_stages)]
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from importlib.metadata import version
 
 from launch.config import UserError
 
@@ -17,7 +16,7 @@ class Device(Enum):
 
 
 class Compile(Enum):
-    auto = "auto"  # blocks on a CUDA device, unless the pipeline schedule splits the backward pass; else none
+    auto = "auto"  # blocks on a CUDA device, else none
     blocks = "blocks"  # the parts of each block around attention, by torch.compile
     none = "none"
 
@@ -39,14 +38,8 @@ Schedule = Enum(
     {
         "1f1b": "1f1b",  # one stage per rank (Narayanan et al. 2019, PipeDream-flush)
         "interleaved_1f1b": "interleaved_1f1b",  # virtual_stages per rank (arXiv:2104.04473)
-        "zero_bubble": "zero_bubble",  # interleaved, weight gradients fill the bubbles (arXiv:2401.10241)
-        "zbv": "zbv",  # two stages per rank, in a V (arXiv:2405.15362)
     },
 )
-
-# These compute the gradients of weights later than those of inputs, which a compiled backward pass cannot.
-SPLIT_BACKWARD = (Schedule["zero_bubble"], Schedule["zbv"])
-SPLIT_BACKWARD_TORCH = (2, 13)  # before it, torch sums the gradients of a node's several outputs wrongly
 
 
 class ParallelError(UserError):
@@ -103,17 +96,6 @@ class ParallelConfig:
             yield "parallel.async_tp (true) needs tp of 2 or more, sequence_parallel, compile and a CUDA device"
         if self.cuda_graphs and (on_cpu or self.pp != 1):
             yield "parallel.cuda_graphs (true) needs device cuda and pp 1; set it to false"
-        if self.pp != 1:
-            yield from self._pipeline_problems()
-
-    def _pipeline_problems(self) -> Iterator[str]:
-        stages = self.virtual_stages
-        named = f"parallel.pipeline_schedule ({self.pipeline_schedule.value})"
-        if self.pipeline_schedule in SPLIT_BACKWARD:
-            if tuple(map(int, version("torch").split(".")[:2])) < SPLIT_BACKWARD_TORCH:
-                yield f"{named} needs torch 2.13 or later, not {version('torch')}; use interleaved_1f1b"
-            if self.compile is Compile.blocks:
-                yield f"{named} does not work with parallel.compile (blocks); use compile=auto, or interleaved_1f1b"
-        fits = {"1f1b": stages == 1, "interleaved_1f1b": stages >= 2, "zero_bubble": stages >= 1, "zbv": stages == 2}
-        if not fits[self.pipeline_schedule.value]:
-            yield f"{named} needs virtual_stages 1 (1f1b), 1+ (zero_bubble), 2 (zbv) or 2+ (interleaved), not {stages}"
+        schedule, stages = self.pipeline_schedule.value, self.virtual_stages
+        if self.pp != 1 and (stages == 1) != (schedule == "1f1b"):
+            yield f"parallel.virtual_stages ({stages}) must be 1 for 1f1b and 2 or more for interleaved_1f1b"

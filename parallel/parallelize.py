@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.transformer import Transformer
 from parallel.axes import stage_layers, stages_of
-from parallel.config import SPLIT_BACKWARD, Compile, ParallelConfig, ParallelError, no_fp8
+from parallel.config import Compile, ParallelConfig, ParallelError, no_fp8
 from parallel.fp8 import MULTIPLE, Fp8Linear, Fp8RowwiseLinear
 from parallel.mesh import Mesh
 from parallel.shards import ParamShard
@@ -109,8 +109,7 @@ def placements(axes: list[str], tp_dim: int | None, tp: int) -> tuple[Placement,
 def compiles(config: ParallelConfig, mesh: Mesh) -> bool:
     """Return whether blocks are compiled."""
     if config.compile is Compile.auto:
-        split = mesh.axes.pp > 1 and config.pipeline_schedule in SPLIT_BACKWARD
-        return mesh.device.type == "cuda" and not split
+        return mesh.device.type == "cuda"
     return config.compile is Compile.blocks
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import get_schedule_class
+from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleInterleaved1F1B
 
 from model.transformer import Transformer
 from parallel.axes import stages_of
@@ -20,40 +20,23 @@ from parallel.parallelize import ParallelModel
 from parallel.shards import ParamShard
 from parallel.zero import Zero
 
-SCHEDULES = {"interleaved_1f1b": "Interleaved1F1B", "zero_bubble": "InterleavedZeroBubble", "zbv": "ZBVZeroBubble"}
 Inputs = tuple[Tensor, Mapping[str, Any]]  # a micro-batch: tokens_BT, and keyword arguments of every stage
-
-
-class OwnOutput(nn.Module):
-    """Returns no views: torch's split backward pass detaches outputs in place."""
-
-    def __init__(self, model: Transformer) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args: Tensor, **kwargs: Any) -> Tensor:
-        out = self.model(*args, **kwargs)
-        return out.clone() if out._is_view() else out
 
 
 class Stage(PipelineStage):
     """A stage whose gradients are reduced as the ZeRO stage has it."""
 
     def __init__(self, model: Transformer, *args: Any, zero: Zero | None, turn: int, **kwargs: Any) -> None:
-        super().__init__(OwnOutput(model), *args, **kwargs)
+        super().__init__(model, *args, **kwargs)
         self.zero, self.turn, self.begun = zero, turn, False
 
     def backward_maybe_with_nosync(self, backward_type: Any, bwd_kwargs: dict, last_backward: bool = False) -> Any:
-        # Gradients of weights may be computed later than those of inputs.
-        zero = self.zero if backward_type != "input" else None
-        if zero is not None:
-            if backward_type == "weight":
-                zero.need_stage(self.turn)
-            zero.begin_backward(self.turn, first=not self.begun, last=last_backward)
+        if self.zero is not None:
+            self.zero.begin_backward(self.turn, first=not self.begun, last=last_backward)
             self.begun = not last_backward
         found = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
-        if zero is not None:
-            zero.end_backward()
+        if self.zero is not None:
+            self.zero.end_backward()
         return found
 
 
@@ -121,8 +104,9 @@ class Pipeline:
                 shapes = (hidden if number else first, hidden if number + 1 < self.n_stages else last)
                 place = (number, self.n_stages, self.mesh.device)
                 stages.append(Stage(model, *place, *shapes, group=self.group, zero=self.zero, turn=turn))
-            name = self.config.pipeline_schedule.value
-            make: Any = get_schedule_class(SCHEDULES.get(name, name))
-            settings = {"n_microbatches": n_batches, "loss_fn": lambda loss, _: loss, "scale_grads": False}
-            self._schedules[key] = make(stages[0] if name == "1f1b" else stages, **settings)
+            settings: Any = {"n_microbatches": n_batches, "loss_fn": lambda loss, _: loss, "scale_grads": False}
+            interleaved = self.config.pipeline_schedule.value == "interleaved_1f1b"
+            self._schedules[key] = (
+                ScheduleInterleaved1F1B(stages, **settings) if interleaved else Schedule1F1B(stages[0], **settings)
+            )
         return self._schedules[key]

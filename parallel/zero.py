@@ -224,11 +224,6 @@ class Zero:
         if next_ is not None and not next_.is_gathered:
             self._gather(next_)
 
-    def need_stage(self, stage: int) -> None:
-        """Gather what a pass for gradients of weights reads, as recomputed blocks do, if an earlier one freed it."""
-        for unit in self.units[stage]:
-            self._need(unit, unit.after)
-
     def _leave(self, unit: Unit, output: Any) -> None:
         """Free a unit's parameters after its forward pass, and have them gathered for its backward pass."""
         x = output[0] if isinstance(output, tuple) else output

@@ -1,10 +1,11 @@
 """Fixtures and helpers of all tests."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,18 @@ def trained(
         torch.set_num_threads(2)
         stop = StopRequest(mesh) if stop is None else stop
         return train.train(config, to_plain(config), mesh, folder, stop, periodic=periodic)
+
+
+def run_ranks(main: Callable[..., None], size: int, *args: Any) -> list[int | None]:
+    """Run `main(rank, *args)` in processes that import torch once; return their exit codes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([main.__module__])
+    ranks: Sequence[Any] = [context.Process(target=main, args=(rank, *args)) for rank in range(size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    return [process.exitcode for process in ranks]
 
 
 def metrics(folder: Path) -> list[dict]:

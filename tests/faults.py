@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,16 +57,12 @@ def _signals(*signums: int) -> Callable[[], None]:
     return send
 
 
-kill, stop = _signals(signal.SIGKILL), _signals(signal.SIGSTOP)
+kill = _signals(signal.SIGKILL)
 terminate = _signals(signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM)
 
 
 def fail() -> None:
     raise ValueError("boom")
-
-
-def hang() -> None:
-    time.sleep(300)
 
 
 def disagree() -> None:

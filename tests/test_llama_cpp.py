@@ -16,7 +16,7 @@ from data.mixed_text import mixed_lines
 from data.tokenizer import CHAT_TEMPLATE, SentencePieceTokenizer, sentencepiece_proto
 from parallel.config import Device
 from training.checkpoint import Checkpoints, open_checkpoint
-from training.config import Dtype
+from training.config import CheckpointConfig, Dtype
 
 gguf = pytest.importorskip("gguf", reason="requirements-dev.txt is not installed")
 client = pytest.importorskip("xllamacpp", reason="requirements-dev.txt is not installed")
@@ -100,7 +100,8 @@ def run_with(run_dir: Path, folder: Path, kind: str) -> Path:
         (folder / "tokenizer" / CHAT_TEMPLATE).write_text(TEMPLATES["internlm"])
     tokens.write_bytes(proto.SerializeToString())
     state = {**checkpoint.state, "data": {**checkpoint.state["data"], "add_bos": kind == "prefix and bos"}}
-    Checkpoints(folder, keep=0).save(1, {f"model.{n}": t for n, t in checkpoint.read("model.").items()}, state)
+    tensors = {f"model.{name}": tensor for name, tensor in checkpoint.read("model.").items()}
+    Checkpoints(folder, CheckpointConfig()).save(1, tensors, state)
     return folder
 
 

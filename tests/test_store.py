@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,13 +12,14 @@ import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 
-from conf.cli import CONF
+from conf.cli import CONF, CommandLine
 from conf.schema import register, to_object
-from tests.conftest import ROOT, trained
+from tests.conftest import trained
 from tracking.store import Store, local_run
 from training.checkpoint import Checkpoints, open_checkpoint
-from training.config import SaveError
+from training.config import CheckpointConfig, SaveError
 from training.preflight import preflight_problems
 
 
@@ -72,7 +71,7 @@ def test_a_run_goes_on_from_a_store_that_fails_every_third_request(
 @pytest.fixture
 def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoints:
     monkeypatch.setattr("tracking.retry.WAITS_S", (0.01, 0.01))
-    return Checkpoints(tmp_path / "r", keep=2, address=f"file://{tmp_path}/far/r")
+    return Checkpoints(tmp_path / "r", CheckpointConfig(keep=2, path=f"file://{tmp_path}/far"))
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, file: str, times: int) -> None:
@@ -85,16 +84,6 @@ def spoil(monkeypatch: pytest.MonkeyPatch, file: str, times: int) -> None:
             os.truncate(there, 10)
 
     monkeypatch.setattr(LocalFileSystem, "put_file", put_file)
-
-
-def test_a_copy_is_compared_with_what_was_copied(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoil(monkeypatch, "__0_0.distcp", times=2)
-    checkpoints.save(1, {"model.a": torch.ones(9)}, {})
-    shutil.rmtree(checkpoints.folder)
-    newest = Checkpoints(
-        checkpoints.folder.parent, keep=2, address=checkpoints.store and checkpoints.store.address
-    ).newest()
-    assert newest is not None and torch.equal(newest.read("model.")["a"], torch.ones(9))
 
 
 @pytest.mark.parametrize("file", ["__0_0.distcp", "state.json"])
@@ -113,21 +102,22 @@ def test_a_copy_that_fails_is_none_and_is_made_again(
     assert open_checkpoint(checkpoints.folder.parent).read("model.")["a"].sum() == 9, "only the copy is made again"
 
 
-def test_a_damaged_copy_is_not_taken(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_a_copy_is_compared_with_what_was_copied_and_a_damaged_one_not_taken(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, "__0_0.distcp", times=2)
     for step in (1, 2):
         checkpoints.save(step, {"model.a": torch.full((9,), step)}, {})
     os.truncate(tmp_path / "far" / "r" / "step-00000002" / "__0_0.distcp", 100)
     shutil.rmtree(checkpoints.folder)
     newest = checkpoints.newest()
-    assert newest is not None and newest.step == 1
+    assert newest is not None and newest.read("model.")["a"].tolist() == [1] * 9
 
 
 def test_addresses_that_cannot_be_used_are_refused_at_the_start() -> None:
-    argv = [sys.executable, "train.py", "hydra.run.dir=s3://bucket/run"]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "hydra.run.dir (s3://bucket/run) must be a folder" in done.stderr
     register()
+    line = CommandLine(get_args_parser().parse_args(["hydra.run.dir=s3://bucket/run"]), "train")
+    assert [p for p in line.problems() if p.startswith("hydra.run.dir (s3://bucket/run) must be a folder")]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = to_object(compose("train", overrides=["data=random", "checkpoint.path=nowhere://x"]))
     assert [p for p in preflight_problems(config) if "Protocol not known: nowhere" in p]
-    assert not (ROOT / "s3:").exists()

@@ -18,16 +18,15 @@ def is_hopeless(config: EarlyStopConfig, run_dir: Path, step: int) -> bool:
     if not own:
         return False
     tokens, loss = own[-1]
-    others = {path.parent for path in run_dir.parent.glob("*/status.json")} - {run_dir}
-    curves = {other: _curve(other, config.metric) for other in others}
-    at_these_tokens = [
-        (next((loss for at, loss in its if at >= tokens), math.inf), o.name) for o, its in curves.items()
-    ]
-    best, name = min(at_these_tokens, default=(math.inf, ""))
-    if loss <= best + config.margin:
+    others = {path.parent for path in run_dir.parent.glob(f"*/{METRICS}")} - {run_dir}
+    curves = {other.name: _curve(other, config.metric) for other in others}
+    # A run that has not come that far yet is none to compare with.
+    reached = {name: next((loss for at, loss in curve if at >= tokens), math.inf) for name, curve in curves.items()}
+    best = min(reached, key=lambda name: reached[name], default="")
+    if not best or loss <= reached[best] + config.margin:
         return False
     message = "given up at step %d: %s is %.4f, that of %s at the same tokens %.4f (early_stop.margin is %g)"
-    logger.info(message, step, config.metric, loss, name, best, config.margin)
+    logger.info(message, step, config.metric, loss, best, reached[best], config.margin)
     return True
 
 

@@ -15,13 +15,14 @@ from typing import Any
 
 from tracking.run_folder import write_atomically
 
-FOLDER = ".ranks"  # in a run folder: a file per rank, and one more for each that holds up the others
+FOLDER = ".ranks"  # in a run folder: a file per rank
 CHECKS = 10  # in the time after which a rank is late
 MISSED = 3  # checks after which a process that wrote nothing is taken for stopped
 FRAMES = 12  # innermost ones of a stack that are shown
 ROOT = f"{Path(__file__).parent.parent}/"
 
 logger = logging.getLogger(__name__)
+# pid, host, and the time when the next one is due; of a late rank also where it is, its stack, and what it waits for
 Sign = dict[str, Any]
 
 
@@ -38,13 +39,11 @@ class Heartbeat:
         self.run_dir, self.rank, self.progress, self.pending, self.late_s = run_dir, rank, progress, pending, late_s
         first = rank - int(os.environ.get("LOCAL_RANK", "0"))
         self.here = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        self.reported: list[int] | None = None
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def __enter__(self) -> "Heartbeat":
         (self.run_dir / FOLDER).mkdir(exist_ok=True)
-        late_file(self.run_dir, self.rank).unlink(missing_ok=True)
         self._write()
         self.thread.start()
         return self
@@ -55,22 +54,19 @@ class Heartbeat:
         sign_file(self.run_dir, self.rank).unlink(missing_ok=True)  # a process that is killed leaves it
 
     def _run(self) -> None:
-        seen, since = self.progress(), time.monotonic()
+        seen, since, reported = self.progress(), time.monotonic(), False
         while not self.ended.wait(self.late_s / CHECKS):
             if (now := self.progress()) != seen:
-                seen, since = now, time.monotonic()
+                seen, since, reported = now, time.monotonic(), False
             waited_s = time.monotonic() - since
             with suppress(OSError):  # a full disk, for instance
                 self._write(**(self._where() if waited_s > self.late_s else {}))
-                if waited_s > self.late_s and self.reported is None:
-                    self._report(waited_s)
-                elif waited_s < self.late_s:
-                    for rank in self.reported or ():
-                        late_file(self.run_dir, rank).unlink(missing_ok=True)
-                    self.reported = None
+                if waited_s > self.late_s and not reported:
+                    reported = self._report(waited_s)
 
     def _write(self, **where: str) -> None:
-        sign = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time(), **where}
+        due = time.time() + MISSED * self.late_s / CHECKS
+        sign = {"pid": os.getpid(), "host": socket.gethostname(), "due": due, **where}
         write_atomically(sign_file(self.run_dir, self.rank), json.dumps(sign))
 
     def _where(self) -> Sign:
@@ -83,35 +79,30 @@ class Heartbeat:
         waits = self.pending() or (f"{calls[-1]} at {at}" if calls else "")
         return {"at": at, "waits": waits, "stack": "".join(traceback.format_list(stack[-FRAMES:]))}
 
-    def _report(self, waited_s: float) -> None:
+    def _report(self, waited_s: float) -> bool:
         """Have the first rank of this machine name those that hold up the others, once all are late that can be."""
         signs = {rank: sign for rank in self.here if (sign := read_sign(self.run_dir, rank))}
-        alive = {r: s for r, s in signs.items() if time.time() - s["time"] < MISSED * self.late_s / CHECKS}
-        if self.rank != min(alive) or not all("at" in sign for sign in alive.values()):
-            self.reported = None if self.rank == min(alive) else []
-            return
-        found = {rank: _state(sign) for rank, sign in signs.items() if rank not in alive}
-        found |= {r: f"it hangs at {s['at']}\n{s['stack']}" for r, s in alive.items() if not s["waits"]}
+        alive = {rank: sign for rank, sign in signs.items() if time.time() < sign["due"]}
+        if self.rank != min(alive):
+            return True
+        if not all("at" in sign for sign in alive.values()):
+            return False
+        found = {rank: text for rank, sign in signs.items() if (text := last_words(sign))}
         waits = sorted({sign["waits"] for sign in alive.values() if sign["waits"]})
         if not found and len(waits) > 1:  # ranks that disagree on what comes next
             found, waits = {r: f"it waits in {s['waits']}\n{s['stack']}" for r, s in alive.items()}, []
         others = f"; others wait in {', '.join(waits)}" if waits else ""
         for rank, text in found.items():
-            late_file(self.run_dir, rank).write_text(text, encoding="utf-8")
             line = f"rank {rank} holds up the run for {waited_s:.0f} s{others}: {text.rstrip()}"
             logger.warning("%s", line, extra={"alert": "stall"})
         if not found and not self.rank:  # it may be a rank of another machine; if there is none, a device hangs
             text = "the ranks of this machine have waited for %.0f s in %s"
             logger.warning(text, waited_s, ", ".join(waits), extra={"alert": "stall"})
-        self.reported = list(found)
+        return True
 
 
 def sign_file(run_dir: Path, rank: int) -> Path:
     return run_dir / FOLDER / f"{rank}.json"
-
-
-def late_file(run_dir: Path, rank: int) -> Path:
-    return run_dir / FOLDER / f"{rank}.late"
 
 
 def read_sign(run_dir: Path, rank: int) -> Sign:
@@ -122,22 +113,21 @@ def read_sign(run_dir: Path, rank: int) -> Sign:
         return {}
 
 
-def last_words(run_dir: Path, rank: int, sign: Sign) -> str:
-    """Return why nothing more came from a rank, its stack after the first line; "" if that is not known."""
-    if sign["host"] == socket.gethostname() and _kernel_says(sign["pid"], "status") in ("", "Z (zombie)", "X (dead)"):
-        return f"its process {sign['pid']} on {sign['host']} was killed, or ran out of memory"
-    late = late_file(run_dir, rank)
-    return late.read_text(encoding="utf-8") if late.exists() else ""
-
-
-def _state(sign: Sign) -> str:
-    """Return what the kernel knows of a process of this machine, and where in the kernel it waits."""
-    pid, name = sign["pid"], f"its process {sign['pid']} on {sign['host']}"
-    return f"{name} is {_kernel_says(pid, 'status') or 'dead'}, in {_kernel_says(pid, 'wchan')} of the kernel"
+def last_words(sign: Sign) -> str:
+    """Return why a rank holds up the others, its stack after the first line; "" if it does not, or waits for them."""
+    process, is_overdue = f"its process {sign['pid']} on {sign['host']}", time.time() >= sign["due"]
+    if sign["host"] == socket.gethostname():
+        state = _kernel_says(sign["pid"], "status").partition("State:\t")[2].partition("\n")[0]
+        if state in ("", "Z (zombie)", "X (dead)"):
+            return f"{process} was killed, or ran out of memory"
+        if is_overdue:
+            return f"{process} is {state}, in {_kernel_says(sign['pid'], 'wchan')} of the kernel"
+    elif is_overdue:
+        return f"nothing more came from {process}"
+    return f"it hangs at {sign['at']}\n{sign['stack']}" if "at" in sign and not sign["waits"] else ""
 
 
 def _kernel_says(pid: int, what: str) -> str:
     with suppress(OSError):
-        text = Path(f"/proc/{pid}/{what}").read_text(encoding="utf-8")
-        return text.partition("State:\t")[2].partition("\n")[0] if what == "status" else text
+        return Path(f"/proc/{pid}/{what}").read_text(encoding="utf-8")
     return ""

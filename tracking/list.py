@@ -14,18 +14,17 @@ from tracking.status import read_status
 def list_runs(folder: Path) -> str:
     """Return a table of the runs in or below a folder."""
     runs = sorted(read_runs(folder), key=lambda run: -read_status(run.folder)["time"])
-    rows = [["run", "state", "step", "loss", "tokens", "hours", "started with"], *map(_row, runs)]
+    rows = [["run", "state", "loss", "tokens", "step", "hours", "started with"], *map(_row, runs)]
     return "\n".join(aligned(rows))
 
 
 def _row(run: Run) -> list[str]:
-    loss = "-" if run.loss is None else f"{run.loss:.4f}"
     overrides = run.folder / ".hydra" / "overrides.yaml"
     typed = " ".join(OmegaConf.to_container(OmegaConf.load(overrides))) if overrides.exists() else ""  # type: ignore[arg-type]
     records = [{"step": 0}, *(r for r in read_records(run.folder / METRICS) if "perf/step_s" in r)]
     seconds = sum(record["perf/step_s"] * (record["step"] - before["step"]) for before, record in pairwise(records))
-    cells = [run.name, run.state, f"{run.step}/{run.config['steps']}", loss, f"{run.tokens:,}", f"{seconds / 3600:.2f}"]
-    return [*cells, typed]
+    loss = "-" if run.loss is None else f"{run.loss:.4f}"
+    return [run.name, run.state, loss, *run.progress(), f"{seconds / 3600:.2f}", typed]
 
 
 if __name__ == "__main__":

@@ -83,16 +83,12 @@ class Wandb(Logger):
             stored = netrc.netrc().authenticators("api.wandb.ai")
         if not (os.environ.get("WANDB_API_KEY") or stored):
             os.environ.setdefault("WANDB_MODE", "offline")
-        logger.info("wandb: %s", os.environ.get("WANDB_MODE", "online"))
         settings = run_config["logger"]
         self.run = wandb.init(
-            project=settings["wandb_project"],
-            entity=settings["wandb_entity"],
-            tags=settings["wandb_tags"],
-            notes=settings["wandb_notes"],
+            **{key: settings[f"wandb_{key}"] for key in ("project", "entity", "tags", "notes")},
             name=run_dir.name,
             group=run_config["name"],
-            id=id_file.read_text(encoding="utf-8").strip(),
+            id=id_file.read_text(encoding="utf-8"),
             resume="allow",
             dir=str(run_dir),
             config=run_config,
@@ -101,12 +97,11 @@ class Wandb(Logger):
     def log(self, record: Record) -> None:
         import wandb
 
-        tables = {
-            key: wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
-            for key, rows in record.items()
-            if isinstance(rows, list)
-        }
-        self.run.log({**_metrics(record), **tables}, step=record["step"])
+        values = _metrics(record)
+        for key, rows in values.items():
+            if isinstance(rows, list):
+                values[key] = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+        self.run.log(values, step=record["step"])
 
     def close(self) -> None:
         self.run.finish()

@@ -23,17 +23,19 @@ def log_to(run_dir: Path, rank: int = 0) -> Iterator[None]:
 
     Until the context ends, SIGUSR1 and SIGQUIT append the stacks of all threads.
     """
-    with closing(Lines(run_dir / (f"train.rank{rank}.log" if rank else "train.log"))) as lines:
+    name, level = (f"train.rank{rank}.log", logging.WARNING) if rank else ("train.log", logging.INFO)
+    with closing(Lines(run_dir / name)) as lines, screen(level):
         file = logging.StreamHandler(lines)
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logging.root.addHandler(file)
         for signum in STACK_SIGNALS:
             faulthandler.register(signum, lines.file.fileno())
         try:
-            with screen(logging.WARNING if rank else logging.INFO), _handler(file):
-                yield
+            yield
         finally:
             for signum in STACK_SIGNALS:
                 faulthandler.unregister(signum)
+            logging.root.removeHandler(file)
 
 
 def escape_unprintable() -> None:
@@ -58,10 +60,11 @@ def screen(level: int = logging.INFO) -> Iterator[None]:
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     before = logging.root.level
     logging.root.setLevel(logging.INFO)
+    logging.root.addHandler(terminal)
     try:
-        with _handler(terminal):
-            yield
+        yield
     finally:
+        logging.root.removeHandler(terminal)
         logging.root.setLevel(before)
 
 
@@ -76,8 +79,10 @@ def drop_stdout(record: object = None) -> None:
 def quiet_pipe() -> Iterator[None]:
     """End without a word where the reader of standard output has gone, as `head` does."""
     try:
-        yield
-        sys.stdout.flush()
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
     except BrokenPipeError:
         drop_stdout()
         sys.exit(141)  # as a shell reports what ends by SIGPIPE
@@ -93,13 +98,3 @@ def folder_command(work: Callable[[Path], object], prog: str, doc: str | None, d
             work(parser.parse_args().folder)
     except (CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
-
-
-@contextmanager
-def _handler(handler: logging.Handler) -> Iterator[None]:
-    logging.root.addHandler(handler)
-    try:
-        yield
-    finally:
-        logging.root.removeHandler(handler)
-        handler.close()

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,22 @@ from tracking.run_folder import write_atomically
 
 METRICS = "metrics.jsonl"  # in a run folder
 SMOOTHING = 0.9
+HEAD = 100  # bytes of a record that hold its step, its tokens and the first loss
 
 Curve = list[tuple[int, float]]  # (tokens, loss)
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file of JSON lines, without one that is being written, damaged or was cut short."""
+def read_records(path: Path, every: int = 1) -> list[dict[str, Any]]:
+    """Return the records of a file of JSON lines: all validations, and every n-th of the others.
+
+    Lines that are being written, damaged or cut short are left out.
+    """
     records = []
-    with suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        for number, line in enumerate(file):
+            if number % every == 0 or b'"valid/loss"' in line[:HEAD]:
+                with suppress(ValueError):
+                    records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict)]
 
 
@@ -49,17 +53,6 @@ def smoothed(curve: Curve) -> Curve:
     return result
 
 
-def centred(curve: Curve) -> Curve:
-    """Return the mean around each point, so without lag, over about 2% of the curve; without what is not finite."""
-    finite = [(tokens, loss) for tokens, loss in curve if math.isfinite(loss)]
-    sums = [0.0, *accumulate(loss for _, loss in finite)]
-    half = [min(len(finite) // 100 + 1, i, len(finite) - 1 - i) for i in range(len(finite))]
-    return [
-        (tokens, (sums[i + n + 1] - sums[i - n]) / (2 * n + 1))
-        for i, ((tokens, _), n) in enumerate(zip(finite, half, strict=True))
-    ]
-
-
 def last_step(run_dir: Path) -> int:
     return max((record["step"] for record in read_records(run_dir / METRICS)), default=0)
 
@@ -72,16 +65,19 @@ def add_record(path: Path, record: dict[str, Any]) -> None:
         records.append(record)
     else:
         same |= record
-    records.sort(key=lambda r: r["step"])
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
+    _write(path, sorted(records, key=lambda r: r["step"]))
 
 
 def truncate_metrics(path: Path, step: int, undone: tuple[str, ...]) -> None:
     """Drop the records after `step`, from which a run resumes, and of `step` the metrics that begin with `undone`."""
     kept = [record for record in read_records(path) if record["step"] <= step]
-    for record in (record for record in kept if record["step"] == step):
-        for key in [key for key in record if key.startswith(undone)]:
-            del record[key]
+    for record in kept:
+        if record["step"] == step:
+            for key in [key for key in record if key.startswith(undone)]:
+                del record[key]
     if path.exists():
-        kept = [record for record in kept if record.keys() - {"step", "tokens"}]
-        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+        _write(path, [record for record in kept if record.keys() - {"step", "tokens"}])
+
+
+def _write(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))

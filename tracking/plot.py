@@ -1,37 +1,19 @@
 """Pictures of losses over tokens."""
 
-import json
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from math import isfinite
-from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from warnings import catch_warnings, filterwarnings
 
-from tracking.metrics_file import centred, loss_curve
+from tracking.metrics_file import loss_curve, read_records, smoothed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MANY = 40  # points of a curve
-HEAD = 100  # bytes of a record that hold its step, its tokens and the first loss
 WHOLE_BYTES = 4_000_000  # of metrics, about as many steps as a picture has pixels
-
-
-def read_drawn(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a run that are drawn: all validations, and of a long run every n-th step and the last."""
-    every, records, last = 1 + (path.stat().st_size if path.exists() else 0) // WHOLE_BYTES, [], b""
-    with path.open("rb") if path.exists() else nullcontext(()) as lines:
-        for number, line in enumerate(lines):
-            is_valid = line.find(b'"valid/loss"', 0, HEAD) >= 0
-            last = last if is_valid else line
-            if is_valid or number % every == 0:
-                with suppress(ValueError):  # cut short by a kill
-                    records.append(json.loads(line))
-    with suppress(ValueError):
-        records += [json.loads(last)] if every > 1 else []
-    return sorted(records, key=itemgetter("step"))
 
 
 @contextmanager
@@ -42,35 +24,30 @@ def figure(picture: Path, width: float = 8.0, plots: int = 1) -> Iterator[list["
 
     columns = min(plots, 4)
     rows = -(-plots // columns)
-    with rc_context({"text.parse_math": False}):  # a name may hold a $
+    with rc_context({"text.parse_math": False}), catch_warnings():  # a name may hold a $
+        filterwarnings("ignore", "Glyph .* missing from font")  # of a name in another script
         drawing = Figure(figsize=(width * columns, 4.5 * rows), dpi=120, layout="constrained")
-        found = list(drawing.subplots(rows, columns, squeeze=False).flat)
-        for axes in found[plots:]:
-            axes.remove()
-        for axes in found[:plots]:
+        found = [drawing.add_subplot(rows, columns, n + 1, ylabel="loss (nats per token)") for n in range(plots)]
+        for axes in found:
             axes.grid(alpha=0.3)
-            axes.set_ylabel("loss (nats per token)")
-        yield found[:plots]
-        partial = picture.with_name(f".{picture.name}")
-        with catch_warnings():
-            filterwarnings("ignore", "Glyph .* missing from font")  # of a name in another script
-            drawing.savefig(partial, format="png")
-    partial.replace(picture)
+        yield found
+        drawing.savefig(picture)
 
 
 def plot_loss(metrics: Path, picture: Path) -> None:
     """Draw training loss, faint and smoothed, and validation loss; nothing for a run without steps.
 
-    The first twentieth, where the loss falls from that of a guess, does not set the scale.
+    Of a long run every n-th step is read. The first twentieth, where the loss falls from that of a guess, does not set
+    the scale.
     """
-    records = read_drawn(metrics)
+    records = read_records(metrics, every=1 + metrics.stat().st_size // WHOLE_BYTES)
     train, valid = loss_curve(records, "train/loss"), loss_curve(records, "valid/loss")
     if not train:
         return
+    mean = smoothed(train)
     with figure(picture) as (axes,):
         axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.3, linewidth=0.8)
-        mean = centred(train)
-        axes.plot(*zip(*mean, strict=True) if mean else ((), ()), color="tab:blue", label="train, smoothed")
+        axes.plot(*zip(*mean, strict=True), color="tab:blue", label="train, smoothed")
         if valid:
             axes.plot(*zip(*valid, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
         shown = [loss for _, loss in mean[len(mean) // 20 :] + valid if isfinite(loss)]

@@ -34,8 +34,7 @@ def locked(folder: Path, rank: int = 0, name: str = LOCK) -> Iterator[None]:
         except BlockingIOError:
             raise _in_use(folder, name) from None
         except OSError as error:
-            what = f"{folder} is on a disk without file locks ({error.strerror}), which keep two runs apart"
-            raise CheckpointError(f"{what}; mount it with them, or use another") from None
+            raise CheckpointError(f"{folder} is on a disk without file locks ({error.strerror}); use another") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -146,18 +145,16 @@ def check_stored_config(run_dir: Path, run_config: dict[str, Any], config: Check
     if own and config.resume is Resume.never:
         raise CheckpointError(f"checkpoint.resume (never): {run_dir} holds {own[0].name}; pass another name=")
     if not own and config.resume is Resume.must and config.path is None:
-        remedy = "pass another name=, or checkpoint.resume=auto"
-        raise CheckpointError(f"checkpoint.resume (must): {run_dir} holds no checkpoint; {remedy}")
-    origins = own if own or init_from is None else checkpoints_of(Path(init_from))[:1]
-    for checkpoint in origins:
+        raise CheckpointError(f"checkpoint.resume (must): {run_dir} holds no checkpoint; pass checkpoint.resume=auto")
+    for checkpoint in own or (init_from and checkpoints_of(Path(init_from))[:1]) or ():
         try:
             stored = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["config"]
         except (OSError, ValueError, KeyError):
-            continue
-        if not own:
-            check_same_model(stored["model"], run_config["model"], checkpoint)
-        else:
+            return
+        if own:
             check_changes(stored, run_config, config.accept_changes, run_dir)
+        else:
+            check_same_model(stored["model"], run_config["model"], checkpoint)
 
 
 def committed(folder: Path) -> list[Path]:
@@ -195,24 +192,21 @@ def run_dir_of(path: Path, step: int | None = None) -> Path:
 
 def check_origin(init_from: Path) -> None:
     """Raise `CheckpointError` if there are no weights to begin from."""
-    remedy = "name a run, a checkpoint, or a Hugging Face folder"
-    if not init_from.is_dir():
-        raise CheckpointError(f"init_from ({init_from}) is no folder; {remedy}")
     if not (init_from / "config.json").exists() and not checkpoints_of(init_from):
-        raise CheckpointError(f"init_from ({init_from}) holds neither a checkpoint nor a config.json; {remedy}")
+        what = f"init_from ({init_from}) holds neither a checkpoint nor a config.json"
+        raise CheckpointError(f"{what}; name a run, a checkpoint, or a Hugging Face folder")
 
 
 class StopFile:
     """A file holding N: save at step N and stop; -N: save at step N and go on (InternLM's `stop_file_path`)."""
 
     def __init__(self, path: str | None) -> None:
-        self.path, self.ignored = Path(path or os.devnull), ""
+        self.path = Path(path or os.devnull)
 
     def read(self, step: int) -> tuple[bool, bool]:
         """Return whether to save at `step`, and whether to stop there."""
         text = self.path.read_text(encoding="utf-8").strip() if self.path.exists() else ""
         asked = int(text) if text.removeprefix("-").isdecimal() else 0
-        if text not in ("", self.ignored) and not asked:
-            self.ignored = text
+        if text and not asked:
             logger.warning("%s holds %r, which is no step; it is ignored", self.path, text)
         return abs(asked) == step, 0 < asked <= step

@@ -6,6 +6,7 @@ Writes scaling_law.md and scaling_law.png beside the runs.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -14,12 +15,13 @@ from typing import NamedTuple
 import numpy as np
 
 from conf.ladder import n_params
-from tracking.compare import read_runs
+from tracking.compare import aligned, read_runs
 from tracking.logs import folder_command
 from tracking.plot import figure
 from training.config import CheckpointError
 
 EXPONENTS = np.geomspace(0.03, 1.5, 120)
+SHAPE = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "vocab_size")
 
 
 class Point(NamedTuple):
@@ -30,42 +32,42 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Law:
-    """floor + sum of factor / size^exponent; a factor is 0 where its size does not vary by itself."""
+    """floor + a / N^alpha + b / D^beta; `b` is 0 where the tokens do not vary by themselves."""
 
     floor: float
-    of_params: tuple[float, float]  # factor, exponent
-    of_tokens: tuple[float, float] = (0.0, 1.0)
+    a: float
+    alpha: float
+    b: float = 0.0
+    beta: float = 1.0
 
     def loss(self, n_params: float, tokens: float) -> float:
-        (a, alpha), (b, beta) = self.of_params, self.of_tokens
-        return self.floor + a / n_params**alpha + b / tokens**beta
+        return self.floor + self.a / n_params**self.alpha + self.b / tokens**self.beta
 
     def __str__(self) -> str:
-        (a, alpha), (b, beta) = self.of_params, self.of_tokens
-        return f"L = {self.floor:.4g} + {a:.4g} / N^{alpha:.3f}" + (f" + {b:.4g} / D^{beta:.3f}" if b else "")
+        of_tokens = f" + {self.b:.4g} / D^{self.beta:.3f}" if self.b else ""
+        return f"L = {self.floor:.4g} + {self.a:.4g} / N^{self.alpha:.3f}{of_tokens}"
 
 
 def fit(points: Sequence[Point]) -> Law:
     """Return the law of least squares with no negative term; raises `CheckpointError` if there are too few points."""
-    sizes, tokens, losses = (np.array(column, dtype=float) for column in zip(*points, strict=True))
+    sizes, tokens, losses = np.array(points, dtype=float).T
     ratio = tokens / sizes
     together = ratio.max() / ratio.min() < 1.1
     needed = 3 if together else 5
     if len(set(sizes)) < (3 if together else 2) or len(points) < needed:
         raise CheckpointError(f"{len(points)} finished runs are too few for a fit; {needed} sizes are needed")
-    best: tuple[float, Law] | None = None
+    best, best_error = None, np.inf
     for alpha, beta in product(EXPONENTS, [1.0] if together else EXPONENTS):
         # scaled to about 1, so that least squares is well conditioned
-        terms = [np.ones_like(sizes), (sizes / sizes[0]) ** -alpha]
-        terms += [] if together else [(tokens / tokens[0]) ** -beta]
-        found, *_ = np.linalg.lstsq(np.stack(terms, axis=1), losses, rcond=None)
-        error = float(np.square(np.stack(terms, axis=1) @ found - losses).sum())
-        if (found >= 0).all() and (best is None or error < best[0]):
-            of_tokens = (0.0, 1.0) if together else (float(found[2] * tokens[0] ** beta), float(beta))
-            best = error, Law(float(found[0]), (float(found[1] * sizes[0] ** alpha), float(alpha)), of_tokens)
+        of_size, of_tokens = (sizes / sizes[0]) ** -alpha, (tokens / tokens[0]) ** -beta
+        terms = np.stack([np.ones_like(sizes), of_size, of_tokens * (not together)], axis=1)
+        floor, a, b = found = np.linalg.lstsq(terms, losses, rcond=None)[0]
+        error = np.square(terms @ found - losses).sum()
+        if found.min() >= 0 and error < best_error:
+            best, best_error = Law(floor, a * sizes[0] ** alpha, alpha, b * tokens[0] ** beta, beta), error
     if best is None:
         raise CheckpointError("the losses do not fall with size, so no law fits them")
-    return best[1]
+    return best
 
 
 def read_points(folder: Path) -> list[Point]:
@@ -73,44 +75,38 @@ def read_points(folder: Path) -> list[Point]:
     found = []
     for run in read_runs(folder):
         if run.state == "finished" and run.loss is not None:
-            keys = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "vocab_size")
-            shape = {key: run.value(f"model.{key}") for key in keys}
-            found.append(Point(n_params(**shape), (run.valid or run.train)[-1][0], run.loss))
+            size = n_params(**{key: run.value(f"model.{key}") for key in SHAPE})
+            found.append(Point(size, (run.valid or run.train)[-1][0], run.loss))
     return sorted(found)
 
 
 def report(folder: Path) -> str:
     """Return the law, each run's error, the prediction for the next size, and what the others say of the largest."""
     points = read_points(folder)
-    law = fit(points)
-    rows = [f"{'parameters':>14} {'tokens':>16} {'loss':>8} {'law':>8} {'error':>7}"]
-    for point in points:
-        expected = law.loss(point.n_params, point.tokens)
-        error = expected / point.loss - 1
-        rows.append(f"{point.n_params:14,} {point.tokens:16,} {point.loss:8.4f} {expected:8.4f} {error:7.2%}")
-    largest = points[-1]
+    law, largest = fit(points), points[-1]
     smaller = [point for point in points if point.n_params < largest.n_params]
-    larger = largest.n_params / smaller[-1].n_params
-    size, tokens = round(largest.n_params * larger), round(largest.tokens * larger)
-    rows.append(f"{size:14,} {tokens:16,} {'':8} {law.loss(size, tokens):8.4f}   predicted")
-    text = "\n".join([str(law), *rows])
-    try:
+    growth = largest.n_params / smaller[-1].n_params
+    size, tokens = round(largest.n_params * growth), round(largest.tokens * growth)
+    rows = [["parameters", "tokens", "loss", "law", "error"]]
+    for n, trained, loss in points:
+        expected = law.loss(n, trained)
+        rows.append([f"{n:,}", f"{trained:,}", f"{loss:.4f}", f"{expected:.4f}", f"{expected / loss - 1:.2%}"])
+    rows.append([f"{size:,}", f"{tokens:,}", "", f"{law.loss(size, tokens):.4f}", "predicted"])
+    text = "\n".join([str(law), *aligned(rows)])
+    with suppress(CheckpointError):  # too few are left
         predicted = fit(smaller).loss(largest.n_params, largest.tokens)
         error = predicted / largest.loss - 1
         text += f"\nthe smaller runs alone predict {predicted:.4f} for the largest, {error:+.2%} off"
-    except CheckpointError:
-        text += "\none size more, and the largest can be predicted from the others"
     with figure(folder / "scaling_law.png") as (axes,):
         sizes = np.geomspace(points[0].n_params, size, 50)
         ratio = largest.tokens / largest.n_params
-        axes.plot(sizes, [law.loss(n, n * ratio) for n in sizes], color="0.6", label=f"{law}")
+        axes.plot(sizes, [law.loss(n, n * ratio) for n in sizes], color="0.6", label=str(law))
         axes.plot([point.n_params for point in points], [point.loss for point in points], "o", label="runs")
         axes.plot(size, law.loss(size, tokens), "x", label="the next size, predicted")
         axes.set(xscale="log", xlabel="parameters of blocks and head")
         axes.legend(fontsize="small")
-    (folder / "scaling_law.md").write_text(
-        f"```\n{text}\n```\n\n![loss over size](scaling_law.png)\n", encoding="utf-8"
-    )
+    page = f"```\n{text}\n```\n\n![loss over size](scaling_law.png)\n"
+    (folder / "scaling_law.md").write_text(page, encoding="utf-8")
     return text
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tracking.compare import aligned, read_runs
 from tracking.logs import folder_command
-from tracking.metrics_file import METRICS, centred, loss_curve, read_records
+from tracking.metrics_file import METRICS, read_records
 
 MOST_POINTS = 200  # of a curve in the terminal
 
@@ -16,32 +16,27 @@ def show(run_dir: Path) -> str:
     import plotext
 
     (run,) = read_runs(run_dir)[:1]
-    records = read_records(run_dir / METRICS)
-    curve = centred(loss_curve(records, "train/loss"))
     plotext.clear_figure()
     plotext.theme("clear")
     plotext.plot_size(*(plotext.terminal_size() if sys.stdout.isatty() else (100, 25)))
-    train = curve[:: len(curve) // MOST_POINTS + 1]
-    valid = [point for point in run.valid if isfinite(point[1])]
-    for points, label, marker in ((train, "train, smoothed", "hd"), (valid, "validation", "o")):
-        if points:
+    train = run.train[:: len(run.train) // MOST_POINTS + 1]
+    for curve, label, marker in ((train, "train, smoothed", "hd"), (run.valid, "validation", "o")):
+        if points := [point for point in curve if isfinite(point[1])]:
             plotext.plot(*map(list, zip(*points, strict=True)), label=label, marker=marker)
-    plotext.title(f"{run.name}: {run.state}, step {run.step}/{run.config['steps']}")
+    plotext.title(f"{run.name}: {run.state}, step {run.progress()[1]}")
     plotext.xlabel("tokens")
     drawing = plotext.build() if sys.stdout.isatty() else plotext.uncolorize(plotext.build())
-    names = ("valid/loss", "valid/bits_per_byte")
-    keys = [key for record in records for key in record if key in names or key.startswith("evaluation/")]
-    keys = [key for key in dict.fromkeys(keys) if not key.endswith("/questions")]
     rows: dict[int, dict[str, float | None]] = {}
-    for record in records:
-        rows.setdefault(record["step"], {}).update({key: record[key] for key in keys if key in record})
-    cells = [
-        [f"{step:,}", *(f"{its[key]:.4f}" if its.get(key) is not None else "-" for key in keys)]
-        for step, its in rows.items()
-        if its
-    ]
+    for record in read_records(run_dir / METRICS):
+        for key, value in record.items():
+            scored = key.startswith("evaluation/") and not key.endswith("/questions")
+            if scored or key in ("valid/loss", "valid/bits_per_byte"):
+                rows.setdefault(record["step"], {})[key] = value
+    keys = list(dict.fromkeys(key for its in rows.values() for key in its))
+    cells = [["-" if its.get(key) is None else f"{its[key]:.4f}" for key in keys] for its in rows.values()]
+    lines = [[f"{step:,}", *row] for step, row in zip(rows, cells, strict=True)]
     head = ["step", *(key.removeprefix("evaluation/") for key in keys)]
-    return "\n".join([drawing, "", *aligned([head, *cells])])
+    return "\n".join([drawing, "", *aligned([head, *lines])])
 
 
 if __name__ == "__main__":

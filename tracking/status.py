@@ -52,7 +52,7 @@ class Status:
     def __enter__(self) -> "Status":
         self.before, self.first_step, self.began = read_status(self.run_dir), last_step(self.run_dir), time.time()
         if not self.rank:
-            _write(self.run_dir, **self.record)
+            _write(self.run_dir, self.record)
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
@@ -62,7 +62,7 @@ class Status:
         elif error is not None:
             self.record["state"] = "stopped"
         if speaks:
-            _write(self.run_dir, **self.record)
+            _write(self.run_dir, self.record)
         state, text = self.record["state"], self.record.get("traceback", "") + self.record.get("reason", "")
         alert = {"alert": ALERTS.get(state, "stop")} if speaks and self.record is not self.before else {}
         logger.log(logging.ERROR if cause else logging.INFO, text or state, extra={"file_only": True, **alert})
@@ -74,18 +74,20 @@ class Status:
         step, reason = last_step(self.run_dir), f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         attempt = ".".join(os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "RESTART_COUNT"))
         trace = "".join(traceback.format_exception(error))[-MOST_CHARS:]
-        crash = {"attempt": attempt, "step": step, "error": reason, "rank": self.rank, "time": time.time()}
+        mine = {"attempt": attempt, "step": step, "error": reason, "rank": self.rank, "time": time.time()}
+        mine["traceback"] = trace
         with suppress(OSError), closing(Lines(self.run_dir / CRASHES)) as lines:  # the disk may be gone
-            lines.write(json.dumps({**crash, "traceback": trace}) + "\n")
-        first, speaks = {**crash, "traceback": trace}, not self.rank
+            lines.write(json.dumps(mine) + "\n")
+        first, speaks = mine, not self.rank
         if self.ranks > 1:
             if SYMPTOM.search(reason):
-                first, speaks = self._first_failure(first)
+                first, speaks = self._first_failure(mine)
             reason = f"rank {first['rank']} failed first: {first['error']}"
-        refused = step == self.first_step and self.before.get("state") in ("finished", "given up", "stopped")
-        failed = {"state": "failed", "reason": reason, "traceback": first["traceback"]}
-        self.record = self.before if refused else {**self.record, **failed}
-        text = f"error: rank {first['rank']} failed first\n{first['traceback'] or first['error']}"
+        if step == self.first_step and self.before.get("state") in ("finished", "given up", "stopped"):
+            self.record = self.before  # it was refused before it began
+        else:
+            self.record |= {"state": "failed", "reason": reason, "traceback": first["traceback"]}
+        text = f"error: rank {first['rank']} failed first\n{first['traceback']}"
         return error if first["rank"] == self.rank else RankError(text), speaks
 
     def _first_failure(self, mine: dict[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -97,7 +99,7 @@ class Status:
             causes = [crash for crash in crashes if not SYMPTOM.search(crash["error"])]
         silent = sorted(set(range(self.ranks)) - {crash["rank"] for crash in crashes})
         signs = {rank: sign for rank in silent if (sign := read_sign(self.run_dir, rank))}
-        words = {rank: last_words(self.run_dir, rank, sign) for rank, sign in signs.items()}
+        words = {rank: last_words(sign) for rank, sign in signs.items()}
         hosts = {sign["host"] for sign in signs.values()}
         if not any(words.values()) and len(hosts) == 1 and socket.gethostname() not in hosts:  # a machine is gone
             words[min(words)] = f"nothing more came from {hosts.pop()}"
@@ -116,7 +118,7 @@ class Status:
         self.record |= {"state": state, "valid_loss": valid_loss if known else None, **more}
 
 
-def _write(run_dir: Path, **record: Any) -> None:
+def _write(run_dir: Path, record: dict[str, Any]) -> None:
     path, text = run_dir / NAME, json.dumps({**record, "time": time.time()})
     try:
         write_atomically(path, text + " " * RESERVED)
@@ -133,26 +135,26 @@ def note_queued(run_dir: Path, run_config: dict[str, Any]) -> None:
     """Record that a run is to begin."""
     run_dir.mkdir(parents=True, exist_ok=True)
     if not read_status(run_dir):
-        _write(run_dir, state="queued", config=run_config)
+        _write(run_dir, {"state": "queued", "config": run_config})
 
 
 def note_followed(run_dir: Path, text: str) -> None:
     """Record what followed a stop."""
     if status := read_status(run_dir):
-        _write(run_dir, **{**status, "stop": {**status.get("stop", {}), "followed": text}})
+        _write(run_dir, status | {"stop": {**status.get("stop", {}), "followed": text}})
 
 
 def note_end(run_dir: Path, state: str, reason: str) -> None:
     """Record the end of a run that was killed before it could; one that another process holds goes on."""
     status = read_status(run_dir)
     if status.get("state") in ("running", "queued") and not is_held(run_dir):
-        _write(run_dir, **{**status, "state": state, "reason": reason})
+        _write(run_dir, status | {"state": state, "reason": reason})
 
 
 def crashed_the_same_way_twice(run_dir: Path) -> bool:
     """Return whether the last two attempts at a run crashed at the same step, first with the same error."""
-    first: dict[str, dict[str, Any]] = {}  # by attempt
+    first: dict[str, tuple[int, str]] = {}  # by attempt
     for crash in sorted(read_records(run_dir / CRASHES), key=lambda crash: crash["time"]):
-        first.setdefault(crash["attempt"], crash)
-    last = [(crash["step"], crash["error"]) for crash in first.values()][-2:]
+        first.setdefault(crash["attempt"], (crash["step"], crash["error"]))
+    last = list(first.values())[-2:]
     return len(last) == 2 and last[0] == last[1]

@@ -32,9 +32,8 @@ def check_same_run(facts: Mapping[str, Any], ranks: Ranks) -> None:
 
 def check_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
     """Raise `TrainingError` on every rank unless all tensors are finite and replicas are equal to the bit."""
-    shards = {name: local(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
-    numbers = [_finite_and_hash(shard) for shard in shards.values()]
-    mine = {name: (_place(tensors[name]), *pair) for name, pair in zip(shards, numbers, strict=True)}
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    mine = {name: (_place(tensor), *_finite_and_hash(local(tensor))) for name, tensor in floats.items()}
     seen: dict[tuple[str, Any], tuple[int, int]] = {}
     for rank, its in enumerate(ranks.all_gather(lambda: mine)):
         for name, (place, finite, digest) in its.items():
@@ -48,11 +47,8 @@ def check_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
 
 def nonfinite_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
     """Return the names of the tensors that are not finite on some rank; a collective."""
-
-    def is_finite(shard: Tensor) -> bool:
-        return all(bool(torch.isfinite(part).all()) for part in shard.flatten().split(CHECKED_AT_ONCE))
-
-    mine = [name for name, tensor in tensors.items() if not is_finite(local(tensor))]
+    floats = {name: local(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
+    mine = [name for name, shard in floats.items() if not _finite_and_hash(shard)[0]]
     return sorted({name for names in ranks.all_gather(lambda: mine) for name in names})
 
 

@@ -30,7 +30,7 @@ from tracking.metrics_file import METRICS, read_records
 from tracking.retry import retried
 from tracking.run_folder import checkpoints_in, committed, write_atomically
 from tracking.store import Store, describe
-from training.config import CheckpointError, DamagedError, IncompleteError, SaveError
+from training.config import CheckpointConfig, CheckpointError, DamagedError, IncompleteError, SaveError
 from training.metadata import MetadataReader, check_complete, read_metadata
 from training.ranks import Ranks, reason_of, some
 
@@ -42,7 +42,6 @@ READABLE_SINCE = "0.1.0"  # the first version of this repository that reads it
 PER_RANK = "rng."
 BEGUN = ".begun"  # a file in the folder of checkpoints: it is the run's, not where its disk should have been mounted
 
-Group = dist.ProcessGroup
 Files = dict[str, dict[str, Any]]  # size and hash, by name
 
 
@@ -60,24 +59,18 @@ class Checkpoint:
     def tensors(self) -> dict[str, TensorStorageMetadata]:
         return self.metadata.state_dict_metadata  # type: ignore[return-value]
 
-    def load_into(self, tensors: dict[str, Tensor]) -> None:
-        """Read every tensor in place, each rank its shards, whatever the layout it was saved from.
+    def load(self, tensors: dict[str, Tensor], *, exact: bool = False) -> None:
+        """Read the named tensors in place, each rank its shards, whatever the layout they were saved from.
 
-        The names, over all ranks, must be those that were saved.
+        Shapes and dtypes must be those that were saved; if `exact`, so must the names, over all ranks.
         """
         wanted = set().union(*self.ranks.all_gather(lambda: set(tensors)))
         missing = wanted - self.tensors.keys()
-        unused = {name for name in self.tensors.keys() - wanted if not name.startswith(PER_RANK)}
+        unused = {name for name in self.tensors.keys() - wanted if exact and not name.startswith(PER_RANK)}
         if missing or unused:
             raise CheckpointError(f"{self.path} does not fit: missing {some(missing)}, unused {some(unused)}")
-        self.load(tensors)
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Read the named tensors in place, each rank its shards; shapes and dtypes must be those that were saved."""
 
         def read() -> None:
-            if missing := tensors.keys() - self.tensors.keys():
-                raise CheckpointError(f"{self.path} has no {some(missing)}")
             wrong = [
                 f"{name} ({tuple(saved.size)} {saved.properties.dtype}, now {tuple(tensor.shape)} {tensor.dtype})"
                 for name, tensor in tensors.items()
@@ -106,20 +99,10 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints of one run folder, which the ranks of one group alone write to; each is copied to a store."""
 
-    def __init__(
-        self,
-        run_dir: Path,
-        *,
-        keep: int,
-        keep_every: int = 0,
-        keep_best: bool = False,
-        group: Group | None = None,
-        address: str | None = None,
-    ) -> None:
-        self.folder, self.store = run_dir / "checkpoints", Store(address) if address else None
+    def __init__(self, run_dir: Path, config: CheckpointConfig, group: dist.ProcessGroup | None = None) -> None:
+        self.folder, self.config, self.ranks = run_dir / "checkpoints", config, Ranks(group)
+        self.store = Store(f"{config.path.rstrip('/')}/{run_dir.name}") if config.path else None
         self.saved: Path | None = None
-        self.keep, self.keep_every, self.keep_best = keep, keep_every, keep_best
-        self.ranks = Ranks(group)
         self.saved_bytes = 0  # by the last save, on all ranks
         self.ranks.on_first(self._sweep)
 
@@ -193,26 +176,16 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(begun, "")
         for leftover in set(self.folder.glob(".*")) - {begun}:
-            try:
-                shutil.rmtree(leftover)
-            except OSError as error:
-                logger.warning("%s could not be removed: %s", leftover, error)
+            _remove(leftover)
 
     def _purge(self) -> list[str]:
         """Remove what need not be kept, and return the names."""
-        removed, found = [], committed(self.folder)
-        best = min(found, key=_valid_loss) if self.keep_best else None
-        for path in found[self.keep :] if self.keep else []:
-            if path == best or (self.keep_every and int(path.name.removeprefix("step-")) % self.keep_every == 0):
-                continue
-            trash = path.with_name(f".trash-{path.name}")  # a removal that is cut short leaves nothing that looks whole
-            try:
-                os.rename(path, trash)
-                removed.append(path.name)
-            except OSError as error:
-                logger.warning("%s could not be removed: %s", path, error)
-            shutil.rmtree(trash, ignore_errors=True)
-        return removed
+        found = committed(self.folder)
+        best = min(found, key=_valid_loss) if self.config.keep_best else None
+        past = [path for path in found[self.config.keep or len(found) :] if path != best]
+        if every := self.config.keep_every:
+            past = [path for path in past if int(path.name.removeprefix("step-")) % every]
+        return [path.name for path in past if _remove(path)]
 
 
 def _valid_loss(checkpoint: Path) -> float:
@@ -272,17 +245,14 @@ class _Writer(FileSystemWriter):
 
 
 def _write(folder: Path, step: int, tensors: dict[str, Tensor], text: str, ranks: Ranks) -> int:
-    """Write all files of a checkpoint so that they survive a power loss, and check that nothing is missing.
-
-    Return the bytes of all ranks' tensors.
-    """
+    """Write all files so that they survive a power loss, check that none is missing, and return the tensors' bytes."""
 
     def make_folder() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
 
     def own_files() -> tuple[Files, set[str]]:
-        return {path.name: _sync(path) for path in folder.glob(f"__{ranks.rank}_*")}, set(tensors)
+        return {path.name: _describe(path, sync=True) for path in folder.glob(f"__{ranks.rank}_*")}, set(tensors)
 
     def finish() -> None:
         files = {name: entry for part, _ in parts for name, entry in part.items()}
@@ -292,7 +262,7 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], text: str, ranks
         check_complete(read_metadata(folder), names, {name: entry["size"] for name, entry in files.items()})
         (folder / "state.json").write_text(text + "\n", encoding="utf-8")
         for name in (".metadata", "state.json"):
-            files[name] = _sync(folder / name)
+            files[name] = _describe(folder / name, sync=True)
         version = {"format_version": FORMAT_VERSION, "readable_since": READABLE_SINCE}
         manifest = {**version, "step": step, "files": dict(sorted(files.items()))}
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -360,6 +330,17 @@ def _set_aside(path: Path, error: DamagedError) -> None:
     logger.warning("%s; set aside as %s", error, aside.name)
 
 
+def _remove(folder: Path) -> bool:
+    """Remove a folder, or warn; return whether nothing has its name any more."""
+    trash = folder.with_name(f".trash-{folder.name}")  # a removal that is cut short leaves nothing that looks whole
+    try:
+        os.rename(folder, trash)
+        shutil.rmtree(trash)
+    except OSError as error:
+        logger.warning("%s could not be removed: %s", folder, error)
+    return not folder.exists()
+
+
 def _free_bytes(folder: Path) -> str:
     try:
         return f"{shutil.disk_usage(folder).free:,}"
@@ -367,13 +348,10 @@ def _free_bytes(folder: Path) -> str:
         return "an unknown number"
 
 
-def _sync(path: Path) -> dict[str, Any]:
-    """Make a file survive a power loss, and return its size and hash."""
-    _fsync(path)
-    return _describe(path)
-
-
-def _describe(path: Path) -> dict[str, Any]:
+def _describe(path: Path, *, sync: bool = False) -> dict[str, Any]:
+    """Return a file's size and hash; `sync`: make it survive a power loss before."""
+    if sync:
+        _fsync(path)
     with path.open("rb") as file:
         return describe(file)
 

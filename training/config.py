@@ -133,12 +133,11 @@ class OptimizerConfig:
         if ":" not in self.name and self.name not in OPTIMIZERS:
             yield f"optimizer.name ({self.name}) must be {', '.join(OPTIMIZERS)} or module:Class"
         yield from unless(self, "optimizer", "positive and finite", lambda x: 0 < x < math.inf, "lr", "eps")
-        yield from unless(self, "optimizer", "0 or more", lambda x: x >= 0, "weight_decay", "beta2_c", "max_grad_norm")
-        yield from unless(self, "optimizer", "0 or more", lambda x: x >= 0, "spike_sigma")
+        keys = ("weight_decay", "beta2_c", "max_grad_norm", "spike_sigma")
+        scales = ("embed_lr_scale", "head_lr_scale", "vector_lr_scale")
+        yield from unless(self, "optimizer", "0 or more and finite", lambda x: 0 <= x < math.inf, *keys, *scales)
         if self.skip_spikes and not self.spike_sigma:
             yield "optimizer.skip_spikes (true) needs optimizer.spike_sigma, such as 6"
-        scales = ("embed_lr_scale", "head_lr_scale", "vector_lr_scale")
-        yield from unless(self, "optimizer", "0 or more and finite", lambda x: 0 <= x < math.inf, *scales)
         yield from unless(self, "optimizer", "in [0, 1)", lambda x: 0 <= x < 1, "beta1", "beta2", "momentum")
         yield from unless(self, "optimizer", "at least 1", lambda x: x >= 1, "max_nonfinite_steps")
         if self.state_dtype not in (Dtype.fp32, Dtype.bf16):
@@ -158,7 +157,6 @@ class SchedulerConfig:
     def problems(self) -> Iterator[str]:
         keys = ("warmup_ratio", "min_lr_ratio", "decay_ratio")
         yield from unless(self, "scheduler", "in [0, 1]", lambda x: 0 <= x <= 1, *keys)
-        yield from unless(self, "scheduler", "0 or more", lambda x: x >= 0, "init_steps")
         if self.type is ScheduleType.wsd and self.warmup_ratio + self.decay_ratio > 1:
             yield f"scheduler.warmup_ratio ({self.warmup_ratio}) + decay_ratio ({self.decay_ratio}) must be at most 1"
 
@@ -188,12 +186,6 @@ class PrecisionConfig:
             yield "precision.fp8 (rowwise) needs torchao: pip install -r requirements-gpu.txt, or use tensorwise"
         if self.grad_dtype not in (None, Dtype.fp32) and self.grad_dtype is not self.compute:
             yield f"precision.grad_dtype ({self.grad_dtype.value}) must be fp32, {self.compute.value} or null"
-        if not 0 < self.min_scale <= self.initial_scale <= self.max_scale:
-            bounds = f"min_scale ({self.min_scale}, above 0) and max_scale ({self.max_scale})"
-            yield f"precision.initial_scale ({self.initial_scale}) must be between {bounds}"
-        yield from unless(self, "precision", "above 1", lambda x: x > 1, "growth_factor")
-        yield from unless(self, "precision", "in (0, 1)", lambda x: 0 < x < 1, "backoff_factor")
-        yield from unless(self, "precision", "at least 1", lambda x: x >= 1, "growth_interval", "hysteresis")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -202,11 +194,6 @@ class LossConfig:
     label_smoothing: float = 0.0
     z_loss: float = 0.0  # factor on the squared log-sum-exp of the logits (PaLM has 1e-4)
     chunk_tokens: int = 4096  # tokens whose logits exist at one time
-
-    def problems(self) -> Iterator[str]:
-        yield from unless(self, "loss", "in [0, 1)", lambda x: 0 <= x < 1, "label_smoothing")
-        yield from unless(self, "loss", "0 or more and finite", lambda x: 0 <= x < math.inf, "z_loss")
-        yield from unless(self, "loss", "at least 1", lambda x: x >= 1, "chunk_tokens")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -238,10 +225,6 @@ class EvaluationConfig:
     tasks: list[str] = field(default_factory=list)
     max_share: float | None = None  # of the run's time for tasks and samples; beyond it they are left out till the end
 
-    def problems(self) -> Iterator[str]:
-        yield from unless(self, "evaluate", "0 or more", lambda x: x >= 0, "every")
-        yield from unless(self, "evaluate", "in (0, 1], or null", lambda x: x is None or 0 < x <= 1, "max_share")
-
 
 @dataclass(kw_only=True, slots=True)
 class SamplesConfig:
@@ -251,7 +234,3 @@ class SamplesConfig:
     prompts: list[str] = field(default_factory=list, metadata={"prose": True})
     max_new_tokens: int = 64  # each is a forward pass
     temperature: float = 0.8  # 0: greedy
-
-    def problems(self) -> Iterator[str]:
-        yield from unless(self, "samples", "0 or more", lambda x: 0 <= x < math.inf, "every", "temperature")
-        yield from unless(self, "samples", "at least 1", lambda x: x >= 1, "max_new_tokens")

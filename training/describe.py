@@ -27,9 +27,8 @@ def describe(
 ) -> None:
     """Log what is about to be trained, on what, and from where."""
     model, data, precision = config.model, config.data, config.precision
-    device = f"CPU, {torch.get_num_threads()} threads"
-    if mesh.device.type == "cuda":
-        device = torch.cuda.get_device_name(mesh.device)
+    on_gpu = mesh.device.type == "cuda"
+    device = torch.cuda.get_device_name(mesh.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     last_sample = state.samples + sum(config.packs_of_step(step) for step in range(state.step, config.steps))
     epochs = corpus.train.epochs(last_sample)
     by_source = ", ".join(f"{corpus.sources[source]} {epochs[source]:.2f}" for source in sorted(epochs))
@@ -40,8 +39,7 @@ def describe(
     alone, packed = (resolve_backend(model.attention, mesh.device, dtype, equal=equal).value for equal in (True, False))
     attention = alone if alone == packed else f"{alone}, and {packed} for packs of several documents"
     causal, internlm = step_flops(config)
-    of_step = causal * config.global_batch_tokens / mesh.world_size
-    update = sum(rule.flops() for rule in optimizer.rules) / of_step
+    update = sum(rule.flops() for rule in optimizer.rules) * mesh.world_size / (causal * config.global_batch_tokens)
     for line in (
         f"run        {run_dir}",
         f"model      {model.name}: {count_params(model):,} parameters, {model.n_layers} layers x {model.d_model}, "
@@ -53,7 +51,7 @@ def describe(
         f"{config.micro_batch_tokens:,}; {config.steps:,} steps; epochs: {by_source}",
         f"packing    {data.packing}: {padding:.2%} of the tokens are padding, {cut:.2%} of the documents are cut"
         + "; what is cut off is not learnt" * (cut > 0 and any(file.conversations for file in corpus.train.files)),
-        f"optimizer  {config.optimizer.name}" + (f", {update:.1%} of a step's FLOPs" if update else ""),
+        f"optimizer  {config.optimizer.name}, {update:.1%} of a step's FLOPs",
         f"device     {device}, {computes}, attention {attention}",
         f"start      step {state.step}" + (", nothing is left to train" if state.step >= config.steps else ""),
     ):

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from conf.schema import TrainConfig
 from data.tokenizer import Tokenizer
-from model.sampling import Sampling, next_logits
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 from training.config import TrainingError
@@ -35,15 +35,15 @@ class Tasks:
         pairs = [pair for each in every for pair in zip(each.contexts, each.continuations, strict=True)]
         self.texts = encode(tokenizer, pairs, add_bos=add_bos)
 
-    def note_cut(self, shape: Shape) -> None:
-        """Log how many texts are too long for the model to see their beginning."""
+    def metrics(self, engine: Engine, shape: Shape, go_on: Callable[[], bool] = lambda: True) -> dict[str, float]:
+        """Return `evaluation/<task>/<metric>` of all tasks, scored together; a collective.
+
+        `go_on` is asked before each batch; once it is false the scores mean nothing.
+        """
         longest = min(shape.context, shape.row_len)
         if n_cut := sum(len(text.ids) - 1 > longest for text in self.texts):
             logger.info("%d of %d texts of the tasks are cut to %d tokens", n_cut, len(self.texts), longest)
-
-    def metrics(self, engine: Engine, shape: Shape) -> dict[str, float]:
-        """Return `evaluation/<task>/<metric>` of all tasks, scored together; a collective."""
-        nll, greedy = score(engine, self.texts, shape)
+        nll, greedy = score(engine, self.texts, shape, go_on)
         metrics, at = dict[str, float](), 0
         for name, questions in self.questions.items():
             end = at + sum(len(question.continuations) for question in questions)
@@ -66,34 +66,36 @@ class Evaluation:
 
     def score_tasks(self, run: "Run") -> None:
         """Report the scores of `evaluate.tasks`, unless that was done at this step."""
-        if self.config.evaluate.tasks and (scores := self._attempt(run, "evaluation", self._scores)) is not None:
-            for line in task_lines(scores):
+        if self.config.evaluate.tasks:
+            for line in task_lines(self._attempt(run, "evaluation", self._scores)):
                 logger.info("%s", line)
 
     def write_samples(self, run: "Run") -> None:
         """Report what the model writes after `samples.prompts`, unless that was done at this step."""
-        if self.config.samples.prompts and self._attempt(run, "samples", self._samples) is not None:
+        if self.config.samples.prompts and self._attempt(run, "samples", self._samples):
             run.report.loggers.plot()
 
-    def _attempt(self, run: "Run", what: str, work: Callable[["Run"], dict[str, Any]]) -> dict[str, Any] | None:
-        """Return and log what `work` returns; None if it is done, dropped, too expensive, or fails."""
+    def _attempt(self, run: "Run", what: str, work: Callable[["Run"], dict[str, Any]]) -> dict[str, Any]:
+        """Return and log what `work` returns; nothing if it is done, dropped, too expensive, cut short, or fails."""
         state, mesh = run.state, run.engine.mesh
         if state.evaluated.get(what) == state.step or what in self.dropped or run.stop:
-            return None
+            return {}
         limit, share = self.config.evaluate.max_share, self._share(self.last.get(what, 0.0))
         at_end = state.step == self.config.steps
         # Every rank does as rank 0's clock says.
         if mesh.all_reduce_max(limit is not None and share > limit and not at_end and mesh.rank == 0):
             text = "%s at step %d left out: with it they take %.1f%% of the time (evaluate.max_share is %g)"
             logger.info(text, what, state.step, 100 * share, limit)
-            return None
+            return {}
         start = time.perf_counter()
         try:
             found = agreed(mesh, lambda: work(run))
         except Exception as error:
             self.dropped.add(what)
             logger.warning("%s is dropped, training goes on: %s: %s", what, type(error).__name__, error)
-            return None
+            return {}
+        if run.stop:  # to be done again when the run resumes
+            return {}
         self.last[what] = time.perf_counter() - start
         self.spent += self.last[what]
         state.evaluated[what] = state.step
@@ -111,8 +113,7 @@ class Evaluation:
             tokenizer, add_bos = run.corpus.tokenizer, run.corpus.add_bos
             assert tokenizer is not None  # by the configuration's rules
             self.tasks = agreed(run.engine.mesh, lambda: Tasks(self.config.evaluate.tasks, tokenizer, add_bos=add_bos))
-            self.tasks.note_cut(self.shape)
-        return self.tasks.metrics(run.engine, self.shape)
+        return self.tasks.metrics(run.engine, self.shape, run.agree)
 
     def _samples(self, run: "Run") -> dict[str, Any]:
         config, tokenizer = self.config.samples, run.corpus.tokenizer
@@ -122,21 +123,20 @@ class Evaluation:
         generators = [torch.Generator().manual_seed(number) for number in range(len(prompts))]
 
         def choose(number: int, new: list[int], logits_V: Tensor) -> int | None:
-            logits_V = next_logits(
-                logits_V[: tokenizer.vocab_size], torch.tensor(new), Sampling(temperature=config.temperature)
-            )
-            drawn = torch.multinomial(logits_V.softmax(dim=-1), 1, generator=generators[number])
-            token = int(drawn if config.temperature else logits_V.argmax())
-            return None if token == tokenizer.eos_id else token
+            logits_V = logits_V[: tokenizer.vocab_size]
+            if config.temperature:
+                probs_V = (logits_V / config.temperature).softmax(dim=-1)
+                token = int(torch.multinomial(probs_V, 1, generator=generators[number]))
+            else:
+                token = int(logits_V.argmax())
+            return token if run.agree() and token != tokenizer.eos_id else None
 
-        most = config.max_new_tokens
-        new = extend(run.engine, prompts, self.shape, max_new_tokens=most, choose=choose)
-        pairs = zip(config.prompts, prompts, new, strict=True)
-        rows = [
-            {"prompt": text, "text": tokenizer.decode([*ids, *its]).removeprefix(tokenizer.decode(ids))}
-            for text, ids, its in pairs
+        new = extend(run.engine, prompts, self.shape, max_new_tokens=config.max_new_tokens, choose=choose)
+        texts = [
+            tokenizer.decode([*ids, *its]).removeprefix(tokenizer.decode(ids))
+            for ids, its in zip(prompts, new, strict=True)
         ]
-        return {"samples": rows}
+        return {"samples": [{"prompt": p, "text": text} for p, text in zip(config.prompts, texts, strict=True)]}
 
 
 def agreed(mesh: Mesh, work: Callable[[], T]) -> T:
@@ -153,15 +153,9 @@ def agreed(mesh: Mesh, work: Callable[[], T]) -> T:
 
 def task_lines(metrics: Mapping[str, float]) -> list[str]:
     """Return a line per task."""
-    tasks: dict[str, dict[str, float]] = {}
+    tasks = defaultdict[str, list[str]](list)
     for key, value in metrics.items():
         if key.startswith(PREFIX):
             name, _, metric = key.removeprefix(PREFIX).rpartition("/")
-            tasks.setdefault(name, {})[metric] = value
-    width = max(map(len, tasks), default=0)
-    return [f"  {name:{max(width, 22)}} {'  '.join(map(_shown, its.items()))}" for name, its in tasks.items()]
-
-
-def _shown(item: tuple[str, float]) -> str:
-    name, value = item
-    return f"{name} {value:.2%}" if name.startswith(("acc", "exact")) else f"{name} {value:.6g}"
+            tasks[name].append(f"{metric} {value:.6g}")
+    return [f"  {name:22} {'  '.join(its)}" for name, its in tasks.items()]

@@ -69,13 +69,9 @@ class HarnessModel(TemplateLM):
         slots = [Encoded(np.array([*prompt, *[0] * most], dtype=np.int32), len(prompt)) for prompt in prompts]
         shape = fitting_shape(self.engine, slots, self.batch_tokens)
         new = extend(self.engine, prompts, shape, max_new_tokens=most, choose=choose)
-        return [self._until(self.text.decode(ids), stop) for ids, stop in zip(new, stops, strict=True)]
-
-    @staticmethod
-    def _until(text: str, stops: Sequence[str]) -> str:
-        for stop in stops:
-            text = text.split(stop)[0]
-        return text
+        texts = [self.text.decode(ids) for ids in new]
+        ends = [[at for stop in stop if (at := text.find(stop)) >= 0] for text, stop in zip(texts, stops, strict=True)]
+        return [text[: min(its, default=None)] for text, its in zip(texts, ends, strict=True)]
 
 
 def harness_metrics(model: HarnessModel, tasks: Sequence[str]) -> dict[str, float]:

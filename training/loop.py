@@ -51,6 +51,11 @@ class Run:
     def __post_init__(self) -> None:
         self.stragglers = Stragglers(self.engine.mesh)
 
+    def agree(self) -> bool:
+        """Share requests to stop, and the time that each rank took by itself; return whether none asks for a stop."""
+        self.stragglers.note(self.stop.agree(self.state.step, self.stragglers.own_s()))
+        return not self.stop
+
 
 @dataclass(frozen=True, slots=True)
 class Periodic:
@@ -81,12 +86,12 @@ def loop(run: Run, batches: Iterator[list[Batch]], periodic: Sequence[Periodic] 
         Periodic(config.logger.every, lambda _: gc.collect(1)),
         Periodic(early.every, lambda _: is_hopeless(early, run.report.loggers.run_dir, state.step) and stop.give_up()),
         *periodic,
-        Periodic(1, agree),
+        Periodic(1, Run.agree),
         *judging,
         Periodic(1, lambda run: run.checkpoints.after_step()),
         Periodic(config.checkpoint.check_replicas_every, lambda run: run.checkpoints.check()),
         Periodic(1, partial(follow, StopFile(config.checkpoint.stop_file))),
-        Periodic(config.checkpoint.every, lambda run: (run.checkpoints.save(), agree(run))),
+        Periodic(config.checkpoint.every, lambda run: (run.checkpoints.save(), run.agree())),
     )
     with garbage_collection_paused(), run.checkpoints, run.stragglers.watch(run.engine):
         set_limits(run)
@@ -97,6 +102,7 @@ def loop(run: Run, batches: Iterator[list[Batch]], periodic: Sequence[Periodic] 
             for entry in actions:
                 entry.run_if_due(run)
         run.checkpoints.save(last=True)
+        stop.saved_step = run.checkpoints.saved_step
     run.report.loggers.plot()
 
 
@@ -153,11 +159,6 @@ def set_limits(run: Run) -> None:
         run.engine.limits_2.copy_(torch.tensor(list(limits.values())))
 
 
-def agree(run: Run) -> None:
-    """Share requests to stop, and the time that each rank took by itself, among all ranks."""
-    run.stragglers.note(run.stop.agree(run.state.step, run.stragglers.own_s()))
-
-
 def validate(run: Run) -> None:
     """Score the validation split, unless that was done at this step; a stop cuts it short, to be done again."""
     config, state, mesh = run.config, run.state, run.engine.mesh
@@ -166,7 +167,7 @@ def validate(run: Run) -> None:
     batches = valid_batches(
         run.corpus, config.data, max_tokens=config.valid_tokens, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size
     )
-    totals_S4 = run.engine.evaluate(takewhile(lambda _: agree(run) or not run.stop, batches))
+    totals_S4 = run.engine.evaluate(takewhile(lambda _: run.agree(), batches))
     if not run.stop:
         run.report.validation(state, totals_S4)
 

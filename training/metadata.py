@@ -1,7 +1,8 @@
-"""DCP's metadata, which tensor lies in which file, read without running what a pickle could run."""
+"""Which tensors a checkpoint of torch's holds, read without running what a pickle may ask for."""
 
+import io
+import operator
 import pickle
-from enum import Enum
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -31,18 +32,12 @@ PICKLED_NAMES = {
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("builtins", "getattr"):
-            return _enum_member  # Python 3.11 and 3.12 pickle a member of an enum so
+        if (module, name) == ("builtins", "getattr"):  # Python 3.11 and 3.12 pickle a member of an enum so
+            return operator.getitem
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and name not in PICKLED_NAMES.get(module, ()):
-            raise DamagedError(f".metadata asks for {module}.{name}, which no checkpoint needs")
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)
-
-
-def _enum_member(owner: Any, name: str) -> Any:
-    if not (isinstance(owner, type) and issubclass(owner, Enum)):
-        raise DamagedError(f".metadata asks for {name} of {owner}, which no checkpoint needs")
-    return owner[name]
 
 
 class MetadataReader(FileSystemReader):
@@ -58,16 +53,13 @@ class MetadataReader(FileSystemReader):
 
 def read_metadata(folder: Path) -> Metadata:
     """Read which tensors a checkpoint holds; raises `DamagedError` if it is damaged or holds anything else."""
-    with (folder / ".metadata").open("rb") as file:
-        try:
-            metadata = _MetadataUnpickler(file).load()
-        except DamagedError as error:
-            raise DamagedError(f"{folder}: {error}") from None
-        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
-            raise DamagedError(f"{folder}/.metadata is damaged: {error}") from None
-    entries = metadata.state_dict_metadata.values() if isinstance(metadata, Metadata) else [metadata]
-    if not all(isinstance(entry, TensorStorageMetadata) for entry in entries):
-        raise DamagedError(f"{folder}/.metadata holds more than tensors; it is not loaded")
+    content = io.BytesIO((folder / ".metadata").read_bytes())
+    try:
+        metadata = _MetadataUnpickler(content).load()
+        if not all(isinstance(entry, TensorStorageMetadata) for entry in metadata.state_dict_metadata.values()):
+            raise ValueError("it holds more than tensors")
+    except Exception as error:  # a pickle can raise anything
+        raise DamagedError(f"{folder}/.metadata is damaged: {error}") from None
     return metadata
 
 
@@ -76,14 +68,15 @@ def check_complete(metadata: Metadata, names: set[str], sizes: dict[str, int]) -
 
     `sizes` are the bytes of the files as they are on disk. A writer can lose what it was given without an error.
     """
+    places: dict[MetadataIndex, Any] = metadata.storage_data or {}
     if missing := names ^ set(metadata.state_dict_metadata):
         raise CheckpointError(f"{some(missing)} were not written")
     for name, entry in metadata.state_dict_metadata.items():
         assert isinstance(entry, TensorStorageMetadata)
-        written = sum(prod(chunk.sizes) for chunk in entry.chunks)
+        lost = prod(entry.size)
         for chunk in entry.chunks:
-            place = (metadata.storage_data or {}).get(MetadataIndex(name, chunk.offsets))
-            if place is None or sizes.get(place.relative_path, -1) < place.offset + place.length:
-                written -= prod(chunk.sizes)
-        if written != prod(entry.size):
-            raise CheckpointError(f"{prod(entry.size) - written:,} numbers of {name} were not written")
+            place = places.get(MetadataIndex(name, chunk.offsets))
+            if place is not None and sizes.get(place.relative_path, -1) >= place.offset + place.length:
+                lost -= prod(chunk.sizes)
+        if lost:
+            raise CheckpointError(f"{lost:,} numbers of {name} were not written")

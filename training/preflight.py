@@ -18,7 +18,7 @@ from parallel.axes import layout_problems
 from tracking.run_folder import check_not_held, check_origin, check_stored_config, committed, run_dir_of
 from tracking.store import Store, is_address
 from training.config import CheckpointError
-from training.tasks import check_task
+from training.tasks import read_task
 
 
 def preflight_problems(config: TrainConfig | PrepareConfig | SavedConfig) -> Iterator[str]:
@@ -51,7 +51,7 @@ def _check_model(config: SavedConfig) -> None:
     if isinstance(config, GenerateConfig) or tasks or harness:
         check_tokenizer(tokenizer.absolute())
     for name in tasks:
-        check_task(name)
+        read_task(name)
     for name in harness:
         if name.endswith(".yaml") and not Path(name).is_file():
             raise ModelError(f"harness ({name}) does not exist; name a task's .yaml file, or a task by its name")
@@ -81,7 +81,7 @@ def check_run(config: TrainConfig | PrepareConfig, run_dir: Path, settings: str)
     if here or not config.launcher.setup:
         check_exists(config.data, settings)
         for name in config.evaluate.tasks:
-            check_task(name)
+            read_task(name)
         if config.init_from is not None and is_new:
             check_origin(Path(config.init_from))
     if here and not joined_environment(os.environ):  # of which the first may hold the folder already

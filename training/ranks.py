@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -11,7 +10,6 @@ from tracking.retry import retried
 from training.config import CheckpointError, DamagedError, IncompleteError
 
 T = TypeVar("T")
-R = TypeVar("R")
 
 
 class Ranks:
@@ -36,9 +34,9 @@ class Ranks:
             kind = IncompleteError if isinstance(error, FileNotFoundError) else kind
             where = f"rank {self.rank}: " if self.size > 1 else ""
             failure, cause = kind(where + reason_of(error)), error
-        found: list[Any] = [(value, failure)]
+        mine: Any = (value, failure)
+        found = [mine] * self.size
         if self.size > 1:
-            mine, found = (value, failure), [None] * self.size
             try:
                 dist.all_gather_object(found, mine, group=self.group)
             except RuntimeError as error:
@@ -47,27 +45,17 @@ class Ranks:
             raise failed from cause
         return [value for value, _ in found]
 
-    def all(self, value: bool) -> bool:
-        """Return whether a value is true on every rank."""
-        flag = torch.tensor(int(value))
-        if self.size > 1:
-            dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.group)
-        return bool(flag)
-
-    def on_first(self, step: Callable[[], R]) -> R:
+    def on_first(self, step: Callable[[], T]) -> T:
         """Run `step` on rank 0 and return its result, or raise its failure, on every rank."""
         return self.all_gather(lambda: step() if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the first line of an error, and the rank if the error knows it."""
+    """Return the first line of an error, with the rank if it is DCP's."""
     if isinstance(error, CheckpointException):
         rank, failure = next(iter(error.failures.items()))
-        reason = reason_of(failure[0])
-        return f"rank {rank}: {reason}" if len(error.failures) > 1 or rank else reason
-    if isinstance(error, FileNotFoundError):
-        return f"{error.filename} is missing"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"rank {rank}: {reason_of(failure[0])}"
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def some(names: Iterable[str]) -> str:

@@ -5,8 +5,8 @@ import math
 import resource
 import sys
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -65,8 +65,7 @@ class Throughput:
     def __init__(self, *, world_size: int, internlm_flops: float, causal_flops: float, peak: float | None) -> None:
         self.world_size, self.peak = world_size, peak
         self.internlm_flops, self.causal_flops = internlm_flops, causal_flops
-        self.all_tokens, self.all_seconds = 0, 0.0
-        self.recent: deque[tuple[float, int]] = deque(maxlen=50)  # seconds and steps of an interval
+        self.all_tokens, self.all_seconds, self.all_steps = 0, 0.0, 0
         self.tokens, self.seconds, self.waited, self.steps = 0, 0.0, 0.0, 0
 
     def begin(self) -> None:
@@ -92,11 +91,10 @@ class Throughput:
         return elapsed
 
     def metrics(self, steps_left: int) -> dict[str, float | None]:
-        """Return the means since the last call, and the time left at the mean of the last 50 intervals."""
-        self.recent.append((self.seconds, self.steps))
+        """Return the means since the last call, and the time left at the mean of all steps."""
         self.all_tokens += self.tokens
         self.all_seconds += self.seconds
-        seconds, steps = map(sum, zip(*self.recent, strict=True))
+        self.all_steps += self.steps
         tgs = self.tokens / self.seconds / self.world_size
         metrics = {
             "perf/tgs": tgs,
@@ -106,7 +104,7 @@ class Throughput:
             "perf/step_s": self.seconds / self.steps,
             "perf/data_wait_s": self.waited / self.steps,
             "perf/memory_gib": memory_gib(),
-            "perf/left_s": steps_left * seconds / steps,
+            "perf/left_s": steps_left * self.all_seconds / self.all_steps,
         }
         self.tokens, self.seconds, self.waited, self.steps = 0, 0.0, 0.0, 0
         return metrics
@@ -122,15 +120,14 @@ def memory_gib() -> float:
 
 def step_line(record: dict[str, Any], steps: int) -> str:
     """Return a step's record as one line of fixed width."""
-    width = len(str(steps))
+    width, left = len(str(steps)), timedelta(seconds=round(record["perf/left_s"]))
     mfu, loss = record["perf/mfu"], record.get("train/loss")  # none where no token of the batch is a target
     return (
         f"step {record['step']:{width}d}/{steps} {100 * record['step'] // steps:3d}%  "
         f"loss {'      -' if loss is None else f'{loss:7.4f}'}  "
         f"grad {record['train/grad_norm']:8.3g}  lr {record['optim/lr']:8.2e}  "
         f"{record['perf/tgs']:8,.0f} tok/s/gpu  {record['perf/tflops']:7.2f} TFLOP/s  "
-        f"mfu {f'{mfu:6.1%}' if mfu is not None else '     -'}  mem {record['perf/memory_gib']:5.1f}GiB  "
-        f"left {duration(record['perf/left_s']):>6}"
+        f"mfu {'     -' if mfu is None else f'{mfu:6.1%}'}  mem {record['perf/memory_gib']:5.1f}GiB  left {left!s:>15}"
     )
 
 
@@ -138,26 +135,12 @@ def valid_lines(metrics: dict[str, float], sources: Sequence[str]) -> list[str]:
     """Return a validation as a line over all sources, and one for each if there are several."""
     lines = []
     for name in ("", *sources) if len(sources) > 1 else ("",):
-        end = f"/{name}" if name else ""
-        if f"valid/loss{end}" not in metrics:
-            continue
-        bits = metrics.get(f"valid/bits_per_byte{end}")
-        lines.append(
-            f"  valid {name or 'all':16} loss {metrics[f'valid/loss{end}']:.4f}  "
-            f"perplexity {metrics[f'valid/perplexity{end}']:.2f}  accuracy {metrics[f'valid/accuracy{end}']:.2%}"
-            + (f"  bits/byte {bits:.4f}" if bits is not None else "")
-        )
+        words = ("loss", "perplexity", "accuracy", "bits_per_byte")
+        keys = {word: f"valid/{word}/{name}" if name else f"valid/{word}" for word in words}
+        shown = [f"{word} {metrics[key]:.4f}" for word, key in keys.items() if key in metrics]
+        if shown:
+            lines.append(f"  valid {name or 'all':16} {'  '.join(shown)}")
     return lines
-
-
-def duration(seconds: float) -> str:
-    """Return a time in two units: 42s, 12m05s, 3h07m, 2d04h."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    if days:
-        return f"{days}d{h:02d}h"
-    return f"{h}h{m:02d}m" if hours else f"{m}m{s:02d}s" if minutes else f"{s}s"
 
 
 class StepReport:

@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,52 +33,45 @@ logger = logging.getLogger(__name__)
 
 FIRST_RNG = f"{PER_RANK}cpu"
 
-
 Saved = tuple[int, Path, dict[str, float]]  # the step, the checkpoint, the times for the metrics
 
 
-@dataclass
 class RunCheckpoints:
     """Saves and restores a run: weights, optimizer, counters, loss scale, random states.
 
     A context: when an error ends it, the save that is under way is waited for.
     """
 
-    checkpoints: Checkpoints  # of a group of its own, if they are written in the background
-    state: TrainState
-    optimizer: Optimizer
-    scaler: LossScaler
-    run_config: dict[str, Any]
-    data: dict[str, Any]  # what is saved of the corpus; data["parts"] are the fingerprints of its files
-    config: CheckpointConfig = field(default_factory=CheckpointConfig)
-    background: bool = False
-    saved_step: int = 0
-    saving: "Future[Saved] | None" = None  # the save that is under way
-    ready: "Future[None] | None" = None  # when there is memory for a copy of the tensors
-    put_off: bool = False  # a save is due at the next step whose gradient is finite
-    metrics: dict[str, float] = field(default_factory=dict)  # of the last save, until they are logged
-
-    def __post_init__(self) -> None:
-        self.run_dir, self.ranks = self.checkpoints.folder.parent, self.checkpoints.ranks
-        rank = self.checkpoints.ranks.rank
-        self.rng_name = f"{FIRST_RNG}.{rank}" if rank else FIRST_RNG
-        self.snapshot, self.writer = Snapshot(self.optimizer), ThreadPoolExecutor(1, "checkpoint")
-
-    @classmethod
-    def of(cls, config: CheckpointConfig, mesh: Mesh, run_dir: Path, corpus: Corpus, **parts: Any) -> "RunCheckpoints":
-        """Return those of a run folder; `parts` are what they hold of the run."""
-        background = mesh.device.type == "cuda" if config.asynchronous is None else config.asynchronous
-        group: Any = dist.new_group(backend="gloo") if background and mesh.host is not None else mesh.host
-        address = config.path and f"{config.path.rstrip('/')}/{run_dir.name}"
-        kept = {"keep": config.keep, "keep_every": config.keep_every, "keep_best": config.keep_best}
-        checkpoints = Checkpoints(run_dir, **kept, group=group, address=address)
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        mesh: Mesh,
+        run_dir: Path,
+        corpus: Corpus,
+        *,
+        state: TrainState,
+        optimizer: Optimizer,
+        scaler: LossScaler,
+        run_config: dict[str, Any],
+    ) -> None:
+        self.config, self.run_dir, self.run_config = config, run_dir, run_config
+        self.state, self.optimizer, self.scaler = state, optimizer, scaler
         bounds = {"add_bos": corpus.add_bos, "add_eos": corpus.add_eos}
-        data = {"parts": corpus.fingerprints, "sources": corpus.sources, **bounds}
-        run = cls(checkpoints, data=data, config=config, background=background, **parts)
-        run.ranks = Ranks(mesh.host)  # between steps
-        return run
+        self.data = {"parts": corpus.fingerprints, "sources": corpus.sources, **bounds}
+        self.background = mesh.device.type == "cuda" if config.asynchronous is None else config.asynchronous
+        # Ranks that write while others train have a group of their own.
+        group: Any = dist.new_group(backend="gloo") if self.background and mesh.host is not None else mesh.host
+        self.checkpoints, self.ranks = Checkpoints(run_dir, config, group), Ranks(mesh.host)
+        self.rng_name = f"{FIRST_RNG}.{self.ranks.rank}" if self.ranks.rank else FIRST_RNG
+        self.snapshot, self.writer = Snapshot(optimizer), ThreadPoolExecutor(1, "checkpoint")
+        self.saved_step = 0
+        self.saving: Future[Saved] | None = None  # the save that is under way
+        self.put_off = False  # a save is due at the next step whose gradient is finite
+        self.metrics: dict[str, float] = {}  # of the last save, until they are logged
 
     def __enter__(self) -> "RunCheckpoints":
+        if self.background and self.config.every:
+            self.snapshot.allocate()  # takes seconds
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
@@ -103,15 +95,13 @@ class RunCheckpoints:
         progress = {"progress": self.state.state_dict(), "scaler": self.scaler.state_dict()}
         state = {"config": self.run_config, "data": self.data, **progress}
         in_background = self.background and not last
-        if in_background and self.ready is not None:
-            self.ready.result()
         optimizer = self.snapshot.take() if in_background else self.optimizer
         write = partial(self._write, begun, optimizer, self.state.step, torch.get_rng_state(), state)
-        self.saving = self.writer.submit(write) if in_background else _done(write)
-        stall_s = time.perf_counter() - begun
-        if not in_background:
-            self.note_saved(wait=True, last=last)
-        self.metrics["perf/checkpoint_stall_s"] = stall_s
+        if in_background:
+            self.saving = self.writer.submit(write)
+        else:
+            self._note(write, last=last)
+        self.metrics["perf/checkpoint_stall_s"] = time.perf_counter() - begun
 
     def _is_put_off(self, last: bool) -> bool:
         """Return whether a run of steps without a finite gradient is under way, after which nothing is saved.
@@ -134,13 +124,16 @@ class RunCheckpoints:
         rate = self.checkpoints.saved_bytes / seconds
         return step, path, {"perf/checkpoint_s": seconds, "perf/checkpoint_bytes_per_s": rate}
 
-    def note_saved(self, *, wait: bool = False, last: bool = False) -> None:
-        """Take note of a save that has ended, at the same step on all ranks; its failure is logged or raised once."""
-        if self.saving is None or not (wait or self.ranks.all(self.saving.done())):
-            return
-        saving, self.saving = self.saving, None
+    def note_saved(self, *, wait: bool = False) -> None:
+        """Take note of a save in the background that has ended, at the same step on all ranks."""
+        if self.saving is not None and (wait or all(self.ranks.all_gather(self.saving.done))):
+            saving, self.saving = self.saving, None
+            self._note(saving.result)
+
+    def _note(self, outcome: Callable[[], Saved], *, last: bool = False) -> None:
+        """Take note of what a save returns; its failure is logged or raised."""
         try:
-            self.saved_step, path, times = saving.result()
+            self.saved_step, path, times = outcome()
         except CheckpointError as error:
             if last or self.config.on_save_error is OnSaveError.stop:
                 raise
@@ -151,9 +144,6 @@ class RunCheckpoints:
 
     def after_step(self) -> None:
         """Take note of a save that has ended, and make one that was put off."""
-        every = self.config.every
-        if self.background and every and self.ready is None and self.state.step % every == every // 2:
-            self.ready = self.writer.submit(self.snapshot.allocate)  # takes seconds, before the first save
         self.note_saved()
         if self.put_off:
             self.save()
@@ -186,20 +176,17 @@ class RunCheckpoints:
         self._load(checkpoint, "", exact=True)
         rng_name = self.rng_name if self.rng_name in checkpoint.tensors else FIRST_RNG
         torch.set_rng_state(checkpoint.read_names([rng_name])[rng_name])
-        if "scaler" in checkpoint.state:
-            self.scaler.load_state_dict(checkpoint.state["scaler"])
+        self.scaler.load_state_dict(checkpoint.state["scaler"])
         self.state.load_state_dict(checkpoint.state["progress"])
 
     def _resume(self, checkpoint: Checkpoint, config: TrainConfig) -> None:
-        accepted = config.checkpoint.accept_changes
-        check_changes(checkpoint.state["config"], self.run_config, accepted, self.run_dir)
+        accepted, before = config.checkpoint.accept_changes, checkpoint.state["config"]
+        check_changes(before, self.run_config, accepted, self.run_dir)
         saved, parts = checkpoint.state["data"]["parts"], self.data["parts"]
-        before, now, changed = set(saved), set(parts), saved != parts
-        key = "data.added" if before <= now else "data.fingerprint"
+        changed, key = saved != parts, "data.added" if set(saved) <= set(parts) else "data.fingerprint"
         if changed and key not in accepted:
-            what = f"{len(now - before)} files were added to the data" if before <= now else "the data changed"
             remedy = f"pass checkpoint.accept_changes=[{key}] to begin an epoch over all of it, or another name="
-            raise CheckpointError(f"{what} since {self.run_dir} was begun; {remedy}")
+            raise CheckpointError(f"the data changed since {self.run_dir} was begun; {remedy}")
         self.restore(checkpoint)
         if names := nonfinite_tensors(self.optimizer.state_tensors(), self.ranks):
             raise DamagedError(f"{checkpoint.path}: {some(names)} are not finite")
@@ -207,66 +194,50 @@ class RunCheckpoints:
             self.state.first_sample = self.state.samples
             logger.info("the data changed: a new epoch over all of it begins at step %d", self.state.step)
         logger.info("resumed from %s", checkpoint.path)
-        if self.checkpoints.ranks.rank == 0:
-            warn_of_changed_rate(checkpoint.state["config"], config, self.state.updates)
+        scheduler, update = stored(SchedulerConfig, before["scheduler"]), self.state.updates
+        then = learning_rate(update, steps=before["steps"], lr=before["optimizer"]["lr"], config=scheduler)
+        now = learning_rate(update, steps=config.steps, lr=config.optimizer.lr, config=config.scheduler)
+        if not self.ranks.rank and not math.isclose(then, now, rel_tol=1e-6):
+            logger.warning("the learning rate goes on at %.3g; as the run was begun, it would be %.3g", now, then)
 
     def _initialise(self, config: TrainConfig, path: Path) -> None:
         """Take what `init_content` names from `init_from`: weights, moments, the schedule's place, the data's place."""
-        content = set(config.init_content)
+        content, vocab_size = set(config.init_content), config.model.vocab_size
         if "all" in content:
             content = {"model", "optimizer", "scheduler", "sampler"}
-        asked = f"init_content ({', '.join(sorted(content))})"
         check_origin(path)
         check_same_tokenizer(config)
-        vocab_size = config.model.vocab_size
-        if (path / "config.json").exists():
-            if content != {"model"}:
-                raise CheckpointError(f"{asked}: the Hugging Face folder {path} holds a model only")
-            check_same_model(to_plain(read_config(path)[0]), self.run_config["model"], path)
-            self.optimizer.load_weights(pad_vocabulary(read_weights(path), vocab_size))
-            logger.info("weights from %s", path)
-            return
-        other = open_checkpoint(path, self.checkpoints.ranks)
-        check_same_model(other.state["config"]["model"], self.run_config["model"], other.path)
-        if content != {"model"} and not any(name.startswith("optimizer.") for name in other.tensors):
-            raise CheckpointError(f"{asked}: the imported checkpoint {other.path} holds a model only")
-        grows = other.state["config"]["model"]["vocab_size"] < vocab_size
-        for word in ("model", "optimizer"):
-            if word == "model" and word in content and grows:
-                self.optimizer.load_weights(pad_vocabulary(other.read("model."), vocab_size))
-            elif word in content:
-                self._load(other, f"{word}.")
+        other = None if (path / "config.json").exists() else open_checkpoint(path, self.checkpoints.ranks)
+        model = to_plain(read_config(path)[0]) if other is None else other.state["config"]["model"]
+        path = path if other is None else other.path
+        check_same_model(model, self.run_config["model"], path)
+        if content != {"model"} and not (other and any(name.startswith("optimizer.") for name in other.tensors)):
+            raise CheckpointError(f"init_content ({', '.join(sorted(content))}): {path} holds a model only")
+        if "model" in content:
+            if other is not None and model["vocab_size"] == vocab_size:
+                self._load(other, "model.")
+            else:
+                weights = read_weights(path) if other is None else other.read("model.")
+                self.optimizer.load_weights(pad_vocabulary(weights, vocab_size))
+        if other is not None:
+            self._take_progress(other, content)
+        logger.info("%s from %s", ", ".join(sorted(content)), path)
+
+    def _take_progress(self, other: Checkpoint, content: set[str]) -> None:
+        """Take the moments, and the schedule's and the data's place."""
         before = other.state["progress"]
+        if "optimizer" in content:
+            self._load(other, "optimizer.")
         if "scheduler" in content:
             self.state.load_state_dict({"updates": before["updates"]})
             if other.state["config"]["precision"]["compute"] == self.run_config["precision"]["compute"]:
                 self.scaler.load_state_dict(other.state["scaler"])  # of another precision it would be no scale
         if "sampler" in content:
             self.state.load_state_dict({key: before[key] for key in ("step", "samples", "first_sample", "tokens")})
-        logger.info("%s from %s", ", ".join(sorted(content)), other.path)
 
     def _load(self, checkpoint: Checkpoint, prefix: str, *, exact: bool = False) -> None:
         """Load the optimizer's tensors whose names begin with `prefix`; `exact`: the checkpoint holds no others."""
         tensors = self.optimizer.state_tensors()
         wanted = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        (checkpoint.load_into if exact else checkpoint.load)(wanted)
+        checkpoint.load(wanted, exact=exact)
         self.optimizer.load_tensors(tensors)
-
-
-def _done(call: Callable[[], Saved]) -> "Future[Saved]":
-    """Return the outcome of a call as one in the background has it."""
-    outcome: Future[Saved] = Future()
-    try:
-        outcome.set_result(call())
-    except Exception as error:
-        outcome.set_exception(error)
-    return outcome
-
-
-def warn_of_changed_rate(before: dict[str, Any], config: TrainConfig, update: int) -> None:
-    """Log the learning rate of the next update, if under the configuration until now it would be another."""
-    scheduler = stored(SchedulerConfig, before["scheduler"])
-    then = learning_rate(update, steps=before["steps"], lr=before["optimizer"]["lr"], config=scheduler)
-    now = learning_rate(update, steps=config.steps, lr=config.optimizer.lr, config=config.scheduler)
-    if not math.isclose(then, now, rel_tol=1e-6):
-        logger.warning("the learning rate goes on at %.3g; as the run was begun, it would be %.3g", now, then)

@@ -1,7 +1,7 @@
 """Log-likelihoods of continuations, and continuations of prompts, by the engine's own forward pass in any layout."""
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise, takewhile
 from math import lcm
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from data.batches import Batch, collate
+from data.best_fit import best_fit
 from data.packing import Rows
 from data.tokenizer import Tokenizer
 from parallel.engine import Engine
@@ -62,16 +63,11 @@ def windows(text: Encoded, context: int) -> Iterator[Encoded]:
 
 
 def pack(lengths: Sequence[int], row_len: int) -> list[list[int]]:
-    """Return rows of the numbers of texts: each row takes the longest text that still fits, until none does."""
-    left = sorted(range(len(lengths)), key=lambda number: (lengths[number], -number))
-    sizes, rows = [lengths[number] for number in left], list[list[int]]()
-    while left:
-        rows.append([])
-        space = row_len
-        while (at := bisect_right(sizes, space) - 1) >= 0:
-            space -= sizes.pop(at)
-            rows[-1].append(left.pop(at))
-    return rows
+    """Return rows of the numbers of texts, by best fit."""
+    offsets = np.cumsum([0, *lengths])
+    pieces, firsts = best_fit(offsets, row_len)
+    numbers = np.searchsorted(offsets, pieces[:, 0]).tolist()
+    return [numbers[start:end] for start, end in pairwise(firsts.tolist())]
 
 
 def fill(texts: Sequence[Encoded], sources: Sequence[int], rows: Sequence[Sequence[int]], row_len: int) -> Batch:
@@ -106,19 +102,22 @@ def fitting_shape(engine: Engine, texts: Sequence[Encoded], batch_tokens: int) -
     return Shape(max(1, batch_tokens // row_len), row_len, context)
 
 
-def score(engine: Engine, texts: Sequence[Encoded], shape: Shape) -> tuple[list[float], list[bool]]:
-    """Return each text's negative log-likelihood in nats, and whether greedy decoding writes it; a collective."""
-    parts, sources = list[Encoded](), list[int]()
-    for number, text in enumerate(texts):
-        for part in windows(text, min(shape.context, shape.row_len)):
-            parts.append(part)
-            sources.append(number)
+def score(
+    engine: Engine, texts: Sequence[Encoded], shape: Shape, go_on: Callable[[], bool] = lambda: True
+) -> tuple[list[float], list[bool]]:
+    """Return each text's negative log-likelihood in nats, and whether greedy decoding writes it; a collective.
+
+    `go_on` is asked before each batch; once it is false the rest are left out.
+    """
+    longest = min(shape.context, shape.row_len)
+    found = [(number, part) for number, text in enumerate(texts) for part in windows(text, longest)]
+    sources, parts = [number for number, _ in found], [part for _, part in found]
     rows = pack([len(part.ids) for part in parts], shape.row_len + 1)
     dp_size, first = engine.mesh.dp_size, engine.mesh.dp_rank * shape.rows
     rows += [[]] * (-len(rows) % (shape.rows * dp_size))  # every rank has as many batches, all of one shape
     starts = range(first, len(rows), shape.rows * dp_size)
     batches = (fill(parts, sources, rows[start : start + shape.rows], shape.row_len) for start in starts)
-    totals = engine.evaluate(batches, n_sources=len(texts)).tolist()
+    totals = engine.evaluate(takewhile(lambda _: go_on(), batches), n_sources=len(texts)).tolist()
     return [nll for nll, *_ in totals], [correct == targets for _, correct, targets, _ in totals]
 
 

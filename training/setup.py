@@ -3,7 +3,6 @@
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -26,7 +25,6 @@ from training.report import Throughput, peak_tflops
 from training.schedules import learning_rate, second_beta
 from training.state import TrainState
 
-CPUINFO = Path("/proc/cpuinfo")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -38,8 +36,7 @@ def compute_dtype(config: PrecisionConfig, device: torch.device) -> tuple[torch.
         # A GPU that a dry run pretends is a recent one.
         fast = not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        flags = CPUINFO.read_text(encoding="utf-8").split() if CPUINFO.exists() else []
-        fast = "avx512_bf16" in flags or "amx_bf16" in flags
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if fast:
         return torch.bfloat16, "bf16 (auto: the device multiplies in it)"
     return torch.float32, "fp32 (auto: the device has no bf16 products)"

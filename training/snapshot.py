@@ -44,20 +44,13 @@ class Snapshot:
         if self.optimizer.device.type == "cuda":
             self._pin(block)
         parts = iter(block.split(sizes))
-
-        def like(tensor: Tensor) -> Tensor:
-            return next(parts)[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-
-        self.copies = [{name: like(tensor) for name, tensor in tensors.items()} for tensors in held]
+        self.copies = [
+            {n: next(parts)[: t.nbytes].view(t.dtype).view(t.shape) for n, t in tensors.items()} for tensors in held
+        ]
 
     def _held(self) -> list[dict[str, Tensor]]:
-        optimizer = self.optimizer
-        return [
-            optimizer.weights.shards,
-            optimizer.weights.remainder,
-            {"": optimizer.updates},
-            *optimizer.state.values(),
-        ]
+        weights, updates, states = self.optimizer.weights, self.optimizer.updates, self.optimizer.state.values()
+        return [weights.shards, weights.remainder, {"": updates}, *states]
 
     def _pin(self, block: Tensor) -> None:
         cuda: Any = torch.cuda.cudart()

@@ -55,8 +55,7 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """Return the counters as JSON, which has no nan."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("saved", True)}
-        known = self.valid_loss is not None and math.isfinite(self.valid_loss)
-        return {**values, "valid_loss": self.valid_loss if known else None}
+        return {**values, "valid_loss": self.valid_loss if math.isfinite(self.valid_loss or 0) else None}
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """Take over the counters that are given, on the device too; call it before an engine counts."""

@@ -21,12 +21,11 @@ logger = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """A context in which signals ask for a stop instead of ending the process.
+    """A context in which signals ask for a stop instead of ending the process; the ranks of a mesh agree on it.
 
     SIGTERM is what Slurm sends before it takes a node away, SIGUSR2 what comes before the time limit, SIGHUP what a
     terminal sends that is closed. A second SIGINT raises KeyboardInterrupt; other signals are counted. Processes forked
     inside the context ignore them all.
-    The ranks of a mesh agree on it; without one, this process is alone.
     """
 
     def __init__(self, mesh: Mesh | None = None) -> None:
@@ -34,6 +33,7 @@ class StopRequest:
         self.mesh = mesh if mesh is not None and mesh.world_size > 1 else None
         self.asked: dict[str, Any] = {}  # which signal came first, to which rank, when, and what followed
         self.received = self.agreements = 0
+        self.saved_step = 0  # of the checkpoint that the run leaves
         self.pid = os.getpid()
 
     def __enter__(self) -> "StopRequest":
@@ -60,8 +60,7 @@ class StopRequest:
             self.signum = signum
             name = signal.Signals(signum).name if signum != GIVEN_UP else "early_stop"
             self.asked = {"signal": name, "rank": rank, "step": step, "time": time.time()}
-            if signum != GIVEN_UP:
-                logger.info("%s on rank %d, seen at step %d: the run saves and stops", name, rank, step)
+            logger.info("%s on rank %d, seen at step %d: the run saves and stops", name, rank, step)
         return figures[:, 1].tolist()
 
     def give_up(self) -> None:
@@ -72,7 +71,8 @@ class StopRequest:
         """Return what status.json keeps of a signal and what followed; {} if there was none."""
         if not self or self.given_up:
             return {}
-        reason = "{signal} on rank {rank}, saved at step {step}".format(**self.asked)
+        saved = f"saved at step {self.saved_step}" if self.saved_step else "nothing was saved"
+        reason = f"{self.asked['signal']} on rank {self.asked['rank']}, {saved}"
         return {"stop": {**self.asked, "signals": self.received, "exit_code": self.exit_code}, "reason": reason}
 
     @property

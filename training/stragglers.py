@@ -5,7 +5,7 @@ import logging
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class Stragglers:
         self.data_s = self.forward_s = 0.0
         self.marks: list[Any] = []  # starts and ends of forward passes, until the device has come to them
         self.marks_left = 0  # in this step
-        self.noted_at, self.noted = time.perf_counter(), True
+        self.noted_at = time.perf_counter()
         self.slowest, self.in_a_row = 0, 0
         self.metrics: dict[str, float] = {}
 
@@ -41,17 +41,14 @@ class Stragglers:
     def watch(self, engine: Engine) -> Iterator[None]:
         """Measure the forward passes of a model; not under a pipeline, where they wait for others, nor in a graph."""
         measured = self.mesh.world_size > 1 and self.mesh.axes.pp == 1 and engine.graphs is None
-        registers = (engine.model.register_forward_pre_hook, engine.model.register_forward_hook) if measured else ()
-        hooks = [register(self._mark) for register in registers]
-        try:
+        with ExitStack() as hooks:
+            for name in ("register_forward_pre_hook", "register_forward_hook") if measured else ():
+                hooks.callback(getattr(engine.model, name)(self._mark).remove)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def begin(self, data_s: float) -> None:
         """Begin a step, for whose batch this rank waited `data_s`."""
-        self.data_s, self.marks_left, self.noted = data_s, 2, False
+        self.data_s, self.marks_left = data_s, 2
 
     def own_s(self) -> float:
         """Return this rank's own time in the step just made, the first time it is asked for; then 0."""
@@ -59,8 +56,8 @@ class Stragglers:
             start, end = self.marks[:2]
             self.forward_s = start.elapsed_time(end) / 1e3 if self.on_gpu else end - start
             del self.marks[:2]
-        was_noted, self.noted = self.noted, True
-        return 0.0 if was_noted else self.data_s + self.forward_s
+        own_s, self.data_s = self.data_s and self.data_s + self.forward_s, 0.0
+        return own_s
 
     def note(self, own_s: Sequence[float]) -> None:
         """Take the times of all ranks, and warn if one has held up the others for some steps in a row."""

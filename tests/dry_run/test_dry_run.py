@@ -220,11 +220,6 @@ def pipeline_of_2(schedule: str, zero_stage: int) -> tuple[TrainConfig, list[Ste
         ("1f1b", 2, ((1, 1, 1), (1, 1, 1))),
         # Blocks in both passes of four micro-batches; the last one and the head stay gathered between them.
         ("1f1b", 3, ((4, 8, 8), (8, 4, 4))),
-        ("zero_bubble", 2, ((1, 1, 1), (1, 1, 1))),
-        # What the second stage reads stays until a pass for gradients of weights, which come late:
-        # F0 I0 F1 I1 W0 F2 I2 W1 F3 I3 W2 W3 gathers its first block for all but F1, W0, W1 and W2; the others
-        # for F0, F2, F3 and W3.
-        ("zero_bubble", 3, ((4, 8, 8), (8, 4, 4))),
     ],
 )
 def test_pipeline_collectives_per_zero_stage(

@@ -52,7 +52,7 @@ def test_failing_point_stops_no_other_and_only_missing_points_run_again(tmp_path
     assert done.returncode == 0 and done.stdout.count("finished already: ") == 1, done.stderr
     assert read_status(tmp_path / "optimizer.lr=0.003")["state"] == "finished"
     assert (tmp_path / "optimizer.lr=0.001" / "metrics.jsonl").stat().st_mtime_ns == stamp
-    losses = [float(line.split()[1]) for line in (tmp_path / "compare" / "table.txt").read_text().splitlines()[1:3]]
+    losses = [float(line.split()[1]) for line in (tmp_path / "compare" / "table.md").read_text().splitlines()[2:4]]
     assert losses == sorted(losses), "the best is first"
 
 

@@ -1,4 +1,4 @@
-"""Train ten steps on one layout after another in eight processes, and the same steps in one process."""
+"""Train four steps on one layout after another in eight processes, and the same steps in one process."""
 
 import faulthandler
 import pickle
@@ -46,7 +46,7 @@ MODELS = {
         init=Init.llama, tie_embeddings=True,
     ),
 }  # fmt: skip
-N_STEPS, N_MICRO_BATCHES = 10, 8
+N_STEPS, N_MICRO_BATCHES = 4, 8
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
-"""The runs of a sweep are compared in a table and two pictures, whatever became of them."""
+"""Runs are compared, listed and shown in the terminal, whatever became of them."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,19 +10,25 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from tests.conftest import ROOT
-from tracking.compare import Run, as_markdown, compare, draw, read_runs, swept_keys, table
+from tracking.compare import compare, read_runs, swept_keys
+from tracking.config import EarlyStopConfig
+from tracking.early_stop import is_hopeless
+from tracking.list import list_runs
+from tracking.logs import folder_command
+from tracking.metrics_file import last_value
+from tracking.show import show
 from tracking.status import Status, read_status
 from training.config import CheckpointError
 
 
-def written(folder: Path, losses: list[float | None], **config: object) -> Path:
-    """Write a run folder with these training losses, at 100 tokens per step."""
+def written(folder: Path, losses: list[float | None], *more: dict, **config: object) -> Path:
+    """Write a run folder with these training losses, at 100 tokens per step, and more records after the steps."""
     folder.mkdir(parents=True)
     with Status(folder, {"name": "s", "steps": 1, **config}) as status:
-        records = [{"step": i, "tokens": 100 * i, "train/loss": loss} for i, loss in enumerate(losses, 1)]
+        steps = [{"step": i, "train/loss": loss} for i, loss in enumerate(losses, 1)]
+        records = [{"tokens": 100 * record["step"], **record} for record in [*steps, *more]]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        status.end(losses[-1], stopped=False, given_up=False)
+        status.end(losses[-1] if losses else None, stopped=False, given_up=False)
     return folder
 
 
@@ -53,9 +58,8 @@ def test_table_shows_what_differs_the_best_first(tmp_path: Path) -> None:
     assert rows[0] == ["lr", "loss", "bits/byte", "tok/s/gpu", "tokens", "step", "state"]
     assert [row[0] for row in rows[1:3]] == ["0.003", "0.0001"] and rows[5][:2] == ["0.01", "-"]
     assert {(row[0], row[-1]) for row in rows[3:6]} == {("1", "failed"), ("0.1", "failed"), ("0.01", "diverged")}
-    assert "lr=1: ValueError: boom" in (tmp_path / "compare" / "table.txt").read_text()
-    markdown = (tmp_path / "compare" / "table.md").read_text()
-    assert "| 0.003 | " in markdown and "(final.png)" in markdown
+    page = (tmp_path / "compare" / "table.md").read_text()
+    assert text in page and "lr=1: ValueError: boom" in page and "(final.png)" in page
     assert (tmp_path / "compare" / "loss.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(CheckpointError):
         read_runs(tmp_path / "compare")
@@ -70,8 +74,7 @@ def test_a_diverged_run_is_last_whatever_it_was_before(tmp_path: Path) -> None:
         "recovered": [{**at, "train/loss": None}, {**at, "train/loss": 2.0}, {**good, "valid/loss": 4.0}],
     }
     for seed, (name, records) in enumerate(ends.items()):
-        with (written(tmp_path / name, [3.0], seed=seed) / "metrics.jsonl").open("a") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
+        written(tmp_path / name, [3.0], *records, seed=seed)
     rows = [line.split() for line in compare(tmp_path).splitlines()[1:4]]
     assert [(row[0], row[1], row[-1]) for row in rows] == [
         ("2", "4.0000", "finished"), ("1", "-", "diverged"), ("0", "-", "diverged"),
@@ -81,17 +84,9 @@ def test_a_diverged_run_is_last_whatever_it_was_before(tmp_path: Path) -> None:
 
 def test_unrelated_runs_go_by_their_names(tmp_path: Path, axes: list[Axes]) -> None:
     for i in range(25):
-        data = {
-            f"key{n}": [i, rf"$\q{i}$", f"/a/long/path/to/a/corpus/that/is/somewhere/{i}", True][n % 4]
-            for n in range(20)
-        }
-        written(
-            tmp_path / f"我的运行_{i}_{'long' * 20}",
-            [5.0, 3.0 + i],
-            name=f"我的{i}",
-            model={"name": f"m{i}"},
-            data=data,
-        )
+        values = [i, rf"$\q{i}$", f"/a/long/path/to/a/corpus/that/is/somewhere/{i}", True]
+        config = {"name": f"我的{i}", "model": {"name": f"m{i}"}, "data": {f"key{n}": values[n % 4] for n in range(20)}}
+        written(tmp_path / f"我的运行_{i}_{'long' * 20}", [5.0, 3.0 + i], **config)
     header, best, *_, note = compare(tmp_path).splitlines()
     assert header.split()[:2] == ["name", "model"] and len(header.split()) == 12 + 6
     assert best.split()[0] == "我的0" and "settings differ" in note
@@ -107,42 +102,78 @@ def test_keys_that_follow_from_a_name_are_left_out(tmp_path: Path) -> None:
     for name, width in (("tiny", 256), ("125m", 768)):
         for n_layers in (2, 4):
             model = {"name": name, "d_model": width, "n_layers": n_layers}
-            written(tmp_path / f"{name}{n_layers}", [5.0], model=model, data={"seq_len": 8})
+            written(tmp_path / f"{name}{n_layers}", [], model=model, data={"seq_len": 8})
     assert swept_keys(read_runs(tmp_path)) == ["model.n_layers", "model.name"]
     assert compare(tmp_path).split()[:3] == ["n_layers", "model", "loss"]
+    assert [path.name for path in (tmp_path / "compare").iterdir()] == ["table.md"], "nothing to draw without steps"
 
 
 def test_lines_join_runs_that_differ_in_one_key(tmp_path: Path, axes: list[Axes]) -> None:
     for seed in (1, 2):
-        for rate in (0.1, 0.3, 0.2):
+        for rate in (0.1, 1.0, 0.2):
             written(tmp_path / f"{seed},{rate}", [rate + seed], seed=seed, optimizer={"lr": rate})
     compare(tmp_path)
     _, *final = axes
     grey = [[line for line in panel.lines if line.get_color() == "0.7"] for panel in final]
     lines = [[np.asarray(line.get_xdata()).tolist() for line in panel] for panel in grey]
-    assert lines == [[[0.1, 0.2, 0.3]] * 2, [[1, 2]] * 3]
+    assert lines == [[[0.1, 0.2, 1.0]] * 2, [[1, 2]] * 3]
+    assert [panel.get_xscale() for panel in final] == ["log", "linear"], "a factor of ten, and of two"
 
 
-def test_a_sweep_without_steps_has_a_table_but_no_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (written(tmp_path / "a", [1.0]) / "metrics.jsonl").write_text("")
-    (tmp_path / "cut").mkdir()
-    (tmp_path / "cut" / "status.json").write_text('{"state": "runn')
-    compare(tmp_path, show=True)
-    assert {path.name for path in (tmp_path / "compare").iterdir()} == {"table.md", "table.txt"}
-    assert "png" not in (tmp_path / "compare" / "table.md").read_text() + capsys.readouterr().out
+def test_the_table_is_printed_even_if_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(tmp_path / "a", [1.0])
+    (tmp_path / "compare").touch()
+    monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"^error: \[Errno "):
+        folder_command(lambda folder: compare(folder, show=True), "tracking.compare", None)
+    assert "1.0000" in capsys.readouterr().out
 
 
-def test_the_table_is_printed_even_if_nothing_can_be_written(tmp_path: Path) -> None:
-    written(tmp_path / "s" / "a", [1.0])
-    (tmp_path / "s" / "compare").touch()
-    argv = [sys.executable, "-m", "tracking.compare", tmp_path / "s"]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "1.0000" in done.stdout
-    assert done.stderr.startswith("error: [Errno ") and done.stderr.count("\n") == 1
+def test_a_run_is_plotted_with_its_evaluations(tmp_path: Path) -> None:
+    scores = [
+        {"step": 500, "valid/loss": 3.25, "valid/loss/en": 3.0},
+        {"step": 500, "evaluation/own/acc": 0.5, "evaluation/own/questions": 3.0},
+        {"step": 1000, "evaluation/own/acc": None},
+    ]
+    text = show(written(tmp_path / "r", [float(np.exp(-i / 100)) for i in range(1000)], *scores))
+    assert "r: finished, step 1000/1" in text and "train, smoothed" in text and "validation" in text
+    table = [line.split() for line in text.splitlines()[-3:]]
+    assert table == [["step", "valid/loss", "own/acc"], ["500", "3.2500", "0.5000"], ["1,000", "-", "-"]]
 
 
-def test_wide_ranges_are_drawn_on_a_log_scale(tmp_path: Path, axes: list[Axes]) -> None:
-    runs = [Run(str(v), "finished", {"a": v, "b": f"x{v}", "steps": 1}, [(1, 1.0)], [], step=1) for v in (0.1, 1.0)]
-    draw(runs, ["a", "b"], tmp_path)
-    assert [panel.get_xscale() for panel in axes] == ["linear", "log", "linear"], "tokens, a factor of ten, words"
-    assert as_markdown(table(runs, ["b"])).splitlines()[2].startswith("| x0.1 | 1.0000 | - | - | 1 | 1/1 | finished |")
+def test_all_runs_are_listed_the_last_first(tmp_path: Path) -> None:
+    for name, seconds in (("a", 360.0), ("b", 720.0)):
+        folder = written(tmp_path / name, [4.0], {"step": 4, "perf/step_s": seconds, "valid/loss": 3.5})
+        (folder / ".hydra").mkdir()
+        (folder / ".hydra" / "overrides.yaml").write_text(f"- name={name}\n- optimizer.lr=1e-3\n")
+    header, last, first = (line.split() for line in list_runs(tmp_path).splitlines())
+    assert header == ["run", "state", "loss", "tokens", "step", "hours", "started", "with"]
+    assert last == ["b", "finished", "3.5000", "400", "4/1", "0.80", "name=b", "optimizer.lr=1e-3"]
+    assert first[0] == "a" and first[5] == "0.40"
+
+
+def test_a_comparison_has_the_scores_of_tasks_and_draws_mixtures(tmp_path: Path, axes: list[Axes]) -> None:
+    for code in (1.0, 3.0):
+        losses = {"valid/loss": 3.0, "valid/loss/code": 4 - code, "valid/loss/en": code}
+        score = {"evaluation/own/acc": code / 4, "evaluation/own/bpb": 1.5, "evaluation/own/questions": 9.0}
+        records = [{"step": 1, **losses}, {"step": 1, **score}]
+        written(tmp_path / f"code={code}", [3.0], *records, data={"mix": {"code": code, "en": 1.0}})
+    header, first, _ = (line.split("  ") for line in compare(tmp_path).splitlines())
+    assert [cell.strip() for cell in header if cell][:5] == ["code", "loss", "bits/byte", "own acc", "own bpb"]
+    assert [cell.strip() for cell in first if cell][3:5] == ["0.2500", "1.5000"]
+    lines = {str(line.get_label()): np.asarray(line.get_xydata()).tolist() for line in axes[-1].lines}
+    assert lines == {"code": [[0.5, 3.0], [0.75, 1.0]], "en": [[0.25, 3.0], [0.5, 1.0]]}
+    assert "(mix.png)" in (tmp_path / "compare" / "table.md").read_text()
+
+
+def test_early_stop_and_objective_take_any_metric(tmp_path: Path) -> None:
+    good, bad = (
+        written(tmp_path / name, [1.0], {"step": 2, "evaluation/own/acc": acc})
+        for name, acc in (("good", 0.9), ("bad", 0.2))
+    )
+    rule = EarlyStopConfig(margin=0.5, after_step=1, every=1, metric="-evaluation/own/acc")
+    assert is_hopeless(rule, bad, 2) and not is_hopeless(rule, good, 2)
+    assert last_value(bad, "evaluation/own/acc") == 0.2 and last_value(bad, "-evaluation/own/acc") == -0.2
+    assert last_value(bad, "evaluation/none/acc") is None

@@ -1,16 +1,18 @@
-"""Lines on a terminal or a pipe, of which the reader may go."""
+"""Lines on a pipe of which the reader has gone."""
 
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
-from tests.tracking.test_compare import written
 
-PRINTS = "from tracking.logs import quiet_pipe\nwith quiet_pipe():\n    "
+PRINTS = """
+from tracking.logs import quiet_pipe
+with quiet_pipe():
+    print('x' * 100_000)
+"""
 LOGS = """
 import logging
 from tracking.logs import screen
@@ -21,28 +23,14 @@ print("to the end")
 """
 
 
-def piped(*arguments: str) -> tuple[int, str]:
-    """Run Python with a standard output that nobody reads; return its exit code and what it says of it."""
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["-c", PRINTS], 141), (["-c", LOGS], 0), (["prepare_data.py", "--help"], 141)],
+    ids=["prints", "logs", "command"],
+)
+def test_closed_pipe_ends_what_prints_but_not_what_logs(arguments: list[str], code: int) -> None:
     with subprocess.Popen(["true"], stdin=subprocess.PIPE) as reader:
         reader.wait()
-        argv = [sys.executable, *arguments]
-        env = {**os.environ, "PYTHONUNBUFFERED": ""}
+        argv, env = [sys.executable, *arguments], {**os.environ, "PYTHONUNBUFFERED": ""}
         done = subprocess.run(argv, cwd=ROOT, env=env, stdout=reader.stdin, stderr=subprocess.PIPE, text=True)
-    return done.returncode, done.stderr
-
-
-@pytest.mark.parametrize(
-    "prints", ["print('a line')", "print('x' * 100_000)", "[print(n, flush=True) for n in (1, 2)]"]
-)
-def test_closed_pipe_ends_a_command_quietly(prints: str) -> None:
-    assert piped("-c", PRINTS + prints) == (141, "")
-
-
-def test_closed_pipe_does_not_end_what_logs() -> None:
-    assert piped("-c", LOGS) == (0, "")
-
-
-def test_closed_pipe_is_no_error_of_commands(tmp_path: Path) -> None:
-    written(tmp_path / "a", [3.0, 2.0])
-    assert piped("-m", "tracking.compare", str(tmp_path)) == (141, "")
-    assert piped("prepare_data.py", "--help") == (141, "")
+    assert (done.returncode, done.stderr) == (code, "")

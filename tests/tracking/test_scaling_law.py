@@ -13,21 +13,24 @@ from model.transformer import Transformer
 from tracking.scaling_law import Law, Point, fit, report
 from training.config import CheckpointError
 
-LAW = Law(1.7, (400.0, 0.34), (900.0, 0.28))
+LAW = Law(1.7, 400.0, 0.34, 900.0, 0.28)
 SIZES = (10**6, 3 * 10**6, 10**7, 3 * 10**7)
 
 
-def test_law_is_found_again() -> None:
+def test_law_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     points = [Point(n, tokens, LAW.loss(n, tokens)) for n in SIZES for tokens in (5 * n, 40 * n)]
     found = fit(points)
-    assert found.of_params[1] == pytest.approx(0.34, abs=0.02) and found.of_tokens[1] == pytest.approx(0.28, abs=0.02)
+    assert found.alpha == pytest.approx(0.34, abs=0.02) and found.beta == pytest.approx(0.28, abs=0.02)
     assert found.loss(10**9, 2 * 10**10) == pytest.approx(LAW.loss(10**9, 2 * 10**10), rel=0.01)
+    monkeypatch.setattr("tracking.scaling_law.EXPONENTS", [0.28, 0.34])
+    monkeypatch.setattr("tracking.scaling_law.read_points", lambda _: points)
+    assert "90,000,000  3,600,000,000" in report(tmp_path), "the next size is larger than the largest"
 
 
 def test_law_of_a_ladder_has_one_term() -> None:
-    one = Law(2.0, (100.0, 0.3))
+    one = Law(2.0, 100.0, 0.3)
     found = fit([Point(n, 20 * n, one.loss(n, 20 * n)) for n in SIZES])
-    assert found.of_tokens[0] == 0 and found.of_params[1] == pytest.approx(0.3, abs=0.02)
+    assert found.b == 0 and found.alpha == pytest.approx(0.3, abs=0.02)
     assert found.loss(10**8, 2 * 10**9) == pytest.approx(one.loss(10**8, 1), rel=5e-3)
 
 
@@ -38,7 +41,7 @@ def test_too_few_or_rising_losses_are_refused(losses: list[float]) -> None:
 
 
 def test_report_predicts_the_next_size_and_the_largest_from_the_others(tmp_path: Path) -> None:
-    one = Law(2.0, (100.0, 0.3))
+    one = Law(2.0, 100.0, 0.3)
     for depth in (2, 3, 4, 6):
         d_model = int(ladder("width", depth))
         shape = {"d_model": d_model, "n_layers": depth, "n_heads": depth, "n_kv_heads": depth, "d_ff": 3 * d_model}
@@ -52,12 +55,6 @@ def test_report_predicts_the_next_size_and_the_largest_from_the_others(tmp_path:
     text = report(tmp_path)
     assert "predicted" in text and float(text.split("for the largest, ")[1].split("%")[0]) == pytest.approx(0, abs=0.3)
     assert (tmp_path / "scaling_law.png").stat().st_size > 10_000 and text in (tmp_path / "scaling_law.md").read_text()
-
-
-def test_next_size_is_larger_than_the_largest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    points = [Point(n, tokens, LAW.loss(n, tokens)) for n in SIZES for tokens in (5 * n, 40 * n)]
-    monkeypatch.setattr("tracking.scaling_law.read_points", lambda _: points)
-    assert "90,000,000    3,600,000,000" in report(tmp_path)
 
 
 def test_parameters_are_those_of_the_model() -> None:

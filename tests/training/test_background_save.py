@@ -12,7 +12,6 @@ import torch
 
 import training.checkpoint
 from tests.conftest import metrics, trained
-from tests.training.test_sharded_checkpoint import run_ranks
 from tracking.metrics_file import read_records
 from training.checkpoint import open_checkpoint
 from training.config import SaveError
@@ -44,11 +43,10 @@ def steps_of(folder: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_save_behind_training_equals_one_that_it_waits_for(
-    tmp_path: Path, small: list[str], held: threading.Event, precision: str
+    tmp_path: Path, small: list[str], held: threading.Event
 ) -> None:
-    settings = [*small, *BEHIND, f"precision={precision}"]
+    settings = [*small, *BEHIND, "precision=bf16"]
     buffers: list[int] = []
 
     def release(run: Run) -> None:
@@ -98,6 +96,20 @@ def test_a_stop_waits_for_the_save_under_way_and_saves_the_step(
     assert open_checkpoint(tmp_path / "r").step == stop_at
 
 
+def test_a_stop_says_which_step_was_saved(tmp_path: Path, small: list[str]) -> None:
+    """Case 42: nothing is saved of steps without a finite gradient, the last one included."""
+    stop = StopRequest()
+
+    def spoil(run: Run) -> None:
+        for _ in range(2):
+            run.state.counters.add(torch.tensor(False))
+        stop.signum = signal.SIGTERM
+
+    trained(tmp_path / "r", *small, "checkpoint.every=3", stop=stop, periodic=[at(5, spoil)])
+    assert stop.summary()["reason"] == "SIGTERM on rank 0, saved at step 3"
+    assert steps_of(tmp_path / "r") == [3]
+
+
 @pytest.mark.parametrize("policy", ["warn", "stop"])
 def test_a_failure_behind_training_is_reported_once(
     tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, policy: str
@@ -134,9 +146,3 @@ def test_an_error_in_a_step_waits_for_the_save_under_way(
     with pytest.raises(RuntimeError, match="a rank died"):
         trained(tmp_path / "r", *small, *BEHIND, periodic=[at(4, fail)])
     assert steps_of(tmp_path / "r") == [3]
-
-
-def test_two_ranks_save_behind_training(tmp_path: Path) -> None:
-    """Case 5 on two ranks: what one of them cannot write is an error on both, at the same step."""
-    ended = run_ranks(tmp_path, "background", size=2)
-    assert [code for code, _ in ended] == [0, 0], "\n".join(text for _, text in ended)

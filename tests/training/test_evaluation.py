@@ -1,8 +1,7 @@
 """Tasks and samples while a model trains: reported once, whatever stops or fails, and at a stated cost."""
 
 import json
-import subprocess
-import sys
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,14 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import evaluate
+import training.scoring
 from conf.schema import EvaluateConfig
 from corpus.config import DataError
+from data.batches import Batch
 from parallel.config import Device, ParallelConfig
-from tests.conftest import ROOT, metrics, trained
+from tests.conftest import metrics, trained
 from tests.test_cli import composed
+from training.checkpoint import open_checkpoint
 from training.config import Dtype
 from training.evaluation import Tasks
 from training.loop import Periodic
@@ -80,12 +82,28 @@ def test_a_resumed_run_evaluates_once(tmp_path: Path, settings: list[str]) -> No
     trained(folder, *settings, *often)
     assert metrics(folder) == whole
 
-    stop = StopRequest()
-    periodic = [Periodic(8, lambda _: stop.give_up())]
-    trained(tmp_path / "stopped", *settings, *often, stop=stop, periodic=periodic)
-    assert list(evaluations(tmp_path / "stopped")) == [4], "the stop cut it short"
-    trained(tmp_path / "stopped", *settings, *often)
-    assert evaluations(tmp_path / "stopped") == evaluations(folder)
+
+@pytest.mark.parametrize("within", [False, True])
+def test_a_stop_drops_an_evaluation_until_the_run_resumes(
+    tmp_path: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch, within: bool
+) -> None:
+    """Case 33: asked for before it, or by a signal between its batches."""
+    stop, fill, filled = StopRequest(), training.scoring.fill, list[bool]()
+
+    def asked(*args: Any) -> Batch:
+        filled.append(bool(stop))
+        if len(filled) == 2:
+            stop.signum = signal.SIGTERM
+        return fill(*args)
+
+    before = [] if within else [Periodic(4, lambda _: stop.give_up())]
+    with monkeypatch.context() as patches:
+        patches.setattr(training.scoring, "fill", asked)
+        trained(tmp_path / "r", *settings, "data.micro_batch_size=1", stop=stop, periodic=before)
+    assert not evaluations(tmp_path / "r") and filled == [False] * 2 * within
+    assert open_checkpoint(tmp_path / "r").step == 4
+    trained(tmp_path / "r", *settings, "data.micro_batch_size=1")
+    assert list(evaluations(tmp_path / "r")) == [4, 8, 10]
 
 
 def test_a_failing_evaluation_is_logged_once_and_training_goes_on(
@@ -118,21 +136,5 @@ def test_a_bad_task_or_what_cannot_be_sampled_is_refused_before_the_first_step(
     (tmp_path / "own.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match=r"own.jsonl, line 1"):
         check_run(config, tmp_path / "r", None)
-    wrong = [replace(config.samples, max_new_tokens=64), replace(config.samples, every=-1)]
-    named = [problem for samples in wrong for problem in replace(config, samples=samples).problems()]
-    named += replace(config, evaluate=replace(config.evaluate, max_share=2)).problems()
-    assert [problem.split()[0] for problem in named] == [
-        "samples.max_new_tokens",
-        "samples.every",
-        "evaluate.max_share",
-    ]
-
-
-def test_the_command_evaluates_on_two_pipeline_stages(tmp_path: Path, settings: list[str]) -> None:
-    same = [*settings, "steps=4", "data.micro_batch_size=1", "samples.temperature=0", "samples.every=4"]
-    trained(tmp_path / "alone", *same)
-    argv = [sys.executable, "train.py", "name=r", f"hydra.run.dir={tmp_path}/r", *same, "parallel.pp=2"]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert evaluations(tmp_path / "r") == pytest.approx(evaluations(tmp_path / "alone"), rel=1e-5)
-    assert evaluations(tmp_path / "r", "samples") == evaluations(tmp_path / "alone", "samples")
+    (problem,) = replace(config, samples=replace(config.samples, max_new_tokens=64)).problems()
+    assert problem.startswith("samples.max_new_tokens")

@@ -6,10 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.conftest import trained
-from training.profile import ORDER, kind_of, profile_steps, time_by_kind
+from training.profile import ORDER, kind_of, time_by_kind
 
 
 def test_overlapping_time_is_counted_once_and_adds_up() -> None:
@@ -30,25 +29,14 @@ def test_overlapping_time_is_counted_once_and_adds_up() -> None:
     [
         ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT", "GEMM"),
         ("kernel_cutlass_kernel_flash_attncuteflash_bwd_sm90FlashAttentionBackwardSm90", "attention"),
-        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
         ("triton_poi_fused_mul_silu_1", "elementwise"),
         ("_adamw_kernel", "optimizer"),
-        ("optimizer.update", "optimizer"),
         ("ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL", "communication"),
         ("_statistics_kernel", "loss"),
     ],
 )
 def test_kernels_are_sorted_by_name(name: str, kind: str) -> None:
     assert kind_of(name) == kind
-
-
-def test_a_step_of_products_is_mostly_gemm(tmp_path: Path) -> None:
-    a = torch.randn(400, 400)
-    text = profile_steps(lambda: [a @ a for _ in range(20)], torch.device("cpu"), tmp_path)
-    shares = {row.split()[0]: float(row.split()[-1].rstrip("%")) for row in text.splitlines()[1:-2]}
-    assert shares["GEMM"] == max(shares.values()) and sum(shares.values()) == pytest.approx(100, abs=0.5)
-    text = profile_steps(lambda: [a.sin() for _ in range(200)], torch.device("cpu"), tmp_path)
-    assert re.search(r"GEMM +0.000", text)
 
 
 def test_the_command_leaves_a_trace_and_a_table(

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from training.report import Throughput, duration, loss_metrics, peak_tflops, step_line, valid_lines
+from training.report import Throughput, loss_metrics, peak_tflops, valid_lines
 
 TOTALS = [[6.0, 3.0, 4.0, 12.0], [2.0, 1.0, 4.0, 4.0], [0.0, 0.0, 0.0, 0.0]]
 
@@ -19,11 +19,7 @@ def test_losses_are_token_weighted_over_sources_and_for_each() -> None:
     assert metrics["valid/bits_per_byte/en"] == pytest.approx(0.5 / math.log(2))
     assert not any(key.endswith("/none") for key in metrics)
     lines = valid_lines(metrics, ("code", "en", "none"))
-    assert len(lines) == 3 and "bits/byte 0.7213" in lines[0]
-
-
-def test_a_huge_loss_has_a_finite_perplexity() -> None:
-    assert math.isfinite(loss_metrics([[1e9, 0.0, 1.0, 1.0]], ("a",), "train")["train/perplexity"])
+    assert len(lines) == 3 and "bits_per_byte 0.7213" in lines[0]
 
 
 def test_speed_follows_internlms_formula(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,26 +51,3 @@ def test_peaks_are_known_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, peak in {**peaks, "NVIDIA A800-SXM4-80GB": 312}.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert peak_tflops(torch.device("cuda", 0)) == peak
-
-
-def test_step_lines_have_one_width() -> None:
-    record = {
-        "step": 1, "train/loss": 5.0, "train/grad_norm": 0.5, "optim/lr": 1e-4, "perf/tgs": 4103.4,
-        "perf/tflops": 182.2, "perf/mfu": 0.56, "perf/memory_gib": 61.3, "perf/left_s": 7384.0,
-    }  # fmt: skip
-    lines = [
-        step_line({**record, **changes}, 20000)
-        for changes in ({}, {"step": 19999, "perf/mfu": None, "train/grad_norm": 123.4}, {"perf/left_s": 9e5})
-    ]
-    assert lines[0] == (
-        "step     1/20000   0%  loss  5.0000  grad      0.5  lr 1.00e-04     4,103 tok/s/gpu   182.20 TFLOP/s  "
-        "mfu  56.0%  mem  61.3GiB  left  2h03m"
-    )
-    del record["train/loss"]
-    lines.append(step_line(record, 20000))
-    assert "loss       -  grad" in lines[-1] and len({len(line) for line in lines}) == 1
-    assert " 99%  loss" in lines[1]
-
-
-def test_durations_have_two_units() -> None:
-    assert [duration(s) for s in (3.4, 125, 7384, 180000)] == ["3s", "2m05s", "2h03m", "2d02h"]

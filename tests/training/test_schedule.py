@@ -48,10 +48,6 @@ def test_wsd_is_flat_then_linear() -> None:
     assert rates[100] == pytest.approx(1e-5)
 
 
-def test_constant_holds_after_the_warm_up() -> None:
-    assert {rate(u, steps=100, type=ScheduleType.constant) for u in (1, 50, 100, 1000)} == {1e-4}
-
-
 def test_beta2_has_internlms_values() -> None:
     config = OptimizerConfig(beta2=0.95, beta2_c=0.8)
     values = [second_beta(i, config) for i in (0, 42, 43, 1000)]

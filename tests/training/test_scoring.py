@@ -11,7 +11,6 @@ from torch import Tensor
 
 import export
 from conf.schema import ExportConfig
-from data.tokenizer import load_tokenizer
 from model.config import ModelConfig
 from model.transformer import Transformer
 from parallel.config import ParallelConfig
@@ -20,7 +19,7 @@ from parallel.mesh import Mesh
 from tests.parallel.layouts import MODELS, Case, run
 from training.config import Dtype
 from training.load import Saved, open_saved
-from training.scoring import Encoded, Shape, encode, extend, pack, score, windows
+from training.scoring import Encoded, Shape, encode, extend, score
 from training.setup import build_evaluator
 
 PAIRS = [
@@ -79,31 +78,6 @@ def test_log_likelihoods_are_those_of_transformers(run_dir: Path, hf_dir: Path) 
 
 def greedy(_number: int, _new: list[int], logits_V: Tensor) -> int:
     return int(logits_V.argmax())
-
-
-def test_pairs_are_encoded_as_whole_texts(run_dir: Path) -> None:
-    tokenizer = load_tokenizer(run_dir / "tokenizer")
-    one, spaced, *_ = encode(tokenizer, PAIRS, add_bos=True)
-    assert tokenizer.bos_id is not None
-    assert one.ids.tolist() == [tokenizer.bos_id, *tokenizer.encode("def main(argv):")]
-    assert one.n_given == 1 + len(tokenizer.encode("def main("))
-    assert spaced.n_given == one.n_given, "the space belongs to the continuation"
-    (alone,) = encode(tokenizer, [("", "x")], add_bos=False)
-    assert alone.ids.tolist() == [tokenizer.bos_id, *tokenizer.encode("x")] and alone.n_given == 1
-    (merged,) = encode(tokenizer, [("im", "port")], add_bos=False)
-    assert 0 < merged.n_given < len(merged.ids), "there is always a target"
-
-
-def test_windows_predict_each_token_once_from_the_longest_context() -> None:
-    text = Encoded(np.arange(10, dtype=np.int32), 3)
-    assert [(part.ids.tolist(), part.n_given) for part in windows(text, 4)] == [
-        ([2, 3, 4, 5, 6], 1), ([5, 6, 7, 8, 9], 2),
-    ]  # fmt: skip
-    assert [len(part.ids) for part in windows(text, 9)] == [10]
-
-
-def test_rows_are_filled_longest_first() -> None:
-    assert pack([3, 9, 5, 2, 6], 9) == [[1], [4, 0], [2, 3]]
 
 
 CASES = {

@@ -28,19 +28,3 @@ def test_ten_steps_of_one_slow_rank_are_a_warning(caplog: pytest.LogCaptureFixtu
     for _ in range(2 * IN_A_ROW):
         found.note([1.0, 1.05, 1.0])
     assert len(caplog.records) == 1, "no slower than usual"
-
-
-def test_own_time_is_data_and_the_first_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 10.0, 10.5, 20.0])
-    monkeypatch.setattr("training.stragglers.time.perf_counter", lambda: next(clock))
-    found, model = stragglers(), torch.nn.Linear(2, 2)
-    engine: Any = SimpleNamespace(model=model, graphs=None)
-    assert found.own_s() == 0.0
-    with found.watch(engine):
-        found.begin(0.25)
-        for _ in range(3):
-            model(torch.ones(1, 2))
-        assert found.own_s() == 0.75 and found.own_s() == 0.0
-    with stragglers(pp=2).watch(engine):
-        model(torch.ones(1, 2))
-    assert not model._forward_hooks
