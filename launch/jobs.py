@@ -176,9 +176,7 @@ def run_jobs(
             point.folder = folder
             begin(point)
         for _, group in groupby(to_submit, _settings):
-            array = list(group)
-            _submit(array, variables)
-            running += array
+            _submit(list(group), running, variables)
         queried = -math.inf
         while queue or running:
             while queue and (gpus := free_gpus(queue[0], running)) is not None:
@@ -241,7 +239,7 @@ def _start(point: Point, gpus: list[int], variables: dict[str, str]) -> None:
         point.process = subprocess.Popen(command, env=environment, stdout=out, stderr=errors, process_group=0)
 
 
-def _submit(points: list[Point], variables: dict[str, str]) -> None:
+def _submit(points: list[Point], running: list[Point], variables: dict[str, str]) -> None:
     """Submit points with equal settings as one job array, but for those that are in the queue."""
     new = [point for point in points if not point.job_id]
     launcher, folder = points[0].job.launcher, points[0].folder
@@ -249,6 +247,7 @@ def _submit(points: list[Point], variables: dict[str, str]) -> None:
     for point, point.job_id in zip(new, ids, strict=True):
         slurm.remember_job(point.job.run_dir, point.job_id, point.described)
     for point in points:
+        running.append(point)  # from here on, an interrupt cancels it
         how = "submitted" if point in new else "already in the queue"
         logger.info("job %s is %s: %s", point.job_id, how, point.name)
 

@@ -25,7 +25,6 @@ from conf.schema import (
     stored_model,
     to_plain,
 )
-from data.config import parse_ranges
 from launch.sweep import folder_name
 from training.config import OptimizerConfig
 from training.preflight import world_size
@@ -224,14 +223,6 @@ def test_only_the_first_rank_reports_what_is_the_same_for_all(
             run(lambda: None, "train")
         printed = capsys.readouterr().err
         assert printed.startswith(reported) and bool(printed) == bool(reported)
-
-
-def test_ramp_grows_to_the_full_batch() -> None:
-    config = composed("ramp.start_tokens=4096", "ramp.increment_tokens=4096", "ramp.every_steps=10")
-    sizes = [config.packs_of_step(step) * config.data.pack_tokens for step in (0, 9, 10, 29, 30, 500)]
-    assert sizes == [4096, 4096, 8192, 12288, 16384, 16384]
-    assert config.micro_batches() == [2, 4, 6, 8]
-    assert parse_ranges(["1-3", "9"]) == [range(1, 4), range(9, 10)], "skip_batches has both ends"
 
 
 def test_stored_configuration_is_json_and_has_every_key() -> None:

@@ -157,9 +157,21 @@ def command(
     return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
 
+SIGNALLED = ["steps=120", "checkpoint.every=20", "valid_every=50", "name=signalled"]
+
+
+@pytest.fixture(scope="module")
+def unsignalled(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "signalled"
+    trained(folder, *small, *SIGNALLED)
+    return folder
+
+
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGHUP, 129), (signal.SIGKILL, -9)])
-def test_resume_after_a_signal_is_bit_exact(tmp_path: Path, small: list[str], signum: int, code: int) -> None:
-    settings = [*small, "steps=120", "checkpoint.every=20", "valid_every=50", "data.workers=2", "name=signalled"]
+def test_resume_after_a_signal_is_bit_exact(
+    tmp_path: Path, small: list[str], unsignalled: Path, signum: int, code: int
+) -> None:
+    settings = [*small, *SIGNALLED, "data.workers=2"]
     done = command(tmp_path / "r", *settings, seconds=0.3, signum=signum)
     assert done.returncode == code, done.stderr
     reached = len(metrics(tmp_path / "r")) if code == -9 else open_checkpoint(tmp_path / "r").step
@@ -168,8 +180,7 @@ def test_resume_after_a_signal_is_bit_exact(tmp_path: Path, small: list[str], si
         assert "stopping after this step and saving" in done.stderr and "Traceback" not in done.stderr
     done = command(tmp_path / "r", *settings)
     assert done.returncode == 0, done.stderr
-    trained(tmp_path / "whole", *settings, "data.workers=0")
-    assert_same_run(tmp_path / "r", tmp_path / "whole")
+    assert_same_run(tmp_path / "r", unsignalled)
 
 
 def test_a_changed_configuration_must_be_accepted(
