@@ -17,6 +17,7 @@ from conf.cli import checked, run
 from conf.schema import GenerateConfig
 from data.tokenizer import INCOMPLETE, Tokenizer
 from model.config import ModelError
+from parallel.config import Device
 
 if TYPE_CHECKING:
     from corpus.chat import Messages
@@ -70,14 +71,14 @@ def load_model(config: GenerateConfig) -> "tuple[Saved, Transformer]":
     from training.load import open_saved
     from training.setup import DTYPES
 
-    if config.device == "cuda" and not torch.cuda.is_available():
+    if config.device is Device.cuda and not torch.cuda.is_available():
         raise ModelError("device (cuda): torch sees no CUDA device here; use device=cpu")
     saved = open_saved(local_run(str(config.run or config.hf), config.step), config.step)
     if saved.tokenizer is None:
         raise ModelError(f"{config.run or config.hf} has no tokenizer, which generate.py needs")
     if config.chat and saved.chat is None:
         raise ModelError(f"chat (true): {config.run or config.hf} has no chat template; prompt it without chat=true")
-    return saved, saved.build(None if config.device == "auto" else config.device, DTYPES[config.dtype.value])
+    return saved, saved.build(None if config.device is Device.auto else config.device.value, DTYPES[config.dtype.value])
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:

@@ -22,7 +22,7 @@ SAMPLE_TOKENS = 120
 @hydra.main(version_base="1.3", config_path="conf", config_name="prepare_data")
 def main(cfg: DictConfig) -> None:
     try:
-        work(checked(cfg), data_settings(HydraConfig.get(), "data.name", "data.path"))
+        work(checked(cfg), data_settings(HydraConfig.get()))
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         raise
@@ -87,8 +87,6 @@ def print_left_out(left_out: dict[str, Any]) -> None:
             print(f"{left_out[key]:,} {kind} were left out{', the first at' * (key == 'count')}")
     for place in left_out["places"]:
         print(f"  {place}")
-    for name, count in left_out.get("fields", {}).items():
-        print(f"{name} of messages is not written by the chat template: left out of {count:,} conversations")
 
 
 def print_table(about: dict[str, Any]) -> None:

@@ -41,8 +41,8 @@ def work(config: TrainConfig, folder: Path, saves: int) -> None:
         engine, state = build(config, mesh), TrainState(device=mesh.device)
         corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
         batches = next(build_train_batches(config, mesh, corpus, state))
-        parts: Any = {"optimizer": engine.optimizer, "scaler": engine.scaler, "run_config": {}}
-        run = RunCheckpoints(config.checkpoint, mesh, folder, corpus, state=state, **parts)
+        parts: Any = {"optimizer": engine.optimizer, "scaler": engine.scaler, "state": state}
+        run = RunCheckpoints(config.checkpoint, mesh, folder, corpus, **parts, run_config={})
 
         start = time.perf_counter()
         if run.background:

@@ -19,7 +19,7 @@ from corpus.config import Source
 from data.config import DataConfig
 from data.dataset import PackedDataset
 from data.loader import keep_freed_memory
-from data.packing import PACKINGS, Concat, Packing
+from data.packing import PACKINGS, Concat, Packing, waste
 from data.shards import FORMAT_VERSION, INDEX_HEADER, MAGIC, Header, Shard, ShardWriter
 
 VOCAB_SIZE = 103168
@@ -127,7 +127,7 @@ def main() -> None:
         for packing_name, kind in PACKINGS.items():
             packing = kind([*shards], SEQ_LEN, seed=0)
             speed = read_speed(packing, packing_name, arguments.seconds)
-            padding, cut = packing.waste()
+            padding, cut = waste(packing.n_packs, packing.pieces, packing.pack_len)
             print(f"{packing_name:24} {speed:10,.0f} {speed / floor:15.2f} {padding:9.2%} {cut:14.2%}")
     with tempfile.TemporaryDirectory() as name:
         n_files = int(arguments.terabytes * 1e12) >> 30

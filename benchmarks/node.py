@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from benchmarks import collectives
@@ -52,6 +53,7 @@ SCALE = 32  # by which --tiny divides sequences and messages
 SMALL = (*TINY, "model.n_layers=4", "model.vocab_size=4096", "precision=fp32")
 FP8 = (*SEVEN, "precision.fp8=tensorwise")
 ON_CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda", 0) if ON_CUDA else torch.device("cpu")
 Figures = dict[str, Any]
 
 
@@ -97,8 +99,7 @@ def real_batches(config: TrainConfig, count: int) -> Callable[[], list[Batch]]:
 def measure(overrides: tuple[str, ...], seconds: float, *, alone: bool = False) -> Figures:
     """Time a row on all ranks, or on this one alone."""
     config = configure((*overrides, "parallel.step_timeout_s=120"))
-    own = Mesh(device=torch.device("cuda", 0) if ON_CUDA else torch.device("cpu"))
-    with nullcontext(own) if alone else distributed(config.parallel) as mesh:
+    with nullcontext(Mesh(device=DEVICE)) if alone else distributed(config.parallel) as mesh:
         engine, batches = build(config, mesh), real_batches(config, per_rank(config, mesh.dp_size))
         tokens = config.global_batch_tokens / mesh.world_size
         times = timed(lambda: engine.train_step(batches()), mesh.device, tokens, seconds, mesh.all_reduce_max)
@@ -144,7 +145,7 @@ def measure_peer(row: Row, overrides: tuple[str, ...], seconds: float) -> Figure
     reshard, tp = row.peer
     count = TOKENS * int(tp) // (row.seq_len * row.rows)
     times = measure_torchtitan(row.model, row.seq_len, row.rows, count, reshard, tp, seconds)
-    return times | rates(configure(overrides), times["tokens_per_s"], torch.device("cuda"))
+    return times | rates(configure(overrides), times["tokens_per_s"], DEVICE)
 
 
 def free_memory() -> None:
@@ -202,13 +203,13 @@ def main() -> None:
     no_peer = "--tiny" if args.tiny else "" if find_spec("torchtitan") else "not installed here"
     peers = {} if no_peer else {f"torchtitan_{name}": name for name, row in rows.items() if row.peer}
     asked = args.rows.split(",") if args.rows else ["bandwidth", *rows, *peers, "checkpoint"]
-    store, *_ = next(rendezvous("env://"))  # another one after each restart
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    store = PrefixStore(f"node/{attempt}", next(rendezvous("env://"))[0])
     if rank == 0:
         shutil.rmtree(args.folder, ignore_errors=True)
-        if os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+        if attempt != "0":
             found = json.loads(args.json.read_text(encoding="utf-8"))
-        print(f"{n} x {where(torch.device('cuda', 0) if ON_CUDA else torch.device('cpu'))}")
-        print(f"without torchtitan: {no_peer}" if no_peer else "beside torchtitan")
+        print(f"{n} x {where(DEVICE)}; torchtitan: {no_peer or 'beside'}")
         titles = f"{'MFU':>8} {'kept':>8} {'GiB':>7} {'predicted':>9} {'tokens/s':>10} {'ratio':>6}"
         print(f"{'row':15} {'tokens/s/GPU':>12} {'TFLOP/s':>8} {titles}", flush=True)
         ones = [rows[name].one for name in asked if name in rows and rows[name].one]
@@ -222,8 +223,8 @@ def main() -> None:
     }
     spawn, n_workers = multiprocessing.get_context("spawn"), max(1, (os.cpu_count() or 2) // 8)
     with ProcessPoolExecutor(min(n_workers, len(rows)), spawn) as pool:
-        predicted = [name for name in names if rank == 0 and name in rows and name not in alone]
-        predictions = {name: pool.submit(predict, overrides[name], n) for name in predicted}
+        shared = [name for name in names if name in rows and name not in alone] if rank == 0 else []
+        predictions = {name: pool.submit(predict, overrides[name], n) for name in shared}
         for name in names:  # of a row of one GPU the other ranks wait for the end
             work = works[name] if rank == 0 or name not in alone else dict
             if rank == 0:

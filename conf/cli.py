@@ -98,13 +98,12 @@ def _print_errors(messages: list[str]) -> None:
         print(f"error: {printable(message)}", file=sys.stderr)
 
 
-def data_settings(hydra: Any, *keys: str) -> str:
-    """Return the data settings of a command line as another command takes them: `keys`, or all that preparing reads."""
+def data_settings(hydra: Any) -> str:
+    """Return the settings of a command line that decide which tokens there are, as another command takes them."""
     folders = [f"--config-dir={s.path}" for s in hydra.runtime.config_sources if s.provider == "command-line"]
     folders += [o for o in hydra.overrides.hydra if o.startswith("hydra.searchpath=")]
     typed = [o for o in (o.lstrip("+") for o in hydra.overrides.task) if o.startswith("data.")]
-    named = [(o, o.removeprefix("data.").partition("=")[0]) for o in typed]
-    typed = [o for o, key in named if (f"data.{key}" in keys if keys else key.split(".")[0] not in TRAINING_ONLY)]
+    typed = [o for o in typed if re.split("[.=]", o)[1] not in TRAINING_ONLY]
     plain = [re.sub(r"='((?!null$)[^'\\,[\]{}()$]+)'$", r"=\1", o) for o in typed]  # which is text without quotes too
     return shlex.join([*folders, f"data={hydra.runtime.choices['data']}", *plain])
 
@@ -164,9 +163,7 @@ class CommandLine:
             try:
                 overrides.append(self.parser.parse_override(argument))
             except HydraException:
-                wrong.append(
-                    f"{argument} must be key=value; other keys than of ASCII letters, digits, _ and - need YAML"
-                )
+                wrong.append(f"{argument} must be key=value; a key of more than ASCII letters, digits, _, - needs YAML")
         fixed = [override for override in overrides if not override.is_sweep_override()]
         fixed = self._sound(sorted(fixed, key=self._chooses, reverse=True), wrong)
         cfg, hydra = self.configure(fixed)
@@ -180,8 +177,9 @@ class CommandLine:
             wrong.append(f"{varied[0][0].key_or_group} has several values; add -m to run one after another")
         elif many and joined_environment(os.environ):
             wrong.append("a sweep starts its ranks itself; run python train.py -m ... without torchrun or srun")
-        for value in (value for values in varied for value in values):
-            self._sound([value], wrong, beside=fixed)
+        for values in varied:
+            for value in values:
+                self._sound([value], wrong, beside=fixed)
         yield from wrong
         if not (wrong or self.args.help or self.args.cfg or self.args.info):
             first = [values[0] for values in varied]
@@ -212,12 +210,11 @@ class CommandLine:
         return f"{override.key_or_group} is not a setting" + (f"; did you mean {meant}?" if meant else "")
 
     def _chooses(self, override: Override) -> bool:
-        """Return whether an override decides what is composed, rather than a value in it."""
-        key = override.key_or_group
+        """Return whether an override chooses an option of a group, rather than a value."""
+        key, name = override.key_or_group, self.config_name
         if key not in self.options:
-            name, lines = self.config_name, self.search_path
-            self.options[key] = [] if "." in key else self.loader.get_group_options(key, None, name, lines)
-        return key == "hydra.searchpath" or (bool(self.options[key]) and not isinstance(override.value(), dict))
+            self.options[key] = [] if "." in key else self.loader.get_group_options(key, None, name, self.search_path)
+        return bool(self.options[key]) and not isinstance(override.value(), dict)
 
     def _split(self, override: Override) -> list[Override]:
         """Return an override for each of its values; for the ends of an interval."""
@@ -239,9 +236,7 @@ class CommandLine:
 
 
 def _cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
+    return error if error.__cause__ is None else _cause(error.__cause__)
 
 
 def _message(error: BaseException) -> str:

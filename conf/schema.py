@@ -23,7 +23,7 @@ from data.config import TRAINING_ONLY, DataConfig, RampConfig, fitting_vocab_siz
 from dry_run.config import DryRunConfig
 from launch.config import LauncherConfig
 from model.config import ModelConfig, Parametrization
-from parallel.config import ParallelConfig
+from parallel.config import Device, ParallelConfig
 from tracking.config import AlertsConfig, EarlyStopConfig, LoggerConfig
 from training.config import (
     CheckpointConfig,
@@ -113,6 +113,8 @@ class TrainConfig:
             parse_ranges(self.skip_batches)
         except ValueError:
             yield f"skip_batches ({','.join(self.skip_batches)}) must look like [17,100-120]"
+        if self.init_from == "":
+            yield "init_from is not set; name a run, a checkpoint, or a Hugging Face folder"
         if self.init_from is None and self.init_content != ["model"]:
             yield f"init_content ({self.init_content}) needs init_from"
         if unknown := [word for word in self.init_content if word not in CONTENT]:
@@ -243,7 +245,7 @@ class GenerateConfig(RunOrHfConfig):
     seed: int = 0
     samples: int = 1  # texts per prompt
     batch_size: int = 16  # prompts decoded together
-    device: str = "auto"  # auto, cpu or cuda
+    device: Device = Device.auto
     cache: bool = True  # keep keys and values; false recomputes the whole text for every token
 
     def problems(self) -> Iterator[str]:
@@ -263,8 +265,6 @@ class GenerateConfig(RunOrHfConfig):
             yield f"repetition_penalty ({self.repetition_penalty}) must be in [0.0001, 10000]"
         if "" in self.stop:
             yield "stop holds an empty string, which would end every text at once; leave it out"
-        if self.device not in ("auto", "cpu", "cuda"):
-            yield f"device ({self.device}) must be auto, cpu or cuda"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -292,7 +292,7 @@ def _below(section: object, least: int, *keys: str) -> Iterator[str]:
     for key in keys:
         value = getattr(section, key)
         if value is not None and not least <= value < 2**63:
-            yield f"{key} ({value}) must be at least {least}, and below 2**63"
+            yield f"{key} ({value}) must be {f'at least {least}' if value < least else 'below 2**63'}"
 
 
 SCHEMAS = {"train": TrainConfig, "prepare_data": PrepareConfig, "export": ExportConfig, "generate": GenerateConfig}
@@ -375,8 +375,10 @@ def similar_keys(key: str, section: type) -> list[str]:
 
 
 def stored(section: type, values: dict[str, Any]) -> Any:
-    """Return a section of a configuration that was stored with a checkpoint."""
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), values))
+    """Return a section of a configuration that was stored with a checkpoint, without settings that are no more."""
+    known = {field.name for field in dataclasses.fields(section)}
+    its = {key: value for key, value in values.items() if key in known}
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), its))
 
 
 def stored_model(run_config: dict[str, Any]) -> ModelConfig:

@@ -37,6 +37,7 @@ MARKERS = {"internlm": ("<eoh>", "<eoa>"), "chatml": ("<|im_start|>", "<|im_end|
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
 CALLS = ("tool_calls", "function_call")
+WRITTEN = ("tools", *CALLS)  # what a template must write of a message if it is there
 PRIVATE_USE = range(0xF0000, 0xFFFFD)
 MARK = chr(PRIVATE_USE[0])
 MOST_KEY_CHARS = 200  # of the names of a record, in a message
@@ -45,26 +46,17 @@ MOST_KEY_CHARS = 200  # of the names of a record, in a message
 def read_template(name: str) -> str:
     """Return a built-in template, or that of a .jinja file, a tokenizer_config.json, or a folder with either."""
     template: Any = TEMPLATES.get(name)
-    path = Path(name) / CHAT_TEMPLATE
-    path = path if path.is_file() else Path(name) / "tokenizer_config.json" if Path(name).is_dir() else Path(name)
-    try:
-        if template is None and path.is_file() and path.suffix in (".jinja", ".json"):
-            text = path.read_text(encoding="utf-8")
-            template = lookup(json.loads(text), "chat_template") if path.suffix == ".json" else text
-    except ValueError as error:
-        raise DataError(f"data.chat_template ({path}) cannot be read: {error}") from None
+    path = Path(name)
+    if path.is_dir():
+        path = path / (CHAT_TEMPLATE if (path / CHAT_TEMPLATE).exists() else "tokenizer_config.json")
+    if template is None and path.is_file() and path.suffix in (".jinja", ".json"):
+        text = path.read_text(encoding="utf-8")
+        template = lookup(json.loads(text), "chat_template") if path.suffix == ".json" else text
     if isinstance(template, list):  # several, each with its name
         template = next((lookup(each, "template") for each in template if lookup(each, "name") == "default"), None)
     if not isinstance(template, str):
         known = f"{', '.join(TEMPLATES)}, a .jinja file, a tokenizer_config.json, or a folder with either"
         raise DataError(f"data.chat_template ({name}) has no template; name one of {known}")
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    try:
-        render_jinja_template(conversations=[], chat_template=template)  # compiles it
-    except jinja2.TemplateSyntaxError as error:
-        line = f"line {error.lineno}: {error.message}"
-        raise DataError(f"data.chat_template ({name}) is not a Jinja template: {line}") from None
     return template
 
 
@@ -80,7 +72,7 @@ def messages_of(record: Any, style: Literal["alpaca", "chat"], key: str = "messa
     else:
         turns = lookup(record, key)
         if not isinstance(turns, list) or not turns:
-            raise ValueError(describe_missing(record, "data.messages_key", key, "a list of messages"))
+            raise ValueError(describe_missing(record, key, "a list of messages", "data.messages_key"))
         messages = [_message(turn) for turn in turns]
     if lookup(record, "system"):
         messages.insert(0, {"role": "system", "content": _string(record, "system")})
@@ -108,7 +100,7 @@ def _message(turn: Any) -> dict[str, Any]:
 def _string(record: Any, field: str) -> str:
     value = lookup(record, field)
     if not isinstance(value, str):
-        raise ValueError(f"{field} {_kind_and_keys(value, record, 'a string')}")
+        raise ValueError(describe_missing(record, field, "a string"))
     if re.search("[\ud800-\udfff]", value):
         raise ValueError(f"{field} holds half a surrogate pair")
     return value
@@ -121,17 +113,11 @@ def lookup(record: Any, dotted: str) -> Any:
     return record
 
 
-def describe_missing(record: Any, setting: str, key: str, wanted: str) -> str:
-    """Describe what a record has instead of what a setting's key should name."""
-    return f"{setting} ({key}) {_kind_and_keys(lookup(record, key), record, wanted)}"
-
-
-def _kind_and_keys(value: Any, record: Any, wanted: str) -> str:
-    if not isinstance(record, dict):
-        return f"must be {wanted}, and the record is of type {type(record).__name__}"
-    keys = ", ".join(map(str, record))
-    keys = keys if len(keys) <= MOST_KEY_CHARS else keys[:MOST_KEY_CHARS] + "..."
-    return f"must be {wanted}, not {type(value).__name__}; the record has {keys or 'no keys'}"
+def describe_missing(record: Any, key: str, wanted: str, setting: str = "") -> str:
+    """Describe what a record has instead of what its key, which a setting may name, should be."""
+    keys = f" with {', '.join(map(str, record))[:MOST_KEY_CHARS] or 'no keys'}" if isinstance(record, dict) else ""
+    found = f"{type(lookup(record, key)).__name__}, in a record of type {type(record).__name__}{keys}"
+    return f"{f'{setting} ({key})' if setting else key} must be {wanted}, not {found}"
 
 
 def markers(template: str | None) -> tuple[str, ...]:
@@ -150,10 +136,9 @@ class ChatEncoder:
 
     What is trained on and what is not are encoded apart, so that no token lies in both. A control token becomes its
     id where the template writes it; where a message holds its name the name is spelled out, so that nobody ends a turn
-    by typing `</s>`. Limits: a name that the template begins and a message completes counts as the template's; pieces
-    that the tokenizer finds in any text (SentencePiece's user-defined ones, Hugging Face's added ones that are not
-    special) it finds in a message too; special tokens never swallow the spaces beside them; a space that a tokenizer
-    puts before every text is put before the first only.
+    by typing `</s>`. Pieces that the tokenizer finds in any text (SentencePiece's user-defined ones, Hugging Face's
+    added ones that are not special) it finds in a message too; a space that it puts before every text is put before
+    the first only.
     """
 
     def __init__(self, template: str, tokenizer: Tokenizer) -> None:
@@ -204,7 +189,7 @@ class ChatEncoder:
 
     def prompt(self, messages: Messages) -> list[int]:
         """Return the ids after which the next answer is trained on; raises `ValueError` if the template rejects it."""
-        self.unused_fields(messages)
+        self.check_written(messages)
         try:
             ids, mask = self.encode([*messages, {"role": "assistant", "content": "x"}])
         except DataError:  # as transformers encodes it: nothing was trained on here with such a template
@@ -226,27 +211,24 @@ class ChatEncoder:
         ids = self._part_ids(self._render([{"role": "user", "content": "x"}], prompt=True)[0], MARK, first=True)
         return self.template if ids[:1] == [self.bos_id] else "{{ bos_token }}" + self.template
 
-    def unused_fields(self, messages: Messages) -> set[str]:
-        """Return the fields of messages that change nothing in what the template writes.
-
-        Raises `ValueError` where leaving them out changes what is said, or who says it.
-        """
-        whole, unused = "", set[str]()
+    def check_written(self, messages: Messages) -> None:
+        """Raise `ValueError` if the template leaves out tools, calls, who says something, or what is said there."""
+        whole = ""
         for n, message in enumerate(messages):
-            role, more = message["role"], message.keys() - {"role", "content", "weight"}
-            changes: list[tuple[str, dict[str, Any]]] = [(key, {key: None}) for key in more]
+            role = message["role"]
+            changes: list[tuple[str, dict[str, Any]]] = [(key, {key: None}) for key in WRITTEN if key in message]
             if role not in ("user", "assistant"):
                 changes += [(f"the role of {role}", {"role": other}) for other in ("user", "assistant")]
             if changes and message["content"]:
                 changes.append((f"the content of {role}", {"content": message["content"] + "x"}))
-            for field, change in changes:
+            for said, change in changes:
                 whole = whole or self._render(messages)[0]
-                with suppress(ValueError):
-                    if self._render([*messages[:n], message | change, *messages[n + 1 :]])[0] == whole:
-                        unused.add(field)
-        if said := [field for field in sorted(unused) if " " in field or field in ("tools", *CALLS)]:
-            raise ValueError(f"the chat template leaves out {', '.join(said)}")
-        return unused
+                try:
+                    changed, _ = self._render([*messages[:n], message | change, *messages[n + 1 :]])
+                except ValueError:
+                    continue  # it does read it
+                if changed == whole:
+                    raise ValueError(f"the chat template leaves out {said}")
 
     def _render(self, messages: Messages, prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -255,6 +237,8 @@ class ChatEncoder:
         options["tools"] = messages[0].get("tools") if messages else None
         try:
             rendered: Any = render_jinja_template([messages], chat_template=self.template, **options)
+        except jinja2.TemplateSyntaxError as error:
+            raise DataError(f"data.chat_template: line {error.lineno}: {error.message}") from None
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise ValueError(f"the chat template rejects it: {error}") from None
         return rendered[0][0], rendered[1][0] if self.marked else []

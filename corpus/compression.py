@@ -2,71 +2,36 @@
 
 import bz2
 import gzip
-import io
 import lzma
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import zstandard
 
-OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-COMPRESSED = (".zst", *OPENERS)
-# What reading a damaged or truncated file raises; gzip and bz2 also raise an OSError without a number.
-DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
-ZSTD_READ_BYTES = 1 << 12  # decompressed at once: at most some 40 MB, of the most repetitive text
+def _open_zstd(raw: Any) -> Any:
+    import pyarrow  # zstandard's own reader takes a truncated file for a complete one
+
+    return pyarrow.CompressedInputStream(raw, "zstd")
+
+
+OPENERS: dict[str, Any] = {".zst": _open_zstd, ".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+# What reading a damaged or truncated file raises, besides an OSError without a number.
+DAMAGE = (EOFError, zlib.error, lzma.LZMAError)
 
 
 def split_suffix(path: str) -> tuple[str, str]:
     """Return the suffixes of content and compression: .jsonl and .gz of A.JSONL.gz."""
     name = Path(path.lower())
-    return (Path(name.stem).suffix, name.suffix) if name.suffix in COMPRESSED else (name.suffix, "")
+    return (Path(name.stem).suffix, name.suffix) if name.suffix in OPENERS else (name.suffix, "")
 
 
 def open_content(path: str) -> Any:
     """Open a file or an fsspec address for its decompressed bytes."""
-    raw: Any = Path(path)
+    raw: Any = path
     if "://" in path:
         import fsspec
 
         raw = fsspec.open(path, "rb").open()  # type: ignore[union-attr]
-    compression = split_suffix(path)[1]
-    if compression in OPENERS:
+    if compression := split_suffix(path)[1]:
         return OPENERS[compression](raw)
-    raw = raw.open("rb") if isinstance(raw, Path) else raw
-    return io.BufferedReader(ZstdFile(raw), 1 << 17) if compression else raw
-
-
-class ZstdFile(io.RawIOBase):
-    """Zstandard frames one after another. The package's own reader takes a truncated file for a complete one."""
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        self.raw, self.parts, self.content = raw, _decompressed(raw), memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        self.raw.close()
-        super().close()
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.content:
-            if (part := next(self.parts, None)) is None:
-                return 0
-            self.content = memoryview(part)
-        size = min(len(buffer), len(self.content))
-        buffer[:size], self.content = self.content[:size], self.content[size:]
-        return size
-
-
-def _decompressed(raw: IO[bytes]) -> Iterator[bytes]:
-    frame: Any = None
-    while packed := raw.read(ZSTD_READ_BYTES):
-        while packed:
-            frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            yield frame.decompress(packed)
-            packed, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    if frame is not None:
-        raise EOFError("it ends within a frame")
+    return open(path, "rb") if raw is path else raw

@@ -6,7 +6,7 @@ from enum import Enum
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from launch.config import UserError
 
@@ -47,7 +47,6 @@ class SplitBy(Enum):
 
 
 MOST_SHARDS = 1000  # jobs that one corpus may be prepared by
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".html", ".htm", ".py")
 STRUCTURED = (".json", ".jsonl", ".parquet")  # suffixes of files of records
 
 
@@ -65,9 +64,8 @@ class SourceConfig:
     text_key: str = "text"  # dotted key of a record's text
     messages_key: str = "messages"  # chat: dotted key of a record's messages
     source_key: str | None = None  # dotted key of a record's source (null: one source per sub-folder)
-    text_suffixes: list[str] = field(default_factory=lambda: [*TEXT_SUFFIXES])  # of files that are text
+    text_suffixes: list[str] = field(default_factory=".txt .md .rst .html .htm .py".split)  # of files that are text
     text_lines: bool = False  # of such a file every non-blank line is a document, as InternLM reads .txt
-    raw_json: bool = False  # encode the whole record, JSON syntax included, as InternLM did
 
 
 @dataclass(kw_only=True, slots=True)
@@ -115,8 +113,6 @@ class CorpusConfig(SourceConfig):
             yield f"data.valid_input ({self.valid_input}) needs data.source local or tokens, not {self.source.value}"
         if self.split_by is SplitBy.train_test_split and (self.source is not Source.huggingface or self.streaming):
             yield "data.split_by (train_test_split) needs a dataset that is not streamed; use data.split_by=hash"
-        if self.raw_json and self.style is not Style.text:
-            yield f"data.raw_json (true) needs data.style text, not {self.style.value}"
         if self.dataset_valid_split is not None and self.split_by is SplitBy.train_test_split:
             yield "data.dataset_valid_split and data.split_by (train_test_split): set one of them"
         if not 0 <= self.valid_fraction < 1:
@@ -126,8 +122,6 @@ class CorpusConfig(SourceConfig):
                 yield f"data.{key} ({value}) must be at least 1"
         try:
             self.source_configs()
-        except ConfigKeyError as error:
-            yield f"{error.full_key} is not a setting; choose from {', '.join(f.name for f in fields(SourceConfig))}"
         except OmegaConfBaseException as error:
             yield f"{error.full_key}: {cause_of(error)}"
 
@@ -140,7 +134,7 @@ class TokenizerConfig:
     special_tokens_in_text: bool = False  # their names in a document become the tokens; false: they are text
     add_bos: bool = False
     add_eos: bool = True
-    train_bytes: int = 64_000_000  # of text the tokenizer is trained on, drawn evenly from the corpus
+    train_bytes: int = 64_000_000  # of text the tokenizer is trained on: the beginning of each file, by its size
 
     def problems(self) -> Iterator[str]:
         # 256 bytes, unknown, bos, eos and room for merges

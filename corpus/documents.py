@@ -16,18 +16,11 @@ MOST_SOURCE_CHARS = 100
 
 @dataclass(slots=True)
 class Document:
-    """A document of a corpus.
-
-    Attributes:
-        hash: xxh3_64 of the text; of equal ones a corpus holds the first.
-        messages: of a conversation; `text` is then their JSON.
-    """
-
-    text: str
+    text: str  # of a conversation the JSON of its messages
     source: str
     split: str
     place: str
-    hash: int
+    hash: int  # xxh3_64 of the text; of equal ones a corpus holds the first
     text_bytes: int
     messages: Messages | None = None
 
@@ -45,11 +38,7 @@ class DocumentMaker:
     def from_text(
         self, text: str, place: str, source: str = "", *, split_key: str = "", messages: Messages | None = None
     ) -> Document | None:
-        """Return the document of a text.
-
-        Its split is the item's, or decided by the hash of the text (of `split_key`, where files stay together), so that
-        a document stays where it is when others are added.
-        """
+        """Return the document of a text; its split is the item's, or that of the hash of `split_key` or the text."""
         config = self.config
         if not text or text.isspace():
             self.left_out.empty += 1
@@ -77,32 +66,24 @@ class DocumentMaker:
 
     def from_line(self, line: bytes, place: str) -> Document | None:
         """Return the document of a line of JSON."""
-        if self.config.raw_json and not self.config.source_key:
-            return self.from_bytes(line, place)
         try:
-            text = line.decode("utf-8-sig")
-            record = json.loads(text)
+            record = json.loads(line.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             return self.left_out.bad(place, f"not JSON: {error}")
-        return self.from_record(record, place, line=text)
+        return self.from_record(record, place)
 
-    def from_record(self, record: Any, place: str, *, line: str | None = None) -> Document | None:
-        """Return the document of a record; `line` is its JSON as it was written, if it was."""
+    def from_record(self, record: Any, place: str) -> Document | None:
+        """Return the document of a record: its text, or its conversation."""
         config, messages = self.config, None
-        try:
-            if isinstance(record, ValueError):  # of a row that cannot be read
-                raise record
-            if config.style is not Style.text:
+        text: Any = lookup(record, config.text_key)
+        if config.style is not Style.text:
+            try:
                 messages = messages_of(record, config.style.value, config.messages_key)
-                text: Any = json.dumps(messages, ensure_ascii=False)
-            elif config.raw_json:
-                text = json.dumps(record) if line is None else line
-            else:
-                text = lookup(record, config.text_key)
-        except (ValueError, TypeError) as error:  # no messages, or what JSON cannot hold, such as Parquet's dates
-            return self.left_out.bad(place, str(error))
-        if not isinstance(text, str):
-            return self.left_out.bad(place, describe_missing(record, "data.text_key", config.text_key, "a string"))
+                text = json.dumps(messages, ensure_ascii=False)
+            except (ValueError, TypeError) as error:  # no messages, or what JSON cannot hold, such as Parquet's dates
+                return self.left_out.bad(place, str(error))
+        elif not isinstance(text, str):
+            return self.left_out.bad(place, describe_missing(record, config.text_key, "a string", "data.text_key"))
         source = (lookup(record, config.source_key) if config.source_key else None) or ""
         if isinstance(source, dict | list) or len(str(source)) > MOST_SOURCE_CHARS:
             return self.left_out.bad(place, f"data.source_key ({config.source_key}) must be a short name")

@@ -42,12 +42,11 @@ class DocumentEncoder:
         for document in documents:
             messages = document.messages or []
             try:
-                unused = self.chat.unused_fields(messages)
+                self.chat.check_written(messages)
                 ids_T, mask_T = self.chat.encode(messages)
             except ValueError as error:
                 left_out.bad(document.place, str(error))
                 continue
-            left_out.fields.update(unused)
             if self.bos is not None and ids_T[0] != self.bos:  # the template may have written it
                 ids_T, mask_T = np.insert(ids_T, 0, self.bos), np.insert(mask_T, 0, False)
             if self.eos is not None and ids_T[-1] != self.eos:

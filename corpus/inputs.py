@@ -1,23 +1,19 @@
 """What a corpus is made of: files, addresses of object stores, datasets, each with its source."""
 
-import glob
 import os
-import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corpus.builtin import builtin_files
-from corpus.compression import COMPRESSED, split_suffix
+from corpus.compression import OPENERS, split_suffix
 from corpus.config import STRUCTURED, CorpusConfig, DataError, Source, SourceConfig, SplitBy, as_paths, cause_of
-from data.local_files import distinct_files, files_below
+from data.local_files import distinct_files, matching_files
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
-
-MOST_KINDS = 5
 
 
 @dataclass(slots=True)
@@ -65,56 +61,40 @@ def list_files(paths: Any, key: str, config: CorpusConfig, ignored: Counter[str]
     suffixes = (*STRUCTURED, *config.text_suffixes)
     items: dict[str, Item] = {}
     for path in as_paths(paths):
-        found = {item.path: item for item in _matching(path, key, config.name, ignored)}
-        for place in [place for place in found if split_suffix(place)[0] not in suffixes]:
-            ignored[split_suffix(found.pop(place).path)[0] or "without a suffix"] += 1
-        if not found:
-            formats = f"{' '.join(suffixes)}, plain or {' '.join(COMPRESSED)}"
+        try:
+            base, sizes = (_remote_files if "://" in path.removeprefix("file://") else _local_files)(path)
+        except (OSError, ValueError, ImportError) as error:
+            raise DataError(f"{key} ({path}) cannot be listed: {error}") from None
+        readable = {place: size for place, size in sizes.items() if split_suffix(place)[0] in suffixes}
+        ignored.update(split_suffix(place)[0] or "without a suffix" for place in sizes.keys() - readable.keys())
+        if not readable:
+            formats = f"{' '.join(suffixes)}, plain or {' '.join(OPENERS)}"
             raise DataError(f"{key} ({path}) has no readable file; formats are {formats} (see data.text_suffixes)")
-        items |= found
+        for place, size in readable.items():
+            folder, slash, _ = place[len(base) :].lstrip("/").partition("/")
+            items[place] = Item(place, folder if slash else config.name, size=size)
     return [items[path] for path in distinct_files(items)]
 
 
-def _matching(pattern: str, key: str, name: str, ignored: Counter[str]) -> Iterator[Item]:
-    """Yield all files that a path, a glob or an address stands for."""
+def _local_files(pattern: str) -> tuple[str, dict[str, int]]:
+    base, found = matching_files(os.path.expanduser(pattern.removeprefix("file://")))
+    return base, {path: os.path.getsize(path) for path in found}
+
+
+def _remote_files(pattern: str) -> tuple[str, dict[str, int]]:
     import fsspec
-    from fsspec.utils import glob_translate
 
-    sizes: dict[str, int]
-    try:
-        system, path = fsspec.core.url_to_fs(pattern)  # of a path on this machine: absolute
-        if is_local := "file" in system.protocol:  # of whatever spelling
-            path = str(Path(path).resolve() if os.path.isdir(path) else Path(path).parent.resolve() / Path(path).name)
-        base = path  # the part before a glob's first wildcard; in a name that exists there is none
-        while glob.has_magic(base) and not system.exists(base):
-            base = base.rpartition("/")[0]
-        rest = path[len(base) :].lstrip("/")
-        if not rest and not system.isdir(path):
-            sizes, base = {path: system.info(path)["size"]}, path.rpartition("/")[0]
-        else:
-            if is_local:
-                depth, matches = rest.count("/") + 1, re.compile(glob_translate(rest or "**"))
-                found = files_below(base, ignored, None if "**" in rest or not rest else depth)
-                sizes = {p: os.path.getsize(p) for p in found if matches.match(p[len(base) :].lstrip("/"))}
-            else:
-                listed: Any = system.glob(path, detail=True) if rest else system.find(path, detail=True)
-                sizes = {place: about["size"] or 0 for place, about in listed.items() if about["type"] == "file"}
-            if "/." not in f"/{rest}":
-                sizes = {place: size for place, size in sizes.items() if "/." not in place[len(base) :]}
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"{key} ({pattern}) cannot be listed: {error}") from None
-    if ".arrow" in (endings := {os.path.splitext(place)[1] for place in sizes}) and ".json" in endings:
-        raise DataError(f"{key} ({pattern}) was made by save_to_disk; read it with data=huggingface data.dataset=...")
-    for place, size in sorted(sizes.items()):
-        folder, slash, _ = place[len(base) :].lstrip("/").partition("/")
-        yield Item(place if is_local else system.unstrip_protocol(place), folder if slash else name, size=size)
-
-
-def describe_ignored(ignored: Counter[str]) -> str:
-    """Return a line about what was not read, or an empty string."""
-    by_number = sorted(ignored.items(), key=lambda each: (each[0][0] == ".", -each[1], each[0]))
-    named = ", ".join(f"{count} {kind}" for kind, count in by_number[:MOST_KINDS])
-    return f"not read: {named}{', ...' * (len(by_number) > MOST_KINDS)}" if named else ""
+    system, path = fsspec.core.url_to_fs(pattern)
+    base, is_pattern = path, has_magic(path) and not system.exists(path)
+    listed: Any = system.glob(path, detail=True) if is_pattern else system.find(path, detail=True)
+    while has_magic(base) or base in listed:
+        base = os.path.dirname(base)
+    sizes = {
+        system.unstrip_protocol(place): about["size"] or 0
+        for place, about in listed.items()
+        if about["type"] == "file" and "/." not in place[len(base) :]
+    }
+    return system.unstrip_protocol(base), sizes
 
 
 def _load_dataset(config: CorpusConfig) -> list[Item]:

@@ -1,6 +1,5 @@
 """What a corpus does not hold: bad records, documents without text, exact duplicates."""
 
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,26 +17,22 @@ class LeftOut:
     empty: int = 0
     duplicates: int = 0
     places: list[str] = field(default_factory=list)
-    fields: Counter[str] = field(default_factory=Counter)  # conversations with a field that the template leaves out
 
     def bad(self, place: str, reason: str) -> None:
         """Count a bad record; raise `DataError` if the policy is to stop there."""
         if self.policy is OnBadRecord.error:
             raise DataError(f"{place}: {reason}; fix it, or leave such records out with data.on_bad_record=skip")
-        self.count += 1
-        if len(self.places) < MOST_PLACES:
-            self.places.append(f"{place}: {reason}")
+        self.merge({"count": 1, "empty": 0, "duplicates": 0, "places": [f"{place}: {reason}"]})
 
     def merge(self, other: dict[str, Any]) -> None:
         """Add what `as_json` of another returned."""
-        for key in ("count", "empty", "duplicates"):
-            setattr(self, key, getattr(self, key) + other[key])
-        self.places += other["places"][: MOST_PLACES - len(self.places)]
-        self.fields.update(other["fields"])
+        self.count += other["count"]
+        self.empty += other["empty"]
+        self.duplicates += other["duplicates"]
+        self.places = [*self.places, *other["places"]][:MOST_PLACES]
 
     def as_json(self) -> dict[str, Any]:
-        counts = {"count": self.count, "empty": self.empty, "duplicates": self.duplicates}
-        return {**counts, "places": self.places, "fields": dict(self.fields)}
+        return {"count": self.count, "empty": self.empty, "duplicates": self.duplicates, "places": self.places}
 
     def first(self) -> str:
         """Return the number and the first of the bad records, to end a message with."""

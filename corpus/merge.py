@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from corpus.config import DataError, Style
 from corpus.left_out import LeftOut
 from corpus.units import DOCUMENT, Job, file_name, read_unit, unit_folder
-from data.shards import DTYPES, FORMAT_VERSION, SHARD_BYTES, Header, ShardWriter
+from data.shards import FORMAT_VERSION, SHARD_BYTES, Header, ShardWriter
 from data.tokenizer import Tokenizer, load_tokenizer
 
-COPY_TOKENS = 1 << 22
-COMPARED_HASHES = 1 << 25  # at once, in about a gigabyte of memory
+COPY_TOKENS = 1 << 22  # at once
 
 
 @dataclass(slots=True)
@@ -31,8 +29,10 @@ class Group:
     path: Path
     split: str
     source: str
-    token_hash: str
-    dropped: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # documents that are duplicates
+    kept: np.ndarray = field(init=False)  # bool: which documents are no duplicates
+
+    def documents(self) -> np.ndarray:
+        return np.fromfile(f"{self.path}.documents", DOCUMENT)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -54,18 +54,16 @@ def merge_units(job: Job, n_units: int, before: dict[str, Any] | None, *, worker
         if (unit := read_unit(partial, number)) is None:
             return None
         left_out.merge(unit["left_out"])
-        for name, token_hash in unit["groups"].items():
-            split, source = name.split(".", 1)
-            groups.append(Group(unit_folder(partial, number) / file_name(name), split, source, token_hash))
+        for name in unit["groups"]:
+            groups.append(Group(unit_folder(partial, number) / file_name(name), *name.split(".", 1)))
     groups.sort(key=lambda group: group.split != "valid")  # of equal documents the one that is held out stays
     splits = before["splits"] if before else {"train": {}, "valid": {}}
-    stored = (stem for split in splits.values() for its in split.values() for stem in its["shards"])
-    known = [Path(data.path) / f"{stem}.hashes" for stem in stored]
-    places = [lambda path=path: np.fromfile(path, "<u8") for path in known]
-    places += [lambda group=group: np.fromfile(f"{group.path}.documents", DOCUMENT)["hash"] for group in groups]
-    for group, dropped in zip(groups, find_duplicates(places)[len(known) :], strict=True):
-        group.dropped = dropped
-        left_out.duplicates += len(dropped)
+    stems = [stem for split in splits.values() for its in split.values() for stem in its["shards"]]
+    hashes = [np.fromfile(Path(data.path) / f"{stem}.hashes", "<u8") for stem in stems]
+    hashes += [group.documents()["hash"] for group in groups]
+    for group, kept in zip(groups, are_first(hashes)[len(stems) :], strict=True):
+        group.kept = kept
+        left_out.duplicates += int((~kept).sum())
     tokenizer = load_tokenizer(partial / "tokenizer")
     tasks, masked = list(_shards(groups, splits)), data.style is not Style.text
     with ThreadPoolExecutor(workers) as pool:
@@ -91,34 +89,18 @@ def merge_units(job: Job, n_units: int, before: dict[str, Any] | None, *, worker
     }
 
 
-def find_duplicates(arrays: Sequence[Callable[[], np.ndarray]]) -> list[np.ndarray]:
-    """Return for each array of hashes the indices of those that an earlier place has, in it or in one before.
-
-    Arrays are functions that read them, so that only a part of all hashes, by their remainder, is in memory.
-    """
-    limits = np.cumsum([0, *(len(read()) for read in arrays)])
-    n_parts = 1 + int(limits[-1]) // COMPARED_HASHES
-    found = [np.zeros(0, dtype=np.int64)]
-    for part in range(n_parts if arrays else 0):
-        parts = []
-        for read, first in zip(arrays, limits[:-1], strict=True):
-            its = read()
-            inside = np.flatnonzero(its % np.uint64(n_parts) == part)
-            parts.append((its[inside], inside + first))
-        hashes, places = map(np.concatenate, zip(*parts, strict=True))
-        order = np.argsort(hashes, kind="stable")
-        again = hashes[order][1:] == hashes[order][:-1]
-        found.append(places[order[1:][again]])
-    dropped = np.sort(np.concatenate(found))
-    parts = np.split(dropped, np.searchsorted(dropped, limits[1:-1]))
-    return [part - first for part, first in zip(parts, limits[:-1], strict=False)]
+def are_first(arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """Return which hashes, uint64, no earlier one is equal to, in their array or in one before; bool arrays."""
+    hashes = np.concatenate([np.zeros(0, dtype="<u8"), *arrays])
+    first = np.zeros(len(hashes), dtype=bool)
+    first[np.unique(hashes, return_index=True)[1]] = True
+    return np.split(first, np.cumsum([len(array) for array in arrays]))[:-1]
 
 
 def _shards(groups: list[Group], splits: dict[str, dict[str, Any]]) -> Iterator[tuple[str, list[Group]]]:
     """Yield (stem, groups) of each shard to be written: about a gigabyte of one split and source."""
-    kept = [g for g in groups if len(g.dropped) < os.path.getsize(f"{g.path}.documents") // DOCUMENT.itemsize]
     of_one = attrgetter("split", "source")
-    for (split, source), found in groupby(sorted(kept, key=of_one), of_one):
+    for (split, source), found in groupby(sorted((g for g in groups if g.kept.any()), key=of_one), of_one):
         its = list(found)
         number, size, shard = len(splits[split].get(source, {}).get("shards", ())), 0, []
         for group in its:
@@ -138,30 +120,14 @@ def _write_shard(partial: Path, stem: str, groups: list[Group], tokenizer: Token
     try:
         with open(partial / f"{stem}.hashes", "wb") as hashes:
             for group in groups:
-                table = np.fromfile(f"{group.path}.documents", DOCUMENT)
-                kept = np.ones(len(table), dtype=bool)
-                kept[group.dropped] = False
-                _copy(group, table, kept, writer)
-                hashes.write(table["hash"][kept].tobytes())
+                table = group.documents()
+                table[group.kept]["hash"].tofile(hashes)
+                with open(f"{group.path}.tokens", "rb") as file:
+                    for chunk in np.array_split(np.arange(len(table)), 1 + table["tokens"].sum() // COPY_TOKENS):
+                        its, kept = table[chunk], group.kept[chunk]
+                        ids = np.fromfile(file, writer.dtype, its["tokens"].sum())
+                        ids = ids[np.repeat(kept, its["tokens"])].astype(np.uint32)
+                        writer.add(ids, its["tokens"][kept], int(its["text_bytes"][kept].sum()))
         return writer.close()
     finally:
         writer.file.close()
-
-
-def _copy(group: Group, table: np.ndarray, kept: np.ndarray, writer: ShardWriter) -> None:
-    """Append the kept documents of a unit to a shard; raises `DataError` if its tokens are not what was written."""
-    ends = np.cumsum(table["tokens"], dtype=np.int64)
-    cuts = np.searchsorted(ends, np.arange(COPY_TOKENS, ends[-1], COPY_TOKENS))
-    digest = xxhash.xxh3_128()
-    with open(f"{group.path}.tokens", "rb") as file:
-        for chunk in np.split(np.arange(len(table)), np.unique(cuts)):
-            lengths, keep = table["tokens"][chunk].astype(np.int64), kept[chunk]
-            ids = np.fromfile(file, DTYPES[writer.dtype], int(lengths.sum()))
-            digest.update(ids.data)
-            if keep.any():
-                ids = ids if keep.all() else ids[np.repeat(keep, lengths)]
-                text_bytes = int(table["text_bytes"][chunk][keep].sum(dtype=np.int64))
-                writer.add(ids.astype(np.uint32), lengths[keep], text_bytes)
-    if digest.hexdigest() != group.token_hash:  # as after a power failure
-        shutil.rmtree(group.path.parent, ignore_errors=True)
-        raise DataError(f"{group.path}.tokens is damaged and was removed; run the same command again")

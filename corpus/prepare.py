@@ -9,17 +9,15 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from corpus.chat import ChatEncoder, markers, read_template
-from corpus.config import CorpusConfig, DataError, Source, SourceConfig, Style, TokenizerConfig, as_paths
-from corpus.inputs import Item, describe_ignored, list_items
+from corpus.config import CorpusConfig, DataError, Source, Style, TokenizerConfig, as_paths
+from corpus.inputs import Item, list_items
 from corpus.merge import merge_units, write_whole
 from corpus.sample import tokenizer_texts
 from corpus.units import Job, Progress, plan_units, run_units
@@ -30,6 +28,7 @@ from data.tokenizer import CHAT_TEMPLATE, add_tokens, load_tokenizer, save_token
 
 logger = logging.getLogger(__name__)
 
+MOST_KINDS = 5  # of files that are not read, by suffix, in a message
 NOT_CONTENT = {"name", "path", "on_bad_record"}  # fields that do not decide what a corpus holds
 
 
@@ -41,22 +40,20 @@ def made_by(data: CorpusConfig, tokenizer: TokenizerConfig) -> dict[str, Any]:
         made["data.vocab_size"] = made["tokenizer.vocab_size"] = None  # the model has its own
     for key in ("tokenizer.model", "data.dataset", "data.chat_template"):  # a name, unless there is such a path
         made[key] = identity(made[key]) if made[key] and Path(made[key]).expanduser().exists() else made[key]
-    made |= {f"data.{key}": value for key, value in _reading(data).items()}
-    made["data.sources"] = {}
-    shared = _reading(replace(data, input=None, valid_input=None))
-    for name, its in data.source_configs().items():
-        own = {key: value for key, value in _reading(its).items() if value != shared[key]}
-        made["data.sources"][name] = own["input"] if list(own) == ["input"] else own
+    for key in ("data.input", "data.valid_input"):
+        made[key] = _places(made[key])
+    made["data.text_suffixes"] = sorted(set(data.text_suffixes))
+    made["data.sources"] = {name: _places(its) for name, its in data.sources.items()}
     return {key: getattr(value, "value", value) for key, value in made.items()}
 
 
-def _reading(config: SourceConfig) -> dict[str, Any]:
-    """Return the settings of a source, of any spelling and order the same."""
-    found = {f.name: getattr(config, f.name) for f in fields(SourceConfig)}
-    for key in ("input", "valid_input"):
-        paths = sorted({identity(path) for path in as_paths(found[key])})
-        found[key] = paths if len(paths) > 1 else next(iter(paths), None)
-    return found | {"text_suffixes": sorted(set(config.text_suffixes))}
+def _places(given: Any) -> Any:
+    """Return a path, a list of them, or what is said of a source, as all spellings of it have it."""
+    if isinstance(given, dict):
+        named = {key: _places(value) if key.endswith("input") else value for key, value in given.items()}
+        return named["input"] if list(named) == ["input"] else named
+    paths = sorted({identity(path) for path in as_paths(given)})
+    return paths if len(paths) > 1 else next(iter(paths), None)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -115,8 +112,12 @@ def prepare(
     folder = Path(data.path)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    with _held(lock, wait=shards > 1):
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=-1 if shards > 1 else 0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise DataError(f"another process prepares this corpus ({lock.lock_file}); wait for it") from None
+    try:
         if (partial / "corpus.json").exists():
             _publish(partial, folder)
         if is_prepared(data, tokenizer, add=add):
@@ -125,7 +126,7 @@ def prepare(
         ignored: Counter[str] = Counter()
         items = list_items(data, ignored) if before is None else _new_items(data, before)
         if ignored and not shard:
-            print(describe_ignored(ignored))
+            print("not read:", ", ".join(f"{count} {kind}" for kind, count in ignored.most_common(MOST_KINDS)))
         job = Job(data, tokenizer, partial, items)
         _begin(job, workers, before, alone=shards == 1)
         if shards > 1:
@@ -144,17 +145,8 @@ def prepare(
         write_whole(partial / "corpus.json", json.dumps(about, indent=2) + "\n")
         _publish(partial, folder)
         return about
-
-
-@contextmanager
-def _held(lock: FileLock, *, wait: bool) -> Iterator[None]:
-    try:
-        lock.acquire(timeout=-1 if wait else 0)
-        yield
-    except Timeout:
-        raise DataError(f"another process prepares this corpus ({lock.lock_file}); wait for it") from None
     finally:
-        lock.release(force=True)
+        lock.release()
 
 
 def _begin(job: Job, workers: int, before: dict[str, Any] | None, *, alone: bool) -> None:
@@ -195,7 +187,7 @@ def _write_tokenizer(job: Job, workers: int, before: dict[str, Any] | None) -> N
             tokenizer = add_tokens(folder, config.add_special_tokens)
     else:
         print(f"training a tokenizer of {config.vocab_size} pieces", flush=True)
-        texts, path = iter(tokenizer_texts(data, job.items, config.train_bytes)), folder / "tokenizer.model"
+        texts, path = iter([*tokenizer_texts(data, job.items, config.train_bytes)]), folder / "tokenizer.model"
         special = list(dict.fromkeys([*markers(template), *config.add_special_tokens]))
         tokenizer = train_tokenizer(texts, path, vocab_size=config.vocab_size, threads=workers, special=special)
     for key, token in (("add_bos", tokenizer.bos_id), ("add_eos", tokenizer.eos_id)):
@@ -203,10 +195,8 @@ def _write_tokenizer(job: Job, workers: int, before: dict[str, Any] | None) -> N
             raise DataError(f"tokenizer.{key} (true): {tokenizer.path.name} has no such token; set it to false")
     if template is not None:
         if ChatEncoder(template, tokenizer).answer_end() is None:
-            problem = (
-                "data.chat_template (%s) ends answers by no special token; add it with tokenizer.add_special_tokens"
-            )
-            logger.warning(problem, data.chat_template)
+            lacks = "ends answers by no special token; add it with tokenizer.add_special_tokens"
+            logger.warning("data.chat_template (%s) %s", data.chat_template, lacks)
         (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
 
 

@@ -5,8 +5,6 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from shutil import copyfileobj
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from corpus.builtin import builtin_texts
@@ -78,12 +76,19 @@ class Reader:
                 raise DataError(f"{item.path} cannot be read: {error}") from None
             left_out.bad(item.path, f"damaged or cut short: {cause_of(error)}")  # as gzip, bz2 and pyarrow report it
 
-    def rows(self, stream: bytes, item: Item, left_out: LeftOut, first: int) -> Iterator[Document]:
-        """Yield the documents of rows of a dataset, an Arrow stream; the first row has the number `first`."""
-        import pyarrow
+    def rows(
+        self, batches: "Iterable[pyarrow.RecordBatch]", item: Item, left_out: LeftOut, first: int = 0
+    ) -> Iterator[Document]:
+        """Yield the documents of rows of a dataset, the first of which has the number `first`."""
+        from datasets import Features
 
         make = DocumentMaker(item, self.config, left_out)
-        yield from filter(None, self._rows(pyarrow.ipc.open_stream(stream), make, first))
+        for batch in batches:
+            decode = Features.from_arrow_schema(batch.schema).decode_example  # JSON, where rows differ in shape
+            for number, row in enumerate(batch.to_pylist(), first):
+                if document := make.from_record(decode(row), f"{item.path}[{number}]"):
+                    yield document
+            first += len(batch)
 
     def close(self) -> None:
         if self.lines is not None:
@@ -96,20 +101,17 @@ class Reader:
             for text, source, place, key in builtin_texts(item.path):
                 yield make.from_text(text, place, source, split_key=key)
         elif item.dataset is not None:
-            yield from self._rows(dataset_batches(item, self.config), make, 0)
+            yield from self.rows(dataset_batches(item, self.config), item, make.left_out)
         elif has_lines(item, make.config):
             yield from self._lines(item, make, start, stop)
         else:
-            with open_content(item.path) as file, TemporaryFile() as copy:
+            with open_content(item.path) as file:
                 if kind in make.config.text_suffixes:
                     yield make.from_bytes(file.read(make.most_bytes + 1), item.path)
                 elif kind == ".json":
                     yield from self._json(file, make)
-                elif not compression:
-                    yield from self._parquet(file, make, start, stop)
                 else:  # Parquet is read from its end
-                    copyfileobj(file, copy, READ_BYTES)
-                    yield from self._parquet(copy, make, start, stop)
+                    yield from self._parquet(io.BytesIO(file.read()) if compression else file, make, start, stop)
 
     def _lines(self, item: Item, make: DocumentMaker, start: int, stop: int) -> Iterator[Document | None]:
         if self.lines is not None and (self.lines.path != item.path or self.lines.before > start):
@@ -151,25 +153,18 @@ class Reader:
             end = 0
             for group in range(table.num_row_groups):
                 about = table.metadata.row_group(group)
-                number, end = end, end + about.num_rows
+                first, end = end, end + about.num_rows
                 if not start <= (about.column(0).dictionary_page_offset or about.column(0).data_page_offset) < stop:
                     continue
                 batches = table.iter_batches(DATASET_ROWS, [group], columns, use_threads=False)
-                yield from self._rows(batches, make, number)
+                for number, row in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), first):
+                    yield make.from_record(row, f"{make.item.path}[{number}]")
         except (pyarrow.ArrowException, ValueError) as error:
             make.left_out.bad(make.item.path, f"unreadable Parquet: {cause_of(error)}")
 
-    def _rows(
-        self, batches: "Iterable[pyarrow.RecordBatch]", make: DocumentMaker, first: int
-    ) -> Iterator[Document | None]:
-        for number, record in enumerate(chain.from_iterable(map(records_of, batches)), first):
-            yield make.from_record(record, f"{make.item.path}[{number}]")
-
 
 def columns_of(config: CorpusConfig, names: list[str]) -> list[str]:
-    """Return the columns that make a document, all for the whole record; raises `ValueError` if one is missing."""
-    if config.style is Style.text and config.raw_json:
-        return names
+    """Return the columns that make a document; raises `ValueError` if one is missing."""
     keys = {Style.text: [config.text_key], Style.chat: [config.messages_key], Style.alpaca: ["instruction", "output"]}
     wanted = [key.split(".")[0] for key in keys[config.style]]
     if missing := [name for name in wanted if name not in names]:
@@ -192,33 +187,3 @@ def dataset_batches(item: Item, config: CorpusConfig) -> "Iterator[pyarrow.Recor
             yield from table.combine_chunks().to_batches()
     except (OSError, ValueError, pyarrow.ArrowException, DatasetsError) as error:
         raise DataError(f"data.dataset ({item.path}) cannot be read: {cause_of(error)}") from None
-
-
-def records_of(batch: "pyarrow.RecordBatch") -> list[Any]:
-    """Return rows as Python values; a row that is not UTF-8, or not JSON in a column of JSON, is its `ValueError`."""
-    try:
-        found = batch.to_pylist()
-        for field in batch.schema:
-            if _holds_json(field.type):
-                for record in found:
-                    record[field.name] = _parse_json(record[field.name], field.type)
-    except ValueError as error:
-        return [error] if len(batch) == 1 else [r for i in range(len(batch)) for r in records_of(batch.slice(i, 1))]
-    return found
-
-
-def _holds_json(kind: "pyarrow.DataType") -> bool:
-    import pyarrow
-
-    return isinstance(kind, pyarrow.JsonType) or any(_holds_json(kind.field(i).type) for i in range(kind.num_fields))
-
-
-def _parse_json(value: Any, kind: "pyarrow.DataType") -> Any:
-    """Parse the JSON in a value, which is how `datasets` stores records that differ in shape."""
-    import pyarrow
-
-    if isinstance(value, str) and isinstance(kind, pyarrow.JsonType):
-        return json.loads(value)
-    if isinstance(value, dict):
-        return {name: _parse_json(part, kind.field(name).type) for name, part in value.items()}
-    return [_parse_json(part, kind.field(0).type) for part in value] if isinstance(value, list) else value

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -38,8 +38,8 @@ BATCH_BYTES = 1 << 20  # of text that is encoded at once
 DOCUMENT = np.dtype([("hash", "<u8"), ("tokens", "<u4"), ("text_bytes", "<u4")])
 
 
-# Takes the documents, tokens and bytes of text that were added (no bytes for an earlier run's), and their share of the
-# work, 0 if it is not known; a worker's share is in the terms of `Unit.size`.
+# Takes the documents, tokens and bytes of text of a unit that is done (no bytes for an earlier run's), and its share of
+# the work, 0 if it is not known.
 Progress = Callable[[int, int, int, float], None]
 
 
@@ -102,10 +102,7 @@ def _file_units(items: list[Item], config: CorpusConfig) -> Iterator[tuple[tuple
 
 
 def _dataset_units(items: list[Item], config: CorpusConfig) -> Iterator[tuple[tuple[Span, ...], bytes, int]]:
-    """Yield rows of datasets, read by this process, once and in order, as a stream must be.
-
-    Units grow with the bytes before them, since the size of a stream is not known.
-    """
+    """Yield rows of datasets, read once by this process; units grow, since the size of a stream is not known."""
     total = 0
     for number, item in enumerate(items):
         first, batches, size = 0, [], 0
@@ -147,50 +144,57 @@ def read_unit(folder: Path, number: int) -> dict[str, Any] | None:
 
 
 class UnitWorker:
-    """Reads, encodes and writes units; one per process. What `progress` raises ends a unit."""
+    """Reads, encodes and writes units; one per process."""
 
-    def __init__(self, job: Job, progress: Progress) -> None:
-        self.job, self.progress = job, progress
+    def __init__(self, job: Job) -> None:
+        self.job = job
         self.encoder = DocumentEncoder(job.data, job.config, job.folder / "tokenizer")
         self.reader = Reader(job.data)
 
-    def write(self, unit: Unit) -> None:
-        """Do a unit, from reading to the commit."""
+    def write(self, unit: Unit) -> list[int]:
+        """Do a unit, from reading to the commit, and return its documents, tokens and bytes of text."""
         final = unit_folder(self.job.folder, unit.number)
         partial = final.with_name(f".{final.name}.{socket.gethostname()}.{os.getpid()}")
         partial.mkdir(parents=True)
         try:
-            self._write(unit, partial)
+            counts = self._write(unit, partial)
             partial.rename(final)
         except OSError:
-            if not final.exists():  # or another process was faster
+            if not final.exists():
                 raise
+            counts = [0, 0, 0]  # another process was faster
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+        return counts
 
-    def _write(self, unit: Unit, folder: Path) -> None:
+    def _write(self, unit: Unit, folder: Path) -> list[int]:
         left_out = LeftOut(self.job.data.on_bad_record)
-        counts, hashes, left = np.zeros(3, dtype=np.int64), {}, unit.size
+        groups: set[str] = set()
+        documents = tokens = text_bytes = 0
         for batch in _batches(self._documents(unit, left_out)):
-            batch = batch if unit.limit is None else batch[: unit.limit - counts[0]]
+            batch = batch if unit.limit is None else batch[: unit.limit - documents]
             found = self.encoder.encode(batch, left_out)
-            _append(found, folder, self.encoder.dtype, hashes)
-            added = len(found), sum(len(ids) for _, ids in found), sum(d.text_bytes for d, _ in found)
-            counts += added
-            left -= (done := min(left, added[2]))  # about; the rest comes with the end of the unit
-            self.progress(*added, done)
-            if counts[0] == unit.limit:
+            groups |= _append(found, folder, self.encoder.dtype)
+            documents += len(found)
+            tokens += sum(len(ids) for _, ids in found)
+            text_bytes += sum(document.text_bytes for document, _ in found)
+            if documents == unit.limit:
                 break
-        groups = {group: digest.hexdigest() for group, digest in sorted(hashes.items())}
-        about = {"counts": counts.tolist(), "left_out": left_out.as_json(), "groups": groups}
+        counts = [documents, tokens, text_bytes]
+        about = {"counts": counts, "left_out": left_out.as_json(), "groups": sorted(groups)}
         (folder / "unit.json").write_text(json.dumps(about), encoding="utf-8")
-        self.progress(0, 0, 0, left)
+        for path in folder.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file)
+        return counts
 
     def _documents(self, unit: Unit, left_out: LeftOut) -> Iterator[Document]:
+        import pyarrow
+
         for span in unit.spans:
             item = self.job.items[span.item]
             if unit.rows:
-                yield from self.reader.rows(unit.rows, item, left_out, span.start)
+                yield from self.reader.rows(pyarrow.ipc.open_stream(unit.rows), item, left_out, span.start)
             else:
                 yield from self.reader.documents(item, left_out, span.start, span.stop)
 
@@ -208,20 +212,18 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _append(
-    encoded: list[tuple[Document, np.ndarray]], folder: Path, dtype: Any, hashes: dict[str, xxhash.xxh3_128]
-) -> None:
-    """Append documents to a file of tokens and one of `DOCUMENT` for each split and source."""
+def _append(encoded: list[tuple[Document, np.ndarray]], folder: Path, dtype: Any) -> set[str]:
+    """Append documents to a file of tokens and one of `DOCUMENT` for each split and source, and return these."""
     groups: dict[str, list[tuple[Document, np.ndarray]]] = {}
     for document, ids in encoded:
         groups.setdefault(f"{document.split}.{document.source}", []).append((document, ids))
     for group, found in groups.items():
-        raw = np.concatenate([ids for _, ids in found]).astype(dtype).tobytes()
+        tokens = np.concatenate([ids for _, ids in found]).astype(dtype)
         table = np.array([(d.hash, len(ids), d.text_bytes) for d, ids in found], dtype=DOCUMENT)
-        hashes.setdefault(group, xxhash.xxh3_128()).update(raw)
-        for kind, content in ((".tokens", raw), (".documents", table.tobytes())):
+        for kind, content in ((".tokens", tokens), (".documents", table)):
             with open(folder / f"{file_name(group)}{kind}", "ab") as file:  # not kept open: there may be thousands
-                file.write(content)
+                content.tofile(file)
+    return set(groups)
 
 
 def run_units(units: Iterable[Unit], job: Job, *, workers: int, shards: int, shard: int, progress: Progress) -> int:
@@ -230,10 +232,10 @@ def run_units(units: Iterable[Unit], job: Job, *, workers: int, shards: int, sha
     n_units = n_documents = 0
     total = sum(map(content_size, job.items)) / shards if most is None else 0
 
-    def add(documents: int, tokens: int, text_bytes: int, size: float) -> None:
+    def add(unit: Unit, counts: list[int], *, is_new: bool = True) -> None:
         nonlocal n_documents
-        n_documents += documents
-        progress(documents, tokens, text_bytes, size / total if total else 0)
+        n_documents += counts[0]
+        progress(counts[0], counts[1], counts[2] * is_new, unit.size / total if total else 0)
 
     def to_do() -> Iterator[Unit]:
         nonlocal n_units
@@ -246,68 +248,50 @@ def run_units(units: Iterable[Unit], job: Job, *, workers: int, shards: int, sha
                 if (done := read_unit(job.folder, unit.number)) is None:
                     yield unit
                 else:
-                    documents, tokens, _ = done["counts"]
-                    add(documents, tokens, 0, unit.size)
+                    add(unit, done["counts"], is_new=False)
 
     if workers == 1 or most is not None:  # a unit's limit is known when those before it are done
-        worker = UnitWorker(job, add)
+        worker = UnitWorker(job)
         for unit in to_do():
-            worker.write(unit)
+            add(unit, worker.write(unit))
     else:
         _run_in_processes(to_do(), job, workers, add)
     return n_units
 
 
 def _run_in_processes(units: Iterator[Unit], job: Job, workers: int, add: Callable[..., None]) -> None:
-    context = get_context("spawn")
-    shared = context.Array("q", 5)  # documents, tokens, bytes of text, work, and whether to stop
-    waiting: set[Future[None]] = set()
+    waiting: dict[Future[list[int]], Unit] = {}
 
-    def wait_for_one() -> None:
-        nonlocal waiting
-        done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
-        with shared.get_lock():
-            added, shared[:4] = shared[:4], [0, 0, 0, 0]
-        if any(added):
-            add(*added)
-        for future in done:
-            future.result()
+    def wait_for_all_but(most: int) -> None:
+        while len(waiting) > most:
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                add(waiting.pop(future), future.result())
 
-    try:
-        with ProcessPoolExecutor(workers, context, _start_worker, (job, shared)) as pool:
-            try:
-                for unit in units:
-                    waiting.add(pool.submit(_write_unit, unit))
-                    while len(waiting) > workers:
-                        wait_for_one()
-                while waiting:
-                    wait_for_one()
-            except BaseException:
-                shared[4] = 1
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    except BrokenProcessPool:
-        raise DataError("a worker process was killed, perhaps for lack of memory; take fewer workers") from None
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (job,)) as pool:
+        try:
+            for unit in units:
+                waiting[pool.submit(_write_unit, unit)] = unit
+                wait_for_all_but(workers)
+            wait_for_all_but(0)
+        except BrokenProcessPool:
+            raise DataError("a worker process was killed, perhaps for lack of memory; take fewer workers") from None
+        except BaseException:
+            for process in active_children():
+                process.kill()  # a unit takes long, and is done anew
+            raise
 
 
 _worker: list[UnitWorker] = []  # this process' own
 
 
-def _start_worker(job: Job, shared: Any) -> None:
+def _start_worker(job: Job) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process per core already
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops them
     parent = parent_process()
     assert parent is not None
     Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # ends with the main process
-
-    def progress(*added: Any) -> None:
-        with shared.get_lock():
-            shared[:4] = [a + b for a, b in zip(shared[:4], added, strict=True)]
-        if shared[4]:
-            raise InterruptedError("the main process stopped")
-
-    _worker[:] = [UnitWorker(job, progress)]
+    _worker[:] = [UnitWorker(job)]
 
 
-def _write_unit(unit: Unit) -> None:
-    _worker[0].write(unit)
+def _write_unit(unit: Unit) -> list[int]:
+    return _worker[0].write(unit)

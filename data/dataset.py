@@ -94,13 +94,11 @@ class PackedDataset:
 
     def _wrong_token(self, tokens: np.ndarray, pieces: Pieces) -> DataError:
         row, at = np.argwhere(tokens.view(np.uint32) >= self.vocab_size)[0].tolist()
-        before = int(pieces.n_pieces[:row].sum())
-        lengths = pieces.lengths[before : before + int(pieces.n_pieces[row])]
-        number = min(int(np.searchsorted(np.cumsum(lengths), at, side="right")), len(lengths) - 1)
-        file = self.files[pieces.files[before + number]]
-        place = int(pieces.starts[before + number]) + at - int(lengths[:number].sum())
-        document = int(np.searchsorted(file.offsets(), place, side="right")) - 1
-        what = f"{file.stem}.bin: token {place}, in document {document}, is id {tokens[row, at]}"
+        its = np.flatnonzero(np.repeat(np.arange(len(tokens)), pieces.n_pieces) == row)
+        begins = np.cumsum(pieces.lengths[its]) - pieces.lengths[its]
+        number = np.searchsorted(begins, at, side="right") - 1
+        piece, place = its[number], pieces.starts[its[number]] + at - begins[number]
+        what = f"{self.files[pieces.files[piece]].stem}.bin: token {place} is id {tokens[row, at]}"
         return DataError(f"{what}, outside model.vocab_size ({self.vocab_size}); prepare it with the right tokenizer")
 
     def epochs(self, samples: int) -> dict[int, float]:
@@ -111,14 +109,6 @@ class PackedDataset:
             return dict.fromkeys(sources, drawn / max(1, self.n_packs))
         found = zip(sources, self.mixture.drawn(drawn).tolist(), self.packings, strict=True)
         return {source: count / max(1, packing.n_packs) for source, count, packing in found}
-
-    def waste(self) -> tuple[float, float]:
-        """Return the share of tokens that is padding and the share of documents that is cut."""
-        if not self.n_packs:
-            return 0.0, 0.0
-        shares = [packing.waste() for packing in self.packings]
-        padding, cut = np.average(shares, axis=0, weights=[packing.n_packs for packing in self.packings])
-        return float(padding), float(cut)
 
 
 @dataclass(slots=True)

@@ -16,15 +16,11 @@ if TYPE_CHECKING:
 def write_hf_tokenizer(
     tokenizer: Tokenizer, folder: Path, *, add_bos: bool, max_len: int, answer_end: int | None = None
 ) -> dict[str, int | None]:
-    """Write a tokenizer for transformers 4 and 5, with tokenizer.model where there is one.
+    """Write a tokenizer for transformers 4 and 5, with tokenizer.model where there is one; return config.json's ids.
 
     Nothing is left to a client's default. A text gets bos if training gave it one, and never eos, which is for the
-    model to write; of a chat model eos is the end of an answer. As everywhere in Hugging Face, the name of a special
-    token written out in a text, such as `<s>`, becomes that token: a chat template needs it. A tokenizer that
-    transformers cannot have goes into a folder of its own, where it is not taken for another.
-
-    Returns:
-        The special tokens as config.json names them: bos_token_id, eos_token_id, pad_token_id.
+    model to write; of a chat model eos is the end of an answer. A tokenizer that transformers cannot have goes into a
+    folder of its own, where it is not taken for another.
     """
     import tokenizers
     from tokenizers import processors

@@ -1,9 +1,12 @@
-"""Files of this machine below a folder, those behind symbolic links included."""
+"""Files of this machine by patterns, those behind symbolic links included."""
 
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable
+from glob import has_magic
 from pathlib import Path
+
+from fsspec.utils import glob_translate
 
 
 def identity(path: str) -> str:
@@ -18,23 +21,34 @@ def distinct_files(paths: Iterable[str]) -> list[str]:
     return sorted({identity(path): path for path in reversed(real_first)}.values())
 
 
-def files_below(folder: str, left_out: Counter[str], depth: int | None = None) -> Iterator[str]:
-    """Yield the files of a folder and of `depth` - 1 levels below it; counts in `left_out` what cannot be read."""
-    for here, folders, names in os.walk(folder, followlinks=True, onerror=lambda _: left_out.update(["no permission"])):
-        if (real := os.path.realpath(here)) != here and real in map(os.path.realpath, Path(here).parents):
-            left_out["links back to a folder they are in"] += 1
+def matching_files(pattern: str) -> tuple[str, list[str]]:
+    """Return the files that a path, a folder or a glob stands for, and the folder that they are all in.
+
+    A path that exists is that path, whatever its name. Hidden files count only where the pattern names them.
+    """
+    path = os.path.realpath(pattern) if os.path.isdir(pattern) else os.path.abspath(pattern)
+    if os.path.isfile(path):
+        return os.path.dirname(path), [path]
+    base = path  # the part before a glob's first wildcard
+    while has_magic(base) and not os.path.exists(base):
+        base = os.path.dirname(base)
+    rest = path[len(base) :].lstrip("/") or "**"
+    matches, found = re.compile(glob_translate(rest)), []
+    for here, folders, names in os.walk(base, followlinks=True):
+        is_loop = os.path.islink(here) and os.path.realpath(here) in map(os.path.realpath, Path(here).parents)
+        if is_loop or ("**" not in rest and here[len(base) :].count("/") >= rest.count("/")):
             folders.clear()
-            continue
-        if depth is not None and here.removeprefix(folder).count("/") >= depth - 1:
-            folders.clear()
-        for path in (os.path.join(here, name) for name in names):
-            if os.path.isfile(path):
-                yield path
-            elif os.path.islink(path):
-                left_out["broken links"] += 1
+        for place in (os.path.join(here, name) for name in names if not is_loop):
+            inside = place[len(base) :].lstrip("/")
+            is_hidden = "/." in f"/{inside}" and "/." not in f"/{rest}"
+            if matches.match(inside) and not is_hidden and os.path.isfile(place):
+                found.append(place)
+    return base, found
 
 
 def token_paths(folder: str) -> list[Path]:
     """Return the .bin files below a folder, or the file that it is."""
-    below = (path for path in files_below(os.path.abspath(folder), Counter()) if path.endswith(".bin"))
-    return [Path(folder)] if os.path.isfile(folder) else sorted(map(Path, distinct_files(below)))
+    if os.path.isfile(folder):
+        return [Path(folder)]
+    below = (path for path in matching_files(folder)[1] if path.endswith(".bin"))
+    return sorted(map(Path, distinct_files(below)))

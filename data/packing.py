@@ -41,14 +41,9 @@ class Pieces(NamedTuple):
 
 
 class Packing(ABC):
-    """The packs of a source's files. A subclass decides which pieces of documents each pack holds.
+    """The packs of a source's files, of `pack_len` tokens; a subclass decides which pieces of documents each holds.
 
-    `data.packing=module:Class` names a class of the user's own.
-
-    Args:
-        files: the source's files.
-        pack_len: tokens per pack.
-        seed: of the order of documents; None for validation, which must hold every token.
+    The seed is that of the order of documents; None for validation, which must hold every token.
     """
 
     isolated = True  # tokens see only their own document; False: all of their `seq_len` tokens
@@ -66,18 +61,15 @@ class Packing(ABC):
     def pieces(self, packs: np.ndarray) -> Pieces:
         """Return what packs hold, a pure function of their numbers; int64 (N,), from 0 to n_packs - 1."""
 
-    def waste(self) -> tuple[float, float]:
-        """Return the share of tokens that is padding and the share of documents that is cut, by a sample of packs."""
-        packs = np.linspace(0, self.sample_end(), min(self.n_packs, SAMPLED_PACKS), endpoint=False).astype(np.int64)
-        if not len(packs):
-            return 0.0, 0.0
-        pieces = self.pieces(packs)
-        whole, documents = int((pieces.begins & pieces.ends).sum()), int(pieces.begins.sum())
-        return float(1 - pieces.lengths.sum() / (len(packs) * self.pack_len)), 1 - whole / max(1, documents)
 
-    def sample_end(self) -> int:
-        """Return where the packs end that a sample may be taken of."""
-        return self.n_packs
+def waste(n_packs: int, pieces_of: Callable[[np.ndarray], Pieces], pack_len: int) -> tuple[float, float]:
+    """Return the share of tokens that is padding and the share of documents that is cut, by a sample of packs."""
+    packs = np.linspace(0, n_packs, min(n_packs, SAMPLED_PACKS), endpoint=False).astype(np.int64)
+    if not len(packs):
+        return 0.0, 0.0
+    pieces = pieces_of(packs)
+    whole, documents = int((pieces.begins & pieces.ends).sum()), int(pieces.begins.sum())
+    return float(1 - pieces.lengths.sum() / (len(packs) * pack_len)), 1 - whole / max(1, documents)
 
 
 class Concat(Packing):
@@ -117,9 +109,6 @@ class Concat(Packing):
         start, begun = np.roll(end, 1), np.ones(len(row), dtype=bool)
         start[heads], begun[heads] = starts, begins
         return Pieces(n_pieces, files[row], start, end - start, begun, ended)
-
-    def sample_end(self) -> int:
-        return max(int(self.limits[:2][-1]), min(self.n_packs, SAMPLED_PACKS))  # reads the index of few files
 
 
 class InternLM(Packing):

@@ -31,65 +31,63 @@ MEGATRON_TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 SPARSE = 64  # documents between two offsets kept in memory
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Header:
     format_version: int
     dtype: str
     vocab_size: int
     tokenizer: str  # fingerprint
     masked: bool  # the highest bit of a token is its loss mask
-    documents: int
-    tokens: int
-    text_bytes: int
-    max_token: int
-    bin_hash: str  # xxh3_128 of the files
-    idx_hash: str
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    max_token: int = 0
+    bin_hash: str = ""  # xxh3_128 of the files
+    idx_hash: str = ""
 
 
 class ShardWriter:
     """Appends documents to one shard; the header, which `close` writes last, is what makes it one."""
 
     def __init__(self, stem: Path, *, vocab_size: int, tokenizer: str, masked: bool = False) -> None:
-        self.stem, self.vocab_size, self.tokenizer, self.masked = stem, vocab_size, tokenizer, masked
-        self.dtype = "uint16" if vocab_size <= 1 << 16 and not masked else "uint32"
-        self.lengths: list[np.ndarray] = []
-        self.documents = self.tokens = self.text_bytes = self.max_token = 0
-        self.hash = xxhash.xxh3_128()
+        dtype = "uint16" if vocab_size <= 1 << 16 and not masked else "uint32"
+        self.stem, self.header = stem, Header(FORMAT_VERSION, dtype, vocab_size, tokenizer, masked)
+        self.dtype, self.lengths, self.hash = DTYPES[dtype], [np.zeros(0, dtype="<i4")], xxhash.xxh3_128()
         stem.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(f"{stem}.bin", "wb")  # noqa: SIM115
 
     def add(self, ids: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
         """Append documents that lie end to end; ids: uint32, lengths: their tokens."""
-        tokens = ids & ~np.uint32(LOSS_MASKED) if self.masked else ids
-        self.max_token = max(self.max_token, int(tokens.max(initial=0)))
-        if self.max_token >= self.vocab_size:
-            raise DataError(f"{self.stem}.bin: token {self.max_token} is outside the vocabulary ({self.vocab_size})")
-        raw = ids.astype(DTYPES[self.dtype]).tobytes()
+        header = self.header
+        tokens = ids & ~np.uint32(LOSS_MASKED) if header.masked else ids
+        header.max_token = max(header.max_token, int(tokens.max(initial=0)))
+        if header.max_token >= header.vocab_size:
+            outside = f"token {header.max_token} is outside the vocabulary ({header.vocab_size})"
+            raise DataError(f"{self.stem}.bin: {outside}")
+        raw = ids.astype(self.dtype).tobytes()
         self.file.write(raw)
         self.hash.update(raw)
         self.lengths.append(lengths.astype("<i4"))
-        self.documents += len(lengths)
-        self.tokens += len(ids)
-        self.text_bytes += text_bytes
+        header.documents += len(lengths)
+        header.tokens += len(ids)
+        header.text_bytes += text_bytes
 
     def close(self) -> Header:
         """Write the index and the header, all of it synced to the disk, and return the header."""
         _close_synced(self.file)
-        lengths = np.concatenate([np.zeros(0, dtype="<i4"), *self.lengths])
-        dtype = DTYPES[self.dtype]
+        lengths, size = np.concatenate(self.lengths), self.dtype.itemsize
         index = (
-            INDEX_HEADER.pack(MAGIC, 1, 8 if dtype.itemsize == 2 else 4, len(lengths), len(lengths) + 1),
+            INDEX_HEADER.pack(MAGIC, 1, 8 if size == 2 else 4, len(lengths), len(lengths) + 1),
             lengths.tobytes(),
-            ((np.cumsum(lengths, dtype="<i8") - lengths) * dtype.itemsize).astype("<i8").tobytes(),
+            ((np.cumsum(lengths, dtype="<i8") - lengths) * size).astype("<i8").tobytes(),
             np.arange(len(lengths) + 1, dtype="<i8").tobytes(),
         )
-        _close_synced(open(f"{self.stem}.idx", "wb"), b"".join(index))  # noqa: SIM115
-        counts = self.documents, self.tokens, self.text_bytes, self.max_token
-        hashes = self.hash.hexdigest(), xxhash.xxh3_128_hexdigest(b"".join(index))
-        header = Header(FORMAT_VERSION, self.dtype, self.vocab_size, self.tokenizer, self.masked, *counts, *hashes)
-        raw = (json.dumps(asdict(header), indent=2) + "\n").encode()
-        _close_synced(open(f"{self.stem}.json", "wb"), raw)  # noqa: SIM115
-        return header
+        raw = b"".join(index)
+        _close_synced(open(f"{self.stem}.idx", "wb"), raw)  # noqa: SIM115
+        self.header.bin_hash, self.header.idx_hash = self.hash.hexdigest(), xxhash.xxh3_128_hexdigest(raw)
+        about = json.dumps(asdict(self.header), indent=2) + "\n"
+        _close_synced(open(f"{self.stem}.json", "wb"), about.encode())  # noqa: SIM115
+        return self.header
 
 
 def _close_synced(file: IO[bytes], raw: bytes = b"") -> None:
@@ -102,8 +100,7 @@ def _close_synced(file: IO[bytes], raw: bytes = b"") -> None:
 class FileReader:
     """A file read at any place, opened when first read; a process started with it opens its own.
 
-    Nothing is mapped into memory: a file that is cut short while it is read is an error, not a dead process, and
-    a process that has read a terabyte is no larger for it.
+    Not mapped into memory: a file that is cut short while it is read is an error, not a dead process.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -130,18 +127,13 @@ class FileReader:
 
 
 class TokenFile(ABC):
-    """A file of documents' tokens, end to end.
+    """A file of documents' tokens, end to end."""
 
-    Attributes:
-        stem: its path without `.bin`.
-        masked: the highest bit of a token is its loss mask.
-        conversations: a part of a document says nothing without the beginning.
-    """
-
-    stem: Path
+    stem: Path  # its path without `.bin`
     n_tokens: int
     n_documents: int
-    masked = conversations = False
+    masked = False  # the highest bit of a token is its loss mask
+    conversations = False  # a part of a document says nothing without the beginning
     ends: np.ndarray | None = None  # cache of `ends_between`
 
     @abstractmethod
@@ -200,12 +192,14 @@ class Shard(TokenFile):
         self.dtype = np.dtype(MEGATRON_TYPES[code])
         self.n_documents, (self.n_tokens, rest) = ends - 1, divmod(n_bytes, self.dtype.itemsize)
         header = self.header
-        for path, expected_hash, same in (
-            (self.bin.path, header and header.bin_hash, not rest and (not header or header.tokens == self.n_tokens)),
-            (self.idx.path, header and header.idx_hash, not header or header.documents == self.n_documents),
-        ):
-            if not same or (verify and header and file_hash(path) != expected_hash):
-                raise _damaged(path)
+        if rest or (header and header.tokens != self.n_tokens):
+            raise _damaged(self.bin.path)
+        if header and header.documents != self.n_documents:
+            raise _damaged(self.idx.path)
+        if header and verify:
+            for path, stored in ((self.bin.path, header.bin_hash), (self.idx.path, header.idx_hash)):
+                if file_hash(path) != stored:
+                    raise _damaged(path)
 
     def fingerprint(self) -> str:
         """Return the hash of both files; of another program's shard, of the index and the size."""

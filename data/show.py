@@ -101,14 +101,12 @@ def decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 @quiet_pipe()
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("data.show", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser("data.show", description=__doc__)
     parser.add_argument("run", type=Path, help="a run folder, such as runs/demo")
     parser.add_argument("--step", type=int, default=1)
     parser.add_argument("--samples", type=int, help="print only so many packs")
     given = parser.parse_args(arguments)
     escape_unprintable()
-    if given.step < 1:
-        parser.error(f"--step ({given.step}) must be at least 1")
     try:
         show(given.run, given.step, samples=given.samples)
     except (DataError, OmegaConfBaseException) as error:  # or a setting of another version

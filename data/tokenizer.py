@@ -8,7 +8,6 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from data.mixed_text import mixed_lines
 ANCHOR = "\U000ffffd"  # merges with nothing: what is beside it is encoded as within a text
 INCOMPLETE = "\ufffd"  # what the bytes of half a character decode to
 CHAT_TEMPLATE = "chat_template.jinja"  # beside a tokenizer, as transformers has it
-UNLIKELY = -1e6  # the logarithm of a probability
 END_OF_TEXT = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 BEGIN_OF_TEXT = ("<s>", "<|begin_of_text|>", "<bos>")
 
@@ -149,16 +147,6 @@ class HuggingFaceTokenizer(Tokenizer):
         added = self.model.get_added_tokens_decoder()
         self.special = {i for i, token in added.items() if token.special}
         self.special_ids = {token.content: i for i, token in added.items()}
-        byte_tokens = {f"<0x{byte:02X}>": byte for byte in range(256)}
-        self.bytes = {self.vocab[token]: byte for token, byte in byte_tokens.items() if token in self.vocab}
-        self.spelling = None
-        if isinstance(self.model.model, tokenizers.models.Unigram):  # it finds the names in its vocabulary in any text
-            state = json.loads(self.model.to_str())
-            self.spelt = {i for i in self.special if i != state["model"]["unk_id"]}
-            for token in (i for i in self.spelt if i < len(state["model"]["vocab"])):
-                state["model"]["vocab"][token][1] = UNLIKELY
-            self.spelling = tokenizers.Tokenizer.from_str(json.dumps(state))
-            self.spelling.encode_special_tokens = True
         named = _read_json(path.with_name("tokenizer_config.json"))
         self.bos_id = self._special_id(named.get("bos_token"), BEGIN_OF_TEXT)
         self.eos_id = self._special_id(named.get("eos_token"), END_OF_TEXT)
@@ -174,34 +162,19 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_many(self, texts: list[str], *, special: bool = False) -> list[np.ndarray]:
         self.model.encode_special_tokens = not special
-        found = [one.ids for one in self.model.encode_batch_fast(texts, add_special_tokens=False)]
-        if self.spelling is not None and not special:
-            for i in (i for i, ids in enumerate(found) if not self.spelt.isdisjoint(ids)):
-                found[i] = self.spelling.encode(texts[i], add_special_tokens=False).ids
-        return [np.array(ids, dtype=np.uint32) for ids in found]
+        found = self.model.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(one.ids, dtype=np.uint32) for one in found]
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of ids, without special tokens.
-
-        Of a run of byte tokens that is not UTF-8 the valid characters are kept; the library replaces them all.
-        """
-        if not self.bytes or self.model.decoder is None:
-            return self.model.decode(ids, skip_special_tokens=True)
-        tokens: list[str] = []
-        for is_byte, run in groupby((i for i in ids if i not in self.special), self.bytes.__contains__):
-            some = list(run)
-            text = bytes(self.bytes[i] for i in some).decode(errors="replace") if is_byte else ""
-            tokens += [text] if INCOMPLETE in text else [self.model.id_to_token(i) or "" for i in some]
-        return self.model.decoder.decode(tokens)
+        return self.model.decode(ids, skip_special_tokens=True)
 
     def token_bytes(self) -> np.ndarray:
         byte_level = "ByteLevel" in str(_read_json(self.path).get("decoder"))
         lengths = np.zeros(self.vocab_size, dtype=np.int32)
         for piece, token in self.vocab.items():
-            if token in self.bytes and not byte_level:
-                lengths[token] = 1
-            elif token not in self.special:  # in a byte-level vocabulary one character stands for one byte
-                lengths[token] = len(piece) if byte_level else len(piece.replace(SPACE, " ").encode())
+            if token not in self.special:
+                plain = re.sub("^<0x[0-9A-F]{2}>$", "b", piece.replace(SPACE, " "))  # of which each is a byte
+                lengths[token] = len(piece) if byte_level else len(plain.encode())  # one character a byte
         return lengths
 
 
@@ -222,8 +195,12 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     path = Path(name)
     check_tokenizer(path)
     if path.is_dir():
-        found = [load_tokenizer(path / file) for file in TOKENIZER_FILES if (path / file).exists()]
-        return found[0] if are_equal(found[0], found[-1]) else found[-1]
+        one, *others = (load_tokenizer(path / file) for file in TOKENIZER_FILES if (path / file).exists())
+        for other in others:
+            same = (one.vocab_size, one.special_ids) == (other.vocab_size, other.special_ids)
+            if not same or any(one.encode(text) != other.encode(text) for text in (*mixed_lines(), *one.special_ids)):
+                return other
+        return one
     if path.is_file():
         return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
     from transformers import AutoTokenizer
@@ -235,14 +212,6 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         reason = str(error).splitlines()[0]
         raise DataError(f"tokenizer.model ({name}) is neither a file nor a tokenizer on the hub: {reason}") from None
     return load_tokenizer(folder)
-
-
-def are_equal(one: Tokenizer, other: Tokenizer) -> bool:
-    """Return whether two tokenizers have the same vocabulary and, as far as can be tried, give the same ids."""
-    if one is other:
-        return True
-    same = (one.vocab_size, one.special_ids) == (other.vocab_size, other.special_ids)
-    return same and all(one.encode(text) == other.encode(text) for text in (*mixed_lines(), *one.special_ids))
 
 
 def add_tokens(folder: Path, names: Sequence[str]) -> Tokenizer:
@@ -318,8 +287,7 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = re.sub(r"^\w+: \S+ \[.*?\] ", "", str(error))  # without the place in SentencePiece's code
-        raise DataError(f"tokenizer.vocab_size ({vocab_size}) does not suit this text: {reason}") from None
+        raise DataError(f"tokenizer.vocab_size ({vocab_size}) does not suit this text: {error}") from None
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(model.getvalue())
     return SentencePieceTokenizer(path)

@@ -18,7 +18,11 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from conf.cli import checked, data_settings
+from conf.schema import TrainConfig, to_plain
 from launch.sweep import SweepError, folder_name, removed_if_unused, run_points, share_cores
+from parallel.config import Device, ParallelConfig
+from training.preflight import check_run
 
 if TYPE_CHECKING:
     from launch.jobs import Point
@@ -44,7 +48,10 @@ class JobLauncher(Launcher):
         with removed_if_unused(Path(self.config.hydra.sweep.dir)):
             setup_globals()
             task = OverridesParser.create().parse_overrides(list(self.config.hydra.overrides.task))
-            fixed = {override.key_or_group for override in task if not override.is_sweep_override()}
+            varies = {
+                override.key_or_group: override.is_sweep_override() for override in task
+            }  # the last of a key counts
+            fixed = {key for key in varies if not varies[key]}
             numbered = enumerate(job_overrides, initial_job_idx)
             points = [self._point(number, overrides, fixed, len(job_overrides)) for number, overrides in numbered]
             dry = [point.described.get("dry_run", {}).get("enabled", False) for point in points]
@@ -60,11 +67,7 @@ class JobLauncher(Launcher):
 
     def _point(self, number: int, overrides: Sequence[str], fixed: set[str], n_points: int) -> "Point":
         """Compose and check one point; its folder is named after the keys that vary."""
-        from conf.cli import checked, data_settings
-        from conf.schema import TrainConfig, to_plain
         from launch.jobs import Job, Point
-        from parallel.config import Device, ParallelConfig
-        from training.preflight import check_run
 
         exclude = f"hydra.job.config.override_dirname.exclude_keys={sorted(fixed | {'launcher', 'name'})}"
         cfg = self.hydra_context.config_loader.load_sweep_config(self.config, [*overrides, exclude])
@@ -72,16 +75,16 @@ class JobLauncher(Launcher):
             cfg.hydra.job.update(num=number, id=str(number))
             HydraConfig.instance().set_config(cfg.copy())
             run_dir = Path(os.path.relpath(cfg.hydra.sweep.dir)) / str(cfg.hydra.sweep.subdir or "")
-            hydra = cfg.pop("hydra")
+            settings = data_settings(cfg.hydra)
+            del cfg["hydra"]
         config = share_cores(checked(cfg), n_points)
         if isinstance(config, TrainConfig):
             job = Job("train:work", (config, run_dir), run_dir, config.parallel, config.launcher)
         else:
             one_process = ParallelConfig(device=Device.cpu, nproc_per_node=1)
-            named = data_settings(hydra, "data.name", "data.path")
-            job = Job("prepare_data:work", (config, named), run_dir, one_process, config.launcher)
+            job = Job("prepare_data:work", (config, settings), run_dir, one_process, config.launcher)
         label = " ".join(o for o in overrides if o.lstrip("+~").partition("=")[0] not in fixed)
-        return Point(label, job, to_plain(config), check=partial(check_run, config, run_dir, data_settings(hydra)))
+        return Point(label, job, to_plain(config), check=partial(check_run, config, run_dir, settings))
 
 
 def _run_dry(point: "Point") -> None:

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from launch.config import LauncherConfig, Where
-from parallel.config import AXES, Device, ParallelConfig, ParallelError, no_fp8, no_graphs
+from parallel.config import AXES, Device, ParallelConfig, ParallelError
 
 if TYPE_CHECKING:
     from conf.schema import TrainConfig
@@ -61,23 +61,12 @@ def nproc_per_node(config: ParallelConfig, launcher: LauncherConfig | None = Non
 
 def visible_gpus() -> int:
     """Return the number of GPUs that this process may use, as the driver counts them."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "-") in ("", "-1") or "+cpu" in version("torch"):
-        return 0
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
     count = ctypes.c_int(0)
-    return 0 if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) else count.value
-
-
-def check_gpu_features(config: ParallelConfig, fp8: str | None) -> None:
-    """Raise `ParallelError` if fp8 (its scaling, or None) or CUDA graphs are asked for without a GPU."""
-    if config.device is Device.cpu or not visible_gpus():
-        if fp8 is not None:
-            raise no_fp8(fp8, "cpu")
-        if config.cuda_graphs:
-            raise no_graphs("cpu")
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "-") not in ("", "-1") and "+cpu" not in version("torch"):
+        with suppress(OSError):  # there is no driver
+            driver = ctypes.CDLL("libcuda.so.1")
+            _ = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    return count.value
 
 
 def joined_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -94,6 +94,7 @@ class Point:
     gpus: list[int] = field(default_factory=list)
     state: str = ""  # in Slurm
     shown: int = 0  # bytes of rank 0's output
+    end: Outcome | None = None
 
     @property
     def name(self) -> str:
@@ -126,7 +127,7 @@ class Point:
             logger.info("job %s is %s: %s", self.job_id, self.state, self.name)
         return bool(states) and self.state in slurm.OVER and before in slurm.OVER  # twice: its files may come late
 
-    def outcome(self, over: bool) -> Outcome | None:
+    def read_end(self, over: bool) -> Outcome | None:
         """Return how the job ended; None while it runs, unless it is known to be over."""
         launcher = self.job.launcher
         n_ranks = launcher.nodes * launcher.ranks_per_node if self.process is None else 1
@@ -145,13 +146,14 @@ class Point:
         return Outcome("failed", reason=f"no result{state}: killed, or out of memory; see {self.folder}")
 
 
-Report = Callable[[Point, Outcome], None]
-
-
 def run_jobs(
-    points: Sequence[Point], folder: Path, code: Path, report: Report, begin: Callable[[Point], None] = lambda _: None
+    points: Sequence[Point],
+    folder: Path,
+    code: Path,
+    begin: Callable[[Point], None] = lambda _: None,
+    report: Callable[[Point, Outcome], None] = lambda *_: None,
 ) -> None:
-    """Run a job for every point and report each as it ends; a failed one does not stop the others.
+    """Run a job for every point, note how it ended and report it; a failed one does not stop the others.
 
     `folder` takes logs and results, `code` is the copy of the code that jobs import. `begin` is called with every
     point once all have passed the checks, which raise `ParallelError`. An interrupt stops the jobs, which save;
@@ -188,10 +190,11 @@ def run_jobs(
             for point in list(running):
                 over = point.is_over(states)
                 point.show()
-                outcome = point.outcome(over) if over or point.process is None else None
-                if outcome is not None:
+                if over or point.process is None:
+                    point.end = point.read_end(over)
+                if point.end is not None:
                     running.remove(point)
-                    report(point, outcome)
+                    report(point, point.end)
             time.sleep(0.1)
     except BaseException as error:
         hung_up = isinstance(error, SystemExit) and error.code == 128 + signal.SIGHUP

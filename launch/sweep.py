@@ -42,48 +42,45 @@ def run_points(points: "Sequence[Point]", sweep_dir: Path) -> list[float | Sweep
     from tracking.compare import compare
     from tracking.logs import screen
 
-    missing = [point for point in points if not is_finished(point.job.run_dir, point.described)]
+    for point in points:
+        run_dir, objective = point.job.run_dir, point.described.get("objective", "")
+        if is_finished(run_dir, point.described):
+            point.end = Outcome("finished", _value(run_dir, last_value(run_dir, objective)))
+    missing = [point for point in points if point.end is None]
     _check(missing, len(points))
     begun: list[Point] = []
-    outcomes: dict[Path, Outcome] = {}
 
     def begin(point: "Point") -> None:
         begun.append(point)
         if point.job.work == "train:work":
             note_queued(point.job.run_dir, point.described)
 
-    def report(point: "Point", outcome: Outcome) -> None:
-        outcomes[point.job.run_dir] = outcome
-        if outcome.state == "finished":
-            loss = outcome.value = _value(point.job.run_dir, outcome.value)
-            name = point.described.get("objective", "").replace("valid/loss", "validation loss")
-            shown = f", {name} {loss:.4f}" if isinstance(loss, float) and loss != math.inf else ""
-            logger.info("%s: %s%s", "given up" if loss == math.inf else "finished", point.name, shown)
+    def report(point: "Point", end: Outcome) -> None:
+        if end.state == "finished":
+            value = end.value = _value(point.job.run_dir, end.value)
+            shown = "" if value in (None, math.inf) else f", {point.described['objective']} {value:.4f}"
+            logger.info("%s: %s%s", "given up" if value == math.inf else "finished", point.name, shown)
         else:
-            note_end(point.job.run_dir, outcome.state, outcome.reason)
-            print(f"error: {point.name} {outcome.state}: {outcome.reason}", file=sys.stderr)
+            note_end(point.job.run_dir, end.state, end.reason)
+            print(f"error: {point.name} {end.state}: {end.reason}", file=sys.stderr)
 
     starts_here = any(point.job.launcher.where is Where.local for point in missing)
     with screen(), locked(sweep_dir, name=SWEEP_LOCK) if starts_here else nullcontext():
         for point in points:
-            if point not in missing:
-                run_dir = point.job.run_dir
-                value = _value(run_dir, last_value(run_dir, point.described.get("objective", "")))
-                outcomes[run_dir] = Outcome("finished", value)
-                logger.info("%s already: %s", read_status(run_dir)["state"], run_dir)
+            if point.end is not None:
+                logger.info("%s already: %s", read_status(point.job.run_dir)["state"], point.job.run_dir)
         try:
             if missing:
-                run_jobs(missing, sweep_dir.resolve() / ".jobs", keep_code(sweep_dir / ".code"), report, begin)
+                run_jobs(missing, sweep_dir.resolve() / ".jobs", keep_code(sweep_dir / ".code"), begin, report)
         except BaseException:
             for point in begun:
                 note_end(point.job.run_dir, "stopped", "")
             raise
         if points[0].job.work == "train:work" and any(point.label for point in points):
             compare(sweep_dir, show=True)
-    ends = [outcomes[point.job.run_dir] for point in points]
-    failed = [point.name for point, end in zip(points, ends, strict=True) if end.state != "finished"]
+    failed = [point.name for point in points if point.end is None or point.end.state != "finished"]
     error = SweepError(f"{len(failed)} of {len(points)} points did not finish: {', '.join(failed)}")
-    return [end.value if end.state == "finished" else error for end in ends]
+    return [point.end.value if point.end is not None and point.end.state == "finished" else error for point in points]
 
 
 def _value(run_dir: Path, value: float | None) -> float | None:

@@ -94,7 +94,7 @@ def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run([*command, *settings], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "bytes/token" in done.stdout
-    assert done.stdout.endswith(f"next: python train.py data=local data.path={root / 'tokens'}\n")
+    assert f"next: python train.py data=local data.input={root / 'texts'} data.path={root / 'tokens'}" in done.stdout
     return root / "tokens"
 
 

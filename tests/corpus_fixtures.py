@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,14 @@ from data.tokenizer import Tokenizer, train_tokenizer
 from tests.corpora import RECORDS, lines, local
 
 
+@cache
+def trained_once(folder: Path) -> Tokenizer:
+    return train_tokenizer(iter(mixed_lines()), folder / "tokenizer.model", vocab_size=1000, threads=2)
+
+
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder: Path = tmp_path_factory.mktemp("tokenizer")
-    return train_tokenizer(iter(mixed_lines()), folder / "tokenizer.model", vocab_size=1200, threads=2)
+    return trained_once(tmp_path_factory.getbasetemp() / "tokenizer")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -165,7 +165,7 @@ def test_everything_wrong_is_reported_at_once(line: str, expected: list[str]) ->
     ("name", "line", "expected"),
     [
         ("prepare_data", "data=local", ["data.input"]),
-        ("prepare_data", "data=local data.sources.a={input:x,text_kye:y}", ["data.sources.a.text_kye is not a setting"]),
+        ("prepare_data", "data=local data.sources.a={input:x,text_kye:y}", ["data.sources.a.text_kye: "]),
         ("prepare_data", "data=local data.sources.a={input:x,text_lines:7y}", ["data.sources.a.text_lines: Value '7y'"]),
         ("prepare_data", "data=local data.sources.a={text_key:y}", ["data.sources.a.input: "]),
         ("export", "", ["run, from_hf and from_internlm"]),

@@ -121,15 +121,14 @@ def test_checkpoint_of_a_step_however_it_is_spelt(
     second, third = "checkpoints/step-00000002", "checkpoints/step-00000003"
     for number, (inside, spelt, step) in enumerate(
         [
-            (run, ".", 2), (run, "../r/", 2), (run, second, None), (run, f"{second}/", None), (run, "checkpoints", 2),
-            (run / "checkpoints", "step-00000002", None), (run / "checkpoints", ".", 2), (run / second, ".", None),
-            (run / third, "../step-00000002", None), (tmp_path, "best", None), (tmp_path, "best", 2),
-            (tmp_path, "same", 2), (tmp_path, f"same/{second}", None), (run / third, ".", None), (tmp_path, "same", None),
+            (run, ".", 2), (run, f"{second}/", None), (run / "checkpoints", ".", 2), (run / second, ".", None),
+            (run / third, "../step-00000002", None), (tmp_path, "best", None), (tmp_path, f"same/{second}", None),
+            (run / third, ".", None), (tmp_path, "same", None),
         ]
     ):  # fmt: skip
         monkeypatch.chdir(inside)
         saved = open_saved(Path(spelt), step)
-        assert torch.equal(saved.read()["norm.weight"], weights[number > 12]), spelt
+        assert torch.equal(saved.read()["norm.weight"], weights[number > 6]), spelt
         assert saved.tokenizer is not None, spelt
         config = GenerateConfig(run=spelt, step=step, prompt="x")
         assert [*config.problems(), *preflight_problems(config)] == []

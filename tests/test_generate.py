@@ -21,6 +21,7 @@ from conf.text import as_hydra_reads
 from corpus.chat import ChatEncoder
 from data.tokenizer import load_tokenizer
 from model.config import ModelError
+from parallel.config import Device
 from tests.conftest import ROOT
 from tests.corpus.test_chat import INST
 from training.checkpoint import open_checkpoint
@@ -44,7 +45,9 @@ def texts(config: GenerateConfig, prompts: list[str], shown: list[str] | None = 
 
 
 def settings(run_dir: Path, **changes: object) -> GenerateConfig:
-    return GenerateConfig(**{"run": str(run_dir), "prompt": PROMPT, "max_new_tokens": 24, "device": "cpu", **changes})  # type: ignore[arg-type]
+    return GenerateConfig(
+        **{"run": str(run_dir), "prompt": PROMPT, "max_new_tokens": 24, "device": Device.cpu, **changes}
+    )  # type: ignore[arg-type]
 
 
 def command(*argv: str) -> None:
@@ -140,7 +143,7 @@ def test_stream_never_shows_half_a_character(hf_dir: Path, kind: str) -> None:
     ("changes", "prompt", "named"),
     [
         ({}, "word " * 100, r"prompt \(word "),
-        ({"device": "cuda"}, "x", r"device \(cuda\)"),
+        ({"device": Device.cuda}, "x", r"device \(cuda\)"),
         ({"run": None, "hf": "/nowhere"}, "x", "/nowhere"),
     ],
 )

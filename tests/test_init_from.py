@@ -139,7 +139,7 @@ def test_weights_of_another_tokenizer_are_refused(
                 config = replace(config, init_content=["scheduler"])
             check_same_tokenizer(config)
     with pytest.raises(CheckpointError, match="has another tokenizer"):
-        check_run(replace(base, init_from=str(run_dir), data=replace(base.data, path=others["small"])), tmp_path, None)
+        check_run(replace(base, init_from=str(run_dir), data=replace(base.data, path=others["small"])), tmp_path, "")
     with pytest.raises(CheckpointError, match="has another tokenizer"):
         trained(tmp_path / "refused", *small, f"data.path={others['small']}", f"init_from={run_dir}")
 

@@ -14,6 +14,7 @@ from conf.schema import ExportConfig, GenerateConfig
 from corpus.chat import TEMPLATES
 from data.mixed_text import mixed_lines
 from data.tokenizer import CHAT_TEMPLATE, SentencePieceTokenizer, sentencepiece_proto
+from parallel.config import Device
 from training.checkpoint import Checkpoints, open_checkpoint
 from training.config import CheckpointConfig, Dtype
 
@@ -114,7 +115,7 @@ def test_llama_cpp_gives_the_same_tokens_and_text(
         export.export(run, ExportConfig(run=str(run), out=str(tmp_path / "hf"), dtype=Dtype.fp32))
     convert(tmp_path / "hf", tmp_path / "model.gguf")
     server = served(tmp_path / "model.gguf")
-    config = GenerateConfig(run=str(run), prompt="", device="cpu", temperature=0.0, max_new_tokens=12)
+    config = GenerateConfig(run=str(run), prompt="", device=Device.cpu, temperature=0.0, max_new_tokens=12)
     saved, model = generate.load_model(config)
     assert saved.tokenizer is not None
     bos = [saved.tokenizer.bos_id] if saved.add_bos else []

@@ -9,6 +9,7 @@ import export
 import generate
 from conf.schema import ExportConfig, GenerateConfig
 from launch.ranks import free_port
+from parallel.config import Device
 from tests.conftest import metrics, run_ranks, trained
 from tests.resume_rank import MUON, PAIRS, SAVED, STEPS, WORLD_SIZE, main
 from training.checkpoint import open_checkpoint
@@ -69,7 +70,7 @@ def test_one_process_exports_what_several_saved(
     assert f"exported step {SAVED} of {run}" in capsys.readouterr().out
     texts = []
     for source in (GenerateConfig(run=run), GenerateConfig(hf=hf)):
-        source.max_new_tokens, source.device = 8, "cpu"
+        source.max_new_tokens, source.device = 8, Device.cpu
         saved, model = generate.load_model(source)
         texts += generate.write(model, saved, source, [(0, "def", 0)])
     assert texts[0] == texts[1] != ""

@@ -201,7 +201,7 @@ def _draw_final(axes: "Axes", runs: Sequence[Run], key: str, colors: dict[str, A
         finished = run.state == "finished"
         if finished and numeric:
             lines.setdefault(str([run.value(other) for other in others]), []).append((value, run.loss))
-        loss = math.nan if run.loss is None else run.loss
+        loss: Any = run.loss  # None is not drawn
         axes.plot(value, loss, "o" if finished else "x", color=colors[run.name], zorder=2)
     for line in lines.values():
         axes.plot(*zip(*sorted(line), strict=True), color="0.7", zorder=1)

@@ -103,6 +103,8 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     """Yield (dotted key, old value, new value) where two configurations differ; one without a key has its default."""
     for key in sorted({*old, *new}):
         dotted = f"{prefix}{key}"
+        if key not in new and dotted not in defaults() and not isinstance(defaults().get(prefix[:-1]), dict):
+            continue  # a setting that is no more
         before, now = (its.get(key, defaults().get(dotted)) for its in (old, new))
         if isinstance(before, dict) and isinstance(now, dict):
             yield from changed_keys(before, now, f"{dotted}.")

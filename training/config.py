@@ -135,7 +135,7 @@ class OptimizerConfig:
         yield from unless(self, "optimizer", "positive and finite", lambda x: 0 < x < math.inf, "lr", "eps")
         keys = ("weight_decay", "beta2_c", "max_grad_norm", "spike_sigma")
         scales = ("embed_lr_scale", "head_lr_scale", "vector_lr_scale")
-        yield from unless(self, "optimizer", "0 or more and finite", lambda x: 0 <= x < math.inf, *keys, *scales)
+        yield from unless(self, "optimizer", "0 or more", lambda x: x >= 0, *keys, *scales)
         if self.skip_spikes and not self.spike_sigma:
             yield "optimizer.skip_spikes (true) needs optimizer.spike_sigma, such as 6"
         yield from unless(self, "optimizer", "in [0, 1)", lambda x: 0 <= x < 1, "beta1", "beta2", "momentum")

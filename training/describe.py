@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from conf.schema import TrainConfig
 from data.dataset import Corpus
+from data.packing import waste
 from data.show import note_batches
 from data.tokenizer import save_tokenizer
 from model.attention import resolve_backend
@@ -32,7 +33,7 @@ def describe(
     last_sample = state.samples + sum(config.packs_of_step(step) for step in range(state.step, config.steps))
     epochs = corpus.train.epochs(last_sample)
     by_source = ", ".join(f"{corpus.sources[source]} {epochs[source]:.2f}" for source in sorted(epochs))
-    padding, cut = corpus.train.waste()
+    padding, cut = waste(corpus.train.n_packs, corpus.train.pieces, data.pack_tokens)
     dtype, computes = compute_dtype(precision, mesh.device)
     if precision.fp8 is not Fp8.none:
         computes += f" with {precision.fp8.value} 8-bit products"

@@ -12,12 +12,12 @@ from data.manifest import check_exists, check_fits
 from data.mixed_text import mixed_lines
 from data.tokenizer import load_tokenizer
 from launch.config import UserError, Where
-from launch.environment import check_gpu_features, joined_environment, world_size
+from launch.environment import joined_environment, world_size
 from model.config import ModelError
 from parallel.axes import layout_problems
 from tracking.run_folder import check_not_held, check_origin, check_stored_config, committed, run_dir_of
 from tracking.store import Store, is_address
-from training.config import CheckpointError, Fp8
+from training.config import CheckpointError
 from training.tasks import read_task
 
 
@@ -84,10 +84,8 @@ def check_run(config: TrainConfig | PrepareConfig, run_dir: Path, settings: str)
             read_task(name)
         if config.init_from is not None and is_new:
             check_origin(Path(config.init_from))
-    if here:
-        if not joined_environment(os.environ):  # of which the first may hold the folder already
-            check_not_held(run_dir)
-        check_gpu_features(config.parallel, None if config.precision.fp8 is Fp8.none else config.precision.fp8.value)
+    if here and not joined_environment(os.environ):  # of which the first may hold the folder already
+        check_not_held(run_dir)
     check_stored_config(run_dir, to_plain(config), config.checkpoint)
     if is_new:
         check_same_tokenizer(config)

@@ -1,7 +1,6 @@
 """Conversations become the ids of their text, and only the assistant's turns are trained on."""
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -94,6 +93,8 @@ def answers(tokenizer: Tokenizer, ids: np.ndarray, mask: np.ndarray) -> list[str
 )
 def test_template_masks_all_but_answers(either: Tokenizer, name: str, text: str, begin: str, end: str) -> None:
     ids, mask = ChatEncoder(TEMPLATES[name], either).encode(TURNS)
+    for one, other in zip(ChatEncoder(unmarked(TEMPLATES[name]), either).encode(TURNS), (ids, mask), strict=True):
+        assert one.tolist() == other.tolist(), "found turn by turn"
     assert ids.dtype == np.uint32 and mask.dtype == bool and ids.shape == mask.shape
     assert either.decode(ids.tolist()) == text
     assert answers(either, ids, mask) == [f"It is 42.{end}\n", f"Naïve café.\n\n    indented{end}\n"]
@@ -102,25 +103,8 @@ def test_template_masks_all_but_answers(either: Tokenizer, name: str, text: str,
     assert not mask[ids == either.special_ids[begin]].any()
 
 
-def test_both_kinds_of_tokenizer_agree(pieces: Tokenizer, fast: Tokenizer) -> None:
-    turns = [TURNS[1], {"role": "assistant", "content": "a </s> b <eoa> c"}]
-    for template in (*TEMPLATES.values(), INST):
-        for one, other in zip(*(ChatEncoder(template, each).encode(turns) for each in (pieces, fast)), strict=True):
-            assert one.tolist() == other.tolist()
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_template_without_generation_markers_has_the_same_mask(either: Tokenizer, name: str) -> None:
-    template = unmarked(TEMPLATES[name])
-    assert "generation %}" not in template
-    for turns in (TURNS, TURNS[1:], TURNS[:3], [*TURNS, TURNS[4]]):
-        ids, mask = ChatEncoder(template, either).encode(turns)
-        ids_marked, mask_marked = ChatEncoder(TEMPLATES[name], either).encode(turns)
-        assert ids.tolist() == ids_marked.tolist() and mask.tolist() == mask_marked.tolist()
-
-
 @given(TEXT, TEXT, TEXT)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_ids_and_mask_are_those_of_transformers(pieces: Tokenizer, fast: Tokenizer, a: str, b: str, c: str) -> None:
     """ChatML ends what comes before an answer by a line end, which no piece reaches across."""
     turns = [{"role": role, "content": text} for role, text in (("user", a), ("assistant", b), ("user", c))]
@@ -146,20 +130,10 @@ def test_control_tokens_of_the_template_are_those_of_transformers(either: Tokeni
     assert ids[0] == either.bos_id and ids[-1] == either.eos_id and mask[-1] and (ids == either.eos_id).sum() == 2
 
 
-@pytest.mark.parametrize("template", [INST, TEMPLATES["chatml"]], ids=["inst", "chatml"])
-def test_exported_template_writes_bos_once(either: Tokenizer, fast: Tokenizer, template: str) -> None:
-    own = PreTrainedTokenizerFast(tokenizer_file=str(fast.path), bos_token="<s>", eos_token="</s>")
-    encoder = ChatEncoder(template, either)
-    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "You."}]
-    theirs: Any = own.apply_chat_template(turns, chat_template=encoder.template_with_bos(), return_dict=True)
-    ids = [token for token in encoder.encode(turns)[0].tolist() if token != either.bos_id]
-    assert theirs["input_ids"] == [either.bos_id, *ids]
-
-
 @pytest.mark.parametrize(
     "template", [INST, unmarked(INST), TEMPLATES["internlm"]], ids=["inst", "unmarked", "internlm"]
 )
-@pytest.mark.parametrize("typed", ["</s>", " </s></s> ", "<s></s>x", "a</</s>s>", "<s</s>>"])
+@pytest.mark.parametrize("typed", [" </s></s> \U000f0000", "a</</s>s>"])
 def test_typed_control_token_stays_text(either: Tokenizer, template: str, typed: str) -> None:
     encoder = ChatEncoder(template, either)
     turns = [{"role": "user", "content": typed}, {"role": "assistant", "content": "no " + typed}]
@@ -171,19 +145,6 @@ def test_typed_control_token_stays_text(either: Tokenizer, template: str, typed:
     assert either.decode(ids.tolist()).count(typed.strip()) >= 2
 
 
-def test_typed_control_token_in_a_longer_one_stays_text(pieces: Tokenizer, tmp_path: Path) -> None:
-    longer = changed(pieces, tmp_path / "longer.model", ["</s></s>"], kind="CONTROL")
-    turns = [TURNS[1], {"role": "assistant", "content": "</s></s></s>"}]
-    ids, mask = ChatEncoder(TEMPLATES["internlm"], longer).encode(turns)
-    assert answers(longer, ids, mask) == ["</s></s></s><eoa>\n"]
-
-
-def test_private_use_characters_are_kept(either: Tokenizer) -> None:
-    odd = "</s>" + "".join(map(chr, range(0xF0000, 0xF0004))) + "\ue000"
-    ids, mask = ChatEncoder(TEMPLATES["chatml"], either).encode([TURNS[1], {"role": "assistant", "content": odd}])
-    assert answers(either, ids, mask) == [odd + "<|im_end|>\n"]
-
-
 def test_dummy_prefix_is_put_before_the_first_text_only(tokenizer: Tokenizer, tmp_path: Path) -> None:
     blank = changed(tokenizer, tmp_path / "blank.model", SYMBOLS, add_dummy_prefix=True)
     assert blank.encode("It") != tokenizer.encode("It")
@@ -193,41 +154,32 @@ def test_dummy_prefix_is_put_before_the_first_text_only(tokenizer: Tokenizer, tm
 
 
 @pytest.mark.parametrize(
-    "template",
+    ("template", "kind", "reason"),
     [
-        "{% for m in messages %}{{ m['content'] }}{{ '.' if loop.last and m['role'] == 'assistant' }}{% endfor %}",
-        "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ 'Answer: ' if add_generation_prompt }}",
-        "{% for m in messages %}{{ loop.revindex }} {{ m['content'] }}\n{% endfor %}",
-        "{{ messages | length }} {% for m in messages %}{{ m['content'] }}\n{% endfor %}",
+        ("ok\n{% for m in %}", DataError, "data.chat_template: line 2: "),
+        (
+            "{% for m in messages %}{{ loop.revindex }} {{ m['content'] }}\n{% endfor %}",
+            DataError,
+            "data.chat_template: answers cannot be found",
+        ),
+        ("{{ raise_exception('no') }}", ValueError, "the chat template rejects it: no"),
+        ("{{ 1 + messages[0]['content'] }}", ValueError, "the chat template rejects it: unsupported operand"),
+        ("x{% generation %}{% endgeneration %}", ValueError, "the chat template marks no answer"),
     ],
 )
-def test_template_whose_answers_cannot_be_found_is_an_error(pieces: Tokenizer, template: str) -> None:
-    with pytest.raises(DataError, match="data.chat_template: answers cannot be found"):
+def test_template_that_cannot_be_used_has_its_reason(
+    pieces: Tokenizer, template: str, kind: type[Exception], reason: str
+) -> None:
+    with pytest.raises(kind, match=f"^{reason}"):
         ChatEncoder(template, pieces).encode(TURNS)
 
 
-@pytest.mark.parametrize(
-    ("template", "reason"),
-    [
-        ("{{ raise_exception('roles must alternate') }}", "the chat template rejects it: roles must alternate"),
-        ("{{ 1 + messages[0]['content'] }}", "the chat template rejects it: unsupported operand .*"),
-        ("{{ messages[0]['content'] }}{% generation %}{% endgeneration %}", "the chat template marks no answer"),
-    ],
-)
-def test_conversation_that_the_template_rejects_has_its_reason(pieces: Tokenizer, template: str, reason: str) -> None:
-    with pytest.raises(ValueError, match=f"^{reason}$"):
-        ChatEncoder(template, pieces).encode(TURNS)
-
-
-def test_tokenizer_without_the_template_tokens_is_an_error(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_tokenizer_without_the_template_tokens_is_an_error(tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match=r"data.chat_template writes <eoh> and <eoa>.*=\['<eoh>', '<eoa>'\]"):
         ChatEncoder(TEMPLATES["internlm"], tokenizer)
-    half = changed(tokenizer, tmp_path / "half.model", ["<|im_start|>"])
-    with pytest.raises(DataError, match=r"writes <\|im_end\|>,"):
-        ChatEncoder(TEMPLATES["chatml"], half)
 
 
-@pytest.mark.parametrize("name", [*TEMPLATES, "unmarked", "inst", "rich"])
+@pytest.mark.parametrize("name", ["internlm", "unmarked", "inst", "rich"])
 def test_prompt_is_what_an_answer_was_trained_after(either: Tokenizer, name: str) -> None:
     template = {**TEMPLATES, "unmarked": unmarked(TEMPLATES["chatml"]), "inst": INST, "rich": RICH}[name]
     encoder, turns = ChatEncoder(template, either), [turn for turn in TURNS if turn["role"] != "system"]
@@ -238,25 +190,11 @@ def test_prompt_is_what_an_answer_was_trained_after(either: Tokenizer, name: str
         assert encoder.prompt(turns[:end]) == ids[:begin].tolist() and mask[begin:].all()
 
 
-def test_prompt_for_a_template_whose_answers_cannot_be_found(either: Tokenizer) -> None:
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }} {{ loop.revindex }} {{ m.content }}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
-    )
-    start = either.special_ids["<|im_start|>"]
-    ids = ChatEncoder(template, either).prompt([*two("a", "b"), two("c", "")[0]])
-    last = either.encode("assistant")
-    assert ids[0] == start and ids.count(start) == 4 and ids[-len(last) :] == last
-
-
-THINK = "<|im_start|>{{ m.role }}\n<eoh>{{ m.content | trim }} <|im_end|>\n</s>"
 ENDS = {
     TEMPLATES["internlm"]: "<eoa>",
     unmarked(TEMPLATES["chatml"]): "<|im_end|>",
     INST: "</s>",
-    f"{{% for m in messages %}}{THINK}{{% endfor %}}": "<|im_end|>",
     "{% for m in messages %}{{ m.role }}: {% generation %}{{ m.content }}{% endgeneration %}<|im_end|>{% endfor %}": None,
-    "{% for m in messages %}## {{ m.role }}\n{{ m.content }}\n{% endfor %}": None,
     "{{ raise_exception('no') }}": None,
 }
 
@@ -281,16 +219,14 @@ def test_answer_of_no_weight_is_not_learnt(either: Tokenizer) -> None:
         ChatEncoder(twice, either).encode(turns)
 
 
-def test_fields_of_messages_are_written_counted_or_refused(pieces: Tokenizer) -> None:
+def test_what_matters_of_messages_is_written_or_refused(pieces: Tokenizer) -> None:
     asked, called = {**TURNS[1], "name": "Ann", "id": 7}, {**TURNS[2], "tool_calls": [CALL]}
     offered = {**asked, "tools": [CALL]}
     result = {"role": "tool", "content": "42"}
     internlm, chatml = (ChatEncoder(TEMPLATES[name], pieces) for name in ("internlm", "chatml"))
     rich, inst = ChatEncoder(RICH, pieces), ChatEncoder(INST, pieces)
-    assert rich.unused_fields([offered, called, result, TURNS[2]]) == {"id"}
-    assert (
-        chatml.unused_fields([asked, TURNS[2], result, TURNS[2]]) == internlm.unused_fields([asked]) == {"id", "name"}
-    )
+    for encoder, turns in ((rich, [offered, called, result, TURNS[2]]), (chatml, [asked, TURNS[2], result, TURNS[2]])):
+        encoder.check_written(turns)
     for encoder, turns, reason in (
         (internlm, [asked, TURNS[2], result, TURNS[2]], "the role of tool"),
         (inst, TURNS[:3], "the role of system"),
@@ -299,15 +235,10 @@ def test_fields_of_messages_are_written_counted_or_refused(pieces: Tokenizer) ->
         (ChatEncoder(RICH.replace("{{ m.content }}\n", "\n"), pieces), TURNS[:3], "the content of system"),
     ):
         with pytest.raises(ValueError, match=f"leaves out {reason}"):
-            encoder.unused_fields(turns)
+            encoder.check_written(turns)
     typed = [{**asked, "name": "</s>"}, {**called, "tool_calls": [{"a": ["</s>"]}]}]
     ids, _ = rich.encode(typed)
     assert (ids == pieces.eos_id).sum() == 1 and pieces.decode(ids.tolist()).count("</s>") == 2
-
-
-def test_special_tokens_are_found_by_name(either: Tokenizer) -> None:
-    named = {"<unk>": 0, "<s>": 1, "</s>": 2, "<eoh>": 1200, "<eoa>": 1201, "<|im_start|>": 1202, "<|im_end|>": 1203}
-    assert either.special_ids == named
 
 
 def test_template_is_read_by_name_or_from_a_model(tmp_path: Path) -> None:
@@ -323,31 +254,9 @@ def test_template_is_read_by_name_or_from_a_model(tmp_path: Path) -> None:
     assert read_template(str(tmp_path / "two")) == "listed"
     (tmp_path / "one" / "chat_template.jinja").write_text("beside")
     assert read_template(str(tmp_path / "one")) == "beside"
-
-
-@pytest.mark.parametrize(
-    ("name", "sentence"),
-    [
-        ("vicuna", "has no template; name one of internlm, chatml"),
-        ("missing.jinja", "has no template"),
-        ("", "has no template"),
-        ("none.json", "has no template"),
-        ("bad.json", "cannot be read: "),
-        ("bad.jinja", "is not a Jinja template: line 2: "),
-    ],
-)
-def test_no_template_is_an_error(tmp_path: Path, name: str, sentence: str) -> None:
     (tmp_path / "none.json").write_text('{"bos_token": "<s>"}')
-    (tmp_path / "bad.json").write_text("{")
-    (tmp_path / "bad.jinja").write_text("ok\n{% for m in %}")
-    with pytest.raises(DataError, match=r"^data\.chat_template \(.*\) " + sentence):
-        read_template(name if name == "vicuna" else str(tmp_path / name))
-
-
-@pytest.mark.skipif("INTERNLM_TOKENIZER" not in os.environ, reason="INTERNLM_TOKENIZER names no V7_sft.model")
-def test_internlms_tokenizer_has_its_tokens_by_name() -> None:
-    internlm = load_tokenizer(os.environ["INTERNLM_TOKENIZER"])
-    assert [internlm.special_ids[name] for name in ("<eoh>", "<eoa>")] == [103027, 103028]
-    ids, mask = ChatEncoder(TEMPLATES["internlm"], internlm).encode(TURNS)
-    assert internlm.decode(ids.tolist()) == INTERNLM_TEXT
-    assert answers(internlm, ids, mask) == ["It is 42.<eoa>\n", "Naïve café.\n\n    indented<eoa>\n"]
+    for name in ("vicuna", str(tmp_path / "missing.jinja"), str(tmp_path), str(tmp_path / "none.json")):
+        with pytest.raises(
+            DataError, match=r"^data\.chat_template \(.*\) has no template; name one of internlm, chatml"
+        ):
+            read_template(name)

@@ -15,16 +15,16 @@ import export
 import generate
 from conf.schema import ExportConfig, GenerateConfig
 from corpus.chat import MARKERS, TEMPLATES, ChatEncoder, chat_encoder
-from corpus.config import DataError, OnBadRecord, Source, Style, TokenizerConfig
+from corpus.config import OnBadRecord, Source, Style, TokenizerConfig
 from corpus.prepare import prepare
 from data.batches import IGNORED
 from data.config import DataConfig
 from data.dataset import open_corpus
 from data.hf_tokenizer import write_hf_tokenizer
 from data.shards import LOSS_MASKED, Shard
-from data.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer, save_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from model.config import ModelConfig
-from prepare_data import print_left_out
+from parallel.config import Device
 from tests.conftest import trained
 from tests.corpora import lines, made, parquet
 from tests.corpus.test_chat import SYMBOLS, TURNS, changed
@@ -78,11 +78,9 @@ def targets_of(data: DataConfig, vocab_size: int) -> tuple[str, list[str]]:
     return whole, runs
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-def test_instructions_train_on_answers_alone(tmp_path: Path, symbols: Tokenizer, name: str) -> None:
-    raw = json.dumps(ALPACA) if name == "a.json" else "".join(json.dumps(record) + "\n" for record in ALPACA)
-    (tmp_path / name).write_text(raw)
-    data = config(tmp_path, Style.alpaca, name)
+def test_instructions_train_on_answers_alone(tmp_path: Path, symbols: Tokenizer) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(ALPACA))
+    data = config(tmp_path, Style.alpaca, "a.json")
     about = made(data, symbols)
     assert sum(s["documents"] for split in about["splits"].values() for s in split.values()) == len(ALPACA)
     whole, runs = targets_of(data, 1204)
@@ -90,34 +88,9 @@ def test_instructions_train_on_answers_alone(tmp_path: Path, symbols: Tokenizer,
     assert len(asked) == about["splits"]["train"]["alpaca"]["documents"] > 20
     assert all(int(a) + 1 == int(b) and bool(brief) == bool(int(a) % 2) for a, brief, b in asked)
     assert sorted(runs) == sorted(f"It is {answer}.<eoa>\n" for _, _, answer in asked)
-    corpus = open_corpus(data, vocab_size=1204)
-    labels = np.concatenate([corpus.train.batch(np.array([p])).labels_BT[0] for p in range(corpus.train.n_packs)])
-    names = symbols.special_ids
-    assert (labels == names["<eoa>"]).sum() == (labels == symbols.eos_id).sum() == len(asked)
-    assert not (labels == names["<eoh>"]).any()
 
 
-@pytest.mark.parametrize("template", ["internlm", "chatml"])
-def test_conversations_train_on_every_answer(tmp_path: Path, symbols: Tokenizer, template: str) -> None:
-    (tmp_path / "a.jsonl").write_text(
-        "".join(
-            json.dumps({"messages": [TURNS[0], {**TURNS[1], "content": f"{i}?"}, *TURNS[2:]]}) + "\n" for i in range(5)
-        )
-    )
-    data = config(tmp_path, Style.chat, "a.jsonl", chat_template=template)
-    data.valid_fraction, data.seq_len = 0.0, 256
-    counts = made(data, symbols)["splits"]["train"]["chat"]
-    end = {"internlm": "<eoa>\n", "chatml": "<|im_end|>\n"}[template]
-    whole, runs = targets_of(data, 1204)
-    assert runs == ["It is 42." + end, "Naïve café.\n\n    indented" + end] * 5
-    written = len(whole.replace(" \u2047 ", "").encode())  # padding is the unknown token
-    marks = sum(whole.count(name) * len(name) for name in symbols.special_ids)
-    assert written - marks <= counts["text_bytes"] <= written < 5 * len(json.dumps(TURNS, ensure_ascii=False).encode())
-
-
-def test_fields_that_the_template_leaves_out_are_counted(
-    tmp_path: Path, symbols: Tokenizer, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_conversations_of_any_fields_are_prepared_or_counted(tmp_path: Path, symbols: Tokenizer) -> None:
     its = [{**TURNS[1], "name": "Ann"}, {**TURNS[2], "name": "Bo", "mood": {"calm": 1}}]
     records = [
         {"messages": its, "system": "Sing."},
@@ -128,15 +101,12 @@ def test_fields_that_the_template_leaves_out_are_counted(
     calls = {"messages": [TURNS[1], {**TURNS[2], "tool_calls": [{"name": "add"}]}]}
     (tmp_path / "a.parquet").write_bytes(parquet(records))  # a row has the fields of all, some without a value
     (tmp_path / "b.jsonl").write_bytes(lines([{"messages": its[1:], "system": "Hum.", "tools": []}, calls]))
-    data = config(tmp_path, Style.chat, "*", on_bad_record=OnBadRecord.skip, valid_fraction=0.0)
+    data = config(tmp_path, Style.chat, "*", on_bad_record=OnBadRecord.skip, valid_fraction=0.0, seq_len=256)
     about = made(data, symbols)
-    assert about["left_out"]["fields"] == {"name": 4, "mood": 3} and about["left_out"]["count"] == 1
+    assert about["left_out"]["count"] == 1
     assert about["left_out"]["places"][0].endswith("b.jsonl:2: the chat template leaves out tool_calls")
-    print_left_out(about["left_out"])
-    assert (
-        "mood of messages is not written by the chat template: left out of 3 conversations" in capsys.readouterr().out
-    )
-    whole, _ = targets_of(data, 1204)
+    whole, runs = targets_of(data, 1204)
+    assert set(runs) == {"It is 42.<eoa>\n", "Naïve café.\n\n    indented<eoa>\n"} and len(runs) == 6
     assert "<|System|>:Sing.<eoh>\n<|User|>" in whole and "<|System|>:Hum.<eoh>\n<|Bot|>" in whole
 
 
@@ -165,8 +135,7 @@ BOTH_ENDS = (
 )
 
 
-@pytest.mark.parametrize("add_bos", [False, True])
-@pytest.mark.parametrize("template", [TEMPLATES["internlm"], BOTH_ENDS], ids=["internlm", "both_ends"])
+@pytest.mark.parametrize(("template", "add_bos"), [(TEMPLATES["internlm"], True), (BOTH_ENDS, False)])
 def test_exported_template_writes_what_training_had(
     symbols: Tokenizer, tmp_path: Path, template: str, add_bos: bool
 ) -> None:
@@ -182,63 +151,25 @@ def test_exported_template_writes_what_training_had(
     assert set(stop) == {own.eos_id, own.special_ids["<eoa>"]}
 
 
-@pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json"])
-def test_chat_template_of_a_tokenizer_config_is_exported(tokenizer: Tokenizer, tmp_path: Path, kind: str) -> None:
-    theirs, out = tmp_path / "theirs", tmp_path / "out"
-    for folder in (theirs, out):
-        folder.mkdir()
-    write_hf_tokenizer(tokenizer, theirs, add_bos=False, max_len=64)
-    named = {"chat_template": "{{ messages[0]['content'] }}", "eos_token": "</s>"}
-    (theirs / "tokenizer_config.json").write_text(json.dumps(named))
-    save_tokenizer(load_tokenizer(theirs / kind), tmp_path / "run")
-    export.write_settings(out, MODEL, load_tokenizer(tmp_path / "run"), torch.bfloat16, add_bos=False)
-    assert AutoTokenizer.from_pretrained(out).chat_template == named["chat_template"]
-
-
-def test_bad_conversation_is_named_or_counted(tmp_path: Path, symbols: Tokenizer) -> None:
-    bad = [{"messages": TURNS[:2]}, {"messages": "x"}, {}]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [{"messages": TURNS}, *bad]))
-    data = config(tmp_path, Style.chat, "a.jsonl")
-    data.valid_fraction = 0.0
-    with pytest.raises(DataError, match="a.jsonl:2: "):
-        made(data, symbols)
-    data.on_bad_record = OnBadRecord.skip
-    left_out = made(data, symbols)["left_out"]
-    assert left_out["count"] == 3 and "a.jsonl:3: data.messages_key (messages)" in left_out["places"][1]
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_tokenizer_that_does_not_fit_the_template_is_an_error_before_anything_is_read(
-    tmp_path: Path, tokenizer: Tokenizer, workers: int
-) -> None:
-    (tmp_path / "a.jsonl").write_text("no record is read\n")
-    with pytest.raises(DataError, match="data.chat_template writes <eoh> and <eoa>"):
-        made(config(tmp_path, Style.chat, "a.jsonl"), tokenizer, workers)
-    assert not (tmp_path / "tokens").exists()
-
-
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_tokenizer_trained_for_conversations_has_the_template_tokens(tmp_path: Path, template: str) -> None:
+def test_tokenizer_trained_for_conversations_has_the_template_tokens(tmp_path: Path) -> None:
     words = [f"{'abcdefghij'[i % 10]}{'klmnopqrst'[i // 10]}" for i in range(100)]
     turns = [
         [{**turn, "content": " ".join([turn["content"], *words, str(i)])} for turn in TURNS[1:3]] for i in range(9)
     ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": its}) + "\n" for its in turns))
-    data = config(tmp_path, Style.chat, "a.jsonl", chat_template=template)
-    data.valid_fraction = 0.0
+    data = config(tmp_path, Style.chat, "a.jsonl", chat_template="chatml", valid_fraction=0.0)
     prepare(data, TokenizerConfig(vocab_size=360), workers=1, progress=lambda *added: None)
     own = load_tokenizer(Path(data.path) / "tokenizer")
-    assert set(MARKERS[template]) < set(own.special_ids) and answer_end(own) == own.special_ids[MARKERS[template][1]]
-    write_hf_tokenizer(own, tmp_path, add_bos=False, max_len=64)
-    (tmp_path / CHAT_TEMPLATE).write_text(TEMPLATES[template])
-    theirs: Any = AutoTokenizer.from_pretrained(tmp_path)
-    ids, _ = ChatEncoder(TEMPLATES[template], own).encode(turns[0])
-    assert theirs.apply_chat_template(turns[0], return_dict=True)["input_ids"] == ids.tolist()
-    assert all((ids == own.special_ids[name]).any() for name in MARKERS[template])
+    ids, _ = ChatEncoder(TEMPLATES["chatml"], own).encode(turns[0])
+    assert answer_end(own) == own.special_ids["<|im_end|>"]
+    assert all((ids == own.special_ids[name]).any() for name in MARKERS["chatml"])
     assert own.special_ids["</s>"] not in own.encode("<eoa></s>") and own.decode(own.encode("<eoa>")) == "<eoa>"
 
 
-def test_experiment_starts_from_a_model_and_trains_on_answers(tmp_path: Path, symbols: Tokenizer) -> None:
+def test_experiment_starts_from_a_model_and_trains_on_answers(
+    tmp_path: Path, symbols: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.hf.verify.verify", lambda *_, **__: "")
     (tmp_path / "a.json").write_text(json.dumps(ALPACA))
     data = config(tmp_path, Style.alpaca, "a.json")
     made(data, symbols)
@@ -256,8 +187,8 @@ def test_experiment_starts_from_a_model_and_trains_on_answers(tmp_path: Path, sy
     assert generation["eos_token_id"] == ends
     about = json.loads((tmp_path / "sft" / "hf" / "config.json").read_text())
     assert (about["eos_token_id"], theirs.eos_token, about["pad_token_id"]) == (ends[1], "<eoa>", 2)
-    of_run = GenerateConfig(run=str(tmp_path / "sft"), prompt="x", device="cpu")
-    of_export = GenerateConfig(hf=str(tmp_path / "sft" / "hf"), prompt="x", device="cpu")
+    of_run = GenerateConfig(run=str(tmp_path / "sft"), prompt="x", device=Device.cpu)
+    of_export = GenerateConfig(hf=str(tmp_path / "sft" / "hf"), prompt="x", device=Device.cpu)
     assert generate.load_model(of_run)[0].stop_ids == generate.load_model(of_export)[0].stop_ids == set(ends)
     asked = [{"role": "user", "content": "Add 3 and 1.\nBriefly."}, {"role": "assistant", "content": "It is 4."}]
     ids = [*theirs.apply_chat_template(asked, return_dict=True)["input_ids"], 2]

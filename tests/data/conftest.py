@@ -1,4 +1,4 @@
-"""A small tokenizer, trained once, and corpora written without the corpus room."""
+"""The small tokenizer of tests, and corpora written without the corpus room."""
 
 import dataclasses
 import json
@@ -7,20 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from corpus.config import Source
 from data.config import DataConfig
-from data.mixed_text import mixed_lines
 from data.shards import Shard, ShardWriter
-from data.tokenizer import Tokenizer, encode_documents, save_tokenizer, train_tokenizer
-from tests.corpus_fixtures import _no_waiting_for_the_disk  # noqa: F401
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    return train_tokenizer(iter(mixed_lines()), path, vocab_size=1000, threads=2)
+from data.tokenizer import Tokenizer, encode_documents, save_tokenizer
+from tests.corpus_fixtures import *  # noqa: F403
 
 
 def write_shard(stem: Path, documents: Sequence[Sequence[int] | np.ndarray], **settings: Any) -> Shard:

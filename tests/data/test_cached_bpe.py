@@ -58,7 +58,7 @@ def both(model: Path) -> Both:
         st.one_of(st.text(ALPHABET, max_size=60), st.text(st.characters(exclude_categories=["Cs"]))), max_size=6
     )
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_texts_have_sentencepiece_ids(both: Both, texts: list[str]) -> None:
     words, own = both
     found = words.encode(texts)
@@ -73,23 +73,8 @@ def test_indented_lines_are_split_where_pieces_allow(model: Path, both: Both) ->
     )
     draw = random.Random(0)
     texts = ["".join(draw.choice(["a", "b", " ", " ", "\n", "\n"]) for _ in range(40)) for _ in range(400)]
+    texts += [*mixed_lines(), "".join(mixed_lines())]
     assert [ids.tolist() for ids in words.encode(texts)] == [own.encode(text) for text in texts]
-
-
-def test_lines_and_whole_texts_have_sentencepiece_ids(both: Both) -> None:
-    words, own = both
-    lines = mixed_lines()
-    for texts in (lines, ["".join(lines)], ["\n".join(lines[i : i + 20]) for i in range(0, len(lines), 20)]):
-        assert [ids.tolist() for ids in words.encode(texts)] == [own.encode(text) for text in texts]
-
-
-@given(text=st.text(ALPHABET, min_size=1, max_size=80))
-@settings(max_examples=200, deadline=None)
-def test_last_split_is_safe(both: Both, text: str) -> None:
-    words, own = both
-    place = words.last_split(text)
-    assert 0 <= place < len(text)
-    assert own.encode(text[:place]) + own.encode(text[place:]) == own.encode(text)
 
 
 def test_full_cache_and_long_words_keep_the_ids(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,19 +108,14 @@ def test_long_texts_are_split_between_words(both: Both, monkeypatch: pytest.Monk
     words, own = both
     text = "".join(mixed_lines()) + "a" * 3000 + "\u2581word " * 300
     monkeypatch.setattr(module, "LONGEST_TEXT", 700)
-    parts = [*words._parts(text)]
-    assert "".join(parts) == text and len(parts) > 50
     assert [ids.tolist() for ids in words.encode(["a b", text, "", "c"])] == [
         own.encode(one) for one in ("a b", text, "", "c")
     ]  # fmt: skip
 
 
 RULES = [
-    ("normalizer_spec", {"add_dummy_prefix": True}, True),
-    ("normalizer_spec", {"remove_extra_whitespaces": True}, True),
     ("normalizer_spec", {"add_dummy_prefix": True, "remove_extra_whitespaces": True}, True),
     ("normalizer_spec", {"escape_whitespaces": False}, False),
-    ("trainer_spec", {"treat_whitespace_as_suffix": True}, True),
     ("trainer_spec", {"model_type": 1}, False),
     ("trainer_spec", {"byte_fallback": False}, False),
 ]

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,7 @@ from data.packing import Concat
 from data.shards import LOSS_MASKED
 from data.show import main, marked, show, show_pack
 from data.tokenizer import Tokenizer, load_tokenizer
-from tests.conftest import ROOT, trained
+from tests.conftest import trained
 from tests.data.conftest import data_config, write_shard
 from training.loop import Periodic, Run
 
@@ -29,11 +27,12 @@ def config_of(corpus_dir: Path) -> DataConfig:
     return data_config(corpus_dir, seq_len=32, micro_batch_size=2)
 
 
-def test_step_is_shown_with_its_documents(run_dir: Path, corpus_dir: Path) -> None:
-    command = [sys.executable, "-m", "data.show", str(run_dir), "--step", "8"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    head, *packs = re.split(r"\n=== (?=sample \d)", done.stdout)
+def test_step_is_shown_with_its_documents(
+    run_dir: Path, corpus_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.show.escape_unprintable", lambda: None)
+    main([str(run_dir), "--step", "8"])
+    head, *packs = re.split(r"\n=== (?=sample \d)", capsys.readouterr().out)
     assert head == f"step 8 of {run_dir}: samples 28 to 31, each 32 tokens\n"
     corpus = open_corpus(config_of(corpus_dir), vocab_size=1024)
     assert corpus.tokenizer is not None and len(packs) == 4
@@ -87,37 +86,6 @@ def test_characters_of_several_tokens_are_shown_whole(tokenizer: Tokenizer, tmp_
     assert marked(tokenizer, ends, np.arange(len(ends)) >= 4) == "⟦<s>龘⟧靐齉 a</s></s>"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--step", "3"], "run"),
-        (["nothing", "--step", "3"], "nothing"),
-        (["nothing", "--step", "x"], "--step"),
-        (["nothing", "--step", "0"], "--step"),
-        (["nothing", "--stop", "3"], "--stop"),
-    ],
-)
-def test_wrong_arguments_are_reported(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert named in capsys.readouterr().err + str(ended.value)
-
-
-def test_closed_pipe_is_no_error(run_dir: Path) -> None:
-    command = f"{sys.executable} -m data.show {run_dir} --step 8 | head -1"
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.startswith("step 8 of ") and not done.stderr
-
-
-def test_step_not_reached_is_reported(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    show(run_dir, 8, samples=2)
-    shown = capsys.readouterr().out
-    assert "has not reached" not in shown and shown.count("=== sample") == 2
-    show(run_dir, 9999, samples=1)
-    first = capsys.readouterr().out.splitlines()[0]
-    assert first.startswith(f"{run_dir} has not reached step 9999: it is at step ")
-
-
 def test_steps_are_shown_as_trained_on_after_accepted_changes(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,16 +102,16 @@ def test_steps_are_shown_as_trained_on_after_accepted_changes(
     accepted = "checkpoint.accept_changes=[steps,global_batch_tokens,ramp,data,skip_batches]"
     ramp = ["ramp.start_tokens=64", "ramp.increment_tokens=64", "ramp.every_steps=3", "global_batch_tokens=512"]
     shape = [*ramp, "data.seq_len=16", "data.micro_batch_size=4", "++data.mix.code=1"]
-    parts = ([], ["global_batch_tokens=256"], ramp, shape, [*shape, "skip_batches=[9-10]", "data.packing=best_fit"])
+    parts = ([], [*shape, "skip_batches=[3-4]", "data.packing=best_fit"])
     for number, part in enumerate(parts, 1):
         options = [*small, "valid_tokens=32", f"steps={2 * number}", *part, accepted]
         trained(tmp_path / "run", *options, periodic=[Periodic(1, keep)])
-    assert [len(packs) for packs in trained_on.values()] == [4, 4, 8, 8, 4, 4, 12, 12, 12, 16]
+    assert set(trained_on) == set(range(1, 5)) and len(trained_on[1]) == 4
     for step, packs in trained_on.items():
         shown.clear()
         show(tmp_path / "run", step)
         assert shown == packs, f"step {step}"
-        assert ("not trained on" in capsys.readouterr().out) == (step > 8)
+        assert ("not trained on" in capsys.readouterr().out) == (step > 2)
 
 
 def test_steps_that_are_not_known_are_refused(
@@ -156,11 +124,13 @@ def test_steps_that_are_not_known_are_refused(
     path.write_text(json.dumps({**note, "fingerprint": "before files were added"}) + "\n" + json.dumps(grown) + "\n")
     with pytest.raises(DataError, match="step 4 "):
         show(tmp_path / "run", 4)
+    show(tmp_path / "run", 9999, samples=1)
+    assert " has not reached step 9999: it is at step " in capsys.readouterr().out
     show(tmp_path / "run", 5, samples=1)
     corpus = open_corpus(config_of(corpus_dir), vocab_size=1024)
     corpus.train.begin_at(16)
     (pack,) = corpus.train.locate(np.array([16])).tolist()
     assert f"=== sample 16: pack {pack} of " in capsys.readouterr().out
     path.write_text(json.dumps(grown) + "\n")  # begun at another run's place, with init_content
-    with pytest.raises(DataError, match="step 4 "):
-        show(tmp_path / "run", 4)
+    with pytest.raises(SystemExit, match="step 4 "):
+        main([str(tmp_path / "run"), "--step", "4"])

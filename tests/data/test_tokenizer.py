@@ -23,7 +23,6 @@ from data.tokenizer import (
     load_tokenizer,
     save_tokenizer,
     sentencepiece_proto,
-    train_tokenizer,
 )
 from generate import TextStream
 
@@ -32,22 +31,11 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u25
 
 
 @given(TEXT)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_text_is_decoded_exactly_and_its_bytes_add_up(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
-
-
-def test_training_does_not_depend_on_threads(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, 1000)
-    again = train_tokenizer(iter(mixed_lines()), tmp_path / "t.model", vocab_size=1000, threads=1)
-    assert [again.encode(line) for line in mixed_lines()] == [tokenizer.encode(line) for line in mixed_lines()]
-
-
-def test_vocabulary_larger_than_the_text_allows_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"tokenizer.vocab_size \(5000\)"):
-        train_tokenizer(iter(["a b c"]), tmp_path / "t.model", vocab_size=5000, threads=1)
 
 
 def with_rules(tokenizer: Tokenizer, path: Path, **rules: bool) -> Tokenizer:
@@ -61,16 +49,10 @@ def with_rules(tokenizer: Tokenizer, path: Path, **rules: bool) -> Tokenizer:
 
 def test_documents_begin_with_bos_and_end_with_eos(tokenizer: Tokenizer) -> None:
     texts = ["a b", "", "c"]
-    for bos, eos in ((True, True), (True, False), (False, True)):
+    for bos, eos in ((True, False), (False, True)):
         found = encode_documents(tokenizer, texts, add_bos=bos, add_eos=eos)
         assert [ids.tolist() for ids in found] == [[*[1] * bos, *tokenizer.encode(t), *[2] * eos] for t in texts]
         assert all(ids.dtype == np.uint32 for ids in found)
-
-
-def test_saved_tokenizer_is_loaded_from_its_folder(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    save_tokenizer(tokenizer, tmp_path / "a")
-    assert load_tokenizer(tmp_path / "a").fingerprint == tokenizer.fingerprint
-    assert load_tokenizer(tmp_path / "a" / "tokenizer.model").encode("x y") == tokenizer.encode("x y")
 
 
 @pytest.mark.parametrize(
@@ -104,11 +86,10 @@ VERBATIM = {"normalization_rule_name": "identity", "remove_extra_whitespaces": F
         {},
         {"user_defined_symbols": ["<eoh>", "def"], "add_dummy_prefix": False},
         {"model_type": "unigram", "byte_fallback": True, **VERBATIM},
-        {"model_type": "bpe"},
         {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "nfkc_cf", "add_dummy_prefix": False},
         {"model_type": "bpe", "byte_fallback": True, **VERBATIM},
     ],
-    ids=["unigram", "unigram with symbols", "unigram bytes", "bpe", "bpe bytes folded", "bpe bytes prefixed"],
+    ids=["unigram", "unigram with symbols", "unigram bytes", "bpe bytes folded", "bpe bytes prefixed"],
 )
 def test_sentencepiece_of_any_rules_is_expressed(tmp_path: Path, options: dict) -> None:
     from transformers import AutoTokenizer
@@ -125,9 +106,7 @@ def test_sentencepiece_of_any_rules_is_expressed(tmp_path: Path, options: dict) 
         assert own.unk_id in ids or theirs.decode(ids) == loaded.decode(ids) == own.decode(ids)
 
 
-@pytest.mark.parametrize(
-    "options", [{"model_type": "char"}, {"model_type": "word"}, {"user_defined_symbols": ["<eoh>"]}], ids=str
-)
+@pytest.mark.parametrize("options", [{"model_type": "word"}, {"user_defined_symbols": ["<eoh>"]}], ids=str)
 def test_tokenizer_that_transformers_cannot_have_is_not_misread(tmp_path: Path, options: dict) -> None:
     from transformers import AutoTokenizer
 
@@ -140,50 +119,26 @@ def test_tokenizer_that_transformers_cannot_have_is_not_misread(tmp_path: Path, 
         AutoTokenizer.from_pretrained(tmp_path / "hf")
 
 
-@pytest.mark.parametrize("add_bos", [False, True])
-def test_tokenizer_json_gives_the_same_ids_bytes_and_text(tokenizer: Tokenizer, tmp_path: Path, add_bos: bool) -> None:
-    write_hf_tokenizer(tokenizer, tmp_path, add_bos=add_bos, max_len=64)
-    fast = load_tokenizer(tmp_path / "tokenizer.json")
-    for line in mixed_lines():
-        ids = tokenizer.encode(line)
-        assert fast.encode(line) == ids and fast.decode(ids) == line
-    assert np.array_equal(fast.token_bytes(), tokenizer.token_bytes())
-    assert (fast.bos_id, fast.eos_id, fast.vocab_size) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size)
-    assert adds_bos(tmp_path) is add_bos
-
-
-def test_zero_byte_piece_is_encoded_in_bytes_by_both(
-    tokenizer: Tokenizer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_zero_byte_piece_is_encoded_in_bytes_by_both(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """InternLM's model has one, which SentencePiece takes for unused."""
     proto = sentencepiece_proto(tokenizer.path)
-    assert len(proto.pieces[-1].piece) == 1
     proto.pieces[-1].piece = "\0"
     (tmp_path / "t.model").write_bytes(proto.SerializeToString())
     own = load_tokenizer(tmp_path / "t.model")
-    assert capfd.readouterr().err == "", "nothing is said of it each time"
     write_hf_tokenizer(own, tmp_path, add_bos=False, max_len=64)
     fast = load_tokenizer(tmp_path / "tokenizer.json")
-    for text in ("\0", "a\0b", " \0\0 today", "\n\0"):
+    for text in ("\0", " \0\0 today", "\n\0"):
         ids = own.encode(text)
         assert fast.encode(text) == ids == own.encode_many([text])[0].tolist() and fast.decode(ids) == text
 
 
-@pytest.mark.parametrize(
-    ("name", "sentence"),
-    [
-        ("missing.model", "does not exist"),
-        ("empty", "neither tokenizer.model nor"),
-        ("bad.model", "not a SentencePiece model"),
-        ("bad.json", "not a tokenizer.json"),
-    ],
-)
-def test_what_is_no_tokenizer_is_reported(tmp_path: Path, name: str, sentence: str) -> None:
+def test_what_is_no_tokenizer_is_reported(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for bad in ("bad.model", "bad.json"):
         (tmp_path / bad).write_text("not a model")
-    with pytest.raises(DataError, match=sentence):
-        load_tokenizer(tmp_path / name)
+    for name in ("missing.model", "empty", "bad.model", "bad.json"):
+        with pytest.raises(DataError, match=name):
+            load_tokenizer(tmp_path / name)
 
 
 @pytest.mark.skipif("INTERNLM_TOKENIZER" not in os.environ, reason="INTERNLM_TOKENIZER names no V7_sft.model")
@@ -225,8 +180,9 @@ def foreign(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return load_tokenizer(folder)
 
 
-def test_hugging_face_tokenizer_gives_its_own_ids(foreign: Tokenizer) -> None:
+def test_hugging_face_tokenizer_gives_its_own_ids_and_is_exported_unchanged(foreign: Tokenizer, tmp_path: Path) -> None:
     from tokenizers import Tokenizer as Fast
+    from transformers import AutoTokenizer
 
     own = Fast.from_file(str(foreign.path))
     assert foreign.eos_id == own.token_to_id("<|endoftext|>") and foreign.bos_id is None
@@ -234,26 +190,18 @@ def test_hugging_face_tokenizer_gives_its_own_ids(foreign: Tokenizer) -> None:
     whole = [own.encode(text, add_special_tokens=False).ids for text in texts]
     assert [ids.tolist() for ids in foreign.encode_many(texts)] == whole
     assert [foreign.decode(ids) for ids in whole] == [own.decode(ids) for ids in whole]
+    write_hf_tokenizer(foreign, tmp_path, add_bos=False, max_len=64)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*texts, "a<|im_end|>b <|endoftext|>"]:
+        assert theirs.encode(text) == foreign.encode(text, special=True)
+    assert theirs.eos_token_id == foreign.eos_id
 
 
-def test_characters_cut_in_bytes_leave_the_others_whole(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    write_hf_tokenizer(tokenizer, tmp_path, add_bos=False, max_len=64)
-    fast = load_tokenizer(tmp_path / "tokenizer.json")
-    text = "say 龘靐齉 twice"
-    ids = fast.encode(text)
-    assert fast.decode(ids) == text and fast.decode([1, *ids, 2]) == text
-    first = ids.index(fast.encode("龘")[0])
-    assert fast.decode(ids[: first + 5]).startswith("say 龘\ufffd")
-    assert fast.decode(ids[first + 1 :]).endswith("\ufffd靐齉 twice")
-
-
-@pytest.mark.parametrize("kind", ["own", "own.json", "foreign", "prefixed", "unigram.json"])
+@pytest.mark.parametrize("kind", ["own", "own.json", "foreign", "prefixed"])
 def test_text_is_streamed_as_it_is_decoded(tokenizer: Tokenizer, foreign: Tokenizer, tmp_path: Path, kind: str) -> None:
     some = {"foreign": foreign}.get(kind, tokenizer)
     if kind == "prefixed":
         some = with_rules(tokenizer, tmp_path / "t.model", add_dummy_prefix=True)
-    if kind == "unigram.json":
-        some = sentencepiece_of(tmp_path / "t.model", byte_fallback=True, **VERBATIM)
     if kind.endswith("json"):
         write_hf_tokenizer(some, tmp_path, add_bos=False, max_len=64)
         some = load_tokenizer(tmp_path / "tokenizer.json")
@@ -269,30 +217,8 @@ def test_text_is_streamed_as_it_is_decoded(tokenizer: Tokenizer, foreign: Tokeni
     assert shown == stopping.text == text.split("天气")[0] and stopping.stopped
 
 
-def test_truncation_and_padding_of_tokenizer_json_are_off(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    from tokenizers import Tokenizer as Fast
-
-    write_hf_tokenizer(tokenizer, tmp_path, add_bos=False, max_len=64)
-    fast = Fast.from_file(str(tmp_path / "tokenizer.json"))
-    fast.enable_truncation(5)
-    fast.enable_padding(length=20)
-    fast.save(str(tmp_path / "tokenizer.json"))
-    text = "the word. " * 9
-    assert load_tokenizer(tmp_path / "tokenizer.json").encode(text) == tokenizer.encode(text)
-
-
-def test_hugging_face_tokenizer_is_exported_unchanged(foreign: Tokenizer, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    write_hf_tokenizer(foreign, tmp_path, add_bos=False, max_len=64)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    for text in [*mixed_lines(), "a<|im_end|>b <|endoftext|>"]:
-        assert theirs.encode(text) == foreign.encode(text, special=True)
-    assert theirs.eos_token_id == foreign.eos_id
-
-
 @pytest.mark.parametrize("add_bos", [False, True])
-@pytest.mark.parametrize("kind", ["template", "sequence", "bos and eos", "roberta", "bert", "none"])
+@pytest.mark.parametrize("kind", ["sequence", "bos and eos", "none"])
 def test_export_adds_what_training_did_whatever_the_tokenizer_adds(
     foreign: Tokenizer, tmp_path: Path, kind: str, add_bos: bool
 ) -> None:
@@ -303,8 +229,7 @@ def test_export_adds_what_training_did_whatever_the_tokenizer_adds(
     fast, begin, end = Fast.from_file(str(foreign.path)), ("<unk>", 0), ("<|endoftext|>", 1)
     template = p.TemplateProcessing(single="<unk> $A", pair="<unk> $A $B", special_tokens=[begin])
     both = p.TemplateProcessing(single="<unk> $A <|endoftext|>", pair="$A $B", special_tokens=[begin, end])
-    kinds = {"template": template, "bos and eos": both, "bert": p.BertProcessing(end, begin)}
-    kinds |= {"sequence": p.Sequence([p.ByteLevel(), template]), "roberta": p.RobertaProcessing(end, begin)}
+    kinds = {"sequence": p.Sequence([p.ByteLevel(), template]), "bos and eos": both}
     if kind in kinds:
         fast.post_processor = kinds[kind]
     fast.save(str(tmp_path / "tokenizer.json"))
@@ -319,56 +244,28 @@ def test_export_adds_what_training_did_whatever_the_tokenizer_adds(
     assert adds_bos(tmp_path / "hf") is add_bos
 
 
-@pytest.mark.parametrize(("config", "adds"), [({}, True), ({"add_bos_token": False}, False)])
-def test_sentencepiece_folder_adds_bos_unless_it_says_otherwise(
-    tokenizer: Tokenizer, tmp_path: Path, config: dict, adds: bool
-) -> None:
+def test_sentencepiece_folder_adds_bos_unless_it_says_otherwise(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """As InternLM's convert2hf.py leaves them."""
     save_tokenizer(tokenizer, tmp_path)
-    named = {"tokenizer_class": "InternLMTokenizer", "bos_token": "<s>", **config}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
-    assert adds_bos(tmp_path) is adds
+    assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
+    for config, adds in (({}, True), ({"add_bos_token": False}, False)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", **config}))
+        assert adds_bos(tmp_path) is adds
 
 
-@pytest.mark.parametrize("kind", ["own", "unigram", "unigram.json", "foreign"])
+@pytest.mark.parametrize("kind", ["own", "unigram", "foreign"])
 def test_names_of_special_tokens_are_text_unless_asked(
     tokenizer: Tokenizer, foreign: Tokenizer, tmp_path: Path, kind: str
 ) -> None:
     some = foreign if kind == "foreign" else tokenizer
-    if kind.startswith("unigram"):
+    if kind == "unigram":
         some = sentencepiece_of(tmp_path / "t.model", byte_fallback=True, **VERBATIM)
-        write_hf_tokenizer(some, tmp_path, add_bos=False, max_len=64)
-        some = load_tokenizer(tmp_path / "tokenizer.json") if "json" in kind else some
     name = next(name for name, token in some.special_ids.items() if token == some.eos_id)
     text = f"strike {name} that{name}"
     plain, found = (encode_documents(some, [text], add_bos=False, add_eos=False, special=s)[0] for s in (False, True))
     assert not set(plain.tolist()) & {some.bos_id, some.eos_id} and some.decode(plain.tolist()) == text
     assert plain.tolist() == some.encode(text) and found.tolist() == some.encode(text, special=True)
     assert (found == some.eos_id).sum() == 2
-
-
-def test_no_blank_is_put_after_a_special_token_within_a_text(tmp_path: Path) -> None:
-    own = sentencepiece_of(tmp_path / "t.model", model_type="bpe", byte_fallback=True, **VERBATIM)
-    write_hf_tokenizer(own, tmp_path, add_bos=False, max_len=64)
-    theirs = load_tokenizer(tmp_path / "tokenizer.json")
-    for text in ("one</s>two </s> three</s>", "</s>one"):
-        assert own.encode(text, special=True) == theirs.encode(text, special=True), text
-
-
-def test_tokenizer_json_that_normalizes_is_exported(foreign: Tokenizer, tmp_path: Path) -> None:
-    from tokenizers import Tokenizer as Fast
-    from tokenizers import normalizers
-    from transformers import AutoTokenizer
-
-    fast = Fast.from_file(str(foreign.path))
-    fast.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    fast.save(str(tmp_path / "tokenizer.json"))
-    own = load_tokenizer(tmp_path)
-    (tmp_path / "hf").mkdir()
-    write_hf_tokenizer(own, tmp_path / "hf", add_bos=False, max_len=64)
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert own.encode("Cafe\u0301") == own.encode("caf\u00e9")
-    assert all(theirs(text)["input_ids"] == own.encode(text) for text in mixed_lines())
 
 
 def test_ids_without_a_token_count_in_the_vocabulary(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -391,10 +288,8 @@ def test_name_is_looked_up_on_the_hub(tokenizer: Tokenizer, tmp_path: Path, monk
     found = load_tokenizer("somebody/model")
     assert look_up.call_args.args == ("somebody/model",)
     assert [found.encode(line) for line in mixed_lines()] == [tokenizer.encode(line) for line in mixed_lines()]
-    assert (found.bos_id, found.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
-
-
-def test_unknown_name_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", Mock(side_effect=OSError("unknown\nmore lines")))
+    assert (found.bos_id, found.eos_id, found.vocab_size) == (1, 2, 1000)
+    assert np.array_equal(found.token_bytes(), tokenizer.token_bytes())
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", Mock(side_effect=OSError("unknown\nmore lines")))
     with pytest.raises(DataError, match=r"tokenizer.model \(no/such\)"):
         load_tokenizer("no/such")

@@ -20,10 +20,10 @@ from conf.schema import TrainConfig
 from hydra_plugins.sweeper import OptunaSweeper
 from launch import slurm
 from launch.jobs import Point
-from launch.sweep import keep_code, share_cores
+from launch.sweep import keep_code, run_points, share_cores
 from parallel.config import ParallelError
 from tests.conftest import ROOT
-from tests.test_preflight import points, run
+from tests.test_preflight import points
 from tracking.run_folder import is_held
 from tracking.status import read_status
 
@@ -39,23 +39,20 @@ def sweep(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
 
 def test_failing_point_stops_no_other_and_only_missing_points_run_again(tmp_path: Path, small: list[str]) -> None:
     settings = [*small, "steps=3", "optimizer.max_nonfinite_steps=1", "launcher.parallel_jobs=2"]
-    done = sweep(tmp_path, *settings, "optimizer.lr=1e30,1e-3,1e-2")
+    done = sweep(tmp_path, *settings, "optimizer.lr=1e30,1e-3")
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.count("no finite gradient") == 1, "reported once"
-    assert done.stderr.endswith("1 of 3 points did not finish: optimizer.lr=1e+30\n")
+    assert done.stderr.endswith("1 of 2 points did not finish: optimizer.lr=1e+30\n")
     states = {path.name: read_status(path)["state"] for path in tmp_path.glob("optimizer*")}
-    assert states == {
-        "optimizer.lr=1e+30": "failed", "optimizer.lr=0.001": "finished", "optimizer.lr=0.01": "finished"
-    }  # fmt: skip
+    assert states == {"optimizer.lr=1e+30": "failed", "optimizer.lr=0.001": "finished"}
     assert "[optimizer.lr=0.001] step 3/3" in done.stdout and "1e+30" in done.stdout.split("bits/byte")[-1]
-    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/metrics.jsonl")}
+    stamp = (tmp_path / "optimizer.lr=0.001" / "metrics.jsonl").stat().st_mtime_ns
 
-    done = sweep(tmp_path, *settings, "optimizer.lr=1e-3,1e-2,3e-3")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("finished already: ") == 2
+    done = sweep(tmp_path, *settings, "optimizer.lr=1e-3,3e-3")
+    assert done.returncode == 0 and done.stdout.count("finished already: ") == 1, done.stderr
     assert read_status(tmp_path / "optimizer.lr=0.003")["state"] == "finished"
-    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
-    losses = [float(line.split()[1]) for line in (tmp_path / "compare" / "table.md").read_text().splitlines()[2:5]]
+    assert (tmp_path / "optimizer.lr=0.001" / "metrics.jsonl").stat().st_mtime_ns == stamp
+    losses = [float(line.split()[1]) for line in (tmp_path / "compare" / "table.md").read_text().splitlines()[2:4]]
     assert losses == sorted(losses), "the best is first"
 
 
@@ -70,17 +67,24 @@ def test_no_point_starts_if_one_lacks_its_data(tmp_path: Path, small: list[str])
     assert not list(tmp_path.glob("*"))
 
 
-def test_points_share_a_tensorboard_folder_and_a_wandb_group(
+def test_hopeless_point_ends_early_and_points_share_a_wandb_group(
     tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    done = sweep(tmp_path, *small, "logger=wandb", "steps=1", "launcher.parallel_jobs=2", "optimizer.lr=1e-3,1e-2")
+    rule = ["early_stop.margin=0.2", "early_stop.after_step=5", "early_stop.every=1", "steps=30", "logger=wandb"]
+    done = sweep(tmp_path, *small, *rule, "optimizer.lr=1e-2,1e-9")
     assert done.returncode == 0, done.stderr
-    points = {"optimizer.lr=0.001", "optimizer.lr=0.01"}
+    status = read_status(tmp_path / "optimizer.lr=1e-09")
+    assert status["state"] == "given up" and "given up at step " in done.stdout
+    assert "\ngiven up: optimizer.lr=1e-09\n" in done.stdout and "\nfinished: optimizer.lr=0.01, " in done.stdout
+    step = json.loads((tmp_path / "optimizer.lr=1e-09" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert 5 <= step < 30
+    points = {"optimizer.lr=0.01", "optimizer.lr=1e-09"}
     assert {path.parts[-3] for path in tmp_path.glob("*/tensorboard/events*")} == points
     runs = [run for path in tmp_path.glob("*/wandb/*/*.wandb") for run in wandb_runs(path)]
-    assert {run.display_name for run in runs} == points
-    assert {run.run_group for run in runs} == {"sweep"}
+    assert {run.display_name for run in runs} == points and {run.run_group for run in runs} == {"sweep"}
+    again = sweep(tmp_path, *small, *rule, "optimizer.lr=1e-2,1e-9").stdout
+    assert again.count("finished already: ") == 1 and again.count("given up already: ") == 1
 
 
 def wandb_runs(path: Path) -> list[Any]:
@@ -116,27 +120,19 @@ def test_interrupted_sweep_saves_its_points_and_leaves_no_process(tmp_path: Path
     assert not subprocess.run(["pgrep", "--full", str(tmp_path)], capture_output=True, text=True).stdout
 
 
-def test_search_minimises_the_loss_and_continues(tmp_path: Path, small: list[str]) -> None:
+def test_search_minimises_the_loss_continues_and_refuses_another(tmp_path: Path, small: list[str]) -> None:
     pytest.importorskip("optuna")
-    space = ["hydra/sweeper=optuna", "optimizer.lr=tag(log, interval(1e-4, 1e-2))"]
-    space += ["steps=2", "launcher.parallel_jobs=2"]
-    for trials, new in ((2, 2), (3, 1)):
-        done = sweep(tmp_path, *small, *space, f"hydra.sweeper.n_trials={trials}", "hydra.sweeper.n_jobs=2")
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("finished: ") == new and f"best of {trials} trials: " in done.stdout
-    losses = [read_status(path)["valid_loss"] for path in tmp_path.glob("optimizer*")]
-    assert len(losses) == 3 and f"{min(losses):.4f} at optimizer.lr=" in done.stdout
-
-
-def test_search_refuses_the_trials_of_another(tmp_path: Path, small: list[str]) -> None:
-    pytest.importorskip("optuna")
-    space = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=1", "steps=1"]
-    done = sweep(tmp_path, *small, *space, "optimizer.lr=1e-3")
+    search, space = ["hydra/sweeper=optuna", "steps=2"], "optimizer.lr=tag(log, interval(1e-4, 1e-2))"
+    done = sweep(tmp_path, *small, *search, "optimizer.lr=1e-3")
     assert done.returncode == 1 and "has nothing to vary" in done.stderr
-    done = sweep(tmp_path, *small, *space, "optimizer.lr=1e-3,1e-2")
-    assert done.returncode == 0, done.stderr
-    for now, reported in (("optimizer.lr=1e-3,1e-1", "dynamic value space"), ("seed=3", "seed (0, now 3)")):
-        done = sweep(tmp_path, *small, *space, "hydra.sweeper.n_trials=2", "optimizer.lr=1e-3,1e-2", now)
+    for trials in (1, 2):
+        done = sweep(tmp_path, *small, *search, space, f"hydra.sweeper.n_trials={trials}", "hydra.sweeper.n_jobs=2")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("finished: ") == 1 and f"best of {trials} trials: " in done.stdout
+    losses = [read_status(path)["valid_loss"] for path in tmp_path.glob("optimizer*")]
+    assert len(losses) == 2 and f"{min(losses):.4f} at optimizer.lr=" in done.stdout
+    for other, reported in ((["optimizer.lr=1e-3,1e-1"], "distribution"), ([space, "seed=3"], "seed (0, now 3)")):
+        done = sweep(tmp_path, *small, *search, "hydra.sweeper.n_trials=3", *other)
         assert done.returncode == 1 and "Traceback" not in done.stderr
         assert "holds a search with other settings" in done.stderr and reported in done.stderr
 
@@ -168,19 +164,6 @@ def test_jobs_run_the_code_as_it_was_at_submission(tmp_path: Path) -> None:
     assert printed.strip() == str(copy / "train.py")
 
 
-def test_hopeless_point_ends_early_and_is_not_run_again(tmp_path: Path, small: list[str]) -> None:
-    rule = ["early_stop.margin=0.2", "early_stop.after_step=5", "early_stop.every=1", "steps=30"]
-    done = sweep(tmp_path, *small, *rule, "optimizer.lr=1e-2,1e-9")
-    assert done.returncode == 0, done.stderr
-    status = read_status(tmp_path / "optimizer.lr=1e-09")
-    assert status["state"] == "given up" and "given up at step " in done.stdout
-    assert "\ngiven up: optimizer.lr=1e-09\n" in done.stdout and "\nfinished: optimizer.lr=0.01, " in done.stdout
-    step = json.loads((tmp_path / "optimizer.lr=1e-09" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    assert 5 <= step < 30
-    again = sweep(tmp_path, *small, *rule, "optimizer.lr=1e-2,1e-9").stdout
-    assert again.count("finished already: ") == 1 and again.count("given up already: ") == 1
-
-
 def test_killed_run_with_workers_releases_its_folder(tmp_path: Path, small: list[str]) -> None:
     settings = [*small, "steps=100000", "data.workers=2", "logger.every=1", f"hydra.run.dir={tmp_path}"]
     argv = [sys.executable, "train.py", *settings]
@@ -197,18 +180,18 @@ def test_interrupted_sweep_leaves_no_point_queued(
 ) -> None:
     queued = []
 
-    def interrupt(points: list[Point], _folder: Path, _code: Path, _report: Any, begin: Any) -> None:
+    def interrupt(points: list[Point], _folder: Path, _code: Path, begin: Any, _report: Any) -> None:
         for point in points:
             begin(point)
-            queued.append(read_status(point.run_dir)["state"])
+            queued.append(read_status(point.job.run_dir)["state"])
         raise KeyboardInterrupt
 
     monkeypatch.setattr("launch.jobs.run_jobs", interrupt)
     interrupted = points(tmp_path, *small)
     with pytest.raises(KeyboardInterrupt):
-        run(interrupted, tmp_path)
+        run_points(interrupted, tmp_path)
     assert queued == ["queued"] * 2
-    assert [read_status(point.run_dir)["state"] for point in interrupted] == ["stopped"] * 2
+    assert [read_status(point.job.run_dir)["state"] for point in interrupted] == ["stopped"] * 2
 
 
 def test_jobs_at_one_time_share_the_cores(tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +202,7 @@ def test_jobs_at_one_time_share_the_cores(tmp_path: Path, small: list[str], monk
         ([], 12),
         (["launcher=slurm"], None),
     ):
-        config = points(tmp_path, *small, *options)[0].config
+        config = points(tmp_path, *small, *options)[0].job.args[0]
         shared = share_cores(config, 2)
         assert isinstance(config, TrainConfig) and isinstance(shared, TrainConfig)
         assert shared.parallel.threads == threads and config.parallel.threads is None

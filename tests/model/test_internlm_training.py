@@ -115,8 +115,7 @@ def built(kind: str) -> Transformer:
 @pytest.mark.parametrize(
     ("kind", "layout"),
     [
-        ("v0.2.1", (2, 2)), ("v0.2.1", (1, 1)), ("internevo", (2, 2)), ("internevo", (4, 1)), ("internevo", (2, 2, 2)),
-        ("internlm2", (2, 4)), ("internlm2", (1, 2)),
+        ("v0.2.1", (2, 2)), ("v0.2.1", (1, 1)), ("internevo", (4, 1)), ("internevo", (2, 2, 2)), ("internlm2", (2, 4)),
     ],
 )  # fmt: skip
 def test_logits_are_those_of_the_merged_model(
@@ -146,11 +145,6 @@ class Malicious:
         (lambda f: (f / "model_tp0_pp0.pt").unlink(), "1 of 2 files"),
         (lambda f: (f / "model_tp1_pp0.pt").unlink(), r"embed\.weight is \(32, 32\)"),
         (lambda f: save_config(f / "model_config.pt", {**ABOUT, "norm_type": "layernorm"}), r"norm_type \(layernorm\)"),
-        (
-            lambda f: save_config(f / "model_config.pt", {**ABOUT, "num_layers": 5}),
-            r"blocks\.4\.attention.* is missing",
-        ),
-        (lambda f: save_config(f / "model_config.pt", {**ABOUT, "vocab_size": 65}), r"embed\.weight is \(64, 32\)"),
         (lambda f: torch.save({"mlp.experts.0.w": torch.ones(1)}, f / "model_tp0_pp0.pt"), "no place for tensor mlp"),
         (lambda f: torch.save({"x": Malicious()}, f / "model_tp0_pp0.pt"), "model_tp0_pp0.pt holds Python objects"),
     ],

@@ -31,8 +31,6 @@ def fail(which: int, how: str) -> str:
         raise DataError("there is no such corpus")
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    if how == "exit":
-        os._exit(3)
     time.sleep(60)
     return how
 

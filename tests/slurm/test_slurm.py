@@ -44,9 +44,8 @@ def point(work: str, *args: Any, run_dir: Path, **settings: Any) -> Point:
 
 
 def outcomes_of(points: list[Point], folder: Path) -> dict[str, Outcome]:
-    outcomes = {}
-    run_jobs(points, folder / ".jobs", ROOT, lambda point, outcome: outcomes.update({point.label: outcome}))
-    return outcomes
+    run_jobs(points, folder / ".jobs", ROOT)
+    return {point.label: point.end for point in points if point.end is not None}
 
 
 def until(done: Callable[[], Any], seconds: float = 180) -> Any:

@@ -54,6 +54,9 @@ def test_changed_keys_must_be_free_or_accepted() -> None:
     check_changes(old, new, ["optimizer.lr", "steps"], Path("runs/x"))
     new["model"]["parametrization"] = "mup"  # a setting that the older run did not have has its default there
     assert ("model.parametrization", "standard", "mup") in changed_keys(old, new)
+    old["data"] = {"no_more": 1, "mix": {"code": 1.0}}
+    new["data"] = {"mix": {}}  # a setting that is no more is no change, and a source that is no more is one
+    assert {key for key, *_ in changed_keys(old, new) if key.startswith("data")} == {"data.mix.code"}
 
 
 def stored_run(folder: Path, text: str) -> Path:

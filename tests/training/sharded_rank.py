@@ -197,7 +197,7 @@ def killed(folder: Path, rank: int) -> None:
     checkpoints = Checkpoints(folder / "killed", CheckpointConfig(keep=1), dist.group.WORLD)
     checkpoints.save(1, laid_out("flat"), {})
     if rank == 1:
-        module._describe = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        module._describe = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
     message = refusal(lambda: checkpoints.save(2, laid_out("flat"), {}))
     assert "step 2 was not saved" in message, message
 

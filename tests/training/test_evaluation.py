@@ -132,9 +132,9 @@ def test_a_bad_task_or_what_cannot_be_sampled_is_refused_before_the_first_step(
     tmp_path: Path, settings: list[str]
 ) -> None:
     config = composed(*settings)
-    check_run(config, tmp_path / "r", None)
+    check_run(config, tmp_path / "r", "")
     (tmp_path / "own.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match=r"own.jsonl, line 1"):
-        check_run(config, tmp_path / "r", None)
+        check_run(config, tmp_path / "r", "")
     (problem,) = replace(config, samples=replace(config.samples, max_new_tokens=64)).problems()
     assert problem.startswith("samples.max_new_tokens")
