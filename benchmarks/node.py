@@ -5,8 +5,8 @@
 
 First NCCL's bus bandwidth, and one GPU alone (half of the layers, if 7B does not fit); then rows of the shapes of
 `experiment=7b_pile_small`: 16,384 tokens per GPU and step, real ones, in documents of The Pile's lengths; torchtitan;
-and a checkpoint that is resumed in another layout. TFLOP/s are by InternLM's formula; MFU, and `kept`, the share of
-one GPU's FLOP/s, by the exact causal count.
+and a checkpoint that is resumed in another layout. TFLOP/s: InternLM's formula; MFU, and what is kept of one GPU's
+FLOP/s: the exact causal count.
 
 A row that fails is reported, and the next one runs. Where it fails on some ranks only, so that the others wait for
 them, torchrun starts all ranks anew, and they go on with the next row. On CPUs (--tiny) the same rows run in small.
@@ -142,9 +142,8 @@ def save_and_resume(overrides: tuple[str, ...], n: int, folder: Path) -> Figures
 def measure_peer(row: Row, overrides: tuple[str, ...], seconds: float) -> Figures:
     from benchmarks.torchtitan_step import measure as measure_torchtitan
 
-    reshard, tp = row.peer
-    count = TOKENS * int(tp) // (row.seq_len * row.rows)
-    times = measure_torchtitan(row.model, row.seq_len, row.rows, count, reshard, tp, seconds)
+    count = TOKENS * int(row.peer[1]) // (row.seq_len * row.rows)
+    times = measure_torchtitan(row.model, row.seq_len, row.rows, count, row.peer[0], row.peer[1], seconds)
     return times | rates(configure(overrides), times["tokens_per_s"], DEVICE)
 
 
