@@ -10,6 +10,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -124,7 +125,9 @@ class Checkpoints:
             self.saved_bytes = _write(partial_dir, step, tensors, text, self.ranks)
             self.ranks.on_first(lambda: (final.exists() or os.rename(partial_dir, final), _fsync(self.folder)))
         except CheckpointError as error:
-            needed, free = sum(tensor.nbytes for tensor in tensors.values()), _free_bytes(self.folder)
+            needed, free = sum(tensor.nbytes for tensor in tensors.values()), "an unknown number"
+            with suppress(OSError):
+                free = f"{shutil.disk_usage(self.folder).free:,}"
             if self.ranks.rank == 0:
                 shutil.rmtree(partial_dir, ignore_errors=True)
             why = f"{error} (about {needed:,} bytes are needed, {free} are free); earlier checkpoints are untouched"
@@ -339,13 +342,6 @@ def _remove(folder: Path) -> bool:
     except OSError as error:
         logger.warning("%s could not be removed: %s", folder, error)
     return not folder.exists()
-
-
-def _free_bytes(folder: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(folder).free:,}"
-    except OSError:
-        return "an unknown number"
 
 
 def _describe(path: Path, *, sync: bool = False) -> dict[str, Any]:

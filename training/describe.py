@@ -17,7 +17,7 @@ from model.counts import count_params
 from parallel.mesh import Mesh
 from training.config import Fp8
 from training.optim.optimizer import Optimizer
-from training.setup import compute_dtype, step_flops
+from training.setup import DTYPES, compute_dtype, step_flops
 from training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,8 @@ def describe(
     epochs = corpus.train.epochs(last_sample)
     by_source = ", ".join(f"{corpus.sources[source]} {epochs[source]:.2f}" for source in sorted(epochs))
     padding, cut = waste(corpus.train.n_packs, corpus.train.pieces, data.pack_tokens)
-    dtype, computes = compute_dtype(precision, mesh.device)
+    dtype = compute_dtype(precision, mesh.device)
+    computes = next(name for name, known in DTYPES.items() if known is dtype)
     if precision.fp8 is not Fp8.none:
         computes += f" with {precision.fp8.value} 8-bit products"
     alone, packed = (resolve_backend(model.attention, mesh.device, dtype, equal=equal).value for equal in (True, False))
@@ -52,7 +53,7 @@ def describe(
         f"{config.micro_batch_tokens:,}; {config.steps:,} steps; epochs: {by_source}",
         f"packing    {data.packing}: {padding:.2%} of the tokens are padding, {cut:.2%} of the documents are cut"
         + "; what is cut off is not learnt" * (cut > 0 and any(file.conversations for file in corpus.train.files)),
-        f"optimizer  {config.optimizer.name}, {update:.1%} of a step's FLOPs",
+        f"optimizer  {config.optimizer.name}" + (f", {update:.1%} of a step's FLOPs" if update else ""),
         f"device     {device}, {computes}, attention {attention}",
         f"start      step {state.step}" + (", nothing is left to train" if state.step >= config.steps else ""),
     ):

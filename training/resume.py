@@ -176,7 +176,8 @@ class RunCheckpoints:
         self._load(checkpoint, "", exact=True)
         rng_name = self.rng_name if self.rng_name in checkpoint.tensors else FIRST_RNG
         torch.set_rng_state(checkpoint.read_names([rng_name])[rng_name])
-        self.scaler.load_state_dict(checkpoint.state["scaler"])
+        if "scaler" in checkpoint.state:  # not in an older one
+            self.scaler.load_state_dict(checkpoint.state["scaler"])
         self.state.load_state_dict(checkpoint.state["progress"])
 
     def _resume(self, checkpoint: Checkpoint, config: TrainConfig) -> None:

@@ -28,18 +28,16 @@ from training.state import TrainState
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
-def compute_dtype(config: PrecisionConfig, device: torch.device) -> tuple[torch.dtype, str]:
-    """Return the dtype of weights and activations on a device, and its name with the reason if it was chosen here."""
+def compute_dtype(config: PrecisionConfig, device: torch.device) -> torch.dtype:
+    """Return the dtype of weights and activations on a device; auto: bf16 where it multiplies in it."""
     if config.compute is not Dtype.auto:
-        return DTYPES[config.compute.value], config.compute.value
+        return DTYPES[config.compute.value]
     if device.type == "cuda":
         # A GPU that a dry run pretends is a recent one.
         fast = not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if fast:
-        return torch.bfloat16, "bf16 (auto: the device multiplies in it)"
-    return torch.float32, "fp32 (auto: the device has no bf16 products)"
+    return torch.bfloat16 if fast else torch.float32
 
 
 def build_model(
@@ -49,7 +47,7 @@ def build_model(
     torch.manual_seed(config.seed)
     model = Transformer.on_meta(config.model)
     precision = config.precision
-    dtype, _ = compute_dtype(precision, mesh.device)
+    dtype = compute_dtype(precision, mesh.device)
     grad_dtype = DTYPES[precision.grad_dtype.value] if precision.grad_dtype else None
     laid_out = parallelize(model, mesh, config.parallel, dtype, fp8=precision.fp8.value, grad_dtype=grad_dtype)
     fill(laid_out, config.seed)

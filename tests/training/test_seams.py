@@ -68,10 +68,9 @@ def test_auto_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     for has_bf16, dtype in ((False, torch.float32), (True, torch.bfloat16)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=has_bf16: found)
-        assert compute_dtype(auto, cpu)[0] is dtype
+        assert compute_dtype(auto, cpu) is dtype
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, dtype in (((7, 0), torch.float32), ((8, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        found, reason = compute_dtype(auto, gpu)
-        assert found is dtype and "auto" in reason
-    assert compute_dtype(PrecisionConfig(compute=Dtype.fp16), cpu) == (torch.float16, "fp16")
+        assert compute_dtype(auto, gpu) is dtype
+    assert compute_dtype(PrecisionConfig(compute=Dtype.fp16), cpu) is torch.float16
