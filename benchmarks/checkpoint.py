@@ -10,12 +10,14 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.timing import synchronize, where
 from benchmarks.train_step import build, configure
 from conf.schema import TrainConfig
+from data.batches import Batch
 from data.dataset import open_corpus
 from launch.ranks import launch
 from parallel.mesh import distributed
@@ -77,6 +79,39 @@ def work(config: TrainConfig, folder: Path, saves: int) -> None:
                     f" {longer_s:13.3f} {share:20.2%}",
                     flush=True,
                 )
+
+
+def save_and_load(
+    before: TrainConfig, after: TrainConfig, batches_of: Callable[[TrainConfig, int], list[Batch]], folder: Path
+) -> dict[str, float]:
+    """Save a run while it goes on, load it in another layout, and make the next step in both.
+
+    `batches_of` returns a rank's micro-batches of a step for a number of data-parallel ranks. Returns seconds, bytes/s
+    and the two losses.
+    """
+    found: dict[str, float] = {}
+    for config in (before, after):
+        corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
+        with distributed(config.parallel) as mesh:
+            engine, state = build(config, mesh), TrainState(device=mesh.device)
+            batches = batches_of(config, mesh.dp_size)
+            parts: Any = {"optimizer": engine.optimizer, "scaler": engine.scaler, "run_config": {}}
+            with RunCheckpoints(config.checkpoint, mesh, folder, corpus, state=state, **parts) as run:
+                if config is before:
+                    engine.train_step(batches)
+                    state.step = 1
+                    run.save()
+                    found["loss"] = float(engine.train_step(batches).loss)
+                    run.note_saved(wait=True)
+                    found |= {key.removeprefix("perf/checkpoint_"): value for key, value in run.take_metrics().items()}
+                else:
+                    begin = time.perf_counter()
+                    run.checkpoints.newest(run.restore)
+                    synchronize(mesh.device)
+                    found["load_s"] = mesh.all_reduce_max(int(1e3 * (time.perf_counter() - begin))) / 1e3
+                    found["resumed_loss"] = float(engine.train_step(batches).loss)
+    found["load_bytes_per_s"] = found["bytes_per_s"] * found["s"] / found["load_s"]
+    return found
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 SHAPES = {
     "1b": {"dim": 2048, "n_layers": 24, "n_heads": 16, "n_kv_heads": 16, "vocab_size": 32768, "multiple_of": 256},
-    "7b": {"dim": 4096, "n_layers": 12, "n_heads": 32, "n_kv_heads": 32, "vocab_size": 103168, "multiple_of": 256},
+    "7b": {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "vocab_size": 103168, "multiple_of": 256},
 }
 
 
@@ -67,7 +67,9 @@ def measure(
         dims = ParallelDims(dp_replicate=1, dp_shard=dp, cp=1, tp=int(tp), pp=1, ep=1, etp=1, world_size=n_gpus)
         if hasattr(dims, "build_mesh"):
             dims.build_mesh()
-        shape = SHAPES[model[0].removeprefix("model=")]
+        asked = dict(setting.split("=") for setting in model)
+        shape = SHAPES[asked["model"]].copy()
+        shape["n_layers"] = int(asked.get("model.n_layers", shape["n_layers"]))
         arguments = TransformerModelArgs(**shape, ffn_dim_multiplier=None, rope_theta=10000, max_seq_len=seq_len)
         with torch.device("meta"):
             module = Transformer(arguments)

@@ -168,6 +168,9 @@ class CommandLine:
         fixed = self._sound(sorted(fixed, key=self._chooses, reverse=True), wrong)
         cfg, hydra = self.configure(fixed)
         wrong += unknown_keys(cfg)
+        folders = [o for o in overrides if o.key_or_group in ("hydra.run.dir", "hydra.sweep.dir")]
+        remedy = "must be a folder; checkpoint.path takes an address for checkpoints"
+        wrong += [f"{o.key_or_group} ({o.value()}) {remedy}" for o in folders if "://" in str(o.value())]
         many = self.args.multirun or hydra.mode is RunMode.MULTIRUN
         params = hydra.sweeper.get("params") or {} if many else {}
         swept = {key: self.parser.parse_override(f"{key}={value}") for key, value in params.items()}
