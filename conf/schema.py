@@ -21,7 +21,7 @@ from conf.ladder import ladder
 from corpus.config import MOST_SHARDS, Source, Style, TokenizerConfig
 from data.config import TRAINING_ONLY, DataConfig, RampConfig, fitting_vocab_size, packs_of_step, parse_ranges
 from dry_run.config import DryRunConfig
-from launch.config import LauncherConfig
+from launch.config import LauncherConfig, UserError
 from model.config import ModelConfig, Parametrization
 from parallel.config import Device, ParallelConfig
 from tracking.config import AlertsConfig, EarlyStopConfig, LoggerConfig
@@ -47,7 +47,7 @@ PROSE = {"prose": True}  # never a path
 FREE = {"free": True}  # may change when a run is resumed: does not decide what is learnt
 
 
-class ConfigError(Exception):
+class ConfigError(UserError):
     """Everything that is wrong with a configuration, one problem per line."""
 
 
@@ -295,8 +295,8 @@ def _below(section: object, least: int, *keys: str) -> Iterator[str]:
             yield f"{key} ({value}) must be {f'at least {least}' if value < least else 'below 2**63'}"
 
 
-SCHEMAS = {"train": TrainConfig, "prepare_data": PrepareConfig, "export": ExportConfig, "generate": GenerateConfig}
-SCHEMAS["evaluate"] = EvaluateConfig
+SAVED = {"export": ExportConfig, "generate": GenerateConfig, "evaluate": EvaluateConfig}
+SCHEMAS = {"train": TrainConfig, "prepare_data": PrepareConfig, **SAVED}
 
 
 def register() -> None:
@@ -317,8 +317,6 @@ def to_object(cfg: DictConfig) -> Any:
     size = str(config.model.vocab_size) if isinstance(config, TrainConfig) else ""
     if size == "auto":
         config.model.vocab_size = fitting_vocab_size(config.data)
-    elif size.isdecimal():  # in quotes
-        config.model.vocab_size = int(size)
     return config
 
 
