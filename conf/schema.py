@@ -1,7 +1,4 @@
-"""The typed configuration of every command, and the rules between its sections.
-
-The dataclasses beside the code are the truth; YAML only chooses values. Imports no torch.
-"""
+"""The typed configuration of every command, and the rules between its sections; YAML chooses values. Torch-free."""
 
 import dataclasses
 import difflib
@@ -317,6 +314,8 @@ def to_object(cfg: DictConfig) -> Any:
     size = str(config.model.vocab_size) if isinstance(config, TrainConfig) else ""
     if size == "auto":
         config.model.vocab_size = fitting_vocab_size(config.data)
+    elif size.isdecimal():  # in quotes
+        config.model.vocab_size = int(size)
     return config
 
 
