@@ -34,6 +34,7 @@ def test_a_disk_that_is_full_for_a_while(small_disk: Path, small: list[str], cap
 
     def act(run: Run) -> None:
         if run.state.step == 3:
+            run.checkpoints.note_saved(wait=True)  # that of step 2, which fits
             fill(small_disk)
         if run.state.step == 7:
             (small_disk / "junk").unlink()
