@@ -12,7 +12,7 @@ if __name__ == "__main__":  # Ctrl-C while modules load ends the process without
 import hydra
 from omegaconf import DictConfig
 
-from conf.cli import checked, run
+from conf.cli import checked, report_user_errors, run
 from conf.schema import EvaluateConfig, stored
 from launch.ranks import launch
 from model.config import ModelError
@@ -29,8 +29,9 @@ logger = logging.getLogger(__name__)
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
-    config: EvaluateConfig = checked(cfg)
-    launch(work, config, config=config.parallel)
+    with report_user_errors():
+        config: EvaluateConfig = checked(cfg)
+        launch(work, config, config=config.parallel)
 
 
 def work(config: EvaluateConfig) -> dict[str, float]:

@@ -13,7 +13,7 @@ if __name__ == "__main__":  # Ctrl-C while modules load ends the process without
 import hydra
 from omegaconf import DictConfig
 
-from conf.cli import checked, run
+from conf.cli import checked, report_user_errors, run
 from conf.schema import ExportConfig, stored_model, to_plain
 from model.config import ModelConfig, ModelError
 
@@ -39,12 +39,13 @@ library_name: transformers
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="export")
 def main(cfg: DictConfig) -> None:
-    config: ExportConfig = checked(cfg)
-    if config.run is None:
-        return import_model(config)
     from tracking.store import local_run
 
-    export(local_run(config.run, config.step), config)
+    with report_user_errors():
+        config: ExportConfig = checked(cfg)
+        if config.run is None:
+            return import_model(config)
+        export(local_run(config.run, config.step), config)
 
 
 def export(path: Path, config: ExportConfig) -> None:

@@ -13,7 +13,7 @@ if __name__ == "__main__":  # Ctrl-C while modules load ends the process without
 import hydra
 from omegaconf import DictConfig
 
-from conf.cli import checked, run
+from conf.cli import checked, report_user_errors, run
 from conf.schema import GenerateConfig
 from data.tokenizer import INCOMPLETE, Tokenizer
 from model.config import ModelError
@@ -27,7 +27,12 @@ if TYPE_CHECKING:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="generate")
 def main(cfg: DictConfig) -> None:
-    config: GenerateConfig = checked(cfg)
+    with report_user_errors():
+        answer(checked(cfg))
+
+
+def answer(config: GenerateConfig) -> None:
+    """Print a text for each prompt, or hold a conversation."""
     is_open = config.prompt is None and config.prompts is None
     prompts = [] if is_open else read_prompts(config)
     saved, model = load_model(config)

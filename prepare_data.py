@@ -12,7 +12,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from conf.cli import checked, data_settings, run
+from conf.cli import checked, data_settings, report_user_errors, run
 from conf.schema import PrepareConfig
 from tracking.logs import printable
 
@@ -21,11 +21,12 @@ SAMPLE_TOKENS = 120
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="prepare_data")
 def main(cfg: DictConfig) -> None:
-    try:
-        work(checked(cfg), data_settings(HydraConfig.get()))
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        raise
+    with report_user_errors():
+        try:
+            work(checked(cfg), data_settings(HydraConfig.get()))
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on from here", file=sys.stderr)
+            raise
 
 
 def work(config: PrepareConfig, settings: str = "with the data settings of this command") -> None:

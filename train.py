@@ -18,7 +18,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from conf.cli import checked, data_settings, run
+from conf.cli import checked, data_settings, report_user_errors, run
 from conf.schema import TrainConfig, to_plain
 from launch.ranks import launch
 from launch.sweep import removed_if_unused
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
     run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
-    with removed_if_unused(run_dir):
+    with report_user_errors(), removed_if_unused(run_dir):
         config: TrainConfig = checked(cfg)
         if config.dry_run.enabled:
             from dry_run.run import run_dry_run

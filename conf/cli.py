@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from training.preflight import preflight_problems
 CONF = Path(__file__).parent.resolve()
 HYDRA_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 NO_CONFIG = ("hydra_help", "shell_completion", "experimental_rerun")  # flags of Hydra's that check no configuration
+MOST_POINTS = 100  # of a sweep, that are composed before Hydra does it
 HERE = ("jobs", "basic")  # launchers that start ranks on this machine, or where `launcher` in the config decides
 
 
@@ -68,28 +70,39 @@ def run(main: Callable[[], Any], command: str) -> None:
                 _print_errors([problem for problem in problems if is_first or problem.startswith(VARIABLES)])
                 sys.exit(2)
             sys.argv[1:] = [*flags, *line.arguments]
-        with report_user_errors():
-            main()
+        main()
     except HYDRA_ERRORS as error:
         _print_errors([_message(error)])
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        _exit_with(error)
 
 
 @contextmanager
 def report_user_errors() -> Iterator[None]:
-    """Report an error that the user can fix, or a rank's, and exit with 1."""
+    """Report an error that the user can fix, or a rank's, and exit with 1; a sweep's point raises it.
+
+    For the body of a command's `main` too, outside of which Hydra prints lines of its own.
+    """
     try:
         yield
-    except RankError as error:  # holds whole lines, a rank's traceback among them
-        print(error, file=sys.stderr)
-        sys.exit(1)
     except Exception as error:
-        if not is_user_error(error):
+        if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
             raise
+        _exit_with(error)
+
+
+def _exit_with(error: Exception) -> None:
+    """Print an error and exit with 1; raise it if it is a bug."""
+    if isinstance(error, RankError):  # holds whole lines, a rank's traceback among them
+        print(error, file=sys.stderr)
+    elif is_user_error(error):
         _print_errors(str(error).splitlines())
-        sys.exit(1)
+    else:
+        raise error
+    sys.exit(1)
 
 
 def _print_errors(messages: list[str]) -> None:
@@ -163,7 +176,9 @@ class CommandLine:
             try:
                 overrides.append(self.parser.parse_override(argument))
             except HydraException:
-                wrong.append(f"{argument} must be key=value; a key of more than ASCII letters, digits, _, - needs YAML")
+                meant = " or ".join(f"{path.parent.name}={argument}" for path in CONF.glob(f"*/{argument}.yaml"))
+                hint = f"did you mean {meant}?" if meant else "keys not of ASCII letters, digits, _ and - need YAML"
+                wrong.append(f"{argument} must be key=value; {hint}")
         fixed = [override for override in overrides if not override.is_sweep_override()]
         fixed = self._sound(sorted(fixed, key=self._chooses, reverse=True), wrong)
         cfg, hydra = self.configure(fixed)
@@ -185,9 +200,8 @@ class CommandLine:
                 self._sound([value], wrong, beside=fixed)
         yield from wrong
         if not (wrong or self.args.help or self.args.cfg or self.args.info):
-            first = [values[0] for values in varied]
-            others = [[*first[:n], value, *first[n + 1 :]] for n, values in enumerate(varied) for value in values[1:]]
-            yield from self._point_problems(fixed, [first, *others])
+            points = islice(map(list, product(*varied)), MOST_POINTS)  # the launcher checks all
+            yield from self._point_problems(fixed, list(points))
 
     def _sound(
         self, overrides: Sequence[Override], wrong: list[str], beside: Sequence[Override] = ()
@@ -226,12 +240,12 @@ class CommandLine:
         return [self.parser.parse_override(f"{override.get_key_element()}={value}") for value in values]
 
     def _point_problems(self, fixed: list[Override], points: list[list[Override]]) -> Iterator[str]:
-        """Yield what is wrong with a sweep's first point, and with those that differ from it in one value."""
+        """Yield what is wrong with points of a sweep, and where."""
         problems: dict[str, list[str]] = {}
         for point in points:
             cfg, hydra = self.configure([*fixed, *point])
             try:
-                _ = checked(cfg) if hydra.runtime.choices["hydra/launcher"] in HERE else to_config(cfg)
+                _ = checked(cfg) if hydra.runtime.choices.get("hydra/launcher") in HERE else to_config(cfg)
             except ConfigError as error:
                 for problem in str(error).splitlines():
                     problems.setdefault(problem, []).append(" ".join(override.input_line or "" for override in point))

@@ -19,8 +19,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from conf.cli import checked, data_settings
-from conf.schema import TrainConfig, to_plain
-from launch.sweep import SweepError, folder_name, removed_if_unused, run_points, share_cores
+from conf.schema import ConfigError, TrainConfig, to_plain
+from launch.sweep import SweepError, folder_name, merge_problems, removed_if_unused, run_points, share_cores
 from parallel.config import Device, ParallelConfig
 from training.preflight import check_run
 
@@ -47,13 +47,22 @@ class JobLauncher(Launcher):
         """Run a batch of points; the values returned are rank 0's, in the order of the points."""
         with removed_if_unused(Path(self.config.hydra.sweep.dir)):
             setup_globals()
-            task = OverridesParser.create().parse_overrides(list(self.config.hydra.overrides.task))
-            varies = {
-                override.key_or_group: override.is_sweep_override() for override in task
-            }  # the last of a key counts
+            hydra = self.config.hydra
+            params = [f"{key}={values}" for key, values in (hydra.sweeper.get("params") or {}).items()]
+            task = OverridesParser.create().parse_overrides([*params, *hydra.overrides.task])
+            varies = {override.key_or_group: override.is_sweep_override() for override in task}  # the last counts
             fixed = {key for key in varies if not varies[key]}
-            numbered = enumerate(job_overrides, initial_job_idx)
-            points = [self._point(number, overrides, fixed, len(job_overrides)) for number, overrides in numbered]
+            points: list[Point] = []
+            problems: dict[str, list[str]] = {}
+            for number, overrides in enumerate(job_overrides, initial_job_idx):
+                label = " ".join(o for o in overrides if o.lstrip("+~").partition("=")[0] not in fixed)
+                try:
+                    points.append(self._point(number, overrides, label, fixed, len(job_overrides)))
+                except ConfigError as error:
+                    for problem in str(error).splitlines():
+                        problems.setdefault(problem, []).append(label)
+            if problems:
+                raise SweepError("\n".join(merge_problems(problems, len(job_overrides))))
             dry = [point.described.get("dry_run", {}).get("enabled", False) for point in points]
             if any(dry) and not all(dry):
                 raise SweepError("dry_run.enabled must be the same at all points of a sweep")
@@ -65,7 +74,7 @@ class JobLauncher(Launcher):
         states = [JobStatus.FAILED if failure else JobStatus.COMPLETED for failure in failed]
         return [JobReturn(o, status=s, _return_value=r) for o, s, r in zip(job_overrides, states, results, strict=True)]
 
-    def _point(self, number: int, overrides: Sequence[str], fixed: set[str], n_points: int) -> "Point":
+    def _point(self, number: int, overrides: Sequence[str], label: str, fixed: set[str], n_points: int) -> "Point":
         """Compose and check one point; its folder is named after the keys that vary."""
         from launch.jobs import Job, Point
 
@@ -83,7 +92,6 @@ class JobLauncher(Launcher):
         else:
             one_process = ParallelConfig(device=Device.cpu, nproc_per_node=1)
             job = Job("prepare_data:work", (config, settings), run_dir, one_process, config.launcher)
-        label = " ".join(o for o in overrides if o.lstrip("+~").partition("=")[0] not in fixed)
         return Point(label, job, to_plain(config), check=partial(check_run, config, run_dir, settings))
 
 

@@ -156,8 +156,8 @@ def run_jobs(
     """Run a job for every point, note how it ended and report it; a failed one does not stop the others.
 
     `folder` takes logs and results, `code` is the copy of the code that jobs import. `begin` is called with every
-    point once all have passed the checks, which raise `ParallelError`. An interrupt stops the jobs, which save;
-    when the terminal closes, those in Slurm go on.
+    point once all have passed the checks, which raise `ParallelError`, and those for Slurm are in its queue. An
+    interrupt stops the jobs, which save; when the terminal closes, those in Slurm go on.
     """
     # Imports come from the copy of the code, then from the user's own folders, not from the one this runs in.
     folders = filter(None, (str(code.resolve()), os.environ.get("PYTHONPATH")))
@@ -172,11 +172,15 @@ def run_jobs(
             point.job_id = f"{os.getpid()}-{number}"
         for point in to_submit:
             point.job_id = slurm.queued_job(point.job.run_dir, point.described) or ""
+            if point.job_id:
+                running.append(point)
+                logger.info("job %s is already in the queue: %s", point.job_id, point.name)
         for point in points:
             point.folder = folder
+        for point in (*queue, *running):
             begin(point)
-        for _, group in groupby(to_submit, _settings):
-            _submit(list(group), running, variables)
+        for _, group in groupby((point for point in to_submit if not point.job_id), _settings):
+            _submit(list(group), running, variables, begin)
         queried = -math.inf
         while queue or running:
             while queue and (gpus := free_gpus(queue[0], running)) is not None:
@@ -239,17 +243,17 @@ def _start(point: Point, gpus: list[int], variables: dict[str, str]) -> None:
         point.process = subprocess.Popen(command, env=environment, stdout=out, stderr=errors, process_group=0)
 
 
-def _submit(points: list[Point], running: list[Point], variables: dict[str, str]) -> None:
-    """Submit points with equal settings as one job array, but for those that are in the queue."""
-    new = [point for point in points if not point.job_id]
-    launcher, folder = points[0].job.launcher, points[0].folder
-    ids = slurm.submit([point.job for point in new], launcher, folder, variables) if new else []
-    for point, point.job_id in zip(new, ids, strict=True):
-        slurm.remember_job(point.job.run_dir, point.job_id, point.described)
-    for point in points:
+def _submit(
+    points: list[Point], running: list[Point], variables: dict[str, str], begin: Callable[[Point], None]
+) -> None:
+    """Submit points with equal settings as one job array."""
+    ids = slurm.submit([point.job for point in points], points[0].job.launcher, points[0].folder, variables)
+    for point, point.job_id in zip(points, ids, strict=True):
         running.append(point)  # from here on, an interrupt cancels it
-        how = "submitted" if point in new else "already in the queue"
-        logger.info("job %s is %s: %s", point.job_id, how, point.name)
+    for point in points:
+        slurm.remember_job(point.job.run_dir, point.job_id, point.described)
+        begin(point)
+        logger.info("job %s is submitted: %s", point.job_id, point.name)
 
 
 def _stop(running: Sequence[Point], *, cancel: bool) -> None:

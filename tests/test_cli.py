@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from importlib.util import find_spec
-from itertools import zip_longest
+from itertools import product, zip_longest
 from pathlib import Path
 
 import pytest
@@ -198,7 +198,7 @@ def test_checked_points_are_what_hydra_composes(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("conf.cli.checked", lambda cfg: seen.append(OmegaConf.to_container(cfg, resolve=True)))
     lines = ("++data.mix.code=1,2", "model=tiny,125m", "name=x_${seed},b", "seed=3")
     assert problems("-m", *lines, "data.seq_len=${model.max_seq_len}") == []
-    points = ((1, "tiny", "x_3"), (2, "tiny", "x_3"), (1, "125m", "x_3"), (1, "tiny", "b"))
+    points = list(product((1, 2), ("tiny", "125m"), ("x_3", "b")))
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for cfg, (mix, model, name) in zip(seen, points, strict=True):
             overrides = [f"++data.mix.code={mix}", f"model={model}", f"name={name}", "seed=3"]

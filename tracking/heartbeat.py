@@ -115,15 +115,13 @@ def read_sign(run_dir: Path, rank: int) -> Sign:
 
 def last_words(sign: Sign) -> str:
     """Return why a rank holds up the others, its stack after the first line; "" if it does not, or waits for them."""
-    process, is_overdue = f"its process {sign['pid']} on {sign['host']}", time.time() >= sign["due"]
-    if sign["host"] == socket.gethostname():
+    process = f"its process {sign['pid']} on {sign['host']}"
+    if sign["host"] == socket.gethostname():  # clocks of machines differ
         state = _kernel_says(sign["pid"], "status").partition("State:\t")[2].partition("\n")[0]
         if state in ("", "Z (zombie)", "X (dead)"):
             return f"{process} was killed, or ran out of memory"
-        if is_overdue:
+        if time.time() >= sign["due"]:
             return f"{process} is {state}, in {_kernel_says(sign['pid'], 'wchan')} of the kernel"
-    elif is_overdue:
-        return f"nothing more came from {process}"
     return f"it hangs at {sign['at']}\n{sign['stack']}" if "at" in sign and not sign["waits"] else ""
 
 

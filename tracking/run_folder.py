@@ -203,12 +203,13 @@ class StopFile:
     """A file holding N: save at step N and stop; -N: save at step N and go on (InternLM's `stop_file_path`)."""
 
     def __init__(self, path: str | None) -> None:
-        self.path = Path(path or os.devnull)
+        self.path, self.ignored = Path(path or os.devnull), ""
 
     def read(self, step: int) -> tuple[bool, bool]:
         """Return whether to save at `step`, and whether to stop there."""
         text = self.path.read_text(encoding="utf-8").strip() if self.path.exists() else ""
         asked = int(text) if text.removeprefix("-").isdecimal() else 0
-        if text and not asked:
+        if text != self.ignored and not asked:
             logger.warning("%s holds %r, which is no step; it is ignored", self.path, text)
+            self.ignored = text
         return abs(asked) == step, 0 < asked <= step

@@ -51,7 +51,7 @@ def read_task(name: str) -> list[Question]:
         return _request_set(name)
     number, questions = 0, list[Question]()
     try:
-        with gzip.open(name) if name.endswith(".gz") else open(name, "rb") as file:
+        with gzip.open(name, "rb") if name.endswith(".gz") else open(name, "rb") as file:
             for line in file:
                 number += 1
                 if line.strip():

@@ -205,7 +205,7 @@ def test_failed_and_killed_workers_are_errors_and_the_work_goes_on(
 
     def kill_one(*added: int) -> None:
         if not killed:
-            workers = (c for c in psutil.Process().children() if "resource_tracker" not in " ".join(c.cmdline()))
+            workers = (c for c in psutil.Process().children() if "spawn_main" in " ".join(c.cmdline()))
             killed.append(next(workers))
             killed[0].kill()
 
