@@ -16,10 +16,10 @@ from corpus import units
 from corpus.config import DataError, OnBadRecord, Source, TokenizerConfig
 from corpus.inputs import Item, list_items
 from corpus.left_out import LeftOut
-from corpus.merge import are_first
-from corpus.prepare import is_prepared, made_by
+from corpus.merge import are_first, merge_units
+from corpus.prepare import differences, is_prepared, made_by
 from corpus.sample import tokenizer_texts
-from corpus.units import plan_units
+from corpus.units import Job, plan_units
 from data.config import DataConfig
 from data.dataset import open_corpus
 from data.manifest import mix_weights
@@ -135,6 +135,21 @@ def test_duplicates_are_all_but_the_first(arrays: list[list[int]]) -> None:
         seen |= set(its)
 
 
+def test_unit_that_lost_tokens_is_named_and_done_anew(
+    config: DataConfig, tokenizer: Tokenizer, small_units: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(job: Job, n_units: int, *arguments: Any, **options: Any) -> Any:
+        path = next((job.folder / "units").glob("*/*.tokens"))
+        os.truncate(path, path.stat().st_size - 4)
+        return merge_units(job, n_units, *arguments, **options)
+
+    monkeypatch.setattr("corpus.merge.COPY_TOKENS", 10)
+    with monkeypatch.context() as patch, pytest.raises(DataError, match=r"\.tokens is damaged and was removed"):
+        patch.setattr("corpus.prepare.merge_units", lose)
+        made(config, tokenizer)
+    assert n_documents(made(config, tokenizer)) == len(RECORDS)
+
+
 def test_max_documents_counts_in_order(every_format: DataConfig, tokenizer: Tokenizer, small_units: None) -> None:
     for workers, limit in ((2, 50), (1, 10_000)):
         about = made(other(every_format, f"{limit}", max_documents=limit), tokenizer, workers)
@@ -201,9 +216,9 @@ def test_same_corpus_is_recognised_by_any_spelling(
             assert is_prepared(dataclasses.replace(config, input=one), relative), one
             sources = [
                 made_by(dataclasses.replace(config, sources={"s": its}), settings_of(tokenizer))["data.sources"]
-                for its in (one, {"input": inputs[0]})
+                for its in (one, {"input": inputs[0]}, {"input": one, "text_key": "text"})
             ]
-            assert sources[0] == sources[1]
+            assert sources[0] == sources[1] == sources[2]
     with pytest.raises(DataError, match=r"data.input .*data.text_suffixes \("):
         is_prepared(dataclasses.replace(config, input="texts/b", text_suffixes=[".x"]), settings_of(tokenizer))
 
@@ -231,6 +246,9 @@ def test_same_corpus_is_used_and_another_not_overwritten(config: DataConfig, tok
     ):
         with pytest.raises(DataError, match=named):
             is_prepared(data, changed)
+    now = made_by(config, of_model)
+    assert not differences(now | {"data.gone": False}, now), "a setting that is no more, at its default"
+    assert differences(now | {"data.gone": True}, now) == "data.gone (True, now None)"
     (Path(config.path) / "corpus.json").unlink()
     with pytest.raises(DataError, match="not a corpus"):
         made(config, tokenizer)
