@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import os
 import random
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from corpus.left_out import LeftOut
 from corpus.merge import are_first, merge_units
 from corpus.prepare import differences, is_prepared, made_by
 from corpus.sample import tokenizer_texts
-from corpus.units import Job, plan_units
+from corpus.units import Job, plan_units, unit_folder
 from data.config import DataConfig
 from data.dataset import open_corpus
 from data.manifest import mix_weights
@@ -102,6 +103,10 @@ def test_shards_make_the_same_corpus_in_any_order(
     again = other(every_format)
     for shard in random.Random(0).sample(range(5), 5):
         assert not Path(again.path).exists()
+        for number in range(5):  # as a killed process of the same number leaves them
+            folder = unit_folder(Path(again.path).with_name(f".{Path(again.path).name}.partial"), number)
+            left = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}")
+            left.mkdir(parents=True, exist_ok=True)
         made(again, tokenizer, shards=5, shard=shard)
     assert contents(again.path) == contents(every_format.path)
     assert made(again, tokenizer, shards=5, shard=0) is not None, "a job that is started again finds it done"
