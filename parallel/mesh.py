@@ -132,8 +132,10 @@ def _join(config: ParallelConfig, device: torch.device, world_size: int) -> None
     try:
         store, *_ = next(rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
-        # Each point of a sweep opens a group over the same store, and so do ranks that torchrun restarts.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        # Each point of a sweep opens a group over the same store, and so do ranks that torchrun restarts. Each node's
+        # torchrun counts its own restarts, so that several have no count in common.
+        alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
         opened = store.add(f"opened/{attempt}/{rank}", 1)
         store, timeout = PrefixStore(f"{attempt}/{opened}", store), timedelta(seconds=config.step_timeout_s)
         # Without device_id: with it, the second group of a process dies while it is split (torch 2.11, NCCL).

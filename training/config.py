@@ -195,6 +195,10 @@ class LossConfig:
     z_loss: float = 0.0  # factor on the squared log-sum-exp of the logits (PaLM has 1e-4)
     chunk_tokens: int = 4096  # tokens whose logits exist at one time
 
+    def problems(self) -> Iterator[str]:
+        yield from unless(self, "loss", "in [0, 1)", lambda x: 0 <= x < 1, "label_smoothing")
+        yield from unless(self, "loss", "at least 1", lambda x: x >= 1, "chunk_tokens")
+
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
@@ -224,6 +228,9 @@ class EvaluationConfig:
     every: int = 0  # steps; 0: only at the end
     tasks: list[str] = field(default_factory=list)
     max_share: float | None = None  # of the run's time for tasks and samples; beyond it they are left out till the end
+
+    def problems(self) -> Iterator[str]:
+        yield from unless(self, "evaluate", "in (0, 1], or null", lambda x: x is None or 0 < x <= 1, "max_share")
 
 
 @dataclass(kw_only=True, slots=True)

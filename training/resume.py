@@ -54,7 +54,7 @@ class RunCheckpoints:
         scaler: LossScaler,
         run_config: dict[str, Any],
     ) -> None:
-        self.config, self.run_dir, self.run_config = config, run_dir, run_config
+        self.config, self.mesh, self.run_dir, self.run_config = config, mesh, run_dir, run_config
         self.state, self.optimizer, self.scaler = state, optimizer, scaler
         bounds = {"add_bos": corpus.add_bos, "add_eos": corpus.add_eos}
         self.data = {"parts": corpus.fingerprints, "sources": corpus.sources, **bounds}
@@ -70,7 +70,7 @@ class RunCheckpoints:
         self.metrics: dict[str, float] = {}  # of the last save, until they are logged
 
     def __enter__(self) -> "RunCheckpoints":
-        if self.background and self.config.every:
+        if self.background and 0 < self.config.every < self.run_config["steps"]:
             self.snapshot.allocate()  # takes seconds
         return self
 
@@ -126,7 +126,7 @@ class RunCheckpoints:
 
     def note_saved(self, *, wait: bool = False) -> None:
         """Take note of a save in the background that has ended, at the same step on all ranks."""
-        if self.saving is not None and (wait or all(self.ranks.all_gather(self.saving.done))):
+        if self.saving is not None and (wait or not self.mesh.all_reduce_max(not self.saving.done())):
             saving, self.saving = self.saving, None
             self._note(saving.result)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -55,6 +56,7 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """Return the counters as JSON, which has no nan."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("saved", True)}
+        values = deepcopy(values)  # a save in the background writes them later
         return {**values, "valid_loss": self.valid_loss if math.isfinite(self.valid_loss or 0) else None}
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
