@@ -50,8 +50,11 @@ def read_template(name: str) -> str:
     if path.is_dir():
         path = path / (CHAT_TEMPLATE if (path / CHAT_TEMPLATE).exists() else "tokenizer_config.json")
     if template is None and path.is_file() and path.suffix in (".jinja", ".json"):
-        text = path.read_text(encoding="utf-8")
-        template = lookup(json.loads(text), "chat_template") if path.suffix == ".json" else text
+        try:
+            text = path.read_text(encoding="utf-8")
+            template = lookup(json.loads(text), "chat_template") if path.suffix == ".json" else text
+        except ValueError as error:
+            raise DataError(f"data.chat_template ({path}) cannot be read: {error}") from None
     if isinstance(template, list):  # several, each with its name
         template = next((lookup(each, "template") for each in template if lookup(each, "name") == "default"), None)
     if not isinstance(template, str):

@@ -62,9 +62,13 @@ def list_files(paths: Any, key: str, config: CorpusConfig, ignored: Counter[str]
     items: dict[str, Item] = {}
     for path in as_paths(paths):
         try:
-            base, sizes = (_remote_files if "://" in path.removeprefix("file://") else _local_files)(path)
+            is_remote = "://" in path.removeprefix("file://")
+            base, sizes = _remote_files(path) if is_remote else _local_files(path, ignored)
         except (OSError, ValueError, ImportError) as error:
             raise DataError(f"{key} ({path}) cannot be listed: {error}") from None
+        if {".arrow", ".json"} <= {os.path.splitext(place)[1] for place in sizes}:
+            remedy = "read it with data=huggingface data.dataset=..."
+            raise DataError(f"{key} ({path}) was made by save_to_disk; {remedy}")
         readable = {place: size for place, size in sizes.items() if split_suffix(place)[0] in suffixes}
         ignored.update(split_suffix(place)[0] or "without a suffix" for place in sizes.keys() - readable.keys())
         if not readable:
@@ -76,8 +80,8 @@ def list_files(paths: Any, key: str, config: CorpusConfig, ignored: Counter[str]
     return [items[path] for path in distinct_files(items)]
 
 
-def _local_files(pattern: str) -> tuple[str, dict[str, int]]:
-    base, found = matching_files(os.path.expanduser(pattern.removeprefix("file://")))
+def _local_files(pattern: str, ignored: Counter[str]) -> tuple[str, dict[str, int]]:
+    base, found = matching_files(os.path.expanduser(pattern.removeprefix("file://")), ignored)
     return base, {path: os.path.getsize(path) for path in found}
 
 

@@ -20,6 +20,7 @@ from data.shards import FORMAT_VERSION, SHARD_BYTES, Header, ShardWriter
 from data.tokenizer import Tokenizer, load_tokenizer
 
 COPY_TOKENS = 1 << 22  # at once
+COMPARED_PARTS = 16  # of all hashes, by their remainder, compared one after another
 
 
 @dataclass(slots=True)
@@ -60,7 +61,7 @@ def merge_units(job: Job, n_units: int, before: dict[str, Any] | None, *, worker
     splits = before["splits"] if before else {"train": {}, "valid": {}}
     stems = [stem for split in splits.values() for its in split.values() for stem in its["shards"]]
     hashes = [np.fromfile(Path(data.path) / f"{stem}.hashes", "<u8") for stem in stems]
-    hashes += [group.documents()["hash"] for group in groups]
+    hashes += [group.documents()["hash"].copy() for group in groups]
     for group, kept in zip(groups, are_first(hashes)[len(stems) :], strict=True):
         group.kept = kept
         left_out.duplicates += int((~kept).sum())
@@ -93,7 +94,10 @@ def are_first(arrays: list[np.ndarray]) -> list[np.ndarray]:
     """Return which hashes, uint64, no earlier one is equal to, in their array or in one before; bool arrays."""
     hashes = np.concatenate([np.zeros(0, dtype="<u8"), *arrays])
     first = np.zeros(len(hashes), dtype=bool)
-    first[np.unique(hashes, return_index=True)[1]] = True
+    lowest_bytes = hashes.view(np.uint8)[::8]
+    for part in range(COMPARED_PARTS):
+        places = np.flatnonzero(lowest_bytes % COMPARED_PARTS == part)
+        first[places[np.unique(hashes[places], return_index=True)[1]]] = True
     return np.split(first, np.cumsum([len(array) for array in arrays]))[:-1]
 
 
@@ -122,12 +126,22 @@ def _write_shard(partial: Path, stem: str, groups: list[Group], tokenizer: Token
             for group in groups:
                 table = group.documents()
                 table[group.kept]["hash"].tofile(hashes)
-                with open(f"{group.path}.tokens", "rb") as file:
-                    for chunk in np.array_split(np.arange(len(table)), 1 + table["tokens"].sum() // COPY_TOKENS):
-                        its, kept = table[chunk], group.kept[chunk]
-                        ids = np.fromfile(file, writer.dtype, its["tokens"].sum())
-                        ids = ids[np.repeat(kept, its["tokens"])].astype(np.uint32)
-                        writer.add(ids, its["tokens"][kept], int(its["text_bytes"][kept].sum()))
+                _copy(group, table, writer)
         return writer.close()
     finally:
         writer.file.close()
+
+
+def _copy(group: Group, table: np.ndarray, writer: ShardWriter) -> None:
+    """Append the kept documents of a group to a shard, some `COPY_TOKENS` at once."""
+    ends = np.cumsum(table["tokens"], dtype=np.int64)
+    cuts = np.unique(np.searchsorted(ends, np.arange(COPY_TOKENS, ends[-1], COPY_TOKENS)))
+    with open(f"{group.path}.tokens", "rb") as file:
+        for its, kept in zip(np.split(table, cuts), np.split(group.kept, cuts), strict=True):
+            n_tokens = int(its["tokens"].sum())
+            ids = np.fromfile(file, writer.dtype, n_tokens)
+            if len(ids) < n_tokens:  # as after a power failure
+                shutil.rmtree(group.path.parent, ignore_errors=True)
+                raise DataError(f"{file.name} is damaged and was removed; run the same command again")
+            ids = ids[np.repeat(kept, its["tokens"])].astype(np.uint32)
+            writer.add(ids, its["tokens"][kept], int(its["text_bytes"][kept].sum()))

@@ -9,14 +9,14 @@ import logging
 import os
 import shutil
 from collections import Counter
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from corpus.chat import ChatEncoder, markers, read_template
-from corpus.config import CorpusConfig, DataError, Source, Style, TokenizerConfig, as_paths
+from corpus.config import CorpusConfig, DataError, Source, SourceConfig, Style, TokenizerConfig, as_paths
 from corpus.inputs import Item, list_items
 from corpus.merge import merge_units, write_whole
 from corpus.sample import tokenizer_texts
@@ -40,26 +40,32 @@ def made_by(data: CorpusConfig, tokenizer: TokenizerConfig) -> dict[str, Any]:
         made["data.vocab_size"] = made["tokenizer.vocab_size"] = None  # the model has its own
     for key in ("tokenizer.model", "data.dataset", "data.chat_template"):  # a name, unless there is such a path
         made[key] = identity(made[key]) if made[key] and Path(made[key]).expanduser().exists() else made[key]
-    for key in ("data.input", "data.valid_input"):
-        made[key] = _places(made[key])
-    made["data.text_suffixes"] = sorted(set(data.text_suffixes))
-    made["data.sources"] = {name: _places(its) for name, its in data.sources.items()}
+    made |= {f"data.{key}": value for key, value in _reading(data).items()}
+    made["data.sources"] = {}
+    shared = _reading(replace(data, input=None, valid_input=None))
+    for name, its in data.source_configs().items():
+        own = {key: value for key, value in _reading(its).items() if value != shared[key]}
+        made["data.sources"][name] = own["input"] if list(own) == ["input"] else own
     return {key: getattr(value, "value", value) for key, value in made.items()}
 
 
-def _places(given: Any) -> Any:
-    """Return a path, a list of them, or what is said of a source, as all spellings of it have it."""
-    if isinstance(given, dict):
-        named = {key: _places(value) if key.endswith("input") else value for key, value in given.items()}
-        return named["input"] if list(named) == ["input"] else named
-    paths = sorted({identity(path) for path in as_paths(given)})
-    return paths if len(paths) > 1 else next(iter(paths), None)
+def _reading(config: SourceConfig) -> dict[str, Any]:
+    """Return the settings of a source, of any spelling and order the same."""
+    found = {f.name: getattr(config, f.name) for f in fields(SourceConfig)}
+    for key in ("input", "valid_input"):
+        paths = sorted({identity(path) for path in as_paths(found[key])})
+        found[key] = paths if len(paths) > 1 else next(iter(paths), None)
+    return found | {"text_suffixes": sorted(set(config.text_suffixes))}
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Name the keys in which two `made_by` differ, with both values; one that is not in `before` had its default."""
+    """Name the keys in which two `made_by` differ, with both values.
+
+    A setting that is not in `before` had its default; one that is no more must have been off.
+    """
     before = made_by(CorpusConfig(), TokenizerConfig()) | before
-    return ", ".join(f"{key} ({before.get(key)}, now {now[key]})" for key in now if before.get(key) != now[key])
+    keys = [key for key in now | before if before.get(key) != now.get(key) and (key in now or before[key])]
+    return ", ".join(f"{key} ({before.get(key)}, now {now.get(key)})" for key in keys)
 
 
 def is_prepared(data: CorpusConfig, tokenizer: TokenizerConfig, *, add: bool = False) -> bool:

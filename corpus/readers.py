@@ -3,8 +3,9 @@
 import io
 import json
 import sys
-from collections.abc import Iterable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator
+from shutil import copyfileobj
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from corpus.builtin import builtin_texts
@@ -85,9 +86,7 @@ class Reader:
         make = DocumentMaker(item, self.config, left_out)
         for batch in batches:
             decode = Features.from_arrow_schema(batch.schema).decode_example  # JSON, where rows differ in shape
-            for number, row in enumerate(batch.to_pylist(), first):
-                if document := make.from_record(decode(row), f"{item.path}[{number}]"):
-                    yield document
+            yield from filter(None, documents_of(batch, make, first, decode))
             first += len(batch)
 
     def close(self) -> None:
@@ -110,8 +109,12 @@ class Reader:
                     yield make.from_bytes(file.read(make.most_bytes + 1), item.path)
                 elif kind == ".json":
                     yield from self._json(file, make)
+                elif not compression:
+                    yield from self._parquet(file, make, start, stop)
                 else:  # Parquet is read from its end
-                    yield from self._parquet(io.BytesIO(file.read()) if compression else file, make, start, stop)
+                    with TemporaryFile() as copy:
+                        copyfileobj(file, copy, READ_BYTES)
+                        yield from self._parquet(copy, make, start, stop)
 
     def _lines(self, item: Item, make: DocumentMaker, start: int, stop: int) -> Iterator[Document | None]:
         if self.lines is not None and (self.lines.path != item.path or self.lines.before > start):
@@ -156,11 +159,30 @@ class Reader:
                 first, end = end, end + about.num_rows
                 if not start <= (about.column(0).dictionary_page_offset or about.column(0).data_page_offset) < stop:
                     continue
-                batches = table.iter_batches(DATASET_ROWS, [group], columns, use_threads=False)
-                for number, row in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), first):
-                    yield make.from_record(row, f"{make.item.path}[{number}]")
+                for batch in table.iter_batches(DATASET_ROWS, [group], columns, use_threads=False):
+                    yield from documents_of(batch, make, first)
+                    first += len(batch)
         except (pyarrow.ArrowException, ValueError) as error:
             make.left_out.bad(make.item.path, f"unreadable Parquet: {cause_of(error)}")
+
+
+def documents_of(
+    batch: "pyarrow.RecordBatch", make: DocumentMaker, first: int, decode: Callable[[Any], Any] = lambda row: row
+) -> Iterator[Document | None]:
+    """Yield the documents of rows, the first of which has the number `first`."""
+    for number, record in enumerate(records_of(batch, decode), first):
+        place = f"{make.item.path}[{number}]"
+        bad = isinstance(record, ValueError)
+        yield make.left_out.bad(place, str(record)) if bad else make.from_record(record, place)
+
+
+def records_of(batch: "pyarrow.RecordBatch", decode: Callable[[Any], Any]) -> list[Any]:
+    """Return rows as Python values; one that is not UTF-8, or cannot be decoded, is its `ValueError`."""
+    try:
+        return [decode(row) for row in batch.to_pylist()]
+    except ValueError as error:
+        rows = [batch.slice(i, 1) for i in range(len(batch))]
+        return [error] if len(rows) == 1 else [records_of(row, decode)[0] for row in rows]
 
 
 def columns_of(config: CorpusConfig, names: list[str]) -> list[str]:

@@ -155,6 +155,7 @@ class UnitWorker:
         """Do a unit, from reading to the commit, and return its documents, tokens and bytes of text."""
         final = unit_folder(self.job.folder, unit.number)
         partial = final.with_name(f".{final.name}.{socket.gethostname()}.{os.getpid()}")
+        shutil.rmtree(partial, ignore_errors=True)  # of a process of the same number that was killed
         partial.mkdir(parents=True)
         try:
             counts = self._write(unit, partial)

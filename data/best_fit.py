@@ -2,47 +2,57 @@
 
 import os
 import secrets
+import struct
 from bisect import bisect_left, insort
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from data.shards import TokenFile
+from data.shards import FileReader, TokenFile
 
+HEADER = struct.Struct("<8s16sQQ")  # magic, hash of what it was made of, packs, pieces
+MAGIC = b"BESTFIT3"
 COLUMNS = 4  # of a piece: start, length, whether a document begins and whether one ends with it
+PIECE_BYTES = 8 * COLUMNS
 
 
 class Plan:
-    """The packs of a file of tokens; made anew when the file has changed or the plan is damaged.
-
-    It is an array of int64, mapped into memory: a hash of what it was made of (2), the number of packs, the first
-    piece of each and the end (n_packs + 1), and the pieces (n_pieces * COLUMNS).
-    """
+    """The packs of a file of tokens; made anew when the file has changed or the plan is damaged."""
 
     def __init__(self, file: TokenFile, pack_len: int) -> None:
-        path, flat = Path(f"{file.stem}.fit-{pack_len}"), np.zeros(2, dtype=np.int64)
-        made_of = np.frombuffer(xxhash.xxh3_128_digest(f"{file.fingerprint()}/{pack_len}".encode()), dtype=np.int64)
-        with suppress(FileNotFoundError, ValueError, EOFError):
-            flat = np.load(path, mmap_mode="r")
-        if not np.array_equal(flat[:2], made_of):
-            pieces, firsts = best_fit(file.offsets(), pack_len, truncate=file.conversations)
-            flat = np.concatenate([made_of, [len(firsts) - 1], firsts, pieces.reshape(-1)])
-            if os.access(path.parent, os.W_OK):
-                partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-                with open(partial, "wb") as opened:
-                    np.save(opened, flat)
-                partial.rename(path)
-                flat = np.load(path, mmap_mode="r")
-        self.n_packs = int(flat[2])
-        self.firsts, pieces = np.split(flat[3:], [self.n_packs + 1])
-        self.pieces = pieces.reshape(-1, COLUMNS)
+        path = Path(f"{file.stem}.fit-{pack_len}")
+        made_of = xxhash.xxh3_128_digest(f"{file.fingerprint()}/{pack_len}".encode())
+        self.reader, self.kept = FileReader(path), b""  # kept: the plan, where the folder is not writable
+        n_bytes = path.stat().st_size if path.exists() else 0
+        if n_bytes >= HEADER.size:
+            magic, stored, self.n_packs, n_pieces = HEADER.unpack(self._read(0, HEADER.size))
+            if (magic, stored) == (MAGIC, made_of) and n_bytes == self._pieces_at() + PIECE_BYTES * n_pieces:
+                return
+            self.reader = FileReader(path)  # of the file that comes in its place
+        pieces, firsts = best_fit(file.offsets(), pack_len, truncate=file.conversations)
+        self.n_packs = len(firsts) - 1
+        raw = HEADER.pack(MAGIC, made_of, self.n_packs, len(pieces)) + firsts.tobytes() + pieces.tobytes()
+        if not os.access(path.parent, os.W_OK):
+            self.kept = raw
+            return
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+        partial.write_bytes(raw)
+        partial.rename(path)
 
     def read(self, packs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the number of pieces of each pack, int64 (N,), and the pieces, int64 (n_pieces, COLUMNS)."""
-        first, last = self.firsts[packs], self.firsts[packs + 1]
-        return last - first, np.concatenate([self.pieces[a:b] for a, b in zip(first, last, strict=True)])
+        limits = b"".join([self._read(HEADER.size + 8 * pack, 16) for pack in packs.tolist()])
+        first, last = np.frombuffer(limits, dtype="<i8").reshape(-1, 2).T
+        at, ranges = self._pieces_at(), zip(first.tolist(), last.tolist(), strict=True)
+        lines = b"".join([self._read(at + PIECE_BYTES * a, PIECE_BYTES * (b - a)) for a, b in ranges])
+        return last - first, np.frombuffer(lines, dtype="<i8").reshape(-1, COLUMNS)
+
+    def _pieces_at(self) -> int:
+        return HEADER.size + 8 * (self.n_packs + 1)
+
+    def _read(self, at: int, n_bytes: int) -> bytes | bytearray:
+        return self.kept[at : at + n_bytes] if self.kept else self.reader.read(at, n_bytes)
 
 
 def best_fit(offsets: np.ndarray, pack_len: int, *, truncate: bool = False) -> tuple[np.ndarray, np.ndarray]:

@@ -2,11 +2,14 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from glob import has_magic
 from pathlib import Path
 
 from fsspec.utils import glob_translate
+
+from corpus.config import DataError
 
 
 def identity(path: str) -> str:
@@ -21,10 +24,11 @@ def distinct_files(paths: Iterable[str]) -> list[str]:
     return sorted({identity(path): path for path in reversed(real_first)}.values())
 
 
-def matching_files(pattern: str) -> tuple[str, list[str]]:
+def matching_files(pattern: str, left_out: Counter[str]) -> tuple[str, list[str]]:
     """Return the files that a path, a folder or a glob stands for, and the folder that they are all in.
 
-    A path that exists is that path, whatever its name. Hidden files count only where the pattern names them.
+    A path that exists is that path, whatever its name. Hidden files count only where the pattern names them. Counts
+    broken links in `left_out`; raises `OSError` if a folder cannot be read.
     """
     path = os.path.realpath(pattern) if os.path.isdir(pattern) else os.path.abspath(pattern)
     if os.path.isfile(path):
@@ -34,21 +38,34 @@ def matching_files(pattern: str) -> tuple[str, list[str]]:
         base = os.path.dirname(base)
     rest = path[len(base) :].lstrip("/") or "**"
     matches, found = re.compile(glob_translate(rest)), []
-    for here, folders, names in os.walk(base, followlinks=True):
+    for here, folders, names in os.walk(base, followlinks=True, onerror=_refuse):
         is_loop = os.path.islink(here) and os.path.realpath(here) in map(os.path.realpath, Path(here).parents)
         if is_loop or ("**" not in rest and here[len(base) :].count("/") >= rest.count("/")):
             folders.clear()
         for place in (os.path.join(here, name) for name in names if not is_loop):
             inside = place[len(base) :].lstrip("/")
             is_hidden = "/." in f"/{inside}" and "/." not in f"/{rest}"
-            if matches.match(inside) and not is_hidden and os.path.isfile(place):
+            if not matches.match(inside) or is_hidden:
+                continue
+            if os.path.isfile(place):
                 found.append(place)
+            elif os.path.islink(place):
+                left_out["broken links"] += 1
     return base, found
+
+
+def _refuse(error: OSError) -> None:
+    raise error
 
 
 def token_paths(folder: str) -> list[Path]:
     """Return the .bin files below a folder, or the file that it is."""
     if os.path.isfile(folder):
         return [Path(folder)]
-    below = (path for path in matching_files(folder)[1] if path.endswith(".bin"))
-    return sorted(map(Path, distinct_files(below)))
+    try:
+        found = matching_files(folder, Counter())[1]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DataError(f"{folder} cannot be listed: {error}") from None
+    return sorted(map(Path, distinct_files(path for path in found if path.endswith(".bin"))))

@@ -58,6 +58,10 @@ def parquet(records: list[dict]) -> bytes:
     return file.getvalue()
 
 
+def not_utf8(texts: list[bytes]) -> pyarrow.Array:
+    return pyarrow.array(texts, pyarrow.binary()).view(pyarrow.string())
+
+
 PLAIN = {".jsonl": lines, ".json": lambda records: json.dumps(records).encode(), ".parquet": parquet}
 
 PACKED = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress, ".xz": lzma.compress, ".bz2": bz2.compress}

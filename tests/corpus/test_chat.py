@@ -254,6 +254,9 @@ def test_template_is_read_by_name_or_from_a_model(tmp_path: Path) -> None:
     assert read_template(str(tmp_path / "two")) == "listed"
     (tmp_path / "one" / "chat_template.jinja").write_text("beside")
     assert read_template(str(tmp_path / "one")) == "beside"
+    (tmp_path / "damaged.json").write_text('{"chat_template": ')
+    with pytest.raises(DataError, match=r"^data\.chat_template \(.*damaged.json\) cannot be read: "):
+        read_template(str(tmp_path / "damaged.json"))
     (tmp_path / "none.json").write_text('{"bos_token": "<s>"}')
     for name in ("vicuna", str(tmp_path / "missing.jinja"), str(tmp_path), str(tmp_path / "none.json")):
         with pytest.raises(

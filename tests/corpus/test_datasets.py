@@ -3,15 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 
 from corpus import readers
 from corpus.config import DataError, OnBadRecord, Source, SplitBy
 from corpus.inputs import list_items
+from corpus.left_out import LeftOut
 from corpus.units import plan_units
 from data.config import DataConfig
 from data.tokenizer import Tokenizer
-from tests.corpora import RECORDS, contents, lines, local, made, read
+from tests.corpora import RECORDS, contents, lines, local, made, not_utf8, read, read_with
 
 
 @pytest.fixture
@@ -69,11 +71,22 @@ def test_records_that_differ_in_shape_are_kept(dataset: DataConfig, tmp_path: Pa
 
 
 def test_bad_row_is_named(dataset: DataConfig, tokenizer: Tokenizer, tmp_path: Path, small_units: None) -> None:
+    import datasets
+    from datasets.table import InMemoryTable
+
     rows = [*RECORDS[:30], {"text": None, "meta": {"set": "x"}}, *RECORDS[30:]]
     (tmp_path / "set" / "train.jsonl").write_bytes(lines(rows))
     dataset.on_bad_record = OnBadRecord.skip
     about = made(dataset, tokenizer)
     assert about["left_out"]["count"] == 1 and about["left_out"]["places"][0].startswith(f"{tmp_path}/set[30]: ")
+    table = pyarrow.table({"text": not_utf8([b"one", b"\xff", b"three"])})
+    datasets.Dataset(InMemoryTable(table)).save_to_disk(tmp_path / "saved")
+    left_out = LeftOut(OnBadRecord.skip)
+    dataset.dataset = str(tmp_path / "saved")
+    assert [d.text for d in read_with(dataset, left_out)] == ["one", "three"]
+    assert left_out.places[0].startswith(f"{tmp_path}/saved[1]: ")
+    with pytest.raises(DataError, match=r"data.input .* was made by save_to_disk; read it with data=huggingface"):
+        read(local(tmp_path, "saved"))
 
 
 @pytest.mark.parametrize("streaming", [True])

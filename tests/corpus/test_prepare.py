@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import os
 import random
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from corpus import units
 from corpus.config import DataError, OnBadRecord, Source, TokenizerConfig
 from corpus.inputs import Item, list_items
 from corpus.left_out import LeftOut
-from corpus.merge import are_first
-from corpus.prepare import is_prepared, made_by
+from corpus.merge import are_first, merge_units
+from corpus.prepare import differences, is_prepared, made_by
 from corpus.sample import tokenizer_texts
-from corpus.units import plan_units
+from corpus.units import Job, plan_units, unit_folder
 from data.config import DataConfig
 from data.dataset import open_corpus
 from data.manifest import mix_weights
@@ -102,6 +103,10 @@ def test_shards_make_the_same_corpus_in_any_order(
     again = other(every_format)
     for shard in random.Random(0).sample(range(5), 5):
         assert not Path(again.path).exists()
+        for number in range(5):  # as a killed process of the same number leaves them
+            folder = unit_folder(Path(again.path).with_name(f".{Path(again.path).name}.partial"), number)
+            left = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}")
+            left.mkdir(parents=True, exist_ok=True)
         made(again, tokenizer, shards=5, shard=shard)
     assert contents(again.path) == contents(every_format.path)
     assert made(again, tokenizer, shards=5, shard=0) is not None, "a job that is started again finds it done"
@@ -133,6 +138,21 @@ def test_duplicates_are_all_but_the_first(arrays: list[list[int]]) -> None:
     for its, kept in zip(arrays, found, strict=True):
         assert kept.tolist() == [value not in seen and value not in its[:k] for k, value in enumerate(its)]
         seen |= set(its)
+
+
+def test_unit_that_lost_tokens_is_named_and_done_anew(
+    config: DataConfig, tokenizer: Tokenizer, small_units: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(job: Job, n_units: int, *arguments: Any, **options: Any) -> Any:
+        path = next((job.folder / "units").glob("*/*.tokens"))
+        os.truncate(path, path.stat().st_size - 4)
+        return merge_units(job, n_units, *arguments, **options)
+
+    monkeypatch.setattr("corpus.merge.COPY_TOKENS", 10)
+    with monkeypatch.context() as patch, pytest.raises(DataError, match=r"\.tokens is damaged and was removed"):
+        patch.setattr("corpus.prepare.merge_units", lose)
+        made(config, tokenizer)
+    assert n_documents(made(config, tokenizer)) == len(RECORDS)
 
 
 def test_max_documents_counts_in_order(every_format: DataConfig, tokenizer: Tokenizer, small_units: None) -> None:
@@ -201,9 +221,9 @@ def test_same_corpus_is_recognised_by_any_spelling(
             assert is_prepared(dataclasses.replace(config, input=one), relative), one
             sources = [
                 made_by(dataclasses.replace(config, sources={"s": its}), settings_of(tokenizer))["data.sources"]
-                for its in (one, {"input": inputs[0]})
+                for its in (one, {"input": inputs[0]}, {"input": one, "text_key": "text"})
             ]
-            assert sources[0] == sources[1]
+            assert sources[0] == sources[1] == sources[2]
     with pytest.raises(DataError, match=r"data.input .*data.text_suffixes \("):
         is_prepared(dataclasses.replace(config, input="texts/b", text_suffixes=[".x"]), settings_of(tokenizer))
 
@@ -231,6 +251,9 @@ def test_same_corpus_is_used_and_another_not_overwritten(config: DataConfig, tok
     ):
         with pytest.raises(DataError, match=named):
             is_prepared(data, changed)
+    now = made_by(config, of_model)
+    assert not differences(now | {"data.gone": False}, now), "a setting that is no more, at its default"
+    assert differences(now | {"data.gone": True}, now) == "data.gone (True, now None)"
     (Path(config.path) / "corpus.json").unlink()
     with pytest.raises(DataError, match="not a corpus"):
         made(config, tokenizer)

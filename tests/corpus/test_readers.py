@@ -5,10 +5,13 @@ import gzip
 import itertools
 import json
 import lzma
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 from hypothesis import given, settings
@@ -22,7 +25,7 @@ from corpus.readers import Lines, Reader
 from corpus.units import plan_units
 from data.config import DataConfig
 from data.tokenizer import Tokenizer
-from tests.corpora import PACKED, PLAIN, RECORDS, lines, local, made, parquet, read, read_with
+from tests.corpora import PACKED, PLAIN, RECORDS, lines, local, made, not_utf8, parquet, read, read_with
 
 TEXTS = [record["text"] for record in RECORDS]
 SKIPPABLE = bytes.fromhex("502a4d18") + (4).to_bytes(4, "little") + b"skip"  # a Zstandard frame without content
@@ -143,9 +146,10 @@ def test_other_records_and_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "b.parquet").write_bytes(parquet([{"body": "g"}]))
     (tmp_path / "c.parquet").write_bytes(parquet([{"text": "h"}, {"text": None}]))
     (tmp_path / "d.jsonl").write_bytes(b"\n \n")
+    pq.write_table(pyarrow.table({"text": not_utf8([b"i", b"\xff", b"k"])}), tmp_path / "e.parquet")
     left_out = LeftOut(OnBadRecord.skip)
-    assert [d.text for d in read_with(local(tmp_path, "*"), left_out)] == ["a", "e", "h"]
-    assert left_out.count == 25 and left_out.empty == 1
+    assert [d.text for d in read_with(local(tmp_path, "*"), left_out)] == ["a", "e", "h", "i", "k"]
+    assert left_out.count == 26 and left_out.empty == 1
     assert [place.split(": ")[0][-1:] for place in left_out.places[:4]] == ["2", "3", "5", "7"]
     assert len(left_out.places) == 10
 
@@ -168,8 +172,15 @@ def test_streams_one_after_another_are_read_up_to_the_damage(tmp_path: Path, pac
         (tmp_path / f"a.jsonl{packed}").write_bytes(whole[:size])
         left_out = LeftOut(OnBadRecord.skip)
         found = [d.text for d in read_with(local(tmp_path, f"a.jsonl{packed}"), left_out)]
-        assert found == texts[: len(found)] and len(found) > 15_000
+        assert found == texts[: len(found)] and len(found) > 17_000
         assert (len(found) == len(texts), left_out.count) == ((True, 0) if size == len(whole) else (False, 1))
+
+
+def test_zstandard_is_read_with_the_longest_window(tmp_path: Path) -> None:
+    settings = zstandard.ZstdCompressionParameters.from_level(1, window_log=31)
+    frame = zstandard.ZstdCompressor(compression_params=settings).compressobj()  # as zstd --long=31 of a pipe
+    (tmp_path / "a.jsonl.zst").write_bytes(frame.compress(lines(RECORDS)) + frame.flush())
+    assert [d.text for d in read(local(tmp_path, "a.jsonl.zst"))] == TEXTS
 
 
 def test_odd_characters_are_kept(tmp_path: Path) -> None:
@@ -254,11 +265,12 @@ def test_files_are_listed_once_without_hidden_ones_and_others_are_counted(tmp_pa
         (tmp_path / "texts" / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     texts = str(tmp_path / "texts")
     both = [f"{texts}/*.py", texts, f"{texts}/a.TXT"]
+    (tmp_path / "texts" / "gone.txt").symlink_to("nowhere")
     for inputs in (both, both[::-1], f"{texts}/[!.]*", f"file://{texts}"):
         ignored: Counter[str] = Counter()
         items = list_items(local(tmp_path, "", input=inputs), ignored)
         assert [Path(item.path).name for item in items] == ["a.TXT", "a.py", "d.HTM.gz"]
-        assert ignored[".csv"] >= 2 and ignored["without a suffix"] == 1
+        assert ignored[".csv"] >= 2 and ignored["without a suffix"] == ignored["broken links"] == 1
     assert [d.text for d in read(local(tmp_path, "texts/.a.txt"))] == [".a.txt"], "a hidden file that is named is read"
     assert [d.text for d in read(local(tmp_path, "texts", text_suffixes=[".csv"]))] == ["a.csv", "b.CSV.gz"]
     with pytest.raises(DataError, match=r"data.input \(.*/a.TXT\) has no readable file"):
@@ -272,6 +284,21 @@ def test_input_that_is_not_there_is_named(tmp_path: Path, key: str, address: str
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(DataError, match=rf"data.{key} \({address.replace('*', '.')}\)"):
         read(local(tmp_path, "a.txt", **{key: address}))
+
+
+def test_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in" / "closed").mkdir(parents=True)
+    (tmp_path / "in" / "a.txt").write_text("text")
+    scan = os.scandir
+
+    def scandir(path: str) -> Any:
+        if path.endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match=r"data.input .*listed: .*in/closed"):
+        patch.setattr("os.scandir", scandir)
+        read(local(tmp_path, "in"))
 
 
 def test_fsspec_address_is_read(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

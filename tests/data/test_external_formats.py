@@ -140,6 +140,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "wrapped at 2 GiB": ("a.bin.meta", lambda d: rewrite_meta(d, np.array([[0, 3], [-2147483600, 2]], dtype=np.int32))),
     "another count": ("a.bin: document 0", lambda d: rewrite_meta(d, np.array([[0, 4], [23, 2]]))),
     "bin cut short": ("a.bin: document 1", lambda d: (d / "a.bin").write_bytes((d / "a.bin").read_bytes()[:-4])),
+    "id over 31 bits": ("a.bin: document 0", lambda d: write_internlm(d / "a.bin", [[1, 2, 5 + (1 << 32)]], np.int64)),
     "no line of tokens": ("a.bin: document 0", lambda d: (d / "a.bin").write_bytes(b"x" * 39)),
 }
 
