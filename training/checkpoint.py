@@ -335,7 +335,8 @@ def _set_aside(path: Path, error: DamagedError) -> None:
 
 def _remove(folder: Path) -> bool:
     """Remove a folder, or warn; return whether nothing has its name any more."""
-    trash = folder.with_name(f".trash-{folder.name}")  # a removal that is cut short leaves nothing that looks whole
+    name = folder.name.removeprefix(".trash-")
+    trash = folder.with_name(f".trash-{name}")  # a removal that is cut short leaves nothing that looks whole
     try:
         os.rename(folder, trash)
         shutil.rmtree(trash)
