@@ -19,7 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from parallel.axes import Axes
 from parallel.loss_scaler import LossScaler
+from parallel.mesh import Mesh
 from parallel.shards import ParamShard, local
 from training import checkpoint as module
 from training.agreement import check_same_run, check_tensors
@@ -99,7 +101,7 @@ def pairs(folder: Path, rank: int) -> None:
 
 def checkpoints_of(folder: Path, optimizer: Optimizer, **settings: Any) -> RunCheckpoints:
     """Return the checkpoints of a run that has made one step."""
-    mesh: Any = SimpleNamespace(device=torch.device("cpu"), host=dist.group.WORLD)
+    mesh = Mesh(torch.device("cpu"), Axes(dp_replicate=SIZE), dist.get_rank(), host=dist.group.WORLD)
     corpus: Any = SimpleNamespace(add_bos=True, add_eos=True, fingerprints=[], sources=[])
     parts: Any = {"optimizer": optimizer, "state": TrainState(step=1), "scaler": LossScaler(PrecisionConfig())}
     return RunCheckpoints(CheckpointConfig(**settings), mesh, folder, corpus, **parts, run_config={})
