@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 @hydra.main(version_base="1.3", config_path="conf", config_name="generate")
 def main(cfg: DictConfig) -> None:
     with report_user_errors():
-        answer(checked(cfg))
+        print_texts(checked(cfg))
 
 
-def answer(config: GenerateConfig) -> None:
+def print_texts(config: GenerateConfig) -> None:
     """Print a text for each prompt, or hold a conversation."""
     is_open = config.prompt is None and config.prompts is None
     prompts = [] if is_open else read_prompts(config)

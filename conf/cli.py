@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import version
-from hydra._internal.config_loader_impl import (
-    ConfigLoaderImpl,  # there is no public way to Hydra's own flags and loader
-)
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.hydra_config import HydraConfig
@@ -127,7 +125,11 @@ def checked(cfg: DictConfig) -> Any:
 
 
 class CommandLine:
-    """The arguments of a command, the configurations that Hydra makes of them, and what is wrong with them."""
+    """The arguments of a command, the configurations that Hydra makes of them, and what is wrong with them.
+
+    Hydra's loader is used as it uses it itself: the public `compose` has no `--config-dir`, and composes anew for every
+    value.
+    """
 
     def __init__(self, args: argparse.Namespace, command: str) -> None:
         self.args, self.command, self.config_name = args, command, args.config_name or command

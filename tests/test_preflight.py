@@ -114,8 +114,10 @@ def test_what_a_point_lacks_is_reported_once(
 
 
 def test_data_that_a_jobs_setup_brings_may_be_missing_here(tmp_path: Path, small: list[str]) -> None:
-    away = [*small, "launcher=slurm", "launcher.setup=[rsync]", f"init_from={tmp_path / 'away'}"]
-    points(tmp_path, *away)[0].check()
+    away = [*small, "launcher=slurm", f"init_from={tmp_path / 'away'}"]
+    points(tmp_path, *away, "launcher.setup=[rsync]")[0].check()
+    with pytest.raises(CheckpointError, match="init_from"):
+        points(tmp_path, *away)[0].check()
 
 
 def test_folder_of_another_run_is_refused(tmp_path: Path, small: list[str]) -> None:
