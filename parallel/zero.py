@@ -13,7 +13,6 @@ packed rank by rank and sent to the rank that owns each share. Collectives run o
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain, pairwise
 from typing import Any
 
@@ -25,10 +24,10 @@ from torch import Tensor, nn
 from model.transformer import Transformer
 from parallel.config import ParallelConfig, ReduceDtype
 from parallel.mesh import Mesh
-from parallel.peers import Buffer, SharedBuffer, can_share
+from parallel.peers import Buffer, SharedBuffer, SideStream, can_share
+from parallel.shards import ALIGNMENT, matrices_first
 from parallel.tensor_parallel import collectives, exchange
 
-ALIGNMENT = 8  # numbers; kernels read matrices from addresses in multiples of 16 bytes
 # Above it a message to each rank would be short, and ranks are on several nodes: their sums travel as they are made.
 MAX_EXCHANGE = 8  # ranks
 
@@ -51,7 +50,7 @@ class Unit:
         owners = {
             f"{path}.{name}": (module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], param)
             for path, module in modules.items()
-            for name, param in module.named_parameters()
+            for name, param in matrices_first(module)
         }
         shapes = [param.shape for *_, param in owners.values()]
         self.dtype = next(param.dtype for *_, param in owners.values())
@@ -146,7 +145,7 @@ class Zero:
         self.copies = can_share(self.shard_group, mesh.device)
         if self.copies:
             self.flag = SharedBuffer(1, torch.int32, mesh.device, self.shard_group)
-        self.stream: Any = torch.cuda.Stream(mesh.device, priority=-1) if mesh.device.type == "cuda" else None
+        self.stream = SideStream(mesh.device)
         self.units: list[list[Unit]] = []  # of each stage, in the order of the forward pass
         for stage in stages:
             its = [
@@ -192,7 +191,7 @@ class Zero:
     def gather(self) -> None:
         """Start to gather the parameters that are kept whole, in the order in which a forward pass needs them."""
         if self.copies:
-            with self._on_stream():  # all ranks have updated their shards
+            with self.stream.beside():  # all ranks have updated their shards
                 self._barrier()
         if self.n_shards > 1 and not self.frees:
             for unit in chain.from_iterable(self.units):
@@ -203,9 +202,9 @@ class Zero:
             unit.resize(unit.n_bytes)
         # What a backward pass reads is what the forward pass read, gathered again.
         autograd: Any = torch.autograd
-        with self._on_stream(), autograd._unsafe_preserve_version_counter(unit.whole):
+        with self.stream.beside(), autograd._unsafe_preserve_version_counter(unit.whole):
             self._all_gather(unit)
-        unit.ready = self._event()
+        unit.ready = self.stream.event()
 
     def _all_gather(self, unit: Unit) -> None:
         if self.copies:
@@ -218,9 +217,8 @@ class Zero:
         """Let the device wait until a unit's parameters are there, while those needed next are under way."""
         if not unit.is_gathered:
             self._gather(unit)
-        if unit.ready is not None:
-            torch.cuda.current_stream().wait_event(unit.ready)
-            unit.ready = None
+        self.stream.wait(unit.ready)
+        unit.ready = None
         if next_ is not None and not next_.is_gathered:
             self._gather(next_)
 
@@ -252,8 +250,8 @@ class Zero:
         """Take the gradients that the pass did not compute, as zeros."""
         while self.pending:
             self._take(self.pending.pop())
-        if self.joins and self.stream is not None:
-            with self._on_stream():
+        if self.joins:
+            with self.stream.beside():
                 self._barrier()  # the next replay of a graph writes into the same outboxes
             self._join()
 
@@ -291,8 +289,7 @@ class Zero:
     def _next_outbox(self, unit: Unit) -> Buffer:
         """Return the outbox that was sent three messages ago, which has been read: a barrier came after it."""
         while len(self.in_flight) > 1:
-            if (event := self.in_flight.popleft()) is not None:
-                torch.cuda.current_stream().wait_event(event)
+            self.stream.wait(self.in_flight.popleft())
         if not self.outboxes:
             self.outboxes = deque(self._buffer(self.outbox_length, unit.whole, unit.dtype) for _ in range(3))
         self.outboxes.rotate()
@@ -300,7 +297,7 @@ class Zero:
 
     def _send(self, unit: Unit, buffer: Buffer, begin: int, n: int) -> None:
         """Sum a unit's packed gradients over ranks: `n` of this rank's share, from `begin` on."""
-        with self._on_stream():
+        with self.stream.beside():
             packed = buffer.mine[: n * self.n_shards].view(self.n_shards, n)
             if not len(unit.grads):
                 unit.grads = packed.new_empty(unit.length, dtype=self.reduce_dtype)
@@ -322,7 +319,7 @@ class Zero:
                 grads += total
             if self.last and self.copy_group.size() > 1:
                 dist.all_reduce(grads, group=self.copy_group)
-            self.in_flight.append(self._event())
+            self.in_flight.append(self.stream.event())
 
     def _read_peers(self, buffer: Any, n: int) -> Tensor:
         """Return every rank's gradients of this rank's share, (n_shards, n)."""
@@ -334,7 +331,7 @@ class Zero:
 
     def finish(self) -> None:
         """Wait, on the device, for the step's gradients, and set them on the shards."""
-        if self.stream is not None and not self.joins:
+        if not self.joins:
             self._join()
         for unit in chain.from_iterable(self.units):
             unit.set_shard_grads()
@@ -343,31 +340,14 @@ class Zero:
 
     # --- streams
 
-    @contextmanager
-    def _on_stream(self) -> Iterator[None]:
-        """Issue collectives on their own stream, after what the current one has issued so far."""
-        if self.stream is None:
-            yield
-            return
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            yield
-
     def _join(self) -> None:
-        torch.cuda.current_stream().wait_stream(self.stream)
+        self.stream.join()
         self.in_flight.clear()
 
     def _barrier(self) -> None:
         """Let the current stream wait until all ranks' streams are here, if they read each other's memory."""
         if self.copies:
             self.flag.barrier()
-
-    def _event(self) -> Any:
-        if self.stream is None:
-            return None
-        event = torch.cuda.Event()
-        event.record(self.stream)
-        return event
 
 
 def units_of(stage: Transformer) -> list[dict[str, nn.Module]]:
