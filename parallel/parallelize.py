@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from model.transformer import Transformer
 from parallel.async_tp import joint_products, overlap_tp, overlaps_tp
 from parallel.axes import stage_layers, stages_of
-from parallel.config import Compile, ParallelConfig, ParallelError, no_fp8
+from parallel.config import ParallelConfig, ParallelError, no_fp8
 from parallel.fp8 import MULTIPLE, Fp8Linear, Fp8RowwiseLinear
 from parallel.mesh import Mesh
 from parallel.shards import ALIGNMENT, ParamShard, matrices_first
@@ -54,8 +54,8 @@ def parallelize(
 ) -> ParallelModel:
     """Lay out a model that was built on the meta device, and allocate it, not initialised.
 
-    `fp8` is `none` or the name of a scaling; `grad_dtype` accumulates the gradients of micro-batches on one GPU, if it
-    is not `dtype`.
+    `fp8` is `none` or the name of a scaling; `grad_dtype` adds up the gradients of micro-batches, if it is not
+    `dtype`.
     """
     stages = split_stages(model, mesh, config)
     blocks = list(model.blocks.values())
@@ -76,13 +76,13 @@ def parallelize(
     for block in blocks[: recomputed_blocks(len(blocks), config)]:
         # The model has no randomness, so there is no generator state to restore.
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    if compiles(config, mesh):
+    if config.compiles(mesh.device.type):
         compile_blocks(blocks)
     sharded = mesh.axes.dp * mesh.axes.cp > 1
     for part in (*blocks, model.embed, model.norm, model.head):
         if part is not None:
             allocate(part, dtype, torch.device("meta") if sharded else mesh.device)  # sharded ones have flat buffers
-    zero = Zero(stages, mesh, config) if sharded else None
+    zero = Zero(stages, mesh, config, grad_dtype or dtype) if sharded else None
     if zero is None and grad_dtype is not None and grad_dtype != dtype:
         for param in model.parameters():
             param.grad_dtype = grad_dtype  # type: ignore[attr-defined]
@@ -115,13 +115,6 @@ def placements(axes: list[str], tp_dim: int | None, tp: int) -> tuple[Placement,
         "tp": Replicate() if tp_dim is None else Shard(tp_dim),
     }
     return tuple(place[axis] for axis in axes)
-
-
-def compiles(config: ParallelConfig, mesh: Mesh) -> bool:
-    """Return whether blocks are compiled."""
-    if config.compile is Compile.auto:
-        return mesh.device.type == "cuda"
-    return config.compile is Compile.blocks
 
 
 def split_stages(model: Transformer, mesh: Mesh, config: ParallelConfig) -> list[Transformer]:

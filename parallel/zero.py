@@ -12,7 +12,7 @@ packed rank by rank and sent to the rank that owns each share. Collectives run o
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import chain, pairwise
 from typing import Any
 
@@ -134,12 +134,15 @@ class Unit:
 class Zero:
     """Gathers and frees the parameters of a model's stages, and reduces their gradients."""
 
-    def __init__(self, stages: Sequence[Transformer], mesh: Mesh, config: ParallelConfig) -> None:
+    def __init__(
+        self, stages: Sequence[Transformer], mesh: Mesh, config: ParallelConfig, grad_dtype: torch.dtype
+    ) -> None:
         assert mesh.param_mesh is not None
         self.stage, self.device = config.zero_stage, mesh.device
         self.shard_group, self.copy_group = (mesh.param_mesh.get_group(axis) for axis in ("dp_shard", "dp_replicate"))
         self.n_shards = self.shard_group.size()
         self.frees = self.stage == 3 and self.n_shards > 1
+        self.grad_dtype = grad_dtype  # of whole gradients, as micro-batches add to them
         self.reduce_dtype = torch.float32 if config.reduce_dtype is ReduceDtype.fp32 else torch.bfloat16
         # Within a node weights and gradients are read by copy engines, which leave all multiprocessors to products.
         self.copies = can_share(self.shard_group, mesh.device)
@@ -159,11 +162,13 @@ class Zero:
                 one.after, other.before = other, one
         self.pending: list[Unit] = []  # of a backward pass, whose gradients are still to come; the next one is last
         self.first = self.last = True
+        self.early: Unit | None = None  # gathered while the rest was updated
         # Where steps are graphs, each ends on one stream, and gradients stay in the same memory.
         self.joins = False
         self.in_flight: deque[Any] = deque()  # events after messages that may not have arrived yet
         # Gradients on their way, those of a block or fewer: one is written while others are being read.
         self.outboxes: deque[Buffer] = deque()
+        self.add_up = torch.compile(add_up, dynamic=True) if config.compiles(mesh.device.type) else add_up
         blocks = [unit.length for unit in chain.from_iterable(self.units) if unit.is_block]
         self.outbox_length = max(blocks)
 
@@ -195,7 +200,18 @@ class Zero:
                 self._barrier()
         if self.n_shards > 1 and not self.frees:
             for unit in chain.from_iterable(self.units):
-                self._gather(unit)
+                if unit is not self.early:
+                    self._gather(unit)
+        self.early = None
+
+    def gather_early(self, updated: Collection[str]) -> None:
+        """Start to gather the unit that the next step needs at once, if its shards are among the updated ones."""
+        first = self.units[0][0]
+        if self.copies and not self.frees and self.early is None and first.shards.keys() <= set(updated):
+            with self.stream.beside():
+                self._barrier()
+            self._gather(first)
+            self.early = first
 
     def _gather(self, unit: Unit) -> None:
         if not unit.is_gathered:
@@ -230,7 +246,7 @@ class Zero:
             x.register_hook(lambda _: self._need(unit, before))
             if unit.after and not unit.after.is_block:
                 return  # the backward pass begins with this block
-        unit.resize(0)
+        self._free(unit)
 
     def free(self) -> None:
         """Free what the passes gathered, as far as the ZeRO stage does."""
@@ -253,7 +269,7 @@ class Zero:
         if self.joins:
             with self.stream.beside():
                 self._barrier()  # the next replay of a graph writes into the same outboxes
-            self._join()
+            self.join()
 
     def _count(self, unit: Unit) -> None:
         unit.missing -= 1
@@ -264,7 +280,7 @@ class Zero:
         """Take a unit's gradients of a micro-batch, and send them to the ranks that own them if it is time."""
         if self.stage < 2 and not (self.first and self.last):
             if unit.accumulated is None:
-                unit.accumulated = self._buffer(unit.length, unit.whole, self.reduce_dtype)
+                unit.accumulated = self._buffer(unit.length, unit.whole, self.grad_dtype)
             unit.accumulate(unit.accumulated.mine.view(self.n_shards, -1), first=self.first)
             if self.last:
                 self._send(unit, unit.accumulated, 0, unit.length)
@@ -275,7 +291,12 @@ class Zero:
                 outbox = self._next_outbox(unit)
                 unit.pack(grads, outbox.mine[: n * self.n_shards].view(self.n_shards, n), begin)
                 self._send(unit, outbox, begin, n)
-        if self.frees:
+        self._free(unit)
+
+    def _free(self, unit: Unit) -> None:
+        """Free a unit's parameters, but for those with which the next micro-batch begins."""
+        begins = unit.before is None or unit.before.before is None
+        if self.frees and (self.last or not begins):
             unit.resize(0)
 
     def _buffer(self, length: int, like: Tensor, dtype: torch.dtype) -> Buffer:
@@ -303,20 +324,17 @@ class Zero:
                 unit.grads = packed.new_empty(unit.length, dtype=self.reduce_dtype)
             begins = self.first or self.stage < 2
             grads = unit.grads[begin : begin + n]
-            total = grads if begins else torch.empty_like(grads)
             if self.n_shards == 1:
-                total.copy_(packed[0])
+                received = packed
             elif self.copies or self.n_shards <= MAX_EXCHANGE:
                 # As few bytes as bf16 sums would take, and none is rounded.
                 sent = packed if packed.element_size() <= self.reduce_dtype.itemsize else packed.to(self.reduce_dtype)
                 received = self._read_peers(buffer, n) if self.copies else exchange(sent, self.shard_group)
-                torch.sum(received, 0, dtype=self.reduce_dtype, out=total)
             else:
                 sent, name = packed.to(self.reduce_dtype).view(-1), self.shard_group.group_name
                 part = collectives.reduce_scatter_tensor(sent, "sum", self.n_shards, name)
-                total.copy_(collectives.wait_tensor(part))
-            if not begins:
-                grads += total
+                received = collectives.wait_tensor(part)[None]
+            self.add_up(received, grads, begins)
             if self.last and self.copy_group.size() > 1:
                 dist.all_reduce(grads, group=self.copy_group)
             self.in_flight.append(self.stream.event())
@@ -332,7 +350,7 @@ class Zero:
     def finish(self) -> None:
         """Wait, on the device, for the step's gradients, and set them on the shards."""
         if not self.joins:
-            self._join()
+            self.join()
         for unit in chain.from_iterable(self.units):
             unit.set_shard_grads()
             if not self.joins:
@@ -340,14 +358,23 @@ class Zero:
 
     # --- streams
 
-    def _join(self) -> None:
+    def join(self) -> None:
+        """Let the device wait for all messages."""
         self.stream.join()
         self.in_flight.clear()
+        if self.early is not None:
+            self.early.ready = None
 
     def _barrier(self) -> None:
         """Let the current stream wait until all ranks' streams are here, if they read each other's memory."""
         if self.copies:
             self.flag.barrier()
+
+
+def add_up(received_RN: Tensor, total_N: Tensor, begins: bool) -> None:
+    """Write the sum over ranks to `total_N`, or add it."""
+    sums_N = received_RN.sum(0, dtype=total_N.dtype)
+    total_N.copy_(sums_N if begins else total_N + sums_N)
 
 
 def units_of(stage: Transformer) -> list[dict[str, nn.Module]]:

@@ -1,7 +1,7 @@
 """An update rule applied to a model: master weights, sharded state, rates on the device, checkpoint names."""
 
 import pkgutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from types import MappingProxyType
@@ -68,6 +68,7 @@ class UpdateRule:
     """
 
     state_names: tuple[str, ...] = ()
+    separable = False  # True: parameters may be updated in several calls
     on_device = False  # True: `update_raw` is called instead of `update`
     size_free = False  # True: its rates need no factor for a model's size, `model.parametrization` or not
 
@@ -160,20 +161,29 @@ class Optimizer:
         self.row.zero_()
 
     @torch.no_grad()
-    def step(self, *, grad_scale: Tensor, finite: Tensor) -> Tensor:
+    def step(
+        self, *, grad_scale: Tensor, finite: Tensor, on_updated: Callable[[Collection[str]], None] | None = None
+    ) -> Tensor:
         """Update from the gradients divided by `grad_scale`, if `finite`, and drop the gradients.
 
-        Both are scalars on the device. Return learning rate and beta2, fp64 (2,), on the device.
+        Both are scalars on the device. `on_updated` is called with the names of all parameters whose update has been
+        issued, first with one alone if the rule allows it. Return learning rate and beta2, fp64 (2,), on the device.
         """
+        done: list[str] = []
         # index_select, because indexing by a tensor of one number would read it on the host.
         rates = {key: table_UR.index_select(0, self.row)[0] for key, table_UR in self.schedules_UR.items()}
         with record_function(UPDATE):
             for group, names in self.groups.items():
                 its_rates = rates[group.rule, group.lr_scale]
-                if group.rule.on_device:
-                    group.rule.update_raw(self.weights, self.state, names, group, its_rates, grad_scale, finite)
-                elif bool(finite):
-                    self._update_in_chunks(group, names, its_rates, grad_scale)
+                parts = [names[:1], names[1:]] if group.rule.separable and not done and len(names) > 1 else [names]
+                for part in parts:
+                    if group.rule.on_device:
+                        group.rule.update_raw(self.weights, self.state, part, group, its_rates, grad_scale, finite)
+                    elif bool(finite):
+                        self._update_in_chunks(group, part, its_rates, grad_scale)
+                    done += part
+                    if on_updated is not None:
+                        on_updated(done)
         for param in self.params.values():
             param.shard.grad = None
         unscaled = self.schedule_UR.index_select(0, self.row)[0]
