@@ -130,7 +130,8 @@ class Unit:
 
     def resize(self, n_bytes: int) -> None:
         self.is_gathered = n_bytes > 0
-        self.whole.untyped_storage().resize_(n_bytes)
+        if self.whole.untyped_storage().nbytes() != n_bytes:  # or it would be moved
+            self.whole.untyped_storage().resize_(n_bytes)
 
 
 class Zero:
