@@ -45,7 +45,7 @@ def test_records_of_each_style_become_messages() -> None:
         ({"messages": [TURNS[1], {**TURNS[2], "weight": 0}]}, "chat", "no message of the assistant"),
         ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "alpaca", "history holds messages"),
         ({"messages": two("a", "b"), "tools": "[{"}, "chat", ""),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "chat", "content holds half a surrogate pair"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "chat", "content has a lone surrogate"),
         ({"messages": two("a", " \n")}, "chat", "no message of the assistant"),
         ({"instruction": "a"}, "alpaca", "output must be a string"),
         ("text", "alpaca", "instruction must be a string"),
