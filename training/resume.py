@@ -186,7 +186,7 @@ class RunCheckpoints:
         changed, key = saved != parts, "data.added" if set(saved) <= set(parts) else "data.fingerprint"
         if changed and key not in accepted:
             remedy = f"pass checkpoint.accept_changes=[{key}] to start an epoch over all of it, or another name="
-            raise CheckpointError(f"the data changed since {self.run_dir} was begun; {remedy}")
+            raise CheckpointError(f"the data changed since {self.run_dir} was started; {remedy}")
         self.restore(checkpoint)
         if names := nonfinite_tensors(self.optimizer.state_tensors(), self.ranks):
             raise DamagedError(f"{checkpoint.path}: {some(names)} are not finite")
