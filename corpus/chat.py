@@ -67,7 +67,7 @@ def messages_of(record: Any, style: Literal["alpaca", "chat"], key: str = "messa
     """Return a record's conversation; raise `ValueError` if there is no answer to train on."""
     if style == "alpaca":
         if lookup(record, "history"):
-            raise ValueError("history holds messages, which data.style alpaca does not read; use data.style=chat")
+            raise ValueError("history has messages, which data.style alpaca ignores; use data.style=chat")
         question, answer = (_string(record, field) for field in ("instruction", "output"))
         if lookup(record, "input"):
             question += "\n" + _string(record, "input")

@@ -141,7 +141,7 @@ class Reader:
             make.left_out.bad(make.item.path, f"not JSON: {error}")
             return
         if not isinstance(records, list):
-            make.left_out.bad(make.item.path, "a .json file must hold a list of records; one record per line is .jsonl")
+            make.left_out.bad(make.item.path, "a .json file must have a list of records; one record per line is .jsonl")
             return
         for number, record in enumerate(records):
             yield make.from_record(record, f"{make.item.path}[{number}]")

@@ -73,7 +73,7 @@ def check_tokenizer(name: str | Path, key: str = "tokenizer.model") -> None:
     path = Path(name)
     if path.is_dir():
         if not any((path / file).exists() for file in TOKENIZER_FILES):
-            raise DataError(f"{key} ({name}) holds neither {' nor '.join(TOKENIZER_FILES)}")
+            raise DataError(f"{key} ({name}) has neither {' nor '.join(TOKENIZER_FILES)}")
     elif not path.is_file() and (path.suffix in (".model", ".json") or len(path.parts) > 2):
         raise DataError(f"{key} ({name}) does not exist; name a tokenizer's file or folder, or a Hugging Face name")
 

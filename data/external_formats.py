@@ -78,7 +78,7 @@ class InternLMFile(TokenFile):
         if len(ids) != self.limits[index + 1] - self.limits[index]:
             raise DataError(f"{self.bin.path}: document {index} has {len(ids)} tokens, unlike in {self.meta.name}")
         if (np.abs(ids) >= LOSS_MASKED).any():
-            raise DataError(f"{self.bin.path}: document {index} holds an id over {LOSS_MASKED - 1}")
+            raise DataError(f"{self.bin.path}: document {index} has an id over {LOSS_MASKED - 1}")
         return np.where(ids < 0, -ids | LOSS_MASKED, ids).astype(np.uint32).view(np.int32)
 
     def read_into(self, out: np.ndarray, places: list[int], starts: list[int], counts: list[int]) -> None:

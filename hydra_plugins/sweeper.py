@@ -69,7 +69,7 @@ class OptunaSweeper(Sweeper):
             raise SweepError(
                 "hydra/sweeper=optuna has nothing to vary; pass, for instance, optimizer.lr='interval(1e-4, 1e-2)'"
             )
-        other = f"{self.folder} holds a search with other settings; pass another name="
+        other = f"{self.folder} has a search with other settings; pass another name="
         if changed := self._changed_settings(study, list(fixed.values())):
             raise SweepError(f"{other}: {', '.join(changed)}")
         for trial in study.get_trials(states=(TrialState.RUNNING,)):  # of an interrupted command

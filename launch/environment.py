@@ -108,7 +108,7 @@ def check_joined(variables: Mapping[str, str], config: ParallelConfig) -> None:
         return
     missing = [name for name in VARIABLES if name not in variables]
     if missing:
-        raise ParallelError(f"{', '.join(missing)} must be set beside {', '.join(variables)}, as torchrun and srun do")
+        raise ParallelError(f"{', '.join(missing)} must be set with {', '.join(variables)}, as torchrun and srun do")
     n_gpus = 0 if config.device is Device.cpu else visible_gpus()
     if n_gpus and int(variables["LOCAL_RANK"]) >= n_gpus:
         n_ranks = variables["LOCAL_WORLD_SIZE"]

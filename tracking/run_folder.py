@@ -145,9 +145,9 @@ def check_stored_config(run_dir: Path, run_config: dict[str, Any], config: Check
     """
     own, init_from = committed(run_dir / "checkpoints")[:1], run_config["init_from"]
     if own and config.resume is Resume.never:
-        raise CheckpointError(f"checkpoint.resume (never): {run_dir} holds {own[0].name}; pass another name=")
+        raise CheckpointError(f"checkpoint.resume (never): {run_dir} has {own[0].name}; pass another name=")
     if not own and config.resume is Resume.must and config.path is None:
-        raise CheckpointError(f"checkpoint.resume (must): {run_dir} holds no checkpoint; pass checkpoint.resume=auto")
+        raise CheckpointError(f"checkpoint.resume (must): {run_dir} has no checkpoint; pass checkpoint.resume=auto")
     for checkpoint in own or (init_from and checkpoints_of(Path(init_from))[:1]) or ():
         try:
             stored = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["config"]
@@ -195,7 +195,7 @@ def run_dir_of(path: Path, step: int | None = None) -> Path:
 def check_origin(init_from: Path) -> None:
     """Raise `CheckpointError` if `init_from` has no weights."""
     if not (init_from / "config.json").exists() and not checkpoints_of(init_from):
-        what = f"init_from ({init_from}) holds neither a checkpoint nor a config.json"
+        what = f"init_from ({init_from}) has neither a checkpoint nor a config.json"
         raise CheckpointError(f"{what}; name a run, a checkpoint, or a Hugging Face folder")
 
 
@@ -210,6 +210,6 @@ class StopFile:
         text = self.path.read_text(encoding="utf-8").strip() if self.path.exists() else ""
         asked = int(text) if text.removeprefix("-").isdecimal() else 0
         if text != self.ignored and not asked:
-            logger.warning("%s holds %r, which is no step; it is ignored", self.path, text)
+            logger.warning("%s has %r, which is not a step number; ignored", self.path, text)
             self.ignored = text
         return abs(asked) == step, 0 < asked <= step

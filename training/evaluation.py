@@ -92,7 +92,7 @@ class Evaluation:
             found = agreed(mesh, lambda: work(run))
         except Exception as error:
             self.dropped.add(what)
-            logger.warning("%s is dropped, training goes on: %s: %s", what, type(error).__name__, error)
+            logger.warning("%s is dropped, training continues: %s: %s", what, type(error).__name__, error)
             return {}
         if run.stop:  # incomplete; repeated on resume
             return {}

@@ -57,7 +57,7 @@ def read_metadata(folder: Path) -> Metadata:
     try:
         metadata = _MetadataUnpickler(content).load()
         if not all(isinstance(entry, TensorStorageMetadata) for entry in metadata.state_dict_metadata.values()):
-            raise ValueError("it holds more than tensors")
+            raise ValueError("it has more than tensors")
     except Exception as error:  # a pickle can raise anything
         raise DamagedError(f"{folder}/.metadata is damaged: {error}") from None
     return metadata

@@ -15,7 +15,7 @@ from launch.ranks import SIGNALS, handle
 from parallel.mesh import Mesh
 
 GIVEN_UP = 1000  # beyond every signal
-MESSAGE = b"\nstopping after this step and saving; once more to stop at once\n"
+MESSAGE = b"\nstopping after this step and saving; interrupt again to stop immediately\n"
 
 logger = logging.getLogger(__name__)
 

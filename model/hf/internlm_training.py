@@ -75,7 +75,7 @@ def _load(path: Path) -> dict[str, Any]:
         with safe_globals([(dict, name) for name in configs]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError:
-        raise ModelError(f"{path} holds Python objects; only tensors and plain values are read") from None
+        raise ModelError(f"{path} has Python objects; only tensors and plain values can be read") from None
 
 
 def _named_parts(state: dict[str, Tensor], about: dict[str, Any], path: Path) -> Iterator[tuple[int, int, str, Tensor]]:

@@ -43,7 +43,7 @@ def test_records_of_each_style_become_messages() -> None:
         ({"messages": [{"role": "judge", "content": "a"}]}, "chat", "unknown role 'judge'"),
         ({"messages": [{**TURNS[2], "weight": 0.5}]}, "chat", "weight (0.5) must be 0 or 1"),
         ({"messages": [TURNS[1], {**TURNS[2], "weight": 0}]}, "chat", "no message of the assistant"),
-        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "alpaca", "history holds messages"),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "alpaca", "history has messages"),
         ({"messages": two("a", "b"), "tools": "[{"}, "chat", ""),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "chat", "content has a lone surrogate"),
         ({"messages": two("a", " \n")}, "chat", "no message of the assistant"),
