@@ -140,6 +140,8 @@ class TrainConfig:
             yield f"data.seq_len ({data.seq_len}) must be at most model.max_seq_len ({model.max_seq_len})"
         if precision.fp8 is Fp8.rowwise and self.parallel.tp != 1:
             yield f"precision.fp8 (rowwise) needs parallel.tp 1, not {self.parallel.tp}; use precision.fp8=tensorwise"
+        if precision.fp8 is not Fp8.none and self.parallel.async_tp:
+            yield f"parallel.async_tp (true) needs precision.fp8=none, not {precision.fp8.value}"
         by_size, scale = model.parametrization is not Parametrization.standard, self.optimizer.scale
         if by_size and self.optimizer.name == "muon" and scale is not MuonScale.spectral:
             of_model = f"model.parametrization ({model.parametrization.value})"

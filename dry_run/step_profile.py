@@ -21,6 +21,7 @@ from parallel.config import AXES
 from parallel.engine import Engine
 from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
+from parallel.peers import SideStream
 from parallel.zero import Unit, Zero
 from training.optim.optimizer import build_optimizer
 from training.setup import build_engine, build_model, lr_schedule
@@ -73,8 +74,10 @@ def profile_rank(config: TrainConfig, rank: int, n_micro_batches: int) -> StepPr
         stack.enter_context(memory.following_zero())
         stack.enter_context(trace)
         stack.enter_context(mock.patch.object(torch, "compile", fake_compile(trace)))
-        stack.enter_context(mock.patch("parallel.zero.can_share", lambda *_: False))
+        for ordinary in ("zero.can_share", "parallelize.overlaps_tp"):  # trace ordinary collectives
+            stack.enter_context(mock.patch(f"parallel.{ordinary}", lambda *_: False))
         stack.enter_context(mock.patch.multiple(Zero, **zero_stand_ins(trace)))
+        stack.enter_context(mock.patch.object(SideStream, "beside", lambda _: trace.overlapped()))
         with memory.label("optimizer"):
             engine = _build_engine(config, mesh)
         shards = [param.shard for param in engine.params.values()]
@@ -97,7 +100,7 @@ def zero_stand_ins(trace: Trace) -> dict[str, Any]:
     def all_gather(zero: Zero, unit: Unit) -> None:
         trace.add_collective("all_gather", zero.shard_group, n_bytes(unit.wholes))
 
-    return {"_all_gather": all_gather, "_on_stream": lambda _: trace.overlapped()}
+    return {"_all_gather": all_gather}
 
 
 def _build_engine(config: TrainConfig, mesh: Mesh) -> Engine:

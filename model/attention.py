@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.config import Attention, ModelConfig, ModelError
-from model.layers import ByDepth, Weight, rotate
+from model.layers import ByDepth, Weight, linears, rotate
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +172,8 @@ class SelfAttention(nn.Module):
         "wo": Weight("rowwise", "self_attn.o_proj", ByDepth(0.006), ByDepth(0.006), ByDepth(0.02)),
     }
 
+    linears = staticmethod(linears)
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
@@ -184,9 +186,9 @@ class SelfAttention(nn.Module):
     def project(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q_BTHK, k_BTGK, v_BTGK, the first two rotated to their positions."""
         # The number of heads is read off the weights, which may hold a share of them.
-        q_BTHK = rotate(self.wq(x_BTD).unflatten(-1, (-1, self.head_dim)), cos, sin)
-        k_BTGK = rotate(self.wk(x_BTD).unflatten(-1, (-1, self.head_dim)), cos, sin)
-        return q_BTHK, k_BTGK, self.wv(x_BTD).unflatten(-1, (-1, self.head_dim))
+        outs = self.linears(x_BTD, self.wq, self.wk, self.wv)
+        q_BTHK, k_BTGK, v_BTGK = (out.unflatten(-1, (-1, self.head_dim)) for out in outs)
+        return rotate(q_BTHK, cos, sin), rotate(k_BTGK, cos, sin), v_BTGK
 
     def output(self, out_BTHK: Tensor) -> Tensor:
         return self.wo(out_BTHK.flatten(-2))

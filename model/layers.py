@@ -45,8 +45,15 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x_BTD, self.weight.shape, self.weight, self.eps)
 
 
+def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """Return the outputs of layers for the same input; asynchronous tensor parallelism makes them one product."""
+    return [layer(x) for layer in layers]
+
+
 class SwiGLU(nn.Module):
     """`w_down(silu(w_gate x) * w_up x)` (Shazeer 2020, arXiv:2002.05202)."""
+
+    linears = staticmethod(linears)
 
     WEIGHTS: ClassVar = {  # standard deviations: internlm, internlm_v1, llama
         "w_gate": Weight("colwise", "mlp.gate_proj", 0.006, 0.006, 0.02),
@@ -61,7 +68,8 @@ class SwiGLU(nn.Module):
         self.w_down = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.w_down(F.silu(self.w_gate(x_BTD)) * self.w_up(x_BTD))
+        gate_BTF, up_BTF = self.linears(x_BTD, self.w_gate, self.w_up)
+        return self.w_down(F.silu(gate_BTF) * up_BTF)
 
 
 def rotary_angles(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

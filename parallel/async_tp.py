@@ -1,50 +1,231 @@
-"""Matrix products pipelined with the messages of tensor parallelism, by a pass of the compiler's (async_tp)."""
+"""Tensor parallelism whose messages overlap with its products: copy engines read other ranks' memory meanwhile.
 
+Tokens are gathered while this rank's own are multiplied, and sums are exchanged while products go on that need none of
+them. Linear layers of one input are one product where their weights lie side by side.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch.distributed.device_mesh import DeviceMesh
+import torch.distributed as dist
+from torch import Tensor
 
-aten = torch.ops.aten
-VIEWS = (aten.view.default, aten.reshape.default)
-GATHERED = torch.ops._c10d_functional.wait_tensor.default
-
-
-def overlap_tp(mesh: DeviceMesh) -> None:
-    """Let the compiler overlap matrix products with the collectives of tp; torch has only private switches for it."""
-    import torch._inductor.config as inductor_config
-    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
-
-    inductor: Any = inductor_config
-    inductor._micro_pipeline_tp = True
-    inductor.post_grad_custom_pre_pass = BareProducts()
-    enable_symm_mem_for_group(mesh.get_group().group_name)
+from model.transformer import Transformer
+from parallel.config import ParallelError
+from parallel.peers import SharedBuffer, SideStream, can_share
+from parallel.tensor_parallel import RowwiseLinear
 
 
-class BareProducts(CustomGraphPass):
-    """Lets gathered tokens be the direct input of products, which is what the compiler's pass looks for."""
+class Messages:
+    """Gathers and reduces over the ranks of tp, on a stream of its own, through memory that they share."""
 
-    def __call__(self, graph: fx.Graph) -> None:
-        for node in list(graph.nodes):
-            if node.target in VIEWS and node.args[0].target in VIEWS:
-                origin = node.args[0].args[0]
-                if origin.meta["val"].shape == node.meta["val"].shape:
-                    node.replace_all_uses_with(origin)
-        for node in list(graph.nodes):
-            if node.target is aten.addmm.default and node.args[1].target is GATHERED:
-                bias, left, right = node.args
-                with graph.inserting_before(node):
-                    product = graph.call_function(aten.mm.default, (left, right))
-                    # one dimension more, or a later pass would make them one operation again
-                    row = graph.call_function(aten.unsqueeze.default, (product, 0))
-                    sums = graph.call_function(aten.add.Tensor, (row, bias))
-                    out = graph.call_function(aten.squeeze.dim, (sums, 0))
-                for new, value in ((product, 1), (row, 0), (sums, 0), (out, 1)):
-                    new.meta["val"] = node.meta["val"] if value else node.meta["val"].unsqueeze(0)
-                node.replace_all_uses_with(out)
-        graph.eliminate_dead_code()
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.group, self.rank, self.size = group, group.rank(), group.size()
+        self.stream = SideStream(device)
+        self.buffers: dict[tuple[int, torch.dtype], list[SharedBuffer]] = {}
 
-    def uuid(self) -> Any:
-        return get_hash_for_files((__file__,))
+    def rows(self, rank: int, whole: Tensor) -> slice:
+        n = len(whole) // self.size
+        return slice(rank * n, (rank + 1) * n)
+
+    def buffer(self, n: int, like: Tensor) -> SharedBuffer:
+        """Return one of two buffers in turn: a barrier of the other has come after all reads of this one."""
+        its = self.buffers.setdefault((n, like.dtype), [])
+        if len(its) < 2:
+            its.append(SharedBuffer(n, like.dtype, like.device, self.group))
+            return its[-1]
+        its.reverse()
+        return its[-1]
+
+    def gather(self, part_tD: Tensor) -> tuple[Tensor, list[tuple[slice, Any]]]:
+        """Start to gather tokens; returns all, and other ranks' rows with the event after which they are there."""
+        whole = part_tD.new_empty(len(part_tD) * self.size, part_tD.shape[1])
+        buffer, arriving = self.buffer(whole.numel(), whole), []
+        with self.stream.beside():
+            buffer.mine[: part_tD.numel()].view_as(part_tD).copy_(part_tD)
+            buffer.barrier()
+            for rank in buffer.others():
+                rows = self.rows(rank, whole)
+                whole[rows].copy_(buffer.of(rank, 0, part_tD.numel()).view_as(part_tD))
+                arriving.append((rows, self.stream.event()))
+            whole[self.rows(self.rank, whole)].copy_(part_tD)
+        return whole, arriving
+
+    def exchange(self, buffer: SharedBuffer, received_RtD: Tensor) -> None:
+        """Start to read other ranks' partial sums of this rank's tokens."""
+        n = received_RtD[0].numel()
+        with self.stream.beside():
+            buffer.barrier()
+            for rank in buffer.others():
+                received_RtD[rank].copy_(buffer.of(rank, self.rank * n, n).view_as(received_RtD[rank]))
+
+
+MESSAGES: dict[str, Messages] = {}  # by the name of the group: what custom operations can be given
+
+
+def join(weights: Sequence[Tensor]) -> Tensor:
+    """Return weights as one matrix: without a copy if they lie side by side."""
+    first, end = weights[0], weights[0].data_ptr()
+    storage = first.untyped_storage().data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != end or weight.untyped_storage().data_ptr() != storage or not weight.is_contiguous():
+            return torch.cat(list(weights))
+        end += weight.nbytes
+    return first.as_strided((sum(map(len, weights)), first.shape[1]), (first.shape[1], 1))
+
+
+@torch.library.custom_op("pretraining::gather_products", mutates_args=())
+def gather_products(x_tD: Tensor, weights: Sequence[Tensor], group: str) -> tuple[Tensor, Tensor]:
+    """Return the tokens of all ranks, and their products with all the weights, (T, rows of the weights)."""
+    messages, weight_MD = MESSAGES[group], join(weights)
+    x_TD, arriving = messages.gather(x_tD)
+    out_TM = x_TD.new_empty(len(x_TD), len(weight_MD))
+    torch.mm(x_tD, weight_MD.T, out=out_TM[messages.rows(messages.rank, x_TD)])
+    for rows, event in arriving:
+        messages.stream.wait(event)
+        torch.mm(x_TD[rows], weight_MD.T, out=out_TM[rows])
+    messages.stream.join()
+    return x_TD, out_TM
+
+
+@gather_products.register_fake
+def _(x_tD: Tensor, weights: Sequence[Tensor], group: str) -> tuple[Tensor, Tensor]:
+    n = len(x_tD) * MESSAGES[group].size
+    return x_tD.new_empty(n, x_tD.shape[1]), x_tD.new_empty(n, sum(len(weight) for weight in weights))
+
+
+@torch.library.custom_op("pretraining::gather_products_backward", mutates_args=())
+def gather_products_backward(
+    grad_TM: Tensor, x_TD: Tensor, weights: Sequence[Tensor], group: str
+) -> tuple[Tensor, Tensor]:
+    messages, buffer = MESSAGES[group], MESSAGES[group].buffer(x_TD.numel(), x_TD)
+    mine = messages.rows(messages.rank, x_TD)
+    received_RtD = x_TD.new_empty(messages.size, len(x_TD) // messages.size, x_TD.shape[1])
+    partial_TD = buffer.mine.view_as(x_TD)
+    torch.mm(grad_TM, join(weights), out=partial_TD)
+    messages.exchange(buffer, received_RtD)
+    grad_MD = grad_TM.T @ x_TD
+    received_RtD[messages.rank].copy_(partial_TD[mine])
+    messages.stream.join()
+    return received_RtD.sum(0), grad_MD
+
+
+@gather_products_backward.register_fake
+def _(grad_TM: Tensor, x_TD: Tensor, weights: Sequence[Tensor], group: str) -> tuple[Tensor, Tensor]:
+    n, d = x_TD.shape
+    return x_TD.new_empty(n // MESSAGES[group].size, d), x_TD.new_empty(grad_TM.shape[1], d)
+
+
+@torch.library.custom_op("pretraining::scatter_product", mutates_args=())
+def scatter_product(x_TK: Tensor, weight_DK: Tensor, group: str) -> Tensor:
+    """Return this rank's tokens of the product summed over ranks, each of which has some columns of the weight."""
+    messages, n_tokens, d = MESSAGES[group], len(x_TK), len(weight_DK)
+    buffer, mine = messages.buffer(n_tokens * d, x_TK), messages.rows(messages.rank, x_TK)
+    received_RtD = x_TK.new_empty(messages.size, n_tokens // messages.size, d)
+    partial_TD = buffer.mine.view(n_tokens, d)
+    for rows in (slice(0, mine.start), slice(mine.stop, n_tokens)):  # of other ranks, which wait for them
+        if rows.start < rows.stop:
+            torch.mm(x_TK[rows], weight_DK.T, out=partial_TD[rows])
+    messages.exchange(buffer, received_RtD)
+    torch.mm(x_TK[mine], weight_DK.T, out=received_RtD[messages.rank])
+    messages.stream.join()
+    return received_RtD.sum(0)
+
+
+@scatter_product.register_fake
+def _(x_TK: Tensor, weight_DK: Tensor, group: str) -> Tensor:
+    return x_TK.new_empty(len(x_TK) // MESSAGES[group].size, len(weight_DK))
+
+
+@torch.library.custom_op("pretraining::scatter_product_backward", mutates_args=())
+def scatter_product_backward(grad_tD: Tensor, x_TK: Tensor, weight_DK: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    messages = MESSAGES[group]
+    grad_TD, arriving = messages.gather(grad_tD)
+    grad_TK = torch.empty_like(x_TK)
+    torch.mm(grad_tD, weight_DK, out=grad_TK[messages.rows(messages.rank, x_TK)])
+    for rows, event in arriving:
+        messages.stream.wait(event)
+        torch.mm(grad_TD[rows], weight_DK, out=grad_TK[rows])
+    messages.stream.join()
+    return grad_TK, grad_TD.T @ x_TK
+
+
+@scatter_product_backward.register_fake
+def _(grad_tD: Tensor, x_TK: Tensor, weight_DK: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x_TK), torch.empty_like(weight_DK)
+
+
+class _GatherProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BtD: Tensor, group: str, *weights: Tensor) -> Tensor:
+        x_TD, out_TM = gather_products(x_BtD.flatten(0, 1), weights, group)
+        ctx.group, ctx.shape = group, x_BtD.shape
+        ctx.save_for_backward(x_TD, *weights)
+        return out_TM.view(len(x_BtD), -1, out_TM.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTM: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x_TD, *weights = ctx.saved_tensors
+        grad_TM = grad_BTM.flatten(0, 1).contiguous()
+        grad_tD, grad_MD = gather_products_backward(grad_TM, x_TD, weights, ctx.group)
+        return grad_tD.view(ctx.shape), None, *grad_MD.split([len(weight) for weight in weights])
+
+
+class _ScatterProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BTK: Tensor, weight_DK: Tensor, group: str) -> Tensor:
+        x_TK = x_BTK.flatten(0, 1).contiguous()
+        ctx.group, ctx.shape = group, x_BTK.shape
+        ctx.save_for_backward(x_TK, weight_DK)
+        return scatter_product(x_TK, weight_DK, group).view(len(x_BTK), -1, len(weight_DK))
+
+    @staticmethod
+    def backward(ctx: Any, grad_BtD: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        grad_tD = grad_BtD.flatten(0, 1).contiguous()
+        grad_TK, grad_DK = scatter_product_backward(grad_tD, *ctx.saved_tensors, ctx.group)
+        return grad_TK.view(ctx.shape), grad_DK, None
+
+
+class AsyncRowwiseLinear(RowwiseLinear):
+    def forward(self, input: Tensor) -> Tensor:
+        out: Any = _ScatterProduct.apply(input, self.weight, self.tp.group_name)
+        return out if self.bias is None else out + self.bias
+
+
+def _linears(group: str, x_BtD: Tensor, *layers: Any) -> list[Tensor]:
+    """Return the outputs of layers for all ranks' tokens, from this rank's."""
+    weights = [layer.weight for layer in layers]
+    out_BTM: Any = _GatherProducts.apply(x_BtD, group, *weights)
+    outs = out_BTM.split([len(weight) for weight in weights], dim=-1)
+    return [out if layer.bias is None else out + layer.bias for out, layer in zip(outs, layers, strict=True)]
+
+
+def joint_products(model: Transformer) -> dict[str, Any]:
+    """Return the modules that multiply one input by several weights at once, by the path of the norm before them."""
+    return {
+        f"blocks.{layer}.{norm}": module
+        for layer, block in model.blocks.items()
+        for norm, module in (("attention_norm", block.attention), ("mlp_norm", block.mlp))
+        if hasattr(module, "linears")
+    }
+
+
+def overlaps_tp(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Return whether products of tp ranks can overlap with their messages; raises `ParallelError` if not."""
+    if not can_share(group, device):
+        raise ParallelError(
+            "parallel.async_tp (true) needs tp ranks on GPUs of one node that read each other's memory; choose false"
+        )
+    return True
+
+
+def overlap_tp(model: Transformer, joint: Iterable[Any], group: dist.ProcessGroup, device: torch.device) -> None:
+    """Let the products of a model that is split over tp overlap with its messages."""
+    MESSAGES[group.group_name] = Messages(group, device)
+    for module in joint:
+        module.linears = partial(_linears, group.group_name)
+    for module in model.blocks.modules():
+        if type(module) is RowwiseLinear:
+            module.__class__ = AsyncRowwiseLinear

@@ -86,6 +86,10 @@ class ParallelConfig:
     init_timeout_s: float = 300.0  # for all ranks to join
     step_timeout_s: float = 600.0  # of a collective, after which ranks that wait for a dead or hanging one fail
 
+    def compiles(self, device_type: str) -> bool:
+        """Return whether blocks are compiled on a device."""
+        return self.compile is Compile.blocks or (self.compile is Compile.auto and device_type == "cuda")
+
     def problems(self) -> Iterator[str]:
         if self.zero_stage not in (0, 1, 2, 3):
             yield f"parallel.zero_stage ({self.zero_stage}) must be 0, 1, 2 or 3"

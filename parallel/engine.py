@@ -1,7 +1,7 @@
 """The training step: forward, backward, global norm, clipping, update; no update if the norm is not finite."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,8 +30,13 @@ Head = Callable[[Tensor, Tensor], Tensor]  # of the last hidden states h_BTD and
 
 
 class Optimizer(Protocol):
-    def step(self, *, grad_scale: Tensor, finite: Tensor) -> Tensor:
-        """Update from gradients divided by `grad_scale`, if `finite`; return learning rate and beta2."""
+    def step(
+        self, *, grad_scale: Tensor, finite: Tensor, on_updated: Callable[[Collection[str]], None] | None
+    ) -> Tensor:
+        """Update from gradients divided by `grad_scale`, if `finite`; return learning rate and beta2.
+
+        `on_updated` is called from time to time with the names of all parameters updated so far.
+        """
         ...
 
 
@@ -136,7 +141,13 @@ class Engine:
         finite = torch.isfinite(grad_norm) & (torch.stack([loss, grad_norm]) <= self.limits_2).all()
         # Clipping and loss scale become one division inside the update.
         clip = ((grad_norm + 1e-6) / self.max_grad_norm).clamp(min=1.0) if self.max_grad_norm > 0 else 1.0
-        rates_2 = self.optimizer.step(grad_scale=torch.ones_like(grad_norm) * clip * self.scaler.scale, finite=finite)
+        grad_scale, on_updated = (
+            torch.ones_like(grad_norm) * clip * self.scaler.scale,
+            self.zero and self.zero.gather_early,
+        )
+        rates_2 = self.optimizer.step(grad_scale=grad_scale, finite=finite, on_updated=on_updated)
+        if self.zero is not None and self.zero.joins:
+            self.zero.join()
         self.counters.add(finite)
         return loss, grad_norm, finite, rates_2, totals_S4, *aux
 

@@ -13,11 +13,12 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils.checkpoint import checkpoint
 
 from model.transformer import Transformer
+from parallel.async_tp import joint_products, overlap_tp, overlaps_tp
 from parallel.axes import stage_layers, stages_of
-from parallel.config import Compile, ParallelConfig, ParallelError, no_fp8
+from parallel.config import ParallelConfig, ParallelError, no_fp8
 from parallel.fp8 import MULTIPLE, Fp8Linear, Fp8RowwiseLinear
 from parallel.mesh import Mesh
-from parallel.shards import ParamShard
+from parallel.shards import ALIGNMENT, ParamShard, matrices_first
 from parallel.tensor_parallel import RowwiseLinear, apply_cp, apply_tp
 from parallel.zero import Zero
 
@@ -53,19 +54,20 @@ def parallelize(
 ) -> ParallelModel:
     """Lay out a model that was built on the meta device, and allocate it, not initialised.
 
-    `fp8` is `none` or the name of a scaling; `grad_dtype` accumulates the gradients of micro-batches on one GPU, if it
-    is not `dtype`.
+    `fp8` is `none` or the name of a scaling; `grad_dtype` adds up the gradients of micro-batches, if it is not
+    `dtype`.
     """
     stages = split_stages(model, mesh, config)
     blocks = list(model.blocks.values())
     shapes = {name: param.shape for name, param in model.named_parameters()}
     tp_dims, partial_grads = dict[str, int](), set[str]()
     if mesh.param_mesh is not None and mesh.axes.tp > 1:
-        tp_dims, partial_grads = apply_tp(model, mesh.param_mesh["tp"], sequence_parallel=config.sequence_parallel)
-        if config.async_tp:
-            from parallel.async_tp import overlap_tp  # late: imports the compiler
-
-            overlap_tp(mesh.param_mesh["tp"])
+        tp_mesh, group = mesh.param_mesh["tp"], mesh.param_mesh.get_group("tp")
+        overlaps = config.async_tp and overlaps_tp(group, mesh.device)
+        joint = joint_products(model) if overlaps else {}
+        tp_dims, partial_grads = apply_tp(model, tp_mesh, config.sequence_parallel, local_norms=joint)
+        if overlaps:
+            overlap_tp(model, joint.values(), group, mesh.device)
     if fp8 != "none":
         check_fp8_device(fp8, mesh.device)
         apply_fp8(blocks, fp8)
@@ -74,14 +76,13 @@ def parallelize(
     for block in blocks[: recomputed_blocks(len(blocks), config)]:
         # The model has no randomness, so there is no generator state to restore.
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    if compiles(config, mesh):
+    if config.compiles(mesh.device.type):
         compile_blocks(blocks)
     sharded = mesh.axes.dp * mesh.axes.cp > 1
-    for module in model.modules():  # sharded parameters are allocated in flat buffers
-        for name, param in module.named_parameters(recurse=False):
-            device = "meta" if sharded else mesh.device
-            setattr(module, name, nn.Parameter(torch.empty(param.shape, dtype=dtype, device=device)))
-    zero = Zero(stages, mesh, config) if sharded else None
+    for part in (*blocks, model.embed, model.norm, model.head):
+        if part is not None:
+            allocate(part, dtype, torch.device("meta") if sharded else mesh.device)  # sharded ones have flat buffers
+    zero = Zero(stages, mesh, config, grad_dtype or dtype) if sharded else None
     if zero is None and grad_dtype is not None and grad_dtype != dtype:
         for param in model.parameters():
             param.grad_dtype = grad_dtype  # type: ignore[attr-defined]
@@ -95,6 +96,16 @@ def parallelize(
     return ParallelModel(model, stages, params, partial_grads, zero)
 
 
+def allocate(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Allocate the parameters of a module in one buffer."""
+    named = matrices_first(module)
+    sizes = [-(-param.numel() // ALIGNMENT) * ALIGNMENT for _, param in named]
+    flat = torch.empty(sum(sizes), dtype=dtype, device=device)
+    for (name, param), part in zip(named, flat.split(sizes), strict=True):
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(part[: param.numel()].view(param.shape)))
+
+
 def placements(axes: list[str], tp_dim: int | None, tp: int) -> tuple[Placement, ...]:
     """Return how a parameter lies on a mesh of these axes: its rows are split over dp_shard after a split by tp."""
     rows = _StridedShard(0, split_factor=tp) if tp_dim == 0 else Shard(0)
@@ -104,13 +115,6 @@ def placements(axes: list[str], tp_dim: int | None, tp: int) -> tuple[Placement,
         "tp": Replicate() if tp_dim is None else Shard(tp_dim),
     }
     return tuple(place[axis] for axis in axes)
-
-
-def compiles(config: ParallelConfig, mesh: Mesh) -> bool:
-    """Return whether blocks are compiled."""
-    if config.compile is Compile.auto:
-        return mesh.device.type == "cuda"
-    return config.compile is Compile.blocks
 
 
 def split_stages(model: Transformer, mesh: Mesh, config: ParallelConfig) -> list[Transformer]:

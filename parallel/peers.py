@@ -1,6 +1,8 @@
 """Memory that the ranks of a node read from each other by copy engines: messages that take no multiprocessor."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +39,41 @@ class SharedBuffer(Buffer):
     def barrier(self) -> None:
         """Let the current stream wait until every rank's stream is here."""
         self.handle.barrier(channel=0)
+
+
+class SideStream:
+    """A stream for messages beside the one that computes. Without a GPU everything happens in order."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream: Any = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Issue work on this stream, after what the current one has issued so far."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def event(self) -> Any:
+        """Return an event after what was issued on this stream; None without a GPU."""
+        if self.stream is None:
+            return None
+        event = torch.cuda.Event()
+        event.record(self.stream)
+        return event
+
+    def wait(self, event: Any) -> None:
+        """Let the current stream wait for an event of this one."""
+        if event is not None:
+            torch.cuda.current_stream().wait_event(event)
+
+    def join(self) -> None:
+        """Let the current stream wait for all that was issued on this one."""
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
 
 
 def can_share(group: dist.ProcessGroup, device: torch.device) -> bool:

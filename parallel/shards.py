@@ -11,6 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
+ALIGNMENT = 8  # elements: kernels need matrices at multiples of 16 bytes
+
 
 @dataclass(eq=False, slots=True)
 class ParamShard:
@@ -97,3 +99,8 @@ def sharded_dim(placement: Placement) -> int | None:
 
 def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def matrices_first(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return a module's parameters, vectors last, so that weights with the same input are adjacent in a flat buffer."""
+    return sorted(module.named_parameters(), key=lambda named: named[1].ndim == 1)

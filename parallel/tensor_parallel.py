@@ -5,7 +5,7 @@ sees both. Between layers each rank has its share of the tokens (Korthikanti et 
 them without sequence parallelism.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache, partial
 from math import lcm
@@ -112,12 +112,15 @@ def _gathering(norm: type[nn.Module]) -> type[nn.Module]:
     return Gathering
 
 
-def apply_tp(model: Transformer, mesh: DeviceMesh, *, sequence_parallel: bool) -> tuple[dict[str, int], set[str]]:
+def apply_tp(
+    model: Transformer, mesh: DeviceMesh, sequence_parallel: bool, *, local_norms: Collection[str] = ()
+) -> tuple[dict[str, int], set[str]]:
     """Split a model on the meta device over tp as its `tp_plan` says.
 
     colwise: outputs are split; rowwise: inputs are split, so that outputs are sums over tp; norm: the weight is
-    replicated. Returns the dimension that each split parameter is split in, and the parameters of which each rank
-    computes a part of the gradient, to be summed over tp.
+    replicated, and all tokens are gathered after it, unless it is one of `local_norms`. Returns the dimension that
+    each split parameter is split in, and the parameters of which each rank computes a part of the gradient, to be
+    summed over tp.
     """
     group: Any = mesh.get_group()
     tp = TensorParallel(group.group_name, mesh.size(), mesh.get_local_rank(), sequence_parallel)
@@ -126,7 +129,7 @@ def apply_tp(model: Transformer, mesh: DeviceMesh, *, sequence_parallel: bool) -
     for path, style in model.tp_plan().items():
         module: Any = model.get_submodule(path)
         is_embedding = bool(isinstance(module, nn.Embedding))
-        if style == "norm":
+        if style == "norm" and path not in local_norms:
             module.__class__ = _gathering(type(module))
         elif style == "rowwise":
             split_class: type[nn.Module] = SplitEmbedding if is_embedding else RowwiseLinear

@@ -12,8 +12,7 @@ packed rank by rank and sent to the rank that owns each share. Collectives run o
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
 from itertools import chain, pairwise
 from typing import Any
 
@@ -25,10 +24,10 @@ from torch import Tensor, nn
 from model.transformer import Transformer
 from parallel.config import ParallelConfig, ReduceDtype
 from parallel.mesh import Mesh
-from parallel.peers import Buffer, SharedBuffer, can_share
+from parallel.peers import Buffer, SharedBuffer, SideStream, can_share
+from parallel.shards import ALIGNMENT, matrices_first
 from parallel.tensor_parallel import collectives, exchange
 
-ALIGNMENT = 8  # numbers; kernels read matrices from addresses in multiples of 16 bytes
 # Above it a message to each rank would be short, and ranks are on several nodes: their sums travel as they are made.
 MAX_EXCHANGE = 8  # ranks
 
@@ -51,7 +50,7 @@ class Unit:
         owners = {
             f"{path}.{name}": (module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], param)
             for path, module in modules.items()
-            for name, param in module.named_parameters()
+            for name, param in matrices_first(module)
         }
         shapes = [param.shape for *_, param in owners.values()]
         self.dtype = next(param.dtype for *_, param in owners.values())
@@ -135,18 +134,21 @@ class Unit:
 class Zero:
     """Gathers and frees the parameters of a model's stages, and reduces their gradients."""
 
-    def __init__(self, stages: Sequence[Transformer], mesh: Mesh, config: ParallelConfig) -> None:
+    def __init__(
+        self, stages: Sequence[Transformer], mesh: Mesh, config: ParallelConfig, grad_dtype: torch.dtype
+    ) -> None:
         assert mesh.param_mesh is not None
         self.stage, self.device = config.zero_stage, mesh.device
         self.shard_group, self.copy_group = (mesh.param_mesh.get_group(axis) for axis in ("dp_shard", "dp_replicate"))
         self.n_shards = self.shard_group.size()
         self.frees = self.stage == 3 and self.n_shards > 1
+        self.grad_dtype = grad_dtype  # of whole gradients, as micro-batches add to them
         self.reduce_dtype = torch.float32 if config.reduce_dtype is ReduceDtype.fp32 else torch.bfloat16
         # Within a node weights and gradients are read by copy engines, which leave all multiprocessors to products.
         self.copies = can_share(self.shard_group, mesh.device)
         if self.copies:
             self.flag = SharedBuffer(1, torch.int32, mesh.device, self.shard_group)
-        self.stream: Any = torch.cuda.Stream(mesh.device, priority=-1) if mesh.device.type == "cuda" else None
+        self.stream = SideStream(mesh.device)
         self.units: list[list[Unit]] = []  # of each stage, in the order of the forward pass
         for stage in stages:
             its = [
@@ -160,11 +162,13 @@ class Zero:
                 one.after, other.before = other, one
         self.pending: list[Unit] = []  # of a backward pass, whose gradients are still to come; the next one is last
         self.first = self.last = True
+        self.early: Unit | None = None  # gathered while the rest was updated
         # Where steps are graphs, each ends on one stream, and gradients stay in the same memory.
         self.joins = False
         self.in_flight: deque[Any] = deque()  # events after messages that may not have arrived yet
         # Gradients on their way, those of a block or fewer: one is written while others are being read.
         self.outboxes: deque[Buffer] = deque()
+        self.add_up = torch.compile(add_up, dynamic=True) if config.compiles(mesh.device.type) else add_up
         blocks = [unit.length for unit in chain.from_iterable(self.units) if unit.is_block]
         self.outbox_length = max(blocks)
 
@@ -192,20 +196,31 @@ class Zero:
     def gather(self) -> None:
         """Start to gather the parameters that are kept whole, in the order in which a forward pass needs them."""
         if self.copies:
-            with self._on_stream():  # all ranks have updated their shards
+            with self.stream.beside():  # all ranks have updated their shards
                 self._barrier()
         if self.n_shards > 1 and not self.frees:
             for unit in chain.from_iterable(self.units):
-                self._gather(unit)
+                if unit is not self.early:
+                    self._gather(unit)
+        self.early = None
+
+    def gather_early(self, updated: Collection[str]) -> None:
+        """Start to gather the unit that the next step needs at once, if its shards are among the updated ones."""
+        first = self.units[0][0]
+        if self.copies and not self.frees and self.early is None and first.shards.keys() <= set(updated):
+            with self.stream.beside():
+                self._barrier()
+            self._gather(first)
+            self.early = first
 
     def _gather(self, unit: Unit) -> None:
         if not unit.is_gathered:
             unit.resize(unit.n_bytes)
         # What a backward pass reads is what the forward pass read, gathered again.
         autograd: Any = torch.autograd
-        with self._on_stream(), autograd._unsafe_preserve_version_counter(unit.whole):
+        with self.stream.beside(), autograd._unsafe_preserve_version_counter(unit.whole):
             self._all_gather(unit)
-        unit.ready = self._event()
+        unit.ready = self.stream.event()
 
     def _all_gather(self, unit: Unit) -> None:
         if self.copies:
@@ -218,9 +233,8 @@ class Zero:
         """Let the device wait until a unit's parameters are there, while those needed next are under way."""
         if not unit.is_gathered:
             self._gather(unit)
-        if unit.ready is not None:
-            torch.cuda.current_stream().wait_event(unit.ready)
-            unit.ready = None
+        self.stream.wait(unit.ready)
+        unit.ready = None
         if next_ is not None and not next_.is_gathered:
             self._gather(next_)
 
@@ -232,7 +246,7 @@ class Zero:
             x.register_hook(lambda _: self._need(unit, before))
             if unit.after and not unit.after.is_block:
                 return  # the backward pass begins with this block
-        unit.resize(0)
+        self._free(unit)
 
     def free(self) -> None:
         """Free what the passes gathered, as far as the ZeRO stage does."""
@@ -252,10 +266,10 @@ class Zero:
         """Take the gradients that the pass did not compute, as zeros."""
         while self.pending:
             self._take(self.pending.pop())
-        if self.joins and self.stream is not None:
-            with self._on_stream():
+        if self.joins:
+            with self.stream.beside():
                 self._barrier()  # the next replay of a graph writes into the same outboxes
-            self._join()
+            self.join()
 
     def _count(self, unit: Unit) -> None:
         unit.missing -= 1
@@ -266,7 +280,7 @@ class Zero:
         """Take a unit's gradients of a micro-batch, and send them to the ranks that own them if it is time."""
         if self.stage < 2 and not (self.first and self.last):
             if unit.accumulated is None:
-                unit.accumulated = self._buffer(unit.length, unit.whole, self.reduce_dtype)
+                unit.accumulated = self._buffer(unit.length, unit.whole, self.grad_dtype)
             unit.accumulate(unit.accumulated.mine.view(self.n_shards, -1), first=self.first)
             if self.last:
                 self._send(unit, unit.accumulated, 0, unit.length)
@@ -277,7 +291,12 @@ class Zero:
                 outbox = self._next_outbox(unit)
                 unit.pack(grads, outbox.mine[: n * self.n_shards].view(self.n_shards, n), begin)
                 self._send(unit, outbox, begin, n)
-        if self.frees:
+        self._free(unit)
+
+    def _free(self, unit: Unit) -> None:
+        """Free a unit's parameters, but for those with which the next micro-batch begins."""
+        begins = unit.before is None or unit.before.before is None
+        if self.frees and (self.last or not begins):
             unit.resize(0)
 
     def _buffer(self, length: int, like: Tensor, dtype: torch.dtype) -> Buffer:
@@ -291,8 +310,7 @@ class Zero:
     def _next_outbox(self, unit: Unit) -> Buffer:
         """Return the outbox that was sent three messages ago, which has been read: a barrier came after it."""
         while len(self.in_flight) > 1:
-            if (event := self.in_flight.popleft()) is not None:
-                torch.cuda.current_stream().wait_event(event)
+            self.stream.wait(self.in_flight.popleft())
         if not self.outboxes:
             self.outboxes = deque(self._buffer(self.outbox_length, unit.whole, unit.dtype) for _ in range(3))
         self.outboxes.rotate()
@@ -300,29 +318,26 @@ class Zero:
 
     def _send(self, unit: Unit, buffer: Buffer, begin: int, n: int) -> None:
         """Sum a unit's packed gradients over ranks: `n` of this rank's share, from `begin` on."""
-        with self._on_stream():
+        with self.stream.beside():
             packed = buffer.mine[: n * self.n_shards].view(self.n_shards, n)
             if not len(unit.grads):
                 unit.grads = packed.new_empty(unit.length, dtype=self.reduce_dtype)
             begins = self.first or self.stage < 2
             grads = unit.grads[begin : begin + n]
-            total = grads if begins else torch.empty_like(grads)
             if self.n_shards == 1:
-                total.copy_(packed[0])
+                received = packed
             elif self.copies or self.n_shards <= MAX_EXCHANGE:
                 # As few bytes as bf16 sums would take, and none is rounded.
                 sent = packed if packed.element_size() <= self.reduce_dtype.itemsize else packed.to(self.reduce_dtype)
                 received = self._read_peers(buffer, n) if self.copies else exchange(sent, self.shard_group)
-                torch.sum(received, 0, dtype=self.reduce_dtype, out=total)
             else:
                 sent, name = packed.to(self.reduce_dtype).view(-1), self.shard_group.group_name
                 part = collectives.reduce_scatter_tensor(sent, "sum", self.n_shards, name)
-                total.copy_(collectives.wait_tensor(part))
-            if not begins:
-                grads += total
+                received = collectives.wait_tensor(part)[None]
+            self.add_up(received, grads, begins)
             if self.last and self.copy_group.size() > 1:
                 dist.all_reduce(grads, group=self.copy_group)
-            self.in_flight.append(self._event())
+            self.in_flight.append(self.stream.event())
 
     def _read_peers(self, buffer: Any, n: int) -> Tensor:
         """Return every rank's gradients of this rank's share, (n_shards, n)."""
@@ -334,8 +349,8 @@ class Zero:
 
     def finish(self) -> None:
         """Wait, on the device, for the step's gradients, and set them on the shards."""
-        if self.stream is not None and not self.joins:
-            self._join()
+        if not self.joins:
+            self.join()
         for unit in chain.from_iterable(self.units):
             unit.set_shard_grads()
             if not self.joins:
@@ -343,31 +358,23 @@ class Zero:
 
     # --- streams
 
-    @contextmanager
-    def _on_stream(self) -> Iterator[None]:
-        """Issue collectives on their own stream, after what the current one has issued so far."""
-        if self.stream is None:
-            yield
-            return
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            yield
-
-    def _join(self) -> None:
-        torch.cuda.current_stream().wait_stream(self.stream)
+    def join(self) -> None:
+        """Let the device wait for all messages."""
+        self.stream.join()
         self.in_flight.clear()
+        if self.early is not None:
+            self.early.ready = None
 
     def _barrier(self) -> None:
         """Let the current stream wait until all ranks' streams are here, if they read each other's memory."""
         if self.copies:
             self.flag.barrier()
 
-    def _event(self) -> Any:
-        if self.stream is None:
-            return None
-        event = torch.cuda.Event()
-        event.record(self.stream)
-        return event
+
+def add_up(received_RN: Tensor, total_N: Tensor, begins: bool) -> None:
+    """Write the sum over ranks to `total_N`, or add it."""
+    sums_N = received_RN.sum(0, dtype=total_N.dtype)
+    total_N.copy_(sums_N if begins else total_N + sums_N)
 
 
 def units_of(stage: Transformer) -> list[dict[str, nn.Module]]:

@@ -19,6 +19,7 @@ class AdamW(UpdateRule):
     """Equal to torch.optim.AdamW on fp32 parameters, bit for bit for `impl` triton (on CUDA) and torch."""
 
     state_names = ("exp_avg", "exp_avg_sq")
+    separable = True
 
     def __init__(self, config: OptimizerConfig, params: Mapping[str, ParamShard]) -> None:
         super().__init__(config, params)

@@ -1,7 +1,7 @@
 """The optimizer: update rules, master weights, sharded state, schedule and checkpoint names."""
 
 import pkgutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from types import MappingProxyType
@@ -66,6 +66,7 @@ class UpdateRule:
     """
 
     state_names: tuple[str, ...] = ()
+    separable = False  # True: parameters may be updated in several calls
     on_device = False  # True: call `update_raw` instead of `update`
     size_free = False  # True: the learning rate needs no scaling by `model.parametrization`
 
@@ -158,20 +159,29 @@ class Optimizer:
         self.row.zero_()
 
     @torch.no_grad()
-    def step(self, *, grad_scale: Tensor, finite: Tensor) -> Tensor:
+    def step(
+        self, *, grad_scale: Tensor, finite: Tensor, on_updated: Callable[[Collection[str]], None] | None = None
+    ) -> Tensor:
         """Update with the gradients divided by `grad_scale`, if `finite`, and free the gradients.
 
-        Both are scalars on the device. Returns learning rate and beta2, fp64 (2,), on the device.
+        Both are scalars on the device. `on_updated` is called with the names of all parameters updated so far, first
+        after a single one if the rule is separable. Returns learning rate and beta2, fp64 (2,), on the device.
         """
+        done: list[str] = []
         # index_select: indexing by a one-element tensor would synchronize.
         rates = {key: table_UR.index_select(0, self.row)[0] for key, table_UR in self.schedules_UR.items()}
         with record_function(UPDATE):
             for group, names in self.groups.items():
                 scaled = rates[group.rule, group.lr_scale]
-                if group.rule.on_device:
-                    group.rule.update_raw(self.weights, self.state, names, group, scaled, grad_scale, finite)
-                elif bool(finite):
-                    self._update_in_chunks(group, names, scaled, grad_scale)
+                parts = [names[:1], names[1:]] if group.rule.separable and not done and len(names) > 1 else [names]
+                for part in parts:
+                    if group.rule.on_device:
+                        group.rule.update_raw(self.weights, self.state, part, group, scaled, grad_scale, finite)
+                    elif bool(finite):
+                        self._update_in_chunks(group, part, scaled, grad_scale)
+                    done += part
+                    if on_updated is not None:
+                        on_updated(done)
         for param in self.params.values():
             param.shard.grad = None
         unscaled = self.schedule_UR.index_select(0, self.row)[0]
