@@ -43,9 +43,10 @@ class Messages:
         """Start to gather tokens; returns all, and other ranks' rows with the event after which they are there."""
         whole = part_tD.new_empty(len(part_tD) * self.size, part_tD.shape[1])
         buffer, arriving = self.buffer(whole.numel(), whole), []
+        # In order with the products: beside one, a barrier waits for a multiprocessor on every rank.
+        buffer.mine[: part_tD.numel()].view_as(part_tD).copy_(part_tD)
+        buffer.barrier()
         with self.stream.beside():
-            buffer.mine[: part_tD.numel()].view_as(part_tD).copy_(part_tD)
-            buffer.barrier()
             for rank in buffer.others():
                 rows = self.rows(rank, whole)
                 whole[rows].copy_(buffer.of(rank, 0, part_tD.numel()).view_as(part_tD))
@@ -53,12 +54,12 @@ class Messages:
             whole[self.rows(self.rank, whole)].copy_(part_tD)
         return whole, arriving
 
-    def exchange(self, buffer: SharedBuffer, received_RtD: Tensor) -> None:
-        """Start to read other ranks' partial sums of this rank's tokens."""
+    def exchange(self, buffer: SharedBuffer, received_RtD: Tensor, ranks: Iterable[int]) -> None:
+        """Start to read the partial sums that ranks have of this rank's tokens."""
         n = received_RtD[0].numel()
         with self.stream.beside():
             buffer.barrier()
-            for rank in buffer.others():
+            for rank in ranks:
                 received_RtD[rank].copy_(buffer.of(rank, self.rank * n, n).view_as(received_RtD[rank]))
 
 
@@ -100,27 +101,28 @@ def _(x_tD: Tensor, weights: Sequence[Tensor], group: str) -> tuple[Tensor, Tens
 def gather_products_backward(
     grad_TM: Tensor, x_TD: Tensor, weights: Sequence[Tensor], group: str
 ) -> tuple[Tensor, Tensor]:
+    """Return ranks' parts of the gradient of this rank's tokens, to be summed, and that of the joined weights."""
     messages, buffer = MESSAGES[group], MESSAGES[group].buffer(x_TD.numel(), x_TD)
-    mine = messages.rows(messages.rank, x_TD)
     received_RtD = x_TD.new_empty(messages.size, len(x_TD) // messages.size, x_TD.shape[1])
-    partial_TD = buffer.mine.view_as(x_TD)
-    torch.mm(grad_TM, join(weights), out=partial_TD)
-    messages.exchange(buffer, received_RtD)
+    torch.mm(grad_TM, join(weights), out=buffer.mine.view_as(x_TD))
+    messages.exchange(buffer, received_RtD, (*buffer.others(), messages.rank))
     grad_MD = grad_TM.T @ x_TD
-    received_RtD[messages.rank].copy_(partial_TD[mine])
     messages.stream.join()
-    return received_RtD.sum(0), grad_MD
+    return received_RtD, grad_MD
 
 
 @gather_products_backward.register_fake
 def _(grad_TM: Tensor, x_TD: Tensor, weights: Sequence[Tensor], group: str) -> tuple[Tensor, Tensor]:
-    n, d = x_TD.shape
-    return x_TD.new_empty(n // MESSAGES[group].size, d), x_TD.new_empty(grad_TM.shape[1], d)
+    (n, d), size = x_TD.shape, MESSAGES[group].size
+    return x_TD.new_empty(size, n // size, d), x_TD.new_empty(grad_TM.shape[1], d)
 
 
 @torch.library.custom_op("pretraining::scatter_product", mutates_args=())
 def scatter_product(x_TK: Tensor, weight_DK: Tensor, group: str) -> Tensor:
-    """Return this rank's tokens of the product summed over ranks, each of which has some columns of the weight."""
+    """Return ranks' parts of this rank's tokens of the product: each has some columns of the weight.
+
+    They are still to be summed, which a compiler does together with what follows.
+    """
     messages, n_tokens, d = MESSAGES[group], len(x_TK), len(weight_DK)
     buffer, mine = messages.buffer(n_tokens * d, x_TK), messages.rows(messages.rank, x_TK)
     received_RtD = x_TK.new_empty(messages.size, n_tokens // messages.size, d)
@@ -128,15 +130,16 @@ def scatter_product(x_TK: Tensor, weight_DK: Tensor, group: str) -> Tensor:
     for rows in (slice(0, mine.start), slice(mine.stop, n_tokens)):  # of other ranks, which wait for them
         if rows.start < rows.stop:
             torch.mm(x_TK[rows], weight_DK.T, out=partial_TD[rows])
-    messages.exchange(buffer, received_RtD)
+    messages.exchange(buffer, received_RtD, buffer.others())
     torch.mm(x_TK[mine], weight_DK.T, out=received_RtD[messages.rank])
     messages.stream.join()
-    return received_RtD.sum(0)
+    return received_RtD
 
 
 @scatter_product.register_fake
 def _(x_TK: Tensor, weight_DK: Tensor, group: str) -> Tensor:
-    return x_TK.new_empty(len(x_TK) // MESSAGES[group].size, len(weight_DK))
+    size = MESSAGES[group].size
+    return x_TK.new_empty(size, len(x_TK) // size, len(weight_DK))
 
 
 @torch.library.custom_op("pretraining::scatter_product_backward", mutates_args=())
@@ -157,48 +160,43 @@ def _(grad_tD: Tensor, x_TK: Tensor, weight_DK: Tensor, group: str) -> tuple[Ten
     return torch.empty_like(x_TK), torch.empty_like(weight_DK)
 
 
-class _GatherProducts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BtD: Tensor, group: str, *weights: Tensor) -> Tensor:
-        x_TD, out_TM = gather_products(x_BtD.flatten(0, 1), weights, group)
-        ctx.group, ctx.shape = group, x_BtD.shape
-        ctx.save_for_backward(x_TD, *weights)
-        return out_TM.view(len(x_BtD), -1, out_TM.shape[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad_BTM: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x_TD, *weights = ctx.saved_tensors
-        grad_TM = grad_BTM.flatten(0, 1).contiguous()
-        grad_tD, grad_MD = gather_products_backward(grad_TM, x_TD, weights, ctx.group)
-        return grad_tD.view(ctx.shape), None, *grad_MD.split([len(weight) for weight in weights])
+def _save_gathered(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, weights, ctx.group = inputs
+    ctx.save_for_backward(output[0], *weights)
 
 
-class _ScatterProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BTK: Tensor, weight_DK: Tensor, group: str) -> Tensor:
-        x_TK = x_BTK.flatten(0, 1).contiguous()
-        ctx.group, ctx.shape = group, x_BTK.shape
-        ctx.save_for_backward(x_TK, weight_DK)
-        return scatter_product(x_TK, weight_DK, group).view(len(x_BTK), -1, len(weight_DK))
+def _gathered_gradients(ctx: Any, _: Tensor, grad_TM: Tensor) -> tuple[Tensor, list[Tensor], None]:
+    x_TD, *weights = ctx.saved_tensors
+    grads_RtD, grad_MD = gather_products_backward(grad_TM.contiguous(), x_TD, weights, ctx.group)
+    return grads_RtD.sum(0), list(grad_MD.split([len(weight) for weight in weights])), None
 
-    @staticmethod
-    def backward(ctx: Any, grad_BtD: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        grad_tD = grad_BtD.flatten(0, 1).contiguous()
-        grad_TK, grad_DK = scatter_product_backward(grad_tD, *ctx.saved_tensors, ctx.group)
-        return grad_TK.view(ctx.shape), grad_DK, None
+
+def _save_scattered(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x_TK, weight_DK, ctx.group = inputs
+    ctx.save_for_backward(x_TK, weight_DK)
+
+
+def _scattered_gradients(ctx: Any, grad_RtD: Tensor) -> tuple[Tensor, Tensor, None]:
+    # the gradient of a sum: the same for all its parts
+    return *scatter_product_backward(grad_RtD[0].contiguous(), *ctx.saved_tensors, ctx.group), None
+
+
+gather_products.register_autograd(_gathered_gradients, setup_context=_save_gathered)
+scatter_product.register_autograd(_scattered_gradients, setup_context=_save_scattered)
 
 
 class AsyncRowwiseLinear(RowwiseLinear):
     def forward(self, input: Tensor) -> Tensor:
-        out: Any = _ScatterProduct.apply(input, self.weight, self.tp.group_name)
-        return out if self.bias is None else out + self.bias
+        parts_RtD = scatter_product(input.flatten(0, 1).contiguous(), self.weight, self.tp.group_name)
+        out_BtD = parts_RtD.sum(0).view(len(input), -1, len(self.weight))
+        return out_BtD if self.bias is None else out_BtD + self.bias
 
 
 def _linears(group: str, x_BtD: Tensor, *layers: Any) -> list[Tensor]:
     """Return the outputs of layers for all ranks' tokens, from this rank's."""
     weights = [layer.weight for layer in layers]
-    out_BTM: Any = _GatherProducts.apply(x_BtD, group, *weights)
-    outs = out_BTM.split([len(weight) for weight in weights], dim=-1)
+    _, out_TM = gather_products(x_BtD.flatten(0, 1), weights, group)
+    outs = out_TM.view(len(x_BtD), -1, out_TM.shape[1]).split([len(weight) for weight in weights], dim=-1)
     return [out if layer.bias is None else out + layer.bias for out, layer in zip(outs, layers, strict=True)]
 
 

@@ -146,8 +146,8 @@ class Engine:
             self.zero and self.zero.gather_early,
         )
         rates_2 = self.optimizer.step(grad_scale=grad_scale, finite=finite, on_updated=on_updated)
-        if self.zero is not None and self.zero.joins:
-            self.zero.join()
+        if self.zero is not None:
+            self.zero.end_update()
         self.counters.add(finite)
         return loss, grad_norm, finite, rates_2, totals_S4, *aux
 

@@ -93,6 +93,8 @@ class Unit:
         self.accumulated: Buffer | None = None  # whole gradients of the micro-batches so far
         self.grads = kept.new_empty(0)  # of this rank's shares, summed over ranks
         self.missing = 0  # gradients that the backward pass has yet to compute
+        self.begins = False  # one of the first two: needed when a forward pass begins
+        self.begins = False  # one of the first two: needed when a forward pass begins
         self.before: Unit | None = None  # whose backward pass comes next
         self.after: Unit | None = None
 
@@ -158,6 +160,10 @@ class Zero:
             self.units.append(its)
             for unit in its:
                 self._hook(unit)
+            for unit in its[:2]:
+                unit.begins = True
+            for unit in its[:2]:
+                unit.begins = True
             for one, other in pairwise(its):
                 one.after, other.before = other, one
         self.pending: list[Unit] = []  # of a backward pass, whose gradients are still to come; the next one is last
@@ -203,6 +209,8 @@ class Zero:
                 if unit is not self.early:
                     self._gather(unit)
         self.early = None
+        if self.joins:
+            self.free()  # what replayed graphs left gathered is of another step
 
     def gather_early(self, updated: Collection[str]) -> None:
         """Start to gather the unit that the next step needs at once, if its shards are among the updated ones."""
@@ -250,8 +258,9 @@ class Zero:
 
     def free(self) -> None:
         """Free what the passes gathered, as far as the ZeRO stage does."""
-        for unit in chain.from_iterable(self.units) if self.frees else ():
-            unit.resize(0)
+        self.last = True
+        for unit in chain.from_iterable(self.units):
+            self._free(unit)
 
     # --- reducing
 
@@ -269,7 +278,7 @@ class Zero:
         if self.joins:
             with self.stream.beside():
                 self._barrier()  # the next replay of a graph writes into the same outboxes
-            self.join()
+            self._join()
 
     def _count(self, unit: Unit) -> None:
         unit.missing -= 1
@@ -295,8 +304,11 @@ class Zero:
 
     def _free(self, unit: Unit) -> None:
         """Free a unit's parameters, but for those with which the next micro-batch begins."""
-        begins = unit.before is None or unit.before.before is None
-        if self.frees and (self.last or not begins):
+        if not self.frees or (unit.begins and not self.last):
+            return
+        if unit.begins and self.joins:
+            unit.is_gathered = False  # graphs have recorded where it lies
+        else:
             unit.resize(0)
 
     def _buffer(self, length: int, like: Tensor, dtype: torch.dtype) -> Buffer:
@@ -350,7 +362,7 @@ class Zero:
     def finish(self) -> None:
         """Wait, on the device, for the step's gradients, and set them on the shards."""
         if not self.joins:
-            self.join()
+            self._join()
         for unit in chain.from_iterable(self.units):
             unit.set_shard_grads()
             if not self.joins:
@@ -358,11 +370,14 @@ class Zero:
 
     # --- streams
 
-    def join(self) -> None:
-        """Let the device wait for all messages."""
+    def _join(self) -> None:
         self.stream.join()
         self.in_flight.clear()
-        if self.early is not None:
+
+    def end_update(self) -> None:
+        """Wait, on the device, for what was gathered early, if the update is a graph: it must end on one stream."""
+        if self.joins and self.early is not None:
+            self._join()
             self.early.ready = None
 
     def _barrier(self) -> None:
