@@ -1,4 +1,4 @@
-"""Score a model: python evaluate.py run=runs/demo tasks=[builtin]; or hf=folder, step=500, under torchrun too."""
+"""Evaluate a model: python evaluate.py run=runs/demo tasks=[builtin]; or hf=folder, step=500; also under torchrun."""
 
 import json
 import logging
@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if __name__ == "__main__":  # Ctrl-C while modules load ends the process without a traceback
+if __name__ == "__main__":  # no traceback on Ctrl-C during imports
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
@@ -35,7 +35,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def work(config: EvaluateConfig) -> dict[str, float]:
-    """Run one rank of an evaluation: log the scores, store them, and return them."""
+    """Run one rank of an evaluation; log, store and return the scores."""
     from parallel.mesh import distributed
     from tracking.logs import screen
     from training.load import open_saved
@@ -48,7 +48,7 @@ def work(config: EvaluateConfig) -> dict[str, float]:
 
 
 def evaluate(config: EvaluateConfig, saved: "Saved", mesh: "Mesh") -> dict[str, float]:
-    """Score the validation split of a run's data, by source, and the tasks; a collective."""
+    """Evaluate the validation split of a run's data, by source, and tasks; a collective."""
     from data.loader import valid_batches
     from training.evaluation import Tasks, task_lines
     from training.report import loss_metrics, valid_lines
@@ -83,7 +83,7 @@ def evaluate(config: EvaluateConfig, saved: "Saved", mesh: "Mesh") -> dict[str, 
 
 
 def open_data(config: EvaluateConfig, saved: "Saved") -> "tuple[Corpus, DataConfig] | None":
-    """Return a run's corpus and how it makes batches of it; None if there is none, or nothing is held out."""
+    """Return a run's corpus and data configuration; None without a run or a validation split."""
     from data.config import DataConfig
     from data.dataset import open_corpus
 
@@ -92,12 +92,12 @@ def open_data(config: EvaluateConfig, saved: "Saved") -> "tuple[Corpus, DataConf
     data = stored(DataConfig, saved.checkpoint.state["config"]["data"])
     corpus = open_corpus(data, vocab_size=saved.config.vocab_size)
     if corpus.fingerprints != saved.checkpoint.state["data"]["parts"]:
-        logger.warning("the data has changed since this checkpoint; what it trained on may be held out now")
+        logger.warning("the data has changed since this checkpoint; the validation split may have training data")
     return (corpus, data) if corpus.valid.n_packs else None
 
 
 def store(config: EvaluateConfig, saved: "Saved", metrics: dict[str, float]) -> None:
-    """Write evaluation.json into the run or Hugging Face folder, and the scores into the run's metrics."""
+    """Write the scores to evaluation.json in the run or Hugging Face folder, and to the run's metrics."""
     from tracking.metrics_file import METRICS, add_record
     from tracking.run_folder import locked, run_dir_of, write_atomically
 
@@ -105,7 +105,7 @@ def store(config: EvaluateConfig, saved: "Saved", metrics: dict[str, float]) -> 
     folder = Path(str(config.hf)) if checkpoint is None else run_dir_of(checkpoint.path)
     path, step = folder / "evaluation.json", "" if checkpoint is None else str(checkpoint.step)
     before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    # By step, so that a later evaluation of another checkpoint leaves it
+    # By step, to keep the scores of other checkpoints
     write_atomically(path, json.dumps({**before, step: {**before.get(step, {}), **metrics}}, indent=2) + "\n")
     logger.info("in %s", path)
     if checkpoint is not None:
@@ -113,7 +113,7 @@ def store(config: EvaluateConfig, saved: "Saved", metrics: dict[str, float]) -> 
             with locked(folder):
                 tokens = checkpoint.state["progress"]["tokens"]
                 add_record(folder / METRICS, {"step": checkpoint.step, "tokens": tokens, **metrics})
-        except CheckpointError as error:  # it trains, and writes its metrics itself
+        except CheckpointError as error:  # locked: the run is training and writes its metrics
             logger.info("not in %s: %s", METRICS, error)
 
 

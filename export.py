@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if __name__ == "__main__":  # Ctrl-C while modules load ends the process without a traceback
+if __name__ == "__main__":  # no traceback on Ctrl-C during imports
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
@@ -49,7 +49,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def export(path: Path, config: ExportConfig) -> None:
-    """Write the newest checkpoint of a run, or a step's, as a Hugging Face folder that was verified."""
+    """Write the newest checkpoint of a run, or that of `step`, as a Hugging Face folder, and verify it."""
     from data.hf_tokenizer import export_problem
     from model.counts import count_params
     from model.hf.verify import verify
@@ -67,7 +67,7 @@ def export(path: Path, config: ExportConfig) -> None:
         if (made := out / "export.json").exists() and json.loads(made.read_text(encoding="utf-8")) == origin:
             print(f"{out} is the export of {checkpoint.path} already")
             return
-        raise ModelError(f"{out} exists and is another export or none; remove it, or pass another out=")
+        raise ModelError(f"{out} exists and is not this export; remove it, or pass another out=")
     tokenizer = tokenizer_in(run_dir / "tokenizer")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -92,7 +92,7 @@ def export(path: Path, config: ExportConfig) -> None:
 
 
 def write_weights(folder: Path, checkpoint: "Checkpoint", model: ModelConfig, dtype: "torch.dtype") -> None:
-    """Write the weights in a dtype, in shards of about 5 GB, one in memory at a time."""
+    """Write the weights in shards of about 5 GB, one in memory at a time."""
     from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.torch import save_file
 
@@ -100,22 +100,22 @@ def write_weights(folder: Path, checkpoint: "Checkpoint", model: ModelConfig, dt
     from model.transformer import Transformer
 
     family = export_family(model)
-    names = {theirs: ours for ours, theirs in family.names(model).items()}
+    names = {hf_name: name for name, hf_name in family.names(model).items()}
     shapes = {name: param.shape for name, param in Transformer.on_meta(model).named_parameters()}
     split = split_state_dict_into_shards_factory(
-        {theirs: shapes[ours].numel() * dtype.itemsize for theirs, ours in names.items()},
+        {hf_name: shapes[name].numel() * dtype.itemsize for hf_name, name in names.items()},
         get_storage_size=int,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=SHARD_BYTES,
     )
     for file, shard in split.filename_to_tensors.items():
-        read = checkpoint.read_names([f"model.{names[theirs]}" for theirs in shard])
-        # Padding of the vocabulary is left out.
-        rows = {theirs: read[f"model.{names[theirs]}"][: shapes[names[theirs]][0]] for theirs in shard}
-        scaled = {theirs: tensor * family.factor(names[theirs], model) for theirs, tensor in rows.items()}
-        tensors = {theirs: tensor.to(dtype).contiguous() for theirs, tensor in scaled.items()}
+        read = checkpoint.read_names([f"model.{names[hf_name]}" for hf_name in shard])
+        # without the padding of the vocabulary
+        rows = {hf_name: read[f"model.{names[hf_name]}"][: shapes[names[hf_name]][0]] for hf_name in shard}
+        scaled = {hf_name: tensor * family.factor(names[hf_name], model) for hf_name, tensor in rows.items()}
+        tensors = {hf_name: tensor.to(dtype).contiguous() for hf_name, tensor in scaled.items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(folder.stat().st_mode & 0o666)  # as the umask has it: save_file lets its owner alone read
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # save_file ignores the umask
     if split.is_sharded:
         about = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", about)
@@ -124,7 +124,7 @@ def write_weights(folder: Path, checkpoint: "Checkpoint", model: ModelConfig, dt
 def write_settings(
     folder: Path, model: ModelConfig, tokenizer: "Tokenizer | None", dtype: "torch.dtype", *, add_bos: bool
 ) -> None:
-    """Write the configuration and the tokenizer."""
+    """Write config.json, generation_config.json and the tokenizer."""
     from corpus.chat import chat_encoder
     from data.hf_tokenizer import write_hf_tokenizer
     from data.tokenizer import CHAT_TEMPLATE
@@ -134,11 +134,11 @@ def write_settings(
     chat = tokenizer and chat_encoder(tokenizer)
     end = chat and chat.answer_end()
     if tokenizer is not None:
-        # eos is the end of an answer for clients, unless the template writes the eos that training had.
+        # eos is the end of an answer, unless the template itself writes eos.
         eos = None if chat and "eos_token" in chat.template else end
         ids = write_hf_tokenizer(tokenizer, folder, add_bos=add_bos, max_len=model.max_seq_len, answer_end=eos)
     if chat is not None:
-        # Clients add no bos to a rendered conversation.
+        # Clients do not add bos to a rendered conversation.
         template = chat.template_with_bos() if add_bos else chat.template
         (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
     about = export_family(model).write_config(model, dtype=str(dtype).removeprefix("torch."), **ids)
@@ -154,7 +154,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def import_model(config: ExportConfig) -> None:
-    """Turn a folder of Hugging Face's or InternLM's into a run folder with one checkpoint, to go on from it."""
+    """Convert a Hugging Face or InternLM folder to a run folder with one checkpoint."""
     from data.hf_tokenizer import export_problem
     from data.tokenizer import adds_bos, load_tokenizer, save_tokenizer
     from model.hf.families import read_config, read_weights
@@ -171,7 +171,7 @@ def import_model(config: ExportConfig) -> None:
         raise ModelError(f"{run_dir} is a run already; pass another out=")
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else tokenizer_in(folder)
     if tokenizer is None:
-        print(f"{folder} has no tokenizer: generate.py cannot use {run_dir}, and its export will have none")
+        print(f"{folder} has no tokenizer: generate.py cannot use {run_dir}, and an export of it will have none")
     elif problem := export_problem(tokenizer):
         print(problem)
     if config.from_hf is not None:
@@ -179,7 +179,7 @@ def import_model(config: ExportConfig) -> None:
         add_bos = tokenizer is not None and adds_bos(folder)
     else:
         model, weights = read_training_checkpoint(folder)
-        add_bos = True  # by InternLM's own preparation of text
+        add_bos = True  # as in InternLM's tokenization
     state = {
         "config": {"name": run_dir.name, "model": to_plain(model)},
         "data": {"parts": [], "sources": [], "add_bos": add_bos, "add_eos": False},

@@ -1,4 +1,4 @@
-"""Write text with a model: python generate.py run=runs/demo prompt="def main("; or hf=folder, or prompts=file."""
+"""Generate text: python generate.py run=runs/demo prompt="def main("; or hf=folder, or prompts=file."""
 
 import signal
 import sys
@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if __name__ == "__main__":  # Ctrl-C while modules load ends the process without a traceback
+if __name__ == "__main__":  # no traceback on Ctrl-C during imports
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
@@ -46,8 +46,8 @@ def print_texts(config: GenerateConfig) -> None:
     for start in range(0, len(jobs), config.batch_size):
         batch = jobs[start : start + config.batch_size]
         for (number, text, sample), new in zip(batch, write(model, saved, config, batch), strict=True):
-            said = f"{text}\n{new}" if config.chat else text + new
-            print(f"--- prompt {number + 1}, sample {sample + 1}\n{said}\n", flush=True)
+            shown = f"{text}\n{new}" if config.chat else text + new
+            print(f"--- prompt {number + 1}, sample {sample + 1}\n{shown}\n", flush=True)
 
 
 def show(piece: str) -> None:
@@ -55,7 +55,7 @@ def show(piece: str) -> None:
 
 
 def converse(model: "Transformer", saved: "Saved", config: GenerateConfig) -> None:
-    """Answer messages from the terminal or a pipe until they end; a line that ends with a backslash goes on."""
+    """Answer messages from stdin until its end; a trailing backslash continues a message on the next line."""
     history: Messages = []
     sign = "> " if sys.stdin.isatty() else ""
     with suppress(EOFError):
@@ -87,13 +87,13 @@ def load_model(config: GenerateConfig) -> "tuple[Saved, Transformer]":
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:
-    """Return the prompt, or the lines of the file of prompts that are not blank; "-" is standard input."""
+    """Return the prompt, or the non-blank lines of the prompts file; "-" is standard input."""
     if config.prompt not in (None, "-"):
         return [config.prompt]
     key, name = ("prompts", config.prompts) if config.prompt is None else ("prompt", "-")
     try:
         raw = sys.stdin.buffer.read() if name == "-" else Path(str(name)).read_bytes()
-        # As prepare_data.py reads lines: a line feed alone ends one, and each may begin with a byte order mark.
+        # Split as prepare_data.py does: only at line feeds, and without byte order marks.
         lines = [line.decode("utf-8-sig").removesuffix("\r") for line in raw.split(b"\n")]
     except OSError as error:
         raise ModelError(f"prompts ({name}): {error.strerror}") from None
@@ -108,7 +108,7 @@ def read_prompts(config: GenerateConfig) -> list[str]:
 def prompt_ids(
     saved: "Saved", tokenizer: Tokenizer, config: GenerateConfig, text: str, history: "Messages"
 ) -> list[int]:
-    """Return the ids of a text, or with chat=true those of a conversation up to the answer to it."""
+    """Return the ids of a prompt, or with chat=true of the conversation up to the next answer."""
     if config.chat and saved.chat is not None:
         system = [] if config.system is None else [{"role": "system", "content": config.system}]
         try:
@@ -119,7 +119,7 @@ def prompt_ids(
         ids = tokenizer.encode(text)
     if saved.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
         ids = [tokenizer.bos_id, *ids]
-    return ids or [tokenizer.eos_id or 0]  # an empty prompt continues the end of a text
+    return ids or [tokenizer.eos_id or 0]  # an empty prompt starts after eos
 
 
 def write(
@@ -130,10 +130,10 @@ def write(
     show: Callable[[str], object] = lambda _: None,
     history: "Messages | None" = None,
 ) -> list[str]:
-    """Continue the prompts of (number, prompt, sample) jobs together; return the new texts.
+    """Continue the prompts of (number, prompt, sample) jobs in one batch; return the new texts.
 
-    A text ends at a stop token or before a stop string. `show` gets the first job's text piece by piece. With
-    chat=true a prompt is a message after those of `history`.
+    A text ends at a stop token or before a stop string. `show` gets the first job's text in pieces. With chat=true
+    a prompt is a message that follows `history`.
     """
     from model.sampling import Sampling, generate
 
@@ -170,30 +170,30 @@ def write(
 
 
 class TextStream:
-    """Decodes a text token by token, and holds back unfinished characters and what may begin a stop string."""
+    """Incremental decoding, which holds back incomplete characters and possible starts of stop strings."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], stops: list[str]) -> None:
         self.tokenizer, self.stops, self.ids = tokenizer, stops, list(prompt)
-        # ids[start:end] are decoded again as context: what a token is written as depends on those before it.
+        # ids[start:end] are decoded again as context, because the text of a token depends on the previous ones.
         self.start, self.end = 0, len(prompt)
         self.text, self.stopped = "", False
-        self.shown = 0  # characters
+        self.shown = 0  # characters returned so far
 
     def add(self, token: int) -> str:
-        """Take the next token; return the text that can be shown since the last time."""
+        """Add a token; return new text that is final."""
         self.ids.append(token)
         return self._decode(held=max(map(len, self.stops), default=1) - 1)
 
     def finish(self) -> str:
-        """Return what was held back, unfinished characters too."""
+        """Return the text that was held back, including incomplete characters."""
         return self._decode(held=0, whole=True)
 
     def _decode(self, *, held: int, whole: bool = False) -> str:
-        """Return what is new in the text, but for its last `held` characters."""
+        """Return new text, without the last `held` characters."""
         decode = self.tokenizer.decode
         before, now = decode(self.ids[self.start : self.end]), decode(self.ids[self.start :])
         if not self.stopped and (whole or not now.endswith(INCOMPLETE)):
-            # Wrong bytes change how right ones before them are decoded, which then are no context.
+            # Invalid bytes can change the decoding of earlier ones; then decode without context.
             new = now.removeprefix(before) if now.startswith(before) else decode(self.ids[self.end :])
             self.start, self.end = self.end if new else self.start, len(self.ids)
             self.text += new

@@ -1,11 +1,11 @@
-"""Turn text into a corpus of tokens: python prepare_data.py data=pile_small; see README.md."""
+"""Prepare a corpus of tokens from text: python prepare_data.py data=pile_small; see README.md."""
 
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # Ctrl-C while modules load ends the process without a traceback
+if __name__ == "__main__":  # no traceback on Ctrl-C during imports
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
@@ -25,12 +25,12 @@ def main(cfg: DictConfig) -> None:
         try:
             work(checked(cfg), data_settings(HydraConfig.get()))
         except KeyboardInterrupt:
-            print("stopped; the same command goes on from here", file=sys.stderr)
+            print("interrupted; run the same command to continue", file=sys.stderr)
             raise
 
 
 def work(config: PrepareConfig, settings: str = "with the data settings of this command") -> None:
-    """Prepare a corpus, or this job's share of it, and print what it holds; `settings` are train.py's to find it."""
+    """Prepare a corpus, or this job's shard of it, and print a summary; `settings` are train.py's arguments for it."""
     from corpus.prepare import is_prepared
     from corpus.sample import sample_texts
     from data.manifest import read_manifest
@@ -38,16 +38,16 @@ def work(config: PrepareConfig, settings: str = "with the data settings of this 
 
     path = Path(config.data.path)
     if is_prepared(config.data, config.tokenizer, add=config.add):
-        print(f"{path} was prepared before with the same settings; it is used as it is")
+        print(f"{path} was prepared before with the same settings")
         about = read_manifest(path)
     elif (about := write(config)) is None:
-        print(f"shard {config.shard} of {config.shards} is done; {path} is made when all are")
+        print(f"shard {config.shard} of {config.shards} is done; the last shard writes {path}")
         return
     if config.verify:
-        stems = [stem for split in about["splits"].values() for its in split.values() for stem in its["shards"]]
+        stems = [stem for split in about["splits"].values() for counts in split.values() for stem in counts["shards"]]
         for stem in stems:
             Shard(path / stem, verify=True)
-        print(f"{len(stems)} shards are as they were written")
+        print(f"{len(stems)} shards verified")
     print_left_out(about["left_out"])
     print_table(about)
     for source, text in sample_texts(config.data, 3, max_tokens=SAMPLE_TOKENS):
@@ -56,7 +56,7 @@ def work(config: PrepareConfig, settings: str = "with the data settings of this 
 
 
 def write(config: PrepareConfig) -> dict[str, Any] | None:
-    """Prepare the corpus with a progress bar; return what corpus.json holds if all of it is done."""
+    """Prepare the corpus with a progress bar; return the contents of corpus.json, or None if it is incomplete."""
     import os
 
     from tqdm import tqdm
@@ -81,7 +81,6 @@ def write(config: PrepareConfig) -> dict[str, Any] | None:
 
 
 def print_left_out(left_out: dict[str, Any]) -> None:
-    """Print what the corpus does not hold: counts, and the first places of bad records."""
     kinds = {"duplicates": "exact duplicates of documents", "empty": "records without text", "count": "bad records"}
     for key, kind in kinds.items():
         if left_out[key]:
@@ -91,7 +90,7 @@ def print_left_out(left_out: dict[str, Any]) -> None:
 
 
 def print_table(about: dict[str, Any]) -> None:
-    """Print documents, tokens and bytes per token, by split and source."""
+    """Print documents, tokens and bytes per token by split and source."""
     print(f"\n{'split':6} {'source':24} {'documents':>12} {'tokens':>14} {'bytes/token':>12}")
     for split, sources in about["splits"].items():
         total = {key: sum(s[key] for s in sources.values()) for key in ("documents", "tokens", "text_bytes")}
@@ -99,11 +98,11 @@ def print_table(about: dict[str, Any]) -> None:
             ratio = counts["text_bytes"] / max(1, counts["tokens"])
             print(f"{split:6} {name:24} {counts['documents']:12,} {counts['tokens']:14,} {ratio:12.2f}")
     if without := sorted(set(about["splits"]["train"]) - set(about["splits"]["valid"])):
-        print(f"no document is held out of {', '.join(without)}: there will be no validation of it")
+        print(f"no validation documents of {', '.join(without)}")
 
 
 def spread(arguments: list[str]) -> list[str]:
-    """Return the arguments that make of `shards=64` a sweep over its shards, unless one or a Hydra option is named."""
+    """Return arguments that turn `shards=64` into a multirun over shards, unless `shard` or a Hydra option is given."""
     shards = [argument.removeprefix("shards=") for argument in arguments if argument.startswith("shards=")]
     if not shards or not shards[-1].isdigit() or any(a.startswith(("shard=", "-")) for a in arguments):
         return []

@@ -1,6 +1,6 @@
 """Train a model: python train.py model=7b data=pile_small; README.md lists every group.
 
-Nothing here imports torch before the configuration is known to be right.
+Imports no torch before the configuration has been checked.
 """
 
 import os
@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if __name__ == "__main__":  # Ctrl-C while modules load ends the process without a traceback
+if __name__ == "__main__":  # no traceback on Ctrl-C during imports
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
@@ -44,7 +44,7 @@ def main(cfg: DictConfig) -> float | None:
 
 
 def work(config: TrainConfig, run_dir: Path) -> float | None:
-    """Run one rank of a run and return its `objective`; after a stop, exit with the signal's code."""
+    """Run one rank; return the run's `objective`, or after a stop exit with the signal's code."""
     from launch.slurm import requeue_slurm_job
     from parallel.mesh import distributed
     from tracking.alerts import alerts
@@ -56,7 +56,7 @@ def work(config: TrainConfig, run_dir: Path) -> float | None:
     from training.stop import StopRequest
     from training.stragglers import pending_collective
 
-    # What NCCL's flight recorder holds when a collective times out, a file per rank: torchfrtrace reads them
+    # Dump of NCCL's flight recorder when a collective times out, one file per rank, for torchfrtrace
     os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(run_dir / FOLDER / "nccl_trace_rank_"))
     run_config, late_s = to_plain(config), config.parallel.step_timeout_s / 2
     with (
@@ -89,7 +89,7 @@ def train(
     *,
     periodic: "Sequence[Periodic]" = (),
 ) -> float | None:
-    """Run the steps that are left of a run and return its `objective`; `periodic` comes after each step."""
+    """Run the remaining steps and return the run's `objective`; `periodic` actions run after each step."""
     from data.dataset import open_corpus
     from parallel.loss_scaler import LossScaler
     from tracking.loggers import Loggers
@@ -105,7 +105,7 @@ def train(
     from training.setup import build_engine, build_model, build_throughput, build_train_batches, lr_schedule
     from training.state import TrainState
 
-    # Data: checked first, because it is wrong most often and opened in no time.
+    # Data first: it is the most frequent error, and opens quickly.
     corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
 
     if config.data.verify:
@@ -129,7 +129,6 @@ def train(
     describe(config, mesh, corpus, optimizer, state, run_dir)
     mesh.on_rank_zero(truncate_metrics, run_dir / "metrics.jsonl", state.step, state.undone())
 
-    # The batches' workers end here, however the steps end.
     with closing(build_train_batches(config, mesh, corpus, state)) as batches:
         if config.profile:
             profile_steps(lambda: engine.train_step(next(batches)), mesh.device, run_dir / "profile")

@@ -1,8 +1,8 @@
-"""The command line of every command: all that is wrong with it is reported at once, before torch is imported.
+"""Command lines: all errors are reported at once, before torch is imported.
 
-Hydra stops at the first problem, and at a sweep's bad point when its turn comes. Here its own loader applies every
-override and every value of a sweep on its own first. A launcher or sweeper of another package is checked again by the
-command's own `main`.
+Hydra stops at the first error, and finds an error in a sweep only when it reaches the point. So Hydra's loader is used
+here to try every override, and every value of a sweep, separately first. With a launcher or sweeper of another package,
+`main` checks again.
 """
 
 import argparse
@@ -43,27 +43,27 @@ from training.preflight import preflight_problems
 
 CONF = Path(__file__).parent.resolve()
 HYDRA_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
-NO_CONFIG = ("hydra_help", "shell_completion", "experimental_rerun")  # flags of Hydra's that check no configuration
-MOST_POINTS = 100  # of a sweep, that are composed before Hydra does it
-HERE = ("jobs", "basic")  # launchers that start ranks on this machine, or where `launcher` in the config decides
+NO_CONFIG = ("hydra_help", "shell_completion", "experimental_rerun")  # Hydra flags that need no valid configuration
+MOST_POINTS = 100  # of a sweep, composed here before Hydra does it
+HERE = ("jobs", "basic")  # launchers for which this machine, or the `launcher` group, decides what can run
 
 
 @quiet_pipe()
 def run(main: Callable[[], Any], command: str) -> None:
-    """Run a `hydra.main` function as a command; a wrong command line is reported in full and exits with 2."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises its errors, to be reported here
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle OpenMP threads sleep and leave their core to others
+    """Run a `hydra.main` function as a command; errors in the command line are reported together and exit with 2."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise errors instead of printing them
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle OpenMP threads sleep instead of spinning
     escape_unprintable()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # until now it ended the process at once
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # was SIG_DFL during imports
     try:
         register()
         args = get_args_parser().parse_intermixed_args()
         flags = [argument for argument in sys.argv[1:] if argument not in args.overrides]
-        sys.argv[1:] = [*flags, *args.overrides]  # which Hydra wants in this order
+        sys.argv[1:] = [*flags, *args.overrides]  # Hydra needs flags first
         if not any(getattr(args, flag) for flag in NO_CONFIG):
             line = CommandLine(args, command)
             if problems := line.problems():
-                # Each rank reports its own wrong variables; the rest is the same for all.
+                # Each rank reports errors in its environment variables; rank 0 reports the rest.
                 is_first = joined_environment(os.environ).get("RANK", "0") == "0"
                 _print_errors([problem for problem in problems if is_first or problem.startswith(VARIABLES)])
                 sys.exit(2)
@@ -80,9 +80,9 @@ def run(main: Callable[[], Any], command: str) -> None:
 
 @contextmanager
 def report_user_errors() -> Iterator[None]:
-    """Report an error that the user can fix, or a rank's, and exit with 1; a sweep's point raises it.
+    """Print user errors and rank failures and exit with 1; in a sweep, raise them.
 
-    For the body of a command's `main` too, outside of which Hydra prints lines of its own.
+    Used inside `main` too, because Hydra prints lines of its own for an exception that leaves it.
     """
     try:
         yield
@@ -94,7 +94,7 @@ def report_user_errors() -> Iterator[None]:
 
 def _exit_with(error: Exception) -> None:
     """Print an error and exit with 1; raise it if it is a bug."""
-    if isinstance(error, RankError):  # holds whole lines, a rank's traceback among them
+    if isinstance(error, RankError):  # already formatted, with a traceback
         print(error, file=sys.stderr)
     elif is_user_error(error):
         _print_errors(str(error).splitlines())
@@ -105,30 +105,29 @@ def _exit_with(error: Exception) -> None:
 
 def _print_errors(messages: list[str]) -> None:
     for message in messages:
-        message = re.sub(r"(://[^/@\s]*:)[^/@\s]*@", r"\1***@", message)  # the password of an address
+        message = re.sub(r"(://[^/@\s]*:)[^/@\s]*@", r"\1***@", message)  # password in a URL
         print(f"error: {printable(message)}", file=sys.stderr)
 
 
 def data_settings(hydra: Any) -> str:
-    """Return the settings of a command line that decide which tokens there are, as another command takes them."""
+    """Return the command-line arguments that select the corpus, for use with another command."""
     folders = [f"--config-dir={s.path}" for s in hydra.runtime.config_sources if s.provider == "command-line"]
     folders += [o for o in hydra.overrides.hydra if o.startswith("hydra.searchpath=")]
     typed = [o for o in (o.lstrip("+") for o in hydra.overrides.task) if o.startswith("data.")]
     typed = [o for o in typed if re.split("[.=]", o)[1] not in TRAINING_ONLY]
-    plain = [re.sub(r"='((?!null$)[^'\\,[\]{}()$]+)'$", r"=\1", o) for o in typed]  # which is text without quotes too
+    plain = [re.sub(r"='((?!null$)[^'\\,[\]{}()$]+)'$", r"=\1", o) for o in typed]  # drop quotes that are not needed
     return shlex.join([*folders, f"data={hydra.runtime.choices['data']}", *plain])
 
 
 def checked(cfg: DictConfig) -> Any:
-    """Return a composed configuration as its checked dataclass; raise `ConfigError` with all that is wrong with it."""
+    """Return a composed configuration as its checked dataclass; raise `ConfigError` with all errors."""
     return to_config(cfg, preflight_problems)
 
 
 class CommandLine:
-    """The arguments of a command, the configurations that Hydra makes of them, and what is wrong with them.
+    """The arguments of a command and the errors in them.
 
-    Hydra's loader is used as it uses it itself: the public `compose` has no `--config-dir`, and composes anew for every
-    value.
+    Uses Hydra's internal loader: the public `compose` has no `--config-dir`, and recomposes for every value.
     """
 
     def __init__(self, args: argparse.Namespace, command: str) -> None:
@@ -147,7 +146,7 @@ class CommandLine:
         self.options: dict[str, list[str]] = {}
 
     def configure(self, overrides: Sequence[Override]) -> tuple[DictConfig, DictConfig]:
-        """Return the command's configuration under overrides, and Hydra's own."""
+        """Compose with overrides; return the command's configuration and Hydra's."""
         groups = tuple(override.input_line or "" for override in overrides if self._chooses(override))
         if groups not in self.composed:
             lines = [*self.search_path, *groups]
@@ -155,13 +154,13 @@ class CommandLine:
         cfg = deepcopy(self.composed[groups])
         self.loader._apply_overrides_to_config([o for o in overrides if not self._chooses(o)], cfg)
         with read_write(cfg), open_dict(cfg):
-            cfg.hydra.job.update(num=0, id="0")  # for what is named after a sweep's points
+            cfg.hydra.job.update(num=0, id="0")  # for interpolations of a sweep
             HydraConfig.instance().set_config(cfg)
             hydra = cfg.pop("hydra")
         return cfg, hydra
 
     def problems(self) -> list[str]:
-        """Return everything that is wrong with the command line."""
+        """Return all errors in the command line."""
         if not Path(self.args.config_dir or CONF).is_dir():
             return [f"--config-dir ({self.args.config_dir}) is not a folder"]
         try:
@@ -182,7 +181,7 @@ class CommandLine:
                 hint = f"did you mean {meant}?" if meant else "keys not of ASCII letters, digits, _ and - need YAML"
                 wrong.append(f"{argument} must be key=value; {hint}")
         fixed = [override for override in overrides if not override.is_sweep_override()]
-        fixed = self._sound(sorted(fixed, key=self._chooses, reverse=True), wrong)
+        fixed = self._valid(sorted(fixed, key=self._chooses, reverse=True), wrong)
         cfg, hydra = self.configure(fixed)
         wrong += unknown_keys(cfg)
         folders = [o for o in overrides if o.key_or_group in ("hydra.run.dir", "hydra.sweep.dir")]
@@ -191,7 +190,7 @@ class CommandLine:
         many = self.args.multirun or hydra.mode is RunMode.MULTIRUN
         params = hydra.sweeper.get("params") or {} if many else {}
         swept = {key: self.parser.parse_override(f"{key}={value}") for key, value in params.items()}
-        swept |= {override.get_key_element(): override for override in overrides}  # the last of a key counts
+        swept |= {override.get_key_element(): override for override in overrides}  # the last one wins
         varied = [self._split(override) for override in swept.values() if override.is_sweep_override()]
         if varied and not many:
             wrong.append(f"{varied[0][0].key_or_group} has several values; add -m to run one after another")
@@ -199,29 +198,27 @@ class CommandLine:
             wrong.append("a sweep starts its ranks itself; run python train.py -m ... without torchrun or srun")
         for values in varied:
             for value in values:
-                self._sound([value], wrong, beside=fixed)
+                self._valid([value], wrong, base=fixed)
         yield from wrong
         if not (wrong or self.args.help or self.args.cfg or self.args.info):
             points = islice(map(list, product(*varied)), MOST_POINTS)  # the launcher checks all
             yield from self._point_problems(fixed, list(points))
 
-    def _sound(
-        self, overrides: Sequence[Override], wrong: list[str], beside: Sequence[Override] = ()
-    ) -> list[Override]:
-        """Return the overrides that can be applied, and add to `wrong` why the others cannot be."""
-        sound: list[Override] = []
+    def _valid(self, overrides: Sequence[Override], wrong: list[str], base: Sequence[Override] = ()) -> list[Override]:
+        """Return the overrides that can be applied on top of `base`; add errors of the others to `wrong`."""
+        valid: list[Override] = []
         with suppress(*HYDRA_ERRORS, ValueError):
-            self.configure([*beside, *overrides])
+            self.configure([*base, *overrides])
             return list(overrides)
         for override in overrides:
             try:
-                self.configure([*beside, *sound, override])
-                sound.append(override)
+                self.configure([*base, *valid, override])
+                valid.append(override)
             except (*HYDRA_ERRORS, ValueError) as error:
-                wrong.append(self._refusal(override, error))
-        return sound
+                wrong.append(self._describe(override, error))
+        return valid
 
-    def _refusal(self, override: Override, error: Exception) -> str:
+    def _describe(self, override: Override, error: Exception) -> str:
         cause = _cause(error)
         if not isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
             return f"{override.input_line}: {_message(error).removeprefix(f'{override.key_or_group}: ')}"
@@ -229,20 +226,20 @@ class CommandLine:
         return f"{override.key_or_group} is not a setting" + (f"; did you mean {meant}?" if meant else "")
 
     def _chooses(self, override: Override) -> bool:
-        """Return whether an override chooses an option of a group, rather than a value."""
+        """Return whether an override selects a config group option rather than a value."""
         key, name = override.key_or_group, self.config_name
         if key not in self.options:
             self.options[key] = [] if "." in key else self.loader.get_group_options(key, None, name, self.search_path)
         return bool(self.options[key]) and not isinstance(override.value(), dict)
 
     def _split(self, override: Override) -> list[Override]:
-        """Return an override for each of its values; for the ends of an interval."""
+        """Return an override per value, or one for each end of an interval."""
         value = override.value()
         values = [value.start, value.end] if isinstance(value, IntervalSweep) else override.sweep_string_iterator()
         return [self.parser.parse_override(f"{override.get_key_element()}={value}") for value in values]
 
     def _point_problems(self, fixed: list[Override], points: list[list[Override]]) -> Iterator[str]:
-        """Yield what is wrong with points of a sweep, and where."""
+        """Yield the errors of a sweep's points."""
         problems: dict[str, list[str]] = {}
         for point in points:
             cfg, hydra = self.configure([*fixed, *point])
@@ -259,7 +256,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _message(error: BaseException) -> str:
-    """Return the innermost message of an error of Hydra's, in one line, with the key that it is about."""
+    """Return the root cause of a Hydra error as one line, with its key."""
     cause = _cause(error)
     text = " ".join(re.split(r"\n +full_key|\nConfig search path", str(cause))[0].split())
     key = getattr(cause, "full_key", None)

@@ -1,14 +1,14 @@
-"""A ladder of models, sized by one number: `${ladder:steps,${model.n_layers},${model.vocab_size}}` in a config.
+"""Scaling rules of a model ladder, for configs: `${ladder:steps,${model.n_layers},${model.vocab_size}}`.
 
-The rules and their sources stand here and nowhere else. Rates carry over from the smallest to the largest by
-`model.parametrization=completep`; what is left to set with the size is the batch and what follows from it.
+Learning rates transfer between sizes by `model.parametrization=completep`; these rules set the batch size and what
+depends on it.
 """
 
 import math
 from collections.abc import Callable
 
 HEAD_DIM = 64
-WIDTH_PER_LAYER = 64  # so that depth and width grow together (Kaplan et al. 2020, arXiv:2001.08361, section 3.1)
+WIDTH_PER_LAYER = 64  # a constant aspect ratio (Kaplan et al. 2020, arXiv:2001.08361, section 3.1)
 TOKENS_PER_PARAM = 20  # Hoffmann et al. 2022, arXiv:2203.15556
 # The critical batch grows as tokens^0.383 (Bergsma et al. 2025, arXiv:2505.13738), from 2^19 for the 125m model.
 BATCH_EXPONENT = 0.383
@@ -16,7 +16,7 @@ BASE_BATCH, BASE_TOKENS = 2**19, 2.2e9
 
 
 def n_params(d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, d_ff: int, vocab_size: int) -> int:
-    """Return the weights of blocks and head that a token is multiplied with; embeddings are looked up."""
+    """Return the number of weights in matrix products, which excludes the input embedding."""
     attention = 2 * d_model**2 + 2 * d_model * (d_model // n_heads) * n_kv_heads
     return n_layers * (attention + 3 * d_model * d_ff) + vocab_size * d_model
 
@@ -30,7 +30,7 @@ def n_heads(d_model: int) -> int:
 
 
 def d_ff(d_model: int) -> int:
-    """8/3 of the width in multiples of 64 (Shazeer 2020, arXiv:2002.05202)."""
+    """Return 8/3 of the width, rounded up to a multiple of 64 (Shazeer 2020, arXiv:2002.05202)."""
     return -(-d_model * 8 // 3 // 64) * 64
 
 
@@ -41,7 +41,7 @@ def tokens(n_layers: int, vocab_size: int) -> int:
 
 
 def batch_tokens(n_layers: int, vocab_size: int) -> int:
-    """The nearest power of two."""
+    """Return the batch size, rounded to a power of two."""
     batch = BASE_BATCH * (tokens(n_layers, vocab_size) / BASE_TOKENS) ** BATCH_EXPONENT
     return 1 << round(math.log2(batch))
 
@@ -51,12 +51,12 @@ def steps(n_layers: int, vocab_size: int) -> int:
 
 
 def lr(n_layers: int, vocab_size: int, base: float) -> float:
-    """The rate grows as the square root of the batch (Malladi et al. 2022, arXiv:2205.10287)."""
+    """Scale the learning rate with the square root of the batch (Malladi et al. 2022, arXiv:2205.10287)."""
     return base * (batch_tokens(n_layers, vocab_size) / BASE_BATCH) ** 0.5
 
 
 def weight_decay(n_layers: int, vocab_size: int, base: float) -> float:
-    """Weights are averaged over the same share of all tokens (batch / (rate decay tokens), arXiv:2505.13738)."""
+    """Keep the AdamW timescale, batch / (lr * weight_decay * tokens), constant (arXiv:2505.13738)."""
     batch = batch_tokens(n_layers, vocab_size) / BASE_BATCH
     return base * batch**0.5 * BASE_TOKENS / tokens(n_layers, vocab_size)
 
@@ -67,5 +67,5 @@ RULES: dict[str, Callable[..., float]] = {
 
 
 def ladder(rule: str, *arguments: float) -> float:
-    """Return what a rule makes of its arguments; a base rate or decay is one for a batch of 2^19 tokens."""
+    """Apply a rule by name; base learning rate and weight decay are those for a batch of 2^19 tokens."""
     return RULES[rule](*arguments)

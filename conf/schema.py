@@ -1,4 +1,4 @@
-"""The typed configuration of every command, and the rules between its sections; YAML chooses values. Torch-free."""
+"""The typed configuration of every command, and rules between its sections. Torch-free."""
 
 import dataclasses
 import difflib
@@ -36,16 +36,16 @@ from training.config import (
     SchedulerConfig,
 )
 
-MEANT = {"batch_size": "global_batch_tokens", "learning_rate": "lr"}  # by another framework's name
+ALIASES = {"batch_size": "global_batch_tokens", "learning_rate": "lr"}  # names in other frameworks
 CONTENT = ("model", "optimizer", "scheduler", "sampler", "all")
 NAME = re.compile(r"[\w.=,+-]{1,200}(/[\w.=,+-]{1,200})*")
-# Metadata of fields; that of a field which is any value but text is {"number": True}
+# Metadata of fields; a field of type Any that is not text has {"number": True}
 PROSE = {"prose": True}  # never a path
-FREE = {"free": True}  # may change when a run is resumed: does not decide what is learnt
+FREE = {"free": True}  # may change on resume
 
 
 class ConfigError(UserError):
-    """Everything that is wrong with a configuration, one problem per line."""
+    """All errors in a configuration, one per line."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,13 +55,13 @@ class TrainConfig:
     steps: int = MISSING
     global_batch_tokens: int = MISSING  # tokens per step over all devices
     ramp: RampConfig = MISSING
-    skip_batches: list[str] = field(default_factory=list)  # the log's steps that are not trained on: [17,100-120]
+    skip_batches: list[str] = field(default_factory=list)  # steps whose batches are skipped: [17,100-120]
     valid_every: int = field(default=0, metadata=FREE)  # steps between validations; 0: only at the end
     valid_tokens: int | None = field(default=None, metadata=FREE)  # per validation (null: the whole split)
-    profile: bool = False  # measure a few steps instead of training: runs/<name>/profile
+    profile: bool = False  # profile a few steps instead of training: runs/<name>/profile
     init_from: str | None = field(default=None, metadata=FREE)  # a run, a checkpoint, or a Hugging Face folder
     init_content: list[str] = field(default_factory=lambda: ["model"], metadata=FREE)
-    objective: str = field(default="valid/loss", metadata=FREE)  # a metric that searches minimise; with - they maximise
+    objective: str = field(default="valid/loss", metadata=FREE)  # metric that searches minimise; -metric: maximise
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
     parallel: ParallelConfig = field(default=MISSING, metadata=FREE)
@@ -83,11 +83,11 @@ class TrainConfig:
         return self.data.micro_batch_size * self.data.seq_len
 
     def grad_accum_steps(self, dp_size: int = 1) -> int:
-        """Micro-batches a data-parallel rank runs in a full step."""
+        """Micro-batches per data-parallel rank and full step."""
         return self.global_batch_tokens // (self.micro_batch_tokens * dp_size)
 
     def packs_of_step(self, step: int) -> int:
-        """Packs in the batch of `step` (the first is 0), the ramp-up included."""
+        """Packs in the batch of `step`, counted from 0, with the ramp-up."""
         tokens, pack_tokens = self.global_batch_tokens, self.data.pack_tokens
         return packs_of_step(step, global_batch_tokens=tokens, ramp=self.ramp, pack_tokens=pack_tokens)
 
@@ -167,10 +167,10 @@ class PrepareConfig:
     data: DataConfig = MISSING
     tokenizer: TokenizerConfig = MISSING
     workers: int | None = None  # processes (null: all of this process's cores)
-    shards: int = 1  # jobs that the work is divided into
-    shard: int = 0  # the one that this process is
-    verify: bool = False  # check the hashes of all shards, new or not
-    add: bool = False  # add to a prepared corpus the files that came since
+    shards: int = 1  # number of jobs
+    shard: int = 0  # index of this job
+    verify: bool = False  # check the hashes of all shards
+    add: bool = False  # add new input files to a prepared corpus
     launcher: LauncherConfig = MISSING
 
     def problems(self) -> Iterator[str]:
@@ -180,7 +180,7 @@ class PrepareConfig:
         if self.tokenizer.special_tokens_in_text and self.data.style is not Style.text:
             yield f"tokenizer.special_tokens_in_text (true) needs data.style text, not {self.data.style.value}"
         if self.data.source in (Source.random, Source.tokens):
-            yield f"data.source ({self.data.source.value}) has nothing to prepare; train.py reads it as it is"
+            yield f"data.source ({self.data.source.value}) has nothing to prepare; run train.py"
         if not 1 <= self.shards <= MOST_SHARDS or not 0 <= self.shard < self.shards:
             yield f"shard ({self.shard}) must be in [0, shards), and shards ({self.shards}) in [1, {MOST_SHARDS}]"
         if self.shards > 1 and self.data.max_documents is not None:
@@ -190,7 +190,7 @@ class PrepareConfig:
 
 @dataclass(kw_only=True, slots=True)
 class SavedConfig:
-    """A model that was trained before."""
+    """A trained model."""
 
     run: str | None = None  # a run folder or one of its checkpoints
     step: int | None = None  # of the run's checkpoint (null: the newest)
@@ -217,7 +217,7 @@ class RunOrHfConfig(SavedConfig):
 class ExportConfig(SavedConfig):
     from_hf: str | None = None  # a Hugging Face folder to import
     from_internlm: str | None = None  # a folder of InternLM's training checkpoints to import
-    tokenizer: str | None = None  # from_internlm: a tokenizer's file or folder, as those checkpoints hold none
+    tokenizer: str | None = None  # from_internlm: a tokenizer's file or folder, because the checkpoints have none
     out: str | None = None  # the folder to write (null: <run>/hf, or runs/<name of the folder>)
     dtype: Dtype = Dtype.bf16
 
@@ -231,21 +231,21 @@ class ExportConfig(SavedConfig):
 
 @dataclass(kw_only=True, slots=True)
 class GenerateConfig(RunOrHfConfig):
-    prompt: str | None = field(default=None, metadata=PROSE)  # "-": standard input, whole
+    prompt: str | None = field(default=None, metadata=PROSE)  # "-": all of standard input
     prompts: str | None = None  # a file with one prompt per line, or "-"
-    chat: bool = False  # prompts are messages, answered by the chat template; without one it is a conversation
-    system: str | None = field(default=None, metadata=PROSE)  # chat: the message of the system before all others
+    chat: bool = False  # prompts are user messages; without a prompt, an interactive conversation
+    system: str | None = field(default=None, metadata=PROSE)  # chat: the system message
     max_new_tokens: int = 128
     temperature: float = 0.8  # 0: greedy
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     repetition_penalty: float = 1.0
-    stop: list[str] = field(default_factory=list, metadata=PROSE)  # strings that end a text, beside the tokens that do
+    stop: list[str] = field(default_factory=list, metadata=PROSE)  # strings that end a text, besides stop tokens
     seed: int = 0
     samples: int = 1  # texts per prompt
     batch_size: int = 16  # prompts decoded together
     device: Device = Device.auto
-    cache: bool = True  # keep keys and values; false recomputes the whole text for every token
+    cache: bool = True  # use a KV cache
 
     def problems(self) -> Iterator[str]:
         yield from RunOrHfConfig.problems(self)
@@ -255,7 +255,7 @@ class GenerateConfig(RunOrHfConfig):
             yield f"system ({self.system}) needs chat=true"
         yield from _below(self, 1, "max_new_tokens", "samples", "batch_size")
         yield from _below(self, 0, "top_k", "seed")
-        # Beyond these bounds logits, float32, would not be finite.
+        # fp32 logits are not finite beyond these bounds.
         if not (self.temperature == 0 or 1e-4 <= self.temperature <= 1e4):
             yield f"temperature ({self.temperature}) must be 0 or in [0.0001, 10000]"
         if not 0 < self.top_p <= 1:
@@ -263,7 +263,7 @@ class GenerateConfig(RunOrHfConfig):
         if not 1e-4 <= self.repetition_penalty <= 1e4:
             yield f"repetition_penalty ({self.repetition_penalty}) must be in [0.0001, 10000]"
         if "" in self.stop:
-            yield "stop holds an empty string, which would end every text at once; leave it out"
+            yield "stop has an empty string, which would end every text at once; remove it"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -287,7 +287,7 @@ class EvaluateConfig(RunOrHfConfig):
 
 
 def _below(section: object, least: int, *keys: str) -> Iterator[str]:
-    """Yield the values that are below the least that is allowed, or of more than 64 bits; null is allowed."""
+    """Yield an error for each value below `least` or beyond 64 bits; null is allowed."""
     for key in keys:
         value = getattr(section, key)
         if value is not None and not least <= value < 2**63:
@@ -299,7 +299,7 @@ SCHEMAS = {"train": TrainConfig, "prepare_data": PrepareConfig, **SAVED}
 
 
 def register() -> None:
-    """Store the schemas under the names that the primary configs start from, and the resolvers that they may use."""
+    """Register the schemas and resolvers that the YAML files use."""
     OmegaConf.register_new_resolver("ladder", ladder, replace=True)
     for name, schema in SCHEMAS.items():
         ConfigStore.instance().store(f"{name}_schema", node=schema)
@@ -322,7 +322,7 @@ def to_object(cfg: DictConfig) -> Any:
 
 
 def to_config(cfg: DictConfig, more_problems: Callable[[Any], Iterable[str]] = lambda _: ()) -> Any:
-    """Return a composed configuration as its dataclass; raise `ConfigError` with everything that is wrong with it."""
+    """Return a composed configuration as its dataclass; raise `ConfigError` with all errors."""
     config = to_object(cfg)
     if problems := [*config.problems(), *more_problems(config)]:
         raise ConfigError("\n".join(problems))
@@ -330,9 +330,9 @@ def to_config(cfg: DictConfig, more_problems: Callable[[Any], Iterable[str]] = l
 
 
 def to_plain(config: Any) -> dict[str, Any]:
-    """Return a typed configuration as JSON can hold it and OmegaConf reads it back: what is stored with a run.
+    """Return a typed configuration as JSON that OmegaConf can read back.
 
-    Enums are by their value, inf and nan are words, and a `${` that is text is escaped.
+    Enums become their values, inf and nan strings, and a literal `${` is escaped.
     """
     text = json.dumps(dataclasses.asdict(config), default=lambda option: option.value)
     escaped = re.sub(r"(\\*)\$\{", r"\1\1\\\\${", text)  # in JSON a backslash is two
@@ -340,7 +340,7 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def _settings(section: type, prefix: str = "") -> Iterator[tuple[str, type, Any]]:
-    """Yield the dotted key, section and field of every setting, sections themselves included."""
+    """Yield dotted key, section and field of every setting, including sections."""
     for found in dataclasses.fields(section):
         yield prefix + found.name, section, found
         if isinstance(found.type, type) and dataclasses.is_dataclass(found.type):
@@ -349,7 +349,7 @@ def _settings(section: type, prefix: str = "") -> Iterator[tuple[str, type, Any]
 
 @cache
 def defaults() -> dict[str, Any]:
-    """Return the default of every setting that has one, as `to_plain` has it: what a run older than it is taken for."""
+    """Return the defaults of all settings, as in `to_plain`, for stored configurations that lack a newer setting."""
     made = {
         key: found.default if found.default_factory is dataclasses.MISSING else found.default_factory()
         for key, _, found in _settings(TrainConfig)
@@ -358,7 +358,7 @@ def defaults() -> dict[str, Any]:
 
 
 def free_keys() -> list[str]:
-    """Return the keys that may change on resume: fields marked `free`, and a corpus's, whose tokens are compared."""
+    """Return the keys that may change on resume: `free` fields, and those of the corpus, whose tokens are compared."""
     return [
         key
         for key, section, found in _settings(TrainConfig)
@@ -367,17 +367,17 @@ def free_keys() -> list[str]:
 
 
 def similar_keys(key: str, section: type) -> list[str]:
-    """Return the dotted keys that end with the same word, or the nearest one."""
+    """Return the dotted keys that end with the same word, or the closest match."""
     keys, word = [key for key, _, _ in _settings(section)], key.rpartition(".")[2]
-    named = [each for each in keys if each.rpartition(".")[2] == MEANT.get(word, word)]
+    named = [other for other in keys if other.rpartition(".")[2] == ALIASES.get(word, word)]
     return named or difflib.get_close_matches(key, keys, n=1)
 
 
 def stored(section: type, values: dict[str, Any]) -> Any:
-    """Return a section of a configuration that was stored with a checkpoint, without settings that are no more."""
+    """Return a section of a stored configuration as its dataclass, without settings that no longer exist."""
     known = {field.name for field in dataclasses.fields(section)}
-    its = {key: value for key, value in values.items() if key in known}
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), its))
+    values = {key: value for key, value in values.items() if key in known}
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), values))
 
 
 def stored_model(run_config: dict[str, Any]) -> ModelConfig:
@@ -385,13 +385,13 @@ def stored_model(run_config: dict[str, Any]) -> ModelConfig:
 
 
 def did_you_mean(word: str, choices: list[str]) -> str:
-    """Return a hint: the nearest choice, or all of them."""
+    """Return a hint with the closest choice, or all of them."""
     near = difflib.get_close_matches(word, choices, n=1)
     return f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(choices)}"
 
 
 def unknown_keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Yield the keys that `+key=value` added to a structured node; OmegaConf itself accepts them."""
+    """Yield an error for each key that `+key=value` added to a dataclass; OmegaConf accepts them."""
     schema = OmegaConf.get_type(cfg)
     known = [f.name for f in dataclasses.fields(schema)] if dataclasses.is_dataclass(schema) else None
     for key in cfg:

@@ -1,8 +1,8 @@
-"""Settings that are text, such as prompts, paths and names: a command line's are taken as they are typed.
+"""Literal text on the command line, for prompts, paths and names.
 
 Hydra's grammar would read `name=007` as a number, `prompt=Hello, world` as two values and `${x}` as an interpolation.
-It still reads a text setting that is null or wholly in quotes; with -m, the values that commas separate; `[a,b]` where
-a list is asked for; and `${key}` in `name`. In YAML all is Hydra's.
+It still applies to null, to a value in quotes, to commas with -m, to `[a,b]` for a list, and to `${key}` in `name`.
+YAML files are not affected.
 """
 
 import os
@@ -25,7 +25,7 @@ UNREADABLE = object()
 
 
 def as_hydra_reads(argument: str, command: str, *, sweep: bool) -> str:
-    """Return a command's argument in Hydra's grammar."""
+    """Return an argument, quoted for Hydra's grammar where necessary."""
     key, equal, value = argument.partition("=")
     plain_key = key.lstrip("+")
     kind, metadata, in_dict = _field(command, plain_key)
@@ -34,12 +34,12 @@ def as_hydra_reads(argument: str, command: str, *, sweep: bool) -> str:
         items = ITEM.findall(value + ",") if sweep else [value]
         value = ",".join(_text(item, kind is not str, metadata, refers=plain_key == "name") for item in items)
     elif equal and (_read(value) is UNREADABLE or (is_dataclass(kind) and isinstance(_read(value), bool))):
-        value = _quote(value)  # dry_run=true is an option of a group
+        value = _quote(value)  # dry_run=true selects a config group option
     return ("++" if in_dict and key == plain_key else "") + key + equal + value
 
 
 def _field(command: str, key: str) -> tuple[Any, Mapping[str, Any], bool]:
-    """Return a setting's type without its None, its metadata, and whether it is or lies in a dictionary."""
+    """Return a setting's type without None, its metadata, and whether it is in a dict."""
     kind: Any = SCHEMAS[command]
     metadata, in_dict = {}, False
     for part in key.split("."):
@@ -50,16 +50,16 @@ def _field(command: str, key: str) -> tuple[Any, Mapping[str, Any], bool]:
         elif kind is not Any:
             return None, {}, in_dict
         if get_origin(kind) is UnionType:
-            kind = next(each for each in get_args(kind) if each is not NoneType)
+            kind = next(option for option in get_args(kind) if option is not NoneType)
         in_dict = in_dict or get_origin(kind) is dict
     return kind, metadata, in_dict
 
 
 def _text(item: str, may_be_list: bool, metadata: Mapping[str, Any], refers: bool) -> str:
-    """Return one text, or a list of them, so that Hydra reads it as it was typed."""
+    """Return text, or a list of texts, such that Hydra reads it literally."""
     if may_be_list and item.startswith("[") and item.endswith("]"):
         items = ITEM.findall(item[1:-1] + ",") if item[1:-1].strip() else []
-        return f"[{','.join(_text(each, False, metadata, refers) for each in items)}]"
+        return f"[{','.join(_text(text, False, metadata, refers) for text in items)}]"
     value = _read(item)
     if value is None or (may_be_list and isinstance(value, dict)):
         return item
@@ -69,7 +69,7 @@ def _text(item: str, may_be_list: bool, metadata: Mapping[str, Any], refers: boo
         text = os.path.expanduser(text)
     if text == value and not quoted and ("${" not in text or refers):
         return text
-    return _quote(text if refers else re.sub(r"(\\*)\$\{", r"\1\1\\${", text))  # OmegaConf's way to write ${
+    return _quote(text if refers else re.sub(r"(\\*)\$\{", r"\1\1\\${", text))  # OmegaConf's escape of ${
 
 
 def _read(value: str) -> Any:

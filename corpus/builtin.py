@@ -1,4 +1,4 @@
-"""Real text that every machine with Python has: the standard library, for a first run without a network."""
+"""A built-in corpus for a first run without network: Python's standard library."""
 
 import ast
 import inspect
@@ -14,7 +14,7 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def builtin_files() -> Iterator[tuple[str, int]]:
-    """Yield the library's files and their sizes, in order."""
+    """Yield the library's files, sorted, and their sizes."""
     for path in sorted(ROOT.rglob("*.py")):
         place = path.relative_to(ROOT)
         if not LEFT_OUT & set(place.parts) and not place.parts[0].startswith(("config-", "ensurepip")):
@@ -22,9 +22,9 @@ def builtin_files() -> Iterator[tuple[str, int]]:
 
 
 def builtin_texts(path: str) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (text, source, place, split key) of a file: itself (`code`), and its docstrings or topics (`en`).
+    """Yield (text, source, place, split key) of a file: the code (`code`), and its docstrings or topics (`en`).
 
-    What comes from one file has one key, so that a docstring is never held out from its own source.
+    Code and docstrings of a file share a split key, so that no docstring is in both splits.
     """
     place = str(Path(path).relative_to(ROOT))
     try:
@@ -32,7 +32,7 @@ def builtin_texts(path: str) -> Iterator[tuple[str, str, str, str]]:
     except UnicodeDecodeError:
         return  # the library has a few files in other encodings
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", (SyntaxWarning, DeprecationWarning))  # about escapes in old code
+        warnings.simplefilter("ignore", (SyntaxWarning, DeprecationWarning))  # invalid escapes in old code
         nodes = list(ast.walk(ast.parse(text)))
     if place.startswith("pydoc_data"):
         for node in nodes:

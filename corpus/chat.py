@@ -13,10 +13,10 @@ import numpy as np
 from corpus.config import DataError
 from data.tokenizer import ANCHOR, CHAT_TEMPLATE, Tokenizer
 
-# Role, content, and what else a template may write of a message; of the first, also the record's tools.
+# Dicts of role, content and other fields of a message; the first also has the record's tools.
 Messages = list[dict[str, Any]]
 
-# What lies between the generation markers is trained on: an answer and the token that ends it.
+# The text between generation markers is trained on: an answer and its end token.
 TEMPLATES = {
     "internlm": (
         "{% for message in messages %}{% if message['role'] == 'assistant' %}"
@@ -37,14 +37,14 @@ MARKERS = {"internlm": ("<eoh>", "<eoa>"), "chatml": ("<|im_start|>", "<|im_end|
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
 CALLS = ("tool_calls", "function_call")
-WRITTEN = ("tools", *CALLS)  # what a template must write of a message if it is there
+WRITTEN = ("tools", *CALLS)  # fields that a template must not ignore
 PRIVATE_USE = range(0xF0000, 0xFFFFD)
 MARK = chr(PRIVATE_USE[0])
-MOST_KEY_CHARS = 200  # of the names of a record, in a message
+MOST_KEY_CHARS = 200  # of a record's keys, in an error message
 
 
 def read_template(name: str) -> str:
-    """Return a built-in template, or that of a .jinja file, a tokenizer_config.json, or a folder with either."""
+    """Return a built-in template or read it from a .jinja file, a tokenizer_config.json, or a folder with either."""
     template: Any = TEMPLATES.get(name)
     path = Path(name)
     if path.is_dir():
@@ -55,8 +55,8 @@ def read_template(name: str) -> str:
             template = lookup(json.loads(text), "chat_template") if path.suffix == ".json" else text
         except ValueError as error:
             raise DataError(f"data.chat_template ({path}) cannot be read: {error}") from None
-    if isinstance(template, list):  # several, each with its name
-        template = next((lookup(each, "template") for each in template if lookup(each, "name") == "default"), None)
+    if isinstance(template, list):  # named templates
+        template = next((lookup(entry, "template") for entry in template if lookup(entry, "name") == "default"), None)
     if not isinstance(template, str):
         known = f"{', '.join(TEMPLATES)}, a .jinja file, a tokenizer_config.json, or a folder with either"
         raise DataError(f"data.chat_template ({name}) has no template; name one of {known}")
@@ -64,10 +64,10 @@ def read_template(name: str) -> str:
 
 
 def messages_of(record: Any, style: Literal["alpaca", "chat"], key: str = "messages") -> Messages:
-    """Return a record's conversation; raises `ValueError` if there is none to train on."""
+    """Return a record's conversation; raise `ValueError` if there is no answer to train on."""
     if style == "alpaca":
         if lookup(record, "history"):
-            raise ValueError("history holds messages, which data.style alpaca does not read; use data.style=chat")
+            raise ValueError("history has messages, which data.style alpaca ignores; use data.style=chat")
         question, answer = (_string(record, field) for field in ("instruction", "output"))
         if lookup(record, "input"):
             question += "\n" + _string(record, "input")
@@ -79,8 +79,8 @@ def messages_of(record: Any, style: Literal["alpaca", "chat"], key: str = "messa
         messages = [_message(turn) for turn in turns]
     if lookup(record, "system"):
         messages.insert(0, {"role": "system", "content": _string(record, "system")})
-    learnt = (m for m in messages if m["role"] == "assistant" and m.get("weight", 1))
-    if not any(message["content"].strip() or any(call in message for call in CALLS) for message in learnt):
+    answers = (m for m in messages if m["role"] == "assistant" and m.get("weight", 1))
+    if not any(message["content"].strip() or any(call in message for call in CALLS) for message in answers):
         raise ValueError("no message of the assistant")
     tools = lookup(record, "tools") or lookup(record, "functions")
     if tools := json.loads(tools) if isinstance(tools, str) else tools:
@@ -90,14 +90,14 @@ def messages_of(record: Any, style: Literal["alpaca", "chat"], key: str = "messa
 
 def _message(turn: Any) -> dict[str, Any]:
     role, content = ("role", "content") if lookup(turn, "from") is None else ("from", "value")
-    if (named := _string(turn, role)) not in ROLES:
-        raise ValueError(f"unknown role {named!r}; roles are {', '.join(ROLES)}")
-    said = ("role", "content", "from", "value")
-    more = {key: value for key, value in turn.items() if key not in said and value not in (None, "", [], {})}
-    if more.get("weight", 1) not in (0, 1):
-        raise ValueError(f"weight ({more['weight']}) must be 0 or 1")
-    is_call = lookup(turn, content) is None and any(call in more for call in CALLS)
-    return {"role": ROLES[named], "content": "" if is_call else _string(turn, content), **more}
+    if (name := _string(turn, role)) not in ROLES:
+        raise ValueError(f"unknown role {name!r}; roles are {', '.join(ROLES)}")
+    standard = ("role", "content", "from", "value")
+    extra = {key: value for key, value in turn.items() if key not in standard and value not in (None, "", [], {})}
+    if extra.get("weight", 1) not in (0, 1):
+        raise ValueError(f"weight ({extra['weight']}) must be 0 or 1")
+    is_call = lookup(turn, content) is None and any(call in extra for call in CALLS)
+    return {"role": ROLES[name], "content": "" if is_call else _string(turn, content), **extra}
 
 
 def _string(record: Any, field: str) -> str:
@@ -105,7 +105,7 @@ def _string(record: Any, field: str) -> str:
     if not isinstance(value, str):
         raise ValueError(describe_missing(record, field, "a string"))
     if re.search("[\ud800-\udfff]", value):
-        raise ValueError(f"{field} holds half a surrogate pair")
+        raise ValueError(f"{field} has a lone surrogate")
     return value
 
 
@@ -117,31 +117,30 @@ def lookup(record: Any, dotted: str) -> Any:
 
 
 def describe_missing(record: Any, key: str, wanted: str, setting: str = "") -> str:
-    """Describe what a record has instead of what its key, which a setting may name, should be."""
+    """Return an error message for a record's key, named by `setting`, that is missing or of the wrong type."""
     keys = f" with {', '.join(map(str, record))[:MOST_KEY_CHARS] or 'no keys'}" if isinstance(record, dict) else ""
     found = f"{type(lookup(record, key)).__name__}, in a record of type {type(record).__name__}{keys}"
     return f"{f'{setting} ({key})' if setting else key} must be {wanted}, not {found}"
 
 
 def markers(template: str | None) -> tuple[str, ...]:
-    """Return the special tokens that a built-in template writes, the last of which ends an answer; none of others."""
+    """Return the special tokens of a built-in template, the last of which ends an answer; empty for other templates."""
     return next((MARKERS[name] for name in MARKERS if template == TEMPLATES[name]), ())
 
 
 def chat_encoder(tokenizer: Tokenizer) -> "ChatEncoder | None":
-    """Return the encoder of the chat template beside a tokenizer; None if there is none that can be used."""
+    """Return the encoder of the chat template next to a tokenizer; None without a usable one."""
     with suppress(DataError):
         return ChatEncoder(read_template(str(tokenizer.path.parent.absolute())), tokenizer)
 
 
 class ChatEncoder:
-    """Encodes conversations by a template.
+    """Encodes conversations with a template.
 
-    What is trained on and what is not are encoded apart, so that no token lies in both. A control token becomes its
-    id where the template writes it; where a message holds its name the name is spelled out, so that nobody ends a turn
-    by typing `</s>`. Pieces that the tokenizer finds in any text (SentencePiece's user-defined ones, Hugging Face's
-    added ones that are not special) it finds in a message too; a space that it puts before every text is put before
-    the first only.
+    Targets and the rest are encoded separately, so that no token spans both. Control tokens of the template become
+    their ids; the same names within a message are encoded as text, so that a user cannot end a turn by typing `</s>`.
+    User-defined pieces (SentencePiece) and added tokens that are not special (Hugging Face) are matched in messages
+    too. A tokenizer's prefix space is added only at the start of the conversation.
     """
 
     def __init__(self, template: str, tokenizer: Tokenizer) -> None:
@@ -152,7 +151,7 @@ class ChatEncoder:
         self.template, self.special = template, set(ids.values())
         self.marked = GENERATION.search(template) is not None
         self.spell, self.bos_id = tokenizer.encode, tokenizer.bos_id
-        # All other special tokens are found by the tokenizer, which may look at the text around them.
+        # Other special tokens are matched by the tokenizer itself, which may depend on the surrounding text.
         self.controls = {name: token for name, token in ids.items() if token not in self.spell(name)}
         longest_first = sorted(map(re.escape, self.controls), key=len, reverse=True)
         self.names = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
@@ -162,28 +161,28 @@ class ChatEncoder:
         self.spell_inside = tokenizer.encode_inside
 
     def encode(self, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
-        """Return a conversation's ids, uint32 (T,), and its loss mask, bool (T,), true where a token is trained on.
+        """Return a conversation's ids, uint32 (T,), and its loss mask, bool (T,), True for targets.
 
-        Raises `ValueError` for a conversation that the template rejects or marks no answer in, and `DataError` for a
-        template whose answers cannot be found.
+        Raises `ValueError` for a conversation that the template rejects or that has no answer, and `DataError` for a
+        template without markers whose answers cannot be located.
         """
         written = json.dumps(messages, ensure_ascii=False, default=str)
         mark = next(char for char in map(chr, PRIVATE_USE) if char not in self.template + written)
-        # Marks break the names that messages hold: those still whole after rendering are the template's.
+        # A mark inside control token names of messages tells them from those of the template after rendering.
         messages = json.loads(self.names.sub(lambda name: mark.join([*name[0], ""]), written))
         text, spans = self._render(messages)
         if not self.marked:
             spans = list(self._answers(messages, text))
         if not any(start < end for start, end in spans):
             raise ValueError("the chat template marks no answer")
-        learnt = [bool(message.get("weight", 1)) for message in messages if message["role"] == "assistant"]
-        if len(learnt) != len(spans) and not all(learnt):
-            raise ValueError(f"weight: the chat template marks {len(spans)} answers of {len(learnt)}")
-        learnt = learnt if len(learnt) == len(spans) else [True] * len(spans)
+        weights = [bool(message.get("weight", 1)) for message in messages if message["role"] == "assistant"]
+        if len(weights) != len(spans) and not all(weights):
+            raise ValueError(f"weight: the chat template marks {len(spans)} answers of {len(weights)}")
+        weights = weights if len(weights) == len(spans) else [True] * len(spans)
         ids: list[int] = []
         loss_mask: list[bool] = []
         done = 0
-        for (start, end), is_answer in zip([*spans, (len(text), len(text))], [*learnt, False], strict=True):
+        for (start, end), is_answer in zip([*spans, (len(text), len(text))], [*weights, False], strict=True):
             for part, is_target in ((text[done:start], False), (text[start:end], is_answer)):
                 ids += self._part_ids(part, mark, first=not ids)
                 loss_mask += [is_target] * (len(ids) - len(loss_mask))
@@ -191,17 +190,17 @@ class ChatEncoder:
         return np.array(ids, dtype=np.uint32), np.array(loss_mask, dtype=bool)
 
     def prompt(self, messages: Messages) -> list[int]:
-        """Return the ids after which the next answer is trained on; raises `ValueError` if the template rejects it."""
+        """Return the ids of the prompt for the next answer; raise `ValueError` if the template rejects it."""
         self.check_written(messages)
         try:
             ids, mask = self.encode([*messages, {"role": "assistant", "content": "x"}])
-        except DataError:  # as transformers encodes it: nothing was trained on here with such a template
+        except DataError:  # such a template cannot train here; encode as transformers does
             return self._part_ids(self._render(messages, prompt=True)[0], MARK, first=True)
         last = np.flatnonzero(mask)[-1]
         return ids[: np.flatnonzero(~mask[:last])[-1] + 1].tolist()
 
     def answer_end(self) -> int | None:
-        """Return the first special token that is trained on after the text of an answer."""
+        """Return the first special token after an answer, if it is a target."""
         try:
             text, spans = self._render([{"role": "user", "content": "x"}, {"role": "assistant", "content": ANCHOR}])
         except ValueError:
@@ -210,13 +209,13 @@ class ChatEncoder:
         return next((token for token in self._part_ids(after, MARK, first=False) if token in self.special), None)
 
     def template_with_bos(self) -> str:
-        """Return the template with bos before all that it writes, unless it writes bos itself."""
+        """Return the template with bos prepended, unless it writes bos itself."""
         ids = self._part_ids(self._render([{"role": "user", "content": "x"}], prompt=True)[0], MARK, first=True)
         return self.template if ids[:1] == [self.bos_id] else "{{ bos_token }}" + self.template
 
     def check_written(self, messages: Messages) -> None:
-        """Raise `ValueError` if the template leaves out tools, calls, who says something, or what is said there."""
-        whole = ""
+        """Raise `ValueError` if the template ignores tools, calls, a role, or the content of a system message."""
+        original = ""
         for n, message in enumerate(messages):
             role = message["role"]
             changes: list[tuple[str, dict[str, Any]]] = [(key, {key: None}) for key in WRITTEN if key in message]
@@ -224,14 +223,14 @@ class ChatEncoder:
                 changes += [(f"the role of {role}", {"role": other}) for other in ("user", "assistant")]
             if changes and message["content"]:
                 changes.append((f"the content of {role}", {"content": message["content"] + "x"}))
-            for said, change in changes:
-                whole = whole or self._render(messages)[0]
+            for what, change in changes:
+                original = original or self._render(messages)[0]
                 try:
                     changed, _ = self._render([*messages[:n], message | change, *messages[n + 1 :]])
                 except ValueError:
-                    continue  # it does read it
-                if changed == whole:
-                    raise ValueError(f"the chat template leaves out {said}")
+                    continue  # not ignored
+                if changed == original:
+                    raise ValueError(f"the chat template leaves out {what}")
 
     def _render(self, messages: Messages, prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -247,7 +246,7 @@ class ChatEncoder:
         return rendered[0][0], rendered[1][0] if self.marked else []
 
     def _answers(self, messages: Messages, text: str) -> Iterator[tuple[int, int]]:
-        """Find each answer as what the conversation gains by it, beyond the prompt for it."""
+        """Yield the span of each answer: what the rendered conversation has beyond its prompt."""
         for k, message in enumerate(messages):
             if message["role"] == "assistant":
                 before, _ = self._render(messages[:k], prompt=True)

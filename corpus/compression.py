@@ -1,4 +1,4 @@
-"""Files opened for their content, whatever they are compressed with, on this machine or in an object store."""
+"""Opening of local and remote files, compressed or not."""
 
 import bz2
 import gzip
@@ -11,11 +11,11 @@ from typing import IO, Any
 
 import zstandard
 
-ZSTD_READ_BYTES = 1 << 12  # decompressed at once: at most some 40 MB, of the most repetitive text
+ZSTD_READ_BYTES = 1 << 12  # per decompression: at most about 40 MB of highly repetitive text
 
 
 class ZstdFile(io.RawIOBase):
-    """Zstandard frames one after another. The package's own reader takes a truncated file for a complete one."""
+    """A reader of concatenated zstandard frames. Unlike the package's reader, it detects a truncated file."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         self.raw, self.parts, self.content = raw, _decompressed(raw), memoryview(b"")
@@ -53,18 +53,18 @@ def _open_zstd(raw: Any) -> Any:
 
 
 OPENERS: dict[str, Any] = {".zst": _open_zstd, ".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-# What reading a damaged or truncated file raises, besides an OSError without a number.
+# Exceptions of damaged or truncated files, besides OSError without errno.
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 
 
 def split_suffix(path: str) -> tuple[str, str]:
-    """Return the suffixes of content and compression: .jsonl and .gz of A.JSONL.gz."""
+    """Return the suffixes of content and compression: (".jsonl", ".gz") for A.JSONL.gz."""
     name = Path(path.lower())
     return (Path(name.stem).suffix, name.suffix) if name.suffix in OPENERS else (name.suffix, "")
 
 
 def open_content(path: str) -> Any:
-    """Open a file or an fsspec address for its decompressed bytes."""
+    """Open a file or an fsspec URL for reading its decompressed bytes."""
     raw: Any = path
     if "://" in path:
         import fsspec

@@ -1,4 +1,4 @@
-"""Where text comes from and how it becomes tokens. Torch-free."""
+"""Configuration of corpora and tokenizers. Torch-free."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -16,7 +16,7 @@ class DataError(UserError):
 
 
 def cause_of(error: BaseException) -> str:
-    """Return the first line of the error that another library's error came of."""
+    """Return the first line of the root cause of another library's error."""
     while error.__cause__ is not None:
         error = error.__cause__
     return next(iter(str(error).splitlines()), "") or type(error).__name__
@@ -26,13 +26,13 @@ class Source(Enum):
     builtin = "builtin"  # the Python standard library's sources and documentation
     local = "local"  # files on this machine
     huggingface = "huggingface"  # datasets.load_dataset
-    tokens = "tokens"  # tokens that another program wrote; nothing to prepare
-    random = "random"  # random tokens, made when asked for; nothing to prepare
+    tokens = "tokens"  # token files of another program; nothing to prepare
+    random = "random"  # random tokens, generated on the fly; nothing to prepare
 
 
 class Style(Enum):
     text = "text"  # a record is a text
-    alpaca = "alpaca"  # a record is an instruction, perhaps an input, and an output
+    alpaca = "alpaca"  # a record is an instruction, an optional input, and an output
     chat = "chat"  # a record is a list of messages
 
 
@@ -42,35 +42,35 @@ class OnBadRecord(Enum):
 
 
 class SplitBy(Enum):
-    hash = "hash"  # of a document's text, so that a document stays where it is when others are added
-    train_test_split = "train_test_split"  # as InternLM's tutorial splits a dataset
+    hash = "hash"  # of a document's text, so that added documents do not change the split of others
+    train_test_split = "train_test_split"  # as in InternLM's tutorial
 
 
-MOST_SHARDS = 1000  # jobs that one corpus may be prepared by
+MOST_SHARDS = 1000  # jobs per corpus
 STRUCTURED = (".json", ".jsonl", ".parquet")  # suffixes of files of records
 
 
 def as_paths(value: Any) -> list[str]:
-    """Return an input, which is null, a path or a list of them, as a list."""
+    """Return an input (null, a path or a list of paths) as a list."""
     return [str(path) for path in (value if isinstance(value, list) else [value]) if path is not None]
 
 
 @dataclass(kw_only=True, slots=True)
 class SourceConfig:
-    """Where text is and how it is read. Each of `data.sources` may set this for itself."""
+    """Location and format of text; each of `data.sources` may override it."""
 
-    input: Any = None  # local: a file, folder, glob or fsspec address, or a list of them; tokens: a folder
-    valid_input: Any = None  # local, tokens: held out whole, instead of valid_fraction
+    input: Any = None  # local: a file, folder, glob or fsspec URL, or a list of them; tokens: a folder
+    valid_input: Any = None  # local, tokens: validation data, instead of valid_fraction
     text_key: str = "text"  # dotted key of a record's text
     messages_key: str = "messages"  # chat: dotted key of a record's messages
     source_key: str | None = None  # dotted key of a record's source (null: one source per sub-folder)
     text_suffixes: list[str] = field(default_factory=".txt .md .rst .html .htm .py".split)  # of files that are text
-    text_lines: bool = False  # of such a file every non-blank line is a document, as InternLM reads .txt
+    text_lines: bool = False  # every non-blank line of such a file is a document, as in InternLM
 
 
 @dataclass(kw_only=True, slots=True)
 class CorpusConfig(SourceConfig):
-    """What decides a corpus' tokens. A run whose tokens are the same may change any of it."""
+    """A corpus, up to its tokens."""
 
     name: str = MISSING
     path: str = MISSING  # the folder prepare_data.py writes and train.py reads
@@ -79,28 +79,28 @@ class CorpusConfig(SourceConfig):
     dataset: str | None = None  # huggingface: name of a dataset on the hub, or a folder
     dataset_config: str | None = None
     dataset_split: str = "train"
-    dataset_valid_split: str | None = None  # huggingface: the split that is held out, instead of valid_fraction
-    streaming: bool = False  # huggingface: read it as it arrives, without keeping it
+    dataset_valid_split: str | None = None  # huggingface: the validation split, instead of valid_fraction
+    streaming: bool = False  # huggingface: do not store the dataset
     style: Style = Style.text
     chat_template: str = "internlm"  # alpaca, chat: internlm, chatml, or a file with a Jinja template
     valid_fraction: float = 0.01
     split_by: SplitBy = SplitBy.hash
     valid_seed: int = 42
     max_documents: int | None = None
-    max_document_mb: int = 256  # a document is held in memory; a larger one is a bad record
+    max_document_mb: int = 256  # documents are held in memory; a larger one is a bad record
     on_bad_record: OnBadRecord = OnBadRecord.error
-    vocab_size: int = 32768  # of a tokenizer trained for this corpus; the range of random tokens, within the model's
+    vocab_size: int = 32768  # of a tokenizer trained on this corpus, or of random tokens
 
     def source_configs(self) -> dict[str, SourceConfig]:
-        """Return how each of `sources` is read: what it states, and the rest as all; raises OmegaConf's errors."""
+        """Return the configuration of each of `sources`, with defaults from `data`; raises OmegaConf's errors."""
         shared = {f.name: getattr(self, f.name) for f in fields(SourceConfig)} | {"input": MISSING, "valid_input": None}
-        stated = {name: its if isinstance(its, dict) else {"input": its} for name, its in self.sources.items()}
-        schema = {name: OmegaConf.structured(SourceConfig(**shared)) for name in stated}
-        merged: Any = OmegaConf.merge({"data": {"sources": schema}}, {"data": {"sources": stated}})
+        given = {name: value if isinstance(value, dict) else {"input": value} for name, value in self.sources.items()}
+        schema = {name: OmegaConf.structured(SourceConfig(**shared)) for name in given}
+        merged: Any = OmegaConf.merge({"data": {"sources": schema}}, {"data": {"sources": given}})
         return OmegaConf.to_object(merged)["data"]["sources"]  # type: ignore[call-overload,index]
 
     def source_problems(self) -> Iterator[str]:
-        """Yield what is missing to prepare this corpus; training reads what was prepared."""
+        """Yield settings that are missing for preparation; training does not need them."""
         if self.source is Source.local and self.input is None and not self.sources:
             yield "data.input is not set; name a file, a folder or a glob, such as data.input='texts/*.jsonl.gz'"
         if self.input is not None and self.sources:
@@ -129,12 +129,12 @@ class CorpusConfig(SourceConfig):
 @dataclass(kw_only=True, slots=True)
 class TokenizerConfig:
     model: str | None = None  # a SentencePiece .model, a tokenizer.json, a folder, or a Hugging Face name
-    vocab_size: int = MISSING  # of the tokenizer that is trained when no model is given
-    add_special_tokens: list[str] = field(default_factory=list)  # appended to the vocabulary, unless they are in it
-    special_tokens_in_text: bool = False  # their names in a document become the tokens; false: they are text
+    vocab_size: int = MISSING  # of the tokenizer to train if there is no model
+    add_special_tokens: list[str] = field(default_factory=list)  # added to the vocabulary if missing
+    special_tokens_in_text: bool = False  # encode special tokens' names in documents as the tokens; false: as text
     add_bos: bool = False
     add_eos: bool = True
-    train_bytes: int = 64_000_000  # of text the tokenizer is trained on: the beginning of each file, by its size
+    train_bytes: int = 64_000_000  # of text to train the tokenizer on, from the start of each file
 
     def problems(self) -> Iterator[str]:
         # 256 bytes, unknown, bos, eos and room for merges

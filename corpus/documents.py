@@ -1,4 +1,4 @@
-"""Records to documents, each with its source, its split and the hash of its text; the others are left out."""
+"""Converts records to documents with source, split and hash."""
 
 import json
 from dataclasses import dataclass
@@ -16,17 +16,17 @@ MOST_SOURCE_CHARS = 100
 
 @dataclass(slots=True)
 class Document:
-    text: str  # of a conversation the JSON of its messages
+    text: str  # of a conversation, the JSON of its messages
     source: str
     split: str
     place: str
-    hash: int  # xxh3_64 of the text; of equal ones a corpus holds the first
+    hash: int  # xxh3_64 of the text, for deduplication
     text_bytes: int
     messages: Messages | None = None
 
 
 class DocumentMaker:
-    """Makes documents of what is read from an item; returns None for what is left out."""
+    """Makes documents of the records of an item; returns None for those left out."""
 
     def __init__(self, item: Item, config: CorpusConfig, left_out: LeftOut) -> None:
         self.item, self.config, self.left_out = item, item.config or config, left_out
@@ -38,7 +38,7 @@ class DocumentMaker:
     def from_text(
         self, text: str, place: str, source: str = "", *, split_key: str = "", messages: Messages | None = None
     ) -> Document | None:
-        """Return the document of a text; its split is the item's, or that of the hash of `split_key` or the text."""
+        """Return the document of a text; its split is the item's, or by the hash of `split_key` or the text."""
         config = self.config
         if not text or text.isspace():
             self.left_out.empty += 1
@@ -46,7 +46,7 @@ class DocumentMaker:
         try:
             raw = text.encode()
         except UnicodeEncodeError:
-            return self.left_out.bad(place, "the text holds half a surrogate pair")
+            return self.left_out.bad(place, "the text has a lone surrogate")
         if len(raw) > self.most_bytes:
             return self.too_large(place)
         digest = xxhash.xxh3_64_intdigest(raw, seed=config.valid_seed)
@@ -57,7 +57,7 @@ class DocumentMaker:
         return Document(text, source or self.item.source, split, place, digest, len(raw), messages)
 
     def from_bytes(self, raw: bytes, place: str, *, strip: bool = False) -> Document | None:
-        """Return the document that a whole file, or a line of plain text, is."""
+        """Return the document of a text file or of a line of plain text."""
         try:
             text = raw.decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -65,7 +65,6 @@ class DocumentMaker:
         return self.from_text(text.strip() if strip else text, place)
 
     def from_line(self, line: bytes, place: str) -> Document | None:
-        """Return the document of a line of JSON."""
         try:
             record = json.loads(line.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
@@ -73,14 +72,16 @@ class DocumentMaker:
         return self.from_record(record, place)
 
     def from_record(self, record: Any, place: str) -> Document | None:
-        """Return the document of a record: its text, or its conversation."""
         config, messages = self.config, None
         text: Any = lookup(record, config.text_key)
         if config.style is not Style.text:
             try:
                 messages = messages_of(record, config.style.value, config.messages_key)
                 text = json.dumps(messages, ensure_ascii=False)
-            except (ValueError, TypeError) as error:  # no messages, or what JSON cannot hold, such as Parquet's dates
+            except (
+                ValueError,
+                TypeError,
+            ) as error:  # no messages, or values that JSON lacks, such as dates
                 return self.left_out.bad(place, str(error))
         elif not isinstance(text, str):
             return self.left_out.bad(place, describe_missing(record, config.text_key, "a string", "data.text_key"))

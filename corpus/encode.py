@@ -1,4 +1,4 @@
-"""Documents to token ids, with bos and eos, and the loss mask of conversations."""
+"""Encoding of documents, with bos, eos and the loss mask of conversations."""
 
 from pathlib import Path
 
@@ -30,9 +30,9 @@ class DocumentEncoder:
         return np.uint16 if self.chat is None and self.tokenizer.vocab_size <= 1 << 16 else np.uint32
 
     def encode(self, documents: list[Document], left_out: LeftOut) -> list[tuple[Document, np.ndarray]]:
-        """Return the documents with their ids, uint32; the loss mask is the highest bit.
+        """Return the documents and their ids, uint32, with the loss mask in the highest bit.
 
-        Of a conversation, `text_bytes` becomes the bytes that its template writes.
+        Sets `text_bytes` of conversations to the size of the rendered text.
         """
         if self.chat is None or self.token_bytes is None:
             texts, bos, eos = [document.text for document in documents], self.bos is not None, self.eos is not None
@@ -47,7 +47,7 @@ class DocumentEncoder:
             except ValueError as error:
                 left_out.bad(document.place, str(error))
                 continue
-            if self.bos is not None and ids_T[0] != self.bos:  # the template may have written it
+            if self.bos is not None and ids_T[0] != self.bos:  # unless the template has written it
                 ids_T, mask_T = np.insert(ids_T, 0, self.bos), np.insert(mask_T, 0, False)
             if self.eos is not None and ids_T[-1] != self.eos:
                 ids_T, mask_T = np.append(ids_T, self.eos), np.append(mask_T, True)

@@ -1,4 +1,4 @@
-"""What a corpus is made of: files, addresses of object stores, datasets, each with its source."""
+"""The inputs of a corpus: local files, files in object stores, datasets."""
 
 import os
 from collections import Counter
@@ -18,45 +18,45 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Item:
-    """A file or a dataset, with the split of all that is in it if that is decided."""
+    """A file or a dataset."""
 
     path: str
     source: str
-    split: str | None = None
-    size: int = 0  # bytes; of a dataset rows, if their number is known
+    split: str | None = None  # of all its documents; None: by document
+    size: int = 0  # bytes, or rows of a dataset if known
     dataset: "Dataset | IterableDataset | None" = None
-    config: CorpusConfig | None = None  # how it is read, if its source has settings of its own
+    config: CorpusConfig | None = None  # overrides the corpus' configuration
 
 
 def list_items(config: CorpusConfig, ignored: Counter[str] | None = None) -> list[Item]:
-    """List what a corpus is made of, validation first; counts in `ignored` what is not read, by suffix."""
+    """List the inputs of a corpus, validation first; count ignored files by suffix in `ignored`."""
     if config.source is Source.builtin:
         return [Item(path, "code", size=size) for path, size in builtin_files()]
     if config.source is Source.huggingface:
         return _load_dataset(config)
     ignored, items = Counter() if ignored is None else ignored, []
     inputs: dict[str, SourceConfig] = {"": config, **config.source_configs()}
-    for name, its in inputs.items():
+    for name, source in inputs.items():
         key = f"data.sources.{name}." if name else "data."
-        own = replace(config, **{f.name: getattr(its, f.name) for f in fields(SourceConfig)}) if name else None
-        held_out = list_files(its.valid_input, f"{key}valid_input", own or config, ignored)
-        found = list_files(its.input, f"{key}input", own or config, ignored)
+        override = replace(config, **{f.name: getattr(source, f.name) for f in fields(SourceConfig)}) if name else None
+        held_out = list_files(source.valid_input, f"{key}valid_input", override or config, ignored)
+        found = list_files(source.input, f"{key}input", override or config, ignored)
         split = "train" if held_out or config.valid_input else None
         found = [replace(item, split="valid") for item in held_out] + [replace(item, split=split) for item in found]
-        items += [replace(item, source=name or item.source, config=own) for item in found]
+        items += [replace(item, source=name or item.source, config=override) for item in found]
     return sorted(items, key=lambda item: (item.split != "valid", item.path))
 
 
 def check_inputs(config: CorpusConfig) -> None:
-    """Raise `DataError` if a corpus is still to be made of files and there are none."""
+    """Raise `DataError` if a corpus is not prepared and its input files cannot be found."""
     if config.source is Source.local and not (Path(config.path) / "corpus.json").exists():
         list_items(config)
 
 
 def list_files(paths: Any, key: str, config: CorpusConfig, ignored: Counter[str]) -> list[Item]:
-    """List the readable files of paths, folders, globs and fsspec addresses, without folders' hidden ones.
+    """List the readable files of paths, folders, globs and fsspec URLs, without hidden ones.
 
-    The first sub-folder below a folder, or below a glob's first wildcard, names the source; `data.name` is the others'.
+    The first sub-folder below a folder, or below a glob's first wildcard, names the source; the default is `data.name`.
     """
     suffixes = (*STRUCTURED, *config.text_suffixes)
     items: dict[str, Item] = {}
@@ -102,7 +102,7 @@ def _remote_files(pattern: str) -> tuple[str, dict[str, int]]:
 
 
 def _load_dataset(config: CorpusConfig) -> list[Item]:
-    """Load a dataset: whole, with its own validation split, or in two parts as `train_test_split` makes them."""
+    """Load a dataset whole, with its validation split, or split by `train_test_split`."""
     name = str(config.dataset)
     dataset = _load_split(config, config.dataset_split)
     if config.dataset_valid_split is not None:
@@ -113,11 +113,11 @@ def _load_dataset(config: CorpusConfig) -> list[Item]:
         split = dataset.train_test_split(test_size=config.valid_fraction, seed=config.valid_seed)
         parts = {"valid": split["test"], "train": split["train"]}
     paths = {part: f"{name}/{part}" if part else name for part in parts}
-    return [Item(paths[part], config.name, part, getattr(its, "num_rows", 0), its) for part, its in parts.items()]
+    return [Item(paths[part], config.name, part, getattr(rows, "num_rows", 0), rows) for part, rows in parts.items()]
 
 
 def _load_split(config: CorpusConfig, split: str) -> Any:
-    """Load a split of a dataset by its name on the hub, of a folder of files, or of what `save_to_disk` wrote."""
+    """Load a split of a dataset on the hub, in a folder of files, or written by `save_to_disk`."""
     import datasets
     from datasets.exceptions import DatasetsError
 

@@ -1,4 +1,4 @@
-"""What a corpus does not hold: bad records, documents without text, exact duplicates."""
+"""Records left out of a corpus: bad records, documents without text, exact duplicates."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,7 @@ MOST_PLACES = 10
 
 @dataclass(slots=True)
 class LeftOut:
-    """Counts of what was left out, and the first places of bad records."""
+    """Counts of records left out, and the places of the first bad ones."""
 
     policy: OnBadRecord
     count: int = 0  # bad records
@@ -19,13 +19,13 @@ class LeftOut:
     places: list[str] = field(default_factory=list)
 
     def bad(self, place: str, reason: str) -> None:
-        """Count a bad record; raise `DataError` if the policy is to stop there."""
+        """Count a bad record; raise `DataError` if the policy is `error`."""
         if self.policy is OnBadRecord.error:
             raise DataError(f"{place}: {reason}; fix it, or leave such records out with data.on_bad_record=skip")
         self.merge({"count": 1, "empty": 0, "duplicates": 0, "places": [f"{place}: {reason}"]})
 
     def merge(self, other: dict[str, Any]) -> None:
-        """Add what `as_json` of another returned."""
+        """Add the `as_json()` of another instance."""
         self.count += other["count"]
         self.empty += other["empty"]
         self.duplicates += other["duplicates"]
@@ -35,5 +35,5 @@ class LeftOut:
         return {"count": self.count, "empty": self.empty, "duplicates": self.duplicates, "places": self.places}
 
     def first(self) -> str:
-        """Return the number and the first of the bad records, to end a message with."""
+        """Return the number of bad records and the first, to append to a message."""
         return f": {self.count} bad records, the first {self.places[0]}" if self.count else ""

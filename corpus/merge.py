@@ -1,4 +1,4 @@
-"""The tokens of finished units to a corpus: exact duplicates left out, shards of about a gigabyte, corpus.json."""
+"""Merge finished units into a corpus: drop exact duplicates, write shards of about 1 GB and corpus.json."""
 
 import json
 import os
@@ -19,34 +19,34 @@ from corpus.units import DOCUMENT, Job, file_name, read_unit, unit_folder
 from data.shards import FORMAT_VERSION, SHARD_BYTES, Header, ShardWriter
 from data.tokenizer import Tokenizer, load_tokenizer
 
-COPY_TOKENS = 1 << 22  # at once
-COMPARED_PARTS = 16  # of all hashes, by their remainder, compared one after another
+COPY_TOKENS = 1 << 22  # per read
+COMPARED_PARTS = 16  # hashes are deduplicated in so many parts, to bound memory
 
 
 @dataclass(slots=True)
 class Group:
-    """The documents of one split and source in a unit: `path`.tokens, and `path`.documents."""
+    """The documents of one split and source in a unit: `path`.tokens and `path`.documents."""
 
     path: Path
     split: str
     source: str
-    kept: np.ndarray = field(init=False)  # bool: which documents are no duplicates
+    kept: np.ndarray = field(init=False)  # bool: False for duplicates
 
     def documents(self) -> np.ndarray:
         return np.fromfile(f"{self.path}.documents", DOCUMENT)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file atomically."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.rename(path)
 
 
 def merge_units(job: Job, n_units: int, before: dict[str, Any] | None, *, workers: int) -> dict[str, Any] | None:
-    """Write the shards of all units; return what corpus.json shall hold of them, or None if some unit is not done.
+    """Write the shards of all units; return the contents of corpus.json, or None if a unit is not done.
 
-    `before` is the corpus that the units are added to. What is done already is not done again.
+    `before` is the corpus.json that the units are added to. Shards that exist are not written again.
     """
     data, partial = job.data, job.folder
     left_out = LeftOut(data.on_bad_record)
@@ -57,9 +57,9 @@ def merge_units(job: Job, n_units: int, before: dict[str, Any] | None, *, worker
         left_out.merge(unit["left_out"])
         for name in unit["groups"]:
             groups.append(Group(unit_folder(partial, number) / file_name(name), *name.split(".", 1)))
-    groups.sort(key=lambda group: group.split != "valid")  # of equal documents the one that is held out stays
+    groups.sort(key=lambda group: group.split != "valid")  # of duplicates, keep the one in validation
     splits = before["splits"] if before else {"train": {}, "valid": {}}
-    stems = [stem for split in splits.values() for its in split.values() for stem in its["shards"]]
+    stems = [stem for split in splits.values() for source in split.values() for stem in source["shards"]]
     hashes = [np.fromfile(Path(data.path) / f"{stem}.hashes", "<u8") for stem in stems]
     hashes += [group.documents()["hash"].copy() for group in groups]
     for group, kept in zip(groups, are_first(hashes)[len(stems) :], strict=True):
@@ -91,7 +91,7 @@ def merge_units(job: Job, n_units: int, before: dict[str, Any] | None, *, worker
 
 
 def are_first(arrays: list[np.ndarray]) -> list[np.ndarray]:
-    """Return which hashes, uint64, no earlier one is equal to, in their array or in one before; bool arrays."""
+    """Return bool arrays that are True at the first occurrence of each hash (uint64) in all arrays."""
     hashes = np.concatenate([np.zeros(0, dtype="<u8"), *arrays])
     first = np.zeros(len(hashes), dtype=bool)
     lowest_bytes = hashes.view(np.uint8)[::8]
@@ -102,22 +102,22 @@ def are_first(arrays: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def _shards(groups: list[Group], splits: dict[str, dict[str, Any]]) -> Iterator[tuple[str, list[Group]]]:
-    """Yield (stem, groups) of each shard to be written: about a gigabyte of one split and source."""
-    of_one = attrgetter("split", "source")
-    for (split, source), found in groupby(sorted((g for g in groups if g.kept.any()), key=of_one), of_one):
-        its = list(found)
+    """Yield (stem, groups) of each shard to write: about 1 GB of one split and source."""
+    by = attrgetter("split", "source")
+    for (split, source), found in groupby(sorted((g for g in groups if g.kept.any()), key=by), by):
+        same = list(found)
         number, size, shard = len(splits[split].get(source, {}).get("shards", ())), 0, []
-        for group in its:
+        for group in same:
             shard.append(group)
             size += os.path.getsize(f"{group.path}.tokens")
-            if size >= SHARD_BYTES or group is its[-1]:
+            if size >= SHARD_BYTES or group is same[-1]:
                 yield f"{split}/{file_name(source)}-{number:05d}", shard
                 number, size, shard = number + 1, 0, []
 
 
 def _write_shard(partial: Path, stem: str, groups: list[Group], tokenizer: Tokenizer, masked: bool) -> Header:
     header = partial / f"{stem}.json"
-    if header.exists() and (stored := header.read_text(encoding="utf-8")):  # it is written last, at once
+    if header.exists() and (stored := header.read_text(encoding="utf-8")):  # written last
         return Header(**json.loads(stored))
     made_by = {"vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.fingerprint}
     writer = ShardWriter(partial / stem, **made_by, masked=masked)
@@ -133,15 +133,15 @@ def _write_shard(partial: Path, stem: str, groups: list[Group], tokenizer: Token
 
 
 def _copy(group: Group, table: np.ndarray, writer: ShardWriter) -> None:
-    """Append the kept documents of a group to a shard, some `COPY_TOKENS` at once."""
+    """Append the kept documents of a group to a shard."""
     ends = np.cumsum(table["tokens"], dtype=np.int64)
     cuts = np.unique(np.searchsorted(ends, np.arange(COPY_TOKENS, ends[-1], COPY_TOKENS)))
     with open(f"{group.path}.tokens", "rb") as file:
-        for its, kept in zip(np.split(table, cuts), np.split(group.kept, cuts), strict=True):
-            n_tokens = int(its["tokens"].sum())
+        for part, kept in zip(np.split(table, cuts), np.split(group.kept, cuts), strict=True):
+            n_tokens = int(part["tokens"].sum())
             ids = np.fromfile(file, writer.dtype, n_tokens)
-            if len(ids) < n_tokens:  # as after a power failure
+            if len(ids) < n_tokens:  # after a power failure
                 shutil.rmtree(group.path.parent, ignore_errors=True)
                 raise DataError(f"{file.name} is damaged and was removed; run the same command again")
-            ids = ids[np.repeat(kept, its["tokens"])].astype(np.uint32)
-            writer.add(ids, its["tokens"][kept], int(its["text_bytes"][kept].sum()))
+            ids = ids[np.repeat(kept, part["tokens"])].astype(np.uint32)
+            writer.add(ids, part["tokens"][kept], int(part["text_bytes"][kept].sum()))

@@ -1,7 +1,7 @@
-"""From text to a corpus on disk.
+"""Preparation of a corpus from text.
 
-All is written to a hidden folder beside the corpus: the tokenizer, the plan, a folder for each finished unit, then the
-shards. Renaming the hidden folder is the commit. A run that was stopped goes on with what is there.
+A hidden folder next to the corpus receives the tokenizer, the plan, a folder per finished unit, then the shards.
+Renaming it is the commit. An interrupted run continues from its contents.
 """
 
 import json
@@ -28,29 +28,29 @@ from data.tokenizer import CHAT_TEMPLATE, add_tokens, load_tokenizer, save_token
 
 logger = logging.getLogger(__name__)
 
-MOST_KINDS = 5  # of files that are not read, by suffix, in a message
-NOT_CONTENT = {"name", "path", "on_bad_record"}  # fields that do not decide what a corpus holds
+MOST_KINDS = 5  # of ignored suffixes to print
+NOT_CONTENT = {"name", "path", "on_bad_record"}  # fields that do not affect the contents of a corpus
 
 
 def made_by(data: CorpusConfig, tokenizer: TokenizerConfig) -> dict[str, Any]:
-    """Return everything that decides what a corpus holds, as JSON."""
+    """Return all settings that determine the contents of a corpus, as JSON."""
     made = {f"data.{f.name}": getattr(data, f.name) for f in fields(CorpusConfig) if f.name not in NOT_CONTENT}
     made |= {f"tokenizer.{key}": value for key, value in asdict(tokenizer).items()}
     if tokenizer.model is not None:
-        made["data.vocab_size"] = made["tokenizer.vocab_size"] = None  # the model has its own
-    for key in ("tokenizer.model", "data.dataset", "data.chat_template"):  # a name, unless there is such a path
+        made["data.vocab_size"] = made["tokenizer.vocab_size"] = None  # unused
+    for key in ("tokenizer.model", "data.dataset", "data.chat_template"):  # a name, or a path if it exists
         made[key] = identity(made[key]) if made[key] and Path(made[key]).expanduser().exists() else made[key]
     made |= {f"data.{key}": value for key, value in _reading(data).items()}
     made["data.sources"] = {}
     shared = _reading(replace(data, input=None, valid_input=None))
-    for name, its in data.source_configs().items():
-        own = {key: value for key, value in _reading(its).items() if value != shared[key]}
-        made["data.sources"][name] = own["input"] if list(own) == ["input"] else own
+    for name, source in data.source_configs().items():
+        override = {key: value for key, value in _reading(source).items() if value != shared[key]}
+        made["data.sources"][name] = override["input"] if list(override) == ["input"] else override
     return {key: getattr(value, "value", value) for key, value in made.items()}
 
 
 def _reading(config: SourceConfig) -> dict[str, Any]:
-    """Return the settings of a source, of any spelling and order the same."""
+    """Return the settings of a source in a canonical spelling and order."""
     found = {f.name: getattr(config, f.name) for f in fields(SourceConfig)}
     for key in ("input", "valid_input"):
         paths = sorted({identity(path) for path in as_paths(found[key])})
@@ -59,9 +59,9 @@ def _reading(config: SourceConfig) -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Name the keys in which two `made_by` differ, with both values.
+    """Describe the keys in which two `made_by` differ.
 
-    A setting that is not in `before` had its default; one that is no more must have been off.
+    A key missing in `before` had its default; a key that no longer exists counts only if it was set.
     """
     before = made_by(CorpusConfig(), TokenizerConfig()) | before
     keys = [key for key in now | before if before.get(key) != now.get(key) and (key in now or before[key])]
@@ -69,9 +69,9 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def is_prepared(data: CorpusConfig, tokenizer: TokenizerConfig, *, add: bool = False) -> bool:
-    """Return whether there is nothing to do; raises `DataError` if another corpus is in this one's place.
+    """Return whether the corpus is complete; raise `DataError` if the folder has another corpus.
 
-    Files that came since are an error too; with `add` they are what is to be done.
+    New input files are an error too, or with `add` make the corpus incomplete.
     """
     folder = Path(data.path)
     if not folder.exists():
@@ -88,13 +88,13 @@ def is_prepared(data: CorpusConfig, tokenizer: TokenizerConfig, *, add: bool = F
 
 
 def _new_items(data: CorpusConfig, about: dict[str, Any]) -> list[Item]:
-    """List the files that a corpus was not made of; raises `DataError` if one that it was made of has changed."""
+    """List the files that are new since a corpus was made; raise `DataError` if one of the others has changed."""
     if data.source is not Source.local:
         return []
     try:
         items = list_items(data)
     except DataError:
-        return []  # the text need not be kept
+        return []  # the text may have been deleted
     for item in items:
         if about["input"].get(identity(item.path), item.size) != item.size:
             raise DataError(f"{item.path} has changed since {data.path} was made; choose another data.name")
@@ -113,7 +113,7 @@ def prepare(
 ) -> dict[str, Any] | None:
     """Do the units `shard` modulo `shards` of the corpus at `data.path`.
 
-    Return what corpus.json holds if all units are done now, and None otherwise.
+    Return the contents of corpus.json, or None if another shard's units are not done.
     """
     folder = Path(data.path)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def prepare(
     try:
         lock.acquire()
     except Timeout:
-        raise DataError(f"another process prepares this corpus ({lock.lock_file}); wait for it") from None
+        raise DataError(f"another process is preparing this corpus ({lock.lock_file}); wait for it") from None
     try:
         if (partial / "corpus.json").exists():
             _publish(partial, folder)
@@ -136,13 +136,13 @@ def prepare(
         job = Job(data, tokenizer, partial, items)
         _begin(job, workers, before, alone=shards == 1)
         if shards > 1:
-            lock.release()  # others work beside this one; no unit is written twice
+            lock.release()  # for the other shards, whose units are disjoint
         plan = plan_units(items, data)
         n_units = run_units(plan, job, workers=workers, shards=shards, shard=shard, progress=progress)
         if shards > 1:
             lock.acquire()
             if not partial.exists():
-                return read_manifest(folder)  # another one was the last
+                return read_manifest(folder)  # another shard finished the corpus
         about = merge_units(job, n_units, before, workers=workers)
         if about is None:
             return None
@@ -156,7 +156,7 @@ def prepare(
 
 
 def _begin(job: Job, workers: int, before: dict[str, Any] | None, *, alone: bool) -> None:
-    """Write the tokenizer and the plan, unless an earlier run of the same work did; remove what another run left."""
+    """Write the tokenizer and the plan, unless an interrupted run has written the same; remove files of another one."""
     partial = job.folder
     plan = {
         "made_by": made_by(job.data, job.config) | {"add": before is not None},
@@ -165,11 +165,11 @@ def _begin(job: Job, workers: int, before: dict[str, Any] | None, *, alone: bool
     if (partial / "plan.json").exists():
         old = json.loads((partial / "plan.json").read_text(encoding="utf-8"))
         if old == plan:
-            for path in (partial / "units").glob(".*") if alone else ():  # begun by a process that was killed
+            for path in (partial / "units").glob(".*") if alone else ():  # incomplete units of killed processes
                 shutil.rmtree(path)
             return
         why = differences(old["made_by"], plan["made_by"]) or "other input files"
-        print(f"removing what an earlier run left of {job.data.path}: it was made with {why}")
+        print(f"removing the files of an interrupted run for {job.data.path}: it was made with {why}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -181,7 +181,7 @@ def _begin(job: Job, workers: int, before: dict[str, Any] | None, *, alone: bool
 
 
 def _write_tokenizer(job: Job, workers: int, before: dict[str, Any] | None) -> None:
-    """Copy or train the tokenizer; raises `DataError` if it does not fit the settings."""
+    """Copy or train the tokenizer; raise `DataError` if it does not fit the settings."""
     data, config, folder = job.data, job.config, job.folder / "tokenizer"
     template = None if data.style is Style.text else read_template(data.chat_template)
     if before is not None or config.model is not None:
@@ -201,13 +201,13 @@ def _write_tokenizer(job: Job, workers: int, before: dict[str, Any] | None) -> N
             raise DataError(f"tokenizer.{key} (true): {tokenizer.path.name} has no such token; set it to false")
     if template is not None:
         if ChatEncoder(template, tokenizer).answer_end() is None:
-            lacks = "ends answers by no special token; add it with tokenizer.add_special_tokens"
-            logger.warning("data.chat_template (%s) %s", data.chat_template, lacks)
+            problem = "ends answers with no special token; add one with tokenizer.add_special_tokens"
+            logger.warning("data.chat_template (%s) %s", data.chat_template, problem)
         (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
 
 
 def _publish(partial: Path, folder: Path) -> None:
-    """Move a finished corpus, or what is added to one, to its place; if interrupted it can be done again."""
+    """Move a finished corpus, or additions to one, into place; safe to repeat after an interruption."""
     shutil.rmtree(partial / "units", ignore_errors=True)
     (partial / "plan.json").unlink(missing_ok=True)
     if not folder.exists():

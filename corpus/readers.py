@@ -1,4 +1,4 @@
-"""Files and rows read by ranges, as documents in order."""
+"""Readers of documents from ranges of files and datasets."""
 
 import io
 import json
@@ -18,8 +18,8 @@ from corpus.left_out import LeftOut
 if TYPE_CHECKING:
     import pyarrow
 
-READ_BYTES = 1 << 17  # fits in a cache: with 1 << 20 lines of gzip are read at half the speed
-DATASET_ROWS = 64  # of a dataset or a Parquet file, read at once
+READ_BYTES = 1 << 17  # fits in the CPU cache; gzip lines are half as fast with 1 << 20
+DATASET_ROWS = 64  # per read of a dataset or a Parquet file
 END = sys.maxsize
 
 
@@ -28,11 +28,11 @@ class Lines:
 
     def __init__(self, path: str, longest: int = 1 << 40) -> None:
         self.path, self.longest, self.file = path, longest, io.BufferedReader(open_content(path), READ_BYTES)
-        self.position = 0  # of the first line that is unread
-        self.before = 0  # every line that begins before this has been read
+        self.position = 0  # of the next line
+        self.before = 0  # lines starting before this offset have been read
 
     def read(self, start: int, stop: int) -> Iterator[tuple[int, bytes | None]]:
-        """Yield the lines that begin in [start, stop) and their offsets; None is one too long."""
+        """Yield offset and content of each line that starts in [start, stop); None for one that is too long."""
         if start > self.position:
             if not split_suffix(self.path)[1]:
                 self.position = self.file.seek(start - 1)
@@ -60,27 +60,27 @@ def has_lines(item: Item, config: CorpusConfig) -> bool:
 
 
 class Reader:
-    """Reads ranges of items; keeps the last compressed file open for the next range of it."""
+    """Reads ranges of items; keeps the last compressed file open for its next range."""
 
     def __init__(self, config: CorpusConfig) -> None:
         self.config = config
         self.lines: Lines | None = None
 
     def documents(self, item: Item, left_out: LeftOut, start: int = 0, stop: int = END) -> Iterator[Document]:
-        """Yield the documents of an item, or those that begin in bytes [start, stop) of its decompressed content."""
+        """Yield the documents of an item that start in bytes [start, stop) of its decompressed content."""
         try:
             yield from filter(None, self._documents(item, DocumentMaker(item, self.config, left_out), start, stop))
         except DAMAGE as error:
-            left_out.bad(item.path, f"damaged or cut short: {error}")
+            left_out.bad(item.path, f"damaged or truncated: {error}")
         except OSError as error:
             if error.errno is not None or "://" in item.path:
                 raise DataError(f"{item.path} cannot be read: {error}") from None
-            left_out.bad(item.path, f"damaged or cut short: {cause_of(error)}")  # as gzip, bz2 and pyarrow report it
+            left_out.bad(item.path, f"damaged or truncated: {cause_of(error)}")  # of gzip, bz2 and pyarrow
 
     def rows(
         self, batches: "Iterable[pyarrow.RecordBatch]", item: Item, left_out: LeftOut, first: int = 0
     ) -> Iterator[Document]:
-        """Yield the documents of rows of a dataset, the first of which has the number `first`."""
+        """Yield the documents of a dataset's rows; `first` is the index of the first row."""
         from datasets import Features
 
         make = DocumentMaker(item, self.config, left_out)
@@ -111,7 +111,7 @@ class Reader:
                     yield from self._json(file, make)
                 elif not compression:
                     yield from self._parquet(file, make, start, stop)
-                else:  # Parquet is read from its end
+                else:  # Parquet needs a seekable file
                     with TemporaryFile() as copy:
                         copyfileobj(file, copy, READ_BYTES)
                         yield from self._parquet(copy, make, start, stop)
@@ -141,7 +141,7 @@ class Reader:
             make.left_out.bad(make.item.path, f"not JSON: {error}")
             return
         if not isinstance(records, list):
-            make.left_out.bad(make.item.path, "a .json file must hold a list of records; one record per line is .jsonl")
+            make.left_out.bad(make.item.path, "a .json file must have a list of records; one record per line is .jsonl")
             return
         for number, record in enumerate(records):
             yield make.from_record(record, f"{make.item.path}[{number}]")
@@ -169,7 +169,7 @@ class Reader:
 def documents_of(
     batch: "pyarrow.RecordBatch", make: DocumentMaker, first: int, decode: Callable[[Any], Any] = lambda row: row
 ) -> Iterator[Document | None]:
-    """Yield the documents of rows, the first of which has the number `first`."""
+    """Yield the documents of rows; `first` is the index of the first row."""
     for number, record in enumerate(records_of(batch, decode), first):
         place = f"{make.item.path}[{number}]"
         bad = isinstance(record, ValueError)
@@ -177,7 +177,7 @@ def documents_of(
 
 
 def records_of(batch: "pyarrow.RecordBatch", decode: Callable[[Any], Any]) -> list[Any]:
-    """Return rows as Python values; one that is not UTF-8, or cannot be decoded, is its `ValueError`."""
+    """Return rows as Python values; a row that cannot be decoded is returned as its `ValueError`."""
     try:
         return [decode(row) for row in batch.to_pylist()]
     except ValueError as error:
@@ -186,7 +186,7 @@ def records_of(batch: "pyarrow.RecordBatch", decode: Callable[[Any], Any]) -> li
 
 
 def columns_of(config: CorpusConfig, names: list[str]) -> list[str]:
-    """Return the columns that make a document; raises `ValueError` if one is missing."""
+    """Return the columns that a document needs; raise `ValueError` if one is missing."""
     keys = {Style.text: [config.text_key], Style.chat: [config.messages_key], Style.alpaca: ["instruction", "output"]}
     wanted = [key.split(".")[0] for key in keys[config.style]]
     if missing := [name for name in wanted if name not in names]:

@@ -1,4 +1,4 @@
-"""Samples of a corpus: text to train a tokenizer on, and prepared documents to look at."""
+"""Samples of a corpus: text to train a tokenizer on, and prepared documents to print."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ from data.tokenizer import INCOMPLETE, load_tokenizer
 
 
 def tokenizer_texts(config: CorpusConfig, items: list[Item], wanted_bytes: int) -> Iterator[str]:
-    """Yield about `wanted_bytes` of training text, or all of it: of each file the beginning, by its size."""
+    """Yield about `wanted_bytes` of training text, from the start of each file in proportion to its size."""
     left_out, reader = LeftOut(config.on_bad_record), Reader(config)
     items = [item for item in items if item.split != "valid"]
     total = sum(item.size for item in items)
@@ -33,7 +33,7 @@ def tokenizer_texts(config: CorpusConfig, items: list[Item], wanted_bytes: int) 
 
 
 def sample_texts(config: CorpusConfig, number: int, *, max_tokens: int) -> Iterator[tuple[str, str]]:
-    """Yield (source, text) of the beginning of a prepared document of each of a few sources, decoded."""
+    """Yield (source, text) of the decoded start of a document, for the first `number` sources."""
     folder = Path(config.path)
     tokenizer = load_tokenizer(folder / "tokenizer")
     train = read_manifest(folder)["splits"]["train"]

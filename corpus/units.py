@@ -1,7 +1,7 @@
-"""A corpus' work in units: what each reads, the process that does it, and what it leaves.
+"""Preparation of a corpus in units.
 
-A unit is some megabytes of input, up to about a gigabyte. One process reads it, encodes it and writes its tokens to a
-folder under a temporary name; renaming the folder is the commit. A killed process costs the units it was at.
+A unit is 4 MB to 1 GB of input. One process reads it, encodes it and writes its tokens to a folder under a temporary
+name; renaming the folder is the commit. A killed process loses the unit it was working on.
 """
 
 import json
@@ -30,32 +30,31 @@ from corpus.inputs import Item
 from corpus.left_out import LeftOut
 from corpus.readers import END, Reader, dataset_batches, has_lines
 
-# Small units keep many processes busy and large ones make few files; neither may depend on the processes.
+# Small units keep many processes busy, large units make few files. Units must not depend on the number of workers.
 LEAST_UNIT_BYTES, MOST_UNIT_BYTES, MOST_UNITS = 1 << 22, 1 << 30, 512
-MOST_ROW_BYTES = 1 << 27  # in a unit of a dataset, which is held in memory
-COMPRESSION_RATIO = 4  # a guess, to divide compressed files; the last range of each goes to its end
-BATCH_BYTES = 1 << 20  # of text that is encoded at once
+MOST_ROW_BYTES = 1 << 27  # per unit of a dataset, which is held in memory
+COMPRESSION_RATIO = 4  # assumed when compressed files are split; the last range of a file extends to its end
+BATCH_BYTES = 1 << 20  # of text per encoding call
 DOCUMENT = np.dtype([("hash", "<u8"), ("tokens", "<u4"), ("text_bytes", "<u4")])
 
-
-# Takes the documents, tokens and bytes of text of a unit that is done (no bytes for an earlier run's), and its share of
-# the work, 0 if it is not known.
+# Called with the documents, tokens and text bytes of a finished unit (0 bytes if an earlier run did it), and its share
+# of the work (0 if unknown).
 Progress = Callable[[int, int, int, float], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is to be prepared, and the folder where it is while it is not finished."""
+    """What to prepare, and where."""
 
     data: CorpusConfig
     config: TokenizerConfig
-    folder: Path
+    folder: Path  # of the unfinished corpus
     items: list[Item]
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """What begins in [start, stop) of an item: bytes of a file's content, or rows of a dataset."""
+    """The documents that start in [start, stop) of an item, in bytes of a file or rows of a dataset."""
 
     item: int
     start: int = 0
@@ -66,13 +65,13 @@ class Span:
 class Unit:
     number: int
     spans: tuple[Span, ...]
-    rows: bytes = b""  # of a dataset, as an Arrow stream
-    size: int = 0  # bytes of content, or rows
-    limit: int | None = None  # documents
+    rows: bytes = b""  # Arrow stream of a dataset's rows
+    size: int = 0  # bytes, or rows
+    limit: int | None = None  # maximum number of documents
 
 
 def plan_units(items: list[Item], config: CorpusConfig) -> Iterator[Unit]:
-    """Yield the units of some items: a function of the items alone."""
+    """Yield the units of items; a pure function of the items."""
     units = _dataset_units if config.source is Source.huggingface else _file_units
     return (Unit(number, *unit) for number, unit in enumerate(units(items, config)))
 
@@ -102,7 +101,7 @@ def _file_units(items: list[Item], config: CorpusConfig) -> Iterator[tuple[tuple
 
 
 def _dataset_units(items: list[Item], config: CorpusConfig) -> Iterator[tuple[tuple[Span, ...], bytes, int]]:
-    """Yield rows of datasets, read once by this process; units grow, since the size of a stream is not known."""
+    """Yield rows of datasets, read once, by this process; units grow, because the size of a stream is unknown."""
     total = 0
     for number, item in enumerate(items):
         first, batches, size = 0, [], 0
@@ -128,7 +127,7 @@ def _as_stream(batches: list[Any]) -> tuple[bytes, int]:
 
 
 def file_name(name: str) -> str:
-    """Return a source's name as files may have it, in ASCII: `C#` becomes `C%23`. Names that differ stay different."""
+    """Return an ASCII file name for a source, unique per source: `C#` becomes `C%23`."""
     quoted = quote(name, safe="+")
     return quoted if len(quoted) <= 200 else f"{quoted[:180]}%{xxhash.xxh3_64_hexdigest(name.encode())}"
 
@@ -138,7 +137,7 @@ def unit_folder(folder: Path, number: int) -> Path:
 
 
 def read_unit(folder: Path, number: int) -> dict[str, Any] | None:
-    """Return what unit.json holds, or None if it is not done."""
+    """Return the contents of unit.json, or None if the unit is not done."""
     path = unit_folder(folder, number) / "unit.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
@@ -152,10 +151,10 @@ class UnitWorker:
         self.reader = Reader(job.data)
 
     def write(self, unit: Unit) -> list[int]:
-        """Do a unit, from reading to the commit, and return its documents, tokens and bytes of text."""
+        """Prepare and commit a unit; return the numbers of documents, tokens and text bytes."""
         final = unit_folder(self.job.folder, unit.number)
         partial = final.with_name(f".{final.name}.{socket.gethostname()}.{os.getpid()}")
-        shutil.rmtree(partial, ignore_errors=True)  # of a process of the same number that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed process with the same pid
         partial.mkdir(parents=True)
         try:
             counts = self._write(unit, partial)
@@ -163,7 +162,7 @@ class UnitWorker:
         except OSError:
             if not final.exists():
                 raise
-            counts = [0, 0, 0]  # another process was faster
+            counts = [0, 0, 0]  # another process did it
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return counts
@@ -214,7 +213,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _append(encoded: list[tuple[Document, np.ndarray]], folder: Path, dtype: Any) -> set[str]:
-    """Append documents to a file of tokens and one of `DOCUMENT` for each split and source, and return these."""
+    """Append documents to the .tokens and .documents files of their split and source; return these groups."""
     groups: dict[str, list[tuple[Document, np.ndarray]]] = {}
     for document, ids in encoded:
         groups.setdefault(f"{document.split}.{document.source}", []).append((document, ids))
@@ -222,13 +221,13 @@ def _append(encoded: list[tuple[Document, np.ndarray]], folder: Path, dtype: Any
         tokens = np.concatenate([ids for _, ids in found]).astype(dtype)
         table = np.array([(d.hash, len(ids), d.text_bytes) for d, ids in found], dtype=DOCUMENT)
         for kind, content in ((".tokens", tokens), (".documents", table)):
-            with open(folder / f"{file_name(group)}{kind}", "ab") as file:  # not kept open: there may be thousands
+            with open(folder / f"{file_name(group)}{kind}", "ab") as file:  # reopened: there may be thousands
                 content.tofile(file)
     return set(groups)
 
 
 def run_units(units: Iterable[Unit], job: Job, *, workers: int, shards: int, shard: int, progress: Progress) -> int:
-    """Do the units of a shard that are not done, with `workers` processes; return how many units there are in all."""
+    """Do the missing units of a shard with `workers` processes; return the total number of units."""
     most = job.data.max_documents
     n_units = n_documents = 0
     total = sum(map(content_size, job.items)) / shards if most is None else 0
@@ -251,7 +250,7 @@ def run_units(units: Iterable[Unit], job: Job, *, workers: int, shards: int, sha
                 else:
                     add(unit, done["counts"], is_new=False)
 
-    if workers == 1 or most is not None:  # a unit's limit is known when those before it are done
+    if workers == 1 or most is not None:  # sequential: a unit's limit depends on the units before it
         worker = UnitWorker(job)
         for unit in to_do():
             add(unit, worker.write(unit))
@@ -275,22 +274,22 @@ def _run_in_processes(units: Iterator[Unit], job: Job, workers: int, add: Callab
                 wait_for_all_but(workers)
             wait_for_all_but(0)
         except BrokenProcessPool:
-            raise DataError("a worker process was killed, perhaps for lack of memory; take fewer workers") from None
+            raise DataError("a worker process was killed, possibly out of memory; use fewer workers") from None
         except BaseException:
             for process in active_children():
-                process.kill()  # a unit takes long, and is done anew
+                process.kill()  # do not wait for units in progress
             raise
 
 
-_worker: list[UnitWorker] = []  # this process' own
+_worker: list[UnitWorker] = []  # of this process
 
 
 def _start_worker(job: Job) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process per core already
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is already one process per core
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops them
     parent = parent_process()
     assert parent is not None
-    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # ends with the main process
+    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # exit with the main process
     _worker[:] = [UnitWorker(job)]
 
 

@@ -1,4 +1,4 @@
-"""Micro-batches: packs side by side, as tensors."""
+"""Micro-batches as tensors."""
 
 from dataclasses import dataclass, fields
 from functools import cache
@@ -17,27 +17,27 @@ class Batch:
     """One micro-batch of B packs of T tokens; CPU tensors of int32."""
 
     tokens_BT: Tensor
-    labels_BT: Tensor  # already shifted: the target of each token, -100 for none
+    labels_BT: Tensor  # already shifted; -100: no target
     positions_BT: Tensor  # from 0 in each segment
     source_BT: Tensor  # index into the corpus' sources
     cu_seqlens: Tensor  # (n_segments + 1,), over the flattened batch, from 0 to B * T
-    max_seq_len: int  # the longest segment
+    max_seq_len: int  # length of the longest segment
 
     def pin_memory(self) -> "Batch":
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                setattr(self, field.name, value.contiguous().pin_memory())  # a view that repeats cannot be pinned
+                setattr(self, field.name, value.contiguous().pin_memory())  # an expanded view cannot be pinned
         return self
 
 
 def collate(rows: Rows, sources: np.ndarray, *, seq_len: int, isolated: bool) -> Batch:
-    """Return a micro-batch of rows; sources: int64 (B,).
+    """Return the micro-batch of rows; sources: int64 (B,).
 
-    A token's target is the next one of its document, also where the end of a segment cuts the document; its last
-    token has none. Tokens attend within segments. With `isolated` these are documents, cut and begun again every
-    `seq_len` tokens; otherwise they are any `seq_len` tokens, and the pack's last target is left out, as in
-    InternLM's `pack_sample_into_one`. Padding attends to itself only.
+    The target of a token is the next token of its document, even across a segment boundary; the last token of a
+    document has none. Tokens attend within segments: with `isolated`, documents, split every `seq_len` tokens;
+    without, every `seq_len` tokens of the pack, whose last target is dropped, as in InternLM's
+    `pack_sample_into_one`. Padding is a segment of its own.
     """
     n_rows, pack_len = rows.tokens.shape[0], rows.tokens.shape[1] - 1
     tokens, labels = rows.tokens[:, :-1], rows.tokens[:, 1:].copy()
@@ -76,8 +76,8 @@ def _arange(count: int) -> np.ndarray:
 
 
 def _split(lengths: np.ndarray, longest: int) -> np.ndarray:
-    """Split lengths into parts of `longest`, the rest of each last."""
+    """Split each length into parts of `longest` and a remainder."""
     parts = -(-lengths // longest)
-    found = np.full(int(parts.sum()), longest)
-    found[np.cumsum(parts) - 1] = lengths - (parts - 1) * longest
-    return found
+    split = np.full(int(parts.sum()), longest)
+    split[np.cumsum(parts) - 1] = lengths - (parts - 1) * longest
+    return split

@@ -1,4 +1,4 @@
-"""Best-fit packing: which parts of documents make each pack, planned once per file and kept beside the tokens."""
+"""Best-fit packing, planned once per token file and cached next to it."""
 
 import os
 import secrets
@@ -11,37 +11,37 @@ import xxhash
 
 from data.shards import FileReader, TokenFile
 
-HEADER = struct.Struct("<8s16sQQ")  # magic, hash of what it was made of, packs, pieces
+HEADER = struct.Struct("<8s16sQQ")  # magic, hash of the inputs, number of packs, number of pieces
 MAGIC = b"BESTFIT3"
-COLUMNS = 4  # of a piece: start, length, whether a document begins and whether one ends with it
+COLUMNS = 4  # of a piece: start, length, is the start of a document, is the end of a document
 PIECE_BYTES = 8 * COLUMNS
 
 
 class Plan:
-    """The packs of a file of tokens; made anew when the file has changed or the plan is damaged."""
+    """The packs of a token file; planned again if the file has changed or the plan is damaged."""
 
     def __init__(self, file: TokenFile, pack_len: int) -> None:
         path = Path(f"{file.stem}.fit-{pack_len}")
-        made_of = xxhash.xxh3_128_digest(f"{file.fingerprint()}/{pack_len}".encode())
-        self.reader, self.kept = FileReader(path), b""  # kept: the plan, where the folder is not writable
+        inputs = xxhash.xxh3_128_digest(f"{file.fingerprint()}/{pack_len}".encode())
+        self.reader, self.in_memory = FileReader(path), b""  # in_memory: if the folder is read-only
         n_bytes = path.stat().st_size if path.exists() else 0
         if n_bytes >= HEADER.size:
             magic, stored, self.n_packs, n_pieces = HEADER.unpack(self._read(0, HEADER.size))
-            if (magic, stored) == (MAGIC, made_of) and n_bytes == self._pieces_at() + PIECE_BYTES * n_pieces:
+            if (magic, stored) == (MAGIC, inputs) and n_bytes == self._pieces_at() + PIECE_BYTES * n_pieces:
                 return
-            self.reader = FileReader(path)  # of the file that comes in its place
+            self.reader = FileReader(path)  # of the new plan
         pieces, firsts = best_fit(file.offsets(), pack_len, truncate=file.conversations)
         self.n_packs = len(firsts) - 1
-        raw = HEADER.pack(MAGIC, made_of, self.n_packs, len(pieces)) + firsts.tobytes() + pieces.tobytes()
+        raw = HEADER.pack(MAGIC, inputs, self.n_packs, len(pieces)) + firsts.tobytes() + pieces.tobytes()
         if not os.access(path.parent, os.W_OK):
-            self.kept = raw
+            self.in_memory = raw
             return
         partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
         partial.write_bytes(raw)
         partial.rename(path)
 
     def read(self, packs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the number of pieces of each pack, int64 (N,), and the pieces, int64 (n_pieces, COLUMNS)."""
+        """Return the number of pieces per pack, int64 (N,), and the pieces, int64 (n_pieces, COLUMNS)."""
         limits = b"".join([self._read(HEADER.size + 8 * pack, 16) for pack in packs.tolist()])
         first, last = np.frombuffer(limits, dtype="<i8").reshape(-1, 2).T
         at, ranges = self._pieces_at(), zip(first.tolist(), last.tolist(), strict=True)
@@ -52,18 +52,17 @@ class Plan:
         return HEADER.size + 8 * (self.n_packs + 1)
 
     def _read(self, at: int, n_bytes: int) -> bytes | bytearray:
-        return self.kept[at : at + n_bytes] if self.kept else self.reader.read(at, n_bytes)
+        return self.in_memory[at : at + n_bytes] if self.in_memory else self.reader.read(at, n_bytes)
 
 
 def best_fit(offsets: np.ndarray, pack_len: int, *, truncate: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Pack documents that lie between `offsets`, int64 (n + 1,), into packs; `truncate`: only what fits in one each.
+    """Pack the documents between `offsets`, int64 (n + 1,); `truncate` drops what exceeds a pack instead of splitting.
 
-    Returns the pieces, pack after pack, int64 (n_pieces, COLUMNS), and the first piece of each pack, int64
-    (n_packs + 1,).
+    Returns the pieces by pack, int64 (n_pieces, COLUMNS), and the first piece of each pack, int64 (n_packs + 1,).
     """
     lengths = np.diff(offsets)
     whole, rests = np.divmod(np.minimum(lengths, pack_len) if truncate else lengths, pack_len)
-    # Parts of pack_len tokens are packs of their own; what is left of each document is fitted in.
+    # Parts of pack_len tokens fill a pack each; the remainders of documents are packed best-fit.
     long = np.repeat(np.arange(len(lengths)), whole)
     within = np.arange(len(long)) - np.repeat(np.cumsum(whole) - whole, whole)
     ends = (within + 1) * pack_len == lengths[long]
@@ -71,8 +70,8 @@ def best_fit(offsets: np.ndarray, pack_len: int, *, truncate: bool = False) -> t
     small = np.flatnonzero(rests)
     small = small[np.argsort(-rests[small], kind="stable")]
     packs: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # packs with so many tokens left
-    rooms: list[int] = []  # the keys of by_room, in order
+    by_room: dict[int, list[int]] = {}  # packs by free tokens
+    rooms: list[int] = []  # sorted keys of by_room
     for document, length in zip(small.tolist(), rests[small].tolist(), strict=True):
         at = bisect_left(rooms, length)
         if at == len(rooms):

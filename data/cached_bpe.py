@@ -1,9 +1,8 @@
-"""SentencePiece's ids at several times its speed: each word is encoded once and its ids are cached.
+"""SentencePiece BPE several times faster, with the same ids: each word is encoded once and its ids are cached.
 
-A byte-pair merge joins two neighbours only into a piece of the vocabulary. Where no piece can lie across
-a place in a text, the text may be split there and its parts, here called words, encoded apart: the ids are
-those of the whole. Where that is so is derived from the pieces. Everything that is done per character or word
-is done by numpy on a hundred kilobytes of text at once.
+A merge only ever creates a piece of the vocabulary. If no piece can span a position in a text, the text can be
+split there and the parts, called words here, encoded separately. The split points are derived from the pieces.
+All work per character or word is vectorised in numpy over a hundred kilobytes of text.
 """
 
 import re
@@ -14,31 +13,31 @@ from typing import Any
 import numpy as np
 
 SPACE = "\u2581"  # how SentencePiece, and Hugging Face's Metaspace, write a space
-LONGEST_TEXT = 1 << 20  # characters that are encoded at once; a longer text is split between words
-TOGETHER = 1 << 17  # characters of short texts that are encoded at once
-CACHED_WORDS, CACHED_IDS = 1 << 21, 1 << 23  # with the hash table about 120 MB
-LONGEST_WORD = 64  # characters of a word that is cached
+LONGEST_TEXT = 1 << 20  # characters; a longer text is split between words
+TOGETHER = 1 << 17  # characters of short texts that are encoded in one batch
+CACHED_WORDS, CACHED_IDS = 1 << 21, 1 << 23  # about 120 MB with the hash table
+LONGEST_WORD = 64  # characters; longer words are not cached
 PAIR_BITS, SLOT_BITS = 20, 23
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 class CachedBPE:
-    """Encodes texts by words, with the ids of `model.encode`.
+    """Encodes texts word by word to the ids of `model.encode`.
 
-    A text is split wherever no piece holds the two characters side by side, and before an indent that leads
-    to a word: the pieces that go on from a line end over its indent do so to another line end. A word is
-    known by a 64-bit hash of it; two of a million words share one with a probability of 3e-8.
+    A text is split between two characters that are adjacent in no piece, and before an indent that is followed
+    by a word if every piece that spans a newline and an indent continues with another newline. Words are looked
+    up by a 64-bit hash; among a million words the probability of a collision is 3e-8.
 
     Args:
-        model: a SentencePiece BPE model with byte fallback that changes nothing of a text but spaces to `SPACE`.
-        pieces: its pieces that can be part of a text.
+        model: a SentencePiece BPE model with byte fallback whose only normalization is spaces to `SPACE`.
+        pieces: the model's pieces that can occur in a text.
     """
 
     def __init__(self, model: Any, pieces: list[str]) -> None:
         self.model = model
         pieces = [piece.replace(SPACE, " ") for piece in pieces]
         pairs = np.array([[ord(a), ord(b)] for piece in pieces for a, b in pairwise(piece)], dtype=np.uint32)
-        # All pairs of characters, hashed: where two share a slot a split is missed, and the ids are the same.
+        # Indexed by a hash of the pair. A collision only misses a split, which does not change the ids.
         self.apart = np.ones(1 << PAIR_BITS, dtype=bool)
         if len(pairs):
             self.apart[_pair(pairs[:, 0], pairs[:, 1])] = False
@@ -48,16 +47,16 @@ class CachedBPE:
         self._clear()
 
     def _clear(self) -> None:
-        # Words by number: where their ids begin, and how many they are. More than are kept, for those of one text.
+        # Per word: offset and number of its ids. Sized beyond the limits by the words of one batch.
         self.n_words = self.n_ids = 0
         self.first, self.counts = np.zeros((2, CACHED_WORDS + len(self.powers)), dtype=np.int32)
         self.ids = np.zeros(CACHED_IDS + 4 * len(self.powers), dtype=np.uint32)
-        # Their hash table, with open addressing: a key of 0 is an empty slot.
+        # Hash table of words with open addressing; key 0 is an empty slot.
         self.slot_keys = np.zeros(1 << SLOT_BITS, dtype=np.uint64)
         self.slot_words = np.zeros(1 << SLOT_BITS, dtype=np.int32)
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Return each text's ids, uint32; of texts of any length."""
+        """Return each text's ids, uint32."""
         found: list[np.ndarray] = []
         group: list[str] = []
         size = 0
@@ -67,15 +66,15 @@ class CachedBPE:
                 group, size = [], 0
             if len(text) > LONGEST_TEXT:
                 parts = [*self._parts(text)]
-                its = self.encode(parts) if len(parts) > 1 else [self.model.encode(text)]  # perhaps one long word
-                found.append(np.concatenate(its, dtype=np.uint32, casting="unsafe"))
+                ids = self.encode(parts) if len(parts) > 1 else [self.model.encode(text)]  # a single long word
+                found.append(np.concatenate(ids, dtype=np.uint32, casting="unsafe"))
             else:
                 group.append(text)
                 size += len(text)
         return found + self._encode(group)
 
     def _parts(self, text: str) -> Iterator[str]:
-        """Yield parts of at most `LONGEST_TEXT` characters, and longer ones where a word is longer."""
+        """Yield parts of at most `LONGEST_TEXT` characters, longer only if a word is."""
         start, size = 0, LONGEST_TEXT
         while len(text) - start > size:
             if split := self.last_split(text[start : start + size]):
@@ -86,7 +85,7 @@ class CachedBPE:
         yield text[start:]
 
     def last_split(self, text: str) -> int:
-        """Return the last place where a word begins, 0 if the text is one."""
+        """Return the start of the last word."""
         for size in (1 << 12, len(text)):
             chars = _chars(text[-size:])
             if start := int(self.splits(chars, np.array([len(chars)]))[-1]):
@@ -107,7 +106,7 @@ class CachedBPE:
         np.cumsum((chars + np.uint64(1)) * self.powers[: len(chars)], out=sums[1:])
         keys = (sums[ends] - sums[starts]) * self.powers[len(self.powers) - 1 - starts]
         long = np.flatnonzero(ends - starts > LONGEST_WORD)
-        keys[long] = long + 1  # each for itself: long words can be made to share a hash
+        keys[long] = long + 1  # unique in the batch: hash collisions of long words can be constructed
         words = self._find(keys)
         missing = np.flatnonzero(words < 0)
         if len(missing):
@@ -119,11 +118,11 @@ class CachedBPE:
         return np.split(ids, before[np.searchsorted(starts, limits[:-1])])
 
     def splits(self, chars: np.ndarray, limits: np.ndarray) -> np.ndarray:
-        """Return where words begin in texts end to end; chars: uint32 (N,), code points; limits: where texts end."""
+        """Return the starts of words in concatenated texts; chars: code points, uint32 (N,); limits: ends of texts."""
         split = self.apart[_pair(chars[:-1], chars[1:])]
         if self.split_before_indents:
             indent = (chars == 32) | (chars == 9)
-            lasts = np.flatnonzero(indent[:-1] > indent[1:])  # of the indents that something follows
+            lasts = np.flatnonzero(indent[:-1] > indent[1:])  # last character of each indent
             lines = np.flatnonzero((chars[:-1] == 10) & indent[1:])
             lines = lines[: np.searchsorted(lines, lasts[-1])] if len(lasts) else lines[:0]
             following = chars[lasts[np.searchsorted(lasts, lines + 1)] + 1]
@@ -133,21 +132,21 @@ class CachedBPE:
         return np.concatenate([[0], np.flatnonzero(split) + 1])
 
     def _find(self, keys: np.ndarray) -> np.ndarray:
-        """Return the numbers of words, -1 where one is not cached."""
+        """Return the indices of words by key, -1 if not cached."""
         words = np.full(len(keys), -1, dtype=np.int32)
         left, slots = np.arange(len(keys)), _slot(keys)
         while len(left):
             there = self.slot_keys[slots]
             hit = there == keys[left]
             words[left[hit]] = self.slot_words[slots[hit]]
-            on = ~hit & (there != 0)
-            left, slots = left[on], (slots[on] + 1) & ((1 << SLOT_BITS) - 1)
+            probe = ~hit & (there != 0)
+            left, slots = left[probe], (slots[probe] + 1) & ((1 << SLOT_BITS) - 1)
         return words
 
     def _add(self, text: str, keys: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """Encode words that are not cached, and return their numbers."""
-        keys, one, which = np.unique(keys, return_index=True, return_inverse=True)
-        starts, ends = starts[one], ends[one]
+        """Encode words that are not cached; return their indices."""
+        keys, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+        starts, ends = starts[first], ends[first]
         new = [text[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
         encoded = self.model.encode(new, num_threads=1)
         numbers = np.arange(self.n_words, self.n_words + len(keys), dtype=np.int32)
@@ -159,20 +158,20 @@ class CachedBPE:
         self.n_ids += int(counts.sum())
         kept = ends - starts <= LONGEST_WORD
         self._insert(keys[kept], numbers[kept])
-        return numbers[which]
+        return numbers[inverse]
 
     def _insert(self, keys: np.ndarray, words: np.ndarray) -> None:
         slots = _slot(keys)
         while len(keys):
             free = self.slot_keys[slots] == 0
-            self.slot_keys[slots[free]] = keys[free]  # of several for one slot the last is written
+            self.slot_keys[slots[free]] = keys[free]  # of several keys for one slot, the last wins
             taken = free & (self.slot_keys[slots] == keys)
             self.slot_words[slots[taken]] = words[taken]
             keys, words, slots = keys[~taken], words[~taken], (slots[~taken] + 1) & ((1 << SLOT_BITS) - 1)
 
 
 def _chars(text: str) -> np.ndarray:
-    """Return code points, uint32; a written-out `SPACE` is a space, as it is to the model."""
+    """Return code points, uint32; `SPACE` itself counts as a space, as in the model."""
     return np.frombuffer(text.replace(SPACE, " ").encode("utf-32-le"), dtype=np.uint32)
 
 

@@ -1,4 +1,4 @@
-"""How tokens become batches, on top of how text becomes tokens (`CorpusConfig`). Torch-free."""
+"""Configuration of the data pipeline, which adds batching to `CorpusConfig`. Torch-free."""
 
 import json
 from collections.abc import Iterator
@@ -15,19 +15,16 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig(CorpusConfig):
-    """A corpus, and how its tokens become batches."""
-
     seq_len: int = MISSING  # longest attention span, in tokens
     pack_len: int | None = None  # tokens per pack, a multiple of seq_len (null: seq_len)
     packing: str = "concat"  # concat, best_fit, internlm, internlm_one, or module:Class
-    mix: dict[str, float] = field(default_factory=dict)  # source -> weight in training (empty: by size)
+    mix: dict[str, float] = field(default_factory=dict)  # source -> sampling weight (empty: by size)
     micro_batch_size: int = MISSING  # sequences of seq_len tokens per forward pass
     seed: int = 1024  # order of documents and packs
-    tokenizer: str | None = None  # source=tokens: what they were made with, for bits per byte and decoding
+    tokenizer: str | None = None  # of source=tokens, for bits per byte and decoding
     verify: bool = field(default=False, metadata={"free": True})  # check the hashes of all shards before the first step
     workers: int = field(default=2, metadata={"free": True})  # loader processes; the order does not depend on it
-    # without a batch from a worker, after which the run fails; 0: never
-    worker_timeout_s: float = field(default=300.0, metadata={"free": True})
+    worker_timeout_s: float = field(default=300.0, metadata={"free": True})  # per batch; 0: none
 
     @property
     def pack_tokens(self) -> int:
@@ -63,7 +60,7 @@ TRAINING_ONLY = {f.name for f in fields(DataConfig)} - {f.name for f in fields(C
 
 
 def fitting_vocab_size(config: DataConfig) -> int:
-    """Return what `model.vocab_size=auto` is: the vocabulary of the data, or before it is prepared `vocab_size`."""
+    """Return the value of `model.vocab_size=auto`: the data's vocabulary, or `data.vocab_size` before preparation."""
     size = config.vocab_size
     if config.source not in (Source.random, Source.tokens):
         with suppress(OSError, ValueError, KeyError, TypeError):  # reported when the data is opened
@@ -72,11 +69,11 @@ def fitting_vocab_size(config: DataConfig) -> int:
 
 
 def check_tokenizer(name: str | Path, key: str = "tokenizer.model") -> None:
-    """Raise `DataError` if a name can only be that of a file or folder and there is no tokenizer in it."""
+    """Raise `DataError` if a name is a path, not a Hugging Face name, and no tokenizer is there."""
     path = Path(name)
     if path.is_dir():
         if not any((path / file).exists() for file in TOKENIZER_FILES):
-            raise DataError(f"{key} ({name}) holds neither {' nor '.join(TOKENIZER_FILES)}")
+            raise DataError(f"{key} ({name}) has neither {' nor '.join(TOKENIZER_FILES)}")
     elif not path.is_file() and (path.suffix in (".model", ".json") or len(path.parts) > 2):
         raise DataError(f"{key} ({name}) does not exist; name a tokenizer's file or folder, or a Hugging Face name")
 
@@ -99,7 +96,7 @@ def packs_of_step(step: int, *, global_batch_tokens: int, ramp: RampConfig, pack
 
 
 def parse_ranges(parts: list[str]) -> list[range]:
-    """Return ["17", "100-120"] as ranges of steps from 1 on, both ends included; raise ValueError."""
+    """Parse ["17", "100-120"] into ranges of steps, counted from 1, ends included; raise ValueError if malformed."""
     ranges = []
     for part in parts:
         first, _, last = part.partition("-")

@@ -1,4 +1,4 @@
-"""A corpus, opened for training: its sources, its packs, their order."""
+"""A corpus opened for training."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +22,10 @@ Split = dict[str, list[TokenFile]]  # files by source
 
 
 class PackedDataset:
-    """The packs of one split, a packing per source.
+    """The packs of one split, with one packing per source.
 
-    Sample i of the endless sequence is a pure function of the seed and i: without a mixture all packs are
-    shuffled together, and with one each source's packs are, and the sources take turns.
+    Sample i of the endless sequence is a pure function of seed and i. Without a mixture all packs are shuffled
+    together; with one, each source is shuffled separately and the sources alternate by weight.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class PackedDataset:
         self.pools: dict[int, Pool] = {}
 
     def begin_at(self, sample: int) -> None:
-        """Begin the sequence anew at a sample: what came before was of a corpus without the files added since."""
+        """Restart the sequence at a sample, because files have been added to the corpus since the samples before it."""
         self.first_sample, self.pools = sample, {}
 
     def _pool(self, number: int) -> Pool:
-        """Return the shuffled packs of a packing, or with -1 of all."""
+        """Return the shuffled packs of a packing; -1: of all packings."""
         if number not in self.pools:
             n_packs = self.n_packs if number < 0 else self.packings[number].n_packs
             source = -1 if number < 0 else int(self.sources[number])
@@ -60,7 +60,7 @@ class PackedDataset:
         return self.pools[number]
 
     def locate(self, samples: np.ndarray) -> np.ndarray:
-        """Return the packs of samples by their place in the corpus; int64 (N,) to int64 (N,)."""
+        """Return the pack index of each sample; int64 (N,) to int64 (N,)."""
         samples = samples - self.first_sample
         if self.mixture is None:
             return self._pool(-1).packs(samples)
@@ -76,33 +76,33 @@ class PackedDataset:
         return self.sources[np.searchsorted(self.limits, packs, side="right") - 1]
 
     def pieces(self, packs: np.ndarray) -> Pieces:
-        """Return what packs hold, with places in `self.files`."""
+        """Return the pieces of packs; `files` indexes `self.files`."""
 
-        def of_packing(number: int, its: np.ndarray) -> Pieces:
-            found = self.packings[number].pieces(its)
+        def of_packing(number: int, packs: np.ndarray) -> Pieces:
+            found = self.packings[number].pieces(packs)
             return found._replace(files=found.files + self.first_file[number])
 
         return Pieces.gathered(packs, self.limits, of_packing)
 
     def batch(self, packs: np.ndarray) -> Batch:
-        """Read packs by their place in the corpus; raises `DataError` on a token outside the vocabulary."""
+        """Read packs by index; raise `DataError` on a token outside the vocabulary."""
         pieces = self.pieces(packs)
         rows = read_rows(self.files, pieces, self.config.pack_tokens, self.config.seq_len)
-        if rows.tokens.view(np.uint32).max() >= self.vocab_size:  # a negative one is larger still
+        if rows.tokens.view(np.uint32).max() >= self.vocab_size:  # negative ids are large as uint32
             raise self._wrong_token(rows.tokens, pieces)
         return collate(rows, self.source_of(packs), seq_len=self.config.seq_len, isolated=self.isolated)
 
     def _wrong_token(self, tokens: np.ndarray, pieces: Pieces) -> DataError:
         row, at = np.argwhere(tokens.view(np.uint32) >= self.vocab_size)[0].tolist()
-        its = np.flatnonzero(np.repeat(np.arange(len(tokens)), pieces.n_pieces) == row)
-        begins = np.cumsum(pieces.lengths[its]) - pieces.lengths[its]
+        of_row = np.flatnonzero(np.repeat(np.arange(len(tokens)), pieces.n_pieces) == row)
+        begins = np.cumsum(pieces.lengths[of_row]) - pieces.lengths[of_row]
         number = np.searchsorted(begins, at, side="right") - 1
-        piece, place = its[number], pieces.starts[its[number]] + at - begins[number]
+        piece, place = of_row[number], pieces.starts[of_row[number]] + at - begins[number]
         what = f"{self.files[pieces.files[piece]].stem}.bin: token {place} is id {tokens[row, at]}"
         return DataError(f"{what}, outside model.vocab_size ({self.vocab_size}); prepare it with the right tokenizer")
 
     def epochs(self, samples: int) -> dict[int, float]:
-        """Return how often each source has been seen after so many samples."""
+        """Return the epochs of each source after `samples` samples."""
         drawn = samples - self.first_sample
         sources = self.sources.tolist()
         if self.mixture is None:
@@ -114,7 +114,7 @@ class PackedDataset:
 @dataclass(slots=True)
 class Corpus:
     sources: tuple[str, ...]
-    fingerprints: list[str]  # the hash of each file of tokens; with the tokenizer they are what a run was trained on
+    fingerprints: list[str]  # of the tokenizer and of each token file
     tokenizer: Tokenizer | None  # None for random tokens
     add_bos: bool
     add_eos: bool
@@ -127,21 +127,21 @@ class Corpus:
         return xxhash.xxh3_128_hexdigest("\n".join(self.fingerprints).encode())
 
     def verify(self, part: int, parts: int) -> None:
-        """Check the hashes of one of so many parts of the files; raises `DataError` if a file is damaged."""
+        """Check the hashes of every `parts`-th file from `part` on; raise `DataError` if one is damaged."""
         for file in [*self.train.files, *self.valid.files][part::parts]:
             if isinstance(file, Shard):
                 Shard(file.stem, verify=True)
 
 
 def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
-    """Open what prepare_data.py wrote for a model of `vocab_size`; raises `DataError` on anything amiss."""
+    """Open a corpus for a model of `vocab_size`; raise `DataError` if it is missing, damaged or does not fit."""
     check_exists(config)
     tokenizer, add_bos, add_eos = None, False, False
     match config.source:
         case Source.random:
             train, valid = ({"random": [_random_tokens(config, split, vocab_size)]} for split in RANDOM_PACKS)
         case Source.tokens:
-            train, valid = (token_files(as_paths(its), config.name) for its in (config.input, config.valid_input))
+            train, valid = (token_files(as_paths(paths), config.name) for paths in (config.input, config.valid_input))
             check_no_overlap(train, valid)
             tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
         case _:
@@ -174,17 +174,17 @@ def _random_tokens(config: DataConfig, split: str, vocab_size: int) -> TokenFile
 
 
 def _shards(folder: Path, sources: dict[str, dict[str, Any]], tokenizer: Tokenizer) -> Split:
-    found: Split = {source: [Shard(folder / stem) for stem in its["shards"]] for source, its in sources.items()}
+    found: Split = {source: [Shard(folder / stem) for stem in about["shards"]] for source, about in sources.items()}
     for shard in (shard for shards in found.values() for shard in shards):
         if not isinstance(shard, Shard) or shard.header is None or shard.header.tokenizer != tokenizer.fingerprint:
-            raise DataError(f"{shard.stem}.bin is not of {folder}'s tokenizer; prepare the corpus again")
+            raise DataError(f"{shard.stem}.bin has another tokenizer than {folder}; prepare the corpus again")
     return found
 
 
 def _packs(config: DataConfig, files: Split, sources: tuple[str, ...], vocab_size: int, train: bool) -> PackedDataset:
     is_mixed = train and bool(config.mix)
     names = [name for name in sorted(files) if not is_mixed or config.mix.get(name, 0) > 0]
-    # random tokens are not in a folder where a packing could keep a plan
+    # random tokens have no folder for a packing plan
     kind = Concat if config.source is Source.random else find_packing(config.packing)
     packings = [kind(files[name], config.pack_tokens, seed=config.seed if train else None) for name in names]
     weights = [config.mix[name] for name in names] if is_mixed else None

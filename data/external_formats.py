@@ -1,4 +1,4 @@
-"""Tokens of other programs, read as they are: Megatron-LM's `.bin/.idx` and InternLM's `.bin/.bin.meta`."""
+"""Token files of other programs: Megatron-LM's `.bin/.idx` and InternLM's `.bin/.bin.meta`."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from data.shards import LOSS_MASKED, FileReader, Shard, TokenFile, file_hash
 
 
 def token_files(folders: list[str], name: str) -> dict[str, list[TokenFile]]:
-    """Return the files of tokens in folders by source: sub-folders name them, as InternLM's type folders do."""
+    """Return the token files in folders by source, which is the sub-folder, as InternLM's type folders."""
     files: dict[str, list[TokenFile]] = {}
     for folder in map(os.path.abspath, folders):
         for path in token_paths(folder):
@@ -23,13 +23,13 @@ def token_files(folders: list[str], name: str) -> dict[str, list[TokenFile]]:
 
 
 def check_no_overlap(train: dict[str, list[TokenFile]], valid: dict[str, list[TokenFile]]) -> None:
-    """Raise `DataError` if a file is in both splits, under one name or two."""
+    """Raise `DataError` if a file is in both splits, even as a copy."""
     by_content = {file.fingerprint(): file for files in train.values() for file in files}
     for file in (file for files in valid.values() for file in files):
         if same := by_content.get(file.fingerprint()):
-            ours, theirs = Path(f"{file.stem}.bin"), Path(f"{same.stem}.bin")
-            if ours.samefile(theirs) or file_hash(ours) == file_hash(theirs):
-                raise DataError(f"{ours} of data.valid_input is in data.input too, as {theirs}; remove one of them")
+            path, other = Path(f"{file.stem}.bin"), Path(f"{same.stem}.bin")
+            if path.samefile(other) or file_hash(path) == file_hash(other):
+                raise DataError(f"{path} of data.valid_input is in data.input too, as {other}; remove one of them")
 
 
 def _open(path: Path) -> TokenFile:
@@ -41,10 +41,9 @@ def _open(path: Path) -> TokenFile:
 
 
 class InternLMFile(TokenFile):
-    """InternLM's tokens: one JSON object per line, `{"tokens": [...]}`, and an array of (byte offset, tokens) rows.
+    """InternLM's format: one JSON object per line, `{"tokens": [...]}`, and an array of (byte offset, tokens) rows.
 
-    A negative token is no target, and its id is the value without the sign. Token 0, which is never a target in
-    InternLM, is a token like any other.
+    A negative token is not a target; its id is the absolute value. Unlike in InternLM, token 0 can be a target.
     """
 
     masked = True
@@ -58,13 +57,13 @@ class InternLMFile(TokenFile):
             raise DataError(f"{self.meta} is not an array of byte offsets and lengths: {error}") from None
         self.starts = np.append(starts, path.stat().st_size)
         if (np.diff(self.starts, prepend=-1) <= 0).any() or (counts < 0).any():
-            # InternLM's tools write offsets of 32 bits, which wrap in files over 2 GiB
+            # InternLM's tools write 32-bit offsets, which overflow in files over 2 GiB
             raise DataError(f"{self.meta} has offsets that are not in {path.name} or not in order; write it again")
         self.limits = np.concatenate([[0], np.cumsum(counts)])
         self.n_documents, self.n_tokens = len(counts), int(self.limits[-1])
 
     def fingerprint(self) -> str:
-        """Return the hash of the index, and the size of the file."""
+        """Return the size of the file and the hash of its index."""
         return f"{int(self.starts[-1])}/{xxhash.xxh3_128_hexdigest(self.meta.read_bytes())}"
 
     def offsets(self) -> np.ndarray:
@@ -79,7 +78,7 @@ class InternLMFile(TokenFile):
         if len(ids) != self.limits[index + 1] - self.limits[index]:
             raise DataError(f"{self.bin.path}: document {index} has {len(ids)} tokens, unlike in {self.meta.name}")
         if (np.abs(ids) >= LOSS_MASKED).any():
-            raise DataError(f"{self.bin.path}: document {index} holds an id over {LOSS_MASKED - 1}")
+            raise DataError(f"{self.bin.path}: document {index} has an id over {LOSS_MASKED - 1}")
         return np.where(ids < 0, -ids | LOSS_MASKED, ids).astype(np.uint32).view(np.int32)
 
     def read_into(self, out: np.ndarray, places: list[int], starts: list[int], counts: list[int]) -> None:

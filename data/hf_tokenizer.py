@@ -1,4 +1,4 @@
-"""A tokenizer as Hugging Face reads it: tokenizer.json, needing neither SentencePiece nor remote code."""
+"""Export of tokenizers to Hugging Face's tokenizer.json, which needs neither SentencePiece nor remote code."""
 
 import json
 import shutil
@@ -16,11 +16,10 @@ if TYPE_CHECKING:
 def write_hf_tokenizer(
     tokenizer: Tokenizer, folder: Path, *, add_bos: bool, max_len: int, answer_end: int | None = None
 ) -> dict[str, int | None]:
-    """Write a tokenizer for transformers 4 and 5, with tokenizer.model where there is one; return config.json's ids.
+    """Write a tokenizer for transformers 4 and 5, and tokenizer.model if there is one; return config.json's token ids.
 
-    Nothing is left to a client's default. A text gets bos if training gave it one, and never eos, which is for the
-    model to write; of a chat model eos is the end of an answer. A tokenizer that transformers cannot have goes into a
-    folder of its own, where it is not taken for another.
+    All settings are explicit. Encoding adds bos if training did, and never eos; eos of a chat model is the end of an
+    answer. A tokenizer that transformers cannot represent goes into a sub-folder, where it is not loaded by mistake.
     """
     import tokenizers
     from tokenizers import processors
@@ -32,7 +31,7 @@ def write_hf_tokenizer(
         save_tokenizer(tokenizer, folder / "tokenizer")
         return token_ids
     if isinstance(tokenizer, SentencePieceTokenizer):
-        if not tokenizer.any_order:  # llama.cpp takes every tokenizer.model for BPE
+        if not tokenizer.any_order:  # llama.cpp reads every tokenizer.model as BPE
             shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
         fast = fast_from_sentencepiece(tokenizer)
     else:
@@ -63,7 +62,7 @@ def write_hf_tokenizer(
 
 
 def export_problem(tokenizer: Tokenizer) -> str | None:
-    """Return what whoever exports a tokenizer must know; None if transformers can read it."""
+    """Return why transformers cannot read a tokenizer; None if it can."""
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return None
     rules = tokenizer.proto.trainer_spec
@@ -77,11 +76,11 @@ def export_problem(tokenizer: Tokenizer) -> str | None:
         if all(found == ids or (tokenizer.any_order and sorted(found) == sorted(ids)) for found, ids in encoded):
             return None
     reason = f"{tokenizer.path} has no equal tokenizer.json, so transformers cannot read it"
-    return f"{reason}; an export holds it in tokenizer/, for sentencepiece"
+    return f"{reason}; exports keep it in tokenizer/, for sentencepiece"
 
 
 def fast_from_sentencepiece(tokenizer: SentencePieceTokenizer) -> "tokenizers.Tokenizer":
-    """Return the `tokenizers` pipeline of a SentencePiece BPE or Unigram model: its rules, pieces and merges."""
+    """Return a SentencePiece BPE or Unigram model as a `tokenizers` pipeline."""
     import tokenizers
     from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
@@ -96,12 +95,12 @@ def fast_from_sentencepiece(tokenizer: SentencePieceTokenizer) -> "tokenizers.To
         fast = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     steps = [normalizers.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
     if rules.remove_extra_whitespaces:
-        ends = r" +\z" if rules.add_dummy_prefix else r"\A +| +\z"  # a blank at the start then is the prefix
+        ends = r" +\z" if rules.add_dummy_prefix else r"\A +| +\z"  # leading spaces become the prefix
         steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(ends), "")]
     written = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if rules.add_dummy_prefix:
-        # Before the first word only, not after special tokens within a text. Where all blanks stay, there is a prefix
-        # before a blank too: Metaspace looks for a mark that is never there, since spaces are normalized.
+        # Prefix the first word only, not text after special tokens. If whitespace is kept, a leading space is prefixed
+        # too: then Metaspace looks for a plain space, which normalization has removed.
         mark = SPACE if rules.remove_extra_whitespaces else " "
         prefix = pre_tokenizers.Metaspace(replacement=mark, prepend_scheme="first", split=False)
         space = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never", split=False)
@@ -112,14 +111,14 @@ def fast_from_sentencepiece(tokenizer: SentencePieceTokenizer) -> "tokenizers.To
     control = [piece.piece for piece in proto.pieces if piece.type in (kinds.CONTROL, kinds.UNKNOWN)]
     fast.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in control])
     defined = [piece.piece for piece in proto.pieces if piece.type == kinds.USER_DEFINED]
-    # Found in normalized text, so that the blanks beside them are not taken for those at the ends of a text.
+    # Matched in normalized text, so that spaces next to them are not stripped as if at the ends of the text.
     fast.add_tokens([AddedToken(piece, normalized=True) for piece in defined])
     return fast
 
 
 def _merges(tokenizer: SentencePieceTokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return the vocabulary and the merges, in their order, of a BPE model."""
-    # A character that SentencePiece takes for unused is written in bytes.
+    """Return the vocabulary and the ordered merges of a BPE model."""
+    # Single characters that are unused in SentencePiece fall back to bytes.
     written = {piece.piece: i for i, piece in enumerate(tokenizer.proto.pieces)}
     vocab = {piece: i for piece, i in written.items() if len(piece) > 1 or not tokenizer.model.is_unused(i)}
     merges = []

@@ -1,4 +1,4 @@
-"""Micro-batches of steps, read ahead by worker processes, in an order that does not depend on them."""
+"""Data loading by worker processes, in an order that does not depend on their number."""
 
 import ctypes
 import signal
@@ -17,7 +17,7 @@ from data.dataset import Corpus, PackedDataset
 
 
 class _MicroBatches(Dataset[Batch | DataError]):
-    """Micro-batches by their samples. An error is returned, to be raised in the main process as it is."""
+    """Micro-batches by sample indices. Errors are returned, so that they reach the main process unchanged."""
 
     def __init__(self, packs: PackedDataset) -> None:
         self.packs = packs
@@ -31,20 +31,20 @@ class _MicroBatches(Dataset[Batch | DataError]):
 
 def _start_worker(_worker: int) -> None:
     keep_freed_memory()
-    with suppress(OSError, AttributeError):  # another system than Linux
-        # end with the main process: a worker inherited the lock of the run folder
+    with suppress(OSError, AttributeError):  # not Linux
+        # die with the main process: workers inherit the lock of the run folder
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    # Ctrl-C and a scheduler's SIGTERM reach every process; the main one decides when the workers end.
+    # Ctrl-C and a scheduler's SIGTERM reach every process; the main process stops the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def keep_freed_memory() -> None:
-    """Have malloc keep the memory of batches for the next ones: fresh pages take half of a batch's time."""
-    with suppress(OSError, AttributeError):  # a C library without it
+    """Make malloc reuse the memory of batches; page faults take half of the time of a batch otherwise."""
+    with suppress(OSError, AttributeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD
-        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, which can be no larger
+        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD at its maximum
 
 
 def train_batches(
@@ -58,11 +58,11 @@ def train_batches(
     dp_rank: int = 0,
     dp_size: int = 1,
 ) -> Generator[list[Batch], None, None]:
-    """Yield, step by step without end, this rank's micro-batches of the step.
+    """Yield this rank's micro-batches of each step, endlessly.
 
-    Step `first_step` starts at sample `first_sample` of the corpus' sequence and takes `packs_of_step(step)`
-    samples; nothing before it is read. Micro-batch j of data-parallel rank r is the step's number
-    j * dp_size + r, so that a step holds the same samples whatever the number of ranks.
+    Step `first_step` starts at sample `first_sample` and takes `packs_of_step(step)` samples. Micro-batch j of
+    data-parallel rank r is number j * dp_size + r of the step, so that a step has the same samples for any
+    number of ranks.
     """
     per_batch = config.packs_per_micro_batch
 
@@ -83,24 +83,24 @@ def train_batches(
         num_workers=config.workers,
         worker_init_fn=_start_worker if config.workers else None,
         timeout=config.worker_timeout_s if config.workers else 0,
-        # Linux's own way; in a process of joblib's the default is joblib's, which starts no other's processes.
+        # explicit, because joblib replaces the default in its worker processes
         multiprocessing_context="fork" if config.workers and sys.platform == "linux" else None,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # its draws must not move the run's own generator
+        generator=torch.Generator(),  # do not advance the global generator
     )
     batches = iter(loader)
     step = first_step
     try:
         while True:
             found = [next(batches) for _ in of_step(step, 0)]
-            if errors := [each for each in found if isinstance(each, DataError)]:
+            if errors := [item for item in found if isinstance(item, DataError)]:
                 raise errors[0]
             yield found
             step += 1
     finally:
         workers = getattr(batches, "_workers", [])
-        del batches  # ends the workers: a traceback keeps this frame alive, and they ignore signals
-        for worker in workers:  # one that hangs would be waited for when Python ends
+        del batches  # shuts the workers down, even if a traceback keeps this frame alive
+        for worker in workers:  # Python would wait for a hanging one at exit
             worker.kill()
 
 
@@ -109,8 +109,8 @@ def valid_batches(
 ) -> Iterator[Batch]:
     """Yield the validation split in corpus order, every token once; the last pack of a source is padded.
 
-    `max_tokens` keeps about that many, from packs spread evenly over the split. Every rank has as many batches, all
-    of one shape; the last ones are filled up with packs whose targets do not count.
+    `max_tokens` limits it to packs spread evenly over the split. Every rank has the same number of batches, all of
+    one shape; the last ones are filled up with packs without targets.
     """
     n_packs, per_batch = corpus.valid.n_packs, config.packs_per_micro_batch
     kept = n_packs if max_tokens is None else min(n_packs, -(-max_tokens // config.pack_tokens))

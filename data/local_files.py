@@ -1,4 +1,4 @@
-"""Files of this machine by patterns, those behind symbolic links included."""
+"""Local files by path, folder or glob, following symbolic links."""
 
 import os
 import re
@@ -13,22 +13,22 @@ from corpus.config import DataError
 
 
 def identity(path: str) -> str:
-    """Return what all spellings of a path have in common; an address has one."""
+    """Return the real path of a local path; a URL is returned as it is."""
     path = path.removeprefix("file://")
     return path if "://" in path else os.path.realpath(os.path.expanduser(path))
 
 
 def distinct_files(paths: Iterable[str]) -> list[str]:
-    """Return sorted paths, each file once; a link to another of the files is left out."""
+    """Return sorted paths, each file once, without links to others of the files."""
     real_first = sorted(paths, key=lambda path: (identity(path) != path, path))
     return sorted({identity(path): path for path in reversed(real_first)}.values())
 
 
 def matching_files(pattern: str, left_out: Counter[str]) -> tuple[str, list[str]]:
-    """Return the files that a path, a folder or a glob stands for, and the folder that they are all in.
+    """Return the base folder and the files that a path, folder or glob matches.
 
-    A path that exists is that path, whatever its name. Hidden files count only where the pattern names them. Counts
-    broken links in `left_out`; raises `OSError` if a folder cannot be read.
+    An existing path is taken literally, even if it looks like a glob. Hidden files match only a pattern with a dot.
+    Counts broken links in `left_out`; raises `OSError` if a folder cannot be read.
     """
     path = os.path.realpath(pattern) if os.path.isdir(pattern) else os.path.abspath(pattern)
     if os.path.isfile(path):
@@ -59,7 +59,7 @@ def _refuse(error: OSError) -> None:
 
 
 def token_paths(folder: str) -> list[Path]:
-    """Return the .bin files below a folder, or the file that it is."""
+    """Return the .bin files below a folder, or the file itself."""
     if os.path.isfile(folder):
         return [Path(folder)]
     try:

@@ -1,4 +1,4 @@
-"""`corpus.json`, the manifest of a prepared corpus, and checks of a run against its data. Torch-free."""
+"""`corpus.json`, the manifest of a prepared corpus, and checks of the configuration against it. Torch-free."""
 
 import json
 import re
@@ -12,7 +12,6 @@ from data.packing import find_packing
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read what a prepared corpus holds and how it was made."""
     path = folder / "corpus.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -23,13 +22,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_exists(config: DataConfig, settings: str = "with the same data settings") -> None:
-    """Raise `DataError` if what training reads is not there; `settings` are the arguments that prepare it."""
+    """Raise `DataError` if the training data does not exist; `settings` are the arguments to prepare it with."""
     find_packing(config.packing)
     if config.source is Source.tokens:
         for key, paths in (("input", config.input), ("valid_input", config.valid_input)):
             for path in as_paths(paths):
                 if not token_paths(path):
-                    raise DataError(f"data.{key} ({path}) is neither a .bin file nor a folder that holds one")
+                    raise DataError(f"data.{key} ({path}) is neither a .bin file nor a folder with one")
         if config.tokenizer is not None:
             check_tokenizer(config.tokenizer, "data.tokenizer")
     elif config.source is not Source.random and not (Path(config.path) / "corpus.json").exists():
@@ -39,7 +38,7 @@ def check_exists(config: DataConfig, settings: str = "with the same data setting
 
 
 def check_fits(config: DataConfig, vocab_size: int) -> None:
-    """Raise `DataError` if a prepared corpus, where there is one, does not go with `data.mix` and the vocabulary."""
+    """Raise `DataError` if a prepared corpus does not match `data.mix` or the vocabulary size."""
     if config.source not in (Source.tokens, Source.random) and (Path(config.path) / "corpus.json").exists():
         manifest = read_manifest(Path(config.path))
         check_vocab_size(f"{config.path}/tokenizer", manifest["tokenizer"]["vocab_size"], vocab_size)
@@ -53,12 +52,12 @@ def check_vocab_size(tokenizer: str, n_pieces: int, vocab_size: int) -> None:
 
 
 def mix_weights(config: DataConfig, sources: set[str]) -> dict[str, float]:
-    """Return `data.mix` by the names of sources; what a command line cannot hold may be given as `wikipedia_en`."""
-    found = {}
+    """Return `data.mix` by source; a name such as "Wikipedia (en)" may be given as `wikipedia_en` on a command line."""
+    weights = {}
     for name, weight in config.mix.items():
         plain = {source: re.sub(r"[^\w.+-]+", "_", source.lower()).strip("_.") for source in sources}
-        meant = [name] if name in sources else [source for source in sources if name == plain[source]]
-        if len(meant) != 1:
+        matching = [name] if name in sources else [source for source in sources if name == plain[source]]
+        if len(matching) != 1:
             raise DataError(f"data.mix.{name}: there is no such source; choose from {', '.join(sorted(sources))}")
-        found[meant[0]] = weight
-    return found
+        weights[matching[0]] = weight
+    return weights

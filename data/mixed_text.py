@@ -1,4 +1,4 @@
-"""Lines that tokenizers disagree on, to compare two that must agree."""
+"""Difficult text for checking that two tokenizers agree."""
 
 import argparse
 import json.decoder
@@ -21,7 +21,7 @@ FRAMES = (
 
 
 def mixed_lines() -> list[str]:
-    """Return over 1,000 lines: code, prose, scripts, emoji, numbers, and every kind of white space."""
+    """Return over 1,000 lines: code, prose, scripts, emoji, numbers, and all kinds of whitespace."""
     lines = [frame.replace("{}", text) for frame, text in product(FRAMES, SCRIPTS)]
     lines += [" " * n for n in range(1, 20)] + ["\n" * n for n in range(1, 6)] + ["\t" * n for n in range(1, 6)]
     lines += pydoc_data.topics.topics["strings"].split("\n")

@@ -1,4 +1,4 @@
-"""Packings: how documents are laid out in packs of equal length, by name or as a class of the user's own."""
+"""Packings: the layout of documents in packs of equal length."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -14,22 +14,22 @@ from data.best_fit import Plan
 from data.sampler import scramble
 from data.shards import LOSS_MASKED, TokenFile
 
-SAMPLED_PACKS = 1 << 14  # whose padding and cut documents stand for those of a larger corpus
+SAMPLED_PACKS = 1 << 14  # to estimate the waste of a larger corpus
 
 
 class Pieces(NamedTuple):
-    """Parts of documents, pack after pack; each field but the first has one entry per piece."""
+    """Parts of documents, in order of packs; each field but the first has one entry per piece."""
 
-    n_pieces: np.ndarray  # of each pack
+    n_pieces: np.ndarray  # per pack
     files: np.ndarray  # index into the packing's files
-    starts: np.ndarray  # in the file, in tokens
+    starts: np.ndarray  # offset in the file, in tokens
     lengths: np.ndarray
-    begins: np.ndarray  # bool: a document begins with the piece
-    ends: np.ndarray  # bool: a document ends with it
+    begins: np.ndarray  # bool: the piece starts a document
+    ends: np.ndarray  # bool: the piece ends a document
 
     @staticmethod
     def gathered(packs: np.ndarray, limits: np.ndarray, pieces_of: "Callable[[int, np.ndarray], Pieces]") -> "Pieces":
-        """Return the pieces of packs in groups that lie between `limits`; `pieces_of(group, packs)` is one group's."""
+        """Return the pieces of packs from several groups, bounded by `limits`, by calling `pieces_of(group, packs)`."""
         groups = np.searchsorted(limits, packs, side="right") - 1
         parts = [pieces_of(group, packs[groups == group] - limits[group]) for group in np.unique(groups).tolist()]
         if len(parts) == 1:
@@ -41,12 +41,12 @@ class Pieces(NamedTuple):
 
 
 class Packing(ABC):
-    """The packs of a source's files, of `pack_len` tokens; a subclass decides which pieces of documents each holds.
+    """The packs of a source's files, of `pack_len` tokens each; a subclass chooses the pieces of each pack.
 
-    The seed is that of the order of documents; None for validation, which must hold every token.
+    `seed` orders the documents; None for validation, which must keep every token.
     """
 
-    isolated = True  # tokens see only their own document; False: all of their `seq_len` tokens
+    isolated = True  # tokens attend within their document; False: within every `seq_len` tokens
     n_packs: int
 
     def __init__(self, files: list[TokenFile], pack_len: int, *, seed: int | None) -> None:
@@ -55,15 +55,15 @@ class Packing(ABC):
 
     @abstractmethod
     def lay_out(self) -> None:
-        """Set `n_packs`, and whatever `pieces` needs."""
+        """Set `n_packs`, and any state that `pieces` needs."""
 
     @abstractmethod
     def pieces(self, packs: np.ndarray) -> Pieces:
-        """Return what packs hold, a pure function of their numbers; int64 (N,), from 0 to n_packs - 1."""
+        """Return the pieces of packs, a pure function of their indices, int64 (N,)."""
 
 
 def waste(n_packs: int, pieces_of: Callable[[np.ndarray], Pieces], pack_len: int) -> tuple[float, float]:
-    """Return the share of tokens that is padding and the share of documents that is cut, by a sample of packs."""
+    """Return the fraction of padding tokens and the fraction of split documents, from a sample of packs."""
     packs = np.linspace(0, n_packs, min(n_packs, SAMPLED_PACKS), endpoint=False).astype(np.int64)
     if not len(packs):
         return 0.0, 0.0
@@ -73,9 +73,9 @@ def waste(n_packs: int, pieces_of: Callable[[np.ndarray], Pieces], pack_len: int
 
 
 class Concat(Packing):
-    """Documents end to end as they lie in each file, cut every `pack_len` tokens; a file's last pack is padded.
+    """Documents concatenated in file order, split every `pack_len` tokens; a file's last pack is padded.
 
-    Nothing is kept in memory per document, so a corpus of any size is open at once.
+    Keeps no state per document, so a corpus of any size opens at once.
     """
 
     def lay_out(self) -> None:
@@ -112,10 +112,10 @@ class Concat(Packing):
 
 
 class InternLM(Packing):
-    """Documents in a shuffled order that is the same in every epoch, end to end, cut every `pack_len` tokens.
+    """Documents concatenated in a shuffled order, the same in every epoch, and split every `pack_len` tokens.
 
-    InternLM's `PackedDataset` (v0.2.1), which leaves out what does not fill a pack; in validation it is kept.
-    16 bytes of memory per document. Unlike there, token 0 is a token like any other: it can be a target.
+    InternLM's `PackedDataset` (v0.2.1), which drops an incomplete last pack; validation keeps it. Takes 16 bytes of
+    memory per document. Unlike in InternLM, token 0 can be a target.
     """
 
     def lay_out(self) -> None:
@@ -129,7 +129,7 @@ class InternLM(Packing):
         self.set_order(order)
 
     def set_order(self, order: np.ndarray) -> None:
-        """Lay the documents end to end in this order."""
+        """Concatenate the documents in this order."""
         self.order, self.limits = order, np.concatenate([[0], np.cumsum(self.length[order])])
         self.n_tokens = int(self.limits[-1])
         self.n_packs = (self.n_tokens if self.seed is not None else self.n_tokens + self.pack_len - 1) // self.pack_len
@@ -143,7 +143,7 @@ class InternLM(Packing):
         slots = np.arange(int(counts.sum())) + np.repeat(first - before, counts)  # first, first + 1, ... of each pack
         low = np.maximum(self.limits[slots], np.repeat(begin, counts))
         high = np.minimum(self.limits[slots + 1], np.repeat(stop, counts))
-        kept = high > low  # empty documents are in no pack
+        kept = high > low  # without empty documents
         n_pieces = np.bincount(np.repeat(np.arange(len(packs)), counts)[kept], minlength=len(packs))
         slots, low, high = slots[kept], low[kept], high[kept]
         documents, at = self.order[slots], low - self.limits[slots]
@@ -152,17 +152,16 @@ class InternLM(Packing):
 
 
 class InternLMOne(InternLM):
-    """The same in samples of `seq_len` tokens whose documents see each other: `PackedDatasetWithoutCuSeqlen`."""
+    """InternLM's `PackedDatasetWithoutCuSeqlen`: the same, but tokens attend across documents."""
 
     isolated = False
 
 
 class BestFit(Packing):
-    """Documents whole, each in the fullest pack that has room for it, the longest first; longer ones are cut, and of a
-    conversation only the first part is there.
+    """Whole documents, longest first, each in the fullest pack with room for it (best-fit decreasing), per file.
 
-    Best-fit-decreasing packing of "Fewer Truncations Improve Language Modeling" (Ding et al. 2024), within
-    each file. The plan is made once and kept beside the tokens.
+    "Fewer Truncations Improve Language Modeling" (Ding et al. 2024). Documents longer than a pack are split,
+    conversations truncated. The plan is cached next to the tokens.
     """
 
     def lay_out(self) -> None:
@@ -171,8 +170,8 @@ class BestFit(Packing):
         self.n_packs = int(self.limits[-1])
 
     def pieces(self, packs: np.ndarray) -> Pieces:
-        def of_file(file: int, its: np.ndarray) -> Pieces:
-            n_pieces, lines = self.plans[file].read(its)
+        def of_file(file: int, packs: np.ndarray) -> Pieces:
+            n_pieces, lines = self.plans[file].read(packs)
             starts, lengths, begins, ends = lines.T
             return Pieces(n_pieces, np.full(len(lines), file), starts, lengths, begins > 0, ends > 0)
 
@@ -183,7 +182,6 @@ PACKINGS = {"concat": Concat, "best_fit": BestFit, "internlm": InternLM, "intern
 
 
 def find_packing(name: str) -> type[Packing]:
-    """Return the packing that `data.packing` names."""
     try:
         return resolve_name(name) if ":" in name else PACKINGS[name]
     except (KeyError, ImportError, AttributeError, ValueError):
@@ -192,14 +190,14 @@ def find_packing(name: str) -> type[Packing]:
 
 @dataclass(slots=True)
 class Rows:
-    """Packs as rows of L tokens, and one more for the target of the last.
+    """Packs as rows of L tokens, plus one more for the last target.
 
     Attributes:
         tokens: int32 (N, L + 1).
-        ends: where documents end in each row, counted from its beginning; in order, row after row.
-        n_ends: how many of `ends` are each row's.
-        used: tokens of each row before its padding.
-        loss_mask: bool (N, L + 1), True where a token is a target; None where every token is.
+        ends: offsets in the row at which documents end, row after row.
+        n_ends: number of `ends` per row.
+        used: tokens per row without padding.
+        loss_mask: bool (N, L + 1), True where a token is a target; None if all are.
     """
 
     tokens: np.ndarray
@@ -210,7 +208,7 @@ class Rows:
 
 
 def read_rows(files: Sequence[TokenFile], pieces: Pieces, pack_len: int, seq_len: int) -> Rows:
-    """Read packs; padding is 0. Of a conversation only what follows its beginning within `seq_len` is a target."""
+    """Read packs, padded with 0. Tokens of a conversation more than `seq_len` after its start are no targets."""
     n_pieces, numbers, starts, lengths, begins, ends = pieces
     row = np.repeat(np.arange(len(n_pieces)), n_pieces)
     used = np.bincount(row, lengths, minlength=len(n_pieces)).astype(np.int64)
@@ -222,7 +220,7 @@ def read_rows(files: Sequence[TokenFile], pieces: Pieces, pack_len: int, seq_len
         tokens[short, used[short] :] = 0
     rows = Rows(tokens, stops[~cut], np.bincount(row[~cut], minlength=len(n_pieces)), used)
     first_places = row * (pack_len + 1) + stops - lengths
-    # pieces that follow each other in a file are read at once, with the target of a document that goes on elsewhere
+    # adjacent pieces of a file are read at once, with one more token as the last target of a split document
     follows = (row[1:] == row[:-1]) & (numbers[1:] == numbers[:-1]) & (starts[1:] == (starts + lengths)[:-1])
     heads = np.flatnonzero(np.append(True, ~follows))
     counts = np.add.reduceat(lengths + cut, heads)
@@ -240,7 +238,7 @@ def read_rows(files: Sequence[TokenFile], pieces: Pieces, pack_len: int, seq_len
                 span = slice(place, place + count)
                 loss_mask[span] = flat[span] >= 0
                 flat[span] &= LOSS_MASKED - 1
-            unseen = first_places + np.where(begins, seq_len + 1, 0)  # from here on the beginning is not seen
+            unseen = first_places + np.where(begins, seq_len + 1, 0)  # from here on the start is out of attention
             piece_stops = first_places + lengths + cut
             for piece in np.flatnonzero(file.conversations & (pieces.files == number) & (unseen < piece_stops)):
                 loss_mask[unseen[piece] : piece_stops[piece]] = False
@@ -248,7 +246,7 @@ def read_rows(files: Sequence[TokenFile], pieces: Pieces, pack_len: int, seq_len
 
 
 class RandomTokens(TokenFile):
-    """Uniformly random tokens in documents of `document_len`, each a pure function of the seed and its place."""
+    """Uniformly random tokens in documents of `document_len`, each a pure function of seed and position."""
 
     def __init__(self, *, vocab_size: int, n_tokens: int, document_len: int, seed: int) -> None:
         self.stem, self.vocab_size, self.seed = Path("random"), vocab_size, seed

@@ -1,12 +1,12 @@
-"""The order of packs: a pure function of the seed and the sample, in constant memory."""
+"""The order of packs: a pure function of seed and sample index, in constant memory."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-MIX_PERIOD = 10_000  # consecutive samples in which a mixture is exact
+MIX_PERIOD = 10_000  # samples after which the order of sources repeats
 ROUNDS = 6
-WINDOW = 4096  # draws that are computed at once
+WINDOW = 4096  # draws computed at once
 _M = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
@@ -18,9 +18,9 @@ def scramble(value: np.ndarray) -> np.ndarray:
 
 
 class Permutation:
-    """A shuffle of 0..n-1 that is computed, not stored: a Feistel network over the next power of two.
+    """A pseudorandom permutation of 0..n-1 in constant memory: a Feistel network over the next power of two.
 
-    Values outside 0..n-1 are permuted again until they are inside (cycle walking; Black and Rogaway 2002).
+    Values outside 0..n-1 are permuted again until they are inside (cycle walking, Black and Rogaway 2002).
     """
 
     def __init__(self, n: int, *keys: int) -> None:
@@ -34,7 +34,7 @@ class Permutation:
         self.keys = scramble(state + np.arange(1, ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
 
     def __call__(self, places: np.ndarray) -> np.ndarray:
-        """Return the values at places; int64 (N,) to int64 (N,)."""
+        """Permute indices; int64 (N,) to int64 (N,)."""
         values = self._once(places.astype(np.uint64))
         while (outside := values >= self.n).any():
             values[outside] = self._once(values[outside])
@@ -42,7 +42,7 @@ class Permutation:
 
     def _once(self, values: np.ndarray) -> np.ndarray:
         high, low = values >> self.low, values & self.masks[1]
-        for i, key in enumerate(self.keys):  # the halves may differ by a bit, so each is masked to its own width
+        for i, key in enumerate(self.keys):  # the halves may differ by one bit in width
             if i % 2 == 0:
                 high = (high ^ scramble(low ^ key)) & self.masks[0]
             else:
@@ -51,20 +51,20 @@ class Permutation:
 
 
 class Pool:
-    """Packs that are shuffled together, anew in each epoch, without end."""
+    """An endless sequence of packs, reshuffled in every epoch."""
 
     def __init__(self, n_packs: int, *keys: int) -> None:
         self.n_packs, self.keys = n_packs, keys
         self.window, self.found = -1, np.zeros(0, dtype=np.int64)
 
     def packs(self, draws: np.ndarray) -> np.ndarray:
-        """Return the packs of draws, of which the first is draw 0; int64 (N,) to int64 (N,)."""
+        """Return the pack of each draw, counted from 0; int64 (N,) to int64 (N,)."""
         windows, found = draws // WINDOW, np.empty_like(draws)
         for window in np.unique(windows).tolist():
             if window != self.window:
                 epochs, places = np.divmod(np.arange(window * WINDOW, (window + 1) * WINDOW), self.n_packs)
-                its = [(e, places[epochs == e]) for e in np.unique(epochs).tolist()]
-                orders = [Permutation(self.n_packs, *self.keys, epoch)(some) for epoch, some in its]
+                by_epoch = [(e, places[epochs == e]) for e in np.unique(epochs).tolist()]
+                orders = [Permutation(self.n_packs, *self.keys, epoch)(some) for epoch, some in by_epoch]
                 self.window, self.found = window, np.concatenate(orders)
             here = windows == window
             found[here] = self.found[draws[here] - window * WINDOW]
@@ -72,15 +72,15 @@ class Pool:
 
 
 class Mixture:
-    """Draws from pools in exact proportions: any `MIX_PERIOD` samples in a row hold the same number of each.
+    """Draws from pools in exact proportions: any `MIX_PERIOD` consecutive samples have the same number of each.
 
-    One arrangement is repeated, in which each pool's turns are spread as evenly as possible.
+    The draws of each pool are spread evenly over the period, which repeats.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
         shares = np.array(weights, dtype=np.float64) / np.sum(weights)
         exact = shares * MIX_PERIOD
-        self.counts = np.maximum(np.floor(exact), shares > 0).astype(np.int64)  # each with a weight is drawn
+        self.counts = np.maximum(np.floor(exact), shares > 0).astype(np.int64)  # at least one for any weight
         by_rest = np.argsort(self.counts - exact, kind="stable")
         while (missing := MIX_PERIOD - int(self.counts.sum())) > 0:
             self.counts[by_rest[:missing]] += 1

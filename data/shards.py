@@ -1,8 +1,7 @@
-"""Tokens on disk: a flat little-endian `.bin`, an `.idx` of its documents, a `.json` header.
+"""Token shards: a flat little-endian `.bin`, an `.idx` of its documents, a `.json` header.
 
-The first two are Megatron-LM's (`IndexedDataset`, version 1), so what is prepared here trains there, and shards
-prepared there are read here, without the header. In a corpus of conversations the highest bit of a token is its
-loss mask: set where the token is no target.
+The first two are Megatron-LM's format (`IndexedDataset`, version 1): its shards can be read here, and ours there. In
+a corpus of conversations the highest bit of a token is its loss mask, set if the token is not a target.
 """
 
 import hashlib
@@ -20,15 +19,15 @@ import xxhash
 from corpus.config import DataError
 
 FORMAT_VERSION = 2
-LOSS_MASKED = 1 << 31  # in tokens of type uint32
+LOSS_MASKED = 1 << 31  # of uint32 tokens
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-SHARD_BYTES = 1 << 30  # a shard that has reached this takes no further document
+SHARD_BYTES = 1 << 30  # size at which a shard is closed
 
 MAGIC = b"MMIDIDX\x00\x00"
-INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, type, sequences, document ends with the 0 before them
-# Megatron's types of tokens. It has no uint32; ids are below 2**31, where uint32 and int32 are the same bytes.
+INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype, sequences, document offsets (documents + 1)
+# Megatron's dtypes. There is no uint32, but ids below 2**31 have the same bytes as int32.
 MEGATRON_TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-SPARSE = 64  # documents between two offsets kept in memory
+SPARSE = 64  # every 64th document offset is kept in memory
 
 
 @dataclass(slots=True)
@@ -37,7 +36,7 @@ class Header:
     dtype: str
     vocab_size: int
     tokenizer: str  # fingerprint
-    masked: bool  # the highest bit of a token is its loss mask
+    masked: bool  # tokens have a loss mask bit
     documents: int = 0
     tokens: int = 0
     text_bytes: int = 0
@@ -47,7 +46,7 @@ class Header:
 
 
 class ShardWriter:
-    """Appends documents to one shard; the header, which `close` writes last, is what makes it one."""
+    """Appends documents to one shard, which is complete when `close` has written the header."""
 
     def __init__(self, stem: Path, *, vocab_size: int, tokenizer: str, masked: bool = False) -> None:
         dtype = "uint16" if vocab_size <= 1 << 16 and not masked else "uint32"
@@ -57,7 +56,7 @@ class ShardWriter:
         self.file = open(f"{stem}.bin", "wb")  # noqa: SIM115
 
     def add(self, ids: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
-        """Append documents that lie end to end; ids: uint32, lengths: their tokens."""
+        """Append concatenated documents; ids: uint32, lengths: tokens per document."""
         header = self.header
         tokens = ids & ~np.uint32(LOSS_MASKED) if header.masked else ids
         header.max_token = max(header.max_token, int(tokens.max(initial=0)))
@@ -73,7 +72,7 @@ class ShardWriter:
         header.text_bytes += text_bytes
 
     def close(self) -> Header:
-        """Write the index and the header, all of it synced to the disk, and return the header."""
+        """Write the index and the header, with fsync, and return the header."""
         _close_synced(self.file)
         lengths, size = np.concatenate(self.lengths), self.dtype.itemsize
         index = (
@@ -98,20 +97,20 @@ def _close_synced(file: IO[bytes], raw: bytes = b"") -> None:
 
 
 class FileReader:
-    """A file read at any place, opened when first read; a process started with it opens its own.
+    """Random access to a file, opened on first use and again in each worker process.
 
-    Not mapped into memory: a file that is cut short while it is read is an error, not a dead process.
+    Not memory-mapped: there, a file truncated while in use kills the process with SIGBUS.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path, self.descriptor = Path(path), -1
 
     def read_into(self, buffer: memoryview | bytearray, at: int) -> None:
-        """Fill a buffer of bytes from byte `at` on."""
+        """Fill a buffer from byte `at` on."""
         if self.descriptor < 0:
             self.descriptor = os.open(self.path, os.O_RDONLY)
         if os.preadv(self.descriptor, (buffer,), at) != len(buffer):
-            raise DataError(f"{self.path} was cut short while it was in use")
+            raise DataError(f"{self.path} was truncated while it was in use")
 
     def read(self, at: int, n_bytes: int) -> bytearray:
         raw = bytearray(n_bytes)
@@ -127,18 +126,18 @@ class FileReader:
 
 
 class TokenFile(ABC):
-    """A file of documents' tokens, end to end."""
+    """The tokens of concatenated documents."""
 
-    stem: Path  # its path without `.bin`
+    stem: Path  # the path without `.bin`
     n_tokens: int
     n_documents: int
-    masked = False  # the highest bit of a token is its loss mask
-    conversations = False  # a part of a document says nothing without the beginning
+    masked = False  # tokens have a loss mask bit
+    conversations = False  # documents must be read from their start
     ends: np.ndarray | None = None  # cache of `ends_between`
 
     @abstractmethod
     def read_into(self, out: np.ndarray, places: list[int], starts: list[int], counts: list[int]) -> None:
-        """Read `counts` tokens from `starts` on to `places` in `out`, int32 (n,), with the bits that are stored."""
+        """Read ranges of tokens, loss mask bit included, to `places` in `out`, int32 (n,)."""
 
     @abstractmethod
     def offsets(self) -> np.ndarray:
@@ -161,7 +160,7 @@ class TokenFile(ABC):
         return self.read(start, end - start)
 
     def ends_between(self, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ends of documents in each range (start, stop], range after range, and their number per range."""
+        """Return the document ends in each range (start, stop], concatenated, and their number per range."""
         if self.ends is None:
             self.ends = np.unique(self.offsets())
         first, last = (np.searchsorted(self.ends, limits, side="right") for limits in (starts, stops))
@@ -169,9 +168,9 @@ class TokenFile(ABC):
 
 
 class Shard(TokenFile):
-    """A shard opened for reading, ours or Megatron's; what can be checked without reading it whole is checked.
+    """A shard opened for reading, ours or Megatron's.
 
-    With `verify` the hashes of the files are checked too. Raises `DataError` on a damaged shard.
+    Raises `DataError` if the sizes do not match, or with `verify` the hashes of the files.
     """
 
     def __init__(self, stem: Path, *, verify: bool = False) -> None:
@@ -185,7 +184,7 @@ class Shard(TokenFile):
         index_bytes, n_bytes = self.idx.path.stat().st_size, self.bin.path.stat().st_size
         magic, version, code, self.n_sequences, ends = INDEX_HEADER.unpack(self.idx.read(0, INDEX_HEADER.size))
         expected = INDEX_HEADER.size + self.n_sequences * 12 + ends * 8
-        # Megatron's modes of multimodal data, if there are any, take a byte per sequence more.
+        # Megatron's multimodal data has another byte per sequence.
         known = (magic, version) == (MAGIC, 1) and code in MEGATRON_TYPES
         if not known or index_bytes not in (expected, expected + self.n_sequences):
             raise _damaged(self.idx.path)
@@ -202,7 +201,7 @@ class Shard(TokenFile):
                     raise _damaged(path)
 
     def fingerprint(self) -> str:
-        """Return the hash of both files; of another program's shard, of the index and the size."""
+        """Return the hashes of both files; for Megatron's shards, the size and the hash of the index."""
         if self.header is not None:
             return f"{self.header.bin_hash}/{self.header.idx_hash}"
         self.hashed = self.hashed or f"{self.n_tokens}/{file_hash(self.idx.path)}"
@@ -216,7 +215,7 @@ class Shard(TokenFile):
             at = place * size if is_stored else 0
             self.bin.read_into(raw[at : at + count * size], start * size)
             if not is_stored:
-                # an id too large for 32 bits must not become one that is in the vocabulary
+                # clip, so that an id beyond 32 bits does not wrap into the vocabulary
                 out[place : place + count] = stored[:count].clip(max=(1 << 31) - 1) if size > 4 else stored[:count]
 
     def offsets(self) -> np.ndarray:
@@ -231,7 +230,7 @@ class Shard(TokenFile):
         raise _damaged(self.idx.path)
 
     def ends_between(self, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if self.n_documents != self.n_sequences:  # the index has no offsets of documents, only of sequences
+        if self.n_documents != self.n_sequences:  # the index has offsets of sequences only
             return super().ends_between(starts, stops)
         if self.ends is None:
             self.ends = self.offsets()[::SPARSE].copy()
@@ -241,10 +240,10 @@ class Shard(TokenFile):
         read = self.idx.read
         raw = [read(at + 8 * a, 8 * n) for a, n in zip(first.tolist(), counts.tolist(), strict=True)]
         ends = np.frombuffer(b"".join(raw), dtype="<i8") // self.dtype.itemsize
-        ends[np.cumsum(counts)[last == self.n_documents] - 1] = self.n_tokens  # where the index has something else
+        ends[np.cumsum(counts)[last == self.n_documents] - 1] = self.n_tokens  # not in the index
         row = np.repeat(np.arange(len(starts)), counts)
         kept = (ends > starts[row]) & (ends <= stops[row])
-        kept[1:] &= ends[1:] != ends[:-1]  # an empty document ends where another does
+        kept[1:] &= ends[1:] != ends[:-1]  # without empty documents
         return ends[kept], np.bincount(row[kept], minlength=len(starts))
 
 
@@ -265,6 +264,5 @@ def _read_header(path: Path) -> Header | None:
 
 
 def file_hash(path: Path) -> str:
-    """Return the xxh3_128 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]

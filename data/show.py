@@ -1,7 +1,7 @@
-"""Print what a step trains on: python -m data.show runs/demo --step 1234
+"""Print the training data of a step: python -m data.show runs/demo --step 1234
 
-Prints the documents of each pack, decoded; steps are numbered from 1, as they are logged. Text in ⟦ ⟧ is read but is
-no target: the first token of a document, prompts, padding.
+Prints the decoded documents of each pack; steps are counted from 1, as in the log. Text in ⟦ ⟧ is no target: the
+first token of a document, prompts, padding.
 """
 
 import argparse
@@ -29,7 +29,7 @@ NOTES = "batches.jsonl"  # in a run folder
 
 
 def note_batches(run: Path, run_config: dict[str, Any], corpus: Corpus, *, step: int, **samples: int) -> None:
-    """Note what makes a run's batches after `step`, and the counters of `samples` there, in place of later notes."""
+    """Record everything that determines the batches after `step`, replacing notes of later steps."""
     note = {key: run_config[key] for key in ("global_batch_tokens", "ramp", "skip_batches", "data")}
     note |= {"vocab_size": run_config["model"]["vocab_size"], "fingerprint": corpus.fingerprint}
     notes = [note for note in read_records(run / NOTES) if note["step"] < step] + [{"step": step, **samples, **note}]
@@ -37,10 +37,10 @@ def note_batches(run: Path, run_config: dict[str, Any], corpus: Corpus, *, step:
 
 
 def show(run: Path, step: int, *, samples: int | None = None) -> None:
-    """Print the packs of a step of a run, counted from 1; raises `DataError` if they are not known."""
+    """Print the packs of a step, counted from 1; raise `DataError` if they are not known."""
     notes = [note for note in read_records(run / NOTES) if note["step"] < step]
     if not notes:
-        raise DataError(f"{run} has no note of step {step} in {NOTES}; name a run folder, and a step that is in it")
+        raise DataError(f"{run} has no record of step {step} in {NOTES}; name a run folder and one of its steps")
     note = notes[-1]
     data, ramp = stored(DataConfig, note["data"]), stored(RampConfig, note["ramp"])
     of_run = {"global_batch_tokens": note["global_batch_tokens"], "ramp": ramp, "pack_tokens": data.pack_tokens}
@@ -52,7 +52,7 @@ def show(run: Path, step: int, *, samples: int | None = None) -> None:
         print(f"step {step} was not trained on: it is in skip_batches")
     corpus = open_corpus(data, vocab_size=note["vocab_size"])
     if corpus.fingerprint != note["fingerprint"]:
-        raise DataError(f"the data or the tokenizer has changed since step {step} of {run}, so it is not known")
+        raise DataError(f"the data or the tokenizer has changed since step {step} of {run}")
     corpus.train.begin_at(note["first_sample"])
     print(f"step {step} of {run}: samples {first} to {first + count - 1}, each {data.pack_tokens} tokens")
     shown = np.arange(first, first + min(count, samples or count))
@@ -61,7 +61,6 @@ def show(run: Path, step: int, *, samples: int | None = None) -> None:
 
 
 def show_pack(corpus: Corpus, sample: int, pack: int) -> None:
-    """Print the documents of a pack, from the very batch that is trained on."""
     packs = np.array([pack])
     batch, pieces = corpus.train.batch(packs), corpus.train.pieces(packs)
     tokens, labels = batch.tokens_BT[0].numpy(), batch.labels_BT[0].numpy()
@@ -79,13 +78,13 @@ def show_pack(corpus: Corpus, sample: int, pack: int) -> None:
 
 
 def marked(tokenizer: Tokenizer | None, tokens: np.ndarray, is_target: np.ndarray) -> str:
-    """Decode a document's tokens, with brackets around those that are no targets."""
+    """Decode a document's tokens, with brackets around non-targets."""
     ids = tokens.tolist()
     limits = [0, *(np.flatnonzero(np.diff(is_target)) + 1).tolist(), len(ids)]
     if tokenizer is None:
         parts = [" ".join(map(str, ids[a:b])) for a, b in pairwise(limits)]
     else:
-        # decoded as a whole: a character may lie in several tokens
+        # decode everything at once: a character may span several tokens
         text = decoded(tokenizer, ids)
         places = [len(commonprefix([text, decoded(tokenizer, ids[:limit])])) for limit in limits[:-1]]  # noqa: RUF071
         parts = [text[a:b] for a, b in pairwise([*places, len(text)])]
@@ -93,7 +92,7 @@ def marked(tokenizer: Tokenizer | None, tokens: np.ndarray, is_target: np.ndarra
 
 
 def decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """Decode ids, special tokens as their names, which `Tokenizer.decode` leaves out."""
+    """Decode ids, special tokens included."""
     names = {token: name for name, token in tokenizer.special_ids.items()}
     runs = ((name, list(run)) for name, run in groupby(ids, names.get))
     return "".join(tokenizer.decode(run) if name is None else name * len(run) for name, run in runs)
@@ -104,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("data.show", description=__doc__)
     parser.add_argument("run", type=Path, help="a run folder, such as runs/demo")
     parser.add_argument("--step", type=int, default=1)
-    parser.add_argument("--samples", type=int, help="print only so many packs")
+    parser.add_argument("--samples", type=int, help="number of packs to print")
     given = parser.parse_args(arguments)
     escape_unprintable()
     try:

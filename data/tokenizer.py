@@ -1,4 +1,4 @@
-"""Text to token ids and back, by SentencePiece or by Hugging Face tokenizers."""
+"""SentencePiece and Hugging Face tokenizers behind one interface."""
 
 import io
 import json
@@ -20,25 +20,25 @@ from data.cached_bpe import SPACE, CachedBPE
 from data.config import TOKENIZER_FILES, check_tokenizer
 from data.mixed_text import mixed_lines
 
-ANCHOR = "\U000ffffd"  # merges with nothing: what is beside it is encoded as within a text
-INCOMPLETE = "\ufffd"  # what the bytes of half a character decode to
-CHAT_TEMPLATE = "chat_template.jinja"  # beside a tokenizer, as transformers has it
+ANCHOR = "\U000ffffd"  # merges with nothing, so that text after it is encoded as inside a text
+INCOMPLETE = "\ufffd"  # decoded from an incomplete character
+CHAT_TEMPLATE = "chat_template.jinja"  # transformers' file name
 END_OF_TEXT = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 BEGIN_OF_TEXT = ("<s>", "<|begin_of_text|>", "<bos>")
 
 
 class Tokenizer(ABC):
-    """Text to ids and back. `encode` adds neither bos nor eos; where the vocabulary lacks one, its id is None.
+    """Text to ids and back. `encode` adds neither bos nor eos, whose ids are None if the vocabulary lacks them.
 
-    The name of a special token is text like any other; with `special` it becomes the token.
+    The name of a special token in a text is encoded as text, or with `special` as the token.
     """
 
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
     unk_id: int | None = None
-    special_ids: dict[str, int]  # of control and user-defined pieces, or of a tokenizer.json's added tokens, by name
-    any_order = False  # whether some texts have several encodings of the same tokens, equally probable
+    special_ids: dict[str, int]  # control and user-defined pieces, or the added tokens of a tokenizer.json
+    any_order = False  # some texts have several equally probable encodings, of the same tokens
 
     def __init__(self, path: Path) -> None:
         self.path, self.fingerprint = path, xxhash.xxh3_128_hexdigest(path.read_bytes())
@@ -48,18 +48,18 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_many(self, texts: list[str], *, special: bool = False) -> list[np.ndarray]:
-        """Return the ids of texts, uint32: those of `encode`, faster."""
+        """Return the ids of texts, uint32; faster than `encode`."""
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str: ...
 
     @cached_property
     def adds_prefix_space(self) -> bool:
-        """Whether a text is encoded as if it began with a space."""
+        """Whether the tokenizer puts a space before every text."""
         return self.encode("a") != self._encode_after_anchor("a")
 
     def encode_inside(self, text: str) -> list[int]:
-        """Return the ids of a text that goes on from another: without a space that is put before every text."""
+        """Return the ids of a text that continues another, without a prefix space."""
         return self._encode_after_anchor(text) if self.adds_prefix_space else self.encode(text)
 
     def _encode_after_anchor(self, text: str) -> list[int]:
@@ -68,13 +68,13 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def token_bytes(self) -> np.ndarray:
-        """Return the UTF-8 bytes each id stands for, int32 (V,); 0 for control tokens."""
+        """Return the number of UTF-8 bytes of each id, int32 (V,); 0 for control tokens."""
 
 
 class SentencePieceTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        sentencepiece.set_min_log_level(2)  # errors only: it warns that InternLM's piece of a zero byte is unused
+        sentencepiece.set_min_log_level(2)  # errors only; InternLM's tokenizer has a harmless warning
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
@@ -87,10 +87,10 @@ class SentencePieceTokenizer(Tokenizer):
         self.controls = {name: i for i, name, kind in named if kind in (kinds.CONTROL, kinds.UNKNOWN)}
         self.special_ids = self.controls | {name: i for i, name, kind in named if kind == kinds.USER_DEFINED}
         self.any_order = proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM
-        # Without byte fallback unknown characters in a row are one id, which a split between them would change.
+        # Without byte fallback, adjacent unknown characters become one id, which splitting would change.
         can_split = is_bpe and proto.trainer_spec.byte_fallback and rules.escape_whitespaces
         self.cached = None
-        if can_split:  # it encodes normalized text: by the same pieces, without the model's own normalizer
+        if can_split:  # its input is already normalized, so the model it uses must not normalize again
             plain = sentencepiece_proto(path)
             plain.normalizer_spec.add_dummy_prefix = plain.normalizer_spec.remove_extra_whitespaces = False
             plain.normalizer_spec.precompiled_charsmap = b""
@@ -163,7 +163,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_many(self, texts: list[str], *, special: bool = False) -> list[np.ndarray]:
         self.model.encode_special_tokens = not special
         found = self.model.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(one.ids, dtype=np.uint32) for one in found]
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in found]
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids, skip_special_tokens=True)
@@ -173,13 +173,13 @@ class HuggingFaceTokenizer(Tokenizer):
         lengths = np.zeros(self.vocab_size, dtype=np.int32)
         for piece, token in self.vocab.items():
             if token not in self.special:
-                plain = re.sub("^<0x[0-9A-F]{2}>$", "b", piece.replace(SPACE, " "))  # of which each is a byte
-                lengths[token] = len(piece) if byte_level else len(plain.encode())  # one character a byte
+                plain = re.sub("^<0x[0-9A-F]{2}>$", "b", piece.replace(SPACE, " "))  # byte tokens have one byte
+                lengths[token] = len(piece) if byte_level else len(plain.encode())  # ByteLevel: one character per byte
         return lengths
 
 
 def sentencepiece_proto(path: Path) -> Any:
-    """Read a SentencePiece model as a message: its pieces, and how it was trained."""
+    """Read a SentencePiece model as a protobuf message."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
@@ -188,19 +188,20 @@ def sentencepiece_proto(path: Path) -> Any:
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
-    """Open a SentencePiece `.model`, a `tokenizer.json`, a folder that holds one, or a Hugging Face name.
+    """Open a SentencePiece `.model`, a `tokenizer.json`, a folder with one of them, or a Hugging Face name.
 
-    Of a folder with both it is tokenizer.model, which is faster, if they are equal, else tokenizer.json.
+    If a folder has both and they agree, tokenizer.model is used, which is faster; otherwise tokenizer.json.
     """
     path = Path(name)
     check_tokenizer(path)
     if path.is_dir():
-        one, *others = (load_tokenizer(path / file) for file in TOKENIZER_FILES if (path / file).exists())
+        first, *others = (load_tokenizer(path / file) for file in TOKENIZER_FILES if (path / file).exists())
         for other in others:
-            same = (one.vocab_size, one.special_ids) == (other.vocab_size, other.special_ids)
-            if not same or any(one.encode(text) != other.encode(text) for text in (*mixed_lines(), *one.special_ids)):
+            same = (first.vocab_size, first.special_ids) == (other.vocab_size, other.special_ids)
+            texts = (*mixed_lines(), *first.special_ids)
+            if not same or any(first.encode(text) != other.encode(text) for text in texts):
                 return other
-        return one
+        return first
     if path.is_file():
         return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
     from transformers import AutoTokenizer
@@ -215,7 +216,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
 
 
 def add_tokens(folder: Path, names: Sequence[str]) -> Tokenizer:
-    """Append special tokens that the tokenizer in a folder lacks to its vocabulary, and return it."""
+    """Add missing special tokens to the tokenizer in a folder; return the tokenizer."""
     tokenizer = load_tokenizer(folder)
     if isinstance(tokenizer, HuggingFaceTokenizer):
         known = {token.content for token in tokenizer.model.get_added_tokens_decoder().values()}
@@ -231,11 +232,11 @@ def add_tokens(folder: Path, names: Sequence[str]) -> Tokenizer:
 
 
 def adds_bos(folder: Path) -> bool:
-    """Return whether a Hugging Face folder's tokenizer begins every text with its bos token."""
+    """Return whether a Hugging Face folder's tokenizer adds bos."""
     if (named := _read_json(folder / "tokenizer_config.json").get("add_bos_token")) is not None:
         return bool(named)
     if not (folder / "tokenizer.json").exists():
-        return True  # as the SentencePiece tokenizers of Llama, InternLM and InternLM2 do
+        return True  # the default of the SentencePiece tokenizers of Llama, InternLM and InternLM2
     tokenizer = HuggingFaceTokenizer(folder / "tokenizer.json")
     return tokenizer.bos_id is not None and tokenizer.model.encode("a").ids[:1] == [tokenizer.bos_id]
 
@@ -245,7 +246,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Copy a tokenizer's files to where `load_tokenizer(folder)` finds them."""
+    """Copy a tokenizer's files to a folder, for `load_tokenizer(folder)`."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(tokenizer.path, folder / f"tokenizer{'.json' if tokenizer.path.suffix == '.json' else '.model'}")
     for other in ("tokenizer_config.json", CHAT_TEMPLATE):
@@ -256,11 +257,10 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 def train_tokenizer(
     texts: Iterator[str], path: Path, *, vocab_size: int, threads: int, special: Sequence[str] = ()
 ) -> Tokenizer:
-    """Train a SentencePiece BPE tokenizer that decodes to the very text it encoded, and write it to `path`.
+    """Train a lossless SentencePiece BPE tokenizer and write it to `path`.
 
-    Identity normalizer, byte fallback, no dummy prefix, no whitespace removed, single digits. Lines are its
-    sentences, so no piece holds a newline: a newline is its byte. The names of `special` tokens are spelt out in a
-    text, as those of all control tokens are.
+    Identity normalizer, byte fallback, no dummy prefix, whitespace kept, single digits. Sentences are lines, so no
+    piece has a newline, which is encoded as its byte. `special` tokens are control tokens.
     """
     lines = (line for text in texts for line in text.split("\n") if line)
     model = io.BytesIO()
@@ -296,7 +296,7 @@ def train_tokenizer(
 def encode_documents(
     tokenizer: Tokenizer, texts: list[str], *, add_bos: bool, add_eos: bool, special: bool = False
 ) -> list[np.ndarray]:
-    """Return the ids of documents, uint32, with bos and eos where asked for and known."""
+    """Return the ids of documents, uint32, with bos and eos if requested and in the vocabulary."""
     bos = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
     eos = [tokenizer.eos_id] if add_eos and tokenizer.eos_id is not None else []
     before, after = np.array(bos, dtype=np.uint32), np.array(eos, dtype=np.uint32)

@@ -1,4 +1,4 @@
-"""The machine that a dry run assumes. Torch-free."""
+"""The machine that a dry run simulates. Torch-free."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 @dataclass(kw_only=True, slots=True)
 class DryRunConfig:
-    """Fake ranks, and the machine a step is timed for (defaults: H100 or H200, NVLink, 400 Gb/s per GPU between nodes).
+    """The simulated ranks and hardware (defaults: H100 or H200, NVLink, 400 Gb/s per GPU between nodes).
 
-    Rates are those of data sheets, in one direction; `*_efficiency` and `overlap` are the shares that are reached.
+    Rates are peaks from data sheets, in one direction; `*_efficiency` and `overlap` are the fractions reached.
     """
 
     enabled: bool = False
@@ -23,9 +23,9 @@ class DryRunConfig:
     inter_node_gbps: float = 45.0  # GB/s per GPU
     intra_node_latency_us: float = 1.0  # per hop of a ring
     inter_node_latency_us: float = 6.0
-    launch_us: float = 40.0  # per collective: what a short one takes
-    overlap: float = 0.9  # share of compute time that can hide data-parallel collectives
-    workspace_mib: int = 64  # of the libraries of matrix products
+    launch_us: float = 40.0  # fixed cost per collective
+    overlap: float = 0.9  # fraction of compute time that can hide data-parallel collectives
+    workspace_mib: int = 64  # of cuBLAS
 
     def problems(self) -> Iterator[str]:
         for key in ("world_size", "devices_per_node"):

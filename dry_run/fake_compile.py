@@ -1,4 +1,4 @@
-"""Memory and traffic of compiled code without a compiler: its graphs are partitioned as Inductor's would be."""
+"""Memory and traffic of compiled code, from graphs that are partitioned as by Inductor, without compiling them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +15,9 @@ from dry_run.trace import Trace
 def fake_compile(trace: Trace) -> Callable[..., Callable[..., Any]]:
     """Return a stand-in for `torch.compile` of modules' methods.
 
-    Forward and backward are split by Inductor's partitioner, over Inductor's operations, so the same tensors are
-    saved between them. Each graph counts as one kernel beside its products. All modules share the graphs of the
-    first, whose compilation is not traced.
+    Forward and backward are split by Inductor's partitioner after Inductor's decompositions, so that the same tensors
+    are saved. Each graph counts as one kernel besides its matrix products. All modules share the graphs of the first,
+    whose compilation is not traced.
     """
     from torch._functorch._aot_autograd.utils import make_boxed_func
     from torch._functorch.aot_autograd import aot_function
@@ -61,7 +61,7 @@ def fake_compile(trace: Trace) -> Callable[..., Callable[..., Any]]:
             params = dict(module.named_parameters())
             if body not in compiled:
                 compiled[body] = aot_function(functional, as_one_kernel, **options)  # type: ignore[arg-type]
-                # Activation checkpointing counts saved tensors, and this call's must not be among them.
+                # Activation checkpointing counts saved tensors; exclude those of this call.
                 hooks = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
                 with mock.patch.object(trace, "paused", True), hooks:
                     compiled[body](params, *args)

@@ -1,4 +1,4 @@
-"""Fake ranks on fake GPUs: tensors have shapes only, kernels and collectives do nothing, code takes its GPU branch."""
+"""Fake ranks and GPUs: tensors have no storage, kernels and collectives do nothing, and code takes its GPU branches."""
 
 import importlib.util
 import sys
@@ -33,7 +33,7 @@ MAKE_WRAPPER: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-def
 
 @contextmanager
 def fake_mesh(layout: ParallelConfig, rank: int, world_size: int) -> Iterator[Mesh]:
-    """Open the mesh of one rank in a world whose collectives do nothing."""
+    """Open the mesh of one rank, with collectives that do nothing."""
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         mesh = open_mesh(resolve_axes(layout, world_size), zero_stage=layout.zero_stage, device=CPU)
@@ -44,9 +44,9 @@ def fake_mesh(layout: ParallelConfig, rank: int, world_size: int) -> Iterator[Me
 
 @contextmanager
 def fake_gpu(on_launch: Callable[[tuple[Any, ...]], object]) -> Iterator[None]:
-    """Make tensors without storage that are on a GPU as far as this project's code can see.
+    """Create tensors without storage that this project's code sees on a GPU.
 
-    To torch they are on the CPU, so that its code runs without a GPU. `on_launch` gets the arguments of Triton kernels.
+    Torch's code sees them on the CPU, so that it runs without a GPU. `on_launch` gets the arguments of Triton kernels.
     """
     with ExitStack() as stack:
         _fake_triton(stack, on_launch)
@@ -68,7 +68,7 @@ def fake_gpu(on_launch: Callable[[tuple[Any, ...]], object]) -> Iterator[None]:
 
 
 def _without_modes(method: Any) -> Any:
-    """Let a method of a mesh compute with tensors that have numbers: its ranks."""
+    """Run a method of a mesh, which needs the values of its ranks, with real tensors."""
     function = method.__func__ if isinstance(method, staticmethod) else method
 
     def real(*args: Any, **kwargs: Any) -> Any:
@@ -79,14 +79,14 @@ def _without_modes(method: Any) -> Any:
 
 
 class _HostReads(TorchDispatchMode):
-    """Returns 1 wherever the host reads a number."""
+    """Returns 1 when the host reads a value."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return 1 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
 
 
 class _OnGpu(TorchFunctionMode):
-    """Answers as a GPU's tensors would, and allocates on the CPU what is asked for on the GPU."""
+    """Reports tensors as on the GPU, and allocates them on the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -124,7 +124,7 @@ def _rms_norm(x: Tensor, _shape: Any, weight: Any, eps: float | None = None) -> 
 
 
 class _RMSNorm(torch.autograd.Function):
-    """The one kernel of a GPU, which saves a number per row; on the CPU it would be ten operations."""
+    """RMSNorm as one kernel that saves one value per row, as on a GPU; the CPU's has ten operations."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _fake_triton(stack: ExitStack, on_launch: Callable[[tuple[Any, ...]], object]) -> None:
-    """Replace the modules of Triton kernels by ones whose kernels do nothing, whether Triton is installed or not."""
+    """Replace Triton kernels by ones that do nothing, whether Triton is installed or not."""
     kernel = mock.MagicMock()
     kernel.__getitem__.return_value = lambda *args, **_: on_launch(args)
     language = SimpleNamespace(constexpr=None)

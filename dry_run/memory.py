@@ -1,4 +1,4 @@
-"""Memory of a step by what it is for, followed storage by storage as the CUDA allocator would see it."""
+"""Memory of a step by kind, tracked by storage as the CUDA allocator would."""
 
 import weakref
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from parallel.zero import Zero
 
-BLOCK = 512  # bytes; the CUDA allocator rounds each request up to a multiple
+BLOCK = 512  # bytes; the CUDA allocator rounds requests up to a multiple
 BACKWARD = "activation gradients"
 KINDS = ("parameters", "gradients", "optimizer", "activations", "logits", "communication")
 
@@ -28,10 +28,10 @@ class Allocation:
 
 
 class Memory:
-    """Follows every storage from its first tensor to its last.
+    """Tracks every storage from allocation to free.
 
-    What is allocated is of the kind that `label` set last. In a backward pass it is an activation's gradient, or
-    a parameter's if it outlives the pass.
+    New storages have the kind that `label` has set. In a backward pass they are gradients of activations, or of
+    parameters if they outlive the pass.
     """
 
     def __init__(self) -> None:
@@ -43,14 +43,14 @@ class Memory:
         self._by_storage: dict[int, Allocation] = {}  # by id
 
     def label(self, kind: str) -> Any:
-        """Return a context manager and decorator that sets the kind of what is allocated within."""
+        """Return a context manager and decorator that sets the kind of new storages."""
         return mock.patch.object(self, "kind", kind)
 
     @contextmanager
     def following_zero(self) -> Iterator[None]:
-        """Follow what ZeRO does without an operation: it frees gathered parameters and allocates them again.
+        """Track ZeRO, which frees and reallocates gathered parameters by resizing storages, not by operations.
 
-        What it allocates at the end of a module's backward pass is gradients, also outside of autograd's backward pass.
+        What it allocates at the end of a module's backward pass is gradients, even outside of autograd's.
         """
         resize = torch.UntypedStorage.resize_
 
@@ -67,7 +67,7 @@ class Memory:
             yield
 
     def record(self, result: Any, *, is_collective: bool) -> None:
-        """Follow what an operation returns."""
+        """Track the results of an operation."""
         self.now += 1
         backward = in_backward()
         if self._backward and not backward:
@@ -92,7 +92,7 @@ class Memory:
         self.peak_bytes, self.peak_at = self.live_bytes, self.now
 
     def bytes_at_peak(self) -> dict[str, int]:
-        """Return the bytes by kind at the moment of the peak."""
+        """Return the bytes by kind at the peak."""
         found: dict[str, int] = dict.fromkeys(KINDS, 0)
         for allocation in self.allocations:
             if allocation.begin <= self.peak_at and (allocation.end is None or allocation.end >= self.peak_at):
@@ -100,7 +100,7 @@ class Memory:
         return found
 
     def _follow(self, tensor: Tensor, kind: str) -> Allocation:
-        """Return the allocation of a tensor's storage, a new one of this kind if there is none."""
+        """Return the allocation of a tensor's storage, creating one of this kind if necessary."""
         storage = tensor.untyped_storage()
         return self._by_storage.get(id(storage)) or self._allocate(storage, kind)
 

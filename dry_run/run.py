@@ -1,4 +1,4 @@
-"""A training step on fake ranks and GPUs: what `dry_run=true` prints."""
+"""The report of `dry_run=true`: a training step on fake ranks and GPUs."""
 
 from dataclasses import asdict
 from textwrap import fill
@@ -13,7 +13,7 @@ INDENT = " " * 11
 
 
 def run_dry_run(config: TrainConfig) -> None:
-    """Print memory, collectives and estimated time of a step; a batch that does not fill the ranks is filled."""
+    """Print memory, collectives and estimated time of a step, whose batch is rounded to fill all ranks."""
     machine, model, axes = config.dry_run, config.model, resolve_axes(config.parallel, config.dry_run.world_size)
     full = config.micro_batch_tokens * axes.dp
     n_micro_batches = max(1, config.global_batch_tokens // full)

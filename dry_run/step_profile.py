@@ -1,4 +1,4 @@
-"""Profile of a step on fake ranks, by the code that would run it: memory, collectives, FLOPs, estimated time."""
+"""Profile of a step, run with the real code on fake ranks: memory, collectives, FLOPs, estimated time."""
 
 from contextlib import ExitStack
 from dataclasses import astuple, dataclass, field, replace
@@ -30,10 +30,10 @@ from training.state import TrainState
 
 @dataclass(frozen=True, slots=True)
 class StepProfile:
-    """What one rank holds, issues and takes in one step."""
+    """Memory, collectives, FLOPs and time of one rank in one step."""
 
     rank: int
-    n_params: int  # held by this rank
+    n_params: int  # on this rank
     peak_bytes: int
     bytes_at_peak: dict[str, int]  # by kind
     collectives: dict[tuple[str, str], tuple[int, int]]  # (axis, kind): count, bytes
@@ -45,7 +45,7 @@ class StepProfile:
 def profile_step(config: TrainConfig, n_micro_batches: int) -> list[StepProfile]:
     """Profile a step of `n_micro_batches` per rank, on one rank of every pipeline stage.
 
-    From the third round of the pipeline on each micro-batch adds the same, so a long step is extrapolated.
+    Long steps are extrapolated: from the third round of the pipeline on, every round is the same.
     """
     parallel, world_size = config.parallel, config.dry_run.world_size
     pp = resolve_axes(parallel, world_size).pp
@@ -74,7 +74,7 @@ def profile_rank(config: TrainConfig, rank: int, n_micro_batches: int) -> StepPr
         stack.enter_context(memory.following_zero())
         stack.enter_context(trace)
         stack.enter_context(mock.patch.object(torch, "compile", fake_compile(trace)))
-        for ordinary in ("zero.can_share", "parallelize.overlaps_tp"):  # messages are ordinary collectives
+        for ordinary in ("zero.can_share", "parallelize.overlaps_tp"):  # trace ordinary collectives
             stack.enter_context(mock.patch(f"parallel.{ordinary}", lambda *_: False))
         stack.enter_context(mock.patch.multiple(Zero, **zero_stand_ins(trace)))
         stack.enter_context(mock.patch.object(SideStream, "beside", lambda _: trace.overlapped()))
@@ -83,7 +83,7 @@ def profile_rank(config: TrainConfig, rank: int, n_micro_batches: int) -> StepPr
         shards = [param.shard for param in engine.params.values()]
         memory.relabel([*engine.model.parameters(), *shards], "parameters")
         n_params = sum(shard.numel() for shard in shards)
-        memory.reset_peak()  # weights were drawn on the host
+        memory.reset_peak()  # initialisation was on the host
         _label_engine(engine, memory, trace)
         trace.recording = True
         engine.train_step([_batch(config) for _ in range(n_micro_batches)])
@@ -95,7 +95,7 @@ def profile_rank(config: TrainConfig, rank: int, n_micro_batches: int) -> StepPr
 
 
 def zero_stand_ins(trace: Trace) -> dict[str, Any]:
-    """Return what stands for methods of `Zero`: no operation gathers a unit, and none runs on a stream."""
+    """Return replacements for methods of `Zero` that use real streams or no traced operations."""
 
     def all_gather(zero: Zero, unit: Unit) -> None:
         trace.add_collective("all_gather", zero.shard_group, n_bytes(unit.wholes))
@@ -104,10 +104,10 @@ def zero_stand_ins(trace: Trace) -> dict[str, Any]:
 
 
 def _build_engine(config: TrainConfig, mesh: Mesh) -> Engine:
-    """Build model, optimizer and engine as a run does, but for what needs a real GPU."""
+    """Build model, optimizer and engine as for training, except for what needs a real GPU."""
     model = config.model
     if model.attention is not Attention.reference:
-        model = replace(model, attention=Attention.sdpa)  # saves what every fused kernel saves, and runs on the CPU
+        model = replace(model, attention=Attention.sdpa)  # runs on the CPU, and saves the same as every fused kernel
     config = replace(config, model=model, parallel=replace(config.parallel, cuda_graphs=False))
     model, state = build_model(config, mesh), TrainState()
     tied_params = model.module.tied_params
@@ -117,9 +117,9 @@ def _build_engine(config: TrainConfig, mesh: Mesh) -> Engine:
 
 
 def _label_engine(engine: Engine, memory: Memory, trace: Trace) -> None:
-    """Label what the loss and the optimizer allocate and issue."""
+    """Label the allocations and operations of loss and optimizer."""
     engine.linear_loss = memory.label("logits")(engine.linear_loss)
-    engine.aux_names = []  # which fake pipeline ranks cannot agree on
+    engine.aux_names = []  # needs real collectives
     update = memory.label("optimizer")(engine.optimizer.step)
 
     def step(**kwargs: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def _batch(config: TrainConfig) -> Batch:
 
 
 def _extrapolate(before: StepProfile, last: StepProfile, times: float) -> StepProfile:
-    """Add `times` the difference from `before` to `last` to `last`."""
+    """Return `last + times * (last - before)`."""
 
     def extend(old: float, new: float) -> float:
         return new + (new - old) * times

@@ -1,7 +1,7 @@
-"""Time of a step, estimated from what a rank issues and what the machine can do; the inputs stand in the config.
+"""Estimated time of a step, from a rank's operations and the machine in `DryRunConfig`.
 
-A collective takes a launch, a latency per hop of a ring, and its bytes over the slowest link
-(Hockney's alpha-beta model; the ring algorithms as in Thakur et al. 2005, doi:10.1177/1094342005051521).
+The time of a collective is a launch, a latency per hop of the ring, and its bytes over the slowest link
+(Hockney's alpha-beta model with the ring algorithms of Thakur et al. 2005, doi:10.1177/1094342005051521).
 """
 
 from collections.abc import Iterable
@@ -13,13 +13,13 @@ from dry_run.trace import Collective, Phase
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Seconds of a step by what they are spent on."""
+    """Seconds of a step by cause."""
 
     compute_s: float
-    blocking_s: float  # collectives that nothing hides
-    exposed_s: float  # the part of data-parallel collectives that compute does not hide
-    update_s: float  # the optimizer's part of them
-    bubble_s: float = 0.0  # a pipeline rank without a micro-batch
+    blocking_s: float  # collectives that do not overlap
+    exposed_s: float  # data-parallel collectives beyond what compute hides
+    update_s: float  # the optimizer's part of compute_s and blocking_s
+    bubble_s: float = 0.0  # pipeline bubble
 
     @property
     def total_s(self) -> float:
@@ -27,7 +27,7 @@ class StepTime:
 
 
 def estimate_time(phases: Iterable[Phase], config: DryRunConfig) -> StepTime:
-    """Estimate a step without a pipeline's bubble."""
+    """Estimate a step without the pipeline bubble."""
     compute = blocking = exposed = update = 0.0
     for phase in phases:
         busy = compute_s(phase, config)
@@ -52,12 +52,12 @@ def collective_s(item: Collective, config: DryRunConfig) -> float:
     n_ranks = len(item.ranks)
     n_nodes = len({rank // config.devices_per_node for rank in item.ranks})
     hops = 1 if item.kind in ("send", "recv") else n_ranks - 1
-    # Share of the bytes that passes over a link
+    # Fraction of the bytes that passes over a link
     share = 1.0 if item.kind in ("send", "recv", "broadcast") else (n_ranks - 1) / n_ranks
     far = min(hops, n_nodes) if n_nodes > 1 else 0  # hops between nodes
     latency_us = far * config.inter_node_latency_us + (hops - far) * config.intra_node_latency_us
     gbps = config.intra_node_gbps
-    if n_nodes > 1:  # the ranks of a node share all of its network cards
+    if n_nodes > 1:  # the ranks of a node share its network cards
         gbps = min(gbps, config.inter_node_gbps * n_ranks / n_nodes)
     pass_s = latency_us * 1e-6 + share * item.n_bytes / (gbps * 1e9)
     return config.launch_us * 1e-6 + (2 if item.kind == "all_reduce" else 1) * pass_s

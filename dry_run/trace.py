@@ -1,4 +1,4 @@
-"""Trace of what one rank issues in a step: collectives, FLOPs of products, bytes that other operations move."""
+"""Trace of a rank's step: collectives, FLOPs of matrix products, and memory traffic of other operations."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from dry_run.memory import Memory, in_backward
 
 NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "c10d_functional")  # of collectives
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast", "send", "recv")
-ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"  # stands for the fused kernel of a GPU
+ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"  # in place of the GPU's fused kernel
 FREE = ("empty", "new_empty", "_unsafe_view", "detach", "alias", "lift_fresh", "_record_function")  # no traffic
 
 
@@ -26,25 +26,25 @@ class Collective:
     kind: str
     axis: str  # of the mesh; several are joined by +
     ranks: tuple[int, ...]
-    n_bytes: int  # of the whole tensor: gathered, or not yet scattered
-    overlaps: bool  # with what else is issued
+    n_bytes: int  # of the full tensor: gathered, or before the scatter
+    overlaps: bool  # with compute
 
 
 @dataclass(slots=True)
 class Phase:
-    """What is issued between two changes from forward to backward, or back."""
+    """Operations between two switches from forward to backward, or back."""
 
     backward: bool
-    update: bool = False  # the optimizer's
+    update: bool = False  # of the optimizer
     flops: int = 0
-    n_bytes: int = 0  # read and written by other operations than products
+    n_bytes: int = 0  # read and written by operations other than matrix products
     collectives: list[Collective] = field(default_factory=list)
 
 
 class Trace(TorchDispatchMode):
-    """Follows operations on plain tensors in memory, and records in order what is issued once `recording` is set.
+    """Tracks the memory of operations on plain tensors, and records the operations while `recording` is set.
 
-    `axes` are the mesh's, with their sizes, outermost first.
+    `axes` are the sizes of the mesh axes, outermost first.
     """
 
     def __init__(self, axes: dict[str, int], memory: Memory) -> None:
@@ -52,12 +52,12 @@ class Trace(TorchDispatchMode):
         self.axes, self.memory = axes, memory
         self.phases = [Phase(backward=False)]
         self.recording = self.paused = False
-        self.products_only = False  # record nothing but products and collectives
+        self.products_only = False  # record only matrix products and collectives
         self.overlaps = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(map(is_traceable_wrapper_subclass_type, types)):  # such as DTensor
-            return NotImplemented  # operations on its local tensors arrive on their own
+            return NotImplemented  # its operations on local tensors are traced
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if func.namespace != "prim" and not self.paused:  # queries such as a tensor's device
@@ -73,7 +73,7 @@ class Trace(TorchDispatchMode):
         if func.namespace in NAMESPACES:
             name, parts = packet.__name__.replace("_", ""), [*args, *kwargs.values()]
             kind = next((kind for kind in KINDS if kind.replace("_", "") in name), None)
-            if kind is not None:  # no wait or barrier
+            if kind is not None:  # not a wait or barrier
                 self.add_collective(kind, _group_of(parts), max(map(n_bytes, [*parts, result])))
         elif packet.__name__.startswith(ATTENTION):
             phase.flops += _attention_flops(args, backward=packet.__name__.endswith("backward"))
@@ -85,13 +85,13 @@ class Trace(TorchDispatchMode):
 
     @contextmanager
     def overlapped(self) -> Iterator[None]:
-        """Mark the collectives issued within as ones that run beside computing."""
+        """Mark collectives in the context as overlapping with compute."""
         self.overlaps = True
         yield
         self.overlaps = False
 
     def record_kernel(self, args: Sequence[Any]) -> None:
-        """Record a kernel that reads or writes each of its tensors once."""
+        """Record a kernel that reads or writes each tensor once."""
         self.phases[-1].n_bytes += n_bytes(args)
 
     def collectives(self) -> dict[tuple[str, str], tuple[int, int]]:
@@ -103,7 +103,6 @@ class Trace(TorchDispatchMode):
         return dict(sorted(table.items()))
 
     def add_collective(self, kind: str, group: dist.ProcessGroup, n_bytes: int) -> None:
-        """Add a collective of `n_bytes` over a group."""
         ranks = tuple(dist.get_process_group_ranks(group))
         if len(ranks) > 1:
             axis = axis_of(ranks, self.axes)
@@ -111,8 +110,8 @@ class Trace(TorchDispatchMode):
 
 
 def _group_of(args: Sequence[Any]) -> dist.ProcessGroup:
-    """Find the process group among a collective's arguments: a name, or boxed."""
-    for arg in reversed(args):  # the reduction's name may come before the group's
+    """Return the process group among a collective's arguments, given by name or boxed."""
+    for arg in reversed(args):  # a reduction's name may precede the group's
         if isinstance(arg, str):
             return dist.distributed_c10d._resolve_process_group(arg)  # type: ignore[arg-type]
         if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
@@ -131,11 +130,11 @@ def axis_of(ranks: Sequence[int], axes: dict[str, int]) -> str:
 
 
 def _attention_flops(args: Any, *, backward: bool) -> int:
-    """Count 2 products forward and 5 backward, each over half of the square if attention is causal."""
+    """Count 2 matrix products forward and 5 backward, halved if attention is causal."""
     count, n_tensors, causal = (sdpa_backward_flop_count, 4, args[7]) if backward else (sdpa_flop_count, 3, args[4])
     return count(*(arg.shape for arg in args[:n_tensors])) // (2 if causal else 1)
 
 
 def n_bytes(tree: Any) -> int:
-    """Return the bytes of all tensors in a tensor or a nested container."""
+    """Return the bytes of all tensors in a nested container."""
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))

@@ -1,6 +1,6 @@
-"""`hydra/launcher=jobs`, the default: every point of a sweep is a job of its own, on this machine or on Slurm.
+"""`hydra/launcher=jobs`, the default: every point of a sweep is a job, on this machine or on Slurm.
 
-Hydra finds launchers in this folder alone.
+Hydra finds plugins in this folder only.
 """
 
 import os
@@ -38,19 +38,19 @@ OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)  # for
 
 
 class JobLauncher(Launcher):
-    """Runs the points of a sweep where the group `launcher` decides, and waits for them."""
+    """Runs the points of a sweep as the `launcher` group says, and waits for them."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run a batch of points; the values returned are rank 0's, in the order of the points."""
+        """Run a batch of points; return rank 0's values in the order of the points."""
         with removed_if_unused(Path(self.config.hydra.sweep.dir)):
             setup_globals()
             hydra = self.config.hydra
             params = [f"{key}={values}" for key, values in (hydra.sweeper.get("params") or {}).items()]
             task = OverridesParser.create().parse_overrides([*params, *hydra.overrides.task])
-            varies = {override.key_or_group: override.is_sweep_override() for override in task}  # the last counts
+            varies = {override.key_or_group: override.is_sweep_override() for override in task}  # the last one wins
             fixed = {key for key in varies if not varies[key]}
             points: list[Point] = []
             problems: dict[str, list[str]] = {}
@@ -96,7 +96,7 @@ class JobLauncher(Launcher):
 
 
 def _run_dry(point: "Point") -> None:
-    """Print the report of a point's dry run; no job is started for it."""
+    """Print the dry run of a point, without a job."""
     from dry_run.run import run_dry_run
 
     if point.label:

@@ -1,8 +1,8 @@
-"""`hydra/sweeper=optuna`: a search that minimises `objective`, the validation loss or any metric, and can be continued.
+"""`hydra/sweeper=optuna`: a resumable search that minimises `objective`, the validation loss or any metric.
 
     python train.py -m hydra/sweeper=optuna hydra.sweeper.n_trials=20 'optimizer.lr=tag(log, interval(1e-4, 1e-2))'
 
-Hydra's own plugin of this name needs Optuna before 3, whose storage breaks with today's SQLAlchemy.
+Hydra's plugin of this name needs Optuna 2, whose storage breaks with current SQLAlchemy.
 """
 
 import logging
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 @dataclass
 class SearchConf:
     _target_: str = "hydra_plugins.sweeper.OptunaSweeper"
-    n_trials: int = 20  # in all, those of earlier commands included
-    n_jobs: int = 1  # trials that are asked for and run together
-    seed: int = 0  # of the sampler, which is Optuna's TPE
-    params: dict[str, str] = field(default_factory=dict)  # the space, as on the command line
+    n_trials: int = 20  # in total, including earlier commands
+    n_jobs: int = 1  # trials that run at once
+    seed: int = 0  # of Optuna's TPE sampler
+    params: dict[str, str] = field(default_factory=dict)  # search space, as on the command line
 
 
 ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=SearchConf, provider="pretraining")
 
 
 class OptunaSweeper(Sweeper):
-    """Asks Optuna for points and reports their losses to it; the study lives in the sweep's folder."""
+    """Runs an Optuna study that is stored in the sweep's folder."""
 
     def __init__(self, n_trials: int, n_jobs: int, seed: int, params: DictConfig) -> None:
         self.n_trials, self.n_jobs, self.seed, self.params = n_trials, n_jobs, seed, params
@@ -55,7 +55,7 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run trials until there are `n_trials`; raise `SweepError` if one failed, or none can be asked for."""
+        """Run trials until there are `n_trials`; raise `SweepError` if one failed or the search cannot run."""
         overrides = OverridesParser.create().parse_overrides([*_settings(self.params), *arguments])
         try:
             space = {o.get_key_element(): distribution(o) for o in overrides if o.is_sweep_override()}
@@ -69,10 +69,10 @@ class OptunaSweeper(Sweeper):
             raise SweepError(
                 "hydra/sweeper=optuna has nothing to vary; pass, for instance, optimizer.lr='interval(1e-4, 1e-2)'"
             )
-        other = f"{self.folder} holds a search with other settings; pass another name="
+        other = f"{self.folder} has a search with other settings; pass another name="
         if changed := self._changed_settings(study, list(fixed.values())):
             raise SweepError(f"{other}: {', '.join(changed)}")
-        for trial in study.get_trials(states=(TrialState.RUNNING,)):  # of a command that was interrupted
+        for trial in study.get_trials(states=(TrialState.RUNNING,)):  # of an interrupted command
             study.tell(trial.number, state=TrialState.FAIL)
             study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
         failed: list[str] = []
@@ -87,7 +87,7 @@ class OptunaSweeper(Sweeper):
             returns = self.jobs.launch(points, initial_job_idx=trials[0].number)
             for trial, result in zip(trials, returns, strict=True):
                 value = result.return_value if result.status is JobStatus.COMPLETED else None
-                if value == math.inf:  # early_stop gave it up
+                if value == math.inf:  # stopped by early_stop
                     study.tell(trial, state=TrialState.PRUNED)
                 elif value is None or math.isnan(value):
                     study.tell(trial, state=TrialState.FAIL)
@@ -100,7 +100,6 @@ class OptunaSweeper(Sweeper):
             raise SweepError(f"{len(failed)} of {self.n_trials} trials have no loss: {'; '.join(failed)}")
 
     def _study(self) -> "Study":
-        """Open the study in the sweep's folder, or begin it."""
         import optuna
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
@@ -111,12 +110,12 @@ class OptunaSweeper(Sweeper):
         OmegaConf.save(self.config, self.folder / "multirun.yaml")
         storage = JournalStorage(JournalFileBackend(str(self.folder / "search.journal")))
         study = optuna.create_study(storage=storage, study_name=self.folder.name, load_if_exists=True)
-        # A continued search draws other points than it began with.
+        # A resumed search must not repeat the first points.
         study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.trials))
         return study
 
     def _changed_settings(self, study: "Study", fixed: list[str]) -> list[str]:
-        """Return how the trials so far differ from those to come, in what does not vary; the study keeps it."""
+        """Return how the fixed settings differ from those of earlier trials, which the study stores."""
         assert self.hydra_context is not None and self.config is not None
         cfg = self.hydra_context.config_loader.load_sweep_config(self.config, fixed)
         settings: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
@@ -128,7 +127,7 @@ class OptunaSweeper(Sweeper):
 
 
 def distribution(override: Override) -> "BaseDistribution":
-    """Return the values of an override as Optuna has them: an interval, or a choice."""
+    """Return the values of an override as an Optuna distribution: an interval or a choice."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     value = override.value()

@@ -1,4 +1,4 @@
-"""Where the processes of a run or sweep start, and which of their errors are the user's. Torch-free."""
+"""Launcher configuration, and the exceptions for user errors. Torch-free."""
 
 import errno
 import re
@@ -12,11 +12,11 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROF
 
 
 class UserError(Exception):
-    """What the user can fix: reported without a traceback."""
+    """An error that the user can fix; printed without a traceback."""
 
 
 class RankError(Exception):
-    """The failure of one of several ranks: lines for the user, with the rank's traceback."""
+    """The failure of one of several ranks; the message has the rank's traceback."""
 
 
 def is_user_error(error: BaseException) -> bool:
@@ -30,12 +30,12 @@ class Where(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class LauncherConfig:
-    """Where the points of a sweep run, each as a job."""
+    """Where the jobs of a sweep run."""
 
     where: Where = Where.local
-    parallel_jobs: int | None = 1  # points at the same time (null: all); on this machine they share its GPUs
+    parallel_jobs: int | None = 1  # points at the same time (null: all); local jobs share the GPUs
     nodes: int = 1  # per job
-    gpus_per_node: int | None = None  # null: none is requested; on this machine, the job's share
+    gpus_per_node: int | None = None  # null: none requested; locally, an equal share
     tasks_per_node: int | None = None  # ranks (null: one per GPU, or one)
     cpus_per_task: int | None = None
     mem_gb: int | None = None  # per node
@@ -47,7 +47,7 @@ class LauncherConfig:
     signal_delay_s: int = 120  # seconds before the time limit at which a run saves; Slurm may take 60 more
     sbatch: dict[str, str] = field(default_factory=dict)  # other options: {mail-type: END}
     srun_args: list[str] = field(default_factory=list)
-    setup: list[str] = field(default_factory=list)  # shell lines before srun; they may bring data that is not here yet
+    setup: list[str] = field(default_factory=list)  # shell lines before srun, for example to stage data
     max_requeues: int = 20
     requeue_crashes: bool = False  # requeue a run that crashed, unless it crashed twice at the same step
     poll_s: float = 10.0  # seconds between queries to Slurm
@@ -57,7 +57,7 @@ class LauncherConfig:
         return self.tasks_per_node or self.gpus_per_node or 1
 
     def gpus_per_job(self, n_gpus: int) -> int:
-        """Return how many of this machine's `n_gpus` a job gets: what it requests, or its share."""
+        """Return how many of this machine's `n_gpus` a job gets."""
         return self.gpus_per_node or max(1, n_gpus // (self.parallel_jobs or n_gpus)) if n_gpus else 0
 
     @property
@@ -77,10 +77,10 @@ class LauncherConfig:
         elif not 0 <= self.signal_delay_s < self.time_s:
             yield f"launcher.signal_delay_s ({self.signal_delay_s}) must be less than launcher.time ({self.time})"
         if self.where is Where.local and self.nodes > 1:
-            yield f"launcher.nodes ({self.nodes}) must be 1 with launcher=local; launcher=slurm has more"
+            yield f"launcher.nodes ({self.nodes}) must be 1 with launcher=local; use launcher=slurm"
         for key in SLURM_ONLY if self.where is Where.local else ():
             if getattr(self, key):
-                yield f"launcher.{key} ({getattr(self, key)}) is for launcher=slurm; pass that too, or leave it out"
+                yield f"launcher.{key} ({getattr(self, key)}) needs launcher=slurm"
         if (self.tasks_per_node or 0) > (self.gpus_per_node or self.tasks_per_node or 0):
             most = f"launcher.gpus_per_node ({self.gpus_per_node})"
             yield f"launcher.tasks_per_node ({self.tasks_per_node}) must be at most {most}: each rank needs its own GPU"

@@ -1,6 +1,6 @@
-"""The environment of a run's processes: rank variables, visible GPUs, and defaults of libraries. Imports no torch.
+"""Environment variables of ranks, visible GPUs, and defaults of libraries. Imports no torch.
 
-Each of several ranks has all of VARIABLES in its environment; a run of one process has none of them.
+Each of several ranks has all of VARIABLES in its environment; a single process has none.
 """
 
 import ctypes
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PORTS = range(20000, 32000)  # below the range from which systems assign ports
-DEFAULTS = {  # what libraries read from the environment as they load, unless the user has set it
-    "OMP_WAIT_POLICY": "PASSIVE",  # an idle OpenMP thread that spins takes a core from a busy one
-    "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # less fragmentation near the end of a GPU's memory
+DEFAULTS = {  # unless set by the user; libraries read them on import
+    "OMP_WAIT_POLICY": "PASSIVE",  # idle OpenMP threads sleep instead of spinning
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # less fragmentation of GPU memory
 }
 
 
 def world_size(config: "TrainConfig") -> int:
-    """Return the ranks that a dry run simulates, that were started, or are to start; raise `ParallelError`."""
+    """Return the number of ranks, simulated, running or to be started; raise `ParallelError` if they do not fit."""
     if config.dry_run.enabled:
         return config.dry_run.world_size
     if joined := joined_environment(os.environ):
@@ -44,7 +44,7 @@ def nproc_per_node(config: ParallelConfig, launcher: LauncherConfig | None = Non
     """Return the number of ranks that `python train.py` starts on this machine.
 
     That is `parallel.nproc_per_node`, else one per GPU if an axis is -1, else the product of the axes. With a
-    `launcher`, the GPUs are a sweep job's share. Raises `ParallelError` if there are fewer GPUs than ranks.
+    `launcher`, only the GPUs of one sweep job count. Raises `ParallelError` if there are fewer GPUs than ranks.
     """
     n_gpus = 0 if config.device is Device.cpu else visible_gpus()
     n_gpus = n_gpus if launcher is None else launcher.gpus_per_job(n_gpus)
@@ -60,17 +60,17 @@ def nproc_per_node(config: ParallelConfig, launcher: LauncherConfig | None = Non
 
 
 def visible_gpus() -> int:
-    """Return the number of GPUs that this process may use, as the driver counts them."""
+    """Return the number of GPUs that the driver reports to this process."""
     count = ctypes.c_int(0)
     if os.environ.get("CUDA_VISIBLE_DEVICES", "-") not in ("", "-1") and "+cpu" not in version("torch"):
-        with suppress(OSError):  # there is no driver
+        with suppress(OSError):  # no driver
             driver = ctypes.CDLL("libcuda.so.1")
             _ = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
     return count.value
 
 
 def joined_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return a rank's VARIABLES as torchrun or srun set them, or {} if nothing started ranks."""
+    """Return a rank's VARIABLES as set by torchrun or srun, or {} without either."""
     if "RANK" in environment or "WORLD_SIZE" in environment:
         return {name: environment[name] for name in VARIABLES if name in environment}
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in environment:
@@ -80,11 +80,11 @@ def joined_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _srun_variables(environment: Mapping[str, str]) -> dict[str, str]:
     step = ".".join(environment.get(f"SLURM_{name}", "") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
-    tasks: list[str] = []  # of each node, from the form 2(x3),1
+    tasks: list[str] = []  # per node, parsed from a form such as 2(x3),1
     for part in environment["SLURM_STEP_TASKS_PER_NODE"].split(","):
         n_tasks, _, times = part.partition("(x")
         tasks += [n_tasks] * int(times.rstrip(")") or 1)
-    one_gpu = environment.get("CUDA_VISIBLE_DEVICES", "").isdigit()  # a task's only GPU has index 0
+    one_gpu = environment.get("CUDA_VISIBLE_DEVICES", "").isdigit()  # the only visible GPU has index 0
     return {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
@@ -103,12 +103,12 @@ def first_host(node_list: str) -> str:
 
 
 def check_joined(variables: Mapping[str, str], config: ParallelConfig) -> None:
-    """Raise `ParallelError` if a rank's variables are incomplete, or there are more ranks here than GPUs."""
+    """Raise `ParallelError` if a rank's variables are incomplete, or there are more local ranks than GPUs."""
     if variables == {"RANK": "0", "WORLD_SIZE": "1"}:
         return
     missing = [name for name in VARIABLES if name not in variables]
     if missing:
-        raise ParallelError(f"{', '.join(missing)} must be set beside {', '.join(variables)}, as torchrun and srun do")
+        raise ParallelError(f"{', '.join(missing)} must be set with {', '.join(variables)}, as torchrun and srun do")
     n_gpus = 0 if config.device is Device.cpu else visible_gpus()
     if n_gpus and int(variables["LOCAL_RANK"]) >= n_gpus:
         n_ranks = variables["LOCAL_WORLD_SIZE"]
@@ -118,7 +118,7 @@ def check_joined(variables: Mapping[str, str], config: ParallelConfig) -> None:
 
 
 def free_port() -> int:
-    """Return a free port for ranks to meet on, from a range that the system does not assign from."""
+    """Return a free port for the rendezvous, outside the range of ephemeral ports."""
     for port in random.sample(PORTS, len(PORTS)):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("", port))

@@ -1,6 +1,6 @@
-"""Jobs of a sweep: run on this machine or submitted to Slurm through submitit, followed, and reported as they end.
+"""Jobs of a sweep, run on this machine or submitted to Slurm through submitit.
 
-A job holds a configuration that was composed and checked before, and imports a copy of the code as it was then.
+A job has a composed and checked configuration, and imports a snapshot of the code.
 """
 
 import ctypes
@@ -30,14 +30,14 @@ from launch.ranks import RankEnd, describe_failure, first_failure, handle, launc
 from parallel.config import ParallelConfig, ParallelError
 from tracking.status import crashed_the_same_way_twice
 
-STOP_S = 60.0  # for jobs of this machine to save when they are stopped
+STOP_S = 60.0  # for local jobs to save when they are stopped
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Job:
-    """The work of a job, pickled. `work` is a function's name, `module:function`."""
+    """The pickled work of a job; `work` names a function, `module:function`."""
 
     work: str
     args: tuple
@@ -46,9 +46,9 @@ class Job:
     launcher: LauncherConfig
 
     def __call__(self, paths: JobPaths | None = None) -> Any:
-        """Run the work on this job's ranks and write how it ended; a failure exits with 1, which Slurm acts on."""
+        """Run the work on this job's ranks and write its outcome; exit with 1 on failure, so that Slurm sees it."""
         end_file = _end_file(paths or JobEnvironment().paths)
-        end_file.unlink(missing_ok=True)  # of an attempt before this one
+        end_file.unlink(missing_ok=True)  # of an earlier attempt
         end = RankEnd.of(self._launch)
         if end.is_crash and self.launcher.requeue_crashes and self.launcher.where is Where.slurm:
             again = "it crashed twice at the same step" if crashed_the_same_way_twice(self.run_dir) else ""
@@ -60,20 +60,20 @@ class Job:
         if end.text:
             print(end.text, file=sys.stderr, flush=True)
             sys.stdout.flush()
-            os._exit(1)  # submitit would make an exception a result, and the job a success
+            os._exit(1)  # submitit would catch an exception and exit with 0
         return end.value
 
     def _launch(self) -> Any:
         return launch(pkgutil.resolve_name(self.work), *self.args, config=self.config)
 
     def checkpoint(self) -> DelayedSubmission:
-        """Have submitit requeue the same job if a signal comes before there is anything to save."""
+        """Return this job for submitit to requeue, if a signal arrives before there is anything to save."""
         return DelayedSubmission(self)
 
 
 @dataclass
 class Outcome:
-    """How a point ended: `finished` with a value, `failed` or `stopped` with a reason."""
+    """The outcome of a point: `finished` with a value, `failed` or `stopped` with a reason."""
 
     state: str
     value: Any = None
@@ -82,18 +82,18 @@ class Outcome:
 
 @dataclass
 class Point:
-    """One point of a sweep: what varies, its job, and what became of the job once it was started."""
+    """One point of a sweep, its job and the job's state."""
 
     label: str
     job: Job
-    described: dict[str, Any]  # its configuration, which identifies its job in the queue
+    described: dict[str, Any]  # configuration, which identifies the job in the queue
     check: Callable[[], object] = lambda: None  # raises a user error if it cannot start
-    folder: Path = Path()  # of logs and results
+    folder: Path = Path()  # for logs and results
     job_id: str = ""
-    process: subprocess.Popen | None = None  # on this machine
+    process: subprocess.Popen | None = None  # of a local job
     gpus: list[int] = field(default_factory=list)
     state: str = ""  # in Slurm
-    shown: int = 0  # bytes of rank 0's output
+    shown: int = 0  # bytes of rank 0's output printed so far
     end: Outcome | None = None
 
     @property
@@ -104,7 +104,7 @@ class Point:
         return JobPaths(self.folder, job_id=self.job_id, task_id=rank)
 
     def show(self) -> None:
-        """Print the lines that rank 0 has written since the last time."""
+        """Print new lines of rank 0's output."""
         if not self.paths().stdout.exists():
             return
         with self.paths().stdout.open("rb") as file:
@@ -115,20 +115,20 @@ class Point:
         prefix = f"[{self.label}] " if self.label else ""
         for line in whole.decode(errors="replace").splitlines():
             if not line.startswith("submitit "):
-                with suppress(OSError):  # the terminal is gone
+                with suppress(OSError):  # the terminal is closed
                     print(f"{prefix}{line}", flush=True)
 
     def is_over(self, states: Mapping[str, str]) -> bool:
-        """Return whether nothing more will come of the job; `states` are Slurm's, {} if it was not asked."""
+        """Return whether the job has ended; `states` are Slurm's, or {} if it was not queried."""
         if self.process is not None:
             return self.process.poll() is not None
         before, self.state = self.state, states.get(self.job_id, self.state)
         if self.state != before:
             logger.info("job %s is %s: %s", self.job_id, self.state, self.name)
-        return bool(states) and self.state in slurm.OVER and before in slurm.OVER  # twice: its files may come late
+        return bool(states) and self.state in slurm.OVER and before in slurm.OVER  # twice: its files may appear late
 
     def read_end(self, over: bool) -> Outcome | None:
-        """Return how the job ended; None while it runs, unless it is known to be over."""
+        """Return the outcome of the job, or None if it is still running; `over` means that it is not."""
         launcher = self.job.launcher
         n_ranks = launcher.nodes * launcher.ranks_per_node if self.process is None else 1
         ends = read_ends({rank: _end_file(self.paths(rank)) for rank in range(n_ranks)})
@@ -153,13 +153,13 @@ def run_jobs(
     begin: Callable[[Point], None] = lambda _: None,
     report: Callable[[Point, Outcome], None] = lambda *_: None,
 ) -> None:
-    """Run a job for every point, note how it ended and report it; a failed one does not stop the others.
+    """Run a job for every point and report its outcome; a failure does not stop the others.
 
-    `folder` takes logs and results, `code` is the copy of the code that jobs import. `begin` is called with every
-    point once all have passed the checks, which raise `ParallelError`, and those for Slurm are in its queue. An
-    interrupt stops the jobs, which save; when the terminal closes, those in Slurm go on.
+    `folder` is for logs and results, `code` is the snapshot of the code that jobs import. `begin` is called with
+    every point after all checks, which raise `ParallelError`, and after Slurm jobs are submitted. An interrupt stops
+    the jobs, which save; if the terminal closes, Slurm jobs keep running.
     """
-    # Imports come from the copy of the code, then from the user's own folders, not from the one this runs in.
+    # Import from the snapshot, then from the user's PYTHONPATH, not from the current folder.
     folders = filter(None, (str(code.resolve()), os.environ.get("PYTHONPATH")))
     variables = {"PYTHONPATH": os.pathsep.join(folders), "PYTHONSAFEPATH": "1"}
     queue = [point for point in points if point.job.launcher.where is Where.local]
@@ -216,7 +216,7 @@ def _slurm_ids(points: Sequence[Point]) -> list[str]:
 
 
 def free_gpus(point: Point, running: Sequence[Point]) -> list[int] | None:
-    """Return the GPUs for a new job here, None while there is no room; raise `ParallelError` if there are too few."""
+    """Return the GPUs for a new local job, or None until some are free; raise `ParallelError` if there are too few."""
     launcher, n_gpus = point.job.launcher, visible_gpus()
     if (launcher.gpus_per_node or 0) > n_gpus:
         asked = f"launcher.gpus_per_node ({launcher.gpus_per_node})"
@@ -232,7 +232,6 @@ def free_gpus(point: Point, running: Sequence[Point]) -> list[int] | None:
 
 
 def _start(point: Point, gpus: list[int], variables: dict[str, str]) -> None:
-    """Start a point's job on this machine."""
     point.gpus, paths = gpus, point.paths()
     paths.folder.mkdir(parents=True, exist_ok=True)
     _end_file(paths).unlink(missing_ok=True)  # of an earlier job with this id
@@ -249,7 +248,7 @@ def _submit(
     """Submit points with equal settings as one job array."""
     ids = slurm.submit([point.job for point in points], points[0].job.launcher, points[0].folder, variables)
     for point, point.job_id in zip(points, ids, strict=True):
-        running.append(point)  # from here on, an interrupt cancels it
+        running.append(point)  # an interrupt now cancels it
     for point in points:
         slurm.remember_job(point.job.run_dir, point.job_id, point.described)
         begin(point)
@@ -257,7 +256,7 @@ def _submit(
 
 
 def _stop(running: Sequence[Point], *, cancel: bool) -> None:
-    """Stop this machine's jobs and wait until they have saved; a second interrupt kills them. Slurm's: `cancel`."""
+    """Stop local jobs and wait until they have saved; a second interrupt kills them. `cancel`: cancel Slurm jobs."""
     if cancel and (ids := _slurm_ids(running)):
         slurm.ask("scancel", *ids)
         with suppress(OSError):
@@ -281,7 +280,7 @@ def _end_file(paths: JobPaths) -> Path:
 
 
 def _main(folder: str, job_id: str) -> None:
-    """Run a job of this machine, which is asked to save and stop when its client dies."""
+    """Run a local job, which saves and stops when its client dies."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     paths = JobPaths(folder, job_id=job_id, task_id=0)
     client, job = pickle.loads(paths.submitted_pickle.read_bytes())

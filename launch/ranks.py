@@ -1,7 +1,4 @@
-"""The ranks of a run on this machine: spawned here, or joined where torchrun or srun started them.
-
-Imports no torch: the parent of spawned ranks only waits.
-"""
+"""The ranks of a run: spawned on this machine, or started by torchrun or srun. Imports no torch."""
 
 import ctypes
 import errno
@@ -28,20 +25,20 @@ from tracking.logs import STACK_SIGNALS
 from training.config import SaveError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
-GRACE_S = 5.0  # for the other ranks to end by themselves once one has failed
+GRACE_S = 5.0  # for the other ranks to exit after a failure
 POLL_S = 0.5
 
 
 def launch(work: Callable[..., Any], *args: Any, config: ParallelConfig) -> Any:
-    """Run `work(*args)` on every rank of a run; return what rank 0, or the joined rank, returns.
+    """Run `work(*args)` on every rank; return rank 0's result, or this rank's under torchrun or srun.
 
-    Everything is pickled for spawned ranks. The exception of the rank that failed first is raised as it is if the user
-    can fix it, otherwise as a `RankError` with that rank's traceback.
+    Function and arguments are pickled for spawned ranks. A user error of the first rank that fails is raised again,
+    any other exception as a `RankError` with the rank's traceback.
     """
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     for signum in STACK_SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)  # until there is a log that takes stacks
+        signal.signal(signum, signal.SIG_IGN)  # until the log for stacks is open
     if joined := joined_environment(os.environ):
         check_joined(joined, config)
         os.environ.update(joined)
@@ -49,7 +46,7 @@ def launch(work: Callable[..., Any], *args: Any, config: ParallelConfig) -> Any:
         from torch.distributed.elastic.multiprocessing.errors import record
 
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: save and stop when torchrun dies
-        work = record(work)  # has torchrun show the traceback of the rank that failed first
+        work = record(work)  # torchrun then prints the traceback of the first failure
     n_ranks = 1 if joined else nproc_per_node(config)
     if n_ranks == 1:
         return work(*args)
@@ -58,18 +55,18 @@ def launch(work: Callable[..., Any], *args: Any, config: ParallelConfig) -> Any:
 
 
 def handle(signals: Iterable[int], handler: Callable[[int, FrameType | None], object]) -> dict[int, Any]:
-    """Install a handler and return those before it; a hang-up that is ignored stays so, as nohup wants it."""
+    """Install a signal handler and return the old ones; SIGHUP stays ignored under nohup."""
     ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
     return {signum: signal.signal(signum, handler) for signum in set(signals) - ignored}
 
 
 @dataclass
 class RankEnd:
-    """How a rank ended: with a value, an exit code, or a failure described by `text`."""
+    """The outcome of a rank: a value, an exit code, or a failure described by `text`."""
 
     value: Any = None
     exit_code: Any = None
-    error: BaseException | None = None  # one that the user can fix
+    error: BaseException | None = None  # a user error
     text: str = ""
     time: float = field(default_factory=time.time)
 
@@ -86,7 +83,7 @@ class RankEnd:
 
     @property
     def is_crash(self) -> bool:
-        """Whether another attempt may do better: not after an error of the user's, but for a disk that was full."""
+        """Whether a retry may succeed: after any failure but a user error, except a full disk."""
         full = isinstance(self.error, SaveError) or getattr(self.error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         return bool(self.text) and (self.error is None or full)
 
@@ -97,23 +94,22 @@ class RankEnd:
 
 
 def read_ends(end_files: Mapping[int, Path]) -> dict[int, RankEnd]:
-    """Return how ranks ended, without those that were killed or still run."""
+    """Return the outcomes of ranks, without those that were killed or still run."""
     return {rank: pickle.loads(path.read_bytes()) for rank, path in end_files.items() if path.exists()}
 
 
 def first_failure(ends: Mapping[int, RankEnd]) -> int | None:
-    """Return the rank that failed first."""
     failed = [rank for rank, end in ends.items() if end.text]
     return min(failed, key=lambda rank: ends[rank].time, default=None)
 
 
 def describe_failure(rank: int, text: str) -> str:
-    """Return a rank's failure with its number, unless it is that of another rank already."""
+    """Return a failure with its rank, unless the text already names one."""
     return text if text.startswith("error: ") else f"error: rank {rank} failed first\n{text}"
 
 
 class _Ranks:
-    """Ranks spawned by this process: they receive its signals, die with it, and fail together."""
+    """Spawned ranks, which receive the parent's signals, die with it, and fail together."""
 
     def __init__(self, n_ranks: int, folder: Path) -> None:
         self.end_files = {rank: folder / f"rank{rank}" for rank in range(n_ranks)}
@@ -121,7 +117,7 @@ class _Ranks:
         self.signum: int | None = None
 
     def run(self, work: Callable[..., Any], args: tuple) -> Any:
-        """Spawn the ranks and wait until all have ended, or until the grace period after a failure is over."""
+        """Spawn the ranks and wait until all have exited, or until `GRACE_S` after a failure."""
         before = handle(SIGNALS, self._forward)
         context, port, n_ranks = multiprocessing.get_context("spawn"), free_port(), len(self.end_files)
         try:
@@ -131,7 +127,7 @@ class _Ranks:
                 process = context.Process(target=_run_rank, args=(os.getpid(), variables, end_file, work, args))
                 process.start()
                 self.processes.append(process)
-            before |= handle(STACK_SIGNALS, self._forward)  # not before: new processes ignore them still
+            before |= handle(STACK_SIGNALS, self._forward)  # last: spawned processes inherit that they are ignored
             deadline = None
             while running := [rank for rank, process in enumerate(self.processes) if process.exitcode is None]:
                 if deadline is None and self._has_a_failure():
@@ -155,7 +151,7 @@ class _Ranks:
 
     def _has_a_failure(self) -> bool:
         exited = {rank for rank, process in enumerate(self.processes) if process.exitcode is not None}
-        ends = read_ends(self.end_files)  # read after, because a rank writes its end before it exits
+        ends = read_ends(self.end_files)  # read last: a rank writes its end before it exits
         return first_failure(ends) is not None or not exited <= ends.keys()
 
     def _result(self, hung: set[int]) -> Any:
@@ -178,11 +174,11 @@ class _Ranks:
 
 
 def _run_rank(parent: int, variables: dict[str, str], end_file: Path, work: Callable[..., Any], args: tuple) -> None:
-    """Run one spawned rank, which dies with its parent."""
+    """Run a spawned rank, which dies with its parent."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
         return
-    os.setpgrp()  # a terminal's Ctrl-C reaches only the parent, which forwards it once
+    os.setpgrp()  # Ctrl-C reaches only the parent, which forwards it
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.update(variables)
     RankEnd.of(work, *args).write(end_file)

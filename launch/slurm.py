@@ -1,4 +1,4 @@
-"""What is asked of Slurm: to run a job, its state, to cancel it, and to requeue it."""
+"""Slurm: submission, state and requeueing of jobs."""
 
 import json
 import logging
@@ -19,16 +19,16 @@ from parallel.config import ParallelError
 from tracking.status import note_followed
 
 OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "GONE", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
-MEMORY = "slurm_job.json"  # in a run folder: the job that runs it
-ANSWER_S = 120
-BY_SBATCHS_NAME = ("nodes", "gpus_per_node", "cpus_per_task", "partition", "account", "qos", "constraint")
+JOB_FILE = "slurm_job.json"  # in a run folder: the id of its job
+TIMEOUT_S = 120  # of a Slurm command
+SBATCH_OPTIONS = ("nodes", "gpus_per_node", "cpus_per_task", "partition", "account", "qos", "constraint")
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def _outside_job() -> Iterator[None]:
-    """Hide the job that this process may run in, so that what it asks for is not a step of that job."""
+    """Hide the variables of a Slurm job that this process runs in, so that commands are not part of that job."""
     prefixes = ("SLURM_", "SLURMD_", "SRUN_") if "SLURM_JOB_ID" in os.environ else ()
     names = [name for name in os.environ if name.startswith(prefixes) and name != "SLURM_CONF"]
     hidden = {name: os.environ.pop(name) for name in names}
@@ -42,7 +42,7 @@ def _outside_job() -> Iterator[None]:
 def submit(
     jobs: Sequence[Callable[[], Any]], config: LauncherConfig, folder: Path, variables: dict[str, str]
 ) -> list[str]:
-    """Submit jobs, several as one array, and return their ids; `folder` takes submitit's files."""
+    """Submit jobs as an array and return their ids; `folder` is for submitit's files."""
     if shutil.which("sbatch") is None:
         raise ParallelError("launcher=slurm needs sbatch; run this where jobs are submitted")
     from submitit.core.utils import FailedJobError
@@ -50,10 +50,10 @@ def submit(
 
     executor = SlurmExecutor(folder, max_num_timeout=config.max_requeues)
     exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
-    options = {name: value for name in BY_SBATCHS_NAME if (value := getattr(config, name)) is not None}
+    options = {name: value for name in SBATCH_OPTIONS if (value := getattr(config, name)) is not None}
     if config.mem_gb:
         options["mem"] = f"{config.mem_gb}G"
-    # True is an option without a value, such as exclusive.
+    # submitit writes True as an option without a value, such as --exclusive.
     more = {name: True if value.lower() == "true" else value for name, value in config.sbatch.items()}
     executor.update_parameters(
         **options,
@@ -62,9 +62,9 @@ def submit(
         ntasks_per_node=config.ranks_per_node,
         signal_delay_s=config.signal_delay_s,
         array_parallelism=config.parallel_jobs or len(jobs),
-        # A failed rank ends the others, which would wait for it in a collective.
+        # When a rank fails, kill the others, which may hang in a collective.
         setup=[*exports, "export SLURM_KILL_BAD_EXIT=1", *config.setup],
-        # A requeued job appends to its logs; sbatch's open-mode does not reach srun.
+        # A requeued job appends to its logs; srun ignores sbatch's open-mode.
         srun_args=["--open-mode=append", *config.srun_args],
         additional_parameters={"requeue": True, **more},
     )
@@ -75,9 +75,9 @@ def submit(
 
 
 def states(job_ids: Sequence[str]) -> dict[str, str]:
-    """Return every job's state: GONE for one that Slurm has forgotten, UNKNOWN while Slurm does not answer.
+    """Return the state of every job: GONE if Slurm does not know it, UNKNOWN if Slurm does not answer.
 
-    squeue first, because sacct needs an accounting database, which not every cluster has.
+    Asks squeue first, because not every cluster has the accounting database that sacct needs.
     """
     if not job_ids:
         return {}
@@ -94,16 +94,16 @@ def states(job_ids: Sequence[str]) -> dict[str, str]:
 
 
 def remember_job(run_dir: Path, job_id: str, described: dict[str, Any]) -> None:
-    """Write into a run folder which job runs it."""
+    """Store the id of a run's job in its folder."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / MEMORY).write_text(json.dumps({"job": job_id, "config": described}), encoding="utf-8")
+    (run_dir / JOB_FILE).write_text(json.dumps({"job": job_id, "config": described}), encoding="utf-8")
 
 
 def queued_job(run_dir: Path, described: dict[str, Any]) -> str | None:
-    """Return the job in the queue for a run folder; raises `ParallelError` if it has another configuration."""
-    if not (run_dir / MEMORY).exists():
+    """Return the queued or running job of a run folder; raise `ParallelError` if its configuration differs."""
+    if not (run_dir / JOB_FILE).exists():
         return None
-    noted = json.loads((run_dir / MEMORY).read_text(encoding="utf-8"))
+    noted = json.loads((run_dir / JOB_FILE).read_text(encoding="utf-8"))
     job_id = noted["job"]
     if states([job_id])[job_id] in OVER:
         return None
@@ -116,9 +116,9 @@ def queued_job(run_dir: Path, described: dict[str, Any]) -> str | None:
 
 
 def requeue(max_requeues: int) -> str:
-    """Have Slurm requeue this job; return why it does not, or "".
+    """Requeue this job; return why it cannot be, or "".
 
-    A job that was cancelled or is being requeued is no longer RUNNING, and is left as it is.
+    A job that is not RUNNING has been cancelled or is being requeued already; nothing is done.
     """
     job_id, times = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     if times >= max_requeues:
@@ -130,9 +130,9 @@ def requeue(max_requeues: int) -> str:
 
 
 def requeue_slurm_job(run_dir: Path, *, rank: int, max_requeues: int) -> None:
-    """In a Slurm job whose ranks have all saved, requeue it or log why not; elsewhere, do nothing.
+    """Requeue this Slurm job, whose ranks have all saved, or log why not; do nothing outside Slurm.
 
-    Rank 0 asks Slurm and the others wait for it, because a rank that leaves ends the rest.
+    Rank 0 does it and the others wait, because srun kills all ranks when one exits.
     """
     if "SLURM_STEP_ID" not in os.environ:
         return
@@ -147,20 +147,20 @@ def requeue_slurm_job(run_dir: Path, *, rank: int, max_requeues: int) -> None:
         note_followed(run_dir, what)
         answered.write_text(attempt, encoding="utf-8")
         return
-    deadline = time.monotonic() + ANSWER_S
+    deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline and not (answered.exists() and answered.read_text(encoding="utf-8") == attempt):
         time.sleep(0.2)
 
 
 def ask(*command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of Slurm's and return its answer, or a failure after `ANSWER_S`."""
+    """Run a Slurm command; return its result, or a failure after `TIMEOUT_S`."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=ANSWER_S)
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 1, "", f"{command[0]} did not answer within {ANSWER_S} s")
+        return subprocess.CompletedProcess(command, 1, "", f"{command[0]} did not answer within {TIMEOUT_S} s")
 
 
 def _message(text: str) -> str:
-    """Return a command's error as one line, in its own words."""
+    """Return the error lines of a command's output as one line."""
     lines = [line.strip() for line in text.splitlines() if "error" in line or "failure" in line]
     return "; ".join(lines or text.split("\n")[:1])

@@ -1,4 +1,4 @@
-"""Run the points of a sweep that are not finished yet, each as a job, and compare what came out."""
+"""Run the unfinished points of a sweep as jobs, and compare the results."""
 
 import hashlib
 import json
@@ -30,13 +30,13 @@ logger = logging.getLogger(__name__)
 
 
 class SweepError(UserError):
-    """Points of a sweep that cannot start or did not finish."""
+    """Some points of a sweep cannot start or did not finish."""
 
 
 def run_points(points: "Sequence[Point]", sweep_dir: Path) -> list[float | SweepError | None]:
-    """Run the job of each point that is not finished; return rank 0's values, or errors.
+    """Run the job of each unfinished point; return rank 0's values, or errors.
 
-    The value of a point that was given up is infinite. Raise `SweepError` before the first one starts if any cannot.
+    The value of a point that early_stop has given up is inf. Raises `SweepError` before any job starts if one cannot.
     """
     from launch.jobs import Outcome, run_jobs
     from tracking.compare import compare
@@ -88,7 +88,7 @@ def _value(run_dir: Path, value: float | None) -> float | None:
 
 
 def _check(points: "Sequence[Point]", n_points: int) -> None:
-    """Raise `SweepError` with every reason why a point cannot start."""
+    """Raise `SweepError` with all errors of all points."""
     problems: dict[str, list[str]] = {}
     if shared := [point for n, point in enumerate(points) if point.job.run_dir in {p.job.run_dir for p in points[:n]}]:
         raise SweepError(f"points share {shared[0].job.run_dir}; name each value once, or set hydra.sweep.subdir")
@@ -104,7 +104,7 @@ def _check(points: "Sequence[Point]", n_points: int) -> None:
 
 
 def merge_problems(problems: dict[str, list[str]], n_points: int) -> list[str]:
-    """Return every problem once, with the points that have it unless all do."""
+    """Return every problem once, with the points that have it if not all do."""
     merged = []
     for problem, labels in problems.items():
         others = f" and {len(labels) - 1} other points" if len(labels) > 1 else ""
@@ -113,7 +113,7 @@ def merge_problems(problems: dict[str, list[str]], n_points: int) -> list[str]:
 
 
 def share_cores(config: TrainConfig | PrepareConfig, n_points: int) -> TrainConfig | PrepareConfig:
-    """Return the configuration of one of several points that run on this machine together, with its share of cores."""
+    """Return a local point's configuration with its share of the CPU cores."""
     launcher = config.launcher
     share = len(os.sched_getaffinity(0)) // (launcher.parallel_jobs or n_points)
     if launcher.where is not Where.local:
@@ -125,7 +125,7 @@ def share_cores(config: TrainConfig | PrepareConfig, n_points: int) -> TrainConf
 
 
 def is_finished(run_dir: Path, run_config: dict[str, Any]) -> bool:
-    """Return whether a run folder holds the end of this very run, or the place where the same rule gave it up."""
+    """Return whether a run folder has finished this run, or was given up by the same early_stop."""
     status = read_status(run_dir)
     given_up = status.get("state") == "given up" and status["config"]["early_stop"] == run_config["early_stop"]
     if not given_up and status.get("state") != "finished":
@@ -134,7 +134,7 @@ def is_finished(run_dir: Path, run_config: dict[str, Any]) -> bool:
 
 
 def folder_name(overrides: str) -> str:
-    """Return a point's settings as one folder's name; if slashes or its length had to change, with a hash."""
+    """Return a folder name for a point's settings, with a hash if they had to be changed or truncated."""
     bare = overrides.translate({ord(sign): None for sign in "'\"\\"})
     name = re.sub(r"[/\x00-\x1f]", "_", bare)
     if name == bare and len(os.fsencode(name)) <= 255:
@@ -144,18 +144,18 @@ def folder_name(overrides: str) -> str:
 
 @contextmanager
 def removed_if_unused(folder: Path) -> Iterator[None]:
-    """Remove the folder of a run or sweep that did not start: it holds only what Hydra wrote."""
+    """Remove the folder of a run or sweep that did not start, if it has only Hydra's files."""
     try:
         yield
     finally:
         if {path.name for path in folder.glob("*")} in ({".hydra"}, {"multirun.yaml"}):
             with suppress(OSError):
                 shutil.rmtree(folder)
-                os.removedirs(folder.parent)  # and those above it that are empty
+                os.removedirs(folder.parent)  # and empty parents
 
 
 def keep_code(folder: Path) -> Path:
-    """Copy the code and conf/, as they are now, for jobs that start later; return the copy's folder."""
+    """Copy the code and conf/ for jobs that start later; return the folder of the copy."""
     rooms = {path.parent for path in CODE.glob("*/__init__.py")} | {CODE / "hydra_plugins"}
     rooms -= {CODE / "tests", CODE / "benchmarks"}
     files = [

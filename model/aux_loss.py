@@ -1,4 +1,4 @@
-"""Auxiliary losses: what a layer wants minimised beside the loss of the head, such as the balance of its experts."""
+"""Auxiliary losses that a layer adds to the training loss, such as a load-balancing loss of its experts."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from torch.autograd.function import FunctionCtx
 
 
 class AuxLosses:
-    """Adds `weight` times each auxiliary loss to what the backward pass minimises, and sums them by name.
+    """Adds `weight` times each auxiliary loss to the training loss, and sums the losses by name.
 
-    A loss is attached to the hidden states of its layer, so that its gradient joins theirs on the way back, also in a
-    pipeline stage, which never sees the loss of the head.
+    A loss is attached to the hidden states of its layer, so that it is part of the backward pass of a pipeline stage
+    without the head too.
     """
 
     def __init__(self, weight: float | Tensor) -> None:
@@ -19,7 +19,7 @@ class AuxLosses:
         self.sums: dict[str, Tensor] = {}  # detached, by name, over layers and forward passes
 
     def attach(self, x_BTD: Tensor, losses: dict[str, Tensor]) -> Tensor:
-        """Return x_BTD with losses whose gradient is `weight` wherever x_BTD has a gradient."""
+        """Return x_BTD such that its backward pass also gives each loss the gradient `weight`."""
         for name, value in losses.items():
             attached: Any = _Attach.apply(x_BTD, value.float() * self.weight)
             x_BTD = attached

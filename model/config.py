@@ -1,4 +1,4 @@
-"""The shape of a model and the choices within it. Imports no torch, so that a wrong value is found early."""
+"""Model configuration. Imports no torch, so that a wrong value is reported at once."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -9,7 +9,7 @@ from omegaconf import MISSING
 
 from launch.config import UserError
 
-# Layers by name; a name like `module:Class` is a class of the user's own.
+# Layers by name; any other class is named as `module:Class`.
 MLPS = {"swiglu": "model.layers:SwiGLU"}
 ATTENTION_LAYERS = {"gqa": "model.attention:SelfAttention"}
 
@@ -20,7 +20,7 @@ class ModelError(UserError):
 
 class Init(Enum):
     internlm = "internlm"  # InternEvo's: the residual projections wo and w_down scaled by depth
-    internlm_v1 = "internlm_v1"  # InternLM v0.2.1 to the letter: w_up scaled instead of w_down
+    internlm_v1 = "internlm_v1"  # exactly InternLM v0.2.1's: w_up scaled instead of w_down
     llama = "llama"  # 0.02 everywhere, wo and w_down scaled by depth
 
 
@@ -36,15 +36,15 @@ class Attention(Enum):
 
 class Parametrization(Enum):
     standard = "standard"
-    mup = "mup"  # rates carry over from a model of base_width
+    mup = "mup"  # learning rates transfer from a model of base_width
     completep = "completep"  # and of base_depth (arXiv:2505.01618)
 
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    # A field marked `free` may differ between models that share weights; one that decides what is learnt only "weights"
+    # free=True: may change on resume and init_from; free="weights": only on init_from, because it changes training
     name: str = field(default=MISSING, metadata={"free": True})  # part of the run folder, such as runs/7b_pile_small
-    # int; `auto` is the data's, which conf.schema.to_object puts in its place
+    # int, or `auto`, which conf.schema.to_object replaces by the vocabulary size of the data
     vocab_size: Any = field(default=MISSING, metadata={"number": True})
     d_model: int = MISSING
     n_layers: int = MISSING
@@ -59,11 +59,11 @@ class ModelConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     parametrization: Parametrization = Parametrization.standard
-    base_width: int = 256  # d_model and n_layers of the model whose rates are set
+    base_width: int = 256  # d_model and n_layers of the model that the learning rates were tuned on
     base_depth: int = 4
     init: Init = field(default=Init.internlm, metadata={"free": True})
     attention: Attention = field(default=Attention.auto, metadata={"free": True})
-    embed_grad_scale: float = field(default=1.0, metadata={"free": "weights"})  # on its gradient (arXiv:2210.02414)
+    embed_grad_scale: float = field(default=1.0, metadata={"free": "weights"})  # of its gradient (arXiv:2210.02414)
 
     @property
     def head_dim(self) -> int:
@@ -71,12 +71,12 @@ class ModelConfig:
 
     @property
     def width_ratio(self) -> float:
-        """The logits are divided by it."""
+        """Divisor of the logits."""
         return 1.0 if self.parametrization is Parametrization.standard else self.d_model / self.base_width
 
     @property
     def depth_ratio(self) -> float:
-        """What attention and MLP add to the hidden states is divided by it."""
+        """Divisor of what attention and MLP add to the residual stream."""
         return self.n_layers / self.base_depth if self.parametrization is Parametrization.completep else 1.0
 
     def problems(self) -> Iterator[str]:
@@ -99,5 +99,5 @@ class ModelConfig:
 
 
 def shape_keys() -> list[str]:
-    """Return the fields that make a model another one, whose weights are of no use to the first."""
-    return [one.name for one in fields(ModelConfig) if not one.metadata.get("free")]
+    """Return the fields that two models must agree on to share weights."""
+    return [f.name for f in fields(ModelConfig) if not f.metadata.get("free")]

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs per token of a model, counted on the modules it is made of."""
+"""Parameters and FLOPs per token of a model, counted over its modules."""
 
 from torch import nn
 
@@ -7,15 +7,15 @@ from model.transformer import Transformer
 
 
 def count_params(config: ModelConfig) -> int:
-    """Return the parameters of the whole model, embedding and head included."""
+    """Return the number of parameters, embedding and head included."""
     return sum(param.numel() for param in Transformer.on_meta(config).parameters())
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
-    """Return the FLOPs per token, forward and backward, causal attention counted once, nothing recomputed.
+    """Return the FLOPs per token, forward and backward, of causal attention and without recomputation.
 
-    Forward it is two per weight that is multiplied (the embedding is looked up), unless a module's own
-    `forward_flops(seq_len)` has another count; backward it is twice as many.
+    The forward pass has two per weight of a matrix product (not the embedding), or what a module's
+    `forward_flops(seq_len)` returns; the backward pass has twice as many.
     """
     blocks = sum(_forward_flops(block, seq_len) for block in Transformer.on_meta(config).blocks.values())
     return 3 * (blocks + 2 * config.vocab_size * config.d_model)
@@ -29,13 +29,12 @@ def _forward_flops(module: nn.Module, seq_len: int) -> int:
 
 
 def internlm_flops_per_token(config: ModelConfig, seq_len: int, *, recompute: bool = False) -> float:
-    """Return the FLOPs per token by InternLM's published formula, which its TFLOP/s figures use.
+    """Return the FLOPs per token by the formula of InternLM's published TFLOP/s (`get_megatron_flops`, v0.2.1).
 
-    Full attention, no grouped queries, and with `recompute` a second forward pass (`get_megatron_flops` in
-    InternLM v0.2.1).
+    It counts full attention without grouped queries, and with `recompute` a second forward pass.
     """
     factor = 4 if recompute else 3
-    # Its mlp_ratio is the one before the width was rounded up to a multiple of 256.
+    # InternLM's mlp_ratio is d_ff / d_model before rounding d_ff up to a multiple of 256.
     rounded = -(-int(config.d_model * 8 / 3) // 256) * 256
     mlp_ratio = 8 / 3 if config.d_ff == rounded else config.d_ff / config.d_model
     layer = factor * ((8 + 6 * mlp_ratio) * config.d_model**2 + 4 * seq_len * config.d_model)

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens read so far, so that decoding computes each token once."""
+"""KV cache for decoding."""
 
 import torch
 from torch import Tensor
@@ -9,8 +9,8 @@ from model.config import ModelConfig
 class KVCache:
     """Keys and values for `rows` texts of up to `max_len` tokens, written at each token's position.
 
-    Rows may hold texts of different length: a prompt shorter than its batch is padded on the right,
-    and what the padding wrote is overwritten before any query may look at it.
+    Rows may have different lengths: prompts are padded on the right, and the entries of the padding
+    are overwritten before any query attends to them.
     """
 
     def __init__(self, config: ModelConfig, rows: int, max_len: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -19,18 +19,18 @@ class KVCache:
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.row_B1 = torch.arange(rows, device=device)[:, None]
         self.positions_BT = torch.zeros(rows, 0, dtype=torch.int64, device=device)
-        self.extent = 0  # positions any row has reached
+        self.extent = 0  # length of the longest row
         self.mask_B1TS = torch.zeros(rows, 1, 0, 0, dtype=torch.bool, device=device)
 
     def set_positions(self, positions_BT: Tensor) -> None:
-        """Set where the tokens of the next forward pass stand; once for all layers."""
+        """Set the positions of the next forward pass, once for all layers."""
         self.positions_BT = positions_BT
         self.extent = max(self.extent, int(positions_BT.max()) + 1)
         steps_S = torch.arange(self.extent, device=positions_BT.device)
         self.mask_B1TS = (steps_S <= positions_BT[..., None])[:, None]
 
     def update(self, layer: int, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new keys and values and return all of a layer's so far, (B, S, G, K)."""
+        """Write new keys and values of a layer; return all of its keys and values, (B, S, G, K)."""
         self.keys[layer][self.row_B1, self.positions_BT] = k_BTGK
         self.values[layer][self.row_B1, self.positions_BT] = v_BTGK
         return self.keys[layer][:, : self.extent], self.values[layer][:, : self.extent]

@@ -1,4 +1,4 @@
-"""Cross entropy of a linear head, in chunks: the logits of a whole batch never exist."""
+"""Cross entropy of a linear head, computed in chunks that bound the memory of the logits."""
 
 import importlib.util
 from types import ModuleType
@@ -12,10 +12,10 @@ from data.batches import IGNORED
 
 
 class Shard(Protocol):
-    """The rows of the head that this process has, and reductions over all shards, in place."""
+    """This rank's rows of the head, and in-place reductions over the ranks."""
 
-    first: int  # index in the vocabulary of row 0 here
-    n_vocab: int  # of all shards together
+    first: int  # token id of the first row
+    n_vocab: int  # of the whole head
 
     def max_(self, tensor: Tensor) -> object: ...
     def sum_(self, tensor: Tensor) -> object: ...
@@ -32,13 +32,13 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `sum(loss_weights * loss of each token)`, and per token its nll and whether it was guessed.
+    """Return the sum of the weighted token losses, nll_N, and correct_N (whether the argmax is the label).
 
-    The loss is fp32, as `F.cross_entropy`'s with `label_smoothing`, plus `z_loss` times the square of the
-    logits' log-sum-exp (arXiv:2204.02311, sec. 5); nll_N has neither, and is 0 where the label is -100.
+    The loss is fp32: `F.cross_entropy` with `label_smoothing`, plus `z_loss` times the square of the
+    logits' log-sum-exp (arXiv:2204.02311, sec. 5). nll_N includes neither, and is 0 where the label is -100.
     Gradients are computed chunk by chunk in the forward pass, so at most `chunk_tokens` x V logits
-    exist (the idea of arXiv:2410.10989, sec. 3.2). With a `shard`, the weight is that shard's rows, and the
-    gradient of h is that shard's share, to be summed over all shards.
+    exist at once (arXiv:2410.10989, sec. 3.2). With a `shard`, the weight is that shard's rows, and the
+    gradient of h is partial: sum it over the shards.
     """
     n_tokens, n_vocab = h_ND.shape[0], weight_VD.shape[0] if shard is None else shard.n_vocab
     first = 0 if shard is None else shard.first
@@ -79,7 +79,7 @@ def linear_cross_entropy(
 
 
 class _WithGradients(torch.autograd.Function):
-    """A loss whose gradients are known already."""
+    """A loss with precomputed gradients."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, h: Tensor, weight: Tensor, loss: Tensor, *gradients: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class _WithGradients(torch.autograd.Function):
 
 
 def _add_product(total_VD: Tensor | None, grad_NV: Tensor, h_ND: Tensor, *, alone: bool) -> Tensor:
-    """Add a chunk's share to the weight's gradient: in fp32, unless there is one chunk only."""
+    """Add a chunk's gradient of the weight, in fp32 unless there is only one chunk."""
     if alone:
         return grad_NV.T @ h_ND
     if not h_ND.is_cuda or h_ND.dtype == torch.float32:
@@ -104,22 +104,22 @@ def _add_product(total_VD: Tensor | None, grad_NV: Tensor, h_ND: Tensor, *, alon
         return grad_NV.T @ h_ND if total_VD is None else total_VD.addmm_(grad_NV.T, h_ND)
     if total_VD is None:
         return torch.mm(grad_NV.T, h_ND, out_dtype=torch.float32)
-    # The product's own last stage adds to what is there: no pass of its own over V x D.
+    # Accumulates in the epilogue of the product, without another pass over V x D.
     return torch.ops.aten.addmm.dtype_out(total_VD, grad_NV.T, h_ND, torch.float32, out=total_VD)
 
 
 class Statistics(NamedTuple):
-    """What one pass over a chunk of logits computes per row; fp32, argmax int64."""
+    """Statistics of a chunk of logits, per row; fp32, argmax int64."""
 
     row_max: Tensor
     argmax: Tensor
     sum_exp: Tensor  # of exp(logit - row_max)
-    target: Tensor  # the label's logit, 0 where the label is not among these
+    target: Tensor  # logit of the label, 0 where another shard has it
     total: Tensor  # sum of the logits
 
 
 class Factors(NamedTuple):
-    """Per row, d loss / d logit = softmax * softmax(logit) - target * onehot - uniform."""
+    """Per row: d loss / d logit = softmax * softmax(logit) - target * onehot - uniform."""
 
     softmax: Tensor
     target: Tensor
@@ -127,23 +127,23 @@ class Factors(NamedTuple):
 
 
 def _reduced(here: Statistics, shard: Shard) -> Statistics:
-    """Turn the statistics of a shard of the vocabulary into those of all of it."""
+    """Combine the statistics of all shards of the vocabulary."""
     row_max = here.row_max.clone()
     shard.max_(row_max)
     sums = torch.stack([here.sum_exp * (here.row_max - row_max).exp(), here.target, here.total])
     shard.sum_(sums)
-    # Of equal logits the first is the guess, as within a shard; fp32 counts exactly to 2**24.
+    # The first of equal logits wins, as within a shard; fp32 is exact up to 2**24.
     guess = torch.where(here.row_max == row_max, -(here.argmax + shard.first).float(), float("-inf"))
     shard.max_(guess)
     return Statistics(row_max, (-guess).long(), *sums)
 
 
 class _TorchPasses:
-    """One pass over the logits and one for their gradient, in place, on any device; as `model.loss_kernel`."""
+    """The functions of `model.loss_kernel` in PyTorch, for any device."""
 
     @staticmethod
     def statistics(logits_NV: Tensor, labels_N: Tensor) -> Statistics:
-        """Leave exp(logit - row_max) in place of the logits."""
+        """Also overwrite the logits with exp(logit - row_max)."""
         inside = (labels_N >= 0) & (labels_N < logits_NV.shape[1])
         target = logits_NV.gather(1, torch.where(inside, labels_N, 0).long()[:, None])[:, 0]
         row_max, argmax = logits_NV.max(dim=-1)

@@ -1,4 +1,4 @@
-"""The loss' passes over the logits as Triton kernels: read once for the statistics, once for the gradient in place."""
+"""Triton kernels of the loss: one pass over the logits for the statistics, one for the gradient in place."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def _statistics_kernel(logits, labels, row_max, argmax, sum_exp, target, total, 
     logits += row * n_vocab
     label = tl.load(labels + row)
     column = tl.arange(0, BLOCK)
-    # Each lane keeps its own maximum, sum and place; they meet once, after the last column.
+    # Each lane keeps its maximum, sum and argmax; they are combined once, after the last column.
     largest = tl.full((BLOCK,), float("-inf"), tl.float32)
     place = tl.zeros((BLOCK,), tl.int32)
     exp_sum = tl.zeros((BLOCK,), tl.float32)
@@ -27,7 +27,7 @@ def _statistics_kernel(logits, labels, row_max, argmax, sum_exp, target, total, 
         inside = start + column < n_vocab
         x = tl.load(logits + start + column, mask=inside, other=float("-inf")).to(tl.float32)
         above = tl.maximum(largest, x)
-        # A lane that has seen nothing yet holds -inf, and -inf - -inf is no number.
+        # A lane without a column so far holds -inf, and -inf - -inf is NaN.
         exp_sum = tl.where(inside, exp_sum * tl.exp(largest - above) + tl.exp(x - above), exp_sum)
         place = tl.where(x > largest, start + column, place)
         plain_sum += tl.where(inside, x, 0.0)
@@ -66,7 +66,6 @@ def _scaled_kernel(x, factor, out, n, BLOCK: tl.constexpr):
 
 
 def statistics(logits_NV: Tensor, labels_N: Tensor) -> Statistics:
-    """Read the logits once."""
     n_rows, n_vocab = logits_NV.shape
     row_max, sum_exp, target, total = torch.empty(4, n_rows, dtype=torch.float32, device=logits_NV.device)
     argmax = torch.empty(n_rows, dtype=torch.int64, device=logits_NV.device)
@@ -76,7 +75,7 @@ def statistics(logits_NV: Tensor, labels_N: Tensor) -> Statistics:
 
 
 def gradient(logits_NV: Tensor, labels_N: Tensor, _row_max_N: Tensor, log_norm_N: Tensor, factors: Factors) -> Tensor:
-    """Put the gradient in place of the logits."""
+    """Overwrite the logits with their gradient."""
     n_rows, n_vocab = logits_NV.shape
     softmax, target, uniform = factors
     others = (softmax, target, softmax if uniform is None else uniform, n_vocab)
@@ -86,7 +85,7 @@ def gradient(logits_NV: Tensor, labels_N: Tensor, _row_max_N: Tensor, log_norm_N
 
 
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply by a scalar on the device and round, in one pass; torch makes two, and the product slowly."""
+    """Multiply by a scalar on the device and round, in one pass; torch takes two, one of them slow."""
     out = torch.empty_like(x, dtype=dtype)
     kernel: Any = _scaled_kernel[(triton.cdiv(x.numel(), BLOCK),)]  # type: ignore[index]
     kernel(x, factor, out, x.numel(), BLOCK=BLOCK, num_warps=8)

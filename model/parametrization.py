@@ -1,7 +1,7 @@
-"""How initial weights and updates follow a model's width and depth, so that a small model's settings fit a large one.
+"""Scaling of initial weights and updates with width and depth, so that hyperparameters transfer between model sizes.
 
-CompleteP (Dey et al. 2025, arXiv:2505.01618, table 1, with alpha = 1); `mup` is the same without its terms of depth.
-What the forward pass needs, `Block` and `Transformer` take from `ModelConfig`.
+CompleteP (Dey et al. 2025, arXiv:2505.01618, table 1, alpha = 1); `mup` is the same without the depth terms.
+The multipliers of the forward pass are in `ModelConfig`.
 """
 
 from typing import NamedTuple
@@ -10,16 +10,16 @@ from model.config import ModelConfig
 
 
 class Scales(NamedTuple):
-    """Factors on what is set for a model of `base_width` and `base_depth`."""
+    """Factors relative to a model of `base_width` and `base_depth`."""
 
     std: float = 1.0  # of the initial weights
     lr: float = 1.0
-    weight_decay: float = 1.0  # its product with the rate stays
+    weight_decay: float = 1.0  # keeps lr * weight_decay
     eps: float = 1.0
 
 
 def scales_of(config: ModelConfig, name: str, n_dims: int) -> Scales:
-    """Return the factors of a parameter, for AdamW."""
+    """Return a parameter's factors for AdamW."""
     width, depth = config.width_ratio, config.depth_ratio
     if not name.startswith("blocks."):
         return Scales(eps=1 / width)

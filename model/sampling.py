@@ -1,4 +1,4 @@
-"""Text from a model: one token after another, greedily or drawn."""
+"""Autoregressive generation, greedy or sampled."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from model.transformer import Transformer
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen; applied in the order of transformers' processors."""
+    """Sampling parameters, applied in the order of transformers' logits processors."""
 
-    repetition_penalty: float = 1.0  # on logits of tokens already there (arXiv:1909.05858, sec. 4.1)
-    temperature: float = 1.0  # 0: the most likely token
+    repetition_penalty: float = 1.0  # arXiv:1909.05858, sec. 4.1
+    temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: all
     top_p: float = 1.0  # nucleus (arXiv:1904.09751)
 
@@ -53,9 +53,9 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt by up to `max_new_tokens`; return the new tokens without the stop token.
 
-    Each text is drawn from a generator seeded by its entry in `seeds`, so it does not depend on its neighbours, and
-    ends at `model.max_seq_len` at the latest. `on_token(row, token)` is called for each token, and ends that text by
-    returning True. With `vocab_size`, the rows of a padded vocabulary that stand for no token are never chosen.
+    Each text has a generator seeded by its entry in `seeds`, so the result does not depend on the batch, and
+    ends at `model.max_seq_len` at the latest. `on_token(row, token)` is called for each token; if it returns True,
+    the text ends. `vocab_size` excludes the padding of a padded vocabulary.
     """
     param = next(model.parameters())
     texts = [list(prompt) for prompt in prompts]
@@ -87,9 +87,9 @@ def generate(
 def _last_logits(
     model: Transformer, texts: list[list[int]], unread: list[list[int]], cache: KVCache | None, device: torch.device
 ) -> Tensor:
-    """Return the logits after each text, on the CPU, from its tokens that the cache does not have."""
+    """Return the logits after each text, on the CPU; `unread` are the tokens that are not in the cache."""
     width = max(map(len, unread))
-    # Padded on the right: causal attention, and the cache's positions, keep the padding unseen.
+    # Padded on the right, where causal attention and the cache's mask never look.
     tokens_BT = torch.tensor([part + [0] * (width - len(part)) for part in unread], device=device)
     first_B1 = torch.tensor([[len(text) - len(part)] for text, part in zip(texts, unread, strict=True)], device=device)
     positions_BT = first_B1 + torch.arange(width, device=device)

@@ -22,10 +22,10 @@ from model.parametrization import scales_of
 
 
 class Block(nn.Module):
-    """A layer: what comes before attention (`project`), attention, and what comes after (`finish`).
+    """A layer: the part before attention (`project`), attention, and the part after it (`finish`).
 
-    Attention stands alone because its lengths change from batch to batch: the parts around it have one
-    shape, and can be compiled once.
+    Attention is separate because its sequence lengths vary per batch; the parts around it have
+    static shapes and compile once.
     """
 
     WEIGHTS: ClassVar = {
@@ -65,7 +65,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A pre-norm decoder as InternLM and Llama have it. Built on the current default device."""
+    """A pre-norm decoder as in InternLM and Llama."""
 
     WEIGHTS: ClassVar = {  # standard deviations: internlm, internlm_v1, llama
         "embed": Weight("rowwise", "model.embed_tokens", 0.0052, 0.0052, 0.02),  # a lookup's input is the vocabulary
@@ -76,7 +76,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        # Not drawn yet: on the meta device that would take a second to bring in torch's compiler.
+        # Not drawn here: on the meta device, nn.Embedding's init takes a second to import torch's compiler.
         table_VD = torch.empty(config.vocab_size, config.d_model)
         self.embed: nn.Embedding | None = nn.Embedding.from_pretrained(table_VD, freeze=False)
         self.blocks = nn.ModuleDict({str(layer): Block(config) for layer in range(config.n_layers)})
@@ -85,24 +85,23 @@ class Transformer(nn.Module):
 
     @classmethod
     def on_meta(cls, config: ModelConfig) -> "Transformer":
-        """Build a model whose parameters have shapes and no memory."""
         with torch.device("meta"):
             return cls(config)
 
     @property
     def tied_params(self) -> dict[str, str]:
-        """Parameters that must stay equal to another, by name: a tied head with a matrix of its own."""
+        """Name of a parameter -> name of the one it must stay equal to: a tied head that was copied."""
         return {"head.weight": "embed.weight"} if self.config.tie_embeddings and self.head is not None else {}
 
     def untie_head(self) -> None:
-        """Copy the embedding into a head of its own, for when the two are on different ranks."""
+        """Make a separate head for tied embeddings, for when the two are on different ranks."""
         if self.config.tie_embeddings:
             self.head = nn.Linear(self.config.d_model, self.config.vocab_size, bias=False)
 
     def keep_layers(self, layers: Collection[int]) -> None:
-        """Drop all other layers; names stay. The embedding goes with the first layer, norm and head with the last.
+        """Drop all other layers, keeping names. The embedding stays with the first layer, norm and head with the last.
 
-        Without the embedding a model takes hidden states for tokens, without the norm it returns hidden states.
+        Without the embedding, the input is hidden states; without the norm, the output is.
         """
         self.blocks = nn.ModuleDict({str(layer): self.blocks[str(layer)] for layer in sorted(layers)})
         if 0 not in layers:
@@ -111,7 +110,7 @@ class Transformer(nn.Module):
             self.norm = self.head = None
 
     def make_stage(self, layers: Collection[int]) -> "Transformer":
-        """Return some of the layers as a model of their own, which shares their weights."""
+        """Return a model of some of the layers, with shared weights."""
         stage = Transformer.__new__(Transformer)
         nn.Module.__init__(stage)
         stage.config = self.config
@@ -131,12 +130,12 @@ class Transformer(nn.Module):
         head: Callable[[Tensor, Tensor], Any] | None = None,
         aux: AuxLosses | None = None,
     ) -> Any:
-        """Return logits_BTV, or what `head(h_BTD, weight_VD)` makes of the last hidden states.
+        """Return logits_BTV, or `head(h_BTD, weight_VD)` of the last hidden states.
 
-        `cu_seqlens` (int32) and `max_seq_len` are the boundaries of a pack's segments, counted over the flattened
-        batch, and the longest; without them each row is one segment. With a `cache`, the tokens continue the cached
-        ones at `positions_BT`. `row_len` is a row's length where `tokens_BT` are slices of rows. Auxiliary losses go
-        to `aux`; without it they are dropped.
+        `cu_seqlens` (int32) are the segment boundaries in the flattened batch and `max_seq_len` the longest segment;
+        without them each row is one segment. With a `cache`, the tokens continue the cached ones at `positions_BT`.
+        `row_len` is the full row length if `tokens_BT` holds slices of rows. Auxiliary losses are added to `aux`, or
+        dropped without it.
         """
         rows, row_len, device = len(tokens_BT), row_len or tokens_BT.shape[1], tokens_BT.device
         if positions_BT is None:
@@ -167,14 +166,14 @@ class Transformer(nn.Module):
         return x_BTD if scale == 1 else x_BTD * scale + x_BTD.detach() * (1 - scale)
 
     def known_weights(self) -> Iterator[tuple[str, Weight]]:
-        """Yield path and description of every layer or parameter that its module's `WEIGHTS` lists."""
+        """Yield path and `Weight` of every layer or parameter listed in a module's `WEIGHTS`."""
         for path, module in self.named_modules():
             for name, weight in getattr(module, "WEIGHTS", {}).items():
                 if getattr(module, name) is not None:
                     yield f"{path}.{name}" if path else name, weight
 
     def tp_plan(self) -> dict[str, str]:
-        """Return how tensor parallelism splits each module with parameters, by path: colwise, rowwise or norm."""
+        """Return the tensor-parallel style of each module with parameters, by path: colwise, rowwise or norm."""
         plan = {path: weight.tp for path, weight in self.known_weights()}
         for path, module in self.named_modules():
             if path not in plan and next(module.parameters(recurse=False), None) is not None:
@@ -182,11 +181,11 @@ class Transformer(nn.Module):
         return plan
 
     def init_stds(self) -> dict[str, float | None]:
-        """Return the standard deviation each parameter is drawn with; None for norms (1) and other vectors (0)."""
+        """Return the initial standard deviation of each parameter; None for norms (1) and other vectors (0)."""
         known, stds = dict(self.known_weights()), dict[str, float | None]()
         for name, param in self.named_parameters():
             weight = known.get(name) or known.get(name.rpartition(".")[0]) or Weight("norm")
-            # completep divides by depth in the forward pass, so there all layers start as the first
+            # completep scales by depth in the forward pass instead
             by_depth = name.startswith("blocks.") and self.config.parametrization is not Parametrization.completep
             layer = int(name.split(".")[1]) if by_depth else 0
             std = weight.std(self.config.init, layer) * scales_of(self.config, name, param.ndim).std
@@ -200,11 +199,10 @@ class Transformer(nn.Module):
         params: Mapping[str, Any] | None = None,
         write: Callable[[Any, Tensor], object] = Tensor.copy_,
     ) -> None:
-        """Draw every parameter in fp32 from a generator of its own, seeded by `seed` and its name.
+        """Draw every parameter in fp32, from a generator seeded by `seed` and the parameter's name.
 
-        So the weights do not depend on the device, the dtype, the layout or the order of drawing, and tied
-        parameters are equal. `params`, by name, are to be set instead of the model's own, by `write(param, whole)`:
-        shards that know the whole's shape.
+        The weights do not depend on device, dtype or layout, and tied parameters are equal. `params` replaces the
+        model's parameters, for example by shards that know the full shape, and `write(param, full)` sets one.
         """
         params = params or dict(self.named_parameters())
         for name, std in self.init_stds().items():
@@ -218,7 +216,7 @@ class Transformer(nn.Module):
 
 
 def layer_class(key: str, name: str, known: dict[str, str]) -> type[nn.Module]:
-    """Return the class of a layer that `model.<key>` names; raises `ModelError` if it cannot be imported."""
+    """Return the class that `model.<key>` names; raise `ModelError` if it cannot be imported."""
     try:
         return pkgutil.resolve_name(known.get(name, name))
     except (ImportError, AttributeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The axes of a mesh and what they must divide; checked before there is a process group."""
+"""The axes of a mesh, and checks of their sizes that need no process group."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ class Axes:
 
     @property
     def dp(self) -> int:
-        """Ranks that see different samples."""
+        """Number of ranks with different samples."""
         return self.dp_replicate * self.dp_shard
 
     def __str__(self) -> str:
@@ -32,7 +32,7 @@ class Axes:
 
 
 def resolve_axes(config: ParallelConfig, world_size: int) -> Axes:
-    """Return the axes with -1 filled in; raises `ParallelError` if they do not make a mesh of `world_size` ranks."""
+    """Return the axes with -1 filled in; raise `ParallelError` unless they multiply to `world_size`."""
     sizes = {axis: getattr(config, axis) for axis in AXES}
     named = " x ".join(f"parallel.{axis} ({size})" for axis, size in sizes.items() if size != 1) or "every axis (1)"
     n_open, product = list(sizes.values()).count(-1), math.prod(size for size in sizes.values() if size != -1)
@@ -48,9 +48,9 @@ def resolve_axes(config: ParallelConfig, world_size: int) -> Axes:
 def layout_problems(
     config: ParallelConfig, world_size: int, *, model: ModelConfig, pack_len: int, micro_batches: Sequence[int]
 ) -> Iterator[str]:
-    """Yield everything that keeps a model and its batches from being laid out on `world_size` ranks.
+    """Yield the problems of laying out a model and its batches on `world_size` ranks.
 
-    `micro_batches` are the micro-batches per step over all ranks, one number for each batch size of the run.
+    `micro_batches` are the micro-batches per step over all ranks, one entry per batch size of the run.
     """
     try:
         axes = resolve_axes(config, world_size)
@@ -76,7 +76,7 @@ def layout_problems(
 
 
 def _stage_problems(config: ParallelConfig, axes: Axes, model: ModelConfig, micro_batches: list[int]) -> Iterator[str]:
-    """Yield what keeps layers and micro-batches from filling a pipeline."""
+    """Yield the problems of dividing layers and micro-batches among pipeline stages."""
     n_stages, layers, schedule = axes.pp * config.virtual_stages, config.pipeline_layers, config.pipeline_schedule.value
     named = f"parallel.pp x virtual_stages ({n_stages})"
     if n_stages > model.n_layers:
@@ -91,7 +91,7 @@ def _stage_problems(config: ParallelConfig, axes: Axes, model: ModelConfig, micr
 
 
 def stage_layers(config: ParallelConfig, axes: Axes, n_layers: int) -> list[range]:
-    """Return the layers of every stage. A remainder goes to the first stages, because the last also has the head."""
+    """Return the layers of every stage; the first stages take the remainder, because the last has the head."""
     n_stages = axes.pp * config.virtual_stages
     counts = config.pipeline_layers or [n_layers // n_stages + (s < n_layers % n_stages) for s in range(n_stages)]
     ends = [sum(counts[: s + 1]) for s in range(n_stages)]
@@ -99,7 +99,7 @@ def stage_layers(config: ParallelConfig, axes: Axes, n_layers: int) -> list[rang
 
 
 def stages_of(pp_rank: int, pp_size: int, config: ParallelConfig) -> list[int]:
-    """Return the numbers of a rank's stages: every `pp_size`-th one."""
+    """Return the indices of a rank's stages: every `pp_size`-th one."""
     return [pp_rank + turn * pp_size for turn in range(config.virtual_stages)]
 
 

@@ -1,4 +1,4 @@
-"""How a model is laid out on devices and where its ranks run."""
+"""Configuration of the parallel layout."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,20 +10,20 @@ AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outer to inner: tp rank
 
 
 class Device(Enum):
-    auto = "auto"  # cuda when there is one
+    auto = "auto"  # cuda if available
     cpu = "cpu"
     cuda = "cuda"
 
 
 class Compile(Enum):
     auto = "auto"  # blocks on a CUDA device, else none
-    blocks = "blocks"  # the parts of each block around attention, by torch.compile
+    blocks = "blocks"  # torch.compile of the parts of each block around attention
     none = "none"
 
 
 class ActivationCheckpointing(Enum):
     none = "none"
-    full = "full"  # keep only the input of each block and recompute the rest in the backward pass
+    full = "full"  # keep only the input of each block, recompute the rest in the backward pass
     fraction = "fraction"  # the same for the first `activation_checkpointing_fraction` of the blocks
 
 
@@ -32,7 +32,7 @@ class ReduceDtype(Enum):
     fp32 = "fp32"
 
 
-# Functional syntax, because 1f1b is not an identifier.
+# Functional syntax: 1f1b is not an identifier.
 Schedule = Enum(
     "Schedule",
     {
@@ -43,7 +43,7 @@ Schedule = Enum(
 
 
 class ParallelError(UserError):
-    """A layout that this machine cannot run; the message is for the user."""
+    """A layout that cannot run."""
 
 
 def no_fp8(scaling: str, where: str) -> ParallelError:
@@ -53,38 +53,38 @@ def no_fp8(scaling: str, where: str) -> ParallelError:
 
 
 def no_graphs(where: str) -> ParallelError:
-    return ParallelError(f"parallel.cuda_graphs (true) needs a CUDA device, not {where}; choose false")
+    return ParallelError(f"parallel.cuda_graphs (true) needs a CUDA device, not {where}; set it to false")
 
 
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:
     device: Device = Device.auto
-    nproc_per_node: int | None = None  # ranks that `python train.py` starts here (null: one per GPU)
-    threads: int | None = None  # CPU threads per rank (null: its share of this machine's cores)
+    nproc_per_node: int | None = None  # ranks that `python train.py` starts (null: one per GPU)
+    threads: int | None = None  # CPU threads per rank (null: an equal share of the cores)
     compile: Compile = Compile.auto
-    cuda_graphs: bool = False  # record and replay a step's kernels: where the host is slower than the GPU
+    cuda_graphs: bool = False  # record and replay a step's kernels, if launching them limits the speed
 
-    # the mesh: the axes multiply to the number of ranks; one of them may be -1, which fills it
+    # the axes of the mesh multiply to the number of ranks; one of them may be -1 (fill)
     pp: int = 1  # pipeline stages
-    dp_replicate: int = 1  # groups that hold the same shards
-    dp_shard: int = 1  # ranks of a group, each with a shard
+    dp_replicate: int = 1  # replicas of each shard
+    dp_shard: int = 1  # ranks that shard what zero_stage says
     cp: int = 1  # ranks that split each sequence
     tp: int = 1  # ranks that split each matrix
 
-    # what dp_shard x cp shards: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too
+    # sharded over dp_shard x cp: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters
     zero_stage: int = 0
-    reduce_dtype: ReduceDtype = ReduceDtype.fp32  # of gradients as they are summed over data-parallel ranks
-    sequence_parallel: bool = True  # under tp, norms and residuals are split over tokens
+    reduce_dtype: ReduceDtype = ReduceDtype.fp32  # of the gradient reduction over data-parallel ranks
+    sequence_parallel: bool = True  # under tp, split norms and residuals over tokens
     async_tp: bool = False  # overlap matrix products with the collectives of sequence parallelism
     pipeline_schedule: Schedule = Schedule["1f1b"]
     virtual_stages: int = 1  # pipeline stages per rank
-    pipeline_layers: list[int] | None = None  # layers of each stage in order (null: as even as possible)
+    pipeline_layers: list[int] | None = None  # layers per stage (null: as even as possible)
 
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     activation_checkpointing_fraction: float = 0.5
 
-    init_timeout_s: float = 300.0  # until every rank has joined
-    step_timeout_s: float = 600.0  # of a collective: ranks that wait for a dead or hanging one end after it
+    init_timeout_s: float = 300.0  # for all ranks to join
+    step_timeout_s: float = 600.0  # of a collective, after which ranks that wait for a dead or hanging one fail
 
     def compiles(self, device_type: str) -> bool:
         """Return whether blocks are compiled on a device."""

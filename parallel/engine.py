@@ -1,4 +1,4 @@
-"""The training step: forward, backward, one global norm, one clip, one update, or none if the norm is not finite."""
+"""The training step: forward, backward, global norm, clipping, update; no update if the norm is not finite."""
 
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -35,33 +35,33 @@ class Optimizer(Protocol):
     ) -> Tensor:
         """Update from gradients divided by `grad_scale`, if `finite`; return learning rate and beta2.
 
-        `on_updated` is called with the names of all parameters whose update was issued, now and then.
+        `on_updated` is called from time to time with the names of all parameters updated so far.
         """
         ...
 
 
 @dataclass(slots=True)
 class StepResult:
-    """The figures of a step over all ranks. Tensors are on the device: reading one waits for the step."""
+    """The result of a step over all ranks. Tensors are on the device; reading one synchronizes."""
 
-    loss: Tensor  # scalar: the weighted sum of the tokens' losses
+    loss: Tensor  # scalar: the weighted sum of the token losses
     grad_norm: Tensor  # scalar, over all parameters, before clipping
-    finite: Tensor  # scalar; False: the step changed nothing
+    finite: Tensor  # scalar; False: no update was made
     rates_2: Tensor  # learning rate and beta2 of the update
     totals_S4: Tensor  # float64, per source: sum of nll, correct, targets, bytes
     aux: dict[str, Tensor]  # auxiliary losses by name: summed over layers, mean over micro-batches
-    n_tokens: int  # including padding and masked ones
+    n_tokens: int  # including padding and masked tokens
     n_targets: int
 
 
 @dataclass(slots=True)
 class Sums:
-    """What this rank sums over the micro-batches of a step, auxiliary losses by name."""
+    """This rank's sums over the micro-batches of a step."""
 
     loss: Tensor
     totals_S4: Tensor
-    aux_weight: Tensor  # scalar: of each auxiliary loss in the backward pass
-    aux: dict[str, Tensor] = field(default_factory=dict)
+    aux_weight: Tensor  # scalar: weight of auxiliary losses in the backward pass
+    aux: dict[str, Tensor] = field(default_factory=dict)  # auxiliary losses by name
 
     def zero_(self) -> None:
         for tensor in (self.loss, self.totals_S4, *self.aux.values()):
@@ -69,7 +69,7 @@ class Sums:
 
 
 class Engine:
-    """Runs steps of a model and an optimizer on a mesh, without waiting for the device.
+    """Runs training steps on a mesh, without synchronizing with the device.
 
     `bytes_per_token` (V,) is the length of each token's text, if known; `n_sources` is S.
     """
@@ -91,7 +91,7 @@ class Engine:
         self.model, self.optimizer, self.mesh = model.module, optimizer, mesh
         self.params, self.partial_grads, self.zero = model.params, model.partial_grads, model.zero
         self.scaler, self.counters, self.max_grad_norm = scaler, counters, max_grad_norm
-        self.limits_2 = torch.full((2,), math.inf, device=mesh.device)  # of loss and norm: a step above changes nothing
+        self.limits_2 = torch.full((2,), math.inf, device=mesh.device)  # no update if loss or norm is above
         tied = self.model.tied_params
         self.counted = [p for name, p in self.params.items() if name not in tied and p.is_first_copy]
         tp_mesh = mesh.param_mesh["tp"] if mesh.param_mesh is not None and mesh.axes.tp > 1 else None
@@ -102,7 +102,7 @@ class Engine:
             linear_cross_entropy, chunk_tokens=loss.chunk_tokens, label_smoothing=smoothing, z_loss=z_loss
         )
         self.bytes_per_token = None if bytes_per_token is None else bytes_per_token.to(mesh.device)
-        self.aux_names: list[str] | None = None  # of all ranks; known after the first step's passes
+        self.aux_names: list[str] | None = None  # of all ranks; known after the first step
         self.pipeline = None
         if mesh.axes.pp > 1:
             from parallel.pipeline import Pipeline
@@ -116,7 +116,7 @@ class Engine:
         return Graphs(self.model.parameters(), self._run_one, self._update, self._no_sums(), stream, self.zero)
 
     def train_step(self, batches: Sequence[Batch]) -> StepResult:
-        """Run the micro-batches of a step and update the weights, unless the gradient is not finite."""
+        """Run the micro-batches of a step; update the weights if the gradient is finite."""
         counts, weights, aux_weight = self._weights(batches)
         if self.graphs is None:
             sums = self._no_sums(aux_weight)
@@ -127,19 +127,19 @@ class Engine:
         loss, grad_norm, finite, rates_2, totals_S4, *sums_of_aux = figures
         share = aux_weight / self.scaler.scale
         aux = {name: total * share for name, total in zip(self.aux_names or (), sums_of_aux, strict=True)}
-        if self.scaler.dynamic:  # the next step's scale is computed on the host
+        if self.scaler.dynamic:  # computed on the host
             self.scaler.update(finite=bool(finite))
         self._drop_gradients()
         n_tokens = sum(batch.tokens_BT.numel() for batch in batches) * self.mesh.dp_size
         return StepResult(loss, grad_norm, finite, rates_2, totals_S4, aux, n_tokens, sum(counts))
 
     def _update(self, sums: Sums) -> Sequence[Tensor]:
-        """Update the weights; returns loss, norm, whether it is finite, rates_2, totals_S4 and auxiliary losses."""
+        """Update the weights; return loss, norm, finite, rates_2, totals_S4 and auxiliary losses."""
         self._finish_gradients()
         loss, grad_norm, totals_S4, *aux = self._reduce(sums, self._grad_norm())
         loss, grad_norm = loss / self.scaler.scale, grad_norm / self.scaler.scale
         finite = torch.isfinite(grad_norm) & (torch.stack([loss, grad_norm]) <= self.limits_2).all()
-        # The clip and the loss scale are one division, done inside the update.
+        # Clipping and loss scale become one division inside the update.
         clip = ((grad_norm + 1e-6) / self.max_grad_norm).clamp(min=1.0) if self.max_grad_norm > 0 else 1.0
         grad_scale, on_updated = (
             torch.ones_like(grad_norm) * clip * self.scaler.scale,
@@ -153,9 +153,9 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], n_sources: int | None = None, head: Head | None = None) -> Tensor:
-        """Score batches without training; returns totals_S4 as in `StepResult`.
+        """Run forward passes; return totals_S4 as in `StepResult`.
 
-        `n_sources` is another S than training's; `head` is called on the last hidden states in place of the loss.
+        `n_sources` overrides S; `head` is called on the last hidden states instead of the loss.
         """
         sums = self._no_sums(n_sources=n_sources)
         self._gather()
@@ -173,7 +173,7 @@ class Engine:
         return self.mesh.sum_(sums.totals_S4 * (self.mesh.coordinate("tp") == 0))
 
     def find_nonfinite_module(self, batches: Sequence[Batch]) -> str:
-        """Rerun a step's passes without an update, and name the first non-finite module of all ranks; a collective."""
+        """Rerun a step without the update and return the first non-finite module of all ranks; a collective."""
         watch = NonfiniteWatch(self.model)
         try:
             watch.check_params(self.params)
@@ -189,7 +189,7 @@ class Engine:
             self._drop_gradients()
 
     def _run(self, batches: Sequence[Batch], weights: Sequence[float], sums: Sums) -> None:
-        """Run forward and backward passes, and add to `sums`."""
+        """Run forward and backward passes, adding to `sums`."""
         if self.pipeline is None:
             for index, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
                 self._run_one(batch, weight, sums, Turn(index, len(batches)))
@@ -216,11 +216,11 @@ class Engine:
             self.zero.gather()
 
     def _finish_gradients(self) -> None:
-        """Set the gradient of every shard: summed over ranks, and over the copies of a tied parameter."""
+        """Finish the reduction of gradients, over ranks and over the copies of a tied parameter."""
         if self.zero is not None:
             self.zero.finish()
         for param in self.params.values():
-            if param.grad is None:  # a step without a single target
+            if param.grad is None:  # a step without targets
                 param.shard.grad = torch.zeros_like(param.shard)
         grads: list[Any] = [param.grad for name, param in self.params.items() if name in self.partial_grads]
         if grads and self.mesh.param_mesh is not None:
@@ -234,10 +234,10 @@ class Engine:
     def _add_aux(self, aux: AuxLosses, sums: Sums) -> None:
         for name, loss in aux.sums.items():
             sums.aux[name] = sums.aux.get(name, torch.zeros((), device=self.mesh.device))
-            sums.aux[name] += loss  # in place, as graphs need it
+            sums.aux[name] += loss  # in place, for CUDA graphs
 
     def _inputs(self, batch: Batch, weight: float | Tensor, sums: Sums) -> "Inputs":
-        """Return this rank's tokens on the device; the head returns the weighted loss and adds to `sums`."""
+        """Return this rank's tokens and the model's other arguments; the head returns the loss and adds to `sums`."""
         device, row_len = self.mesh.device, batch.tokens_BT.shape[1]
         length = row_len // self.mesh.axes.cp
         tokens_BT, labels_BT, positions_BT, source_BT = (
@@ -267,10 +267,10 @@ class Engine:
         }
 
     def _weights(self, batches: Sequence[Batch]) -> tuple[list[int], list[float], float]:
-        """Return all ranks' target counts, this rank's weights of target tokens, and the weight of auxiliary losses.
+        """Return the target counts of all ranks, this rank's token weights, and the weight of auxiliary losses.
 
-        An auxiliary loss is a mean over micro-batches, over cp ranks, each of which has it for its own tokens, and over
-        tp ranks, which may have it for their own part of a layer.
+        Auxiliary losses are averaged over micro-batches, and over cp and tp ranks, which have different tokens or
+        parts of a layer.
         """
         counts = self.mesh.all_counts([int((batch.labels_BT != IGNORED).sum()) for batch in batches])
         weights = token_weights(counts, self.reduction)[self.mesh.dp_rank :: self.mesh.dp_size]
@@ -282,7 +282,7 @@ class Engine:
         )
 
     def _reduce(self, sums: Sums, grad_norm: Tensor) -> Sequence[Tensor]:
-        """Return loss, gradient norm, totals_S4 and auxiliary losses of all ranks, from those of each."""
+        """Reduce loss, gradient norm, totals_S4 and auxiliary losses over all ranks."""
         if self.aux_names is None:  # they may differ between pipeline stages
             names = set(sums.aux)
             if self.mesh.axes.pp > 1 and self.mesh.all_reduce_max(bool(names)):
@@ -304,7 +304,7 @@ class Engine:
         return Sums(zero, totals_S4, torch.full_like(zero, aux_weight))
 
     def _grad_norm(self) -> Tensor:
-        """Return the 2-norm over this rank's gradients, times the loss scale; each parameter is counted once."""
+        """Return the 2-norm of this rank's gradients, times the loss scale, without replicas."""
         grads = [param.grad for param in self.counted]
         if not grads:
             return torch.zeros((), device=self.mesh.device)
@@ -317,9 +317,9 @@ class Engine:
 
 
 def token_weights(target_counts: list[int], reduction: Reduction) -> list[float]:
-    """Return the weight of a target token in each micro-batch of a step, for the loss to be a weighted sum.
+    """Return the weight of a target token in each micro-batch of a step.
 
-    `global_token` is the mean over all target tokens, `micro_batch_mean` the mean of micro-batches' means, as InternLM.
+    `global_token` averages over all target tokens, `micro_batch_mean` over the means of micro-batches, as InternLM.
     """
     total, n_batches = sum(target_counts), len(target_counts)
     if reduction is Reduction.global_token:

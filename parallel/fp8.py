@@ -1,7 +1,7 @@
-"""Linear layers whose three matrix products are computed in 8 bits, with one scale per matrix.
+"""Linear layers with fp8 matrix products, forward and backward, and tensorwise dynamic scaling.
 
-Scales come from the current values; e4m3 for inputs and weights, e5m2 for gradients (Micikevicius et al. 2022,
-arXiv:2209.05433). Weights, their gradients and everything between products keep their dtype.
+e4m3 for inputs and weights, e5m2 for gradients (Micikevicius et al. 2022, arXiv:2209.05433). Weights, their gradients
+and activations keep their dtype.
 """
 
 from typing import Any
@@ -14,13 +14,13 @@ from parallel.tensor_parallel import RowwiseLinear
 
 scaled_mm: Any = torch._scaled_mm  # type: ignore[attr-defined]
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-MIN_AMAX = 1e-12  # so that a matrix of zeros has a scale too
-MULTIPLE = 16  # of the sizes of matrices that 8-bit products take
+MIN_AMAX = 1e-12  # avoids division by zero
+MULTIPLE = 16  # sizes that _scaled_mm accepts
 
 
 @torch.library.custom_op("pretraining::to_fp8_both_ways", mutates_args=())
 def to_fp8_both_ways(x_NM: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return `x * scale` in 8 bits, and its contiguous transpose: products along either dimension need their own."""
+    """Return `x * scale` in fp8 and its contiguous transpose, for products along either dimension."""
     if x_NM.is_cuda:
         from parallel.fp8_kernel import cast_both_ways
 
@@ -37,7 +37,7 @@ def _(x_NM: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _quantize(x_NM: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x in 8 bits, its transpose, and the factor that scales them back."""
+    """Return x in fp8, its transpose, and the inverse scale."""
     largest = torch.finfo(dtype).max
     amax = x_NM.abs().amax().float().clamp(min=MIN_AMAX)
     return *to_fp8_both_ways(x_NM, largest / amax, dtype), amax / largest
@@ -60,15 +60,15 @@ class _Product(torch.autograd.Function):
 
 
 def fp8_product(x_BTK: Tensor, weight_MK: Tensor) -> Tensor:
-    """Return x @ weight.T; tensor-parallel ranks have a scale each."""
+    """Return x @ weight.T; each tensor-parallel rank has its own scale."""
     x_NK = x_BTK.flatten(0, -2)
-    padding = -len(x_NK) % MULTIPLE  # for the last batch of a validation
+    padding = -len(x_NK) % MULTIPLE  # of the last validation batch
     out_NM: Any = _Product.apply(F.pad(x_NK, (0, 0, 0, padding)) if padding else x_NK, weight_MK)
     return out_NM[: len(x_NK)].unflatten(0, x_BTK.shape[:-1])
 
 
 class Fp8Linear(nn.Linear):
-    """A linear layer that multiplies in 8 bits; a plain one becomes it by changing its class."""
+    """A linear layer with fp8 products; assigned to the `__class__` of an nn.Linear."""
 
     def forward(self, input: Tensor) -> Tensor:
         out = fp8_product(input, self.weight)

@@ -1,7 +1,6 @@
-"""A step's kernels as CUDA graphs: recorded once, and then launched all at once.
+"""CUDA graphs of a training step, for models whose kernels are too short for the host to launch one by one.
 
-Where kernels are short, a step lasts as long as the host takes to launch them one by one. A recorded graph reads and
-writes the same memory every time: micro-batches are copied to where the recorded one was, and gradients stay in place.
+A graph always uses the same memory: micro-batches are copied into static tensors, and gradients stay in place.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +19,7 @@ FIELDS = ("tokens_BT", "labels_BT", "positions_BT", "source_BT")
 
 
 class Turn(NamedTuple):
-    """Which of a step's micro-batches one is."""
+    """The position of a micro-batch in its step."""
 
     index: int
     count: int
@@ -35,12 +34,12 @@ class Turn(NamedTuple):
 
     @property
     def kind(self) -> tuple[bool, bool]:
-        """What messages between ranks depend on."""
+        """The part of the position that collectives depend on."""
         return self.is_first, self.is_last
 
 
 class Recorded:
-    """A function that runs eagerly the first time, to compile its kernels, and then as a graph if there is a stream."""
+    """A function that runs eagerly once, to compile its kernels, and then as a CUDA graph if there is a stream."""
 
     def __init__(self, function: Callable[[], None], stream: torch.cuda.Stream | None, pool: Any) -> None:
         self.function, self.stream, self.pool = function, stream, pool
@@ -58,17 +57,17 @@ class Recorded:
             return torch.cuda.current_stream().wait_stream(self.stream)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            # Other threads, such as the one that pins batches, may call CUDA meanwhile.
+            # Other threads, such as the one that pins batches, may call CUDA during the capture.
             with torch.cuda.graph(self.graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 self.function()
         self.graph.replay()
 
 
 class Graphs:
-    """Runs the steps of an engine: one graph per shape of micro-batch, and one for the update.
+    """Runs the steps of an engine with a graph per micro-batch shape, and one for the update.
 
-    `run(batch, weight, sums, turn)` runs a micro-batch's passes and adds to `sums`, which are zeroed here;
-    `update(sums)` is the rest of a step and returns its figures. Neither may need the host.
+    `run(batch, weight, sums, turn)` runs forward and backward and adds to `sums`, which are zeroed here;
+    `update(sums)` is the rest of a step and returns its figures. Neither may synchronize.
     """
 
     def __init__(
@@ -80,11 +79,11 @@ class Graphs:
         stream: torch.cuda.Stream | None,
         zero: Zero | None = None,
     ) -> None:
-        self.params = list(params) if zero is None else []  # whose gradients stay in place
+        self.params = list(params) if zero is None else []  # with gradients that stay in place
         self.zero = zero
         if zero is not None:
             zero.joins = True
-        # A pool of its own: memory that one graph needs temporarily is free for the next one.
+        # Graphs share a pool, because they run one after another.
         self.stream, self.pool = stream, None if stream is None else torch.cuda.graph_pool_handle()
         self.run, self.sums = run, sums
         self.figures: list[Tensor] = []
@@ -94,7 +93,7 @@ class Graphs:
         self.update = Recorded(lambda: self._update(update), stream, self.pool)
 
     def step(self, batches: Sequence[Batch], weights: Sequence[float], aux_weight: float) -> list[Tensor]:
-        """Run a step's micro-batches and its update; returns copies of the update's figures."""
+        """Run a step's micro-batches and its update; return copies of the figures."""
         for param, grad in zip(self.params, self.grads, strict=True):
             param.grad = grad
         self.sums.aux_weight.fill_(aux_weight)
@@ -112,7 +111,7 @@ class Graphs:
 
     def _update(self, update: Callable[["Sums"], Sequence[Tensor]]) -> None:
         figures = update(self.sums)
-        self.figures = self.figures or [torch.empty_like(figure) for figure in figures]  # first in an eager run
+        self.figures = self.figures or [torch.empty_like(figure) for figure in figures]  # allocated in the eager run
         for fixed, figure in zip(self.figures, figures, strict=True):
             fixed.copy_(figure)
         if self.grads:
@@ -120,11 +119,11 @@ class Graphs:
         self.sums.zero_()
 
     def _passes_of(self, batch: Batch, turn: "Turn") -> tuple[Batch, Tensor, Recorded]:
-        """Return the fixed batch, weight and graph for a micro-batch: one for all of a shape whose segments fit."""
+        """Return static batch, static weight and graph for a micro-batch, shared by all that fit."""
         rows, row_len = batch.tokens_BT.shape
         segments, longest = len(batch.cu_seqlens) - 1, batch.max_seq_len
-        if segments * longest != rows * row_len:  # not segments of one length
-            # A power of two of them, more than rows, each up to a row long: so that packs share few graphs.
+        if segments * longest != rows * row_len:  # segments of different lengths
+            # Round up to a power of two of segments of up to a row, so that packs share a few graphs.
             segments, longest = 1 << max(segments - 1, rows).bit_length(), row_len
         key = (rows, row_len, segments, longest, *(turn.kind if self.zero else ()))
         if key not in self.passes:

@@ -1,13 +1,13 @@
-"""Dynamic loss scaling for fp16, whose gradients underflow without it."""
+"""Dynamic loss scaling for fp16."""
 
 from training.config import Dtype, PrecisionConfig
 
 
 class LossScaler:
-    """A factor on the loss that grows after a run of finite steps and falls when overflows repeat.
+    """A loss scale that grows after `growth_interval` finite steps and falls after repeated overflows.
 
-    As InternLM's `DynamicGradScaler`: the first `hysteresis` overflows leave the scale, each further one lowers it, and
-    a growth resets the count. For bf16 and fp32 the scale stays 1.
+    As in InternLM's `DynamicGradScaler`, the first `hysteresis` overflows do not lower the scale, each further one
+    does, and growth resets the count. The scale of bf16 and fp32 is 1.
     """
 
     def __init__(self, config: PrecisionConfig) -> None:

@@ -1,4 +1,4 @@
-"""The process group and device mesh of a run, opened before anything else and closed after it."""
+"""The process group and device mesh of a run."""
 
 import gc
 import os
@@ -23,16 +23,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """This rank's place among all ranks. Every axis exists at size 1; a single rank has no process group."""
+    """The ranks of a run and this rank's coordinates. A single rank has no process group."""
 
     device: torch.device
     axes: Axes = field(default_factory=Axes)
     rank: int = 0
-    # (pp, dp_replicate, dp_shard, tp): how parameters are laid out. cp ranks sum gradients as data-parallel ones do, so
-    # cp is a part of dp_shard here (of dp_replicate if nothing is sharded).
+    # Layout of parameters: (pp, dp_replicate, dp_shard, tp). cp is part of dp_shard here (dp_replicate if nothing is
+    # sharded), because cp ranks sum gradients as data-parallel ranks do.
     param_mesh: DeviceMesh | None = None
-    batch_mesh: DeviceMesh | None = None  # (pp, dp, cp, tp): which rank sees which tokens
-    host: dist.ProcessGroup | None = None  # all ranks, over gloo: does not wait for their devices
+    batch_mesh: DeviceMesh | None = None  # layout of tokens: (pp, dp, cp, tp)
+    host: dist.ProcessGroup | None = None  # gloo group of all ranks, which does not synchronize devices
 
     @property
     def world_size(self) -> int:
@@ -57,14 +57,14 @@ class Mesh:
         return tensor
 
     def all_reduce_max(self, value: int) -> int:
-        """Return the largest of all ranks' values; a collective."""
+        """Return the maximum over all ranks; a collective."""
         tensor = torch.tensor([value])
         if self.world_size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host)
         return int(tensor)
 
     def all_counts(self, counts: Sequence[int]) -> list[int]:
-        """Return the counts of all data-parallel ranks' micro-batches, in the order of the step; a collective."""
+        """Return the counts of all data-parallel ranks' micro-batches, in step order; a collective."""
         found = torch.zeros(len(counts), self.dp_size, dtype=torch.int64)
         if not any(map(self.coordinate, ("pp", "cp", "tp"))):  # the other ranks have the same micro-batches
             found[:, self.dp_rank] = torch.tensor(counts)
@@ -73,12 +73,11 @@ class Mesh:
         return found.flatten().tolist()
 
     def on_rank_zero(self, call: Callable[..., object], *args: Any) -> None:
-        """Call a function on rank 0 alone."""
         if self.rank == 0:
             call(*args)
 
     def gather(self, value: T) -> list[T]:
-        """Return every rank's value, by rank; a collective."""
+        """Return the values of all ranks; a collective."""
         values: list[T] = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value, group=self.host)
@@ -87,7 +86,7 @@ class Mesh:
 
 @contextmanager
 def distributed(config: ParallelConfig) -> Iterator[Mesh]:
-    """Open the mesh of a layout and close it again; raises `ParallelError` if the ranks cannot join."""
+    """Open and close the mesh of a layout; raise `ParallelError` if the ranks cannot join."""
     axes = resolve_axes(config, int(os.environ.get("WORLD_SIZE", "1")))
     device, threads = _device(config), torch.get_num_threads()
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", str(axes.world_size)))
@@ -103,7 +102,7 @@ def distributed(config: ParallelConfig) -> Iterator[Mesh]:
 
 
 def open_mesh(axes: Axes, *, zero_stage: int, device: torch.device) -> Mesh:
-    """Lay the axes over the process group that is open; a single rank needs none."""
+    """Return the mesh over the open process group; a single rank needs none."""
     if axes.world_size == 1:
         return Mesh(device=device)
     ranks = torch.arange(axes.world_size)
@@ -132,13 +131,13 @@ def _join(config: ParallelConfig, device: torch.device, world_size: int) -> None
     try:
         store, *_ = next(rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
-        # Each point of a sweep opens a group over the same store, and so do ranks that torchrun restarts. Each node's
-        # torchrun counts its own restarts, so that several have no count in common.
+        # The points of a sweep, and ranks restarted by torchrun, reuse the store, so prefix the keys. With several
+        # nodes the restart count cannot be used, because each node's torchrun counts separately.
         alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
         opened = store.add(f"opened/{attempt}/{rank}", 1)
         store, timeout = PrefixStore(f"{attempt}/{opened}", store), timedelta(seconds=config.step_timeout_s)
-        # Without device_id: with it, the second group of a process dies while it is split (torch 2.11, NCCL).
+        # No device_id: with it, splitting the second group of a process crashes (torch 2.11, NCCL).
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=int(rank), world_size=world_size, timeout=timeout)
     except dist.DistError as error:
@@ -149,9 +148,9 @@ def _join(config: ParallelConfig, device: torch.device, world_size: int) -> None
 
 
 def leave() -> None:
-    """Close the process group, and clear DTensor's cache, without which a process cannot open a second mesh."""
+    """Close the process group, and clear DTensor's cache, so that the process can open another mesh."""
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache  # late: only several ranks need it
 
-    gc.collect()  # graphs that recorded collectives end before their groups
+    gc.collect()  # destroy CUDA graphs with collectives before their groups
     dist.destroy_process_group()
     _clear_sharding_prop_cache()

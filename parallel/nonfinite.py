@@ -1,4 +1,4 @@
-"""Find the first module whose values were not finite, in either pass and on any rank."""
+"""Find the first module with non-finite values, in forward or backward, on any rank."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -11,7 +11,7 @@ from parallel.shards import ParamShard
 
 
 class Event(NamedTuple):
-    """Something that was not finite. The smallest event is the cause of the others."""
+    """A non-finite tensor. Events sort in the order of computation, so that the smallest one is the cause."""
 
     kind: int  # 0 a weight, 1 an activation or its gradient, 2 a weight's gradient
     micro_batch: int
@@ -22,7 +22,7 @@ class Event(NamedTuple):
 
 
 class NonfiniteWatch:
-    """A context that records every non-finite output and gradient of a model's modules."""
+    """A context manager that records every non-finite output and gradient of a model's modules."""
 
     def __init__(self, model: nn.Module) -> None:
         self.events: list[Event] = []
@@ -32,7 +32,7 @@ class NonfiniteWatch:
 
     def __enter__(self) -> "NonfiniteWatch":
         self.hooks = [module.register_forward_hook(partial(self._hook, name)) for name, module in self.leaves]
-        torch.compiler.set_stance("force_eager")  # a compiled block does not call the hooks
+        torch.compiler.set_stance("force_eager")  # compiled blocks do not call hooks
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -47,7 +47,7 @@ class NonfiniteWatch:
                 self._check(param.grad, 2, 0, True, name.rpartition(".")[0], f"{name} (gradient)")
 
     def _hook(self, name: str, _module: nn.Module, _inputs: object, output: Tensor) -> None:
-        # Private: nothing public tells a forward pass from its recomputation by activation checkpointing.
+        # Skip recomputation by activation checkpointing, which no public API detects.
         if torch._C._current_graph_task_id() != -1:
             return
         micro_batch = self.seen[name]
@@ -64,6 +64,6 @@ class NonfiniteWatch:
 
 
 def layer_of(name: str) -> int:
-    """Return a module's position from first to last, the same on every rank."""
+    """Return a module's layer: -1 for the embedding, large for norm and head."""
     parts = name.split(".")
     return int(parts[1]) if parts[0] == "blocks" else -1 if parts[0] == "embed" else 1 << 30

@@ -1,4 +1,4 @@
-"""Pipeline parallelism: this rank's stages, run by the schedules of torch.distributed.pipelining.
+"""Pipeline parallelism with the schedules of torch.distributed.pipelining.
 
 Imported late, because it imports torch's compiler.
 """
@@ -24,7 +24,7 @@ Inputs = tuple[Tensor, Mapping[str, Any]]  # a micro-batch: tokens_BT, and keywo
 
 
 class Stage(PipelineStage):
-    """A stage whose gradients are reduced as the ZeRO stage has it."""
+    """A stage with ZeRO's gradient reduction."""
 
     def __init__(self, model: Transformer, *args: Any, zero: Zero | None, turn: int, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
@@ -58,7 +58,7 @@ class Pipeline:
         """Run the micro-batches of a step forward and backward."""
         schedule = self._schedule(len(inputs), inputs[0][0])
         args = [(tokens_BT,) if 0 in self.stages else () for tokens_BT, _ in inputs]
-        # `step` would chunk one large batch evenly, but packs have different numbers of documents.
+        # `step` would split one large batch evenly, but `cu_seqlens` differ in length.
         schedule._split_inputs = lambda _args, _kwargs: (args, [dict(kwargs) for _, kwargs in inputs])
         schedule.step(target=torch.zeros(len(inputs)), losses=[], return_outputs=False)
 
@@ -75,7 +75,7 @@ class Pipeline:
                 dist.send(x.contiguous(), group=self.group, group_dst=self.rank_of[number + 1])
 
     def sum_tied(self, params: Mapping[str, ParamShard]) -> None:
-        """Set the gradients of a tied embedding's copies, on the first and last stage, to their sum, in place."""
+        """Sum the gradients of a tied embedding's copies on the first and last stage, in place."""
         ends: Any = [params[name].grad for name in ("embed.weight", "head.weight") if name in params]
         if len(ends) == 2:
             ends[0] += ends[1]
@@ -94,7 +94,7 @@ class Pipeline:
         return rows, row_len // (self.mesh.axes.tp if self.config.sequence_parallel else 1), self.d_model
 
     def _schedule(self, n_batches: int, tokens_BT: Tensor) -> Any:
-        """Return the schedule for a number of micro-batches, of which a ramp-up has several."""
+        """Return the schedule for a number of micro-batches, which changes during a ramp-up."""
         key = (n_batches, tokens_BT.shape)
         if key not in self._schedules:
             hidden = torch.empty(self._hidden_shape(tokens_BT), dtype=self.dtype, device="meta", requires_grad=True)

@@ -1,4 +1,4 @@
-"""A parameter as one rank trains it: its shard, and where that lies in the whole."""
+"""Shards of parameters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-ALIGNMENT = 8  # numbers; kernels read matrices from addresses in multiples of 16 bytes
+ALIGNMENT = 8  # elements: kernels need matrices at multiples of 16 bytes
 
 
 @dataclass(eq=False, slots=True)
 class ParamShard:
-    """This rank's shard of a parameter, a plain tensor; its `.grad` is the shard's, once gradients are reduced.
+    """This rank's shard of a parameter, a plain tensor whose `.grad` is set once gradients are reduced.
 
-    `shape` is the whole parameter's. Without a mesh the shard is the whole.
+    `shape` is the full parameter's. Without a mesh the shard is the full parameter.
     """
 
     shard: Tensor
@@ -35,25 +35,25 @@ class ParamShard:
         return self.shard.grad
 
     def numel(self) -> int:
-        """Return how many numbers the whole parameter has."""
+        """Return the number of elements of the full parameter."""
         return prod(self.shape)
 
     @property
     def replicated_axes(self) -> list[int]:
-        """The axes of the mesh whose ranks hold the same shard."""
+        """The mesh axes along which shards are equal."""
         return [axis for axis, placement in enumerate(self.placements) if sharded_dim(placement) is None]
 
     @property
     def is_first_copy(self) -> bool:
-        """Whether, of all ranks that hold the same shard, this is the first."""
+        """Whether this rank is the first of those with the same shard."""
         return self.mesh is None or all(self.mesh.get_local_rank(axis) == 0 for axis in self.replicated_axes)
 
     def slices_at(self, coordinate: Sequence[int] | None) -> tuple[slice, ...]:
-        """Return where the shard of the rank at a coordinate of the mesh lies in the whole."""
+        """Return the slices of the full parameter that the rank at a mesh coordinate has."""
         bounds = [(0, size) for size in self.shape]
         if self.mesh is not None:
             assert coordinate is not None
-            for axis in reversed(range(self.mesh.ndim)):  # tp splits first; dp_shard splits what is left
+            for axis in reversed(range(self.mesh.ndim)):  # tp splits first, then dp_shard
                 dim = sharded_dim(self.placements[axis])
                 if dim is not None:
                     start, stop = bounds[dim]
@@ -63,18 +63,18 @@ class ParamShard:
         return tuple(slice(*bound) for bound in bounds)
 
     def take(self, whole: Tensor) -> Tensor:
-        """Return this rank's part of the whole tensor, a view."""
+        """Return this rank's part of the full tensor, as a view."""
         return whole[self.slices_at(None if self.mesh is None else self.mesh.get_coordinate())]
 
     @torch.no_grad()
     def write(self, whole: Tensor) -> None:
-        """Set this rank's shard from the whole tensor, without communication."""
+        """Set this rank's shard from the full tensor, without communication."""
         self.shard.copy_(self.take(whole))
 
     def laid_out(self, shard: Tensor) -> Tensor:
-        """Return a tensor shaped as the shard, on any device, as a DTensor with the parameter's layout.
+        """Return a tensor of the shard's shape, on any device, as a DTensor in the parameter's layout.
 
-        One column with as many rows as the shard is sharded as those rows are.
+        A tensor of one column is sharded like the parameter's rows.
         """
         if self.mesh is None:
             return shard
@@ -93,15 +93,14 @@ def whole_params(module: nn.Module) -> dict[str, ParamShard]:
 
 
 def sharded_dim(placement: Placement) -> int | None:
-    """Return the dimension that a placement shards; not every kind of `Shard` is a subclass of it."""
+    """Return the dimension that a placement shards, or None; not every such class is a subclass of `Shard`."""
     return getattr(placement, "dim", None)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def matrices_first(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return a module's parameters, vectors last: in one buffer, weights of the same input then lie side by side."""
+    """Return a module's parameters, vectors last, so that weights with the same input are adjacent in a flat buffer."""
     return sorted(module.named_parameters(), key=lambda named: named[1].ndim == 1)

@@ -1,4 +1,4 @@
-"""Sharded matrices, each put together by the one rank that owns it: one message to the owners, one back."""
+"""Exchange of sharded matrices: each is gathered by one rank, its owner, and scattered back."""
 
 from collections.abc import Iterator, Sequence
 from itertools import product
@@ -13,9 +13,9 @@ from parallel.shards import ParamShard
 
 
 class Transfer(NamedTuple):
-    """A shard of a matrix that one rank of the mesh sends to another."""
+    """A shard of a matrix that one rank sends to another."""
 
-    number: int  # of the matrix
+    number: int  # index of the matrix
     source: int
     target: int
     rows: slice
@@ -23,11 +23,10 @@ class Transfer(NamedTuple):
 
 
 class WholeMatrices:
-    """Exchanges the shards of matrices between all ranks that hold a part of them.
+    """Gathers matrices on their owners and scatters them back, over all ranks of a mesh.
 
-    Owners are chosen so that the sums of their `costs` are near each other; replicas share the work. Parameters that
-    are not distributed are all this process's own. With `per_row` a matrix is one column, sharded as its parameter's
-    rows are.
+    Owners are chosen to balance the sums of `costs`, across replicas too. Without a mesh this process owns all
+    matrices. With `per_row`, a matrix is one column, sharded like its parameter's rows.
     """
 
     def __init__(self, params: Sequence[ParamShard], costs: Sequence[int], group: dist.ProcessGroup | None) -> None:
@@ -61,20 +60,20 @@ class WholeMatrices:
         return list(wholes.values())
 
     def scatter(self, wholes: Sequence[Tensor], shards: Sequence[Tensor], *, per_row: bool = False) -> list[Tensor]:
-        """Return new shards of all matrices, in place of `shards`, from the matrices that each rank owns."""
+        """Return new shards of all matrices, like `shards`, from the full matrices of their owners; a collective."""
         if not self.to_owners:
             return list(wholes)
         mine = dict(zip(self.mine, wholes, strict=True))
-        its = [transfer for transfer in self.from_owners if transfer.source == self.rank]
-        sent = [(transfer, mine[transfer.number][_place(transfer, per_row)]) for transfer in its]
+        outgoing = [transfer for transfer in self.from_owners if transfer.source == self.rank]
+        sent = [(transfer, mine[transfer.number][_place(transfer, per_row)]) for transfer in outgoing]
         parts = {t.number: part for t, part in self._exchange(self.from_owners, sent, shards[0], per_row)}
         return [parts[number] for number in range(len(shards))]
 
     def _exchange(
         self, transfers: list[Transfer], sent: list[tuple[Transfer, Tensor]], like: Tensor, per_row: bool
     ) -> Iterator[tuple[Transfer, Tensor]]:
-        """Send the tensors of this rank's transfers in one message, and yield what it receives."""
-        sent = sorted(sent, key=lambda pair: pair[0].target)  # within a pair of ranks both keep the order of numbers
+        """Send the tensors of this rank's transfers in one all-to-all, and yield those received."""
+        sent = sorted(sent, key=lambda pair: pair[0].target)  # stable, so that sender and receiver agree on the order
         received = sorted((t for t in transfers if t.target == self.rank), key=lambda t: t.source)
         shapes = [(t.rows.stop - t.rows.start, 1 if per_row else t.columns.stop - t.columns.start) for t in received]
         bytes_out, bytes_in = [0] * self.n_ranks, [0] * self.n_ranks
@@ -86,7 +85,7 @@ class WholeMatrices:
             torch.uint8
         )
         incoming = like.new_empty(sum(rows * columns for rows, columns in shapes))
-        # as bytes: gloo does not exchange every dtype
+        # as bytes, because gloo does not support every dtype
         dist.all_to_all_single(incoming.view(torch.uint8), outgoing, bytes_in, bytes_out, group=self.group)
         parts = incoming.split([rows * columns for rows, columns in shapes])
         for transfer, shape, part in zip(received, shapes, parts, strict=True):
@@ -98,7 +97,7 @@ def _place(transfer: Transfer, per_row: bool) -> tuple[slice, slice]:
 
 
 def balance(costs: Sequence[int], n_ranks: int) -> tuple[list[int], int]:
-    """Return an owner for each cost and the largest sum: the costliest first, each to the rank with the least."""
+    """Assign costs to ranks, largest first, each to the least loaded; return the ranks and the largest load."""
     loads, owners = [0] * n_ranks, [0] * len(costs)
     for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
         owners[number] = loads.index(min(loads))
@@ -107,7 +106,7 @@ def balance(costs: Sequence[int], n_ranks: int) -> tuple[list[int], int]:
 
 
 def group_of(mesh: DeviceMesh) -> dist.ProcessGroup | None:
-    """Return a group of the ranks of a mesh, which alone make it; None: all ranks, the default group."""
+    """Return a new group of a mesh's ranks, created by them alone; None for all ranks."""
     ranks = sorted(mesh.mesh.flatten().tolist())
     if len(ranks) == dist.get_world_size():
         return None

@@ -169,10 +169,10 @@ def test_everything_wrong_is_reported_at_once(line: str, expected: list[str]) ->
         ("prepare_data", "data=local data.sources.a={text_key:y}", ["data.sources.a.input: "]),
         ("export", "", ["run, from_hf and from_internlm"]),
         ("export", "dtype=bf17 run=x", ["dtype=bf17"]),
-        ("export", "from_internlm=/nowhere", ["/nowhere holds no model_config.pt"]),
+        ("export", "from_internlm=/nowhere", ["/nowhere has no model_config.pt"]),
         ("generate", "", ["run and hf", "prompt and prompts"]),
         ("generate", "run=/nowhere prompt=x stop=end", ["stop=end: Invalid"]),
-        ("generate", "hf=/nowhere prompt=x dtype=auto", ["dtype (auto)", "/nowhere holds no config.json"]),
+        ("generate", "hf=/nowhere prompt=x dtype=auto", ["dtype (auto)", "/nowhere has no config.json"]),
     ],
 )  # fmt: skip
 def test_other_commands_are_checked_too(name: str, line: str, expected: list[str]) -> None:

@@ -79,7 +79,7 @@ def test_lines_wait_for_room(small_disk: Path, caplog: pytest.LogCaptureFixture)
     fill(small_disk)
     for number in range(1000):
         lines.write(f"line {number}\n")
-    assert caplog.text.count("its lines are kept and tried again") == 1
+    assert caplog.text.count("lines are kept in memory and written later") == 1
     (small_disk / "junk").unlink()
     lines.close()
     assert (small_disk / "train.log").read_text() == "".join(f"line {number}\n" for number in range(1000))

@@ -128,8 +128,8 @@ def test_folder_of_another_run_is_refused(tmp_path: Path, small: list[str]) -> N
     with locked(folder):
         assert f"{folder} is in use by process " in refused(tmp_path, *small, "steps=1")
     never, must = (refused(tmp_path, *small, "steps=1", f"checkpoint.resume={how}") for how in ("never", "must"))
-    assert f"checkpoint.resume (never): {folder} holds step-00000001" in never and "point0" not in must
-    assert f"checkpoint.resume (must): {tmp_path / 'point1'} holds no checkpoint" in must
+    assert f"checkpoint.resume (never): {folder} has step-00000001" in never and "point0" not in must
+    assert f"checkpoint.resume (must): {tmp_path / 'point1'} has no checkpoint" in must
 
 
 def test_sweeps_and_points_do_not_share_a_folder(tmp_path: Path, small: list[str]) -> None:

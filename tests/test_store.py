@@ -94,7 +94,7 @@ def test_a_copy_that_fails_is_none_and_is_made_again(
     assert checkpoints.store is not None
     with monkeypatch.context() as failing:
         spoil(failing, file, times=99)
-        with pytest.raises(SaveError, match="step-00000001 was saved, but not copied: .*is not what was copied"):
+        with pytest.raises(SaveError, match="step-00000001 was saved, but not copied: .*differs from the file copied"):
             checkpoints.save(1, {"model.a": torch.ones(9)}, {})
         assert checkpoints.store.names() == [], "the manifest comes last"
     checkpoints.save(1, {"model.a": torch.zeros(9)}, {})

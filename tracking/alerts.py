@@ -1,4 +1,4 @@
-"""Alerts: log records with an `alert` are sent to a command or an address, one after another, in the background."""
+"""Alerts: log records with an `alert` attribute are sent to a command or webhook, in the background."""
 
 import json
 import logging
@@ -13,14 +13,14 @@ from pathlib import Path
 from tracking.config import AlertsConfig
 from tracking.metrics_file import last_step
 
-LIMIT_S = 10  # for one alert
+LIMIT_S = 10  # timeout of an alert
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def alerts(config: AlertsConfig, run_dir: Path) -> Iterator[None]:
-    """Send alerts as configured; when the context ends, wait for those that are left."""
+    """Send alerts as configured; on exit, wait until all are sent."""
 
     if config.command is None and config.webhook is None:
         yield

@@ -1,6 +1,6 @@
-"""Compare the runs of a sweep, while it runs or after: python -m tracking.compare runs/lr_sweep.
+"""Compare the runs of a sweep, finished or not: python -m tracking.compare runs/lr_sweep.
 
-Writes a table of what differs between the runs and what came out, and pictures, to <folder>/compare.
+Writes a table of settings that differ and results, and plots, to <folder>/compare.
 """
 
 import math
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NOT_COMPARED = ("launcher", "logger", "checkpoint")
-MOST_KEYS = 12  # settings in the table and the pictures
-MOST_LABELS = 20  # of a picture's curves
+MOST_KEYS = 12  # settings in table and plots
+MOST_LABELS = 20  # curves in a legend
 SCORE = re.compile(r"evaluation/(.+)/(acc|acc_norm|bpb)")
-WIDE_RANGE = 8.0  # values that span this factor are drawn on a logarithmic scale
+WIDE_RANGE = 8.0  # ratio of values from which an axis is logarithmic
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Run:
 
     @property
     def loss(self) -> float | None:
-        """The last validation loss, or the training loss of a run without one; inf if the run diverged."""
+        """The last validation loss, else the training loss; inf if the run diverged."""
         curve = self.valid or self.train
         return math.inf if self.state == "diverged" else curve[-1][1] if curve else None
 
@@ -49,7 +49,7 @@ class Run:
         return [f"{self.last.get('tokens', 0):,}", f"{self.last.get('step', 0)}/{self.config['steps']}"]
 
     def value(self, key: str) -> Any:
-        """Return the value of a dotted key of its configuration; None if it has none."""
+        """Return the value of a dotted key of the configuration, or None."""
         value: Any = self.config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
@@ -57,7 +57,7 @@ class Run:
 
 
 def compare(folder: Path, *, show: bool = False) -> str:
-    """Write table.md and pictures of the runs in a folder, and return the table; the best run comes first."""
+    """Write table.md and plots of the runs in a folder; return the table, best run first."""
     runs = sorted(read_runs(folder), key=lambda run: (run.state != "finished", run.loss or math.inf, run.name))
     keys = swept_keys(runs)
     notes = [f"{run.name}: {run.reason.splitlines()[0]}" for run in runs if run.state == "failed" and run.reason]
@@ -78,7 +78,7 @@ def compare(folder: Path, *, show: bool = False) -> str:
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """Read every run in or below a folder; raises `CheckpointError` if there is none."""
+    """Read all runs in or below a folder; raise `CheckpointError` if there is none."""
     found = sorted(path.parent for path in folder.glob("**/status.json") if read_status(path.parent))
     if not found:
         raise CheckpointError(f"there is no run in {folder}; name a sweep's folder, such as runs/lr_sweep")
@@ -99,7 +99,7 @@ def _read(path: Path, folder: Path) -> Run:
 
 
 def swept_keys(runs: Sequence[Run]) -> list[str]:
-    """Return the dotted keys in which runs differ, but for where and how they ran, and what a group's name implies."""
+    """Return the dotted keys in which runs differ, without NOT_COMPARED and keys implied by their group's name."""
     changed = [key for run in runs[1:] for key, _, _ in changed_keys(runs[0].config, run.config)]
     keys = [key for key in dict.fromkeys(changed) if key.split(".")[0] not in NOT_COMPARED]
 
@@ -111,7 +111,7 @@ def swept_keys(runs: Sequence[Run]) -> list[str]:
 
 
 def short_names(keys: Sequence[str]) -> list[str]:
-    """Return the last word of each key, the group's for its name, or the whole key where two share a word."""
+    """Return the last word of each key (the group for its name), or the full key if that is ambiguous."""
     words = [key.removesuffix(".name").rsplit(".", 1)[-1] for key in keys]
     return [word if words.count(word) == 1 else key for key, word in zip(keys, words, strict=True)]
 
@@ -140,16 +140,16 @@ def _short(text: str) -> str:
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
-    """Return rows as lines with columns of equal width."""
+    """Return rows as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join([*map(str.rjust, row[:-1], widths), row[-1]]) for row in rows]
 
 
 def draw(runs: Sequence[Run], keys: Sequence[str], out: Path) -> list[str]:
-    """Draw pictures of runs that have a loss, and return their names.
+    """Plot runs that have a loss; return the names of the files.
 
-    loss.png has losses over tokens, final.png the last loss over each swept value, and mix.png, of a sweep over
-    mixtures, each source's validation loss over its share of the training data.
+    loss.png: losses over tokens. final.png: last loss over each swept value. mix.png, for sweeps of the mixture: each
+    source's validation loss over its share of the training data.
     """
     from matplotlib import colormaps
 
@@ -188,11 +188,11 @@ def draw(runs: Sequence[Run], keys: Sequence[str], out: Path) -> list[str]:
 
 
 def _draw_final(axes: "Axes", runs: Sequence[Run], key: str, colors: dict[str, Any], others: Sequence[str]) -> None:
-    """Draw last losses over the values of a key, with a line through finished runs that agree in all `others`."""
+    """Plot last losses over the values of a key, with lines through finished runs that agree in all `others`."""
     values = [run.value(key) for run in runs]
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     if not numeric:
-        values = [_short(str(value)) for value in values]  # which matplotlib draws as categories
+        values = [_short(str(value)) for value in values]  # matplotlib plots strings as categories
         axes.tick_params("x", rotation=90, labelsize="small")
     elif min(values) > 0 and max(values) / min(values) >= WIDE_RANGE:
         axes.set_xscale("log")
@@ -201,7 +201,7 @@ def _draw_final(axes: "Axes", runs: Sequence[Run], key: str, colors: dict[str, A
         finished = run.state == "finished"
         if finished and numeric:
             lines.setdefault(str([run.value(other) for other in others]), []).append((value, run.loss))
-        loss: Any = run.loss  # None is not drawn
+        loss: Any = run.loss  # None is not plotted
         axes.plot(value, loss, "o" if finished else "x", color=colors[run.name], zorder=2)
     for line in lines.values():
         axes.plot(*zip(*sorted(line), strict=True), color="0.7", zorder=1)

@@ -1,4 +1,4 @@
-"""What a run logs, and when a sweep ends a run early. Torch-free."""
+"""Configuration of loggers, alerts and early stopping. Torch-free."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass(kw_only=True, slots=True)
 class LoggerConfig:
-    """Where records go beside the console, metrics.jsonl and loss.png, which are always written."""
+    """Loggers besides the console, metrics.jsonl and loss.png."""
 
     every: int = 1  # steps per record
     tensorboard: bool = True
@@ -15,7 +15,7 @@ class LoggerConfig:
     wandb_entity: str | None = None  # the team or user (null: your default)
     wandb_tags: list[str] = field(default_factory=list)
     wandb_notes: str | None = field(default=None, metadata={"prose": True})
-    extra: list[str] = field(default_factory=list)  # loggers of your own, module:Class; see tracking.loggers.Logger
+    extra: list[str] = field(default_factory=list)  # custom loggers, module:Class; see tracking.loggers.Logger
     peak_tflops: float | None = None  # of one device, for MFU (null: from its name, if known)
 
     def problems(self) -> Iterator[str]:
@@ -27,10 +27,10 @@ class LoggerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class AlertsConfig:
-    """Who hears of a crash, a requeue, a stop, a spike, a stall and the end: JSON of run, state, step and reason."""
+    """Receivers of alerts on crash, requeue, stop, spike, stall and end: JSON of run, state, step and reason."""
 
-    command: str | None = field(default=None, metadata={"prose": True})  # a shell command that reads it
-    webhook: str | None = field(default=None, metadata={"prose": True})  # an address that takes it as POST
+    command: str | None = field(default=None, metadata={"prose": True})  # shell command that reads it on stdin
+    webhook: str | None = field(default=None, metadata={"prose": True})  # URL to POST it to
 
     def problems(self) -> Iterator[str]:
         if self.webhook is not None and not self.webhook.startswith(("http://", "https://")):
@@ -39,10 +39,10 @@ class AlertsConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EarlyStopConfig:
-    """Ends a point of a sweep whose metric exceeds the best point's at the same tokens by a margin."""
+    """Stop a point of a sweep whose metric is worse than the best point's at the same tokens by a margin."""
 
-    margin: float | None = None  # in nats per token for a loss (null: no point is ended early)
-    metric: str = "train/loss"  # any by name, a training loss smoothed; with - the highest is the best
+    margin: float | None = None  # nats per token for a loss (null: no early stop)
+    metric: str = "train/loss"  # training metrics are smoothed; -metric: higher is better
     after_step: int = 100
     every: int = 10  # steps between comparisons
 

@@ -1,4 +1,4 @@
-"""Ends a point of a sweep whose loss falls behind that of the best point at the same tokens."""
+"""Early stopping of points of a sweep that fall behind the best point."""
 
 import logging
 import math
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_hopeless(config: EarlyStopConfig, run_dir: Path, step: int) -> bool:
-    """Return whether a run is to end at `step`; the other runs are its siblings in the sweep's folder."""
+    """Return whether to end a run at `step`, compared with its siblings in the sweep's folder."""
     if config.margin is None or step < config.after_step or step % config.every:
         return False
     own = _curve(run_dir, config.metric)
@@ -20,7 +20,7 @@ def is_hopeless(config: EarlyStopConfig, run_dir: Path, step: int) -> bool:
     tokens, loss = own[-1]
     others = {path.parent for path in run_dir.parent.glob(f"*/{METRICS}")} - {run_dir}
     curves = {other.name: _curve(other, config.metric) for other in others}
-    # A run that has not come that far yet is none to compare with.
+    # Compare only with runs that have reached these tokens.
     reached = {name: next((loss for at, loss in curve if at >= tokens), math.inf) for name, curve in curves.items()}
     best = min(reached, key=lambda name: reached[name], default="")
     if not best or loss <= reached[best] + config.margin:

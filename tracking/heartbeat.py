@@ -1,4 +1,4 @@
-"""Signs of life: ranks that are stopped or late are named, with where they are, before a timeout ends the run."""
+"""Heartbeats: reports which ranks are stopped or hang, and where, before a timeout ends the run."""
 
 import json
 import logging
@@ -16,21 +16,21 @@ from typing import Any
 from tracking.run_folder import write_atomically
 
 FOLDER = ".ranks"  # in a run folder: a file per rank
-CHECKS = 10  # in the time after which a rank is late
-MISSED = 3  # checks after which a process that wrote nothing is taken for stopped
-FRAMES = 12  # innermost ones of a stack that are shown
+CHECKS = 10  # per `late_s`
+MISSED = 3  # checks without a heartbeat after which a process counts as stopped
+FRAMES = 12  # innermost stack frames to print
 ROOT = f"{Path(__file__).parent.parent}/"
 
 logger = logging.getLogger(__name__)
-# pid, host, and the time when the next one is due; of a late rank also where it is, its stack, and what it waits for
+# pid, host, and the time when the next heartbeat is due; of a late rank also location, stack, and pending collective
 Sign = dict[str, Any]
 
 
 class Heartbeat:
-    """A thread that writes this rank's sign of life, and names the ranks of this machine that hold up the others.
+    """A thread that writes this rank's heartbeat, and reports the ranks of this machine that block the others.
 
-    `progress()` changes as the run goes on; a rank where it did not for `late_s` is late. `pending()` is what the
-    device waits for in other ranks, or "".
+    A rank is late if `progress()` has not changed for `late_s`. `pending()` is the collective that the device waits
+    in, or "".
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Heartbeat:
     def __exit__(self, *_: object) -> None:
         self.ended.set()
         self.thread.join()
-        sign_file(self.run_dir, self.rank).unlink(missing_ok=True)  # a process that is killed leaves it
+        sign_file(self.run_dir, self.rank).unlink(missing_ok=True)  # stays if the process is killed
 
     def _run(self) -> None:
         seen, since, reported = self.progress(), time.monotonic(), False
@@ -59,7 +59,7 @@ class Heartbeat:
             if (now := self.progress()) != seen:
                 seen, since, reported = now, time.monotonic(), False
             waited_s = time.monotonic() - since
-            with suppress(OSError):  # a full disk, for instance
+            with suppress(OSError):  # such as a full disk
                 self._write(**(self._where() if waited_s > self.late_s else {}))
                 if waited_s > self.late_s and not reported:
                     reported = self._report(waited_s)
@@ -70,7 +70,7 @@ class Heartbeat:
         write_atomically(sign_file(self.run_dir, self.rank), json.dumps(sign))
 
     def _where(self) -> Sign:
-        """Return where the main thread is, and the collective that it or its device waits in, if any."""
+        """Return the main thread's location and stack, and the collective that it or its device waits in."""
         stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])
         names = [frame.filename.removeprefix(ROOT) for frame in stack]
         ours = max(n for n, name in enumerate(names) if n == 0 or (name[0] != "/" and "site-packages" not in name))
@@ -80,7 +80,7 @@ class Heartbeat:
         return {"at": at, "waits": waits, "stack": "".join(traceback.format_list(stack[-FRAMES:]))}
 
     def _report(self, waited_s: float) -> bool:
-        """Have the first rank of this machine name those that hold up the others, once all are late that can be."""
+        """On this machine's first rank, report the ranks that block the others, once all living ranks are late."""
         signs = {rank: sign for rank in self.here if (sign := read_sign(self.run_dir, rank))}
         alive = {rank: sign for rank, sign in signs.items() if time.time() < sign["due"]}
         if self.rank != min(alive):
@@ -89,13 +89,13 @@ class Heartbeat:
             return False
         found = {rank: text for rank, sign in signs.items() if (text := last_words(sign))}
         waits = sorted({sign["waits"] for sign in alive.values() if sign["waits"]})
-        if not found and len(waits) > 1:  # ranks that disagree on what comes next
+        if not found and len(waits) > 1:  # ranks wait in different collectives
             found, waits = {r: f"it waits in {s['waits']}\n{s['stack']}" for r, s in alive.items()}, []
         others = f"; others wait in {', '.join(waits)}" if waits else ""
         for rank, text in found.items():
             line = f"rank {rank} holds up the run for {waited_s:.0f} s{others}: {text.rstrip()}"
             logger.warning("%s", line, extra={"alert": "stall"})
-        if not found and not self.rank:  # it may be a rank of another machine; if there is none, a device hangs
+        if not found and not self.rank:  # a rank of another machine, or a device, hangs
             text = "the ranks of this machine have waited for %.0f s in %s"
             logger.warning(text, waited_s, ", ".join(waits), extra={"alert": "stall"})
         return True
@@ -106,7 +106,7 @@ def sign_file(run_dir: Path, rank: int) -> Path:
 
 
 def read_sign(run_dir: Path, rank: int) -> Sign:
-    """Return the last sign of life of a rank; {} if there is none."""
+    """Return the last heartbeat of a rank, or {}."""
     try:
         return json.loads(sign_file(run_dir, rank).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -114,7 +114,7 @@ def read_sign(run_dir: Path, rank: int) -> Sign:
 
 
 def last_words(sign: Sign) -> str:
-    """Return why a rank holds up the others, its stack after the first line; "" if it does not, or waits for them."""
+    """Return why a rank blocks the others, and its stack; "" if it does not."""
     process = f"its process {sign['pid']} on {sign['host']}"
     if sign["host"] == socket.gethostname():  # clocks of machines differ
         state = _kernel_says(sign["pid"], "status").partition("State:\t")[2].partition("\n")[0]

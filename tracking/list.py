@@ -1,4 +1,4 @@
-"""List all runs, the last first, and what they were started with: python -m tracking.list"""
+"""List all runs with their command-line arguments, newest first: python -m tracking.list"""
 
 from itertools import pairwise
 from pathlib import Path

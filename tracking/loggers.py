@@ -1,4 +1,4 @@
-"""Where records go: metrics.jsonl, TensorBoard, Weights & Biases, and loggers of your own."""
+"""Loggers: metrics.jsonl, TensorBoard, Weights & Biases, and custom ones."""
 
 import json
 import logging
@@ -18,27 +18,26 @@ from tracking.plot import plot_loss
 from tracking.run_folder import Lines
 from tracking.samples import as_markdown, write_samples
 
-# "step", "tokens", and metrics such as "train/loss"; None for one that is not finite, a list of rows for texts
+# "step", "tokens", and metrics such as "train/loss"; non-finite values are None, and texts are a list of rows
 Record = dict[str, Any]
 
 logger = logging.getLogger(__name__)
 
 
 class Logger:
-    """A place that records go to: subclass it and name the class in `logger.extra`.
+    """Base class of loggers; name subclasses in `logger.extra`.
 
-    It is made when the run has done `step` steps, from its folder and its plain configuration. A logger that raises is
-    dropped with a warning.
+    `step` is the step that the run starts at. A logger that raises is dropped with a warning.
     """
 
     def __init__(self, run_dir: Path, run_config: dict[str, Any], step: int) -> None:
         pass
 
     def log(self, record: Record) -> None:
-        """Take the record of a step or a validation."""
+        """Log the record of a step or a validation."""
 
     def close(self) -> None:
-        """Write what is left, at the end of the run."""
+        """Flush and close, at the end of the run."""
 
 
 class JsonLines(Logger):
@@ -56,7 +55,7 @@ class TensorBoard(Logger):
     def __init__(self, run_dir: Path, run_config: dict[str, Any], step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        # Hides the events that a run which was cut off wrote after its checkpoint, or before its first.
+        # Hide events that a killed run wrote after its last checkpoint.
         self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def log(self, record: Record) -> None:
@@ -71,13 +70,13 @@ class TensorBoard(Logger):
 
 
 class Wandb(Logger):
-    """Weights & Biases: one run per run folder, grouped by the run's name; offline without a key."""
+    """Weights & Biases: one W&B run per run folder, grouped by name; offline without an API key."""
 
     def __init__(self, run_dir: Path, run_config: dict[str, Any], step: int) -> None:
         import wandb
 
         id_file, stored = run_dir / "wandb_id", None
-        if not step or not id_file.exists():  # W&B takes no step twice: what starts again is another run
+        if not step or not id_file.exists():  # a run that starts over is a new W&B run: steps cannot be logged twice
             id_file.write_text(secrets.token_hex(4), encoding="utf-8")
         with suppress(FileNotFoundError, netrc.NetrcParseError):
             stored = netrc.netrc().authenticators("api.wandb.ai")
@@ -108,7 +107,7 @@ class Wandb(Logger):
 
 
 class Loggers:
-    """All loggers of a run, opened and closed together; rank 0 has them. One that fails is dropped with a warning."""
+    """All loggers of a run, on rank 0. One that fails is dropped with a warning."""
 
     def __init__(
         self, run_dir: Path, config: LoggerConfig, *, run_config: dict[str, Any], step: int, rank: int = 0
@@ -123,16 +122,16 @@ class Loggers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for one in self.loggers:
-            self._try(type(one), one.close)
+        for each in self.loggers:
+            self._try(type(each), each.close)
 
     def log(self, record: Record) -> None:
-        """Log a record with its `step`; a number that is not finite becomes None."""
+        """Log a record; non-finite values become None."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self.loggers = [one for one in self.loggers if self._try(type(one), lambda one=one: one.log(finite))]
+        self.loggers = [each for each in self.loggers if self._try(type(each), lambda each=each: each.log(finite))]
 
     def plot(self) -> None:
-        """Draw loss.png, and write samples.md, from metrics.jsonl."""
+        """Write loss.png and samples.md from metrics.jsonl."""
         if not self.rank:
             self._try(plot_loss, lambda: plot_loss(self.run_dir / METRICS, self.run_dir / "loss.png"))
             self._try(write_samples, lambda: write_samples(self.run_dir))
@@ -140,7 +139,7 @@ class Loggers:
     def _try(self, what: Any, call: Callable[[], object]) -> bool:
         try:
             call()
-        except Exception as error:  # whatever a library raises when its disk or network is gone
+        except Exception as error:  # libraries raise anything on disk or network errors
             logger.warning("%s is dropped: %s", what.__name__, error)
             return False
         return True

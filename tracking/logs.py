@@ -1,4 +1,4 @@
-"""Log lines of a run: on the terminal, and with the time in train.log in its folder."""
+"""Logging to the terminal and to train.log in the run folder."""
 
 import argparse
 import faulthandler
@@ -19,9 +19,9 @@ STACK_SIGNALS = (signal.SIGUSR1, signal.SIGQUIT)
 
 @contextmanager
 def log_to(run_dir: Path, rank: int = 0) -> Iterator[None]:
-    """Show log lines and append them to train.log; other ranks show only warnings and have files of their own.
+    """Print log lines and append them to train.log; other ranks print only warnings, and have their own files.
 
-    Until the context ends, SIGUSR1 and SIGQUIT append the stacks of all threads.
+    In the context, SIGUSR1 and SIGQUIT append the stacks of all threads.
     """
     name, level = (f"train.rank{rank}.log", logging.WARNING) if rank else ("train.log", logging.INFO)
     with closing(Lines(run_dir / name)) as lines, screen(level):
@@ -39,19 +39,19 @@ def log_to(run_dir: Path, rank: int = 0) -> Iterator[None]:
 
 
 def escape_unprintable() -> None:
-    """Have standard output escape the characters that the terminal's encoding lacks; Python would raise."""
-    if (reconfigure := getattr(sys.stdout, "reconfigure", None)) is not None:  # a notebook's has none
+    """Make stdout escape characters that the terminal's encoding lacks, instead of raising."""
+    if (reconfigure := getattr(sys.stdout, "reconfigure", None)) is not None:  # not in a notebook
         reconfigure(errors="backslashreplace")
 
 
 def printable(text: str) -> str:
-    """Return a text of others for a terminal, which control characters in it could command."""
+    """Escape control characters, so that untrusted text cannot control the terminal."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], text)
 
 
 @contextmanager
 def screen(level: int = logging.INFO) -> Iterator[None]:
-    """Show log lines of this level and above on the terminal."""
+    """Print log lines of this level and above."""
     escape_unprintable()
     terminal = logging.StreamHandler(sys.stdout)
     terminal.handleError = drop_stdout  # the lines are in train.log too
@@ -69,7 +69,7 @@ def screen(level: int = logging.INFO) -> Iterator[None]:
 
 
 def drop_stdout(record: object = None) -> None:
-    """Go on in silence where the reader of standard output has gone; raise another error that is being handled."""
+    """Redirect stdout to /dev/null if its reader has closed it; re-raise any other current exception."""
     if not isinstance(sys.exc_info()[1], BrokenPipeError):
         raise
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -77,7 +77,7 @@ def drop_stdout(record: object = None) -> None:
 
 @contextmanager
 def quiet_pipe() -> Iterator[None]:
-    """End without a word where the reader of standard output has gone, as `head` does."""
+    """Exit silently if the reader of stdout has closed it, such as `head`."""
     try:
         try:
             yield
@@ -85,11 +85,11 @@ def quiet_pipe() -> Iterator[None]:
             sys.stdout.flush()
     except BrokenPipeError:
         drop_stdout()
-        sys.exit(141)  # as a shell reports what ends by SIGPIPE
+        sys.exit(141)  # 128 + SIGPIPE
 
 
 def folder_command(work: Callable[[Path], object], prog: str, doc: str | None, default: str | None = None) -> None:
-    """Run a command whose argument is the folder of a run or of several; print an error without a traceback."""
+    """Run a command whose argument is a folder of runs; print errors without a traceback."""
     parser = argparse.ArgumentParser(description=doc, prog=f"python -m {prog}")
     parser.add_argument("folder", type=Path, nargs="?" if default else None, default=default, help="such as runs/demo")
     escape_unprintable()

@@ -11,7 +11,7 @@ from tracking.run_folder import write_atomically
 
 METRICS = "metrics.jsonl"  # in a run folder
 SMOOTHING = 0.9
-HEAD = 100  # bytes of a record that hold its step, its tokens and the first loss
+HEAD = 100  # bytes of a record with step, tokens and the first loss
 
 Curve = list[tuple[int, float]]  # (tokens, loss)
 
@@ -19,7 +19,7 @@ Curve = list[tuple[int, float]]  # (tokens, loss)
 def read_records(path: Path, every: int = 1) -> list[dict[str, Any]]:
     """Return the records of a file of JSON lines: all validations, and every n-th of the others.
 
-    Lines that are being written, damaged or cut short are left out.
+    Incomplete or damaged lines are skipped.
     """
     records = []
     with suppress(FileNotFoundError), path.open("rb") as file:
@@ -31,19 +31,19 @@ def read_records(path: Path, every: int = 1) -> list[dict[str, Any]]:
 
 
 def loss_curve(records: Sequence[dict[str, Any]], key: str) -> Curve:
-    """Return a metric over the run's tokens, of -key its negative; one that is not finite, null in the file, is inf."""
+    """Return a metric over tokens, negated for -key; null in the file (not finite) becomes inf."""
     name, sign = key.removeprefix("-"), -1 if key.startswith("-") else 1
     return [(r["tokens"], math.inf if r[name] is None else sign * r[name]) for r in records if name in r]
 
 
 def last_value(run_dir: Path, key: str) -> float | None:
-    """Return the last value of a metric of a run, as `loss_curve` has it; None if it is not finite."""
+    """Return the last value of a metric, as in `loss_curve`; None if it is not finite."""
     curve = loss_curve(read_records(run_dir / METRICS), key)
     return curve[-1][1] if curve and math.isfinite(curve[-1][1]) else None
 
 
 def smoothed(curve: Curve) -> Curve:
-    """Return the exponential moving average, corrected for its start as Adam's moments are; inf stays where it is."""
+    """Return the bias-corrected exponential moving average; inf is kept."""
     result, mean, weight = [], 0.0, 0.0
     for tokens, loss in curve:
         if math.isfinite(loss):
@@ -58,7 +58,7 @@ def last_step(run_dir: Path) -> int:
 
 
 def add_record(path: Path, record: dict[str, Any]) -> None:
-    """Add a record where its step belongs, or to the one of its step that has some of its metrics already."""
+    """Insert a record by step, or update a record of the same step that has some of its metrics."""
     records, keys = read_records(path), record.keys() - {"step", "tokens"}
     same = next((r for r in records if r["step"] == record["step"] and keys & r.keys()), None)
     if same is None:
@@ -69,7 +69,7 @@ def add_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def truncate_metrics(path: Path, step: int, undone: tuple[str, ...]) -> None:
-    """Drop the records after `step`, from which a run resumes, and of `step` the metrics that begin with `undone`."""
+    """Drop records after `step`, where a run resumes, and metrics at `step` whose names start with `undone`."""
     kept = [record for record in read_records(path) if record["step"] <= step]
     for record in kept:
         if record["step"] == step:

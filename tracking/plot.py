@@ -1,4 +1,4 @@
-"""Pictures of losses over tokens."""
+"""Plots of losses over tokens."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,20 +12,20 @@ from tracking.metrics_file import loss_curve, read_records, smoothed
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MANY = 40  # points of a curve
-WHOLE_BYTES = 4_000_000  # of metrics, about as many steps as a picture has pixels
+MANY = 40  # points, from which the start of a curve does not set the scale
+WHOLE_BYTES = 4_000_000  # of metrics to read, about one step per pixel
 
 
 @contextmanager
 def figure(picture: Path, width: float = 8.0, plots: int = 1) -> Iterator[list["Axes"]]:
-    """Yield the axes of plots, at most four in a row, which are saved as a PNG when the context ends."""
+    """Yield the axes of plots, up to four per row, and save them as a PNG on exit."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     columns = min(plots, 4)
     rows = -(-plots // columns)
-    with rc_context({"text.parse_math": False}), catch_warnings():  # a name may hold a $
-        filterwarnings("ignore", "Glyph .* missing from font")  # of a name in another script
+    with rc_context({"text.parse_math": False}), catch_warnings():  # names may have a $
+        filterwarnings("ignore", "Glyph .* missing from font")  # names in other scripts
         drawing = Figure(figsize=(width * columns, 4.5 * rows), dpi=120, layout="constrained")
         found = [drawing.add_subplot(rows, columns, n + 1, ylabel="loss (nats per token)") for n in range(plots)]
         for axes in found:
@@ -35,10 +35,9 @@ def figure(picture: Path, width: float = 8.0, plots: int = 1) -> Iterator[list["
 
 
 def plot_loss(metrics: Path, picture: Path) -> None:
-    """Draw training loss, faint and smoothed, and validation loss; nothing for a run without steps.
+    """Plot training loss, raw and smoothed, and validation loss; nothing for a run without steps.
 
-    Of a long run every n-th step is read. The first twentieth, where the loss falls from that of a guess, does not set
-    the scale.
+    Long runs are subsampled. The first twentieth, where the loss is high, does not set the scale.
     """
     records = read_records(metrics, every=1 + metrics.stat().st_size // WHOLE_BYTES)
     train, valid = loss_curve(records, "train/loss"), loss_curve(records, "valid/loss")

@@ -1,4 +1,4 @@
-"""Errors of disks and networks that often pass by themselves."""
+"""Retries after transient errors of disks and networks."""
 
 import errno
 import logging
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# ENOENT: a file that another node has just written may not be seen yet.
+# ENOENT: a file that another node has just written may not be visible yet.
 PASSING = {errno.ESTALE, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOENT}
 WAITS_S = (0.1, 0.4, 1.5, 4.0)
 
@@ -18,7 +18,7 @@ def of_a_disk(error: Exception) -> bool:
 
 
 def retried(step: Callable[[], Any], passes: Callable[[Exception], bool] = of_a_disk) -> Any:
-    """Run `step`, and again after a while if it fails with an error that may pass."""
+    """Run `step`, and retry it with growing waits after errors for which `passes` is true."""
     for wait_s in WAITS_S:
         try:
             return step()

@@ -1,4 +1,4 @@
-"""samples.md: what a model wrote after each prompt, step under step."""
+"""samples.md: the samples of each prompt by step."""
 
 from collections.abc import Sequence
 from html import escape
@@ -10,13 +10,13 @@ from tracking.run_folder import write_atomically
 
 
 def write_samples(run_dir: Path) -> None:
-    """Write the samples in metrics.jsonl as a table per prompt; nothing if there are none."""
+    """Write the samples of metrics.jsonl, if any, with a table per prompt."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for record in read_records(run_dir / METRICS):
         for sample in record.get("samples", ()):
             rows.setdefault(sample["prompt"], []).append({"step": record["step"], "text": sample["text"]})
     if rows:
-        parts = [f"## {_cell(prompt)}\n\n{as_markdown(its)}\n" for prompt, its in rows.items()]
+        parts = [f"## {_cell(prompt)}\n\n{as_markdown(samples)}\n" for prompt, samples in rows.items()]
         write_atomically(run_dir / "samples.md", "\n".join(parts))
 
 

@@ -1,8 +1,8 @@
 """Fit and extrapolate the losses of a ladder of models: python -m tracking.scaling_law runs/ladder.
 
-L(N, D) = E + A / N^a + B / D^b (Hoffmann et al. 2022, arXiv:2203.15556), N being the parameters of blocks and head, D
-the tokens of the run. Where D / N is the same in all runs, as in a ladder, the two terms are one: L(N) = E + A / N^a.
-Writes scaling_law.md and scaling_law.png beside the runs.
+L(N, D) = E + A / N^a + B / D^b (Hoffmann et al. 2022, arXiv:2203.15556), with N the parameters of blocks and head, and
+D the training tokens. If D / N is constant, as in a ladder, the terms merge: L(N) = E + A / N^a. Writes
+scaling_law.md and scaling_law.png to the folder.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Law:
-    """floor + a / N^alpha + b / D^beta; `b` is 0 where the tokens do not vary by themselves."""
+    """floor + a / N^alpha + b / D^beta; `b` is 0 if tokens are proportional to parameters."""
 
     floor: float
     a: float
@@ -49,7 +49,7 @@ class Law:
 
 
 def fit(points: Sequence[Point]) -> Law:
-    """Return the law of least squares with no negative term; raises `CheckpointError` if there are too few points."""
+    """Fit a law by least squares with non-negative terms; raise `CheckpointError` if there are too few points."""
     sizes, tokens, losses = np.array(points, dtype=float).T
     ratio = tokens / sizes
     together = ratio.max() / ratio.min() < 1.1
@@ -81,7 +81,7 @@ def read_points(folder: Path) -> list[Point]:
 
 
 def report(folder: Path) -> str:
-    """Return the law, each run's error, the prediction for the next size, and what the others say of the largest."""
+    """Return the law, the error of each run, and predictions for the next size and for the largest from the smaller."""
     points = read_points(folder)
     law, largest = fit(points), points[-1]
     smaller = [point for point in points if point.n_params < largest.n_params]
@@ -93,7 +93,7 @@ def report(folder: Path) -> str:
         rows.append([f"{n:,}", f"{trained:,}", f"{loss:.4f}", f"{expected:.4f}", f"{expected / loss - 1:.2%}"])
     rows.append([f"{size:,}", f"{tokens:,}", "", f"{law.loss(size, tokens):.4f}", "predicted"])
     text = "\n".join([str(law), *aligned(rows)])
-    with suppress(CheckpointError):  # too few are left
+    with suppress(CheckpointError):  # too few points
         predicted = fit(smaller).loss(largest.n_params, largest.tokens)
         error = predicted / largest.loss - 1
         text += f"\nthe smaller runs alone predict {predicted:.4f} for the largest, {error:+.2%} off"

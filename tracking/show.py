@@ -1,4 +1,4 @@
-"""Show a run in the terminal, its loss and what its tasks scored: python -m tracking.show runs/demo"""
+"""Print the losses and task scores of a run: python -m tracking.show runs/demo"""
 
 import sys
 from math import isfinite
@@ -8,11 +8,11 @@ from tracking.compare import aligned, read_runs
 from tracking.logs import folder_command
 from tracking.metrics_file import METRICS, read_records
 
-MOST_POINTS = 200  # of a curve in the terminal
+MOST_POINTS = 200  # per curve
 
 
 def show(run_dir: Path) -> str:
-    """Return a plot of the losses over tokens, and a table of the validations and evaluations."""
+    """Return a plot of the losses over tokens and a table of validations and evaluations."""
     import plotext
 
     (run,) = read_runs(run_dir)[:1]
@@ -32,8 +32,8 @@ def show(run_dir: Path) -> str:
             scored = key.startswith("evaluation/") and not key.endswith("/questions")
             if scored or key in ("valid/loss", "valid/bits_per_byte"):
                 rows.setdefault(record["step"], {})[key] = value
-    keys = list(dict.fromkeys(key for its in rows.values() for key in its))
-    cells = [["-" if its.get(key) is None else f"{its[key]:.4f}" for key in keys] for its in rows.values()]
+    keys = list(dict.fromkeys(key for row in rows.values() for key in row))
+    cells = [["-" if row.get(key) is None else f"{row[key]:.4f}" for key in keys] for row in rows.values()]
     lines = [[f"{step:,}", *row] for step, row in zip(rows, cells, strict=True)]
     head = ["step", *(key.removeprefix("evaluation/") for key in keys)]
     return "\n".join([drawing, "", *aligned([head, *lines])])

@@ -18,21 +18,21 @@ from tracking.metrics_file import last_step, read_records
 from tracking.run_folder import Lines, is_held, write_atomically
 
 NAME = "status.json"
-CRASHES = "crashes.jsonl"  # to which every rank adds its own
+CRASHES = "crashes.jsonl"  # crashes of all ranks
 MOST_CHARS = 4000  # of a traceback
-CAUSE_S = 2.0  # for a rank that failed first to write why
-# What a rank raises because another one failed
+CAUSE_S = 2.0  # wait for the rank that failed first to record its error
+# Errors of a rank that follow from the failure of another one
 SYMPTOM = re.compile(
     r"closed by peer|connection reset|broken pipe|lost the others|nccl|(?<!DataLoader )timed?[ _-]?out", re.IGNORECASE
 )
 ALERTS = {"finished": "end", "failed": "crash"}  # by state; any other is a stop
-RESERVED = 8192  # bytes for how a run ends, if the disk is full by then
+RESERVED = 8192  # bytes of padding, so that the final status fits on a full disk
 
 logger = logging.getLogger(__name__)
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """Return the status of a run folder; {} if it has none."""
+    """Return the status of a run folder, or {}."""
     try:
         return json.loads((run_dir / NAME).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
@@ -40,9 +40,9 @@ def read_status(run_dir: Path) -> dict[str, Any]:
 
 
 class Status:
-    """Keeps a run's status.json for the duration of the context; rank 0 writes it, or the first one that is left.
+    """A context manager that maintains status.json, on rank 0 or else the first surviving rank.
 
-    A rank that failed because another one did raises that one's failure as a `RankError`.
+    A rank that failed because of another one raises that rank's failure as a `RankError`.
     """
 
     def __init__(self, run_dir: Path, run_config: dict[str, Any], *, rank: int = 0, ranks: int = 1) -> None:
@@ -70,13 +70,13 @@ class Status:
             raise cause from error
 
     def _crash(self, error: Exception) -> tuple[Exception, bool]:
-        """Record this rank's failure; return the one that came first, and whether this rank writes the status."""
+        """Record this rank's failure; return the first failure, and whether this rank writes the status."""
         step, reason = last_step(self.run_dir), f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         attempt = ".".join(os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "RESTART_COUNT"))
         trace = "".join(traceback.format_exception(error))[-MOST_CHARS:]
         mine = {"attempt": attempt, "step": step, "error": reason, "rank": self.rank, "time": time.time()}
         mine["traceback"] = trace
-        with suppress(OSError), closing(Lines(self.run_dir / CRASHES)) as lines:  # the disk may be gone
+        with suppress(OSError), closing(Lines(self.run_dir / CRASHES)) as lines:  # the disk may have failed
             lines.write(json.dumps(mine) + "\n")
         first, speaks = mine, not self.rank
         if self.ranks > 1:
@@ -84,14 +84,14 @@ class Status:
                 first, speaks = self._first_failure(mine)
             reason = f"rank {first['rank']} failed first: {first['error']}"
         if step == self.first_step and self.before.get("state") in ("finished", "given up", "stopped"):
-            self.record = self.before  # it was refused before it began
+            self.record = self.before  # it failed before it started
         else:
             self.record |= {"state": "failed", "reason": reason, "traceback": first["traceback"]}
         text = f"error: rank {first['rank']} failed first\n{first['traceback']}"
         return error if first["rank"] == self.rank else RankError(text), speaks
 
     def _first_failure(self, mine: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-        """Wait for what other ranks write of their failures; return the first, and whether no lower rank wrote any."""
+        """Wait for other ranks to record their failures; return the first, and whether no lower rank recorded one."""
         deadline, crashes, causes = time.monotonic() + CAUSE_S, [], []
         while not causes and time.monotonic() < deadline:
             time.sleep(CAUSE_S / 20)
@@ -101,7 +101,7 @@ class Status:
         signs = {rank: sign for rank in silent if (sign := read_sign(self.run_dir, rank))}
         words = {rank: last_words(sign) for rank, sign in signs.items()}
         hosts = {sign["host"] for sign in signs.values()}
-        if not any(words.values()) and len(hosts) == 1 and socket.gethostname() not in hosts:  # a machine is gone
+        if not any(words.values()) and len(hosts) == 1 and socket.gethostname() not in hosts:  # a machine failed
             words[min(words)] = f"nothing more came from {hosts.pop()}"
         for rank, text in words.items():
             error, _, stack = text.partition("\n")
@@ -111,7 +111,7 @@ class Status:
         return min(causes, key=lambda cause: cause["time"], default=mine), speaks
 
     def end(self, valid_loss: float | None, *, stopped: bool, given_up: bool, **more: Any) -> None:
-        """Record how the run ended; one that ended before its last step was stopped."""
+        """Record how the run ended; `stopped` if before its last step."""
         finished = not stopped and last_step(self.run_dir) >= self.record["config"]["steps"]
         state = "given up" if given_up else "finished" if finished else "stopped"
         known = valid_loss is not None and math.isfinite(valid_loss)
@@ -123,36 +123,36 @@ def _write(run_dir: Path, record: dict[str, Any]) -> None:
     try:
         write_atomically(path, text + " " * RESERVED)
     except OSError as error:
-        try:  # a full disk takes no second file, but the first one has its place
+        try:  # on a full disk, overwrite the file in place
             with path.open("r+", encoding="utf-8") as file:
                 file.write(text)
                 file.truncate()
         except OSError:
-            logger.warning("%s does not say %s: %s", path, record["state"], error)
+            logger.warning("%s could not be set to %s: %s", path, record["state"], error)
 
 
 def note_queued(run_dir: Path, run_config: dict[str, Any]) -> None:
-    """Record that a run is to begin."""
+    """Record that a run is queued."""
     run_dir.mkdir(parents=True, exist_ok=True)
     if not read_status(run_dir):
         _write(run_dir, {"state": "queued", "config": run_config})
 
 
 def note_followed(run_dir: Path, text: str) -> None:
-    """Record what followed a stop."""
+    """Record what followed a stop, such as a requeue."""
     if status := read_status(run_dir):
         _write(run_dir, status | {"stop": {**status.get("stop", {}), "followed": text}})
 
 
 def note_end(run_dir: Path, state: str, reason: str) -> None:
-    """Record the end of a run that was killed before it could; one that another process holds goes on."""
+    """Record the end of a run that was killed, unless a process still runs it."""
     status = read_status(run_dir)
     if status.get("state") in ("running", "queued") and not is_held(run_dir):
         _write(run_dir, status | {"state": state, "reason": reason})
 
 
 def crashed_the_same_way_twice(run_dir: Path) -> bool:
-    """Return whether the last two attempts at a run crashed at the same step, first with the same error."""
+    """Return whether the first crashes of the last two attempts have the same step and error."""
     first: dict[str, tuple[int, str]] = {}  # by attempt
     for crash in sorted(read_records(run_dir / CRASHES), key=lambda crash: crash["time"]):
         first.setdefault(crash["attempt"], (crash["step"], crash["error"]))

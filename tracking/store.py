@@ -1,4 +1,4 @@
-"""A run's checkpoints in an object store, or any place that fsspec knows: there whole, or not at all."""
+"""Copies of a run's checkpoints in an object store, or any file system of fsspec."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def describe(file: IO[bytes]) -> dict[str, Any]:
-    """Return the size and hash of a file that was opened."""
+    """Return the size and hash of an open file."""
     digest = hashlib.file_digest(file, xxhash.xxh3_128)  # type: ignore[arg-type]
     return {"size": file.tell(), "xxh3_128": digest.hexdigest()}
 
@@ -31,9 +31,9 @@ def is_address(path: str | None) -> bool:
 
 
 class Store:
-    """An address with the folders of `checkpoints/`, each of which its manifest makes one, and `tokenizer/`.
+    """A remote folder with checkpoints, complete if they have a manifest, and `tokenizer/`.
 
-    What fails is tried again. A file is there when its size and hash are those of the one that was copied.
+    Failed operations are retried, and copies verified by size and hash.
     """
 
     def __init__(self, address: str) -> None:
@@ -46,12 +46,12 @@ class Store:
             raise CheckpointError(f"checkpoint.path ({address}): {error}") from error
 
     def names(self) -> list[str]:
-        """Return the checkpoints, oldest first."""
+        """Return the names of checkpoints, oldest first."""
         found = self._try(lambda: self.fs.glob(f"{self.root}/*/{MANIFEST}"))
         return sorted(name for path in found if STEP.fullmatch(name := path.split("/")[-2]))
 
     def upload(self, *files: Path) -> None:
-        """Copy files there, one after the other, each to a folder named as its own."""
+        """Upload files in order, each to a folder with the name of its local folder."""
         for file in files:
             self._try(partial(self._put, file, f"{self.root}/{file.parent.name}/{file.name}"))
 
@@ -60,15 +60,15 @@ class Store:
         self.fs.put_file(str(file), place)
         with file.open("rb") as here, self.fs.open(place, "rb") as there:
             if describe(there) != describe(here):
-                raise OSError(f"{place} is not what was copied there")
+                raise OSError(f"{place} differs from the file copied there")
 
     def remove(self, name: str) -> None:
-        """Remove a checkpoint, first what makes it one."""
+        """Remove a checkpoint, its manifest first."""
         for place in (f"{self.root}/{name}/{MANIFEST}", f"{self.root}/{name}"):
             self._try(lambda place=place: self.fs.exists(place) and self.fs.rm(place, recursive=True))
 
     def download_newest(self, folder: Path, *, after: str = "", step: int | None = None) -> None:
-        """Copy the newest good checkpoint, or that of a step, to a folder of checkpoints, unless it is there."""
+        """Download the newest intact checkpoint, or that of `step`, to a folder of checkpoints, unless it exists."""
         wanted = "" if step is None else f"step-{step:08d}"
         for name in reversed([name for name in self.names() if name > after and wanted in ("", name)]):
             if (folder / name).exists():
@@ -76,14 +76,14 @@ class Store:
             try:
                 self.download_folder(name, folder / f".tmp-{name}")
             except DamagedError as error:
-                logger.warning("%s; an older one is read", error)
+                logger.warning("%s; using an older one", error)
                 continue
             os.rename(folder / f".tmp-{name}", folder / name)
             logger.info("copied %s/%s to %s", self.address, name, folder)
             return
 
     def download_folder(self, name: str, folder: Path) -> None:
-        """Copy the files of a folder here; those that its manifest lists must be what it says."""
+        """Download a folder; raise `DamagedError` if a file differs from the manifest."""
         folder.mkdir(parents=True, exist_ok=True)
         listed: dict[str, Any] = {}
         places = self._try(lambda: self.fs.find(f"{self.root}/{name}"))
@@ -97,11 +97,11 @@ class Store:
         self.fs.get_file(place, str(here))
         with here.open("rb") as file:
             if expected not in (None, describe(file)):
-                raise DamagedError(f"{place} is damaged: its size or hash is another than its manifest's")
+                raise DamagedError(f"{place} is damaged: its size or hash differs from the manifest's")
 
     def _try(self, step: Callable[[], Any]) -> Any:
         try:
-            return retried(step, lambda error: not isinstance(error, PermissionError))  # libraries raise what they like
+            return retried(step, lambda error: not isinstance(error, PermissionError))  # libraries raise any exception
         except DamagedError:
             raise
         except Exception as error:
@@ -109,7 +109,7 @@ class Store:
 
 
 def local_run(path: str, step: int | None = None) -> Path:
-    """Return a path as it is; of an address, the folder runs/<its last part> that its checkpoint is copied to."""
+    """Return a local path unchanged; download a remote run to runs/<name> and return that folder."""
     if not is_address(path):
         return Path(path)
     address, _, last = path.rstrip("/").rpartition("/")

@@ -1,4 +1,4 @@
-"""Ranks of one run agree: on what they train, at the start, and on every number that several of them hold."""
+"""Consistency checks between ranks: the same configuration and code at the start, and identical replicas later."""
 
 import hashlib
 import json
@@ -14,34 +14,34 @@ from parallel.shards import local, sharded_dim
 from training.config import TrainingError
 from training.ranks import Ranks
 
-CHECKED_AT_ONCE = 1 << 22  # numbers: a device that is nearly full has room for their copies
+CHECKED_AT_ONCE = 1 << 22  # elements, so that temporaries fit on a nearly full device
 ROOT = Path(__file__).parent.parent
 
 
 def check_same_run(facts: Mapping[str, Any], ranks: Ranks) -> None:
-    """Raise `TrainingError` on every rank unless all have the same facts, and the same code of this repository."""
+    """Raise `TrainingError` on every rank unless all have the same facts and the same code."""
     files = [path for room in ("model", "parallel", "training") for path in sorted((ROOT / room).rglob("*.py"))]
     texts = {"code": b"".join(path.read_bytes() for path in files)}
     texts |= {name: json.dumps(fact, sort_keys=True).encode() for name, fact in facts.items()}
     mine = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
     first, *others = ranks.all_gather(lambda: mine)
-    for rank, its in enumerate(others, 1):
-        if other := [name for name in first if its[name] != first[name]]:
+    for rank, hashes in enumerate(others, 1):
+        if other := [name for name in first if hashes[name] != first[name]]:
             raise TrainingError(f"rank {rank} has another {' and '.join(other)} than rank 0; start all ranks alike")
 
 
 def check_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
-    """Raise `TrainingError` on every rank unless all tensors are finite and replicas are equal to the bit."""
+    """Raise `TrainingError` on every rank unless all tensors are finite and replicas are bitwise equal."""
     floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
     mine = {name: (_place(tensor), *_finite_and_hash(local(tensor))) for name, tensor in floats.items()}
     seen: dict[tuple[str, Any], tuple[int, int]] = {}
-    for rank, its in enumerate(ranks.all_gather(lambda: mine)):
-        for name, (place, finite, digest) in its.items():
+    for rank, shards in enumerate(ranks.all_gather(lambda: mine)):
+        for name, (place, finite, digest) in shards.items():
             if not finite:
                 raise TrainingError(f"{name} on rank {rank} is not finite though its gradients were; nothing was saved")
             other, expected = seen.setdefault((name, place), (rank, digest))
             if digest != expected:
-                both = f"ranks {other} and {rank} hold the same part of {name}, and their numbers differ"
+                both = f"the replicas of {name} on ranks {other} and {rank} differ"
                 raise TrainingError(f"{both}; nothing was saved: resume from a checkpoint, without the faulty GPU")
 
 
@@ -53,7 +53,7 @@ def nonfinite_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
 
 
 def _place(tensor: Tensor) -> tuple[int, ...] | None:
-    """Return which part of a tensor this rank holds: replicas hold the same."""
+    """Return an id of the shard that this rank has, equal for replicas."""
     if not isinstance(tensor, DTensor):
         return None
     coordinate = tensor.device_mesh.get_coordinate() or []
@@ -62,7 +62,7 @@ def _place(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 def _finite_and_hash(shard: Tensor) -> tuple[bool, int]:
-    """Return whether all numbers are finite, and one that any changed bit changes, in whatever order it is summed."""
+    """Return whether all elements are finite, and a hash of their bits that does not depend on their order."""
     finite = torch.ones((), dtype=torch.bool, device=shard.device)
     total = torch.zeros((), dtype=torch.int64, device=shard.device)
     for part in shard.contiguous().flatten().split(CHECKED_AT_ONCE):

@@ -1,6 +1,6 @@
-"""Checkpoints that are whole or not there: written aside, verified, hashed, and renamed into place.
+"""Atomic checkpoints: written to a temporary folder, verified, hashed, and renamed into place.
 
-Every rank writes and hashes what it holds; rank 0 alone commits, removes, and decides which one is read.
+Every rank writes and hashes its shards; rank 0 commits, removes, and chooses the checkpoint to read.
 """
 
 import json
@@ -38,17 +38,16 @@ from training.ranks import Ranks, reason_of, some
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-READABLE_SINCE = "0.1.0"  # the first version of this repository that reads it
-# States of one rank each: resumed by another number of ranks, there are more or fewer of them.
-PER_RANK = "rng."
-BEGUN = ".begun"  # a file in the folder of checkpoints: it is the run's, not where its disk should have been mounted
+READABLE_SINCE = "0.1.0"  # the first version of this repository that reads the format
+PER_RANK = "rng."  # tensors of one rank each, whose number may change on resume
+BEGUN = ".begun"  # marks the run's checkpoint folder, as opposed to the mount point of a disk that is not mounted
 
 Files = dict[str, dict[str, Any]]  # size and hash, by name
 
 
 @dataclass(slots=True)
 class Checkpoint:
-    """One verified checkpoint: tensors by dotted name, and a JSON state."""
+    """A verified checkpoint: tensors by dotted name, and a JSON state."""
 
     path: Path
     step: int
@@ -61,9 +60,9 @@ class Checkpoint:
         return self.metadata.state_dict_metadata  # type: ignore[return-value]
 
     def load(self, tensors: dict[str, Tensor], *, exact: bool = False) -> None:
-        """Read the named tensors in place, each rank its shards, whatever the layout they were saved from.
+        """Read the named tensors in place, resharding if the layout has changed.
 
-        Shapes and dtypes must be those that were saved; if `exact`, so must the names, over all ranks.
+        Shapes and dtypes must match the checkpoint; if `exact`, so must the names over all ranks.
         """
         wanted = set().union(*self.ranks.all_gather(lambda: set(tensors)))
         missing = wanted - self.tensors.keys()
@@ -80,25 +79,25 @@ class Checkpoint:
             if wrong:
                 raise CheckpointError(f"{self.path}: {some(wrong)} do not fit")
             if tensors:
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # by no_dist
                 load(dict(tensors), storage_reader=MetadataReader(self.path, self.metadata), no_dist=True)
 
         self.ranks.all_gather(read)
 
     def read(self, prefix: str) -> dict[str, Tensor]:
-        """Read the tensors whose names begin with `prefix`, whole, on the CPU, without the prefix."""
+        """Read the full tensors whose names start with `prefix`, on the CPU, by name without the prefix."""
         tensors = self.read_names(name for name in self.tensors if name.startswith(prefix))
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
     def read_names(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Read the named tensors, whole, on the CPU."""
+        """Read the named full tensors on the CPU."""
         found = {n: torch.empty(self.tensors[n].size, dtype=self.tensors[n].properties.dtype) for n in names}
         self.load(found)
         return found
 
 
 class Checkpoints:
-    """The checkpoints of one run folder, which the ranks of one group alone write to; each is copied to a store."""
+    """The checkpoints of a run folder, written by the ranks of a group, and copied to a store if there is one."""
 
     def __init__(self, run_dir: Path, config: CheckpointConfig, group: dist.ProcessGroup | None = None) -> None:
         self.folder, self.config, self.ranks = run_dir / "checkpoints", config, Ranks(group)
@@ -108,10 +107,10 @@ class Checkpoints:
         self.ranks.on_first(self._sweep)
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
-        """Write a checkpoint and commit it, all ranks together; of a tensor each writes what it holds.
+        """Write and commit a checkpoint; a collective, in which each rank writes its shards.
 
-        On failure, on whichever rank, nothing has changed and every rank raises `SaveError`. If only the copy to the
-        store failed, another call makes that alone.
+        If any rank fails, nothing has changed and every rank raises `SaveError`. If only the copy to the store
+        failed, another call repeats the copy alone.
         """
         final = self.folder / f"step-{step:08d}"
         text = json.dumps({"step": step, **state}, indent=1, allow_nan=False, sort_keys=True)
@@ -138,7 +137,7 @@ class Checkpoints:
         return final
 
     def _copy(self, checkpoint: Path, removed: Iterable[str] = ()) -> None:
-        """Copy a committed checkpoint to the store, each rank what it wrote, and remove others there."""
+        """Copy a committed checkpoint to the store, each rank its files, and remove old ones there."""
         store, tokenizer = self.store, self.folder.parent / "tokenizer"
         if store is None:
             return
@@ -151,10 +150,10 @@ class Checkpoints:
             raise SaveError(f"{checkpoint} was saved, but not copied: {error}") from error
 
     def newest(self, load: Callable[[Checkpoint], object] = lambda _: None) -> Checkpoint | None:
-        """Return the newest good checkpoint that `load` takes without a `DamagedError`.
+        """Return the newest intact checkpoint for which `load` raises no `DamagedError`.
 
-        Damaged ones after it are logged and set aside. If none is good they stay where they are, and are refused again.
-        Rank 0 decides: what another rank would see of the disk may be old.
+        Newer ones, which are damaged, are logged and set aside, unless all are damaged: then raise `CheckpointError`.
+        Rank 0 lists the folder, because other ranks may have a stale view of a shared file system.
         """
         good, damaged = _first_good(self.ranks.on_first(self._found), self.ranks, load)
         if good is not None:
@@ -171,18 +170,18 @@ class Checkpoints:
         return committed(self.folder)
 
     def _sweep(self) -> None:
-        """Check that the folder is the run's and can be written to; remove what a run left that was killed."""
+        """Check that the folder is the run's and is writable; remove leftovers of a killed run."""
         begun, metrics = self.folder / BEGUN, self.folder.parent / METRICS
         if not (begun.exists() or committed(self.folder)) and read_records(metrics):
-            what = f"{self.folder} is not the folder that {metrics} was written beside: it may not be mounted"
-            raise CheckpointError(f"{what}; restore it, pass another name=, or remove {metrics} to begin anew")
+            what = f"{metrics} exists but {self.folder} has no checkpoints: it may not be mounted"
+            raise CheckpointError(f"{what}; restore it, pass another name=, or remove {metrics} to start over")
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(begun, "")
         for leftover in set(self.folder.glob(".*")) - {begun}:
             _remove(leftover)
 
     def _purge(self) -> list[str]:
-        """Remove what need not be kept, and return the names."""
+        """Remove checkpoints that need not be kept; return their names."""
         found = committed(self.folder)
         best = min(found, key=_valid_loss) if self.config.keep_best else None
         past = [path for path in found[self.config.keep or len(found) :] if path != best]
@@ -202,20 +201,20 @@ def _valid_loss(checkpoint: Path) -> float:
 
 
 def open_checkpoint(path: Path, ranks: Ranks | None = None, *, step: int | None = None) -> Checkpoint:
-    """Open a checkpoint folder, or that of a step or the newest good one of a run folder, changing nothing."""
+    """Open a checkpoint folder, or a run folder's checkpoint of `step` or newest intact one, read-only."""
     ranks = ranks or Ranks()
     good, damaged = _first_good(ranks.on_first(lambda: checkpoints_in(path, step)), ranks)
     if good is None:
         raise CheckpointError(f"{'; '.join(map(str, damaged.values()))}; name another run or checkpoint")
     for error in damaged.values():
-        logger.warning("%s; an older one is read", error)
+        logger.warning("%s; using an older one", error)
     return good
 
 
 def _first_good(
     paths: list[Path], ranks: Ranks, load: Callable[[Checkpoint], object] = lambda _: None
 ) -> tuple[Checkpoint | None, dict[Path, DamagedError]]:
-    """Return the first checkpoint that is whole and that `load` takes, and what is wrong with those before it."""
+    """Return the first checkpoint that is intact and loads, and the errors of those before it."""
     damaged: dict[Path, DamagedError] = {}
     for path in paths:
         try:
@@ -228,10 +227,10 @@ def _first_good(
 
 
 class _Writer(FileSystemWriter):
-    """Writes with one thread, because one of several can lose an error, and raises what the disk said first."""
+    """Writes with one thread, because with several an error can be lost, and raises the original OSError."""
 
     def __init__(self, folder: Path) -> None:
-        # Nothing is copied ahead: for that it would wait for all work of the device, the training's too.
+        # Copying ahead would synchronize with all work of the device, including training.
         super().__init__(folder, thread_count=1, single_file_per_rank=True, per_thread_copy_ahead=0)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future:
@@ -248,7 +247,7 @@ class _Writer(FileSystemWriter):
 
 
 def _write(folder: Path, step: int, tensors: dict[str, Tensor], text: str, ranks: Ranks) -> int:
-    """Write all files so that they survive a power loss, check that none is missing, and return the tensors' bytes."""
+    """Write and fsync all files, check that they are complete, and return the size of the tensor files."""
 
     def make_folder() -> None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -260,7 +259,7 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], text: str, ranks
     def finish() -> None:
         files = {name: entry for part, _ in parts for name, entry in part.items()}
         for name in files:
-            (folder / name).stat()  # all nodes must share the run folder
+            (folder / name).stat()  # fails unless all nodes share the run folder
         names = set().union(*(part for _, part in parts))
         check_complete(read_metadata(folder), names, {name: entry["size"] for name, entry in files.items()})
         (folder / "state.json").write_text(text + "\n", encoding="utf-8")
@@ -274,12 +273,12 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], text: str, ranks
 
     ranks.on_first(make_folder)
     try:
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # by no_dist
         save(dict(tensors), storage_writer=_Writer(folder), process_group=ranks.group, no_dist=ranks.group is None)
-    except (OSError, RuntimeError, CheckpointException) as error:  # DCP raises one of a rank's on all
+    except (OSError, RuntimeError, CheckpointException) as error:  # DCP raises one rank's error on all
         failures = error.failures.values() if isinstance(error, CheckpointException) else ()
         if any(isinstance(cause, KeyboardInterrupt) for cause, _ in failures):
-            raise KeyboardInterrupt from None  # a second Ctrl-C is no failure
+            raise KeyboardInterrupt from None  # a second Ctrl-C
         raise CheckpointError(reason_of(error)) from error
     parts = ranks.all_gather(own_files)
     ranks.on_first(finish)
@@ -287,7 +286,7 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], text: str, ranks
 
 
 def _open(path: Path, ranks: Ranks) -> Checkpoint:
-    """Verify a checkpoint against its manifest, each rank a share of the files, and open it."""
+    """Verify a checkpoint against its manifest, with the files divided among ranks, and open it."""
     step, files = ranks.on_first(partial(_read_manifest, path))
     largest_first = sorted(files, key=lambda name: (-files[name]["size"], name))
     mine = {name: files[name] for name in largest_first[ranks.rank :: ranks.size]}
@@ -334,9 +333,9 @@ def _set_aside(path: Path, error: DamagedError) -> None:
 
 
 def _remove(folder: Path) -> bool:
-    """Remove a folder, or warn; return whether nothing has its name any more."""
+    """Remove a folder, or warn; return whether its name is free now."""
     name = folder.name.removeprefix(".trash-")
-    trash = folder.with_name(f".trash-{name}")  # a removal that is cut short leaves nothing that looks whole
+    trash = folder.with_name(f".trash-{name}")  # an interrupted removal must not leave a partial checkpoint
     try:
         os.rename(folder, trash)
         shutil.rmtree(trash)
@@ -346,7 +345,7 @@ def _remove(folder: Path) -> bool:
 
 
 def _describe(path: Path, *, sync: bool = False) -> dict[str, Any]:
-    """Return a file's size and hash; `sync`: make it survive a power loss before."""
+    """Return a file's size and hash, after an fsync if `sync`."""
     if sync:
         _fsync(path)
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""How a model is trained and saved: optimizer, schedule, precision, loss, checkpoints. Imports no torch."""
+"""Configuration of training: optimizer, schedule, precision, loss, checkpoints, evaluation. Imports no torch."""
 
 import importlib.util
 import math
@@ -15,23 +15,23 @@ class CheckpointError(UserError):
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint that will not become readable: a wrong hash, size or format, or numbers that are not finite."""
+    """A damaged checkpoint: a wrong hash, size or format, or values that are not finite."""
 
 
 class IncompleteError(DamagedError):
-    """A checkpoint with files missing, as a copy that was interrupted has."""
+    """A checkpoint with missing files, such as an interrupted copy."""
 
 
 class SaveError(CheckpointError):
-    """A checkpoint that was not written; what the run has done since the one before may be lost."""
+    """A checkpoint that could not be written."""
 
 
 class TrainingError(UserError):
-    """A run that must not go on."""
+    """An error after which a run must not continue."""
 
 
 class Decay(Enum):
-    matrices = "matrices"  # weight decay on matrices only: no norms, no biases
+    matrices = "matrices"  # weight decay on matrices only, not on norms and biases
     all = "all"  # on every parameter, as InternLM does
 
 
@@ -42,7 +42,7 @@ class ScheduleType(Enum):
 
 
 class Dtype(Enum):
-    auto = "auto"  # precision.compute only: bf16 where the device multiplies in it, else fp32
+    auto = "auto"  # precision.compute only: bf16 if the device supports it natively, else fp32
     bf16 = "bf16"
     fp32 = "fp32"
     fp16 = "fp16"
@@ -50,59 +50,56 @@ class Dtype(Enum):
 
 class Fp8(Enum):
     none = "none"
-    tensorwise = "tensorwise"  # one scale per matrix: the fastest
-    rowwise = "rowwise"  # one scale per row: more exact
+    tensorwise = "tensorwise"  # one scale per matrix: fastest
+    rowwise = "rowwise"  # one scale per row: more accurate
 
 
 class OptimizerImpl(Enum):
     auto = "auto"  # triton on a CUDA device, torch elsewhere
-    triton = "triton"  # our kernel: a single pass, and no wait for the host
+    triton = "triton"  # our kernel: a single pass without host synchronization
     torch = "torch"  # torch's fused AdamW on fp32 copies
     apex = "apex"  # NVIDIA apex's fused Adam on fp32 copies
 
 
 class MuonScale(Enum):
-    """What the rate of a matrix (out, in) is multiplied by; its update has singular values of about 1."""
+    """Factor on the orthogonalized update of a matrix (out, in)."""
 
-    match_rms_adamw = "match_rms_adamw"  # 0.2 sqrt(max(out, in)): the updates of AdamW in size, so its rates carry over
+    match_rms_adamw = "match_rms_adamw"  # 0.2 sqrt(max(out, in)): matches AdamW's update RMS and learning rates
     spectral = "spectral"  # sqrt(out / in)
     original = "original"  # sqrt(max(1, out / in))
 
 
 class Reduction(Enum):
     global_token = "global_token"  # mean over all target tokens of a step
-    micro_batch_mean = "micro_batch_mean"  # mean over micro-batches of their means, as InternLM does
+    micro_batch_mean = "micro_batch_mean"  # mean of the means of micro-batches, as InternLM does
 
 
 class Resume(Enum):
-    auto = "auto"  # from the newest good checkpoint of the run folder, else from the start
-    never = "never"  # refuse a run folder that holds checkpoints
-    must = "must"  # refuse a run folder that holds none
+    auto = "auto"  # from the newest intact checkpoint of the run folder, if any
+    never = "never"  # refuse a run folder with checkpoints
+    must = "must"  # refuse a run folder without checkpoints
 
 
 class OnSaveError(Enum):
-    warn = "warn"  # go on, and save at the next interval; a failure at the end is an error all the same
+    warn = "warn"  # retry at the next interval; a failure of the final save is still an error
     stop = "stop"
 
 
 def unless(config: Any, section: str, rule: str, holds: Callable[[Any], bool], *keys: str) -> Iterator[str]:
-    """Yield a problem for each of the keys whose value breaks a rule."""
+    """Yield a problem for each key whose value breaks a rule."""
     for key in keys:
         if not holds(value := getattr(config, key)):
             yield f"{section}.{key} ({value}) must be {rule}"
 
 
-# Update rules by optimizer.name; any other is named as module:Class.
+# Update rules by optimizer.name; any other class is named as module:Class.
 OPTIMIZERS = {"adamw": "training.optim.adamw:AdamW", "muon": "training.optim.muon:Muon"}
 
 
 @dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
-    """The update rule, and the settings that any rule may read."""
-
-    name: str = "adamw"  # or module:Class, an UpdateRule of your own
-    # settings that only a rule of your own knows
-    options: dict[str, Any] = field(default_factory=dict, metadata={"number": True})
+    name: str = "adamw"  # or muon, or module:Class
+    options: dict[str, Any] = field(default_factory=dict, metadata={"number": True})  # for rules named by module:Class
     lr: float = 1e-4
     weight_decay: float = 0.01
     beta1: float = 0.9
@@ -112,19 +109,19 @@ class OptimizerConfig:
     decay: Decay = Decay.matrices
     state_dtype: Dtype = Dtype.fp32  # of the moments: fp32 or bf16
     impl: OptimizerImpl = OptimizerImpl.auto  # of adamw
-    momentum: float = 0.95  # of muon, as all up to cautious_decay
+    momentum: float = 0.95  # of muon, like the following four
     scale: MuonScale = MuonScale.match_rms_adamw
-    polar_express: bool = False  # better coefficients of the five steps (arXiv:2505.16932)
-    normuon: bool = False  # rows divided by their running root mean square, by beta2 (arXiv:2510.05491)
-    cautious_decay: bool = False  # weight decay only of what the update shrinks (arXiv:2510.12402)
-    embed_lr_scale: float = 1.0  # on the rate of the embedding; head: of the head; vector: of norms and biases
+    polar_express: bool = False  # Polar Express coefficients of the five iterations (arXiv:2505.16932)
+    normuon: bool = False  # normalize rows by a running root mean square with beta2 (arXiv:2510.05491)
+    cautious_decay: bool = False  # decay only weights that the update shrinks (arXiv:2510.12402)
+    embed_lr_scale: float = 1.0  # factor on the learning rate of the embedding
     head_lr_scale: float = 1.0
-    vector_lr_scale: float = 1.0
-    max_grad_norm: float = 1.0  # one norm over all parameters; 0: no clipping
+    vector_lr_scale: float = 1.0  # of norms and biases
+    max_grad_norm: float = 1.0  # global norm; 0: no clipping
     max_nonfinite_steps: int = 10  # consecutive steps without a finite gradient before the run is stopped
-    # standard deviations above those of the last logged steps from which a loss or norm is reported; 0: never
+    # report a loss or gradient norm so many standard deviations above recent logged steps; 0: never
     spike_sigma: float = field(default=0.0, metadata={"free": True})
-    skip_spikes: bool = False  # such a step changes nothing
+    skip_spikes: bool = False  # do not update on such a step
 
     def problems(self) -> Iterator[str]:
         for key in ("momentum", "scale", "polar_express", "normuon", "cautious_decay") if self.name == "adamw" else ():
@@ -146,13 +143,13 @@ class OptimizerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class SchedulerConfig:
-    """Learning rate as a factor on optimizer.lr, so that sweeping the rate keeps the shape."""
+    """The learning rate as a factor on optimizer.lr."""
 
     type: ScheduleType = ScheduleType.cosine
     warmup_ratio: float = 0.01  # of the run's steps
     init_steps: int = 0  # steps at learning rate 0 before the warm-up
-    min_lr_ratio: float = 0.1  # the last rate over the highest
-    decay_ratio: float = 0.2  # wsd: the share of the steps, at the end, in which the rate falls
+    min_lr_ratio: float = 0.1  # final over peak learning rate
+    decay_ratio: float = 0.2  # wsd: fraction of the steps that decay
 
     def problems(self) -> Iterator[str]:
         keys = ("warmup_ratio", "min_lr_ratio", "decay_ratio")
@@ -163,14 +160,14 @@ class SchedulerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PrecisionConfig:
-    """The dtype of weights and activations in a step; the optimizer's master weights are always fp32.
+    """Dtypes, and the dynamic loss scale of fp16 (defaults: InternLM's 7B tutorial).
 
-    The rest is the dynamic loss scale of fp16 (defaults: InternLM's 7B tutorial).
+    The optimizer's master weights are always fp32.
     """
 
-    compute: Dtype = Dtype.auto
-    fp8: Fp8 = Fp8.none  # products of the blocks' matrices in 8 bits, with dynamic scales (arXiv:2209.05433)
-    grad_dtype: Dtype | None = None  # in which micro-batches' gradients are added up (null: compute)
+    compute: Dtype = Dtype.auto  # of weights and activations
+    fp8: Fp8 = Fp8.none  # matrix products of the blocks in fp8, with dynamic scales (arXiv:2209.05433)
+    grad_dtype: Dtype | None = None  # of gradient accumulation (null: compute)
     initial_scale: float = 2.0**16
     growth_interval: int = 1000  # finite steps before the scale grows
     growth_factor: float = 2.0
@@ -192,8 +189,8 @@ class PrecisionConfig:
 class LossConfig:
     reduction: Reduction = Reduction.global_token
     label_smoothing: float = 0.0
-    z_loss: float = 0.0  # factor on the squared log-sum-exp of the logits (PaLM has 1e-4)
-    chunk_tokens: int = 4096  # tokens whose logits exist at one time
+    z_loss: float = 0.0  # factor on the squared log-sum-exp of the logits (PaLM: 1e-4)
+    chunk_tokens: int = 4096  # tokens per chunk of logits
 
     def problems(self) -> Iterator[str]:
         yield from unless(self, "loss", "in [0, 1)", lambda x: 0 <= x < 1, "label_smoothing")
@@ -204,14 +201,14 @@ class LossConfig:
 class CheckpointConfig:
     every: int = 1000  # steps; 0: only at the end
     keep: int = 3  # newest checkpoints to keep; 0: all
-    keep_every: int = 0  # steps; the checkpoints at multiples of it are kept too (0: none)
-    keep_best: bool = False  # the checkpoint with the lowest validation loss is kept too
+    keep_every: int = 0  # steps; also keep checkpoints at multiples of it (0: none)
+    keep_best: bool = False  # also keep the checkpoint with the lowest validation loss
     resume: Resume = Resume.auto
-    asynchronous: bool | None = None  # write while training goes on, from a copy in the host's memory (null: on GPUs)
+    asynchronous: bool | None = None  # write in the background, from a copy in host memory (null: on GPUs)
     on_save_error: OnSaveError = OnSaveError.warn
-    path: str | None = None  # where every checkpoint is copied to, such as s3://bucket/prefix, and found on resume
-    check_replicas_every: int = 0  # steps after which replicas are compared without a save, which always does; 0: never
-    stop_file: str | None = None  # holds N: save and stop at step N; -N: save at step N and go on
+    path: str | None = None  # remote copy of every checkpoint, such as s3://bucket/prefix, also used for resume
+    check_replicas_every: int = 0  # steps between comparisons of replicas, besides that of every save; 0: never
+    stop_file: str | None = None  # a file with N: save and stop at step N; -N: save at step N and continue
     accept_changes: list[str] = field(default_factory=list)  # keys that may differ from the stored config
 
     def problems(self) -> Iterator[str]:
@@ -223,11 +220,11 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvaluationConfig:
-    """Tasks that are scored while a model trains; see training.tasks for what a task is."""
+    """Evaluation tasks during training; see training.tasks."""
 
     every: int = 0  # steps; 0: only at the end
     tasks: list[str] = field(default_factory=list)
-    max_share: float | None = None  # of the run's time for tasks and samples; beyond it they are left out till the end
+    max_share: float | None = None  # limit on the fraction of time for tasks and samples; the last step has no limit
 
     def problems(self) -> Iterator[str]:
         yield from unless(self, "evaluate", "in (0, 1], or null", lambda x: x is None or 0 < x <= 1, "max_share")
@@ -235,9 +232,9 @@ class EvaluationConfig:
 
 @dataclass(kw_only=True, slots=True)
 class SamplesConfig:
-    """Texts that a model writes while it trains, drawn with the same random numbers each time."""
+    """Texts that the model generates during training, with fixed random seeds."""
 
     every: int = 0  # steps; 0: only at the end
     prompts: list[str] = field(default_factory=list, metadata={"prose": True})
-    max_new_tokens: int = 64  # each is a forward pass
+    max_new_tokens: int = 64  # one forward pass per token
     temperature: float = 0.8  # 0: greedy

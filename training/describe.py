@@ -1,4 +1,4 @@
-"""What a run logs of itself before its first step, and leaves in its folder for whoever reads it later."""
+"""The summary that a run logs before its first step, and the inputs that it saves in its folder."""
 
 import logging
 from pathlib import Path
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 def describe(
     config: TrainConfig, mesh: Mesh, corpus: Corpus, optimizer: Optimizer, state: TrainState, run_dir: Path
 ) -> None:
-    """Log what is about to be trained, on what, and from where."""
+    """Log a summary of model, data, batch, optimizer, device and first step."""
     model, data, precision = config.model, config.data, config.precision
     on_gpu = mesh.device.type == "cuda"
     device = torch.cuda.get_device_name(mesh.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
@@ -52,7 +52,7 @@ def describe(
         f"batch      {config.global_batch_tokens:,} tokens = {config.grad_accum_steps(mesh.dp_size)} micro-batches of "
         f"{config.micro_batch_tokens:,}; {config.steps:,} steps; epochs: {by_source}",
         f"packing    {data.packing}: {padding:.2%} of the tokens are padding, {cut:.2%} of the documents are cut"
-        + "; what is cut off is not learnt" * (cut > 0 and any(file.conversations for file in corpus.train.files)),
+        + "; parts cut off are not trained on" * (cut > 0 and any(file.conversations for file in corpus.train.files)),
         f"optimizer  {config.optimizer.name}" + (f", {update:.1%} of a step's FLOPs" if update else ""),
         f"device     {device}, {computes}, attention {attention}",
         f"start      step {state.step}" + (", nothing is left to train" if state.step >= config.steps else ""),
@@ -61,7 +61,7 @@ def describe(
 
 
 def save_run_inputs(run_config: dict[str, Any], run_dir: Path, corpus: Corpus, state: TrainState) -> None:
-    """Write the configuration, what makes the batches and the tokenizer to the run folder, for whoever reads it."""
+    """Write the configuration, the record of batches and the tokenizer to the run folder."""
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(run_config), encoding="utf-8")
     note_batches(run_dir, run_config, corpus, step=state.step, samples=state.samples, first_sample=state.first_sample)
     if corpus.tokenizer is not None:

@@ -1,4 +1,4 @@
-"""How good a model is: the scores of tasks, for a saved model or in the training loop."""
+"""Task scores and samples of a model, saved or in training."""
 
 import logging
 import time
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Tasks:
-    """Tasks, read and encoded once."""
+    """Encoded tasks."""
 
     def __init__(self, names: Sequence[str], tokenizer: Tokenizer, *, add_bos: bool) -> None:
         self.questions = {task_name(name): read_task(name) for name in names}
@@ -38,7 +38,7 @@ class Tasks:
     def metrics(self, engine: Engine, shape: Shape, go_on: Callable[[], bool] = lambda: True) -> dict[str, float]:
         """Return `evaluation/<task>/<metric>` of all tasks, scored together; a collective.
 
-        `go_on` is asked before each batch; once it is false the scores mean nothing.
+        `go_on` is called before each batch; if it returns False, the scores are incomplete.
         """
         longest = min(shape.context, shape.row_len)
         if n_cut := sum(len(text.ids) - 1 > longest for text in self.texts):
@@ -54,7 +54,7 @@ class Tasks:
 
 
 class Evaluation:
-    """Tasks and samples in the training loop. What fails is dropped with one warning, and training goes on."""
+    """Tasks and samples in the training loop. If one fails, it is dropped with a warning."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config, data = config, config.data
@@ -65,24 +65,24 @@ class Evaluation:
         self.tasks: Tasks | None = None
 
     def score_tasks(self, run: "Run") -> None:
-        """Report the scores of `evaluate.tasks`, unless that was done at this step."""
+        """Score and log `evaluate.tasks`, unless done at this step."""
         if self.config.evaluate.tasks:
             for line in task_lines(self._attempt(run, "evaluation", self._scores)):
                 logger.info("%s", line)
 
     def write_samples(self, run: "Run") -> None:
-        """Report what the model writes after `samples.prompts`, unless that was done at this step."""
+        """Generate and log samples after `samples.prompts`, unless done at this step."""
         if self.config.samples.prompts and self._attempt(run, "samples", self._samples):
             run.report.loggers.plot()
 
     def _attempt(self, run: "Run", what: str, work: Callable[["Run"], dict[str, Any]]) -> dict[str, Any]:
-        """Return and log what `work` returns; nothing if it is done, dropped, too expensive, cut short, or fails."""
+        """Log and return the result of `work`, or {} if it is done, dropped, too expensive, interrupted, or fails."""
         state, mesh = run.state, run.engine.mesh
         if state.evaluated.get(what) == state.step or what in self.dropped or run.stop:
             return {}
         limit, share = self.config.evaluate.max_share, self._share(self.last.get(what, 0.0))
         at_end = state.step == self.config.steps
-        # Every rank does as rank 0's clock says.
+        # Rank 0's clock decides.
         if mesh.all_reduce_max(limit is not None and share > limit and not at_end and mesh.rank == 0):
             text = "%s at step %d left out: with it they take %.1f%% of the time (evaluate.max_share is %g)"
             logger.info(text, what, state.step, 100 * share, limit)
@@ -92,9 +92,9 @@ class Evaluation:
             found = agreed(mesh, lambda: work(run))
         except Exception as error:
             self.dropped.add(what)
-            logger.warning("%s is dropped, training goes on: %s: %s", what, type(error).__name__, error)
+            logger.warning("%s is dropped, training continues: %s: %s", what, type(error).__name__, error)
             return {}
-        if run.stop:  # to be done again when the run resumes
+        if run.stop:  # incomplete; repeated on resume
             return {}
         self.last[what] = time.perf_counter() - start
         self.spent += self.last[what]
@@ -105,13 +105,13 @@ class Evaluation:
         return found
 
     def _share(self, more: float = 0.0) -> float:
-        """Return the share of the time since the start that tasks and samples took, with some seconds more."""
+        """Return the fraction of time since the start spent on tasks and samples, plus `more` seconds."""
         return (self.spent + more) / (time.perf_counter() - self.began + more)
 
     def _scores(self, run: "Run") -> dict[str, Any]:
         if self.tasks is None:
             tokenizer, add_bos = run.corpus.tokenizer, run.corpus.add_bos
-            assert tokenizer is not None  # by the configuration's rules
+            assert tokenizer is not None  # checked in the configuration
             self.tasks = agreed(run.engine.mesh, lambda: Tasks(self.config.evaluate.tasks, tokenizer, add_bos=add_bos))
         return self.tasks.metrics(run.engine, self.shape, run.agree)
 
@@ -133,19 +133,19 @@ class Evaluation:
 
         new = extend(run.engine, prompts, self.shape, max_new_tokens=config.max_new_tokens, choose=choose)
         texts = [
-            tokenizer.decode([*ids, *its]).removeprefix(tokenizer.decode(ids))
-            for ids, its in zip(prompts, new, strict=True)
+            tokenizer.decode([*ids, *new_ids]).removeprefix(tokenizer.decode(ids))
+            for ids, new_ids in zip(prompts, new, strict=True)
         ]
         return {"samples": [{"prompt": p, "text": text} for p, text in zip(config.prompts, texts, strict=True)]}
 
 
 def agreed(mesh: Mesh, work: Callable[[], T]) -> T:
-    """Return what `work` returns on this rank; raises on every rank if it raised on any. A collective."""
+    """Return the result of `work` on this rank; raise on every rank if any raised. A collective."""
     value, error = None, None
     try:
         value = work()
-    except Exception as its:
-        error = its
+    except Exception as caught:
+        error = caught
     if mesh.all_reduce_max(error is not None):
         raise error or TrainingError("it failed on another rank")
     return value  # type: ignore[return-value]
@@ -158,4 +158,4 @@ def task_lines(metrics: Mapping[str, float]) -> list[str]:
         if key.startswith(PREFIX):
             name, _, metric = key.removeprefix(PREFIX).rpartition("/")
             tasks[name].append(f"{metric} {value:.6g}")
-    return [f"  {name:22} {'  '.join(its)}" for name, its in tasks.items()]
+    return [f"  {name:22} {'  '.join(figures)}" for name, figures in tasks.items()]

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness (pip install lm-eval) on a model of ours: its tasks and metrics, our forward pass and ranks."""
+"""An adapter of lm-evaluation-harness (pip install lm-eval) to our models, in any parallel layout."""
 
 import re
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from training.config import TrainingError
 from training.evaluation import PREFIX
 from training.scoring import Encoded, extend, fitting_shape, score
 
-MAX_GEN_TOKS = 256  # of a task that does not say, as in the harness
+MAX_GEN_TOKS = 256  # the harness's default
 
 
 class HarnessModel(TemplateLM):
-    """All ranks take all requests, so that for the harness there is one rank."""
+    """A model for the harness, which sees one rank: every rank gets all requests."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, *, add_bos: bool, batch_tokens: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         whole = [[self.prefix_token_id, *self.tok_encode(request.args[0])] for request in requests]
-        return [one for one, _ in self._score([Encoded(np.array(ids, dtype=np.int32), 1) for ids in whole])]
+        return [loglik for loglik, _ in self._score([Encoded(np.array(ids, dtype=np.int32), 1) for ids in whole])]
 
     def _score(self, texts: list[Encoded]) -> list[tuple[float, bool]]:
         scores = score(self.engine, texts, fitting_shape(self.engine, texts, self.batch_tokens))
@@ -54,7 +54,7 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continue texts greedily."""
         if any(request.args[1].get("do_sample") for request in requests):
-            raise TrainingError("harness tasks with do_sample are not supported; they are continued greedily")
+            raise TrainingError("harness tasks with do_sample are not supported; generation is greedy")
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         stops = [until if isinstance(until := r.args[1].get("until") or [], list) else [until] for r in requests]
         limits = [request.args[1].get("max_gen_toks", MAX_GEN_TOKS) for request in requests]
@@ -71,21 +71,21 @@ class HarnessModel(TemplateLM):
         new = extend(self.engine, prompts, shape, max_new_tokens=most, choose=choose)
         texts = [self.text.decode(ids) for ids in new]
         ends = [[at for stop in stop if (at := text.find(stop)) >= 0] for text, stop in zip(texts, stops, strict=True)]
-        return [text[: min(its, default=None)] for text, its in zip(texts, ends, strict=True)]
+        return [text[: min(found, default=None)] for text, found in zip(texts, ends, strict=True)]
 
 
 def harness_metrics(model: HarnessModel, tasks: Sequence[str]) -> dict[str, float]:
-    """Return `evaluation/<task>/<metric>` of the harness's tasks, by name or YAML files; a collective."""
+    """Return `evaluation/<task>/<metric>` of harness tasks, given by name or as YAML files; a collective."""
     files = [Path(task) for task in tasks if task.endswith(".yaml")]
     texts = [file.read_text(encoding="utf-8") for file in files]
     names = [found[1] for text in texts if (found := re.search(r"^task: *[\"']?([^\s\"']+)", text, re.M))]
     names += [task for task in tasks if not task.endswith(".yaml")]
     manager = TaskManager(include_path=[str(file.parent) for file in files] or None)
-    run: Any = simple_evaluate  # its type is that of a wrapper
+    run: Any = simple_evaluate  # a decorator hides its type
     results = run(model, tasks=names, task_manager=manager, log_samples=False, bootstrap_iters=0) or {}
     return {
         f"{PREFIX}{task}/{key.removesuffix(',none')}": value
-        for task, its in results.get("results", {}).items()
-        for key, value in its.items()
+        for task, metrics in results.get("results", {}).items()
+        for key, value in metrics.items()
         if isinstance(value, int | float) and "," in key and "stderr" not in key
     }

@@ -1,4 +1,4 @@
-"""A saved model and its tokenizer, from a run folder, a checkpoint in it, or a Hugging Face folder:
+"""Load a model and tokenizer from a run folder, a checkpoint, or a Hugging Face folder:
 
 from training.load import load
 model, tokenizer = load("runs/demo")
@@ -26,13 +26,13 @@ from training.checkpoint import Checkpoint, open_checkpoint
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A saved model whose weights are not read yet, and what its texts begin and end with."""
+    """A saved model, with weights that are read on demand."""
 
     config: ModelConfig
     tokenizer: Tokenizer | None
-    chat: ChatEncoder | None  # of its chat template
+    chat: ChatEncoder | None
     add_bos: bool
-    stop_ids: set[int]  # of the end of a text, and of an answer
+    stop_ids: set[int]  # tokens that end a text or an answer
     read: Callable[[], dict[str, Tensor]] = field(repr=False)  # fp32 weights by name, on the CPU
     checkpoint: Checkpoint | None = field(default=None, repr=False)  # of a run
 
@@ -47,7 +47,7 @@ class Saved:
 def load(
     path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> tuple[Transformer, Tokenizer]:
-    """Return the model and the tokenizer saved at a path, on a GPU if there is one, in fp32 by default."""
+    """Return the model and tokenizer saved at a path, by default in fp32, on a GPU if there is one."""
     saved = open_saved(local_run(str(path)))
     if saved.tokenizer is None:
         raise ModelError(f"{path} has no tokenizer; open_saved(path).build() returns the model alone")
@@ -55,7 +55,7 @@ def load(
 
 
 def open_saved(path: Path, step: int | None = None) -> Saved:
-    """Open a run folder (or of it a step), a checkpoint or a Hugging Face folder without reading weights."""
+    """Open a run folder, optionally at `step`, a checkpoint or a Hugging Face folder without reading weights."""
     if (path / "config.json").exists():
         tokenizer, ends = tokenizer_in(path), list[int | None](read_stop_ids(path))
         config, add_bos = read_config(path)[0], tokenizer is not None and adds_bos(path)

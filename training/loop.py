@@ -1,4 +1,4 @@
-"""The training loop: take a batch, make a step, then whatever is due."""
+"""The training loop."""
 
 import gc
 import logging
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Run:
-    """A run under way, as periodic actions see it; an action runs on every rank."""
+    """The state of a run that periodic actions receive; actions run on every rank."""
 
     config: TrainConfig
     engine: Engine
@@ -41,10 +41,9 @@ class Run:
     checkpoints: RunCheckpoints
     report: StepReport
     stop: StopRequest
-    finished: bool = False  # set by an action that ends the run after this step, on every rank alike
-    # of the step just made; no result if it was left out by skip_batches
-    batches: list[Batch] = field(default_factory=list)
-    result: StepResult | None = None
+    finished: bool = False  # an action sets it, on every rank, to end the run after this step
+    batches: list[Batch] = field(default_factory=list)  # of the last step
+    result: StepResult | None = None  # of the last step; None if skip_batches skipped it
     loss_scale: float = 1.0
     stragglers: Stragglers = field(init=False)
 
@@ -52,14 +51,14 @@ class Run:
         self.stragglers = Stragglers(self.engine.mesh)
 
     def agree(self) -> bool:
-        """Share requests to stop, and the time that each rank took by itself; return whether none asks for a stop."""
+        """Exchange stop requests and the ranks' own times; return whether the run continues."""
         self.stragglers.note(self.stop.agree(self.state.step, self.stragglers.own_s()))
         return not self.stop
 
 
 @dataclass(frozen=True, slots=True)
 class Periodic:
-    """An action after every `every` steps (0: never), and with `at_end` after the last one too."""
+    """An action every `every` steps (0: never), and with `at_end` also after the last step."""
 
     every: int
     action: Callable[[Run], object]
@@ -72,11 +71,11 @@ class Periodic:
 
 
 def loop(run: Run, batches: Iterator[list[Batch]], periodic: Sequence[Periodic] = ()) -> None:
-    """Train until the run is over or asked to stop, then save; `periodic` comes before validation."""
+    """Train until the end or a stop request, then save; `periodic` actions run before validation."""
     config, state, stop, early = run.config, run.state, run.stop, run.config.early_stop
     skipped = parse_ranges(config.skip_batches)
     evaluation = Evaluation(config)
-    judging = (  # of the model as it stands; a stop cuts it short, to be done when the run resumes
+    judging = (  # interrupted by a stop, and repeated on resume
         Periodic(config.valid_every, validate, at_end=True),
         Periodic(config.evaluate.every, evaluation.score_tasks, at_end=True),
         Periodic(config.samples.every, evaluation.write_samples, at_end=True),
@@ -95,7 +94,7 @@ def loop(run: Run, batches: Iterator[list[Batch]], periodic: Sequence[Periodic] 
     )
     with garbage_collection_paused(), run.checkpoints, run.stragglers.watch(run.engine):
         set_limits(run)
-        for entry in judging:  # if a stop cut one short
+        for entry in judging:  # that a stop interrupted
             entry.run_if_due(run)
         while state.step < config.steps and not stop and not run.finished:
             train_step(run, batches, skip=any(state.step + 1 in part for part in skipped))
@@ -107,7 +106,7 @@ def loop(run: Run, batches: Iterator[list[Batch]], periodic: Sequence[Periodic] 
 
 
 def train_step(run: Run, batches: Iterator[list[Batch]], *, skip: bool) -> None:
-    """Take a batch and train on it, unless it is left out."""
+    """Take a batch and train on it, unless `skip`."""
     config, state, throughput = run.config, run.state, run.report.throughput
     throughput.begin()
     run.batches, run.result = next(batches), None
@@ -115,7 +114,7 @@ def train_step(run: Run, batches: Iterator[list[Batch]], *, skip: bool) -> None:
     state.take_batch(samples=samples, tokens=samples * config.data.pack_tokens)
     if skip:
         state.skipped_steps += 1
-        logger.info("step %d/%d  left out by skip_batches", state.step, config.steps)
+        logger.info("step %d/%d  skipped by skip_batches", state.step, config.steps)
         return
     run.stragglers.begin(throughput.data_ready())
     run.loss_scale = run.engine.scaler.scale
@@ -124,11 +123,11 @@ def train_step(run: Run, batches: Iterator[list[Batch]], *, skip: bool) -> None:
 
 
 def log_step(run: Run) -> None:
-    """Report the step just made; this waits for the device, which the host runs ahead of in between."""
+    """Log the last step; synchronizes with the device."""
     if run.result is None:
         return
     nonfinite = run.state.sync()
-    run.report.throughput.lap()  # until now the host waited for the device
+    run.report.throughput.lap()  # includes the wait for the device
     if nonfinite:
         in_a_row, limit = run.state.nonfinite_in_a_row, run.config.optimizer.max_nonfinite_steps
         why = "its gradient is not finite" + (", or it is a spike" if run.config.optimizer.skip_spikes else "")
@@ -152,7 +151,7 @@ def log_step(run: Run) -> None:
 
 
 def set_limits(run: Run) -> None:
-    """Have the engine skip the steps that are spikes, if asked for, by the window as it is."""
+    """Set the limits above which the engine skips a step, with `skip_spikes`."""
     optimizer = run.config.optimizer
     if optimizer.skip_spikes:
         limits = spike_limits(run.state.recent, optimizer.spike_sigma)
@@ -160,7 +159,7 @@ def set_limits(run: Run) -> None:
 
 
 def validate(run: Run) -> None:
-    """Score the validation split, unless that was done at this step; a stop cuts it short, to be done again."""
+    """Evaluate the validation split, unless done at this step; a stop interrupts it, and it is repeated on resume."""
     config, state, mesh = run.config, run.state, run.engine.mesh
     if state.validated_step == state.step or not run.corpus.valid.n_packs or run.stop:
         return
@@ -173,7 +172,7 @@ def validate(run: Run) -> None:
 
 
 def follow(stop_file: StopFile, run: Run) -> None:
-    """Save or stop where the stop file asks for it."""
+    """Save or stop if the stop file says so."""
     save_here, stop_here = stop_file.read(run.state.step)
     if save_here:
         run.checkpoints.save()
@@ -184,9 +183,9 @@ def follow(stop_file: StopFile, run: Run) -> None:
 
 @contextmanager
 def garbage_collection_paused() -> Iterator[None]:
-    """Keep Python's collector out of the steps: it stops the host for longer than a small step takes."""
+    """Disable automatic garbage collection, which takes longer than a small step."""
     gc.collect()
-    gc.freeze()  # the model and the modules stay: they are not looked at again
+    gc.freeze()  # exempt all objects so far
     gc.disable()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Which tensors a checkpoint of torch's holds, read without running what a pickle may ask for."""
+"""Metadata of torch.distributed.checkpoint, unpickled safely."""
 
 import io
 import operator
@@ -15,7 +15,7 @@ from training.config import CheckpointError, DamagedError
 from training.ranks import some
 
 DCP = "torch.distributed.checkpoint"
-# The only names that the pickle may bring to life, beside torch's dtypes
+# The only names that the pickle may import, besides torch dtypes
 PICKLED_NAMES = {
     "torch": {"Size", "device"},
     "torch.serialization": {"_get_layout"},
@@ -32,16 +32,16 @@ PICKLED_NAMES = {
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("builtins", "getattr"):  # Python 3.11 and 3.12 pickle a member of an enum so
+        if (module, name) == ("builtins", "getattr"):  # how Python 3.11 and 3.12 pickle enum members
             return operator.getitem
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and name not in PICKLED_NAMES.get(module, ()):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+            raise pickle.UnpicklingError(f"it imports {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)
 
 
 class MetadataReader(FileSystemReader):
-    """Reads tensors by metadata that `read_metadata` returned: DCP's own reader would unpickle anything."""
+    """A reader that uses the result of `read_metadata`; DCP's own would unpickle anything."""
 
     def __init__(self, path: Path, metadata: Metadata) -> None:
         super().__init__(path)
@@ -52,21 +52,21 @@ class MetadataReader(FileSystemReader):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Read which tensors a checkpoint holds; raises `DamagedError` if it is damaged or holds anything else."""
+    """Read a checkpoint's metadata; raise `DamagedError` if it is damaged or has more than tensors."""
     content = io.BytesIO((folder / ".metadata").read_bytes())
     try:
         metadata = _MetadataUnpickler(content).load()
         if not all(isinstance(entry, TensorStorageMetadata) for entry in metadata.state_dict_metadata.values()):
-            raise ValueError("it holds more than tensors")
+            raise ValueError("it has more than tensors")
     except Exception as error:  # a pickle can raise anything
         raise DamagedError(f"{folder}/.metadata is damaged: {error}") from None
     return metadata
 
 
 def check_complete(metadata: Metadata, names: set[str], sizes: dict[str, int]) -> None:
-    """Raise unless every number of the named tensors lies in a file that is long enough.
+    """Raise unless every element of the named tensors is in a file that is long enough.
 
-    `sizes` are the bytes of the files as they are on disk. A writer can lose what it was given without an error.
+    `sizes` are the file sizes on disk. DCP's writer can lose data without an error.
     """
     places: dict[MetadataIndex, Any] = metadata.storage_data or {}
     if missing := names ^ set(metadata.state_dict_metadata):
@@ -79,4 +79,4 @@ def check_complete(metadata: Metadata, names: set[str], sizes: dict[str, int]) -
             if place is not None and sizes.get(place.relative_path, -1) >= place.offset + place.length:
                 lost -= prod(chunk.sizes)
         if lost:
-            raise CheckpointError(f"{lost:,} numbers of {name} were not written")
+            raise CheckpointError(f"{lost:,} elements of {name} were not written")

@@ -1,4 +1,4 @@
-"""What to do when a step does not fit into a device's memory."""
+"""Advice on out-of-memory errors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +12,9 @@ REMEDIES = "a smaller data.micro_batch_size, parallel.activation_checkpointing=f
 
 @contextmanager
 def explain_oom() -> Iterator[None]:
-    """Turn CUDA's error into the settings to change."""
+    """Turn CUDA's out-of-memory error into a `ParallelError` that names settings to change."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         what = str(error).splitlines()[0]
-        raise ParallelError(f"out of memory: {what}; try {REMEDIES}; dry_run=true prints its use") from error
+        raise ParallelError(f"out of memory: {what}; try {REMEDIES}; dry_run=true estimates memory") from error

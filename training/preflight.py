@@ -1,4 +1,4 @@
-"""What is checked before a GPU, a process group or Slurm is touched. Imports no torch."""
+"""Checks before a GPU, a process group or Slurm is used. Imports no torch."""
 
 import os
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from training.tasks import read_task
 
 
 def preflight_problems(config: TrainConfig | PrepareConfig | SavedConfig) -> Iterator[str]:
-    """Yield what a configuration alone cannot tell: whether ranks fit the layout, whether a model is there."""
+    """Yield problems that depend on more than the configuration, such as the number of ranks or missing files."""
     try:
         if isinstance(config, TrainConfig):
             yield from _layout_problems(config)
@@ -38,15 +38,15 @@ def preflight_problems(config: TrainConfig | PrepareConfig | SavedConfig) -> Ite
 
 
 def _check_model(config: SavedConfig) -> None:
-    """Raise a user error if there is no model, or no tokenizer to generate text with, or no such task."""
+    """Raise a user error if the model, a tokenizer that is needed, or a task does not exist."""
     hf: str | None = getattr(config, "hf", None) or getattr(config, "from_hf", None)
     internlm: str | None = getattr(config, "from_internlm", None)
     if internlm is not None and not (Path(internlm) / "model_config.pt").is_file():
-        raise ModelError(f"{internlm} holds no model_config.pt; name a folder of InternLM's training checkpoints")
+        raise ModelError(f"{internlm} has no model_config.pt; name a folder of InternLM's training checkpoints")
     if (config.run is None) == (hf is None) or is_address(config.run):
-        return  # a problem of the configuration itself, or InternLM's; what is far away is found when it is fetched
+        return  # reported by the configuration, or InternLM's; remote runs are checked when downloaded
     if hf is not None and not (Path(hf) / "config.json").is_file():
-        raise ModelError(f"{hf} holds no config.json; name a Hugging Face folder such as runs/demo/hf")
+        raise ModelError(f"{hf} has no config.json; name a Hugging Face folder such as runs/demo/hf")
     tokenizer = Path(hf) if hf is not None else run_dir_of(Path(config.run or ""), config.step) / "tokenizer"
     tasks, harness = (config.tasks, config.harness) if isinstance(config, EvaluateConfig) else ([], [])
     if isinstance(config, GenerateConfig) or tasks or harness:
@@ -61,7 +61,7 @@ def _check_model(config: SavedConfig) -> None:
 def _layout_problems(config: TrainConfig) -> Iterator[str]:
     if any(any(section.problems()) for section in (config.model, config.data, config.parallel)):
         return
-    # A dry run proposes a batch itself.
+    # A dry run proposes a batch size.
     steps = [] if config.dry_run.enabled or any(config.batch_problems()) else config.micro_batches()
     yield from layout_problems(
         config.parallel, world_size(config), model=config.model, pack_len=config.data.pack_tokens, micro_batches=steps
@@ -69,9 +69,9 @@ def _layout_problems(config: TrainConfig) -> Iterator[str]:
 
 
 def check_run(config: TrainConfig | PrepareConfig, run_dir: Path, settings: str) -> None:
-    """Raise a user error if a run or job cannot start, as far as this machine knows.
+    """Raise a user error if a run or job cannot start, as far as this machine can check.
 
-    `settings` are those by which prepare_data.py makes the data.
+    `settings` are the arguments of prepare_data.py for the data.
     """
     here = config.launcher.where is Where.local
     if isinstance(config, PrepareConfig):
@@ -85,7 +85,7 @@ def check_run(config: TrainConfig | PrepareConfig, run_dir: Path, settings: str)
             read_task(name)
         if config.init_from is not None and is_new:
             check_origin(Path(config.init_from))
-    if here and not joined_environment(os.environ):  # of which the first may hold the folder already
+    if here and not joined_environment(os.environ):  # under torchrun or srun, rank 0 may have locked it already
         check_not_held(run_dir)
     if here and (config.parallel.device is Device.cpu or not visible_gpus()):
         if config.precision.fp8 is not Fp8.none:
@@ -98,7 +98,7 @@ def check_run(config: TrainConfig | PrepareConfig, run_dir: Path, settings: str)
 
 
 def check_same_tokenizer(config: TrainConfig) -> None:
-    """Raise `CheckpointError` if the tokens of `init_from` are not the data's, as far as both are known."""
+    """Raise `CheckpointError` if the tokenizers of `init_from` and the data are known and differ."""
     key, needs = "tokenizer.model", {"model", "all"} & set(config.init_content)
     if config.init_from is None or key in config.checkpoint.accept_changes or not needs:
         return

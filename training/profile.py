@@ -1,4 +1,4 @@
-"""Where the time of a step goes: a trace, a memory snapshot, and a table by kind that adds up to the step."""
+"""Profile of a training step: a trace, a memory snapshot, and a table of time by kind."""
 
 import logging
 import time
@@ -27,17 +27,17 @@ KINDS = {
         "_scaled_mm", "aten::mkldnn_linear", "mkl_linear",
     ),
 }  # fmt: skip
-# Of two things at one time, the earlier in this list is what the step is spent on.
+# If kinds overlap, the time counts as the first of them in this order.
 ORDER = ("optimizer", "GEMM", "attention", "loss", "elementwise", "communication")
 
 
 def kind_of(name: str) -> str:
-    """Return what a kernel, or on the CPU an operation, is for."""
+    """Return the kind of a kernel, or of an operation on the CPU."""
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "elementwise")
 
 
 def time_by_kind(intervals: Iterable[tuple[float, float, str]], begin: float, end: float) -> dict[str, float]:
-    """Divide the time from `begin` to `end` among the kinds of overlapping intervals; what none covers is idle."""
+    """Divide the time from `begin` to `end` among the kinds of overlapping intervals; the rest is idle."""
     changes = []
     for start, stop, kind in intervals:
         start, stop = max(start, begin), min(stop, end)
@@ -54,7 +54,7 @@ def time_by_kind(intervals: Iterable[tuple[float, float, str]], begin: float, en
 
 
 def profile_steps(step: Callable[[], object], device: torch.device, folder: Path) -> str:
-    """Run steps, write `table.txt`, `trace.json.gz` and on CUDA `memory.pickle` into `folder`; return the table."""
+    """Profile steps; write `table.txt`, `trace.json.gz` and on CUDA `memory.pickle`, and return the table."""
     folder.mkdir(parents=True, exist_ok=True)
     on_cuda = device.type == "cuda"
     for _ in range(WARM_UP):
@@ -76,7 +76,7 @@ def profile_steps(step: Callable[[], object], device: torch.device, folder: Path
     found.export_chrome_trace(str(folder / "trace.json.gz"))
     events: list[Any] = list(found.events() or [])
     window = next(e for e in events if e.name == WINDOW and e.device_type == DeviceType.CPU)
-    # On CUDA kernels; on the CPU all operations: of those inside each other, the kind that comes first counts.
+    # Kernels on CUDA; on the CPU all operations, nested ones included.
     work = [e for e in events if (e.device_type == DeviceType.CUDA) is on_cuda and e.name != WINDOW]
     intervals = [(e.time_range.start, e.time_range.end, kind_of(e.name)) for e in work]
     parts = time_by_kind(intervals, window.time_range.start, window.time_range.end)

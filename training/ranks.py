@@ -1,4 +1,4 @@
-"""Ranks that keep a checkpoint together: a failure on one of them is an error on all."""
+"""Collective operations on checkpoints, in which a failure on one rank is raised on all."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """The ranks of a process group; without one, this process alone."""
+    """The ranks of a process group, or a single process without one."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
@@ -21,10 +21,10 @@ class Ranks:
         self.size = 1 if group is None else dist.get_world_size(group)
 
     def all_gather(self, step: Callable[[], T]) -> list[T]:
-        """Run `step` on every rank and return all results on every rank; all must call this alike.
+        """Run `step` on every rank and return all results on every rank. A collective.
 
-        What may pass is tried again. A failure on any rank is a `CheckpointError` on every rank, and the same kind of
-        `DamagedError` if it is one; a file that stays missing is an `IncompleteError`.
+        Transient errors are retried. A failure on any rank raises the same `CheckpointError` or `DamagedError` on
+        every rank; a missing file raises `IncompleteError`.
         """
         value, failure, cause = None, None, None
         try:
@@ -51,7 +51,7 @@ class Ranks:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the first line of an error, with the rank if it is DCP's."""
+    """Return the first line of an error, with the rank of DCP's errors."""
     if isinstance(error, CheckpointException):
         rank, failure = next(iter(error.failures.items()))
         return f"rank {rank}: {reason_of(failure[0])}"
@@ -59,7 +59,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def some(names: Iterable[str]) -> str:
-    """Return the first three names, and a count of the rest."""
+    """Return the first three names and the number of the others."""
     names = sorted(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more or "none"

@@ -1,4 +1,4 @@
-"""What a run reports of its steps: losses by source, speed, records to the loggers, lines to the log."""
+"""Metrics of steps and validations, for loggers and the log."""
 
 import logging
 import math
@@ -18,7 +18,7 @@ from training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
-# Dense bf16 peak of one device in TFLOP/s, by a part of its name (NVIDIA's data sheets); fp16 is the same
+# Dense bf16 or fp16 peak of a device in TFLOP/s, by a part of its name (NVIDIA's data sheets)
 PEAK_TFLOPS = {
     "A100": 312, "A800": 312, "H100 PCIe": 756, "H100": 989, "H800": 989, "H200": 989, "GH200": 989,
     "B200": 2250, "L40S": 362, "L4": 121, "A10": 125, "V100": 125, "RTX 4090": 165, "RTX 3090": 71,
@@ -26,7 +26,7 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """Return a device's peak, or None if its name is not known."""
+    """Return a device's peak, or None if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -34,10 +34,10 @@ def peak_tflops(device: torch.device) -> float | None:
 
 
 def loss_metrics(totals: Sequence[Sequence[float]], sources: Sequence[str], prefix: str) -> dict[str, float]:
-    """Return loss, perplexity, accuracy and bits per byte, over all sources and for each.
+    """Return loss, perplexity, accuracy and bits per byte, over all sources and per source.
 
-    `totals` has a row per source: sums of nll (nats), of correct guesses, of targets, and of their bytes.
-    A source without targets has no metrics.
+    `totals` has a row per source: the sums of nll (nats), correct predictions, targets, and their bytes. A source
+    without targets has no metrics.
     """
     metrics: dict[str, float] = {}
     overall = [sum(column) for column in zip(*totals, strict=True)]
@@ -55,11 +55,11 @@ def loss_metrics(totals: Sequence[Sequence[float]], sources: Sequence[str], pref
 
 
 class Throughput:
-    """Speed from the start of a step's data to the end of its update.
+    """Speed of training steps, including data loading.
 
-    The host runs ahead of the device between the steps whose figures are read, so the figures are means over the
-    steps since the last ones. Tokens are a batch's, padding and masked ones included, per device of the world, as
-    InternLM's `tgs`; FLOP/s by its formula and, for MFU, by the exact causal count.
+    The host runs ahead of the device between logged steps, so metrics are means over the steps since the last
+    call. Tokens include padding and masked tokens, per device, as InternLM's `tgs`; FLOP/s use InternLM's formula,
+    and MFU the exact causal count.
     """
 
     def __init__(self, *, world_size: int, internlm_flops: float, causal_flops: float, peak: float | None) -> None:
@@ -72,26 +72,26 @@ class Throughput:
         self.at = time.perf_counter()
 
     def data_ready(self) -> float:
-        """Note that the step's batch is there, and return how long the step waited for it."""
+        """Mark the arrival of the batch; return the seconds that the step waited for it."""
         elapsed = self.lap()
         self.waited += elapsed
         return elapsed
 
     def end(self, tokens: int) -> None:
-        """Note that all work of a step was handed to the device."""
+        """Mark the end of a step on the host."""
         self.lap()
         self.tokens += tokens
         self.steps += 1
 
     def lap(self) -> float:
-        """Count the time since the last call of any of these methods, and return it."""
+        """Add the time since the last mark; return it."""
         now = time.perf_counter()
         elapsed, self.at = now - self.at, now
         self.seconds += elapsed
         return elapsed
 
     def metrics(self, steps_left: int) -> dict[str, float | None]:
-        """Return the means since the last call, and the time left at the mean of all steps."""
+        """Return means since the last call, and the remaining time."""
         self.all_tokens += self.tokens
         self.all_seconds += self.seconds
         self.all_steps += self.steps
@@ -111,7 +111,7 @@ class Throughput:
 
 
 def memory_gib() -> float:
-    """Return the peak of the device's allocated memory, or of this process's without a GPU."""
+    """Return the peak of allocated GPU memory, or of the process's memory without a GPU."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
@@ -121,7 +121,7 @@ def memory_gib() -> float:
 def step_line(record: dict[str, Any], steps: int) -> str:
     """Return a step's record as one line of fixed width."""
     width, left = len(str(steps)), timedelta(seconds=round(record["perf/left_s"]))
-    mfu, loss = record["perf/mfu"], record.get("train/loss")  # none where no token of the batch is a target
+    mfu, loss = record["perf/mfu"], record.get("train/loss")  # None if the batch has no targets
     return (
         f"step {record['step']:{width}d}/{steps} {100 * record['step'] // steps:3d}%  "
         f"loss {'      -' if loss is None else f'{loss:7.4f}'}  "
@@ -132,7 +132,7 @@ def step_line(record: dict[str, Any], steps: int) -> str:
 
 
 def valid_lines(metrics: dict[str, float], sources: Sequence[str]) -> list[str]:
-    """Return a validation as a line over all sources, and one for each if there are several."""
+    """Return a line for all sources, and one per source if there are several."""
     lines = []
     for name in ("", *sources) if len(sources) > 1 else ("",):
         words = ("loss", "perplexity", "accuracy", "bits_per_byte")
@@ -144,14 +144,14 @@ def valid_lines(metrics: dict[str, float], sources: Sequence[str]) -> list[str]:
 
 
 class StepReport:
-    """Reports a run's steps and validations, with the speed that its `throughput` measures."""
+    """Logs steps and validations of a run."""
 
     def __init__(self, loggers: Loggers, throughput: Throughput, *, sources: Sequence[str], steps: int) -> None:
         self.loggers, self.throughput, self.sources, self.steps = loggers, throughput, sources, steps
-        self.more: dict[str, float] = {}  # metrics of the next step that is reported
+        self.more: dict[str, float] = {}  # additional metrics of the next record
 
     def step(self, state: TrainState, result: StepResult, *, epochs: Mapping[int, float], loss_scale: float) -> None:
-        """Report a step; `epochs` is how often each source has been seen."""
+        """Log a step; `epochs` is by source."""
         lr, beta2 = result.rates_2.tolist()
         record: dict[str, Any] = {
             "step": state.step,
@@ -172,7 +172,7 @@ class StepReport:
         self.say(step_line(record, self.steps))
 
     def validation(self, state: TrainState, totals_S4: Tensor) -> None:
-        """Report a validation, by source, and draw the curve."""
+        """Log a validation and update the plot."""
         metrics = loss_metrics(totals_S4.tolist(), self.sources, "valid")
         state.valid_loss, state.validated_step = metrics.get("valid/loss"), state.step
         self.loggers.log({"step": state.step, "tokens": state.tokens, **metrics})
@@ -181,6 +181,6 @@ class StepReport:
         self.loggers.plot()
 
     def say(self, line: str) -> None:
-        """Log a line that all ranks have; rank 0 does."""
+        """Log a line on rank 0."""
         if not self.loggers.rank:
             logger.info("%s", line)

@@ -1,4 +1,4 @@
-"""Where a run starts: its own newest checkpoint, another run's weights, a Hugging Face model, or nothing."""
+"""Save and resume a run, or initialise it from another run or a Hugging Face model."""
 
 import logging
 import math
@@ -33,13 +33,13 @@ logger = logging.getLogger(__name__)
 
 FIRST_RNG = f"{PER_RANK}cpu"
 
-Saved = tuple[int, Path, dict[str, float]]  # the step, the checkpoint, the times for the metrics
+Saved = tuple[int, Path, dict[str, float]]  # step, checkpoint, metrics
 
 
 class RunCheckpoints:
-    """Saves and restores a run: weights, optimizer, counters, loss scale, random states.
+    """Saves and restores weights, optimizer, counters, loss scale and random states.
 
-    A context: when an error ends it, the save that is under way is waited for.
+    A context manager, which waits for a save in progress when it exits with an error.
     """
 
     def __init__(
@@ -59,15 +59,15 @@ class RunCheckpoints:
         bounds = {"add_bos": corpus.add_bos, "add_eos": corpus.add_eos}
         self.data = {"parts": corpus.fingerprints, "sources": corpus.sources, **bounds}
         self.background = mesh.device.type == "cuda" if config.asynchronous is None else config.asynchronous
-        # Ranks that write while others train have a group of their own.
+        # Background saves must not share a process group with training.
         group: Any = dist.new_group(backend="gloo") if self.background and mesh.host is not None else mesh.host
         self.checkpoints, self.ranks = Checkpoints(run_dir, config, group), Ranks(mesh.host)
         self.rng_name = f"{FIRST_RNG}.{self.ranks.rank}" if self.ranks.rank else FIRST_RNG
         self.snapshot, self.writer = Snapshot(optimizer), ThreadPoolExecutor(1, "checkpoint")
         self.saved_step = 0
-        self.saving: Future[Saved] | None = None  # the save that is under way
-        self.put_off = False  # a save is due at the next step whose gradient is finite
-        self.metrics: dict[str, float] = {}  # of the last save, until they are logged
+        self.saving: Future[Saved] | None = None  # the save in progress
+        self.put_off = False  # save after the next step with a finite gradient
+        self.metrics: dict[str, float] = {}  # of the last save, not yet logged
 
     def __enter__(self) -> "RunCheckpoints":
         if self.background and 0 < self.config.every < self.run_config["steps"]:
@@ -80,14 +80,14 @@ class RunCheckpoints:
         self.writer.shutdown(wait=False)
 
     def save(self, *, last: bool = False) -> None:
-        """Save the run as it stands, all ranks together, unless that was done at this step.
+        """Save the run unless done at this step; a collective.
 
-        In the background this returns once the tensors are copied, after the save before is done. With `last` it
-        returns when all is saved, and every failure is raised.
+        In the background, waits for the previous save and returns once the tensors are copied. With `last`, returns
+        when everything is saved, and raises any failure.
         """
         begun = time.perf_counter()
         if self.saving is not None and not self.saving.done():
-            text = "step %d waits for the save before it; raise checkpoint.every (%d) above what a save takes"
+            text = "step %d waits for the previous save; checkpoint.every (%d) is shorter than a save takes"
             logger.warning(text, self.state.step, self.config.every)
         self.note_saved(wait=True)
         if self.saved_step == self.state.step or self._is_put_off(last):
@@ -104,9 +104,9 @@ class RunCheckpoints:
         self.metrics["perf/checkpoint_stall_s"] = time.perf_counter() - begun
 
     def _is_put_off(self, last: bool) -> bool:
-        """Return whether a run of steps without a finite gradient is under way, after which nothing is saved.
+        """Return whether to postpone a save, because the last steps had no finite gradient.
 
-        At the end a single one is let pass: it may be an overflow of fp16.
+        The final save tolerates one such step, which may be an fp16 overflow.
         """
         self.state.sync()
         in_a_row = self.state.nonfinite_in_a_row
@@ -125,43 +125,42 @@ class RunCheckpoints:
         return step, path, {"perf/checkpoint_s": seconds, "perf/checkpoint_bytes_per_s": rate}
 
     def note_saved(self, *, wait: bool = False) -> None:
-        """Take note of a save in the background that has ended, at the same step on all ranks."""
+        """Record a background save that has ended, at the same step on all ranks."""
         if self.saving is not None and (wait or not self.mesh.all_reduce_max(not self.saving.done())):
             saving, self.saving = self.saving, None
             self._note(saving.result)
 
     def _note(self, outcome: Callable[[], Saved], *, last: bool = False) -> None:
-        """Take note of what a save returns; its failure is logged or raised."""
+        """Record the result of a save; log or raise its failure."""
         try:
             self.saved_step, path, times = outcome()
         except CheckpointError as error:
             if last or self.config.on_save_error is OnSaveError.stop:
                 raise
-            logger.warning("%s; the run goes on, and saves at the next interval", error)
+            logger.warning("%s; training continues, and saves at the next interval", error)
             return
         logger.info("saved %s", path)
         self.metrics |= times
 
     def after_step(self) -> None:
-        """Take note of a save that has ended, and make one that was put off."""
+        """Record a save that has ended; make one that was put off."""
         self.note_saved()
         if self.put_off:
             self.save()
 
     def take_metrics(self) -> dict[str, float]:
-        """Return the times of the last save, once."""
+        """Return the metrics of the last save, once."""
         metrics, self.metrics = self.metrics, {}
         return metrics
 
     def check(self) -> None:
-        """Raise `TrainingError` unless weights and moments are finite and replicas of them are equal."""
+        """Raise `TrainingError` unless weights and moments are finite and their replicas are equal."""
         check_tensors(self.optimizer.state_tensors(), self.ranks)
 
     def resume_or_start(self, config: TrainConfig) -> None:
-        """Bring the run to where it starts, and log where that is.
+        """Resume from the run's newest checkpoint, else initialise from `init_from`, else keep the initial weights.
 
-        A checkpoint of this run comes first, then `init_from`, then freshly drawn weights. A run that was begun with
-        another configuration or other data is refused.
+        Raises `CheckpointError` if configuration or data have changed.
         """
         checkpoint = self.checkpoints.newest(lambda found: self._resume(found, config))
         if checkpoint is None and config.init_from is not None:
@@ -169,9 +168,9 @@ class RunCheckpoints:
         self.saved_step = self.state.step
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take over all of a checkpoint; it must hold exactly what this run saves.
+        """Restore a checkpoint, which must have exactly the tensors that this run saves.
 
-        A rank that was not there when it was saved takes the first one's random state.
+        A rank without a saved random state takes rank 0's.
         """
         self._load(checkpoint, "", exact=True)
         rng_name = self.rng_name if self.rng_name in checkpoint.tensors else FIRST_RNG
@@ -186,23 +185,23 @@ class RunCheckpoints:
         saved, parts = checkpoint.state["data"]["parts"], self.data["parts"]
         changed, key = saved != parts, "data.added" if set(saved) <= set(parts) else "data.fingerprint"
         if changed and key not in accepted:
-            remedy = f"pass checkpoint.accept_changes=[{key}] to begin an epoch over all of it, or another name="
-            raise CheckpointError(f"the data changed since {self.run_dir} was begun; {remedy}")
+            remedy = f"pass checkpoint.accept_changes=[{key}] to start an epoch over all of it, or another name="
+            raise CheckpointError(f"the data changed since {self.run_dir} was started; {remedy}")
         self.restore(checkpoint)
         if names := nonfinite_tensors(self.optimizer.state_tensors(), self.ranks):
             raise DamagedError(f"{checkpoint.path}: {some(names)} are not finite")
         if changed:
             self.state.first_sample = self.state.samples
-            logger.info("the data changed: a new epoch over all of it begins at step %d", self.state.step)
+            logger.info("the data changed: a new epoch over all of it starts at step %d", self.state.step)
         logger.info("resumed from %s", checkpoint.path)
         scheduler, update = stored(SchedulerConfig, before["scheduler"]), self.state.updates
         then = learning_rate(update, steps=before["steps"], lr=before["optimizer"]["lr"], config=scheduler)
         now = learning_rate(update, steps=config.steps, lr=config.optimizer.lr, config=config.scheduler)
         if not self.ranks.rank and not math.isclose(then, now, rel_tol=1e-6):
-            logger.warning("the learning rate goes on at %.3g; as the run was begun, it would be %.3g", now, then)
+            logger.warning("the learning rate is %.3g; with the run's earlier settings it would be %.3g", now, then)
 
     def _initialise(self, config: TrainConfig, path: Path) -> None:
-        """Take what `init_content` names from `init_from`: weights, moments, the schedule's place, the data's place."""
+        """Load the parts in `init_content` from `init_from`: weights, moments, schedule or data position."""
         content, vocab_size = set(config.init_content), config.model.vocab_size
         if "all" in content:
             content = {"model", "optimizer", "scheduler", "sampler"}
@@ -213,7 +212,7 @@ class RunCheckpoints:
         path = path if other is None else other.path
         check_same_model(model, self.run_config["model"], path)
         if content != {"model"} and not (other and any(name.startswith("optimizer.") for name in other.tensors)):
-            raise CheckpointError(f"init_content ({', '.join(sorted(content))}): {path} holds a model only")
+            raise CheckpointError(f"init_content ({', '.join(sorted(content))}): {path} has only a model")
         if "model" in content:
             if other is not None and model["vocab_size"] == vocab_size:
                 self._load(other, "model.")
@@ -225,19 +224,18 @@ class RunCheckpoints:
         logger.info("%s from %s", ", ".join(sorted(content)), path)
 
     def _take_progress(self, other: Checkpoint, content: set[str]) -> None:
-        """Take the moments, and the schedule's and the data's place."""
         before = other.state["progress"]
         if "optimizer" in content:
             self._load(other, "optimizer.")
         if "scheduler" in content:
             self.state.load_state_dict({"updates": before["updates"]})
             if other.state["config"]["precision"]["compute"] == self.run_config["precision"]["compute"]:
-                self.scaler.load_state_dict(other.state["scaler"])  # of another precision it would be no scale
+                self.scaler.load_state_dict(other.state["scaler"])
         if "sampler" in content:
             self.state.load_state_dict({key: before[key] for key in ("step", "samples", "first_sample", "tokens")})
 
     def _load(self, checkpoint: Checkpoint, prefix: str, *, exact: bool = False) -> None:
-        """Load the optimizer's tensors whose names begin with `prefix`; `exact`: the checkpoint holds no others."""
+        """Load the optimizer's tensors whose names start with `prefix`; `exact`: the checkpoint has no others."""
         tensors = self.optimizer.state_tensors()
         wanted = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         checkpoint.load(wanted, exact=exact)

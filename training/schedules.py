@@ -1,4 +1,4 @@
-"""Learning rate and beta2 in closed form: functions of the number of updates made so far."""
+"""Learning rate and beta2 as closed-form functions of the number of updates so far."""
 
 import math
 
@@ -6,10 +6,10 @@ from training.config import OptimizerConfig, SchedulerConfig, ScheduleType
 
 
 def learning_rate(update: int, *, steps: int, lr: float, config: SchedulerConfig) -> float:
-    """Return the rate of update `update` (the first is 0) of a run of `steps`.
+    """Return the learning rate of an update, counted from 0, in a run of `steps`.
 
-    Zero for `init_steps`, then a linear warm-up that reaches `lr` at its last update, then the schedule's shape; held
-    at `lr * min_lr_ratio` past the end (InternLM v0.2.1 `FineTuneCosineAnnealingWarmupLR`).
+    Zero for `init_steps`, a linear warm-up that reaches `lr` at its last update, then the schedule; constant at
+    `lr * min_lr_ratio` past the end (InternLM v0.2.1 `FineTuneCosineAnnealingWarmupLR`).
     """
     warmup_steps = int(steps * config.warmup_ratio)
     start = config.init_steps + warmup_steps
@@ -32,9 +32,9 @@ def learning_rate(update: int, *, steps: int, lr: float, config: SchedulerConfig
 
 
 def second_beta(update: int, config: OptimizerConfig) -> float:
-    """Return beta2 of update `update` (the first is 0): `max(beta2, 1 - update**-c)`, constant for c = 0.
+    """Return beta2 of an update, counted from 0: `max(beta2, 1 - update**-c)`, constant for c = 0.
 
-    A longer memory late in training (Shazeer & Stern 2018, arXiv:1804.04235, sec. 6; InternLM's `Beta2Scheduler`).
+    Shazeer & Stern 2018, arXiv:1804.04235, sec. 6; InternLM's `Beta2Scheduler`.
     """
     if config.beta2_c <= 0 or update < 1:
         return config.beta2

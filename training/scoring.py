@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations, and continuations of prompts, by the engine's own forward pass in any layout."""
+"""Log-likelihoods of continuations, and generation, in any parallel layout."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise, takewhile
@@ -19,14 +19,14 @@ ROW_MULTIPLE = 64  # tokens
 
 
 class Encoded(NamedTuple):
-    """The ids of a text; the first `n_given` are context, the others are to be predicted."""
+    """The ids of a text; the first `n_given` are context, the others are predicted."""
 
     ids: np.ndarray
     n_given: int
 
 
 class Shape(NamedTuple):
-    """Of the batches that a forward pass takes, in tokens but for `rows`; `context` is what the model can look at."""
+    """Shape of a batch: `rows` of `row_len` tokens, for a model with a context of `context` tokens."""
 
     rows: int
     row_len: int
@@ -36,8 +36,8 @@ class Shape(NamedTuple):
 def encode(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], *, add_bos: bool) -> list[Encoded]:
     """Encode pairs of context and continuation as lm-evaluation-harness does.
 
-    Spaces at the end of a context belong to the continuation, and both are encoded together: at their border there may
-    be a token of both, which counts as continuation. A text without context follows the bos or eos token.
+    Trailing spaces of a context belong to the continuation, and both are encoded together; a token across the
+    boundary counts as continuation. A text without context follows the bos or eos token.
     """
     bos = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
     start = next((token for token in (tokenizer.bos_id, tokenizer.eos_id) if token is not None), 0)
@@ -55,7 +55,7 @@ def encode(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], *, add_bos: b
 
 
 def windows(text: Encoded, context: int) -> Iterator[Encoded]:
-    """Yield parts of which `context` tokens or fewer are read, the longest possible, to predict each token once."""
+    """Split a text into windows of up to `context` input tokens that predict each token once."""
     for start in range(text.n_given, len(text.ids), context):
         end = min(start + context, len(text.ids))
         first = max(0, end - 1 - context)
@@ -63,7 +63,7 @@ def windows(text: Encoded, context: int) -> Iterator[Encoded]:
 
 
 def pack(lengths: Sequence[int], row_len: int) -> list[list[int]]:
-    """Return rows of the numbers of texts, by best fit."""
+    """Pack texts into rows by best fit; return the indices of the texts of each row."""
     offsets = np.cumsum([0, *lengths])
     pieces, firsts = best_fit(offsets, row_len)
     numbers = np.searchsorted(offsets, pieces[:, 0]).tolist()
@@ -71,9 +71,9 @@ def pack(lengths: Sequence[int], row_len: int) -> list[list[int]]:
 
 
 def fill(texts: Sequence[Encoded], sources: Sequence[int], rows: Sequence[Sequence[int]], row_len: int) -> Batch:
-    """Return a batch of rows of texts, each a segment whose tokens from `n_given` on are targets of its source.
+    """Return a batch of rows of texts, each a segment with the tokens from `n_given` on as targets.
 
-    A row holds a token more than `row_len`, which is a target only.
+    A row has one more token than `row_len`, which is only a target.
     """
     tokens, source_BT = np.zeros((len(rows), row_len + 1), dtype=np.int32), np.zeros((len(rows), row_len), np.int32)
     is_target = np.zeros(tokens.shape, dtype=bool)
@@ -95,7 +95,7 @@ def fill(texts: Sequence[Encoded], sources: Sequence[int], rows: Sequence[Sequen
 
 
 def fitting_shape(engine: Engine, texts: Sequence[Encoded], batch_tokens: int) -> Shape:
-    """Return batches of about so many tokens, whose rows hold the longest text or what the model can look at."""
+    """Return the shape of batches of about `batch_tokens`, with rows for the longest text or the model's context."""
     axes, context = engine.mesh.axes, engine.model.config.max_seq_len
     multiple, longest = lcm(ROW_MULTIPLE, axes.cp * axes.tp), max(len(text.ids) for text in texts)
     row_len = -(-min(longest, context) // multiple) * multiple
@@ -105,16 +105,16 @@ def fitting_shape(engine: Engine, texts: Sequence[Encoded], batch_tokens: int) -
 def score(
     engine: Engine, texts: Sequence[Encoded], shape: Shape, go_on: Callable[[], bool] = lambda: True
 ) -> tuple[list[float], list[bool]]:
-    """Return each text's negative log-likelihood in nats, and whether greedy decoding writes it; a collective.
+    """Return each text's negative log-likelihood in nats, and whether it is the greedy continuation; a collective.
 
-    `go_on` is asked before each batch; once it is false the rest are left out.
+    `go_on` is called before each batch; if it returns False, the rest are skipped.
     """
     longest = min(shape.context, shape.row_len)
     found = [(number, part) for number, text in enumerate(texts) for part in windows(text, longest)]
     sources, parts = [number for number, _ in found], [part for _, part in found]
     rows = pack([len(part.ids) for part in parts], shape.row_len + 1)
     dp_size, first = engine.mesh.dp_size, engine.mesh.dp_rank * shape.rows
-    rows += [[]] * (-len(rows) % (shape.rows * dp_size))  # every rank has as many batches, all of one shape
+    rows += [[]] * (-len(rows) % (shape.rows * dp_size))  # the same number of batches on every rank, of one shape
     starts = range(first, len(rows), shape.rows * dp_size)
     batches = (fill(parts, sources, rows[start : start + shape.rows], shape.row_len) for start in starts)
     totals = engine.evaluate(takewhile(lambda _: go_on(), batches), n_sources=len(texts)).tolist()
@@ -129,10 +129,10 @@ def extend(
     max_new_tokens: int,
     choose: Callable[[int, list[int], Tensor], int | None],
 ) -> list[list[int]]:
-    """Continue prompts and return the new tokens; a collective whose result is the same on every rank.
+    """Continue prompts and return the new tokens, the same on every rank; a collective.
 
-    `choose(number, new, logits_V)` returns the next token of a prompt, or None to end it. Every token is a forward pass
-    over all prompts that a batch holds: there is no cache, so that any layout that trains can do it.
+    `choose(number, new, logits_V)` returns the next token of a prompt, or None to end it. There is no KV cache, so
+    that every layout works: each token takes a forward pass over all prompts of a batch.
     """
     kept = min(shape.context, shape.row_len) - max_new_tokens
     texts = [np.array([*prompt[-kept:], *[0] * max_new_tokens], dtype=np.int32) for prompt in prompts]
@@ -162,13 +162,13 @@ def extend(
 
 
 def last_logits(engine: Engine, batch: Batch, places: Sequence[tuple[int, int]]) -> Tensor:
-    """Return the logits after tokens at (row, column), float32 (N, V) on the CPU of every rank; a collective."""
+    """Return the logits after the tokens at (row, column), fp32 (N, V) on every rank's CPU; a collective."""
     mesh, n_vocab = engine.mesh, engine.model.config.vocab_size
     logits_NV = torch.zeros(len(places), n_vocab, device=mesh.device)
     rows_N, columns_N = torch.tensor(places, device=mesh.device).unbind(1)
 
     def head(h_BTD: Tensor, weight_VD: Tensor) -> Tensor:
-        here_N = columns_N - mesh.coordinate("cp") * h_BTD.shape[1]  # in this rank's slice of the row
+        here_N = columns_N - mesh.coordinate("cp") * h_BTD.shape[1]  # within this rank's slice of the row
         mine_N = (here_N >= 0) & (here_N < h_BTD.shape[1]) & (mesh.dp_rank == 0)
         first = 0 if engine.vocabulary is None else engine.vocabulary.first
         part_NV = (h_BTD[rows_N[mine_N], here_N[mine_N]] @ weight_VD.T).float()

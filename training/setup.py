@@ -1,4 +1,4 @@
-"""Model, engine, batches and schedule of a run, as its configuration asks for them."""
+"""Build model, engine, batches and schedule of a run from its configuration."""
 
 from collections.abc import Callable, Generator
 from dataclasses import replace
@@ -29,11 +29,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
 def compute_dtype(config: PrecisionConfig, device: torch.device) -> torch.dtype:
-    """Return the dtype of weights and activations on a device; auto: bf16 where it multiplies in it."""
+    """Return the dtype of weights and activations; auto: bf16 if the device supports it natively."""
     if config.compute is not Dtype.auto:
         return DTYPES[config.compute.value]
     if device.type == "cuda":
-        # A GPU that a dry run pretends is a recent one.
+        # A dry run's fake GPU supports it.
         fast = not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -43,15 +43,15 @@ def compute_dtype(config: PrecisionConfig, device: torch.device) -> torch.dtype:
 def build_model(
     config: TrainConfig, mesh: Mesh, fill: Callable[[ParallelModel, int], object] = ParallelModel.init_weights
 ) -> ParallelModel:
-    """Return this rank's part of the model, laid out and filled with weights."""
+    """Return this rank's shards of the parallelized model, with weights."""
     torch.manual_seed(config.seed)
     model = Transformer.on_meta(config.model)
     precision = config.precision
     dtype = compute_dtype(precision, mesh.device)
     grad_dtype = DTYPES[precision.grad_dtype.value] if precision.grad_dtype else None
-    laid_out = parallelize(model, mesh, config.parallel, dtype, fp8=precision.fp8.value, grad_dtype=grad_dtype)
-    fill(laid_out, config.seed)
-    return laid_out
+    parallel = parallelize(model, mesh, config.parallel, dtype, fp8=precision.fp8.value, grad_dtype=grad_dtype)
+    fill(parallel, config.seed)
+    return parallel
 
 
 def build_engine(
@@ -63,9 +63,9 @@ def build_engine(
     state: TrainState,
     corpus: Corpus | None = None,
 ) -> Engine:
-    """Return the engine of a run; without a corpus its losses are of one source, without bytes."""
+    """Return the engine of a run; without a corpus, losses are of one source and not per byte."""
     if config.parallel.cuda_graphs and not all(rule.on_device for rule in optimizer.rules):
-        raise TrainingError("parallel.cuda_graphs (true) needs an optimizer that never waits for the host, as adamw")
+        raise TrainingError("parallel.cuda_graphs (true) needs an optimizer that runs on the device, such as adamw")
     n_bytes = None if corpus is None else corpus.bytes_per_token
     return Engine(
         model,
@@ -84,9 +84,9 @@ def build_engine(
 def build_evaluator(
     saved: Saved, mesh: Mesh, parallel: ParallelConfig, dtype: Dtype, corpus: Corpus | None = None
 ) -> Engine:
-    """Return an engine for a saved model that cannot train: it has no optimizer.
+    """Return an engine that evaluates a saved model, without an optimizer.
 
-    The rows of a padded vocabulary are left out, as an export leaves them out, unless tp splits them.
+    The padding of the vocabulary is dropped, as in an export, unless tp splits it.
     """
     config, tokenizer, checkpoint = saved.config, saved.tokenizer, saved.checkpoint
     if tokenizer is not None and checkpoint is not None and checkpoint.state["data"]["parts"] and mesh.axes.tp == 1:
@@ -98,7 +98,7 @@ def build_evaluator(
         weights = saved.read() if checkpoint is None else {}
         for name, param in model.params.items():
             name = model.module.tied_params.get(name, name)
-            # One weight at a time is in memory, on every rank.
+            # Reads one full weight at a time.
             whole = weights[name] if checkpoint is None else checkpoint.read(f"model.{name}")[""]
             param.write(whole[: param.shape[0]])
 
@@ -109,7 +109,7 @@ def build_evaluator(
 def build_train_batches(
     config: TrainConfig, mesh: Mesh, corpus: Corpus, state: TrainState
 ) -> Generator[list[Batch], None, None]:
-    """Yield the micro-batches of this rank, step by step, from where the run stands."""
+    """Yield this rank's micro-batches of each step from the current one on."""
     return train_batches(
         corpus,
         config.data,
@@ -123,14 +123,14 @@ def build_train_batches(
 
 
 def lr_schedule(config: TrainConfig, state: TrainState) -> list[tuple[float, float]]:
-    """Return the learning rate and beta2 of each update that the steps left may make."""
+    """Return learning rate and beta2 of every remaining update."""
     updates = range(state.updates, state.updates + config.steps - state.step + 1)
     rate = partial(learning_rate, steps=config.steps, lr=config.optimizer.lr, config=config.scheduler)
     return [(rate(update), second_beta(update, config.optimizer)) for update in updates]
 
 
 def step_flops(config: TrainConfig) -> tuple[float, float]:
-    """Return the FLOPs per token as MFU counts them, and by InternLM's formula, which counts what is recomputed."""
+    """Return the FLOPs per token for MFU, and by InternLM's formula, which includes recomputation."""
     recompute = config.parallel.activation_checkpointing.value != "none"
     model, seq_len = config.model, config.data.seq_len
     return flops_per_token(model, seq_len), internlm_flops_per_token(model, seq_len, recompute=recompute)

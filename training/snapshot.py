@@ -1,4 +1,4 @@
-"""A copy of an optimizer's tensors in the host's memory, from which a checkpoint is written while training goes on."""
+"""Copies of an optimizer's tensors in host memory, for background checkpoints."""
 
 import weakref
 from copy import copy
@@ -14,7 +14,7 @@ ALIGNED_TO = 64  # bytes
 
 
 class Snapshot:
-    """Host memory for an optimizer's tensors, allocated once; pinned, so that a GPU copies at full speed."""
+    """Pinned host memory for an optimizer's tensors, allocated once."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -22,7 +22,7 @@ class Snapshot:
 
     @torch.no_grad()
     def take(self) -> Optimizer:
-        """Return an optimizer that holds the tensors as they are now, until the next call."""
+        """Return a copy of the optimizer with the current tensors, valid until the next call."""
         self.allocate()
         for copies, tensors in zip(self.copies, self._held(), strict=True):
             for name, tensor in tensors.items():
@@ -35,7 +35,7 @@ class Snapshot:
         return taken
 
     def allocate(self) -> None:
-        """Allocate the memory, unless that was done: in one block, because each that is pinned is rounded up."""
+        """Allocate the memory if necessary, in one block, because every pinned block is rounded up."""
         if self.copies:
             return
         held = self._held()

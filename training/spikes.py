@@ -1,24 +1,24 @@
-"""Spikes: finite figures of a step far above those of the steps before it."""
+"""Detection of spikes in loss and gradient norm."""
 
 import math
 import statistics
 from collections.abc import Mapping
 
 FIGURES = ("loss", "gradient norm")
-WINDOW, LEAST = 128, 20  # logged steps that a figure is compared with, at most and at least
+WINDOW, LEAST = 128, 20  # logged steps to compare with, at most and at least
 
-Recent = dict[str, list[float]]  # the figures of the last logged steps, by name
+Recent = dict[str, list[float]]  # figures of the last logged steps, by name
 
 
 def spike_limits(recent: Recent, sigma: float) -> dict[str, float]:
-    """Return `sigma` standard deviations above the mean of each figure; inf until there are enough of them."""
+    """Return the mean plus `sigma` standard deviations of each figure; inf until there are enough."""
     known = {name: window for name, window in recent.items() if len(window) >= LEAST}
     limits = {name: statistics.fmean(window) + sigma * statistics.stdev(window) for name, window in known.items()}
     return dict.fromkeys(FIGURES, math.inf) | limits
 
 
 def find_spikes(recent: Recent, figures: Mapping[str, float], sigma: float) -> list[str]:
-    """Describe the figures of a step that are above their limits, and add them all to `recent`."""
+    """Describe the figures that are above their limits; add all figures to `recent`."""
     limits, found = spike_limits(recent, sigma), []
     for name, value in figures.items():
         if math.isfinite(value):

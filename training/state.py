@@ -1,4 +1,4 @@
-"""How far a run has come: the one owner of its counters, on the host and on the device."""
+"""The progress of a run: all counters, on the host and on the device."""
 
 import math
 from collections.abc import Mapping
@@ -14,19 +14,19 @@ from training.config import CheckpointError
 
 @dataclass(slots=True)
 class TrainState:
-    """What a checkpoint keeps of a run beside its tensors."""
+    """The part of a run's state that is not tensors; saved in checkpoints."""
 
-    step: int = 0  # batches taken from the data, trained on or not
+    step: int = 0  # batches taken from the data, including skipped ones
     samples: int = 0  # packs taken from the data
-    first_sample: int = 0  # where the data's order begins: not at 0 if files were added to it in the middle
+    first_sample: int = 0  # start of the current order of samples, which restarts when data is added
     tokens: int = 0
     skipped_steps: int = 0  # by skip_batches
     validated_step: int = 0
     valid_loss: float | None = None
-    evaluated: dict[str, int] = field(default_factory=dict)  # the last step of `evaluation` and of `samples`
-    # Counted on the device, and here as of the last `sync`
-    updates: int = 0  # of the weights; the schedule follows these
-    nonfinite_steps: int = 0  # whose gradient was not finite
+    evaluated: dict[str, int] = field(default_factory=dict)  # last step of `evaluation` and of `samples`
+    # Counted on the device; here as of the last `sync`
+    updates: int = 0  # of the weights, which index the schedule
+    nonfinite_steps: int = 0
     nonfinite_in_a_row: int = 0
     spikes: int = 0
     recent: dict[str, list[float]] = field(default_factory=dict)  # figures of logged steps, for spikes
@@ -49,20 +49,20 @@ class TrainState:
         return self.nonfinite_steps - before
 
     def undone(self) -> tuple[str, ...]:
-        """Return how the metrics begin that a run which resumes here may log again at this step."""
+        """Return prefixes of metrics that a run resumed here may log again at this step."""
         last = {"valid/": self.validated_step, "evaluation": 0, "samples": 0} | self.evaluated
         return tuple(word for word, step in last.items() if step != self.step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counters as JSON, which has no nan."""
+        """Return the counters as JSON; nan becomes None."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("saved", True)}
-        values = deepcopy(values)  # a save in the background writes them later
+        values = deepcopy(values)  # a background save writes them later
         return {**values, "valid_loss": self.valid_loss if math.isfinite(self.valid_loss or 0) else None}
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
-        """Take over the counters that are given, on the device too; call it before an engine counts."""
+        """Set the given counters, on the device too; call before an engine is built."""
         if unknown := values.keys() - {f.name for f in fields(self)}:
-            raise CheckpointError(f"its progress has {', '.join(sorted(unknown))}; use the version that wrote it")
+            raise CheckpointError(f"unknown progress {', '.join(sorted(unknown))}; use the version that wrote it")
         for name, value in values.items():
             setattr(self, name, value)
         self.__post_init__()

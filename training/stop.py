@@ -1,4 +1,4 @@
-"""Requests to stop: signals only set a flag, on which all ranks agree between steps and batches."""
+"""Stop requests: signals set a flag, on which all ranks agree between steps."""
 
 import logging
 import os
@@ -15,25 +15,24 @@ from launch.ranks import SIGNALS, handle
 from parallel.mesh import Mesh
 
 GIVEN_UP = 1000  # beyond every signal
-MESSAGE = b"\nstopping after this step and saving; once more to stop at once\n"
+MESSAGE = b"\nstopping after this step and saving; interrupt again to stop immediately\n"
 
 logger = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """A context in which signals ask for a stop instead of ending the process; the ranks of a mesh agree on it.
+    """A context manager in which signals request a stop instead of ending the process.
 
-    SIGTERM is what Slurm sends before it takes a node away, SIGUSR2 what comes before the time limit, SIGHUP what a
-    terminal sends that is closed. A second SIGINT raises KeyboardInterrupt; other signals are counted. Processes forked
-    inside the context ignore them all.
+    Slurm sends SIGTERM on preemption and SIGUSR2 before the time limit; a closed terminal sends SIGHUP. A second
+    SIGINT raises KeyboardInterrupt; other signals are counted. Processes forked inside the context ignore them all.
     """
 
     def __init__(self, mesh: Mesh | None = None) -> None:
         self.signum: int | None = None
         self.mesh = mesh if mesh is not None and mesh.world_size > 1 else None
-        self.asked: dict[str, Any] = {}  # which signal came first, to which rank, when, and what followed
+        self.asked: dict[str, Any] = {}  # the first signal, its rank, step and time
         self.received = self.agreements = 0
-        self.saved_step = 0  # of the checkpoint that the run leaves
+        self.saved_step = 0  # of the run's last checkpoint
         self.pid = os.getpid()
 
     def __enter__(self) -> "StopRequest":
@@ -48,7 +47,7 @@ class StopRequest:
         return bool(self.asked)
 
     def agree(self, step: int, own_s: float = 0.0) -> list[float]:
-        """Let all ranks know of a request to any of them; return `own_s` of all. All must call this alike."""
+        """Share a request on any rank with all; return `own_s` of all ranks. A collective."""
         self.agreements += 1
         figures = torch.tensor([[self.signum or 0.0, own_s]], dtype=torch.float64)
         if self.mesh is not None:
@@ -64,11 +63,11 @@ class StopRequest:
         return figures[:, 1].tolist()
 
     def give_up(self) -> None:
-        """Ask for the end of a run that is not worth its steps."""
+        """Request the end of a run that early_stop judges hopeless."""
         self.signum = GIVEN_UP
 
     def summary(self) -> dict[str, Any]:
-        """Return what status.json keeps of a signal and what followed; {} if there was none."""
+        """Return the entry for status.json; {} without a signal."""
         if not self or self.given_up:
             return {}
         saved = f"saved at step {self.saved_step}" if self.saved_step else "nothing was saved"
@@ -81,12 +80,12 @@ class StopRequest:
 
     @property
     def for_a_requeue(self) -> bool:
-        """Whether Slurm sent the signal to a job that is to go on later."""
+        """Whether a Slurm job should be requeued after this signal."""
         return bool(self) and self.signum in (signal.SIGTERM, signal.SIGUSR2)
 
     @property
     def exit_code(self) -> int:
-        """The code that a shell expects of a process ended by a signal."""
+        """The shell's exit code for a process ended by a signal."""
         return 128 + (self.signum or 0)
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
@@ -97,5 +96,5 @@ class StopRequest:
         self.received += 1
         self.signum = self.signum or signum
         if os.environ.get("RANK", "0") == "0":
-            with suppress(OSError):  # the terminal is gone
-                os.write(2, MESSAGE)  # print is not safe inside a handler
+            with suppress(OSError):  # the terminal is closed
+                os.write(2, MESSAGE)  # print is not reentrant

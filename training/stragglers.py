@@ -1,4 +1,4 @@
-"""Which rank holds up the others: the time that each takes by itself in a step."""
+"""Detection of ranks that slow down the others."""
 
 import json
 import logging
@@ -15,23 +15,23 @@ from torch._C import _distributed_c10d as c10d
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 
-SLOWER, SHARE = 1.1, 0.02  # than the median of the others, and by that share of the whole step
-IN_A_ROW = 10
+SLOWER, SHARE = 1.1, 0.02  # factor on the median of the others, and minimum excess as a fraction of the step
+IN_A_ROW = 10  # steps before a warning
 
 logger = logging.getLogger(__name__)
 
 
 class Stragglers:
-    """Compares the ranks' own times: to get a batch, and to run the first micro-batch forward.
+    """Compares the ranks' own times: waiting for data, and the forward pass of the first micro-batch.
 
-    Neither waits for another rank, unless weights, sequences or layers are split over ranks. The device's time is read
-    when it is there, steps later perhaps.
+    Neither depends on other ranks, unless weights, sequences or layers are split over ranks. Device times are read
+    without synchronizing, possibly some steps later.
     """
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh, self.on_gpu = mesh, mesh.device.type == "cuda"
         self.data_s = self.forward_s = 0.0
-        self.marks: list[Any] = []  # starts and ends of forward passes, until the device has come to them
+        self.marks: list[Any] = []  # events at starts and ends of forward passes, not yet read
         self.marks_left = 0  # in this step
         self.noted_at = time.perf_counter()
         self.slowest, self.in_a_row = 0, 0
@@ -39,7 +39,7 @@ class Stragglers:
 
     @contextmanager
     def watch(self, engine: Engine) -> Iterator[None]:
-        """Measure the forward passes of a model; not under a pipeline, where they wait for others, nor in a graph."""
+        """Time the forward passes of a model, except under a pipeline, where they wait for others, or CUDA graphs."""
         measured = self.mesh.world_size > 1 and self.mesh.axes.pp == 1 and engine.graphs is None
         with ExitStack() as hooks:
             for name in ("register_forward_pre_hook", "register_forward_hook") if measured else ():
@@ -47,11 +47,11 @@ class Stragglers:
             yield
 
     def begin(self, data_s: float) -> None:
-        """Begin a step, for whose batch this rank waited `data_s`."""
+        """Start a step; `data_s` is the time this rank waited for its batch."""
         self.data_s, self.marks_left = data_s, 2
 
     def own_s(self) -> float:
-        """Return this rank's own time in the step just made, the first time it is asked for; then 0."""
+        """Return this rank's own time in the last step on the first call, then 0."""
         while len(self.marks) >= 2 and (not self.on_gpu or self.marks[1].query()):
             start, end = self.marks[:2]
             self.forward_s = start.elapsed_time(end) / 1e3 if self.on_gpu else end - start
@@ -60,7 +60,7 @@ class Stragglers:
         return own_s
 
     def note(self, own_s: Sequence[float]) -> None:
-        """Take the times of all ranks, and warn if one has held up the others for some steps in a row."""
+        """Record the times of all ranks; warn if one has been slowest for `IN_A_ROW` steps."""
         if len(own_s) == 1 or not all(own_s):
             return
         step_s, self.noted_at = time.perf_counter() - self.noted_at, time.perf_counter()
@@ -71,7 +71,7 @@ class Stragglers:
         self.in_a_row = self.in_a_row + 1 if slow and slowest == self.slowest else int(slow)
         self.slowest = slowest
         if self.in_a_row == IN_A_ROW and self.mesh.rank == 0:
-            text = "rank %d has held up the others for %d steps: it takes %.3g s to its first loss, they take %.3g"
+            text = "rank %d has slowed down the others for %d steps: data and first forward take %.3g s, others' %.3g s"
             logger.warning(text, slowest, IN_A_ROW, own_s[slowest], usual_s)
 
     def _mark(self, *_: object) -> None:
@@ -83,7 +83,7 @@ class Stragglers:
 
 
 def pending_collective() -> str:
-    """Return the oldest collective that this rank's GPU has not finished, from NCCL's flight recorder; "" for none."""
+    """Return the oldest unfinished collective of this rank's GPU, from NCCL's flight recorder, or ""."""
     if not torch.cuda.is_initialized() or not dist.is_initialized():
         return ""
     entries = json.loads(c10d._dump_nccl_trace_json(onlyActive=True)).get("entries", [])  # type: ignore[attr-defined]

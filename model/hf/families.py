@@ -1,4 +1,4 @@
-"""The Hugging Face families that can be read and written. A new one is a class like `Llama` and a line here."""
+"""Hugging Face model families, read and written. A new one is a class like `Llama` and an entry of FAMILIES."""
 
 import json
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ from model.hf.internlm2 import InternLM2
 from model.hf.llama import Llama
 from model.transformer import Transformer
 
-HEADS = ("lm_head.weight", "output.weight")  # stored beside a tied embedding, and equal to it
-FAMILIES: tuple[Llama, ...] = (Llama(), Granite(), InternLM2())  # the smaller first
+HEADS = ("lm_head.weight", "output.weight")  # redundant in a file with tied embeddings
+FAMILIES: tuple[Llama, ...] = (Llama(), Granite(), InternLM2())  # export takes the first that fits
 
 
 def export_family(config: ModelConfig) -> Llama:
-    """Return the smallest family that can express a model."""
+    """Return the first family that can express the model."""
     for family in FAMILIES:
         if family.can_express(config):
             return family
@@ -37,25 +37,25 @@ def read_config(folder: Path) -> tuple[ModelConfig, Llama]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Return the weights of a Hugging Face folder, fp32, by our names."""
+    """Return the weights of a Hugging Face folder in fp32 under our parameter names."""
     config, family = read_config(folder)
-    ours = {theirs: name for name, theirs in family.names(config).items()}
+    our_names = {hf_name: name for name, hf_name in family.names(config).items()}
     weights: dict[str, Tensor] = {}
     for stored, whole in _tensors(folder):
         for name, tensor in family.split(stored, whole, config):
-            if name in ours:
-                weights[ours[name]] = tensor.float()
+            if name in our_names:
+                weights[our_names[name]] = tensor.float()
             elif not name.endswith("rotary_emb.inv_freq") and not (config.tie_embeddings and name in HEADS):
                 raise ModelError(f"{folder}: the model has no place for tensor {name}")
     for name, param in Transformer.on_meta(config).named_parameters():
         found = weights[name].shape if name in weights else None
         if found != param.shape:
-            raise ModelError(f"{folder}: {name} is {found or 'missing'}, and by config.json it is {param.shape}")
+            raise ModelError(f"{folder}: {name} is {found or 'missing'}; config.json says {param.shape}")
     return weights
 
 
 def pad_vocabulary(weights: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
-    """Pad a smaller vocabulary with rows that are the mean of its own: no text has their ids."""
+    """Pad embedding and head to `vocab_size` rows with the mean of their rows; no text has these ids."""
     padded = dict(weights)
     for name in ("embed.weight", "head.weight"):
         if name in weights and (missing := vocab_size - len(weights[name])) > 0:
@@ -65,7 +65,7 @@ def pad_vocabulary(weights: dict[str, Tensor], vocab_size: int) -> dict[str, Ten
 
 
 def read_stop_ids(folder: Path) -> set[int]:
-    """Return the tokens that end a text by a folder's generation_config.json, if there is one."""
+    """Return the eos_token_id of a folder's generation_config.json as a set, empty without one."""
     path = folder / "generation_config.json"
     ids = read_json(path).get("eos_token_id") if path.exists() else None
     return set() if ids is None else set(ids) if isinstance(ids, list) else {ids}

@@ -1,4 +1,4 @@
-"""Hugging Face's Granite: a Llama with multipliers, for models whose own cannot be folded into weights."""
+"""Hugging Face's Granite: Llama with multipliers, for mup models whose multipliers cannot be folded into weights."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Hugging Face's InternLM2, which is read and not written: a Llama by other names, whose q, k and v are one matrix."""
+"""Hugging Face's InternLM2, read only: Llama with other tensor names and one matrix for q, k and v."""
 
 from collections.abc import Iterable
 
@@ -32,7 +32,7 @@ class InternLM2(Llama):
         return found
 
     def split(self, name: str, tensor: Tensor, config: ModelConfig) -> Iterable[tuple[str, Tensor]]:
-        """Split wqkv: for each key head it has the query heads, then the key, then the value."""
+        """Split wqkv, whose rows are, per key head, its query heads, the key and the value."""
         if ".wqkv." not in name:
             return [(name, tensor)]
         groups = tensor.unflatten(0, (config.n_kv_heads, -1, config.head_dim))

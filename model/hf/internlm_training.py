@@ -1,6 +1,6 @@
-"""InternLM's training checkpoints: model_config.pt, and model_tp{i}_pp{j}.pt of each tensor- and pipeline rank.
+"""Read training checkpoints of InternLM v0.2.1, and of InternEvo for InternLM and InternLM2.
 
-Read are those of InternLM v0.2.1, and InternEvo's of InternLM and InternLM2.
+They are model_config.pt and one model_tp{i}_pp{j}.pt per tensor-parallel and pipeline rank.
 """
 
 import re
@@ -31,7 +31,7 @@ SUPPORTED = {
 
 
 def read_training_checkpoint(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Return the configuration of a training checkpoint and its merged weights, fp32, by our names."""
+    """Return the configuration and the merged fp32 weights under our parameter names."""
     about = _load(folder / "model_config.pt")
     for key, ours in SUPPORTED.items():
         if about.get(key, ours) != ours:
@@ -41,14 +41,14 @@ def read_training_checkpoint(folder: Path) -> tuple[ModelConfig, dict[str, Tenso
     stage, rank = max(paths, default=(0, 0))
     if len(paths) != (wanted := (stage + 1) * (rank + 1)):
         raise ModelError(f"{folder} has {len(paths)} of {wanted} files model_tp*_pp*.pt; all are needed")
-    # By layer and name, a part per tp rank. Layers count from 0 in each stage; chunks of the stages take turns.
+    # By layer and name, one part per tp rank. Layers are numbered from 0 in each stage; their order is chunk, stage.
     parts: dict[tuple[int, int, int], dict[str, list[Tensor]]] = {}
     for (stage, _), path in sorted(paths.items()):
         for chunk, layer, name, part in _named_parts(_load(path), about, path):
             parts.setdefault((chunk, stage, layer), {}).setdefault(name, []).append(part)
     layers = enumerate(parts[place] for place in sorted(parts) if place[2] >= 0)
-    named = {f"blocks.{n}.{name}": its for n, layer in layers for name, its in layer.items()}
-    named |= {name: its for place, found in parts.items() if place[2] < 0 for name, its in found.items()}
+    named = {f"blocks.{n}.{name}": split for n, layer in layers for name, split in layer.items()}
+    named |= {name: split for place, found in parts.items() if place[2] < 0 for name, split in found.items()}
     config = ModelConfig(
         name=folder.name,
         vocab_size=about["vocab_size"],
@@ -70,19 +70,19 @@ def read_training_checkpoint(folder: Path) -> tuple[ModelConfig, dict[str, Tenso
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        # InternLM's configurations are of a class of its own, a dict with attributes.
-        own = [name for name in get_unsafe_globals_in_checkpoint(path) if name.endswith(".Config")]
-        with safe_globals([(dict, name) for name in own]):
+        # InternLM pickles its configuration as a class `Config`, a dict with attributes.
+        configs = [name for name in get_unsafe_globals_in_checkpoint(path) if name.endswith(".Config")]
+        with safe_globals([(dict, name) for name in configs]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError:
-        raise ModelError(f"{path} holds Python objects; only tensors and plain values are read") from None
+        raise ModelError(f"{path} has Python objects; only tensors and plain values can be read") from None
 
 
 def _named_parts(state: dict[str, Tensor], about: dict[str, Any], path: Path) -> Iterator[tuple[int, int, str, Tensor]]:
-    """Yield (chunk, layer, name, tensor) of a part, the layer -1 outside of layers; q, k and v apart."""
+    """Yield (chunk, layer, name, tensor) of one file, with layer -1 outside of layers, and q, k and v split."""
     shapes = {key.split("mlp.")[1]: tensor.shape for key, tensor in state.items() if ".mlp.w" in key}
     gate, w2, w3 = (shapes.get(f"w{n}.weight") for n in (1, 2, 3))
-    # v0.2.1 has the up projection as w2, and a prefix `model.`; InternEvo has it as w3, and none.
+    # The up projection is w2 in v0.2.1, whose names start with `model.`, and w3 in InternEvo.
     up_is_w2 = w2 == gate if w2 != w3 else "model." in next(iter(state))
     up, down = ("mlp.w2", "mlp.w3") if up_is_w2 else ("mlp.w3", "mlp.w2")
     names = {**NAMES, up: "mlp.w_up", down: "mlp.w_down"}
@@ -100,21 +100,21 @@ def _named_parts(state: dict[str, Tensor], about: dict[str, Any], path: Path) ->
 
 
 def _split_qkv(tensor: Tensor, about: dict[str, Any], name: str) -> list[Tensor]:
-    """Return a rank's q, k and v. InternLM's rows are all its q, then k, then v; InternLM2's alternate by key head."""
+    """Return a rank's q, k and v. InternLM's rows are q, then k, then v; InternLM2's are grouped by key head."""
     n_heads, head_dim = about["num_attention_heads"], about["hidden_size"] // about["num_attention_heads"]
     if name == "mixer.Wqkv":
         return list(tensor.chunk(3))
     groups = tensor.unflatten(0, (-1, n_heads // about["num_kv_attention_heads"] + 2, head_dim))
     q, k, v = groups[:, :-2].flatten(0, 1), groups[:, -2], groups[:, -1]
-    if about.get("qk_interleaved", not about.get("adapt_hf", False)):  # rotary pairs are neighbours, and here halves
+    if about.get("qk_interleaved", not about.get("adapt_hf", False)):  # to rotary pairs in halves, as ours are
         q, k = (x.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2) for x in (q, k))
     return [x.flatten(0, 1) for x in (q, k, v)]
 
 
 def _merged(parts: list[Tensor], shape: torch.Size, what: str) -> Tensor:
-    """Join the parts of the tensor-parallel ranks along the axis that they divide; norms and biases are whole."""
+    """Concatenate the parts of the tensor-parallel ranks along the sharded axis; norms and biases are replicated."""
     axes = [axis for axis, size in enumerate(shape) if parts[0].shape[axis] != size]
     whole = (torch.cat(parts, axes[0]) if axes else parts[0]).float()
     if whole.shape != shape:
-        raise ModelError(f"{what} is {tuple(whole.shape)}, and by model_config.pt it is {tuple(shape)}")
+        raise ModelError(f"{what} is {tuple(whole.shape)}; model_config.pt says {tuple(shape)}")
     return whole

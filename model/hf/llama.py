@@ -1,4 +1,4 @@
-"""Hugging Face's Llama: the family that a model is exported as, and the base of its relatives."""
+"""Hugging Face's Llama, the usual export, and the base class of the other families."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import Tensor
 from model.config import ModelConfig, ModelError
 from model.transformer import Transformer
 
-FIELDS = {  # of config.json and of ModelConfig
+FIELDS = {  # config.json -> ModelConfig
     "vocab_size": "vocab_size",
     "hidden_size": "d_model",
     "intermediate_size": "d_ff",
@@ -26,7 +26,7 @@ DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta":
 
 
 class Llama:
-    """LlamaForCausalLM; InternLM-1 is one with biases on q, k, v and o. A relative overrides what differs."""
+    """LlamaForCausalLM, and InternLM-1, which adds biases to q, k, v and o. Subclasses override what differs."""
 
     architectures: tuple[str, ...] = ("LlamaForCausalLM", "InternLMForCausalLM")
 
@@ -36,13 +36,13 @@ class Llama:
         return (config.mlp, config.attention_layer) == ("swiglu", "gqa") and folds
 
     def factor(self, name: str, config: ModelConfig) -> float:
-        """Return what a weight of ours is multiplied by, in place of a factor that the family's forward pass lacks."""
+        """Return the factor to fold into a weight on export, because the family's forward pass does not apply it."""
         if name == "head.weight":
             return 1 / config.width_ratio
         return 1 / config.depth_ratio if name.rpartition(".")[0].endswith((".wo", ".w_down")) else 1.0
 
     def names(self, config: ModelConfig) -> dict[str, str]:
-        """Return this family's name of each of our parameters."""
+        """Map our parameter names to the family's."""
         model = Transformer.on_meta(config)
         known = dict(model.known_weights())
         found = {}
@@ -53,11 +53,11 @@ class Llama:
         return found
 
     def write_config(self, config: ModelConfig, *, dtype: str, **token_ids: int | None) -> dict[str, Any]:
-        """Return the config.json of a model, as transformers 4 and 5 both read it."""
+        """Return the contents of config.json, readable by transformers 4 and 5."""
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
-            **{theirs: getattr(config, ours) for theirs, ours in FIELDS.items()},
+            **{hf_key: getattr(config, key) for hf_key, key in FIELDS.items()},
             "head_dim": config.head_dim,
             "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},  # transformers 5
             "mlp_bias": False,
@@ -69,7 +69,7 @@ class Llama:
         }
 
     def read_config(self, about: dict[str, Any], folder: Path) -> ModelConfig:
-        """Return our configuration for a config.json; raises `ModelError` if our model computes something else."""
+        """Return our configuration for a config.json; raise `ModelError` if our model cannot compute the same."""
         rope, scaling = about.get("rope_parameters") or {}, about.get("rope_scaling") or {}
         head_dim = about["hidden_size"] // about["num_attention_heads"]
         kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type")
@@ -85,5 +85,5 @@ class Llama:
         return ModelConfig(name=folder.name, **{**fields, "rope_theta": float(fields["rope_theta"])})
 
     def split(self, name: str, tensor: Tensor, config: ModelConfig) -> Iterable[tuple[str, Tensor]]:
-        """Return the tensors that a stored one is made of, by this family's names."""
+        """Split a stored tensor into named parameters, still under the family's names."""
         return [(name, tensor)]

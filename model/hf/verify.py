@@ -1,4 +1,4 @@
-"""Load an exported folder with transformers, and compare what it computes with what it was exported from."""
+"""Load an exported folder with transformers and compare its output with the original model's."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ LOGITS_TOLERANCE = 1e-4
 
 
 def verify(folder: Path, model: Transformer, tokenizer: Tokenizer | None, *, add_bos: bool) -> str:
-    """Return what transformers finds equal to the model and the tokenizer; raise `ModelError` for what is not."""
+    """Return a summary of what was compared; raise `ModelError` if anything differs."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
     from transformers.utils import logging
 
@@ -54,5 +54,5 @@ def _equal(text: str, tokenizer: Tokenizer, theirs: Any, add_bos: bool) -> bool:
     comparable = sorted if tokenizer.any_order else list
     if comparable(found) != comparable(expected):
         return False
-    # Of ids that stand for unknown text none is compared.
+    # Unknown text cannot be decoded back.
     return tokenizer.unk_id in ids or theirs.decode(expected, skip_special_tokens=True) == tokenizer.decode(ids)

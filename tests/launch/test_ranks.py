@@ -123,7 +123,7 @@ def test_variables_of_torchrun_are_taken_as_they_are(monkeypatch: pytest.MonkeyP
     answer = launch(ranks.variables, config=ParallelConfig(nproc_per_node=7))
     assert {name: answer[name] for name in VARIABLES} == values
     monkeypatch.delenv("WORLD_SIZE")
-    with pytest.raises(ParallelError, match="WORLD_SIZE must be set beside RANK, LOCAL_RANK"):
+    with pytest.raises(ParallelError, match="WORLD_SIZE must be set with RANK, LOCAL_RANK"):
         launch(os.getpid, config=ParallelConfig())
 
 

@@ -134,7 +134,7 @@ def test_search_minimises_the_loss_continues_and_refuses_another(tmp_path: Path,
     for other, reported in ((["optimizer.lr=1e-3,1e-1"], "distribution"), ([space, "seed=3"], "seed (0, now 3)")):
         done = sweep(tmp_path, *small, *search, "hydra.sweeper.n_trials=3", *other)
         assert done.returncode == 1 and "Traceback" not in done.stderr
-        assert "holds a search with other settings" in done.stderr and reported in done.stderr
+        assert "has a search with other settings" in done.stderr and reported in done.stderr
 
 
 def test_trial_that_is_given_up_is_pruned(

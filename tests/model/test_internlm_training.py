@@ -146,7 +146,7 @@ class Malicious:
         (lambda f: (f / "model_tp1_pp0.pt").unlink(), r"embed\.weight is \(32, 32\)"),
         (lambda f: save_config(f / "model_config.pt", {**ABOUT, "norm_type": "layernorm"}), r"norm_type \(layernorm\)"),
         (lambda f: torch.save({"mlp.experts.0.w": torch.ones(1)}, f / "model_tp0_pp0.pt"), "no place for tensor mlp"),
-        (lambda f: torch.save({"x": Malicious()}, f / "model_tp0_pp0.pt"), "model_tp0_pp0.pt holds Python objects"),
+        (lambda f: torch.save({"x": Malicious()}, f / "model_tp0_pp0.pt"), "model_tp0_pp0.pt has Python objects"),
     ],
 )
 def test_what_cannot_be_merged_is_named(

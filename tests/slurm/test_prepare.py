@@ -54,7 +54,7 @@ def test_slurm_tasks_make_the_bytes_of_one_machine(corpus: Path) -> None:
     assert done.stdout.count("is submitted: ") == 2 and done.stdout.count("split  source") == 1
     assert contents(corpus / "slurm") == contents(corpus / "local")
     again = subprocess.run(command(corpus, "slurm", *SLURM), cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0 and again.stdout.count("it is used as it is") == 2
+    assert again.returncode == 0 and again.stdout.count("was prepared before") == 2
 
 
 def test_killed_task_goes_on_with_the_same_command(corpus: Path) -> None:

@@ -58,7 +58,9 @@ def until(done: Callable[[], Any], seconds: float = 180) -> Any:
 
 
 def job_of(run_dir: Path) -> str:
-    return until(lambda: (run_dir / slurm.MEMORY).exists() and json.loads((run_dir / slurm.MEMORY).read_text()))["job"]
+    return until(lambda: (run_dir / slurm.JOB_FILE).exists() and json.loads((run_dir / slurm.JOB_FILE).read_text()))[
+        "job"
+    ]
 
 
 def scontrol(*words: str) -> str:

@@ -73,7 +73,7 @@ def test_stored_configurations_are_checked_before_any_device(tmp_path: Path) -> 
     check_stored_config(run, STORED, CheckpointConfig())
     check_stored_config(tmp_path / "new", {**wider, "model": STORED["model"]}, CheckpointConfig())
     for folder, message in (
-        (run, r"old was begun.* model.d_model \(32, now 64\), model.n_layers \(2, now"),
+        (run, r"old was started.* model.d_model \(32, now 64\), model.n_layers \(2, now"),
         (tmp_path / "new", "step-00000003 is of another model; pass model.d_model=32 model.n_layers=2"),
     ):
         with pytest.raises(CheckpointError, match=message):

@@ -77,7 +77,7 @@ def test_two_saves_are_never_under_way(
     release = at(6, lambda _: threading.Timer(0.5, held.set).start())
     trained(tmp_path / "r", *small, *BEHIND, periodic=[release])
     assert steps_of(tmp_path / "r") == [3, 6, 8]
-    assert caplog.text.count("step 6 waits for the save before it") == 1
+    assert caplog.text.count("step 6 waits for the previous save") == 1
 
 
 @pytest.mark.parametrize("stop_at", [3, 4])

@@ -163,7 +163,7 @@ def test_other_names_shapes_or_dtypes_are_refused(run: Checkpoints) -> None:
 
 
 FORGED = {  # pickles
-    "a call": ("cposix\nmkdir\n(V{}\ntR.", r"asks for posix.mkdir"),
+    "a call": ("cposix\nmkdir\n(V{}\ntR.", r"imports posix.mkdir"),
     "a method": ("cbuiltins\ngetattr\n(cpathlib\nPath\n(V{}\ntRVmkdir\ntR(tR.", r"is damaged"),
     "a module's import": ("ctorch.distributed.checkpoint.metadata\nos.mkdir\n(V{}\ntR.", r"metadata.os.mkdir"),
 }

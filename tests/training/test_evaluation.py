@@ -114,7 +114,7 @@ def test_a_failing_evaluation_is_logged_once_and_training_goes_on(
 
     monkeypatch.setattr(Tasks, "metrics", broken)
     trained(tmp_path / "r", *settings)
-    assert caplog.text.count("evaluation is dropped, training goes on: ValueError: no such thing") == 1
+    assert caplog.text.count("evaluation is dropped, training continues: ValueError: no such thing") == 1
     assert evaluations(tmp_path / "r") == {} and list(evaluations(tmp_path / "r", "samples")) == [5, 10]
     assert metrics(tmp_path / "r")[-2]["valid/loss"] > 0
 

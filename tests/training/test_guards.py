@@ -125,5 +125,5 @@ def test_a_bit_that_differs_between_replicas_is_named() -> None:
     check_tensors(mine, both)
     check_tensors(mine, both)
     mine["model.b"].view(torch.int32)[3] ^= 1
-    with pytest.raises(TrainingError, match=r"ranks 0 and 2 hold the same part of model.b, and their numbers differ"):
+    with pytest.raises(TrainingError, match=r"the replicas of model.b on ranks 0 and 2 differ"):
         check_tensors(mine, both)

@@ -22,7 +22,7 @@ def test_ten_steps_of_one_slow_rank_are_a_warning(caplog: pytest.LogCaptureFixtu
         found.note([5.0 if rank == slow else 1.0 for rank in range(3)])
         found.note([0.0, 0.0, 0.0])  # of a validation
     assert [record.message for record in caplog.records] == [
-        "rank 2 has held up the others for 10 steps: it takes 5 s to its first loss, they take 1"
+        "rank 2 has slowed down the others for 10 steps: data and first forward take 5 s, others' 1 s"
     ]
     assert found.metrics == {"perf/slowest_rank": 2, "perf/slowest_rank_s": 5.0, "perf/own_s": 1.0}
     for _ in range(2 * IN_A_ROW):

@@ -68,7 +68,7 @@ class AdamW(UpdateRule):
 
 
 def resolve_impl(asked: OptimizerImpl, device: torch.device) -> OptimizerImpl:
-    """Return what makes the update; raises `TrainingError` if what was asked for is not here."""
+    """Return the implementation to use; raise `TrainingError` if the requested one is not available."""
     package = {OptimizerImpl.triton: "triton", OptimizerImpl.apex: "amp_C"}.get(asked, "triton")
     usable = device.type == "cuda" and importlib.util.find_spec(package) is not None
     if asked is OptimizerImpl.auto:

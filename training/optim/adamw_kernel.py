@@ -1,4 +1,4 @@
-"""AdamW's whole update of a parameter as one Triton kernel: everything is read once and written once."""
+"""AdamW's update of a parameter as one Triton kernel, with one read and write of every tensor."""
 
 from typing import Any
 
@@ -35,8 +35,8 @@ def _adamw_kernel(
     g = tl.div_rn(tl.load(grad + at, mask=inside, other=0.0).to(tl.float32), grad_scale)
     m = tl.load(exp_avg + at, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(exp_avg_sq + at, mask=inside, other=0.0).to(tl.float32)
-    # The roundings of torch.optim.AdamW on CUDA, operation by operation: its lerp, addcmul and addcdiv end in an fma,
-    # its division by a number is a product with the inverse.
+    # Rounds exactly as torch.optim.AdamW on CUDA: lerp, addcmul and addcdiv end in an fma, and division by a scalar
+    # is multiplication by its inverse.
     p = p * decay
     m = tl.fma(m - g, 1.0 - lerp_weight, g) if FAR else tl.fma(g - m, lerp_weight, m)
     v = tl.fma(g * g, beta2_rest, v * beta2)
@@ -69,7 +69,7 @@ def update(
 ) -> None:
     """Update one parameter in place.
 
-    `rest` is None for an fp32 parameter, int16 for the lower half of a bf16 one's master, fp32 for a master.
+    `rest` is None for an fp32 parameter, the int16 lower half of the master for bf16, and the fp32 master for fp16.
     `scalars` are fp32 on the device: grad_scale, finite, 1 - lr * weight_decay, beta2, 1 - beta2,
     -lr / (1 - beta1**t), 1 / sqrt(1 - beta2**t).
     """
@@ -77,7 +77,7 @@ def update(
     grid = (triton.cdiv(param.numel(), BLOCK),)
     if not param.numel():
         return
-    assert param.is_contiguous(), "a parameter's numbers must lie side by side"
+    assert param.is_contiguous()
     kernel: Any = _adamw_kernel
     kernel[grid](
         param.view(torch.int16) if halves else param,

@@ -1,4 +1,4 @@
-"""Exact fp32 master weights beside parameters of any dtype, for this process's shard of each."""
+"""Exact fp32 master weights of parameters of any dtype, for this rank's shards."""
 
 from collections.abc import Mapping
 
@@ -9,10 +9,10 @@ from parallel.shards import ParamShard
 
 
 class MasterWeights:
-    """The fp32 masters of a model's parameters, by name.
+    """The fp32 master weights of a model's parameters, by name.
 
-    An fp32 parameter is its own master. One in bf16 is the upper half of its master, whose lower half is kept beside
-    it, so that an exact master costs four bytes with the parameter. One in fp16 has a master of its own.
+    An fp32 parameter is its own master. A bf16 parameter is the upper half of its master, and `remainder` the lower
+    half, so that parameter and master take four bytes together. An fp16 parameter has a separate fp32 master.
     """
 
     def __init__(self, params: Mapping[str, ParamShard]) -> None:
@@ -27,7 +27,7 @@ class MasterWeights:
                 self.remainder[name] = param.float()
 
     def read(self, name: str) -> Tensor:
-        """Return the fp32 master of this process's shard; of a bf16 parameter it is a copy."""
+        """Return the fp32 master of this rank's shard; a copy if the parameter is bf16."""
         param, remainder = self.shards[name], self.remainder.get(name)
         if remainder is None:
             return param
@@ -44,7 +44,7 @@ class MasterWeights:
         param.copy_(master)
 
     def to_save(self, name: str) -> Tensor:
-        """Return a master laid out as its parameter is; of a bf16 parameter it is on the CPU."""
+        """Return a master in the layout of its parameter, on the CPU if the parameter is bf16."""
         param, remainder = self.shards[name], self.remainder.get(name)
         if remainder is not None and remainder.dtype == torch.int16:
             return self.params[name].laid_out(join(param.cpu(), remainder.cpu()))
@@ -52,7 +52,7 @@ class MasterWeights:
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
-    """Split fp32 into the nearest bf16 (of two the one further from 0) and the bits it is off by, int16."""
+    """Split fp32 into the nearest bf16 (ties away from 0) and the int16 difference of the bits."""
     bits = master.view(torch.int32)
     upper = (bits + 0x8000) >> 16
     lower = bits - (upper << 16)
@@ -60,5 +60,5 @@ def split(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join(upper: Tensor, lower: Tensor) -> Tensor:
-    """Return the fp32 numbers that `split` divided."""
+    """Invert `split`."""
     return ((upper.view(torch.int16).int() << 16) + lower).view(torch.float32)

@@ -1,4 +1,4 @@
-"""An update rule applied to a model: master weights, sharded state, rates on the device, checkpoint names."""
+"""The optimizer: update rules, master weights, sharded state, schedule and checkpoint names."""
 
 import pkgutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -18,30 +18,28 @@ from parallel.shards import ParamShard, local, whole_params
 from training.config import OPTIMIZERS, Decay, Dtype, OptimizerConfig, TrainingError
 from training.optim.master_weights import MasterWeights
 
-# Numbers updated by one call of a rule: enough for a full launch, little enough that their fp32 copies are a small
-# part of memory.
-CHUNK_NUMEL = 1 << 27
-UPDATE = "optimizer.update"  # in a profile
+CHUNK_NUMEL = 1 << 27  # elements per call of a rule, whose fp32 copies must fit in memory
+UPDATE = "optimizer.update"  # name in profiles
 State = dict[str, dict[str, Tensor]]  # by state name, then by parameter
 
 
 class Group(NamedTuple):
-    """What parameters have in common that are updated together."""
+    """Settings that parameters share to be updated together."""
 
     rule: "UpdateRule"
-    lr_scale: float  # on the schedule's rate
+    lr_scale: float
     weight_decay: float
     eps: float
 
 
 @dataclass(slots=True)
 class Chunk:
-    """Parameters that a rule updates together, as this process's shards; the lists are parallel."""
+    """Parameters that a rule updates in one call, as this rank's shards; the lists are parallel."""
 
     names: list[str]
-    params: list[ParamShard]  # their whole shapes, layouts and raw gradients
-    masters: list[Tensor]  # fp32, to be updated in place
-    state: dict[str, list[Tensor]]  # fp32, by the rule's state_names, to be updated in place
+    params: list[ParamShard]  # full shapes, layouts and raw gradients
+    masters: list[Tensor]  # fp32, updated in place
+    state: dict[str, list[Tensor]]  # fp32, by the rule's state_names, updated in place
     grad_scale: Tensor
     lr: float
     beta2: float
@@ -51,7 +49,7 @@ class Chunk:
 
     @property
     def scaled_grads(self) -> list[Tensor]:
-        """fp32 gradients, still multiplied by `grad_scale`."""
+        """fp32 gradients times `grad_scale`."""
         return [gradient(param).float() for param in self.params]
 
     @property
@@ -61,31 +59,31 @@ class Chunk:
 
 
 class UpdateRule:
-    """How parameters follow from gradients; everything else is `Optimizer`'s business.
+    """An optimizer's update of parameters; `Optimizer` does everything else.
 
-    A subclass names its state, tensors shaped as the parameter and zero at first, and writes `update`. `params` are
-    those that it takes, by name.
+    A subclass lists its `state_names` (tensors of the parameter's shape, initially zero) and implements `update`.
+    `params` are the parameters that it updates, by name.
     """
 
     state_names: tuple[str, ...] = ()
     separable = False  # True: parameters may be updated in several calls
-    on_device = False  # True: `update_raw` is called instead of `update`
-    size_free = False  # True: its rates need no factor for a model's size, `model.parametrization` or not
+    on_device = False  # True: call `update_raw` instead of `update`
+    size_free = False  # True: the learning rate needs no scaling by `model.parametrization`
 
     def __init__(self, config: OptimizerConfig, params: Mapping[str, ParamShard]) -> None:
         self.config, self.params = config, params
 
     @classmethod
     def takes(cls, name: str, param: ParamShard) -> bool:
-        """Return whether the rule updates a parameter; AdamW updates the others."""
+        """Return whether the rule updates a parameter; AdamW updates the rest."""
         return True
 
     def new_state(self, shard: Tensor) -> dict[str, Tensor]:
-        """Return the state of a shard before the first update: shaped as it is, or one column with as many rows."""
+        """Return the initial state of a shard: tensors of its shape, or of one column with as many rows."""
         return {key: torch.zeros_like(shard) for key in self.state_names}
 
     def flops(self) -> int:
-        """Return the FLOPs of an update's matrix products, of the rank that has the most."""
+        """Return the FLOPs of an update's matrix products on the rank with the most."""
         return 0
 
     def update(self, chunk: Chunk) -> None:
@@ -93,24 +91,24 @@ class UpdateRule:
         raise NotImplementedError
 
     def rates(self, lr: float, beta2: float, update: int) -> tuple[float, ...]:
-        """Return what `update_raw` reads of an update (the first is 1): `lr`, `beta2`, and numbers of its own."""
+        """Return the scalars that `update_raw` reads at an update, counted from 1: `lr`, `beta2`, and more."""
         return lr, beta2
 
     def update_raw(
         self, weights: MasterWeights, state: State, names: list[str], group: Group, rates: Tensor,
         grad_scale: Tensor, finite: Tensor,
     ) -> None:  # fmt: skip
-        """Update the named parameters where they are, if `finite`, without waiting for the device."""
+        """Update the named parameters in place if `finite`, without synchronizing with the device."""
         raise NotImplementedError
 
 
 class Optimizer:
-    """Runs rules over a model's parameters, each over those that it is the first to take.
+    """Applies update rules to a model's parameters; each parameter goes to the first rule that takes it.
 
-    Nothing here waits for the device if the rules do not.
+    Does not synchronize with the device unless a rule does.
 
-    `tied_params` are parameters that always equal another one, by name: they are updated like it and saved under its
-    name. A checkpoint has `model.<param>`, `optimizer.<param>.<state name>` and `optimizer.<param>.step`, all fp32.
+    `tied_params` maps parameters to the one that they always equal: they are updated alike and saved under its name.
+    A checkpoint has `model.<param>`, `optimizer.<param>.<state name>` and `optimizer.<param>.step`, all fp32.
     """
 
     def __init__(
@@ -135,10 +133,10 @@ class Optimizer:
                 for key, tensor in rule.new_state(self.weights.shards[name]).items():
                     self.state.setdefault(key, {})[name] = tensor.to(dtype)
                 self.groups.setdefault(self.group(rule, name), []).append(name)
-        self.updates = torch.zeros((), device=self.device)  # made so far
+        self.updates = torch.zeros((), device=self.device)  # number of updates so far
         self.row = torch.zeros(1, dtype=torch.int64, device=self.device)  # of the schedule, for the next update
         self.schedule_UR = torch.zeros(0, 2, dtype=torch.float64, device=self.device)
-        self.schedules_UR: dict[tuple[UpdateRule, float], Tensor] = {}  # with a rule's own numbers, by rate scale
+        self.schedules_UR: dict[tuple[UpdateRule, float], Tensor] = {}  # a rule's `rates`, by lr_scale
 
     def group(self, rule: UpdateRule, name: str) -> Group:
         config, n_dims = self.config, self.params[name].ndim
@@ -152,7 +150,7 @@ class Optimizer:
         return Group(rule, lr_scale * scales.lr, weight_decay, config.eps * scales.eps)
 
     def set_schedule(self, rates: Sequence[tuple[float, float]]) -> None:
-        """Put the learning rate and beta2 of all updates to come on the device, where steps read them."""
+        """Set learning rate and beta2 of all remaining updates; stored on the device."""
         first = int(self.updates) + 1
         self.schedule_UR = torch.tensor(rates, dtype=torch.float64).view(-1, 2).to(self.device)
         for rule, scale, *_ in self.groups:
@@ -164,23 +162,23 @@ class Optimizer:
     def step(
         self, *, grad_scale: Tensor, finite: Tensor, on_updated: Callable[[Collection[str]], None] | None = None
     ) -> Tensor:
-        """Update from the gradients divided by `grad_scale`, if `finite`, and drop the gradients.
+        """Update with the gradients divided by `grad_scale`, if `finite`, and free the gradients.
 
-        Both are scalars on the device. `on_updated` is called with the names of all parameters whose update has been
-        issued, first with one alone if the rule allows it. Return learning rate and beta2, fp64 (2,), on the device.
+        Both are scalars on the device. `on_updated` is called with the names of all parameters updated so far, first
+        after a single one if the rule is separable. Returns learning rate and beta2, fp64 (2,), on the device.
         """
         done: list[str] = []
-        # index_select, because indexing by a tensor of one number would read it on the host.
+        # index_select: indexing by a one-element tensor would synchronize.
         rates = {key: table_UR.index_select(0, self.row)[0] for key, table_UR in self.schedules_UR.items()}
         with record_function(UPDATE):
             for group, names in self.groups.items():
-                its_rates = rates[group.rule, group.lr_scale]
+                scaled = rates[group.rule, group.lr_scale]
                 parts = [names[:1], names[1:]] if group.rule.separable and not done and len(names) > 1 else [names]
                 for part in parts:
                     if group.rule.on_device:
-                        group.rule.update_raw(self.weights, self.state, part, group, its_rates, grad_scale, finite)
+                        group.rule.update_raw(self.weights, self.state, part, group, scaled, grad_scale, finite)
                     elif bool(finite):
-                        self._update_in_chunks(group, part, its_rates, grad_scale)
+                        self._update_in_chunks(group, part, scaled, grad_scale)
                     done += part
                     if on_updated is not None:
                         on_updated(done)
@@ -191,11 +189,11 @@ class Optimizer:
         self.row += finite
         return unscaled
 
-    def _update_in_chunks(self, group: Group, its_names: list[str], rates: Tensor, grad_scale: Tensor) -> None:
+    def _update_in_chunks(self, group: Group, all_names: list[str], rates: Tensor, grad_scale: Tensor) -> None:
         rule, _, weight_decay, eps = group
         lr, beta2 = rates[:2].tolist()
         update = int(self.updates) + 1
-        for names in self._chunks(its_names):
+        for names in self._chunks(all_names):
             params, masters = [self.params[n] for n in names], [self.weights.read(n) for n in names]
             stored = dict(self._state_of(names[0]))
             state = {key: [tensors[n].float() for n in names] for key, tensors in stored.items()}
@@ -206,7 +204,7 @@ class Optimizer:
                     tensors[name].copy_(state[key][i])
 
     def _chunks(self, names: list[str]) -> Iterator[list[str]]:
-        """Yield names in groups of about `CHUNK_NUMEL` numbers."""
+        """Yield names in groups of about `CHUNK_NUMEL` elements."""
         ends = accumulate(self.weights.shards[name].numel() for name in names)
         chunks = (end // CHUNK_NUMEL for end in ends)
         for _, chunk in groupby(zip(chunks, names, strict=True), lambda pair: pair[0]):
@@ -214,9 +212,9 @@ class Optimizer:
 
     @torch.no_grad()
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return everything to save, by checkpoint name; `load_tensors` is the inverse.
+        """Return all tensors to save, by checkpoint name; `load_tensors` is the inverse.
 
-        What the device does not hold in fp32 is put together on the CPU.
+        Tensors that are not fp32 on the device are converted on the CPU.
         """
         saved = {}
         for name, param in self.params.items():
@@ -230,7 +228,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take over the tensors of `state_tensors()` after a checkpoint was read into them."""
+        """Load the tensors of `state_tensors()`, into which a checkpoint has been read."""
         for name in self.params:
             saved_as = self.tied_params.get(name, name)
             self.weights.write(name, local(tensors[f"model.{saved_as}"]).to(self.device))
@@ -239,7 +237,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load_weights(self, wholes: Mapping[str, Tensor]) -> None:
-        """Take over whole weights, by parameter."""
+        """Load full weights, by parameter."""
         for name, param in self.params.items():
             whole = wholes[self.tied_params.get(name, name)]
             self.weights.write(name, param.take(whole).to(self.device, torch.float32))
@@ -255,10 +253,7 @@ def build_optimizer(
     params: Mapping[str, ParamShard] | None = None,
     tied_params: Mapping[str, str] = MappingProxyType({}),
 ) -> Optimizer:
-    """Return the optimizer that `config.name` asks for: one of `OPTIMIZERS`, or `module:Class`.
-
-    `params` are the model's, if it is distributed.
-    """
+    """Return the optimizer with the rule `config.name`; `params` are the shards of a distributed model."""
     try:
         rules = dict.fromkeys(pkgutil.resolve_name(OPTIMIZERS.get(name, name)) for name in (config.name, "adamw"))
     except (ImportError, AttributeError) as error:
@@ -268,6 +263,5 @@ def build_optimizer(
 
 
 def gradient(param: ParamShard) -> Tensor:
-    """Return the gradient of this process's shard of a parameter."""
-    assert param.grad is not None, "an update needs every gradient"
+    assert param.grad is not None
     return param.grad
