@@ -74,6 +74,7 @@ def profile_rank(config: TrainConfig, rank: int, n_micro_batches: int) -> StepPr
         stack.enter_context(trace)
         stack.enter_context(mock.patch.object(torch, "compile", fake_compile(trace)))
         stack.enter_context(mock.patch("parallel.zero.can_share", lambda *_: False))
+        stack.enter_context(mock.patch("training.optim.muon.takes_kernel", lambda _: False))  # to count products
         stack.enter_context(mock.patch.multiple(Zero, **zero_stand_ins(trace)))
         with memory.label("optimizer"):
             engine = _build_engine(config, mesh)
