@@ -47,10 +47,10 @@ class Recorded:
         self.warm = False
 
     def __call__(self) -> None:
+        first, self.warm = not self.warm, True
         if self.stream is None:
             return self.function()
-        if not self.warm:
-            self.warm = True
+        if first:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 self.function()
@@ -79,7 +79,8 @@ class Graphs:
         stream: torch.cuda.Stream | None,
         zero: Zero | None = None,
     ) -> None:
-        self.params = list(params) if zero is None else []  # with gradients that stay in place
+        self.params = list(params) if zero is None else []
+        self.grads: list[Tensor] = []  # of `params`: graphs read and write them where they are
         self.zero = zero
         if zero is not None:
             zero.joins = True
@@ -87,15 +88,12 @@ class Graphs:
         self.stream, self.pool = stream, None if stream is None else torch.cuda.graph_pool_handle()
         self.run, self.sums = run, sums
         self.figures: list[Tensor] = []
-        dtypes = [getattr(param, "grad_dtype", None) or param.dtype for param in self.params]
-        self.grads = [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(self.params, dtypes, strict=True)]
         self.passes: dict[tuple[object, ...], tuple[Batch, Tensor, Recorded]] = {}
         self.update = Recorded(lambda: self._update(update), stream, self.pool)
 
     def step(self, batches: Sequence[Batch], weights: Sequence[float], aux_weight: float) -> list[Tensor]:
         """Run a step's micro-batches and its update; return copies of the figures."""
-        for param, grad in zip(self.params, self.grads, strict=True):
-            param.grad = grad
+        self._set_grads(self.grads)
         self.sums.aux_weight.fill_(aux_weight)
         for index, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
             fixed, fixed_weight, passes = self._passes_of(batch, Turn(index, len(batches)))
@@ -114,9 +112,25 @@ class Graphs:
         self.figures = self.figures or [torch.empty_like(figure) for figure in figures]  # allocated in the eager run
         for fixed, figure in zip(self.figures, figures, strict=True):
             fixed.copy_(figure)
-        if self.grads:
-            torch._foreach_zero_(self.grads)  # type: ignore[attr-defined]
         self.sums.zero_()
+
+    def _passes(self, batch: Batch, weight: Tensor, turn: Turn) -> None:
+        """Run a micro-batch. The first one of a step writes gradients instead of adding to them."""
+        if turn.is_first:
+            self._set_grads([None] * len(self.params))
+        self.run(batch, weight, self.sums, turn)
+        if not self.params or not turn.is_first:
+            return
+        grads = [torch.zeros_like(param) if param.grad is None else param.grad for param in self.params]
+        if self.grads:
+            torch._foreach_copy_(self.grads, grads)  # type: ignore[attr-defined]
+        elif self.update.warm:  # the next update is recorded, and reads them here
+            self.grads = grads
+        self._set_grads(self.grads or grads)
+
+    def _set_grads(self, grads: Sequence[Tensor | None]) -> None:
+        for param, grad in zip(self.params, grads, strict=False):
+            param.grad = grad
 
     def _passes_of(self, batch: Batch, turn: "Turn") -> tuple[Batch, Tensor, Recorded]:
         """Return static batch, static weight and graph for a micro-batch, shared by all that fit."""
@@ -125,12 +139,12 @@ class Graphs:
         if segments * longest != rows * row_len:  # segments of different lengths
             # Round up to a power of two of segments of up to a row, so that packs share a few graphs.
             segments, longest = 1 << max(segments - 1, rows).bit_length(), row_len
-        key = (rows, row_len, segments, longest, *(turn.kind if self.zero else ()))
+        key = (rows, row_len, segments, longest, *(turn.kind if self.zero else (turn.is_first,)))
         if key not in self.passes:
             device = self.sums.loss.device
             fields = {name: torch.empty_like(getattr(batch, name), device=device) for name in FIELDS}
             cu_seqlens = torch.zeros(segments + 1, dtype=batch.cu_seqlens.dtype, device=device)
             fixed, weight = Batch(**fields, cu_seqlens=cu_seqlens, max_seq_len=longest), torch.zeros((), device=device)
-            recorded = Recorded(lambda: self.run(fixed, weight, self.sums, turn), self.stream, self.pool)
+            recorded = Recorded(lambda: self._passes(fixed, weight, turn), self.stream, self.pool)
             self.passes[key] = fixed, weight, recorded
         return self.passes[key]

@@ -1,5 +1,6 @@
 """Muon: momentum, orthogonalised (Jordan et al. 2024), for the matrices of the blocks; AdamW updates the rest."""
 
+import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -23,6 +24,7 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 EPS = 1e-7
+KERNEL_ROWS = 1024  # from which on the kernel for symmetric products is faster than torch
 
 
 class Muon(UpdateRule):
@@ -123,10 +125,25 @@ def orthogonalize(matrices: Sequence[Tensor], *, polar_express: bool = False) ->
         x = x.mT if rows > columns else x
         x = x / (x.norm(dim=(1, 2), keepdim=True) * (1.02 if polar_express else 1.0)).clamp(min=EPS)
         for a, b, c in POLAR_EXPRESS if polar_express else NEWTON_SCHULZ:
-            square = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+            x = torch.baddbmm(x, _polynomial(x, b, c), x, beta=a)
         found.update(zip(numbers, x.mT if rows > columns else x, strict=True))
     return [found[number] for number in range(len(matrices))]
+
+
+def _polynomial(x: Tensor, b: float, c: float) -> Tensor:
+    """Return b A + c A^2 for A = x x^T."""
+    if takes_kernel(x):
+        from training.optim.symmetric_kernel import product
+
+        return product(product(x), beta=b, alpha=c)
+    square = x @ x.mT
+    return torch.baddbmm(square, square, square, beta=b, alpha=c)
+
+
+def takes_kernel(x: Tensor) -> bool:
+    """Return whether symmetric products are computed by half: on Hopper or later, in bf16, if they are large."""
+    large = x.is_cuda and x.dtype is torch.bfloat16 and x.shape[1] >= KERNEL_ROWS
+    return large and torch.cuda.get_device_capability(x.device) >= (9, 0) and bool(importlib.util.find_spec("triton"))
 
 
 def n_flops(shape: Sequence[int]) -> int:
