@@ -133,7 +133,7 @@ class Results:
 
 def tuned_rates(runs: Sequence[Run], steps: int) -> dict[str, float]:
     """Return the rate of the lowest final loss of each optimizer, of the runs with seed 0."""
-    best = dict.fromkeys(OPTIMIZERS, math.nan)
+    best: dict[str, float] = {}
     for name in OPTIMIZERS:
         its = [run for run in runs if (run["optimizer"], run["seed"], run["steps"]) == (name, 0, steps)]
         finite = [run for run in its if math.isfinite(run["loss"])]

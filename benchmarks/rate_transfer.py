@@ -64,8 +64,8 @@ def best_by_parabola(losses: dict[float, float]) -> float:
 
 def work(arguments: argparse.Namespace) -> None:
     """Make the runs of one optimizer and width; a line of JSON each."""
-    optimizer, width = arguments.worker.split(":")[0], int(arguments.worker.split(":")[1])
-    mesh, end = open_mesh(), time.time() + 60 * arguments.minutes
+    optimizer, text, until = arguments.worker.split(":")
+    mesh, width, end = open_mesh(), int(text), float(until)
     torch.set_num_threads(max(1, torch.get_num_threads() // 4))
     rows, known = arguments.micro_rows, Results(arguments.out / "transfer.json", about_of(arguments)).runs
     on_gpu = ("parallel.cuda_graphs=true",) if mesh.device.type == "cuda" else ()
@@ -113,6 +113,7 @@ def transfer(arguments: argparse.Namespace) -> None:
     if results.runs:
         results.save()
     begun = time.time()
+    end = begun + 60 * arguments.minutes
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
     waiting = deque((name, width) for width in sorted(arguments.widths, reverse=True) for name in OPTIMIZERS)
     running: list[tuple[subprocess.Popen[str], str]] = []
@@ -123,8 +124,7 @@ def transfer(arguments: argparse.Namespace) -> None:
         while waiting and len(running) < arguments.processes:
             name, width = waiting.popleft()
             worker = f"{name}:{width}"
-            left = arguments.minutes - (time.time() - begun) / 60
-            command = [sys.executable, "-m", "benchmarks.optimizers", *again(arguments, worker, left)]
+            command = [sys.executable, "-m", "benchmarks.optimizers", *again(arguments, f"{worker}:{end}")]
             with (logs / f"{name}_{width}.jsonl").open("w") as out, (logs / f"{name}_{width}.log").open("w") as log:
                 running.append((subprocess.Popen(command, stdout=out, stderr=log, text=True, env=environment), worker))
         time.sleep(1)
@@ -147,12 +147,12 @@ def transfer(arguments: argparse.Namespace) -> None:
     plot(arguments.out)
 
 
-def again(arguments: argparse.Namespace, worker: str, minutes: float) -> list[str]:
+def again(arguments: argparse.Namespace, worker: str) -> list[str]:
     """Return the arguments of a process that does the share of one worker."""
     keys = ("out", "seq_len", "valid_tokens", "layers", "steps", "batch_tokens", "micro_rows")
     options = [text for key in keys for text in (f"--{key.replace('_', '-')}", str(getattr(arguments, key)))]
     lists = ["--widths", *map(str, arguments.widths), "--overrides", *arguments.overrides]
-    return ["transfer", str(arguments.corpus), *options, "--minutes", f"{minutes:.3f}", "--worker", worker, *lists]
+    return ["transfer", str(arguments.corpus), *options, "--worker", worker, *lists]
 
 
 def curves_of(runs: Sequence[Run]) -> dict[tuple[str, str], dict[int, dict[float, float]]]:
