@@ -1,12 +1,13 @@
-"""How fast an update is, against the bytes it must move: python -m benchmarks.optimizer [--layers 8]
+"""How fast an update is, against the bytes it must move: python -m benchmarks.optimizer [--layers 8] [--only muon]
 
 The parameters are those of some of 7b's layers. The floor is one read of everything that is read and one write of
-everything that is written, at the rate of a large copy.
+everything that is written, at the rate of a large copy. `for 7b` is all layers, and embedding and head by AdamW;
+the share is of a step of 524,288 tokens at --tokens-per-s.
 """
 
 import argparse
 import gc
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,56 +15,89 @@ from torch import nn
 
 from benchmarks.timing import copy_tbps, median_ms, where
 from training.config import Dtype, OptimizerConfig, OptimizerImpl, TrainingError
-from training.optim.optimizer import build_optimizer
+from training.optim.muon import n_flops
+from training.optim.optimizer import Optimizer, build_optimizer
+
+LAYERS_NUMEL, REST_NUMEL = 6.477e9, 0.845e9  # of 7b: matrices of the blocks; embedding and head
+STEP_TOKENS = 524_288
+CASES: tuple[tuple[str, dict[str, Any] | str, int], ...] = (  # name, settings or torch's class, bytes per parameter
+    ("one kernel, fp32 moments", {"impl": OptimizerImpl.triton}, 26),
+    ("one kernel, bf16 moments", {"impl": OptimizerImpl.triton, "state_dtype": Dtype.bf16}, 18),
+    ("torch's fused on joined masters, fp32 moments", {"impl": OptimizerImpl.torch}, 26),
+    ("apex, fp32 moments", {"impl": OptimizerImpl.apex}, 26),
+    ("torch.optim.AdamW(fused=True), all bf16", "AdamW", 14),
+    ("muon, fp32 momentum", {"name": "muon"}, 18),
+    ("muon, bf16 momentum", {"name": "muon", "state_dtype": Dtype.bf16}, 14),
+    ("muon, polar_express", {"name": "muon", "polar_express": True}, 18),
+    ("muon, normuon", {"name": "muon", "normuon": True}, 18),
+    ("torch.optim.Muon, all fp32", "Muon", 20),
+)
 
 
 def layers(count: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
     shapes = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
-    return nn.ModuleList(nn.Linear(k, n, device=device, dtype=dtype) for _ in range(count) for n, k in shapes)
+    linear = [nn.Linear(k, n, bias=False, device=device, dtype=dtype) for _ in range(count) for n, k in shapes]
+    return nn.ModuleDict({"blocks": nn.ModuleList(linear)})  # a rule may go by the name
+
+
+def update_ms(optimizer: Optimizer | Sequence[torch.optim.Optimizer], device: torch.device) -> float:
+    """Return the time of an update from gradients that are there."""
+    if isinstance(optimizer, Optimizer):
+        params = [param.shard for param in optimizer.params.values()]
+        scalars = {"grad_scale": torch.ones((), device=device), "finite": torch.tensor(True, device=device)}
+        optimizer.set_schedule([(1e-4, 0.95)] * 100_000)
+    else:
+        params = [param for one in optimizer for group in one.param_groups for param in group["params"]]
+    grads = [torch.randn_like(param) for param in params]
+
+    def update() -> None:
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        if isinstance(optimizer, Optimizer):
+            optimizer.step(**scalars)
+        else:
+            for one in optimizer:
+                one.step()
+
+    return median_ms(update, device)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--only", default="", help="cases whose name holds this; the first one is always measured")
+    parser.add_argument("--tokens-per-s", type=float, default=13_900, help="of a step of 7b")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bandwidth = copy_tbps(device)
-    scalars = {"grad_scale": torch.ones((), device=device), "finite": torch.tensor(True, device=device)}
-    print(f"{where(device)}; a large copy: {bandwidth:.2f} TB/s")
-    print(f"{'update':44} {'bytes':>6} {'ms':>8} {'floor ms':>9} {'of floor':>9} {'ms for 7b':>10}")
-    for name, impl, state, moved in (
-        ("one kernel, fp32 moments", "triton", Dtype.fp32, 26),
-        ("one kernel, bf16 moments", "triton", Dtype.bf16, 18),
-        ("torch's fused on joined masters, fp32 moments", "torch", Dtype.fp32, 26),
-        ("apex, fp32 moments", "apex", Dtype.fp32, 26),
-        ("torch.optim.AdamW(fused=True), all bf16", None, Dtype.bf16, 14),
-    ):
-        model = layers(arguments.layers, device, torch.bfloat16)
-        grads = [torch.randn_like(p) for p in model.parameters()]
-        numel = sum(p.numel() for p in model.parameters())
-        if impl is None:
-            plain = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-            step: Any = plain.step
-        else:
-            try:
-                ours = build_optimizer(model, OptimizerConfig(impl=OptimizerImpl(impl), state_dtype=state))
-            except TrainingError as error:
-                print(f"{name:44} {error}")
-                continue
-            ours.set_schedule([(1e-4, 0.95)] * 100_000)
-            step = partial(ours.step, **scalars)
-
-        def update(model: nn.Module = model, grads: list = grads, step=step) -> None:
-            for param, grad in zip(model.parameters(), grads, strict=True):
-                param.grad = grad
-            step()
-
-        took, floor = median_ms(update, device), moved * numel / bandwidth / 1e9
+    bandwidth, step_ms, adamw_ms = copy_tbps(device), STEP_TOKENS / arguments.tokens_per_s * 1e3, float("nan")
+    print(f"{where(device)}; a large copy: {bandwidth:.2f} TB/s; a step of {STEP_TOKENS:,} tokens: {step_ms:,.0f} ms")
+    print(f"{'update':46} {'bytes':>5} {'ms':>8} {'floor ms':>9} {'of floor':>9} {'ms for 7b':>10} {'of step':>8}")
+    for number, (name, case, moved) in enumerate(CASES):
+        if number and arguments.only not in name.lower():
+            continue
+        model = layers(arguments.layers, device, torch.float32 if case == "Muon" else torch.bfloat16)
+        params, is_muon = list(model.parameters()), "muon" in name.lower()
+        numel = sum(p.numel() for p in params)
+        try:
+            if isinstance(case, dict):
+                optimizer: Any = build_optimizer(model, OptimizerConfig(**case))
+            elif case == "Muon":
+                optimizer = [torch.optim.Muon(params, lr=1e-4, adjust_lr_fn="match_rms_adamw")]
+            else:
+                optimizer = [torch.optim.AdamW(params, lr=1e-4, fused=True)]
+        except TrainingError as error:
+            print(f"{name:46} {error}")
+            continue
+        took, floor = update_ms(optimizer, device), moved * numel / bandwidth / 1e9
+        adamw_ms = took / numel if number == 0 else adamw_ms
+        whole = took / numel * LAYERS_NUMEL + REST_NUMEL * (adamw_ms if is_muon else took / numel)
+        flops = f"  {sum(n_flops(p.shape) for p in params) / took / 1e9:.0f} TFLOP/s" if is_muon else ""
         print(
-            f"{name:44} {moved:6} {took:8.2f} {floor:9.2f} {floor / took:9.1%} {took / numel * 7.322e9:10.1f}",
+            f"{name:46} {moved:5} {took:8.2f} {floor:9.2f} {floor / took:9.1%} {whole:10.1f} {whole / step_ms:8.2%}"
+            f"{flops}",
             flush=True,
         )
-        del model, grads, update, step
+        del model, params, optimizer
         gc.collect()
 
 
