@@ -12,6 +12,7 @@ import argparse
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +29,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from model.config import ModelConfig
 from model.hf.families import export_family
 from model.transformer import Transformer
-from parallel.config import ParallelConfig
+from parallel.config import Compile, ParallelConfig
 from parallel.mesh import Mesh
 from training.config import Dtype
 from training.load import Saved
@@ -39,8 +40,8 @@ from training.tasks import Question, read_task, task_metrics
 try:
     from lm_eval.api.instance import Instance  # type: ignore[import-not-found]
     from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
-except ImportError as error:
-    HFLM, MISSING = None, error
+except (ImportError, RuntimeError) as error:  # of what it needs, too
+    HFLM, MISSING = None, str(error)
 
 BATCH_SIZES = (16, 32, 64, 128, 256)
 TRIED = 20  # every so many questions are those on which batch sizes are compared
@@ -69,7 +70,10 @@ class Ours:
     def __init__(self, config: ModelConfig, weights: dict[str, torch.Tensor], dtype: str, batch_tokens: int) -> None:
         mesh = Mesh(next(iter(weights.values())).device)
         saved = Saved(config, None, None, False, set(), lambda: weights)
-        self.engine, self.batch_tokens = build_evaluator(saved, mesh, ParallelConfig(), Dtype(dtype)), batch_tokens
+        parallel = ParallelConfig(
+            compile=Compile.none if dtype == "fp32" else Compile.auto
+        )  # which takes half a minute
+        self.engine, self.batch_tokens = build_evaluator(saved, mesh, parallel, Dtype(dtype)), batch_tokens
 
     def score(self, encoded: Sequence[Encoded]) -> np.ndarray:
         return -np.array(score(self.engine, encoded, fitting_shape(self.engine, encoded, self.batch_tokens))[0])
@@ -158,7 +162,7 @@ def compare(what: str, texts: Texts, one: np.ndarray, other: np.ndarray) -> None
         for norm in (False, True)
     ]
     print(
-        f"  {what:42} whole: mean {gaps.mean():.1e}, max {gaps.max():.1e}; per token: mean {per_token.mean():.1e}, "
+        f"  {what:46} whole: mean {gaps.mean():.1e}, max {gaps.max():.1e}; per token: mean {per_token.mean():.1e}, "
         f"max {per_token.max():.1e}; relative: max {(gaps / np.abs(other)).max():.1e}; of {len(texts.questions):,} "
         f"questions {differ[0]} (acc) and {differ[1]} (acc_norm) answered differently",
         flush=True,
@@ -168,6 +172,36 @@ def compare(what: str, texts: Texts, one: np.ndarray, other: np.ndarray) -> None
 def scores(texts: Texts, ll: np.ndarray) -> str:
     metrics = task_metrics(texts.questions, (-ll).tolist(), [False] * len(ll))
     return ", ".join(f"{key} {value:.6g}" for key, value in metrics.items())
+
+
+def time_ours(
+    ours: Ours, texts: Texts, tried: Texts, encoding: float, device: torch.device
+) -> tuple[float, np.ndarray]:
+    """Return the seconds of scoring, and the log-likelihoods."""
+    shape = fitting_shape(ours.engine, texts.encoded, ours.batch_tokens)
+    warm, _ = seconds(lambda: score(ours.engine, tried.encoded, shape), device)
+    scoring, ll = seconds(lambda: ours.score(texts.encoded), device)
+    print(
+        f"ours     {encoding + scoring:7.2f} s: {encoding:.2f} s encoding, {scoring:.2f} s scoring, "
+        f"{texts.n_tokens / scoring:,.0f} tokens/s; before, {warm:.0f} s to compile and warm up\n  {scores(texts, ll)}",
+        flush=True,
+    )
+    return scoring, ll
+
+
+def best_batch_size(llama: Any, folder: Path, tried: Texts, warm: Texts, device: torch.device) -> int:
+    times = dict[int, float]()
+    for size in BATCH_SIZES:
+        if times and size > len(tried.pairs):
+            break
+        harness = Harness(llama, folder, size)
+        try:
+            harness.score(warm)
+            times[size], _ = seconds(partial(harness.score, tried), device)
+        except torch.OutOfMemoryError:
+            break
+        print(f"  batches of {size:4}: {times[size]:.2f} s for {len(tried.questions):,} questions", flush=True)
+    return min(times, key=lambda size: times[size])
 
 
 def main() -> None:
@@ -183,89 +217,63 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     arguments = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    dtype = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    dtype, folder = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32"), arguments.tokenizer
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         overrides = [f"model={arguments.model}", "data=random", f"model.vocab_size={arguments.vocab_size}"]
         config: ModelConfig = to_config(compose("train", overrides=overrides)).model
-    weights = draw(config, device)
-    tokenizer = load_tokenizer(arguments.tokenizer)
+    weights, tokenizer = draw(config, device), load_tokenizer(folder)
     questions = read_task(arguments.task)[: arguments.questions]
-    tokenizer.encode_many(["a"])
-    encoding, texts = seconds(lambda: Texts(questions, tokenizer), device)
-    n_given = sum(text.n_given for text in texts.encoded)
-    print(
-        f"{where(device)}; {config.name}, {sum(w.numel() for w in weights.values()) / 1e9:.2f}e9 parameters, {dtype}\n"
-        f"{len(questions):,} questions, {len(texts.pairs):,} requests, {texts.n_tokens:,} tokens, of which "
-        f"{n_given:,} context",
-        flush=True,
-    )
-
-    ours = Ours(config, weights, dtype, arguments.batch_tokens)
     tried = Texts(questions[::TRIED], tokenizer)
-    shape = fitting_shape(ours.engine, texts.encoded, arguments.batch_tokens)
-    warm, _ = seconds(lambda: score(ours.engine, tried.encoded, shape), device)
-    scoring, ll = seconds(lambda: ours.score(texts.encoded), device)
-    total = encoding + scoring
+    encoding, texts = seconds(lambda: Texts(questions, tokenizer), device)
     print(
-        f"ours     {total:7.2f} s: {encoding:.2f} s encoding, {scoring:.2f} s scoring, "
-        f"{texts.n_tokens / scoring:,.0f} tokens/s; before, {warm:.0f} s to compile and warm up\n  {scores(texts, ll)}",
+        f"{where(device)}; {config.name}, {sum(w.numel() for w in weights.values()) / 1e9:.3g}e9 parameters, {dtype}\n"
+        f"{len(questions):,} questions, {len(texts.pairs):,} requests, {texts.n_tokens:,} tokens, of which "
+        f"{texts.n_tokens - int(texts.n_targets.sum()):,} context",
         flush=True,
     )
-    del ours
+    scoring, ll = time_ours(Ours(config, weights, dtype, arguments.batch_tokens), texts, tried, encoding, device)
     empty_cache(device)
 
-    print(f"theirs: {'lm_eval ' + 'hf' if HFLM is not None else f'what lm_eval does, as it is not here: {MISSING}'}")
-    llama = as_llama(config, weights, DTYPES[dtype])
-    times = dict[int, float]()
-    for size in BATCH_SIZES:
-        harness = Harness(llama, arguments.tokenizer, size)
-        try:
-            if not times:
-                harness.score(Texts(questions[: 2 * TRIED], tokenizer))  # warm
-            times[size], _ = seconds(lambda harness=harness: harness.score(tried), device)
-            print(f"  batches of {size:4}: {times[size]:.2f} s for {len(tried.questions):,} questions", flush=True)
-        except torch.OutOfMemoryError:
-            break
-    best = min(times, key=lambda size: times[size])
-    every = max(1, round(1 / arguments.theirs))
-    part, kept = (Texts(questions[::every], tokenizer), shares(texts, every)) if every > 1 else (texts, slice(None))
-    harness = Harness(llama, arguments.tokenizer, best)
-    measured, their_ll = seconds(lambda: harness.score(part), device)
-    their_total = measured * texts.n_tokens / part.n_tokens
-    splitting, n_otherwise = seconds(lambda: harness.n_encoded_otherwise(tried), device)
-    their_encoding = splitting * len(texts.pairs) / len(tried.pairs)
     print(
-        f"theirs   {their_total:7.2f} s in batches of {best}, of which {their_encoding:.1f} s encoding"
-        + (f" (scaled from {measured:.2f} s for {len(part.questions):,} questions)" if every > 1 else "")
-        + f"; {n_otherwise} of {len(tried.pairs):,} requests have other ids\n  {scores(part, their_ll)}"
+        "theirs: lm_eval.models.huggingface.HFLM" if HFLM is not None else f"theirs: imitated, as {MISSING}", flush=True
     )
-    their_scoring = their_total - their_encoding
-    print(f"ratio    {their_total / total:7.2f}; of scoring alone {their_scoring / scoring:.2f}", flush=True)
+    llama = as_llama(config, weights, DTYPES[dtype])
+    best = best_batch_size(llama, folder, tried, Texts(questions[: 2 * TRIED], tokenizer), device)
+    every = max(1, round(1 / arguments.theirs))
+    part, harness = Texts(questions[::every], tokenizer), Harness(llama, folder, best)
+    measured, their_ll = seconds(lambda: harness.score(part), device)
+    theirs = measured * texts.n_tokens / part.n_tokens
+    split, n_otherwise = seconds(lambda: harness.n_encoded_otherwise(tried), device)
+    their_encoding = split * len(texts.pairs) / len(tried.pairs)
+    print(
+        f"theirs   {theirs:7.2f} s in batches of {best}, of which {their_encoding:.1f} s encoding"
+        + (f" (scaled from {measured:.2f} s for {len(part.questions):,} questions)" if every > 1 else "")
+        + f"; {n_otherwise} of {len(tried.pairs):,} requests have other ids\n  {scores(part, their_ll)}\n"
+        f"ratio    {theirs / (encoding + scoring):7.2f}; of scoring alone {(theirs - their_encoding) / scoring:.2f}",
+        flush=True,
+    )
 
     print("log-likelihoods, differences of")
-    compare(f"ours and theirs ({dtype})", part, ll[kept], their_ll)
+    compare(f"ours and theirs ({dtype})", part, ll[part_of(texts, every)], their_ll)
     some = max(1, len(questions) // arguments.exact)
-    exact, kept = Texts(questions[::some], tokenizer), shares(texts, some)
+    exact, ours_ll = Texts(questions[::some], tokenizer), ll[part_of(texts, some)]
+    fp32_llama = as_llama(config, weights, torch.float32)
+    fp32_ll = Harness(fp32_llama, folder, min(best, 64)).score(exact)
+    ours_fp32_ll = Ours(config, weights, "fp32", arguments.batch_tokens // 4).score(exact.encoded)
+    compare("ours and theirs (fp32)", exact, ours_fp32_ll, fp32_ll)
     if dtype != "fp32":
-        theirs_low = Harness(llama, arguments.tokenizer, best, "float32").score(exact)
-        compare(f"ours and theirs with softmax_dtype ({dtype})", exact, ll[kept], theirs_low)
-    del llama, harness
-    empty_cache(device)
-    ours_fp32 = Ours(config, weights, "fp32", arguments.batch_tokens // 4).score(exact.encoded)
-    llama = as_llama(config, weights, torch.float32)
-    theirs_fp32 = Harness(llama, arguments.tokenizer, min(best, 64)).score(exact)
-    compare("ours and theirs (fp32)", exact, ours_fp32, theirs_fp32)
-    if dtype != "fp32":
-        compare(f"ours ({dtype}) and theirs in fp32", exact, ll[kept], theirs_fp32)
-        compare(f"theirs ({dtype}, softmax fp32) and in fp32", exact, theirs_low, theirs_fp32)
+        precise_ll = Harness(llama, folder, min(best, 64), "float32").score(exact)
+        compare(f"ours and theirs with softmax_dtype ({dtype})", exact, ours_ll, precise_ll)
+        compare(f"ours ({dtype}) and theirs in fp32", exact, ours_ll, fp32_ll)
+        compare(f"theirs with softmax_dtype ({dtype}) and in fp32", exact, precise_ll, fp32_ll)
 
 
-def shares(texts: Texts, every: int) -> np.ndarray:
-    """Return the numbers of the texts of every so many questions."""
-    owner = np.repeat(np.arange(len(texts.questions)), [len(question.continuations) for question in texts.questions])
-    return np.flatnonzero(owner % every == 0)
+def part_of(texts: Texts, step: int) -> np.ndarray:
+    """Return the numbers of the texts of every `step`-th question."""
+    sizes = [len(question.continuations) for question in texts.questions]
+    return np.flatnonzero(np.repeat(np.arange(len(sizes)), sizes) % step == 0)
 
 
 def empty_cache(device: torch.device) -> None:
