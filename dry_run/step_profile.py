@@ -75,7 +75,11 @@ def profile_rank(config: TrainConfig, rank: int, n_micro_batches: int) -> StepPr
         stack.enter_context(trace)
         stack.enter_context(mock.patch.object(torch, "compile", fake_compile(trace)))
         # Trace ordinary collectives, and count products.
-        for fast_path in ("parallel.zero.can_share", "parallel.parallelize.overlaps_tp", "training.optim.muon.takes_kernel"):
+        for fast_path in (
+            "parallel.zero.can_share",
+            "parallel.parallelize.overlaps_tp",
+            "training.optim.muon.takes_kernel",
+        ):
             stack.enter_context(mock.patch(fast_path, lambda *_: False))
         stack.enter_context(mock.patch.multiple(Zero, **zero_stand_ins(trace)))
         stack.enter_context(mock.patch.object(SideStream, "beside", lambda _: trace.overlapped()))

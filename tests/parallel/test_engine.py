@@ -271,7 +271,7 @@ def test_fixed_micro_batch_memory_gives_the_same_steps() -> None:
     steps = steps_of_packs()
     steps[4] = [micro_batch([16], 0, ignored=16)]  # without a single target
     compare_with_graphs(plain, graphed, steps)
-    assert sorted(key[2:] for key in graphed.graphs.passes) == [(1, 16), (2, 8), (2, 16), (4, 16), (8, 16), (16, 1)]
+    assert sorted({key[2:4] for key in graphed.graphs.passes}) == [(1, 16), (2, 8), (2, 16), (4, 16), (8, 16), (16, 1)]
 
 
 def test_fixed_micro_batch_memory_survives_a_nonfinite_step() -> None:
