@@ -82,7 +82,7 @@ def profile_rank(config: TrainConfig, rank: int, n_micro_batches: int) -> StepPr
         ):
             stack.enter_context(mock.patch(fast_path, lambda *_: False))
         stack.enter_context(mock.patch.multiple(Zero, **zero_stand_ins(trace)))
-        stack.enter_context(mock.patch.object(SideStream, "beside", lambda _: trace.overlapped()))
+        stack.enter_context(mock.patch.object(SideStream, "after_current", lambda _: trace.overlapped()))
         with memory.label("optimizer"):
             engine = _build_engine(config, mesh)
         shards = [param.shard for param in engine.params.values()]
@@ -103,7 +103,7 @@ def zero_stand_ins(trace: Trace) -> dict[str, Any]:
     """Return replacements for methods of `Zero` that use real streams or no traced operations."""
 
     def all_gather(zero: Zero, unit: Unit) -> None:
-        trace.add_collective("all_gather", zero.shard_group, n_bytes(unit.wholes))
+        trace.add_collective("all_gather", zero.shard_group, n_bytes(unit.padded_params))
 
     return {"_all_gather": all_gather}
 
