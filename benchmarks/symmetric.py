@@ -18,9 +18,9 @@ SHAPES += [(1, 4096, 11008), (1, 8192, 8192), (24, 768, 768), (24, 768, 2048), (
 SHAPES += [(8, 2048, 5632), (4, 4096, 4096), (2, 4096, 11008)]
 CHOICES = [
     TILES,
+    Tiles(128, 256, 64, warps=8, stages=4),
     Tiles(128, 256, 64, warps=8, stages=3),
     Tiles(256, 128, 64, warps=8, stages=3),
-    Tiles(128, 128, 64, warps=8, stages=4),
     Tiles(128, 128, 64, warps=4, stages=3),  # two programs at a time on a multiprocessor
     Tiles(128, 64, 64, warps=4, stages=4),
     Tiles(128, 256, 64, warps=8, stages=3, tma=False),

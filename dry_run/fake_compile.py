@@ -32,6 +32,7 @@ def fake_compile(trace: Trace) -> Callable[..., Callable[..., Any]]:
         def call(*args: Any) -> Any:
             with mock.patch.object(trace, "paused", True):
                 result = function(*args)
+            trace.memory.record(result, is_collective=False)
             trace.record_kernel((*args, result))
             return result
 

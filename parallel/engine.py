@@ -248,13 +248,17 @@ class Engine:
         weights_N = torch.where(labels_N == IGNORED, 0.0, weight).float()
 
         def head(h_BTD: Tensor, weight_VD: Tensor) -> Tensor:
-            h_ND, shard = h_BTD.flatten(0, 1), self.vocabulary
-            loss, nll_N, correct_N = self.linear_loss(h_ND, weight_VD, labels_N, weights_N, shard=shard)
+            per_token = [h_BTD.flatten(0, 1), labels_N, weights_N, source_BT.flatten()]
+            if not torch.is_grad_enabled():  # contexts of tasks need no logits
+                targets = (labels_N != IGNORED).nonzero()[:, 0]
+                per_token = [x[targets] for x in per_token]
+            h_ND, labels, weights, sources = per_token
+            loss, nll_N, correct_N = self.linear_loss(h_ND, weight_VD, labels, weights, shard=self.vocabulary)
             sums.loss += loss.detach()
-            target_N, lengths = labels_N != IGNORED, self.bytes_per_token
-            bytes_N = torch.zeros_like(nll_N) if lengths is None else lengths[labels_N.clamp(min=0)] * target_N
+            target_N, lengths = labels != IGNORED, self.bytes_per_token
+            bytes_N = torch.zeros_like(nll_N) if lengths is None else lengths[labels.clamp(min=0)] * target_N
             totals_N4 = torch.stack([x_N.double() for x_N in (nll_N, correct_N, target_N, bytes_N)], dim=1)
-            sums.totals_S4.index_add_(0, source_BT.flatten(), totals_N4)
+            sums.totals_S4.index_add_(0, sources, totals_N4)
             return loss
 
         return tokens_BT, {

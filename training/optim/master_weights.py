@@ -28,20 +28,11 @@ class MasterWeights:
 
     def read(self, name: str) -> Tensor:
         """Return the fp32 master of this rank's shard; a copy if the parameter is bf16."""
-        param, remainder = self.shards[name], self.remainder.get(name)
-        if remainder is None:
-            return param
-        return remainder if remainder.dtype == torch.float32 else join(param, remainder)
+        return read(self.shards[name], self.remainder.get(name))
 
     def write(self, name: str, master: Tensor) -> None:
         """Set a parameter and its master."""
-        param, remainder = self.shards[name], self.remainder.get(name)
-        if remainder is not None and remainder.dtype == torch.int16:
-            master, lower = split(master)
-            remainder.copy_(lower)
-        elif remainder is not None:
-            remainder.copy_(master)
-        param.copy_(master)
+        write(self.shards[name], self.remainder.get(name), master)
 
     def to_save(self, name: str) -> Tensor:
         """Return a master in the layout of its parameter, on the CPU if the parameter is bf16."""
@@ -49,6 +40,23 @@ class MasterWeights:
         if remainder is not None and remainder.dtype == torch.int16:
             return self.params[name].laid_out(join(param.cpu(), remainder.cpu()))
         return self.params[name].laid_out(self.read(name))
+
+
+def read(param: Tensor, remainder: Tensor | None) -> Tensor:
+    """Return a parameter's fp32 master."""
+    if remainder is None:
+        return param
+    return remainder if remainder.dtype == torch.float32 else join(param, remainder)
+
+
+def write(param: Tensor, remainder: Tensor | None, master: Tensor) -> None:
+    """Set a parameter and what its master has beside it."""
+    if remainder is not None and remainder.dtype == torch.int16:
+        master, lower = split(master)
+        remainder.copy_(lower)
+    elif remainder is not None:
+        remainder.copy_(master)
+    param.copy_(master)
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:

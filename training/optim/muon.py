@@ -2,7 +2,7 @@
 
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from parallel.shards import ParamShard
 from parallel.whole_matrices import WholeMatrices, group_of
-from training.config import MuonScale, OptimizerConfig
-from training.optim.master_weights import MasterWeights
+from training.config import MuonScale, OptimizerConfig, OptimizerImpl
+from training.optim.adamw import resolve_impl
+from training.optim.master_weights import MasterWeights, read, write
 from training.optim.optimizer import CHUNK_NUMEL, Group, State, UpdateRule, gradient
 
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
@@ -24,7 +25,7 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 EPS = 1e-7
-KERNEL_ROWS = 1024  # from which on the kernel for symmetric products is faster than torch
+KERNEL_ELEMENTS = 12_000_000  # of products from which on the kernel for symmetric ones is faster than torch
 
 
 class Muon(UpdateRule):
@@ -43,6 +44,10 @@ class Muon(UpdateRule):
         device = next(iter(params.values())).shard.device
         # of the iteration and of what ranks exchange; few CPUs are fast in bf16
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        # On GPUs each is one kernel.
+        compiles = resolve_impl(config.impl, device) is OptimizerImpl.triton
+        self.add_gradient: Callable[..., Tensor] = torch.compile(add_gradient) if compiles else add_gradient
+        self.apply_update: Callable[..., None] = torch.compile(apply_update) if compiles else apply_update
         self.batches: dict[tuple[str, ...], list[tuple[list[str], WholeMatrices]]] = {}  # by the names of a group
         meshes = dict.fromkeys(param.mesh for param in params.values() if param.mesh is not None)
         self.groups: dict[object, dist.ProcessGroup | None] = {mesh: group_of(mesh) for mesh in meshes}
@@ -67,21 +72,23 @@ class Muon(UpdateRule):
         lerp_weight = ((1 - self.config.momentum) * finite).float()
         momentum = state["momentum"]
         for batch, matrices in self._batches(names):
-            updates = []
-            for name in batch:
-                grad = torch.where(finite.bool(), gradient(weights.params[name]).float() / grad_scale, 0.0)
-                average = momentum[name].float().lerp(grad, lerp_weight)
-                momentum[name].copy_(average)
-                updates.append(grad.lerp(average, self.config.momentum).to(self.dtype))
+            updates = [
+                self.add_gradient(
+                    momentum[name], gradient(weights.params[name]), grad_scale, finite, lerp_weight,
+                    self.config.momentum, self.dtype,
+                )
+                for name in batch
+            ]  # fmt: skip
             wholes = orthogonalize(matrices.gather(updates), polar_express=self.config.polar_express)
             if self.config.normuon:
                 row_weight = ((1 - rates[1]) * finite).float()
                 wholes = self._normalize_rows(matrices, wholes, [state["row_square"][n] for n in batch], row_weight)
             for name, update in zip(batch, matrices.scatter(wholes, updates), strict=True):
-                master, update = weights.read(name), update.float()
-                decayed = master * (master * update > 0) if self.config.cautious_decay else master
                 scale = scale_of(weights.params[name].shape, self.config.scale)
-                weights.write(name, master - decayed * (lr * group.weight_decay) - update * (lr * scale))
+                self.apply_update(
+                    weights.shards[name], weights.remainder.get(name), update, lr * scale, lr * group.weight_decay,
+                    self.config.cautious_decay,
+                )  # fmt: skip
 
     def _normalize_rows(
         self, matrices: WholeMatrices, wholes: list[Tensor], squares: list[Tensor], weight: Tensor
@@ -114,6 +121,25 @@ class Muon(UpdateRule):
             yield batch, WholeMatrices(params, [n_flops(param.shape) for param in params], self.groups.get(mesh))
 
 
+def add_gradient(
+    momentum: Tensor, grad: Tensor, grad_scale: Tensor, finite: Tensor, lerp_weight: Tensor, nesterov: float,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Add a gradient to its momentum; return the matrix to orthogonalise."""
+    grad = torch.where(finite.bool(), grad.float() / grad_scale, 0.0)
+    average = momentum.float().lerp(grad, lerp_weight)
+    momentum.copy_(average)
+    return grad.lerp(average, nesterov).to(dtype)
+
+
+def apply_update(
+    param: Tensor, remainder: Tensor | None, update: Tensor, rate: Tensor, decay: Tensor, cautious: bool
+) -> None:
+    master, update = read(param, remainder), update.float()
+    decayed = master * (master * update > 0) if cautious else master
+    write(param, remainder, master - decayed * decay - update * rate)
+
+
 def orthogonalize(matrices: Sequence[Tensor], *, polar_express: bool = False) -> list[Tensor]:
     """Return the nearest matrices whose singular values are all about 1; those of one shape are computed together."""
     by_shape: dict[tuple[int, ...], list[int]] = {}
@@ -142,7 +168,7 @@ def _polynomial(x: Tensor, b: float, c: float) -> Tensor:
 
 def takes_kernel(x: Tensor) -> bool:
     """Return whether symmetric products are computed by half: on Hopper or later, in bf16, if they are large."""
-    large = x.is_cuda and x.dtype is torch.bfloat16 and x.shape[1] >= KERNEL_ROWS
+    large = x.is_cuda and x.dtype is torch.bfloat16 and x.shape[0] * x.shape[1] ** 2 >= KERNEL_ELEMENTS
     return large and torch.cuda.get_device_capability(x.device) >= (9, 0) and bool(importlib.util.find_spec("triton"))
 
 

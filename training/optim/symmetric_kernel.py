@@ -19,7 +19,7 @@ class Tiles(NamedTuple):
     tma: bool = True
 
 
-TILES = Tiles(128, 256, 64, warps=8, stages=4)
+TILES = Tiles(128, 128, 64, warps=8, stages=4)
 SQUARE = 1024  # of the result: its tiles are computed at one time, and share their inputs in the L2 cache
 
 
