@@ -1,6 +1,6 @@
-# make demo: everything, on built-in text
-# make lint, make test, make test-slow: what a change must pass; test-slow starts many ranks and a Slurm of its own
-# PYTHON=python3.12 chooses the interpreter, VENV=path the virtual environment.
+# make demo: the full pipeline on built-in text
+# make lint, make test, make test-slow: required for every change; test-slow starts many ranks and a Slurm cluster
+# PYTHON=python3.12 sets the interpreter, VENV=path the virtual environment.
 PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3,$(shell $(name) -c 'print("$(name)")' 2>/dev/null)))
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -16,11 +16,11 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(PY) -m pytest -n 2 -m "slow or slurm"
 
-test-all: $(VENV)/.dev  # the tests of Slurm by themselves: they wait for its timers
+test-all: $(VENV)/.dev  # Slurm tests run separately: they depend on its timers
 	$(PY) -m pytest -n 2 -m "not slurm"
 	$(PY) -m pytest -m slurm
 
-mutants: $(VENV)/.dev  # breaks one guard after the other; its test must notice
+mutants: $(VENV)/.dev  # break each guard in turn; its test must fail
 	$(PY) -m tests.mutants
 
 lint: $(VENV)/.dev

@@ -1,7 +1,7 @@
 """Speed of each attention backend, forward and backward: python -m benchmarks.attention
 
-TFLOP/s count the causal half alone, and the backward pass as 2.5 times the forward pass. The floor is the same
-number of FLOPs at the rate of a large product on this device.
+TFLOP/s count the causal half only, and the backward pass as 2.5 forward passes. The last column is the share of the
+rate of a large matrix product on this device.
 """
 
 import argparse
@@ -24,7 +24,7 @@ BACKENDS = ("flash_attn_4", "flash_attn", "cudnn", "varlen", "sdpa", "reference"
 
 
 def pile(row_len: int, rows: int) -> list[int]:
-    """Draw document lengths like The Pile's, cut at the ends of rows."""
+    """Draw document lengths like The Pile's, split at the ends of rows."""
     ends = lengths(np.random.default_rng(0), 4000).cumsum()
     ends = np.union1d(ends[ends < rows * row_len], np.arange(1, rows + 1) * row_len)
     return np.diff(ends, prepend=0).tolist()
@@ -39,8 +39,8 @@ def main() -> None:
     dtype, scale = (torch.bfloat16, 1) if device.type == "cuda" else (torch.float32, 8)
     ceiling = product_tflops(device, size=8192 // scale, seconds=arguments.seconds)
     shapes = {**SHAPES, "The Pile in 4 x 2048": (pile(2048, 4), 2048, 32, 32)}
-    print(f"{where(device)}; a large product: {ceiling:.0f} TFLOP/s")
-    print("documents              backend       forward ms  TFLOP/s backward ms  TFLOP/s of floor")
+    print(f"{where(device)}; a large matrix product: {ceiling:.0f} TFLOP/s")
+    print("documents              backend       forward ms  TFLOP/s backward ms  TFLOP/s    share")
     for name, (documents, row_len, heads, kv_heads) in shapes.items():
         documents, row_len = [max(1, n // scale) for n in documents], row_len // scale
         total = sum(documents) // row_len * row_len
@@ -67,12 +67,11 @@ def main() -> None:
             def backward(q=q, k=k, v=v, out=out, grad=grad) -> object:
                 return torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
 
-            one, two = (median_ms(f, device, seconds=arguments.seconds) for f in (forward, backward))
-            rates = flops / one / 1e9, 2.5 * flops / two / 1e9
-            share = 3.5 * flops / ceiling / 1e9 / (one + two)
-            print(
-                f"{name:22} {kind:13} {one:10.3f} {rates[0]:8.0f} {two:11.3f} {rates[1]:8.0f} {share:8.1%}", flush=True
-            )
+            forward_ms, backward_ms = (median_ms(f, device, seconds=arguments.seconds) for f in (forward, backward))
+            times = (forward_ms, flops / forward_ms / 1e9, backward_ms, 2.5 * flops / backward_ms / 1e9)
+            figures = "{:10.3f} {:8.0f} {:11.3f} {:8.0f}".format(*times)
+            share = 3.5 * flops / ceiling / 1e9 / (forward_ms + backward_ms)
+            print(f"{name:22} {kind:13} {figures} {share:8.1%}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Batches of real tokens for the benchmarks: the built-in corpus, cut into documents of a chosen length."""
+"""Batches of real tokens for the benchmarks: the built-in corpus, split into documents of given lengths."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ CORPUS = Path("corpora/builtin")
 
 
 def stream(vocab_size: int) -> np.ndarray:
-    """Return the tokens of the prepared built-in corpus, one document after the other."""
+    """Return the tokens of the prepared built-in corpus."""
     stems = [path.with_suffix("") for path in sorted((CORPUS / "train").glob("*.json"))]
     if not stems:
         raise SystemExit("the built-in corpus is not prepared: python prepare_data.py data=builtin")
@@ -25,7 +25,7 @@ def stream(vocab_size: int) -> np.ndarray:
 
 
 def micro_batches(vocab_size: int, rows: int, row_len: int, documents: str) -> Iterator[Batch]:
-    """Yield micro-batches without end; `documents` is `equal` (one per row) or `pile` (The Pile's lengths)."""
+    """Yield an endless stream of micro-batches; `documents` is `equal` (one per row) or `pile` (The Pile's lengths)."""
     tokens, random, at = stream(vocab_size), np.random.default_rng(0), 0
     total = rows * row_len
     while True:

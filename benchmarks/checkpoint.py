@@ -1,8 +1,7 @@
-"""What saving costs the steps: python -m benchmarks.checkpoint [--saves 4] model=1b parallel=zero1
+"""Cost of background saves: python -m benchmarks.checkpoint [--saves 4] model=1b parallel=zero1
 
-Prints per save how long the step waited for it, the time from its begin to its commit, bytes/s, how much longer the
-steps took meanwhile, and its share of the time at checkpoint.every=100.
-Ranks as train.py starts them: parallel.nproc_per_node=2, or torchrun.
+Prints per save the stall, the time until it is committed, GB/s, the slowdown of the steps during it, and the share of
+training time at checkpoint.every=100. Ranks start as with train.py: parallel.nproc_per_node=2, or torchrun.
 """
 
 import argparse
@@ -32,11 +31,11 @@ DEFAULTS = (
     "global_batch_tokens=65536",
     "checkpoint.every=100",
 )
-STEPS_ALONE = 10
+STEPS_WITHOUT_SAVE = 10
 
 
 def work(config: TrainConfig, folder: Path, saves: int) -> None:
-    """Time steps without a save, then saves and the steps that are made meanwhile."""
+    """Time steps without a save, then saves and the steps during them."""
     with distributed(config.parallel) as mesh:
         engine, state = build(config, mesh), TrainState(device=mesh.device)
         corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
@@ -58,25 +57,25 @@ def work(config: TrainConfig, folder: Path, saves: int) -> None:
             return time.perf_counter() - start
 
         [step() for _ in range(3)]
-        alone_s = statistics.median(step() for _ in range(STEPS_ALONE))
+        base_s = statistics.median(step() for _ in range(STEPS_WITHOUT_SAVE))
         if mesh.rank == 0:
-            print(f"{where(mesh.device)}; {mesh.world_size} ranks, {config.model.name}, {alone_s:.3f} s per step")
-            print(f"the host's memory was allocated in {allocated_s:.1f} s, in training before the first step")
-            print("save   stall s   save s    GB/s   steps meanwhile   longer by s   share at every=100")
+            print(f"{where(mesh.device)}; {mesh.world_size} ranks, {config.model.name}, {base_s:.3f} s per step")
+            print(f"host memory was allocated in {allocated_s:.1f} s; in training this happens before the first step")
+            print("save   stall s   save s    GB/s   steps during it   slowdown, s   share at every=100")
         for number in range(1, saves + 1):
             run.save()
-            meanwhile = []
+            during = []
             while run.saving is not None:
-                meanwhile.append(step())
+                during.append(step())
                 run.note_saved()
             times = run.take_metrics()
-            longer_s = sum(meanwhile) - alone_s * len(meanwhile)
+            slowdown_s = sum(during) - base_s * len(during)
             stall_s, rate = times["perf/checkpoint_stall_s"], times["perf/checkpoint_bytes_per_s"] / 1e9
-            share = (stall_s + longer_s) / (100 * alone_s + stall_s + longer_s)
+            share = (stall_s + slowdown_s) / (100 * base_s + stall_s + slowdown_s)
             if mesh.rank == 0:
                 print(
-                    f"{number:4d} {stall_s:9.3f} {times['perf/checkpoint_s']:8.1f} {rate:7.2f} {len(meanwhile):17d}"
-                    f" {longer_s:13.3f} {share:20.2%}",
+                    f"{number:4d} {stall_s:9.3f} {times['perf/checkpoint_s']:8.1f} {rate:7.2f} {len(during):17d}"
+                    f" {slowdown_s:13.3f} {share:20.2%}",
                     flush=True,
                 )
 
@@ -84,10 +83,10 @@ def work(config: TrainConfig, folder: Path, saves: int) -> None:
 def save_and_load(
     before: TrainConfig, after: TrainConfig, batches_of: Callable[[TrainConfig, int], list[Batch]], folder: Path
 ) -> dict[str, float]:
-    """Save a run while it goes on, load it in another layout, and make the next step in both.
+    """Save a run in the background, load it in another layout, and run the next step in both.
 
-    `batches_of` returns a rank's micro-batches of a step for a number of data-parallel ranks. Returns seconds, bytes/s
-    and the two losses.
+    `batches_of` returns a rank's micro-batches per step, given the number of data-parallel ranks. Return seconds,
+    bytes/s and both losses.
     """
     found: dict[str, float] = {}
     for config in (before, after):
@@ -117,7 +116,7 @@ def save_and_load(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--saves", type=int, default=4)
-    parser.add_argument("--folder", type=Path, help="where checkpoints are written, and removed (default: a temporary)")
+    parser.add_argument("--folder", type=Path, help="folder for checkpoints, which are removed (default: temporary)")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
     config = configure((*DEFAULTS, *arguments.overrides))

@@ -1,8 +1,8 @@
-"""Do activations keep their size as a model gets wider? python -m benchmarks.coordinate_check [--out docs/images]
+"""Coordinate check of parametrizations: python -m benchmarks.coordinate_check [--out docs/images]
 
-Trains models of several widths for ten steps under each parametrization and draws the mean absolute activation of the
-residual stream, of what attention and MLP add to it, and of the logits over width, a line per step. Flat is right:
-what grows or shrinks with width wants another rate there (Yang et al. 2022, arXiv:2203.03466).
+Trains models of several widths for ten steps under each parametrization, and plots mean absolute activations over
+width, a line per step: of the residual stream, the outputs of attention and MLP, and the logits. Lines should be flat;
+others need another learning rate at each width (Yang et al. 2022, arXiv:2203.03466).
 """
 
 import argparse
@@ -29,17 +29,17 @@ def text_tokens(n_rows: int = 4, row_len: int = 64) -> Tensor:
     return torch.tensor(list(text)).view(n_rows, row_len)
 
 
-def activations(way: Parametrization, optimizer: str, width: int, steps: int) -> dict[str, list[float]]:
-    """Return the mean absolute activation at each of `PLACES` before each step, and after the last."""
+def activations(parametrization: Parametrization, optimizer: str, width: int, steps: int) -> dict[str, list[float]]:
+    """Return the mean absolute activation at each of `PLACES` before each step and after the last."""
     config = ModelConfig(
         name="check", vocab_size=256, d_model=width, n_layers=4, n_heads=width // 16, n_kv_heads=width // 16,
-        d_ff=2 * width, max_seq_len=64, init=Init.llama, parametrization=way, base_width=WIDTHS[0],
+        d_ff=2 * width, max_seq_len=64, init=Init.llama, parametrization=parametrization, base_width=WIDTHS[0],
     )  # fmt: skip
     model, tokens_BT = Transformer(config), text_tokens()
     model.init_weights(seed=0)
     settings = OptimizerConfig(name=optimizer, lr=RATES[optimizer], scale=MuonScale.spectral)
-    rule = build_optimizer(model, settings)
-    rule.set_schedule([(settings.lr, settings.beta2)] * steps)
+    update = build_optimizer(model, settings)
+    update.set_schedule([(settings.lr, settings.beta2)] * steps)
     found: dict[str, list[float]] = {place: [] for place in PLACES}
     for place, path in PLACES.items():
 
@@ -51,25 +51,25 @@ def activations(way: Parametrization, optimizer: str, width: int, steps: int) ->
         logits = model(tokens_BT)
         if step < steps:
             F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten()).backward()
-            rule.step(grad_scale=torch.ones(()), finite=torch.tensor(True))
+            update.step(grad_scale=torch.ones(()), finite=torch.tensor(True))
     return found
 
 
-def draw(optimizer: str, widths: Sequence[int], steps: int, path: Path) -> None:
+def plot(optimizer: str, widths: Sequence[int], steps: int, path: Path) -> None:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    ways, figure = list(Parametrization), Figure(figsize=(11, 7), dpi=110, layout="constrained")
-    axes = figure.subplots(len(ways), len(PLACES), sharex=True, sharey="col")
-    for row, way in zip(axes, ways, strict=True):
-        found = [activations(way, optimizer, width, steps) for width in widths]
+    kinds, figure = list(Parametrization), Figure(figsize=(11, 7), dpi=110, layout="constrained")
+    axes = figure.subplots(len(kinds), len(PLACES), sharex=True, sharey="col")
+    for row, kind in zip(axes, kinds, strict=True):
+        found = [activations(kind, optimizer, width, steps) for width in widths]
         for axis, place in zip(row, PLACES, strict=True):
             for step in range(steps + 1):
-                color, sizes = colormaps["viridis"](step / steps), [at[place][step] for at in found]
+                color, sizes = colormaps["viridis"](step / steps), [means[place][step] for means in found]
                 axis.loglog(widths, sizes, color=color, marker=".", base=2)
-            axis.set_title(f"{place}, {way.value}", fontsize=9)
+            axis.set_title(f"{place}, {kind.value}", fontsize=9)
             change = found[-1][place][-1] / found[0][place][-1]
-            print(f"{optimizer:6} {way.value:10} {place:10} x {change:.2f} from width {widths[0]} to {widths[-1]}")
+            print(f"{optimizer:6} {kind.value:10} {place:10} x {change:.2f} from width {widths[0]} to {widths[-1]}")
     figure.supxlabel("d_model")
     figure.suptitle(f"{optimizer}: mean absolute activation, steps 0 (dark) to {steps} (light)")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     arguments = parser.parse_args()
     for optimizer in RATES:
-        draw(optimizer, arguments.widths, arguments.steps, arguments.out / f"coordinate_check_{optimizer}.png")
+        plot(optimizer, arguments.widths, arguments.steps, arguments.out / f"coordinate_check_{optimizer}.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""`make demo`: from built-in text to generated text, by the commands that a user types, with their times.
+"""`make demo`: the full pipeline from built-in text to generated text, with user commands and their times.
 
-python -m benchmarks.demo [steps=20 ...] passes overrides to train.py. A second run reuses what the first one made.
+python -m benchmarks.demo [steps=20 ...] passes overrides to train.py. A second run reuses existing results.
 """
 
 import gzip
@@ -22,7 +22,7 @@ PROMPTS = ("def read(self", "The default value is", "import os")
 
 
 def step(title: str, *command: str, keep: Path | None = None) -> int:
-    """Run a command, print its time, and return its peak memory in bytes, sampled; `keep` also gets what it prints."""
+    """Run a command, print its time, return its sampled peak memory in bytes; `keep` is a file for its output."""
     print(f"\n=== {title}\n$ python {' '.join(command)}", flush=True)
     start, peak = time.perf_counter(), 0
     with (
@@ -42,16 +42,16 @@ def step(title: str, *command: str, keep: Path | None = None) -> int:
 
 
 def memory_of_tree(root: int) -> int:
-    """Return the memory of a process and its descendants, shared pages counted once; 0 if unknown. In bytes."""
+    """Return the bytes of a process and its descendants, with shared pages counted once; 0 if unknown."""
     parents, total = {}, 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # the process has ended
             parents[int(stat.parent.name)] = int(stat.read_text(encoding="utf-8").rpartition(")")[2].split()[1])
     for process in parents:
-        above = process
-        while above != root and above in parents:
-            above = parents[above]
-        if above == root:
+        ancestor = process
+        while ancestor != root and ancestor in parents:
+            ancestor = parents[ancestor]
+        if ancestor == root:
             with suppress(OSError):
                 lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf-8").splitlines()
                 total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
@@ -70,7 +70,7 @@ def gzip_bits_per_byte() -> float:
 
 
 def main(overrides: list[str]) -> None:
-    # Ctrl-C reaches the command as well; it saves and exits, and its exit code ends the demo.
+    # Ctrl-C also reaches the command, which saves and exits; its exit code ends the demo.
     signal.signal(signal.SIGINT, lambda *_: None)
     start = time.perf_counter()
     memory = [
@@ -83,11 +83,11 @@ def main(overrides: list[str]) -> None:
     title = "4/4 generate three samples"
     memory.append(step(title, "generate.py", f"hf={RUN / 'hf'}", *options, keep=RUN / "samples.txt"))
     records = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    ours = next(r["valid/bits_per_byte"] for r in reversed(records) if "valid/bits_per_byte" in r)
-    # The largest process, in case sampling missed its peak
+    model_bits = next(r["valid/bits_per_byte"] for r in reversed(records) if "valid/bits_per_byte" in r)
+    # including the largest process, in case sampling missed its peak
     peak = max(*memory, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
     print(f"\n=== made in {time.perf_counter() - start:.0f} s, peak memory {peak / 2**30:.2f} GiB")
-    print(f"validation text   {ours:.3f} bits per byte by the model, {gzip_bits_per_byte():.3f} by gzip -9")
+    print(f"validation text   {model_bits:.3f} bits per byte by the model, {gzip_bits_per_byte():.3f} by gzip -9")
     print(f"run folder        {RUN}")
     print(f"loss curve        {RUN / 'loss.png'}")
     print(f"exported model    {RUN / 'hf'}")

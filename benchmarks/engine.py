@@ -1,7 +1,7 @@
-"""The engine's step against the same step without it: python -m benchmarks.engine [--case 7b_16k] [--seconds 20]
+"""Overhead of the engine over a bare training step: python -m benchmarks.engine [--case 7b_16k] [--seconds 20]
 
-The bare step runs the same compiled model, loss and update in a loop that knows nothing of meshes, sources, scales or
-bad steps, on batches that are on the device already. Both take turns on the same weights.
+The bare step runs the same compiled model, loss and update, without meshes, sources, loss scale or nonfinite checks,
+on batches that are already on the device. Both alternate on the same weights.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from parallel.mesh import Mesh
 
 
 def bare_step(engine: Engine, batches: list[dict[str, Tensor]], max_seq_len: int, chunk_tokens: int) -> None:
-    """Forward, backward, the norm of all gradients, and the update divided by it."""
+    """Run forward, backward, gradient norm, and the clipped update."""
     targets = sum((batch["labels_BT"] != -100).sum() for batch in batches)
     for batch in batches:
 
@@ -41,7 +41,7 @@ def bare_step(engine: Engine, batches: list[dict[str, Tensor]], max_seq_len: int
             head=head,
         ).backward()
     norm = torch.nn.utils.get_total_norm([param.grad for param in engine.params.values() if param.grad is not None])
-    engine.optimizer.step(grad_scale=norm.float().clamp(min=1.0), finite=torch.isfinite(norm))
+    engine.optimizer.step(grad_scale=norm.float().clamp(min=1.0), finite=torch.isfinite(norm), on_updated=None)
 
 
 def main() -> None:
@@ -65,23 +65,23 @@ def main() -> None:
     def timed(step: Callable[[], object], times: int = 3) -> float:
         synchronize(device)
         start = time.perf_counter()
-        for _ in range(times):  # the host may run ahead of the device, as it does in training
+        for _ in range(times):  # the host can run ahead of the device, as in training
             step()
         synchronize(device)
         return (time.perf_counter() - start) / times
 
-    ways = (lambda: engine.train_step(batches), lambda: bare_step(engine, on_device, longest, chunk_tokens))
-    for way in ways:
-        timed(way)
+    steps = (lambda: engine.train_step(batches), lambda: bare_step(engine, on_device, longest, chunk_tokens))
+    for step in steps:
+        timed(step)
     pairs, end = [], time.perf_counter() + arguments.seconds
     while len(pairs) < 3 or time.perf_counter() < end:
-        pairs.append([timed(way) for way in ways])
-    ours, bare = (statistics.median(times) for times in zip(*pairs, strict=True))
+        pairs.append([timed(step) for step in steps])
+    engine_s, bare_s = (statistics.median(times) for times in zip(*pairs, strict=True))
     ratio = statistics.median(a / b for a, b in pairs)
     print(f"{where(device)}; {arguments.case}, {config.global_batch_tokens:,} tokens per step, {len(pairs)} pairs")
-    for name, seconds in (("engine", ours), ("bare", bare)):
+    for name, seconds in (("engine", engine_s), ("bare", bare_s)):
         print(f"{name:6} {seconds * 1e3:9.1f} ms {config.global_batch_tokens / seconds:9,.0f} tokens/s")
-    print(f"the engine takes {ratio:.3f} of the bare step's time (median of the pairs)")
+    print(f"engine / bare: {ratio:.3f} of the time (median of the pairs)")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What each layout of InternLM-7B holds and sends on 1,024 GPUs: python -m benchmarks.layouts
+"""Memory and communication of InternLM-7B on 1,024 GPUs by layout: python -m benchmarks.layouts
 
-Prints the table of docs/parallel.md from dry runs, and draws docs/parallel.svg. Takes minutes, and no GPU.
+Prints the table of docs/parallel.md from dry runs, and plots docs/parallel.svg. Takes minutes, without a GPU.
 """
 
 from pathlib import Path
@@ -37,7 +37,7 @@ KINDS = {
     "logits": "#9d755d",
     "communication": "#bab0ac",
 }
-PICTURE = Path("docs/parallel.svg")
+PLOT = Path("docs/parallel.svg")
 
 
 def profile(overrides: list[str]) -> StepProfile:
@@ -53,10 +53,10 @@ def profile(overrides: list[str]) -> StepProfile:
 
 
 def sent(profile: StepProfile) -> tuple[int, int]:
-    """Return the bytes of collectives within a node, and of those between nodes."""
+    """Return the bytes of collectives within a node and between nodes."""
     items = [item for phase in profile.phases for item in phase.collectives]
-    leaves = [len({rank // NODE for rank in item.ranks}) > 1 for item in items]
-    within = sum(item.n_bytes for item, away in zip(items, leaves, strict=True) if not away)
+    between = [len({rank // NODE for rank in item.ranks}) > 1 for item in items]
+    within = sum(item.n_bytes for item, leaves_node in zip(items, between, strict=True) if not leaves_node)
     return within, sum(item.n_bytes for item in items) - within
 
 
@@ -72,33 +72,33 @@ def rows(profiles: dict[str, StepProfile]) -> list[str]:
     return lines
 
 
-def draw(profiles: dict[str, StepProfile]) -> None:
-    """Draw memory by kind, and bytes within and between nodes, one row per layout."""
+def plot(profiles: dict[str, StepProfile]) -> None:
+    """Plot memory by kind, and bytes within and between nodes, one row per layout."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5), layout="constrained")
-    memory, messages = figure.subplots(1, 2, sharey=True)
+    memory, communication = figure.subplots(1, 2, sharey=True)
     traffic = list(zip(*map(sent, profiles.values()), strict=True))
     bars = [
         (memory, kind, color, GIB, [p.bytes_at_peak[kind] for p in profiles.values()]) for kind, color in KINDS.items()
     ]
     bars += [
-        (messages, "within a node", "#72b7b2", 1e9, traffic[0]),
-        (messages, "between nodes", "#e45756", 1e9, traffic[1]),
+        (communication, "within a node", "#72b7b2", 1e9, traffic[0]),
+        (communication, "between nodes", "#e45756", 1e9, traffic[1]),
     ]
-    ends = {memory: [0.0] * len(profiles), messages: [0.0] * len(profiles)}
+    ends = {memory: [0.0] * len(profiles), communication: [0.0] * len(profiles)}
     for axes, label, color, unit, n_bytes in bars:
         sizes = [size / unit for size in n_bytes]
         axes.barh(list(profiles), sizes, left=ends[axes], color=color, label=label)
         ends[axes] = [end + size for end, size in zip(ends[axes], sizes, strict=True)]
-    memory.set_title("memory of a GPU at its peak, GiB")
-    messages.set_title("bytes of a step's collectives on a GPU, GB")
+    memory.set_title("peak memory per GPU, GiB")
+    communication.set_title("collectives per step and GPU, GB")
     memory.invert_yaxis()
     figure.legend(loc="outside upper center", ncols=len(bars), fontsize="small")
     figure.supxlabel(
         f"InternLM-7B on {WORLD_SIZE:,} GPUs in nodes of {NODE}, 4 micro-batches of 4,096 tokens, by dry runs"
     )
-    figure.savefig(PICTURE)
+    figure.savefig(PLOT)
 
 
 def main() -> None:
@@ -108,7 +108,7 @@ def main() -> None:
         profiles[name] = profile(overrides)
         print(f"{name}: {profiles[name].collectives}", flush=True)
     print(*rows(profiles), sep="\n")
-    draw(profiles)
+    plot(profiles)
 
 
 if __name__ == "__main__":

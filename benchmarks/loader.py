@@ -1,7 +1,7 @@
-"""How fast batches are read: python -m benchmarks.loader
+"""Speed of reading batches: python -m benchmarks.loader
 
-A corpus of documents with the lengths of The Pile (log-normal, median 300 tokens) is written to a temporary folder
-and read in random order, by one process, from a warm cache. Then 2 TB of tokens in sparse files are opened.
+Writes a temporary corpus with document lengths like The Pile's (log-normal, median 300 tokens) and reads it in random
+order, in one process, from a warm page cache. Then opens 2 TB of tokens in sparse files.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def packs(packing: Packing, name: str) -> PackedDataset:
 
 
 def read_speed(packing: Packing, name: str, seconds: float) -> float:
-    """Return the samples per second that one process makes into batches."""
+    """Return the samples per second that one process batches."""
     found = packs(packing, name)
     samples = np.arange(BATCH)
     found.batch(found.locate(samples))
@@ -65,7 +65,7 @@ def read_speed(packing: Packing, name: str, seconds: float) -> float:
 
 
 def copy_speed(shards: list[Shard], seconds: float) -> float:
-    """Return the samples per second of the same reads alone: a memory map, a slice, a copy to int64."""
+    """Return the samples per second of the bare reads: memory map, slice, copy to int64."""
     maps = [np.memmap(f"{shard.stem}.bin", dtype=shard.dtype, mode="r") for shard in shards]
     random = np.random.default_rng(0)
     places = [(int(f), int(random.integers(0, len(maps[f]) - SEQ_LEN))) for f in random.integers(0, len(maps), 4096)]
@@ -78,7 +78,7 @@ def copy_speed(shards: list[Shard], seconds: float) -> float:
 
 
 def write_sparse(folder: Path, n_files: int, n_bytes: int) -> list[Path]:
-    """Write shards that have their size and their index, and no tokens: holes in the file system."""
+    """Write sparse shards: with their full size and index, without tokens."""
     sizes = lengths(np.random.default_rng(1), n_bytes // 4 // 750)
     sizes[-1] += n_bytes // 4 - sizes.sum()
     starts = (np.cumsum(sizes) - sizes) * 4
@@ -106,7 +106,7 @@ def write_sparse(folder: Path, n_files: int, n_bytes: int) -> list[Path]:
 
 
 def resident_mb() -> float:
-    """Return this process' resident memory, without its files in the page cache."""
+    """Return the resident memory of this process."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * resource.getpagesize() / 2**20
 
@@ -117,18 +117,18 @@ def main() -> None:
     parser.add_argument("--terabytes", type=float, default=2.0)
     parser.add_argument("--seconds", type=float, default=3.0)
     arguments = parser.parse_args()
-    keep_freed_memory()  # as the workers of a loader do
+    keep_freed_memory()  # as loader workers do
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shards = write(folder, arguments.tokens)
-        floor = copy_speed(shards, arguments.seconds)
-        print(f"{'':24} {'samples/s':>10} {'of a bare copy':>15} {'padding':>9} {'documents cut':>14}")
-        print(f"{'memory map and copy':24} {floor:10,.0f} {1:15.2f}")
+        bare = copy_speed(shards, arguments.seconds)
+        print(f"{'':24} {'samples/s':>10} {'of a bare copy':>15} {'padding':>9} {'truncated':>14}")
+        print(f"{'memory map and copy':24} {bare:10,.0f} {1:15.2f}")
         for packing_name, kind in PACKINGS.items():
             packing = kind([*shards], SEQ_LEN, seed=0)
             speed = read_speed(packing, packing_name, arguments.seconds)
-            padding, cut = waste(packing.n_packs, packing.pieces, packing.pack_len)
-            print(f"{packing_name:24} {speed:10,.0f} {speed / floor:15.2f} {padding:9.2%} {cut:14.2%}")
+            padding, truncated = waste(packing.n_packs, packing.pieces, packing.pack_len)
+            print(f"{packing_name:24} {speed:10,.0f} {speed / bare:15.2f} {padding:9.2%} {truncated:14.2%}")
     with tempfile.TemporaryDirectory() as name:
         n_files = int(arguments.terabytes * 1e12) >> 30
         stems = write_sparse(Path(name), n_files, 1 << 30)
@@ -138,8 +138,8 @@ def main() -> None:
         for step in range(200):
             found.batch(found.locate(np.arange(step * BATCH, (step + 1) * BATCH)))
         print(
-            f"\n{n_files} files, {n_files / 931:.2f} TB, opened in {opened:.2f} s; after {200 * BATCH:,} samples of "
-            f"all of them {resident_mb() - before:.0f} MiB more memory"
+            f"\n{n_files} files, {n_files / 931:.2f} TB, opened in {opened:.2f} s; {200 * BATCH:,} samples from "
+            f"all of them took {resident_mb() - before:.0f} MiB of memory"
         )
 
 

@@ -1,6 +1,6 @@
 """Speed of the head and its loss, forward and backward: python -m benchmarks.loss [--tokens 8192]
 
-The floor is the head's three products alone, at the rate at which this device does them.
+The floor is the measured time of the head's three matrix products.
 """
 
 import argparse
@@ -32,25 +32,25 @@ def main() -> None:
         _ = part @ weight.T, logits @ weight, logits.T @ part
 
     floor = median_ms(products, device) * n / len(part)
-    print(f"{where(device)}; {n:,} tokens, width {d}, vocabulary {v:,}; the three products alone: {floor:.2f} ms")
-    print(f"{'loss':34} {'ms':>9} {'of floor':>9} {'GiB beside inputs':>18}")
+    print(f"{where(device)}; {n:,} tokens, width {d}, vocabulary {v:,}; the three matrix products: {floor:.2f} ms")
+    print(f"{'loss':34} {'ms':>9} {'of floor':>9} {'GiB without inputs':>18}")
 
     def plain() -> torch.Tensor:
         return F.cross_entropy((h @ weight.T).float(), labels)
 
-    ways: dict[str, Callable[[], torch.Tensor]] = {
-        f"ours, {chunk:,} at a time": lambda chunk=chunk: linear_cross_entropy(
+    losses: dict[str, Callable[[], torch.Tensor]] = {
+        f"this project, chunks of {chunk:,}": lambda chunk=chunk: linear_cross_entropy(
             h, weight, labels, weights, chunk_tokens=chunk
         )[0]
         for chunk in (1024, 2048, 4096, 8192)
     }
-    ways["F.cross_entropy of whole logits"] = plain
+    losses["F.cross_entropy of full logits"] = plain
     if on_cuda and importlib.util.find_spec("liger_kernel") is not None:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # type: ignore[import-not-found]
 
         liger = LigerFusedLinearCrossEntropyLoss()
-        ways["Liger's fused linear cross entropy"] = lambda: liger(weight, h, labels)
-    for name, loss in ways.items():
+        losses["Liger's fused linear cross entropy"] = lambda: liger(weight, h, labels)
+    for name, loss in losses.items():
 
         def both(loss=loss) -> None:
             h.grad = weight.grad = None
@@ -60,9 +60,9 @@ def main() -> None:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        took = median_ms(both, device)
+        took_ms = median_ms(both, device)
         gib = f"{(torch.cuda.max_memory_allocated() - before) / 2**30:18.2f}" if on_cuda else ""
-        print(f"{name:34} {took:9.2f} {floor / took:9.1%} {gib}", flush=True)
+        print(f"{name:34} {took_ms:9.2f} {floor / took_ms:9.1%} {gib}", flush=True)
 
 
 if __name__ == "__main__":

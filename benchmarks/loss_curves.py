@@ -1,8 +1,8 @@
-"""What speed costs in loss: python -m benchmarks.loss_curves [--model 1b] [--steps 200] [--out docs/images]
+"""Loss curves by precision: python -m benchmarks.loss_curves [--model 1b] [--steps 200] [--out docs/images]
 
-The same weights are trained on the same batches of the built-in corpus: in plain eager PyTorch (bf16 weights copied
-from fp32 masters, torch.optim.AdamW on the masters, whole logits in fp32), by the engine in bf16, with bf16 moments,
-and with 8-bit products. Prints the last losses and draws the curves.
+Trains the same weights on the same batches of the built-in corpus: in eager PyTorch (bf16 weights copied from fp32
+masters, torch.optim.AdamW on the masters, full logits in fp32), with the engine in bf16, with bf16 moments, and with
+fp8 products. Prints the final losses and plots the curves.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from training.schedules import learning_rate
 
 
 def rates(config: TrainConfig) -> list[float]:
-    of = config.optimizer
-    return [learning_rate(i, steps=config.steps, lr=of.lr, config=config.scheduler) for i in range(config.steps)]
+    lr = config.optimizer.lr
+    return [learning_rate(i, steps=config.steps, lr=lr, config=config.scheduler) for i in range(config.steps)]
 
 
 def train_eager(config: TrainConfig, device: torch.device) -> list[float]:
@@ -39,10 +39,8 @@ def train_eager(config: TrainConfig, device: torch.device) -> list[float]:
     torch.set_default_dtype(torch.float32)
     draw_weights(ParallelModel(model, [model], whole_params(model), set(), None), config.seed)
     params, masters = list(model.parameters()), [p.detach().float().requires_grad_() for p in model.parameters()]
-    of = config.optimizer
-    optimizer = torch.optim.AdamW(
-        masters, lr=of.lr, betas=(of.beta1, of.beta2), eps=of.eps, weight_decay=of.weight_decay
-    )
+    c = config.optimizer
+    optimizer = torch.optim.AdamW(masters, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, weight_decay=c.weight_decay)
     source = micro_batches(config.model.vocab_size, config.data.micro_batch_size, config.data.seq_len, "pile")
     losses = []
     for lr in rates(config):
@@ -61,7 +59,7 @@ def train_eager(config: TrainConfig, device: torch.device) -> list[float]:
         for param, master in zip(params, masters, strict=True):
             assert param.grad is not None
             master.grad, param.grad = param.grad.float(), None
-        torch.nn.utils.clip_grad_norm_(masters, of.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(masters, c.max_grad_norm)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         with torch.no_grad():
@@ -78,7 +76,7 @@ def train_engine(config: TrainConfig, device: torch.device) -> list[float]:
     return [float(engine.train_step(list(islice(source, config.grad_accum_steps()))).loss) for _ in range(config.steps)]
 
 
-def draw(curves: dict[str, list[float]], title: str, path: Path) -> None:
+def plot(curves: dict[str, list[float]], title: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 6), dpi=110, layout="constrained")
@@ -86,7 +84,7 @@ def draw(curves: dict[str, list[float]], title: str, path: Path) -> None:
     first = next(iter(curves.values()))
     for name, losses in curves.items():
         above.plot(losses, label=name, linewidth=1)
-        below.plot([mine - other for mine, other in zip(losses, first, strict=True)], linewidth=1)
+        below.plot([a - b for a, b in zip(losses, first, strict=True)], linewidth=1)
     above.set(ylabel="loss", title=title)
     above.legend()
     below.set(ylabel="difference from the first", xlabel="step")
@@ -97,13 +95,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="1b")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rows", type=int, default=4, help="per micro-batch; a step has two")
+    parser.add_argument("--rows", type=int, default=4, help="per micro-batch; a step has two micro-batches")
     parser.add_argument("--row-len", type=int, default=2048)
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     n_tokens = 2 * arguments.row_len * arguments.rows
-    setting = (
+    settings = (
         f"model={arguments.model}", f"steps={arguments.steps}", f"data.seq_len={arguments.row_len}",
         "optimizer.lr=3e-4", "optimizer.decay=all", "model.init=llama", "scheduler.warmup_ratio=0.1",
         f"data.micro_batch_size={arguments.rows}", f"global_batch_tokens={n_tokens}",
@@ -120,7 +118,7 @@ def main() -> None:
         if device.type != "cuda" and "fp8" in name:
             continue
         start = time.perf_counter()
-        curves[name] = train(configure((*setting, *extra)), device)
+        curves[name] = train(configure((*settings, *extra)), device)
         last = sum(curves[name][-10:]) / 10
         first = sum(next(iter(curves.values()))[-10:]) / 10
         print(
@@ -130,7 +128,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "loss_curves.json").write_text(json.dumps(curves), encoding="utf-8")
     title = f"{arguments.model}, {n_tokens:,} tokens per step, the built-in corpus"
-    draw(curves, title, arguments.out / "loss_curves.png")
+    plot(curves, title, arguments.out / "loss_curves.png")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What several GPUs keep of one GPU's rate, each layout beside torchtitan where it has it, in one run:
+"""Scaling efficiency on several GPUs by layout, compared with torchtitan, in one run:
 
     torchrun --nproc-per-node 2 -m benchmarks.multi_gpu [--rows zero1,tp] [--seconds 5] [--no-peer] [overrides]
 
-One GPU's rate is read on all GPUs at the same time. Random tokens, sequences of 2,048 unless the row says otherwise,
-AdamW with fp32 masters and moments, nothing recomputed. torchtitan has fp32 parameters, bf16 compute and its own
-`parallelize_llama`, compiled. On CPUs (--tiny) the same rows run with tiny shapes.
+The single-GPU rate is measured on all GPUs at the same time. Random tokens, sequences of 2,048 unless a row has others,
+AdamW with fp32 masters and moments, no recomputation. torchtitan has fp32 parameters, bf16 compute and a compiled
+`parallelize_llama`. On CPUs, --tiny runs the same rows with small shapes.
 """
 
 import argparse
@@ -36,11 +36,11 @@ class Row:
     rows: int
     micro_batches: int
     layout: tuple[str, ...] = ()
-    one: str = ""  # the row of one GPU that it is held against
-    target: float = 0.0  # share kept of one GPU's rate
+    base: str = ""  # the single-GPU row to compare with
+    target: float = 0.0  # scaling efficiency
     peer: tuple[str, ...] = ()  # torchtitan's arguments: reshard after forward, tp
     peer_target: float = 0.0
-    bound: float = 1.0  # what the schedule allows
+    bound: float = 1.0  # efficiency limit of the schedule
 
 
 ROWS = {
@@ -67,12 +67,12 @@ ROWS = {
 
 
 def shrink(row: Row) -> Row:
-    """Return a row that two cores run in a second."""
+    """Return a row that takes a second on two cores."""
     return replace(row, model=(*TINY, "precision=fp32"), seq_len=64, rows=1)
 
 
 def settings(row: Row, n_gpus: int, extra: tuple[str, ...]) -> tuple[list[str], int]:
-    """Return a row's overrides and the micro-batches per rank; the ranks of tp, cp and pp share theirs."""
+    """Return a row's overrides and tokens per step; ranks of tp, cp and pp have the same micro-batches."""
     sharded = any(layout in name for name in row.layout for layout in ("zero", "ddp"))
     tokens = row.seq_len * row.rows * row.micro_batches * (n_gpus if sharded else 1)
     batch = [f"data.seq_len={row.seq_len}", f"data.micro_batch_size={row.rows}", f"global_batch_tokens={tokens}"]
@@ -84,7 +84,7 @@ def random_batches(config: Any, seed: int, count: int, device: torch.device) -> 
     positions_BT = torch.arange(length, dtype=torch.int32).expand(rows, length).contiguous()
     cu_seqlens = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32)
 
-    def one() -> Batch:
+    def random_batch() -> Batch:
         shape = (rows, length + 1)
         x = torch.randint(0, config.model.vocab_size, shape, generator=random, dtype=torch.int32)
         batch = Batch(
@@ -93,14 +93,14 @@ def random_batches(config: Any, seed: int, count: int, device: torch.device) -> 
         )  # fmt: skip
         return batch.pin_memory() if device.type == "cuda" else batch
 
-    return lambda: [one() for _ in range(count)]
+    return lambda: [random_batch() for _ in range(count)]
 
 
 def measure(row: Row, n_gpus: int, seconds: float, extra: tuple[str, ...]) -> dict[str, float]:
     """Return tokens/s per GPU, milliseconds and GiB of a row."""
-    overrides, tokens = settings(row, n_gpus if row.one else 1, extra)
+    overrides, tokens = settings(row, n_gpus if row.base else 1, extra)
     config = configure(tuple(overrides))
-    if row.one:
+    if row.base:
         with distributed(config.parallel) as mesh:
             return _time(config, mesh, tokens / n_gpus, seconds)
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -117,7 +117,7 @@ def _time(config: Any, mesh: Mesh, tokens_per_gpu: float, seconds: float) -> dic
 
 def timed(
     step: Callable[[], object], device: torch.device, tokens_per_gpu: float, seconds: float,
-    largest: Callable[[int], int],
+    all_reduce_max: Callable[[int], int],
 ) -> dict[str, float]:  # fmt: skip
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -128,7 +128,7 @@ def timed(
     for _ in range(2):
         step()
     synchronize(device)
-    n_steps = largest(max(2, int(seconds / (time.perf_counter() - begin) * 2)))
+    n_steps = all_reduce_max(max(2, int(seconds / (time.perf_counter() - begin) * 2)))
     begin = time.perf_counter()
     for _ in range(n_steps):
         step()
@@ -139,57 +139,60 @@ def timed(
     return {"tokens_per_s": tokens_per_gpu / step_s, "ms": step_s * 1e3, "host_ms": host_s * 1e3, "gib": gib}
 
 
+def columns(m: dict[str, float]) -> str:
+    return f"{m['tokens_per_s']:12,.0f} {m['ms']:8.2f} {m['host_ms']:8.2f} {m['gib']:6.1f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default=",".join(name for name, row in ROWS.items() if row.one))
+    parser.add_argument("--rows", default=",".join(name for name, row in ROWS.items() if row.base))
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--no-peer", action="store_true", help="without torchtitan")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("overrides", nargs="*", help="settings of the rows on several GPUs")
+    parser.add_argument("overrides", nargs="*", help="settings of multi-GPU rows")
     args = parser.parse_args()
     rank, n_gpus = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     rows = {name: shrink(row) if args.tiny else row for name, row in ROWS.items()}
-    asked = args.rows.split(",")
-    ones = dict.fromkeys(rows[name].one for name in asked)
+    selected = args.rows.split(",")
+    bases = dict.fromkeys(rows[name].base for name in selected)
     found: dict[str, dict[str, float]] = {}
     if rank == 0:
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         print(f"{n_gpus} x {where(device)}")
-        print(f"{'row':14} {'tokens/s/GPU':>12} {'ms':>8} {'host ms':>8} {'GiB':>6} {'kept':>7} {'target':>7}")
-    for name in [*ones, *asked]:
+        print(f"{'row':14} {'tokens/s/GPU':>12} {'ms':>8} {'host ms':>8} {'GiB':>6} {'scaling':>7} {'target':>7}")
+    for name in [*bases, *selected]:
         row = rows[name]
         try:
-            found[name] = measure(row, n_gpus, args.seconds, tuple(args.overrides) if row.one else ())
+            found[name] = measure(row, n_gpus, args.seconds, tuple(args.overrides) if row.base else ())
         except (RuntimeError, torch.OutOfMemoryError) as error:
             print(f"{name:14} rank {rank}: {type(error).__name__}: {str(error).splitlines()[0][:200]}", flush=True)
-            if row.one:
+            if row.base:
                 raise
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if rank == 0 and name in found:
-            its, kept = found[name], ""
-            if row.one in found:
-                its["kept"] = its["tokens_per_s"] / found[row.one]["tokens_per_s"] / row.bound
-                kept = f"{its['kept']:7.1%} {row.target:7.0%}"
-            figures = f"{its['tokens_per_s']:12,.0f} {its['ms']:8.2f} {its['host_ms']:8.2f} {its['gib']:6.1f}"
-            print(f"{name:14} {figures} {kept}", flush=True)
+            metrics, scaling = found[name], ""
+            if row.base in found:
+                metrics["kept"] = metrics["tokens_per_s"] / found[row.base]["tokens_per_s"] / row.bound
+                scaling = f"{metrics['kept']:7.1%} {row.target:7.0%}"
+            print(f"{name:14} {columns(metrics)} {scaling}", flush=True)
     if not args.no_peer:
         from benchmarks.torchtitan_step import measure as measure_torchtitan
 
-        for name in asked:
+        for name in selected:
             if not (row := rows[name]).peer:
                 continue
             reshard, tp = row.peer
-            its = measure_torchtitan(row.model, row.seq_len, row.rows, row.micro_batches, reshard, tp, args.seconds)
+            metrics = measure_torchtitan(row.model, row.seq_len, row.rows, row.micro_batches, reshard, tp, args.seconds)
             gc.collect()
             torch.cuda.empty_cache()
             if rank == 0:
-                found[f"torchtitan_{name}"] = its
-                ratio = found[name]["tokens_per_s"] / its["tokens_per_s"]
-                figures = f"{its['tokens_per_s']:12,.0f} {its['ms']:8.2f} {its['host_ms']:8.2f} {its['gib']:6.1f}"
-                print(f"torchtitan {name:9} {figures}  ours / its {ratio:.2f}, target {row.peer_target}", flush=True)
+                found[f"torchtitan_{name}"] = metrics
+                ratio = found[name]["tokens_per_s"] / metrics["tokens_per_s"]
+                text = f"{columns(metrics)}  ratio {ratio:.2f}, target {row.peer_target}"
+                print(f"torchtitan {name:9} {text}", flush=True)
     if rank == 0 and args.json is not None:
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

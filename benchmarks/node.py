@@ -1,15 +1,14 @@
-"""What one node of N GPUs makes of 7B, each layout beside what the dry run predicts for it, in one command:
+"""Speed of 7B on a node of N GPUs by layout, compared with the dry run's predictions, in one command:
 
     python prepare_data.py data=builtin
     torchrun --max-restarts 9 --nproc-per-node 8 -m benchmarks.node [--rows zero1,tp8] [--seconds 5] [overrides]
 
-First NCCL's bus bandwidth, and one GPU alone (half of the layers, if 7B does not fit); then rows of the shapes of
-`experiment=7b_pile_small`: 16,384 tokens per GPU and step, real ones, in documents of The Pile's lengths; torchtitan;
-and a checkpoint that is resumed in another layout. TFLOP/s: InternLM's formula; MFU, and what is kept of one GPU's
-FLOP/s: the exact causal count.
+Measures NCCL's bus bandwidth; a single GPU (with half of the layers if 7B does not fit); layouts with the shapes of
+`experiment=7b_pile_small`, 16,384 real tokens per GPU and step in documents of The Pile's lengths; torchtitan; and a
+checkpoint resumed in another layout. TFLOP/s are by InternLM's formula, MFU and scaling by the exact causal count.
 
-A row that fails is reported, and the next one runs. Where it fails on some ranks only, so that the others wait for
-them, torchrun starts all ranks anew, and they go on with the next row. On CPUs (--tiny) the same rows run in small.
+A failed row is reported, and the next one runs. If a row fails on some ranks only and the others hang, torchrun
+restarts all ranks, which continue with the next row. On CPUs, --tiny runs the same rows with small shapes.
 """
 
 import argparse
@@ -49,7 +48,7 @@ from parallel.mesh import Mesh, distributed
 from training.report import peak_tflops
 
 TOKENS = 16_384  # per GPU and step
-SCALE = 32  # by which --tiny divides sequences and messages
+SCALE = 32  # divisor of sequence and message lengths with --tiny
 SMALL = (*TINY, "model.n_layers=4", "model.vocab_size=4096", "precision=fp32")
 FP8 = (*SEVEN, "precision.fp8=tensorwise")
 ON_CUDA = torch.cuda.is_available()
@@ -58,15 +57,15 @@ Figures = dict[str, Any]
 
 
 def rows_of(n: int) -> dict[str, Row]:
-    """Return the rows that N GPUs can run; `one` is the row whose FLOP/s a row is held against."""
+    """Return the rows that N GPUs can run; `base` is the single-GPU row to compare with."""
 
-    def row(*layout: str, model: tuple[str, ...] = SEVEN, one: str = "one", peer: tuple[str, ...] = ()) -> Row:
-        return Row(model, 2048, 2, 1, layout, one, peer=peer)
+    def row(*layout: str, model: tuple[str, ...] = SEVEN, base: str = "one", peer: tuple[str, ...] = ()) -> Row:
+        return Row(model, 2048, 2, 1, layout, base, peer=peer)
 
     long = row("parallel=cp", f"parallel.cp={n}", model=(*SEVEN, "model.max_seq_len=32768"))
     found = {
-        "one": row(one=""),
-        "one_fp8": row(model=FP8, one=""),
+        "one": row(base=""),
+        "one_fp8": row(model=FP8, base=""),
         "zero1": row("parallel=zero1", peer=("never", "1")),
         "hybrid_zero": row("parallel=hybrid_zero", f"parallel.dp_shard={n // 2}"),
         "zero3": row("parallel=zero3", peer=("always", "1")),
@@ -75,9 +74,9 @@ def rows_of(n: int) -> dict[str, Row]:
         "pp2_zero1": row("parallel=zero1", "parallel.pp=2"),
         "3d": row("parallel=3d"),
         f"cp{n}_32k": replace(long, seq_len=32768, rows=1),
-        "zero1_fp8": row("parallel=zero1", model=FP8, one="one_fp8"),
+        "zero1_fp8": row("parallel=zero1", model=FP8, base="one_fp8"),
     }
-    return {name: its for name, its in found.items() if n >= 4 or name not in ("hybrid_zero", "tp2_zero1", "3d")}
+    return {name: row for name, row in found.items() if n >= 4 or name not in ("hybrid_zero", "tp2_zero1", "3d")}
 
 
 def overrides_of(row: Row, n: int, args: argparse.Namespace) -> tuple[str, ...]:
@@ -87,7 +86,7 @@ def overrides_of(row: Row, n: int, args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def per_rank(config: TrainConfig, dp: int) -> int:
-    """Return the micro-batches of a rank in a step."""
+    """Return the micro-batches per rank and step."""
     return config.global_batch_tokens // (config.micro_batch_tokens * dp)
 
 
@@ -96,10 +95,10 @@ def real_batches(config: TrainConfig, count: int) -> Callable[[], list[Batch]]:
     return lambda: [batch.pin_memory() if ON_CUDA else batch for batch in islice(source, count)]
 
 
-def measure(overrides: tuple[str, ...], seconds: float, *, alone: bool = False) -> Figures:
-    """Time a row on all ranks, or on this one alone."""
+def measure(overrides: tuple[str, ...], seconds: float, *, single: bool = False) -> Figures:
+    """Time a row on all ranks, or on this rank only."""
     config = configure((*overrides, "parallel.step_timeout_s=120"))
-    with nullcontext(Mesh(device=DEVICE)) if alone else distributed(config.parallel) as mesh:
+    with nullcontext(Mesh(device=DEVICE)) if single else distributed(config.parallel) as mesh:
         engine, batches = build(config, mesh), real_batches(config, per_rank(config, mesh.dp_size))
         tokens = config.global_batch_tokens / mesh.world_size
         times = timed(lambda: engine.train_step(batches()), mesh.device, tokens, seconds, mesh.all_reduce_max)
@@ -114,15 +113,15 @@ def rates(config: TrainConfig, tokens_per_s: float, device: torch.device) -> Fig
 
 
 def measure_one(overrides: tuple[str, ...], seconds: float) -> Figures:
-    """Time a row on one GPU, with half of the layers if it does not fit."""
+    """Time a row on a single GPU, with half of the layers if it does not fit."""
     with suppress(torch.OutOfMemoryError):
-        return measure(overrides, seconds, alone=True)
+        return measure(overrides, seconds, single=True)
     free_memory()
-    return measure((*overrides, "model.n_layers=16"), seconds, alone=True) | {"layers": 16}
+    return measure((*overrides, "model.n_layers=16"), seconds, single=True) | {"layers": 16}
 
 
 def predict(overrides: tuple[str, ...], n: int) -> Figures:
-    """Return what the dry run says of a row."""
+    """Return the dry run's predictions of a row."""
     config = configure((*overrides, "dry_run='true'", f"dry_run.world_size={n}", f"dry_run.devices_per_node={n}"))
     profiles = profile_step(config, per_rank(config, resolve_axes(config.parallel, n).dp))
     tokens_per_s = config.global_batch_tokens / n / max(profile.time.total_s for profile in profiles)
@@ -130,10 +129,10 @@ def predict(overrides: tuple[str, ...], n: int) -> Figures:
 
 
 def save_and_resume(overrides: tuple[str, ...], n: int, folder: Path) -> Figures:
-    """Save a run of zero1 and load it in another layout."""
+    """Save a zero1 run and load it in another layout."""
     layouts = (("parallel=zero1",), ("parallel=tp_zero1", f"parallel.pp={2 if n >= 4 else 1}"))
     configs = [configure((*overrides, *layout, "checkpoint.asynchronous=true")) for layout in layouts]
-    # The same micro-batches on every rank, so that the mean over all does not depend on the layout
+    # The same micro-batches on all ranks, so that the loss does not depend on the layout
     same = real_batches(configs[0], per_rank(configs[0], n))()
     before, after = configs
     return save_and_load(before, after, lambda config, dp: same * (per_rank(config, dp) // len(same)), folder)
@@ -154,14 +153,14 @@ def free_memory() -> None:
 
 
 def run_row(name: str, work: Callable[[], Figures], store: Any, rank: int, n: int) -> Figures | None:
-    """Run a row and wait for the other ranks' end of it; None if it failed on any.
+    """Run a row and wait until all ranks finish it; return None if it failed on any.
 
-    A rank that failed waits 30 seconds for the others, which may wait for it in a collective; then it ends them all.
+    A failed rank waits 30 seconds for the others, which may hang in a collective, and then exits, which ends them all.
     """
-    its, end, deadline = None, f"{name}/done", float("inf")
+    metrics, end, deadline = None, f"{name}/done", float("inf")
     try:
-        its = work()
-    except Exception as error:  # out of memory, or whatever a library raises
+        metrics = work()
+    except Exception as error:  # out of memory, or any error of a library
         text = (str(error).splitlines() or [""])[0][:300]
         print(f"{name:15} rank {rank}: {type(error).__name__}: {text}", flush=True)
         end, deadline = f"{name}/failed", time.monotonic() + 30
@@ -171,19 +170,19 @@ def run_row(name: str, work: Callable[[], Figures], store: Any, rank: int, n: in
         if time.monotonic() > deadline:
             os._exit(1)
         time.sleep(0.1)
-    return None if store.add(f"{name}/failed", 0) else its
+    return None if store.add(f"{name}/failed", 0) else metrics
 
 
-def line_of(name: str, its: Figures) -> str:
-    """Return a line of the table; of other figures than a row's, all of them."""
-    if "tokens_per_s" not in its:
-        return f"{name:15} " + ", ".join(f"{key} {value:.4g}" for key, value in its.items())
-    shares = [f"{value:8.1%}" if (value := its.get(key)) else f"{'-':>8}" for key in ("mfu", "kept")]
-    line = f"{name:15} {its['tokens_per_s']:12,.0f} {its['tflops']:8.1f} {' '.join(shares)} {its['gib']:7.1f}"
-    if "predicted" in its:
-        ratio = its["predicted"] / its["tokens_per_s"]
-        line += f" {its['predicted_gib']:9.1f} {its['predicted']:10,.0f} {ratio:6.2f}"
-    return line + (f"  ours / its {its['ours']:.2f}" if "ours" in its else "")
+def line_of(name: str, m: Figures) -> str:
+    """Return a line of the table, or all m of another measurement."""
+    if "tokens_per_s" not in m:
+        return f"{name:15} " + ", ".join(f"{key} {value:.4g}" for key, value in m.items())
+    shares = [f"{value:8.1%}" if (value := m.get(key)) else f"{'-':>8}" for key in ("mfu", "kept")]
+    line = f"{name:15} {m['tokens_per_s']:12,.0f} {m['tflops']:8.1f} {' '.join(shares)} {m['gib']:7.1f}"
+    if "predicted" in m:
+        ratio = m["predicted"] / m["tokens_per_s"]
+        line += f" {m['predicted_gib']:9.1f} {m['predicted']:10,.0f} {ratio:6.2f}"
+    return line + (f"  ratio {m['ours']:.2f}" if "ours" in m else "")
 
 
 def main() -> None:
@@ -191,57 +190,57 @@ def main() -> None:
     parser.add_argument("--rows", help="names, separated by commas (default: all)")
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--json", type=Path, default=Path("node.json"), help="which a restart goes on from")
+    parser.add_argument("--json", type=Path, default=Path("node.json"), help="results, from which a restart continues")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "node_checkpoint"))
     parser.add_argument("overrides", nargs="*", help="settings of all rows, such as optimizer.state_dtype=bf16")
     args = parser.parse_args()
     rank, n = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     rows, found = rows_of(n), dict[str, Figures]()
     overrides = {name: overrides_of(row, n if row.layout else 1, args) for name, row in rows.items()}
-    alone = {name for name, row in rows.items() if not row.layout}
-    no_peer = "--tiny" if args.tiny else "" if find_spec("torchtitan") else "not installed here"
+    single = {name for name, row in rows.items() if not row.layout}
+    no_peer = "--tiny" if args.tiny else "" if find_spec("torchtitan") else "not installed"
     peers = {} if no_peer else {f"torchtitan_{name}": name for name, row in rows.items() if row.peer}
-    asked = args.rows.split(",") if args.rows else ["bandwidth", *rows, *peers, "checkpoint"]
+    selected = args.rows.split(",") if args.rows else ["bandwidth", *rows, *peers, "checkpoint"]
     attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
     store = PrefixStore(f"node/{attempt}", next(rendezvous("env://"))[0])
     if rank == 0:
         shutil.rmtree(args.folder, ignore_errors=True)
         if attempt != "0":
             found = json.loads(args.json.read_text(encoding="utf-8"))
-        print(f"{n} x {where(DEVICE)}; torchtitan: {no_peer or 'beside'}")
-        titles = f"{'MFU':>8} {'kept':>8} {'GiB':>7} {'predicted':>9} {'tokens/s':>10} {'ratio':>6}"
+        print(f"{n} x {where(DEVICE)}; torchtitan: {no_peer or 'measured too'}")
+        titles = f"{'MFU':>8} {'scaling':>8} {'GiB':>7} {'predicted':>9} {'tokens/s':>10} {'ratio':>6}"
         print(f"{'row':15} {'tokens/s/GPU':>12} {'TFLOP/s':>8} {titles}", flush=True)
-        ones = [rows[name].one for name in asked if name in rows and rows[name].one]
-        store.set("names", json.dumps([name for name in dict.fromkeys([*ones, *asked]) if name not in found]))
+        bases = [rows[name].base for name in selected if name in rows and rows[name].base]
+        store.set("names", json.dumps([name for name in dict.fromkeys([*bases, *selected]) if name not in found]))
     names = json.loads(store.get("names"))
     works: dict[str, Callable[[], Figures]] = {
         "bandwidth": partial(collectives.measure, scale=SCALE if args.tiny else 1, times=20 if ON_CUDA else 2),
         "checkpoint": partial(save_and_resume, overrides_of(rows["one"], n, args), n, args.folder),
         **{peer: partial(measure_peer, rows[name], overrides[name], args.seconds) for peer, name in peers.items()},
-        **{name: partial(measure_one if name in alone else measure, overrides[name], args.seconds) for name in rows},
+        **{name: partial(measure_one if name in single else measure, overrides[name], args.seconds) for name in rows},
     }
     spawn, n_workers = multiprocessing.get_context("spawn"), max(1, (os.cpu_count() or 2) // 8)
     with ProcessPoolExecutor(min(n_workers, len(rows)), spawn) as pool:
-        shared = [name for name in names if name in rows and name not in alone] if rank == 0 else []
+        shared = [name for name in names if name in rows and name not in single] if rank == 0 else []
         predictions = {name: pool.submit(predict, overrides[name], n) for name in shared}
-        for name in names:  # of a row of one GPU the other ranks wait for the end
-            work = works[name] if rank == 0 or name not in alone else dict
+        for name in names:  # during a single-GPU row the other ranks wait
+            work = works[name] if rank == 0 or name not in single else dict
             if rank == 0:
-                found[name] = {"error": "it did not end on all ranks"}
+                found[name] = {"error": "did not finish on all ranks"}
                 args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            its = run_row(name, work, store, rank, n)
-            if rank == 0 and its is not None:
+            metrics = run_row(name, work, store, rank, n)
+            if rank == 0 and metrics is not None:
                 if name in predictions and (failure := predictions[name].exception()):
-                    print(f"{name:15} is not predicted: {failure}", flush=True)
+                    print(f"{name:15} has no prediction: {failure}", flush=True)
                 elif name in predictions:
-                    its |= predictions[name].result()
-                if name in rows and (one := found.get(rows[name].one, {}).get("causal_tflops")):
-                    its["kept"] = its["causal_tflops"] / one
-                if name in peers and (ours := found.get(peers[name], {}).get("tokens_per_s")):
-                    its["ours"] = ours / its["tokens_per_s"]
-                found[name] = its
+                    metrics |= predictions[name].result()
+                if name in rows and (base := found.get(rows[name].base, {}).get("causal_tflops")):
+                    metrics["kept"] = metrics["causal_tflops"] / base
+                if name in peers and (tokens_per_s := found.get(peers[name], {}).get("tokens_per_s")):
+                    metrics["ours"] = tokens_per_s / metrics["tokens_per_s"]
+                found[name] = metrics
                 args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-                print(line_of(name, its), flush=True)
+                print(line_of(name, metrics), flush=True)
     if rank == 0:
         shutil.rmtree(args.folder, ignore_errors=True)
 

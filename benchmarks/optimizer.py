@@ -1,8 +1,8 @@
-"""How fast an update is, against the bytes it must move: python -m benchmarks.optimizer [--layers 8] [--only muon]
+"""Speed of an update compared with memory bandwidth: python -m benchmarks.optimizer [--layers 8] [--only muon]
 
-The parameters are those of some of 7b's layers. The floor is one read of everything that is read and one write of
-everything that is written, at the rate of a large copy. `for 7b` is all layers, and embedding and head by AdamW;
-the share is of a step of 524,288 tokens at --tokens-per-s.
+Updates the parameters of some of 7b's layers. The floor reads and writes each tensor once at the rate of a large copy.
+`ms for 7b` is for all layers, with AdamW for embedding and head; `of step` is the share of a step of 524,288 tokens at
+--tokens-per-s.
 """
 
 import argparse
@@ -23,7 +23,7 @@ STEP_TOKENS = 524_288
 CASES: tuple[tuple[str, dict[str, Any] | str, int], ...] = (  # name, settings or torch's class, bytes per parameter
     ("one kernel, fp32 moments", {"impl": OptimizerImpl.triton}, 26),
     ("one kernel, bf16 moments", {"impl": OptimizerImpl.triton, "state_dtype": Dtype.bf16}, 18),
-    ("torch's fused on joined masters, fp32 moments", {"impl": OptimizerImpl.torch}, 26),
+    ("torch fused, concatenated masters, fp32 moments", {"impl": OptimizerImpl.torch}, 26),
     ("apex, fp32 moments", {"impl": OptimizerImpl.apex}, 26),
     ("torch.optim.AdamW(fused=True), all bf16", "AdamW", 14),
     ("muon, fp32 momentum", {"name": "muon"}, 18),
@@ -37,17 +37,20 @@ CASES: tuple[tuple[str, dict[str, Any] | str, int], ...] = (  # name, settings o
 def layers(count: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
     shapes = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
     linear = [nn.Linear(k, n, bias=False, device=device, dtype=dtype) for _ in range(count) for n, k in shapes]
-    return nn.ModuleDict({"blocks": nn.ModuleList(linear)})  # a rule may go by the name
+    return nn.ModuleDict({"blocks": nn.ModuleList(linear)})  # update rules can depend on the name
 
 
 def update_ms(optimizer: Optimizer | Sequence[torch.optim.Optimizer], device: torch.device) -> float:
-    """Return the time of an update from gradients that are there."""
+    """Return the time of an update, without the backward pass."""
     if isinstance(optimizer, Optimizer):
         params = [param.shard for param in optimizer.params.values()]
-        scalars = {"grad_scale": torch.ones((), device=device), "finite": torch.tensor(True, device=device)}
+        scalars: dict[str, Any] = {
+            "grad_scale": torch.ones((), device=device),
+            "finite": torch.tensor(True, device=device),
+        }
         optimizer.set_schedule([(1e-4, 0.95)] * 100_000)
     else:
-        params = [param for one in optimizer for group in one.param_groups for param in group["params"]]
+        params = [param for part in optimizer for group in part.param_groups for param in group["params"]]
     grads = [torch.randn_like(param) for param in params]
 
     def update() -> None:
@@ -56,8 +59,8 @@ def update_ms(optimizer: Optimizer | Sequence[torch.optim.Optimizer], device: to
         if isinstance(optimizer, Optimizer):
             optimizer.step(**scalars)
         else:
-            for one in optimizer:
-                one.step()
+            for part in optimizer:
+                part.step()
 
     return median_ms(update, device)
 
@@ -65,8 +68,8 @@ def update_ms(optimizer: Optimizer | Sequence[torch.optim.Optimizer], device: to
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--only", default="", help="cases whose name holds this; the first one is always measured")
-    parser.add_argument("--tokens-per-s", type=float, default=13_900, help="of a step of 7b")
+    parser.add_argument("--only", default="", help="cases whose name contains this; the first is always measured")
+    parser.add_argument("--tokens-per-s", type=float, default=13_900, help="of 7b in training")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bandwidth, step_ms, adamw_ms = copy_tbps(device), STEP_TOKENS / arguments.tokens_per_s * 1e3, float("nan")
@@ -90,10 +93,10 @@ def main() -> None:
             continue
         took, floor = update_ms(optimizer, device), moved * numel / bandwidth / 1e9
         adamw_ms = took / numel if number == 0 else adamw_ms
-        whole = took / numel * LAYERS_NUMEL + REST_NUMEL * (adamw_ms if is_muon else took / numel)
+        full_ms = took / numel * LAYERS_NUMEL + REST_NUMEL * (adamw_ms if is_muon else took / numel)
         flops = f"  {sum(n_flops(p.shape) for p in params) / took / 1e9:.0f} TFLOP/s" if is_muon else ""
         print(
-            f"{name:46} {moved:5} {took:8.2f} {floor:9.2f} {floor / took:9.1%} {whole:10.1f} {whole / step_ms:8.2%}"
+            f"{name:46} {moved:5} {took:8.2f} {floor:9.2f} {floor / took:9.1%} {full_ms:10.1f} {full_ms / step_ms:8.2%}"
             f"{flops}",
             flush=True,
         )

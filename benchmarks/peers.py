@@ -1,8 +1,8 @@
-"""The same step in other projects' code, in the same run: python -m benchmarks.peers [--seconds 15]
+"""Training speed compared with other projects, in one run: python -m benchmarks.peers [--seconds 15]
 
-InternLM-7B's shape, 2 micro-batches of 4 x 2,048 tokens per step. Each peer gets what makes it fast: its blocks
-compiled, cuDNN's attention where it can be had, Liger's loss for Transformers, all weights, gradients and moments in
-bf16, torch's fused AdamW. Ours keeps fp32 masters and, unless said otherwise, fp32 moments.
+InternLM-7B's shape, 2 micro-batches of 4 x 2,048 tokens per step. Peers have compiled blocks, cuDNN attention if
+available, Liger's loss (Transformers), bf16 weights, gradients and moments, and torch's fused AdamW. This project has
+fp32 masters and, unless stated otherwise, fp32 moments.
 """
 
 import argparse
@@ -27,7 +27,7 @@ ROWS, ROW_LEN, ACCUMULATED = 4, 2048, 2
 
 
 def transformers_llama(config: ModelConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """Hugging Face Transformers, compiled a layer at a time, with Liger's fused linear and cross entropy."""
+    """Build Hugging Face's Llama, compiled per layer, with Liger's fused linear cross entropy."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # type: ignore[import-not-found]
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -53,7 +53,7 @@ def transformers_llama(config: ModelConfig) -> Callable[[Tensor, Tensor], Tensor
 
 
 def torchtitan_llama(config: ModelConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """torchtitan's Llama 3, without biases, compiled a block at a time, its loss compiled too."""
+    """Build torchtitan's Llama 3, without biases, compiled per block, with a compiled loss."""
     from torchtitan.models.llama3 import Transformer, TransformerModelArgs  # type: ignore[import-not-found]
 
     arguments = TransformerModelArgs(
@@ -130,9 +130,9 @@ def main() -> None:
         torch.cuda.empty_cache()
     best = max(peers.values(), default=0.0)
     for name, extra in (
-        ("ours, fp32 masters and moments", ()),
-        ("ours, fp32 masters, bf16 moments", ("optimizer.state_dtype=bf16",)),
-        ("ours, the same in 8 bits", ("optimizer.state_dtype=bf16", "precision.fp8=tensorwise")),
+        ("this project, fp32 masters and moments", ()),
+        ("this project, fp32 masters, bf16 moments", ("optimizer.state_dtype=bf16",)),
+        ("this project, bf16 moments, fp8 products", ("optimizer.state_dtype=bf16", "precision.fp8=tensorwise")),
     ):
         tokens_per_s = measure("7b_16k", Mesh(device=device), arguments.seconds, extra)["tokens_per_s"]
         ratio = f"{tokens_per_s / best:.3f} of the best peer" if best else ""

@@ -1,8 +1,8 @@
-"""The engine's step against a plain PyTorch one: python -m benchmarks.plain [--model 125m] [--tokens 512]
+"""The engine's step compared with plain PyTorch: python -m benchmarks.plain [--model 125m] [--tokens 512]
 
-The plain one is what nanoGPT does, with the parts of this model: F.scaled_dot_product_attention, whole logits into
-F.cross_entropy, clip_grad_norm_, torch.optim.AdamW(fused=True). Both take turns on the same batch; the fastest step of
-each counts, because other programs only make a step slower.
+The plain step is nanoGPT's with this model's layers: F.scaled_dot_product_attention, F.cross_entropy of full logits,
+clip_grad_norm_, torch.optim.AdamW(fused=True). Both alternate on the same batch; the fastest step of each counts,
+because other processes can only slow a step down.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="125m")
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--chunk", type=int, default=256, help="tokens whose logits exist at one time, in ours")
+    parser.add_argument("--chunk", type=int, default=256, help="loss.chunk_tokens of the engine")
     parser.add_argument("--turns", type=int, default=5)
     arguments = parser.parse_args()
     device = torch.device("cpu")
@@ -86,10 +86,10 @@ def main() -> None:
         return time.perf_counter() - start
 
     pairs = [(timed(lambda: engine.train_step(batches)), timed(step)) for _ in range(arguments.turns + 1)][1:]
-    ours, theirs = (min(times) for times in zip(*pairs, strict=True))
+    engine_s, plain_s = (min(times) for times in zip(*pairs, strict=True))
     print(f"{where(device)}; {config.model.name}, {arguments.tokens} tokens per step, fp32")
-    print(f"ours   {ours:8.3f} s  {arguments.tokens / ours:7.0f} tokens/s")
-    print(f"plain  {theirs:8.3f} s  {arguments.tokens / theirs:7.0f} tokens/s, ours takes {ours / theirs:.2f} of it")
+    for name, s in (("engine", engine_s), ("plain", plain_s)):
+        print(f"{name:6} {s:8.3f} s  {arguments.tokens / s:7.0f} tokens/s, {s / plain_s:.2f} of plain")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Real text that packages ship, as a corpus to compare optimizers on; none of it is in the repository.
+"""A corpus of real text from published packages, to compare optimizers on.
 
 python -m benchmarks.optimizers fetch FOLDER [--small] downloads pinned versions, checks their hashes and writes a file
 of documents per source: Python and its documentation (ansible), English (descriptions in botocore), and Chinese poems
-(chinese-poetry). With --small a fixed part of them, some 24 MB.
+(chinese-poetry); with --small, a fixed subset of about 24 MB.
 """
 
 import gzip
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 TAG = re.compile(r"<[^>]{1,200}>")
 BLANKS = re.compile(r"[ \t\n]+")
-PAGE = 8_000  # characters of a document that is put together from short texts
+PAGE = 8_000  # characters of a document joined from short texts
 
 
 class Package(NamedTuple):
@@ -29,11 +29,11 @@ class Package(NamedTuple):
     version: str
     sha256: str
     documents: Callable[[Path], Iterator[str]]
-    share: float  # of the documents that --small keeps, chosen by the hash of their text
+    share: float  # of the documents kept by --small, selected by hash
 
 
 def pages(texts: Iterator[str], limit: int = PAGE) -> Iterator[str]:
-    """Yield texts joined by blank lines to documents of about `limit` characters."""
+    """Yield documents of about `limit` characters, joined from texts with blank lines."""
     page: list[str] = []
     for text in texts:
         page.append(text)
@@ -62,7 +62,7 @@ def botocore(path: Path) -> Iterator[str]:
 
 
 def descriptions(service: dict[str, Any]) -> Iterator[str]:
-    """Yield each description of a service once, without tags, after the name of what it describes."""
+    """Yield the distinct descriptions of a service without tags, each prefixed with its subject."""
     seen: set[str] = set()
 
     def walk(name: str, value: Any) -> Iterator[str]:
@@ -87,7 +87,7 @@ def poetry(path: Path) -> Iterator[str]:
             if re.search(r"/(quantangshi/poet|songci/ci)\.(tang|song)\.\d+\.json$", member.name):
                 file = archive.extractfile(member)
                 assert file is not None
-                yield from pages((poem(one) for one in json.loads(file.read())), PAGE // 4)
+                yield from pages((poem(record) for record in json.loads(file.read())), PAGE // 4)
 
 
 def poem(record: dict[str, Any]) -> str:
@@ -107,7 +107,7 @@ PACKAGES = (
 
 
 def download(package: Package, folder: Path) -> Path:
-    """Return the package's archive, downloaded unless it is there, with the right hash."""
+    """Return the path of a package's archive; download it if missing, and verify the hash."""
     is_npm = package.name == "chinese-poetry"
     file = f"{package.name}-{package.version}" + (".tgz" if is_npm else "-py3-none-any.whl")
     path = folder / file
@@ -121,12 +121,12 @@ def download(package: Package, folder: Path) -> Path:
     with path.open("rb") as opened:
         found = hashlib.file_digest(opened, "sha256").hexdigest()
     if found != package.sha256:
-        raise SystemExit(f"{path} has SHA-256 {found}, not {package.sha256}; remove it and fetch again")
+        raise SystemExit(f"{path} has SHA-256 {found}, not {package.sha256}; remove it and rerun fetch")
     return path
 
 
 def fetch(folder: Path, *, small: bool) -> None:
-    """Write `<source>.jsonl.xz` for each package, and print the command that prepares them."""
+    """Write `<source>.jsonl.xz` per package, and print the command that prepares the corpus."""
     archives = folder / "archives"
     archives.mkdir(parents=True, exist_ok=True)
     for package in PACKAGES:

@@ -1,8 +1,7 @@
-"""Disturb a run of two ranks for a while, and compare it with an undisturbed one: python -m benchmarks.soak minutes=10
+"""Inject faults into a run of two ranks and compare it with an undisturbed run: python -m benchmarks.soak minutes=10
 
-Every few seconds a fault comes: SIGKILL, SIGSTOP for 3 s, SIGTERM, a full disk, a flipped byte in the newest
-checkpoint, a port in use. What ends is started again. At the end the losses of all steps are those of the other run,
-bit for bit.
+A fault is injected every few seconds: SIGKILL, SIGSTOP for 3 s, SIGTERM, a full disk, a flipped bit in the newest
+checkpoint, a port in use. The run is restarted whenever it exits. The losses of all steps must be bit-exact.
 """
 
 import os
@@ -23,7 +22,7 @@ import psutil
 
 from tracking.metrics_file import METRICS, read_records
 
-STEPS_PER_MINUTE = 400  # of which a run that is started again and again makes this many on a slow machine
+STEPS_PER_MINUTE = 400  # of a run with frequent restarts on a slow machine
 SETTINGS = (
     "name=soak", "data=random", "data.vocab_size=1000", "data.seq_len=32", "data.micro_batch_size=2", "data.workers=1",
     "global_batch_tokens=128", "precision=fp32", "logger=none", "valid_tokens=64", "checkpoint.every=15",
@@ -40,7 +39,7 @@ def start(folder: Path, steps: int, **variables: str) -> subprocess.Popen:
 
 
 def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
-    """Return the ranks that a run has spawned."""
+    """Return the rank processes of a run."""
     children = psutil.Process(process.pid).children()
     return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
@@ -66,7 +65,7 @@ def terminate(process: subprocess.Popen, _folder: Path) -> None:
 
 
 def fill_disk(process: subprocess.Popen, _folder: Path) -> None:
-    """Let no file of the ranks grow for 3 s, which is a full disk to them."""
+    """Limit the file size of ranks for 3 s, which acts as a full disk."""
     limits = {rank.pid: resource.prlimit(rank.pid, resource.RLIMIT_FSIZE) for rank in ranks_of(process)}
     for pid, (_, most) in limits.items():
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, most))
@@ -76,8 +75,8 @@ def fill_disk(process: subprocess.Popen, _folder: Path) -> None:
             resource.prlimit(pid, resource.RLIMIT_FSIZE, limit)
 
 
-def flip_byte(process: subprocess.Popen, folder: Path) -> None:
-    """Kill the run and change a byte of what it saved last, if something older is left."""
+def flip_bit(process: subprocess.Popen, folder: Path) -> None:
+    """Kill the run and flip a bit of the newest checkpoint, if there is an older one."""
     process.kill()
     process.wait()
     saved = sorted(path for path in (folder / "checkpoints").glob("step-*") if path.suffix != ".corrupt")
@@ -90,24 +89,24 @@ def flip_byte(process: subprocess.Popen, folder: Path) -> None:
 
 
 def take_port(process: subprocess.Popen, folder: Path) -> None:
-    """Kill the run and start a rank on a port that is in use: it must fail, and leave the run as it is."""
+    """Kill the run and start a rank on a port in use, which must fail and leave the run unchanged."""
     process.kill()
     process.wait()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         names = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        refused = start(folder, 10**6, **names, MASTER_PORT=str(taken.getsockname()[1]))
-        assert refused.wait(120) not in (0, None), "a run began on a port that is in use"
+        failed = start(folder, 10**6, **names, MASTER_PORT=str(taken.getsockname()[1]))
+        assert failed.wait(120) not in (0, None), "a run started on a port in use"
 
 
 FAULTS: tuple[Callable[[subprocess.Popen, Path], None], ...] = (
-    kill, stop_a_while, terminate, fill_disk, flip_byte, take_port
+    kill, stop_a_while, terminate, fill_disk, flip_bit, take_port
 )  # fmt: skip
 
 
 def disturb(folder: Path, steps: int, seconds: float) -> Counter[str]:
-    """Train with faults for `seconds`, and then to the end; return how often each came."""
+    """Train with faults for `seconds`, and then to the end; return the count of each fault."""
     counts, end = Counter({fault.__name__: 0 for fault in FAULTS}), time.monotonic() + seconds
     while True:
         process = start(folder, steps)
@@ -123,7 +122,7 @@ def disturb(folder: Path, steps: int, seconds: float) -> Counter[str]:
             if process.poll() is None:
                 print(f"step {max(losses(folder)):5d}  {fault.__name__}", flush=True)
                 counts[fault.__name__] += 1
-                with suppress(psutil.Error, ProcessLookupError, IndexError):  # it has ended by itself
+                with suppress(psutil.Error, ProcessLookupError, IndexError):  # the run has ended
                     fault(process, folder)
         if process.returncode == 0:
             return counts
@@ -133,13 +132,13 @@ def main(minutes: float, seed: int = 0) -> None:
     random.seed(seed)
     steps = max(40, round(STEPS_PER_MINUTE * minutes))
     with tempfile.TemporaryDirectory() as folder:
-        whole, disturbed = Path(folder) / "whole", Path(folder) / "disturbed"
-        assert start(whole, steps).wait() == 0
+        undisturbed, disturbed = Path(folder) / "undisturbed", Path(folder) / "disturbed"
+        assert start(undisturbed, steps).wait() == 0
         counts = disturb(disturbed, steps, 60 * minutes)
-        expected, found = losses(whole), losses(disturbed)
+        expected, found = losses(undisturbed), losses(disturbed)
     print(", ".join(f"{name} {count}" for name, count in counts.items()))
     wrong = [step for step in expected if found.get(step) != expected[step]]
-    assert len(expected) == steps and not wrong, f"other losses at the steps {wrong[:10]}"
+    assert len(expected) == steps and not wrong, f"losses differ at steps {wrong[:10]}"
     print(f"{steps} steps with the same losses, bit for bit")
 
 

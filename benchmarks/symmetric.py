@@ -1,7 +1,7 @@
-"""How fast symmetric products of bf16 matrices are, computed whole and by half: python -m benchmarks.symmetric
+"""Speed of symmetric bf16 products, computed in full and by half: python -m benchmarks.symmetric
 
-Prints ms and TFLOP/s of torch, and for each choice of tiles ms, TFLOP/s as if all were computed, and how many times as
-fast as torch it is. The last lines are for five Newton-Schulz steps. About three minutes on an H100.
+Prints ms and TFLOP/s of torch, and for each tile configuration ms, TFLOP/s by the full product's FLOPs, and the speedup
+over torch. Rows named `steps` are five Newton-Schulz steps. Takes about three minutes on an H100.
 """
 
 from collections.abc import Callable
@@ -21,30 +21,30 @@ CHOICES = [
     Tiles(128, 256, 64, warps=8, stages=4),
     Tiles(128, 256, 64, warps=8, stages=3),
     Tiles(256, 128, 64, warps=8, stages=3),
-    Tiles(128, 128, 64, warps=4, stages=3),  # two programs at a time on a multiprocessor
+    Tiles(128, 128, 64, warps=4, stages=3),  # two programs per SM
     Tiles(128, 64, 64, warps=4, stages=4),
     Tiles(128, 256, 64, warps=8, stages=3, tma=False),
 ]
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 Polynomial = Callable[[Tensor, float, float], Tensor]
-Way = Callable[[], Tensor]
+Product = Callable[[], Tensor]
 
 
-def compare(name: str, flops: float, torch_way: Way, ways: list[Way], calls: int) -> None:
-    """Print a row; a result that is not symmetric, or farther from torch's than rounding, is marked."""
-    expected = torch_way().float()
-    base = median_ms(lambda: [torch_way() for _ in range(calls)], DEVICE, seconds=0.1) / calls
+def compare(name: str, flops: float, torch_product: Product, products: list[Product], calls: int) -> None:
+    """Print a row; mark results that are not symmetric, or differ from torch's by more than rounding."""
+    expected = torch_product().float()
+    base = median_ms(lambda: [torch_product() for _ in range(calls)], DEVICE, seconds=0.1) / calls
     row = f"{name:22} {base:8.3f} {flops / base / 1e9:4.0f}"
-    for way in ways:
+    for compute in products:
         try:
-            found = way()
-            ms = median_ms(lambda way=way: [way() for _ in range(calls)], DEVICE, seconds=0.1) / calls
-        except Exception as error:  # the other choices still count
+            found = compute()
+            ms = median_ms(lambda compute=compute: [compute() for _ in range(calls)], DEVICE, seconds=0.1) / calls
+        except Exception as error:  # continue with the other tiles
             row += f" | {type(error).__name__}: {str(error)[:60]}"
             continue
-        right = (found.float() - expected).norm() <= 0.02 * expected.norm()  # not so for nan
-        uneven = found.shape[1] == found.shape[2] and calls > 1 and not torch.equal(found, found.mT)
-        mark = ("" if right else "!") + ("~" if uneven else "")
+        close = (found.float() - expected).norm() <= 0.02 * expected.norm()  # False for nan
+        asymmetric = found.shape[1] == found.shape[2] and calls > 1 and not torch.equal(found, found.mT)
+        mark = ("" if close else "!") + ("~" if asymmetric else "")
         row += f" | {ms:7.3f} {flops / ms / 1e9:4.0f} {base / ms:4.2f}{mark}"
     print(row, flush=True)
 
@@ -55,7 +55,7 @@ def five_steps(x: Tensor, polynomial: Polynomial) -> Tensor:
     return x
 
 
-def whole(x: Tensor, b: float, c: float) -> Tensor:
+def full(x: Tensor, b: float, c: float) -> Tensor:
     square = x @ x.mT
     return torch.baddbmm(square, square, square, beta=b, alpha=c)
 
@@ -81,7 +81,7 @@ def main() -> None:
         second: list = [lambda t=t, s=square: product(s, beta=b, alpha=c, tiles=t) for t in CHOICES]
         compare(f"{name} A^2", 2 * n * m**3, lambda s=square: torch.baddbmm(s, s, s, beta=b, alpha=c), second, calls=10)
         steps: list = [lambda t=t, x=x: five_steps(x, by_half(t)) for t in CHOICES]
-        compare(f"{name} steps", n * n_flops((m, k)), lambda x=x: five_steps(x, whole), steps, calls=1)
+        compare(f"{name} steps", n * n_flops((m, k)), lambda x=x: five_steps(x, full), steps, calls=1)
 
 
 if __name__ == "__main__":

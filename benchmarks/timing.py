@@ -1,4 +1,4 @@
-"""Timing of work on a device, for the benchmarks."""
+"""Timing on a device, for the benchmarks."""
 
 import statistics
 import time
@@ -13,7 +13,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def median_ms(work: Callable[[], object], device: torch.device, *, seconds: float = 1.0) -> float:
-    """Return the median time per call, after two calls of warm-up."""
+    """Return the median time per call, after two warm-up calls."""
     for _ in range(2):
         work()
     synchronize(device)
@@ -27,13 +27,13 @@ def median_ms(work: Callable[[], object], device: torch.device, *, seconds: floa
 
 
 def product_tflops(device: torch.device, *, size: int = 8192, seconds: float = 2.0) -> float:
-    """Return the sustained rate of a large bf16 matrix product: the ceiling of matrix work."""
+    """Return the sustained rate of a large bf16 matrix product."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * size**3 / median_ms(lambda: [a @ b for _ in range(10)], device, seconds=seconds) * 10 / 1e9
 
 
 def copy_tbps(device: torch.device) -> float:
-    """Return the bandwidth of a large copy, bytes read plus written, in TB/s: the ceiling of everything else."""
+    """Return the bandwidth of a large copy, bytes read plus written, in TB/s."""
     source = torch.randn(1 << 29, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / median_ms(lambda: target.copy_(source), device) / 1e9

@@ -1,9 +1,9 @@
-"""How fast text becomes tokens: python -m benchmarks.tokenize model=V7_sft.model
+"""Speed of tokenization: python -m benchmarks.tokenize model=V7_sft.model
 
-Encodes the texts of this Python's library and packages (or of texts='folder/*.jsonl.zst') by SentencePiece's own
-library, by Hugging Face's tokenizers and by ours, a process each, and compares every id. Then a corpus is made of
-them as prepare_data.py makes one, by 1 process and by one per core. Without model= a tokenizer of
-pieces=103168 is trained first, which takes a minute.
+Encodes the sources of Python's library and packages (or texts='folder/*.jsonl.zst') with SentencePiece, with Hugging
+Face tokenizers and with this project, on one core each, and compares all ids. Then prepares a corpus as prepare_data.py
+does, with one process and with one per core. Without model=, trains a tokenizer of pieces=103168 first, which takes a
+minute.
 """
 
 import json
@@ -29,15 +29,15 @@ from data.hf_tokenizer import fast_from_sentencepiece
 from data.tokenizer import SentencePieceTokenizer, encode_documents, load_tokenizer, train_tokenizer
 
 PILE_BYTES = 825e9
-CORES_A_MACHINE = 64
-BATCH = 256  # documents that are encoded at once
+CORES_PER_MACHINE = 64
+BATCH = 256  # documents per call
 SETTINGS = {"model": "", "pieces": "103168", "texts": "", "megabytes": "64", "compared": "8"}
 
 Encode = Callable[[list[str]], list[Any]]
 
 
 def read_texts(paths: str | list[str], limit: int) -> Iterator[str]:
-    """Yield the texts of files, about `limit` bytes, each text once."""
+    """Yield about `limit` bytes of distinct texts from files."""
     config = DataConfig(
         name="texts", path="none", source=Source.local, input=paths, on_bad_record=OnBadRecord.skip,
         seq_len=2048, micro_batch_size=1,
@@ -53,42 +53,42 @@ def read_texts(paths: str | list[str], limit: int) -> Iterator[str]:
 
 
 def run(texts: list[str], encode: Encode) -> tuple[float, list[np.ndarray]]:
-    """Return the megabytes per second of processor time, and the ids."""
+    """Return the MB per second of CPU time, and the ids."""
     found: list[np.ndarray] = []
     spent = 0.0
     for at in range(0, len(texts), BATCH):
         start = time.process_time()
         ids = encode(texts[at : at + BATCH])
         spent += time.process_time() - start
-        found += [np.array(one, dtype=np.uint32) for one in ids]
+        found += [np.array(row, dtype=np.uint32) for row in ids]
     return sum(len(text.encode()) for text in texts) / 1e6 / spent, found
 
 
 def compare(texts: list[str], n_compared: int, model: Path) -> None:
-    """Print what one core encodes per second, by three libraries."""
+    """Print the speed of three libraries on one core."""
     tokenizer = load_tokenizer(model)
-    assert isinstance(tokenizer, SentencePieceTokenizer), "it is SentencePiece that is compared with"
+    assert isinstance(tokenizer, SentencePieceTokenizer), "model= must be a SentencePiece model"
     fast = fast_from_sentencepiece(tokenizer)
-    ours = partial(encode_documents, tokenizer, add_bos=False, add_eos=False)
+    project = partial(encode_documents, tokenizer, add_bos=False, add_eos=False)
     encoders: dict[str, tuple[Encode, list[str]]] = {
         "SentencePiece": (partial(tokenizer.model.encode, num_threads=1), texts[:n_compared]),
         "Hugging Face tokenizers": (
-            lambda some: [one.ids for one in fast.encode_batch_fast(some, add_special_tokens=False)],
+            lambda texts: [encoding.ids for encoding in fast.encode_batch_fast(texts, add_special_tokens=False)],
             texts[:n_compared],
         ),
-        "ours": (ours, texts),
-        "ours, the same again": (ours, texts),
+        "this project": (project, texts),
+        "this project, warm cache": (project, texts),
     }
     print(f"\n{'one core':26} {'MB/s':>8} {'x SentencePiece':>16} {'documents with other ids':>26}")
     first, expected = 0.0, []
-    for name, (encode, some) in encoders.items():
-        speed, found = run(some, encode)
+    for name, (encode, subset) in encoders.items():
+        speed, found = run(subset, encode)
         first, expected = first or speed, expected or found
         differing = sum(not np.array_equal(a, b) for a, b in zip(expected, found, strict=False))
         print(f"{name:26} {speed:8.2f} {speed / first:16.2f} {differing:14,} of {len(expected):,}")
     all_ids = [tokenizer.model.encode(text) for text in texts[n_compared:]]
-    differing = sum(not np.array_equal(a, b) for a, b in zip(all_ids, ours(texts[n_compared:]), strict=True))
-    print(f"{'ours, the other documents':52} {differing:14,} of {len(all_ids):,}")
+    differing = sum(not np.array_equal(a, b) for a, b in zip(all_ids, project(texts[n_compared:]), strict=True))
+    print(f"{'this project, other documents':52} {differing:14,} of {len(all_ids):,}")
 
 
 def corpus_config(folder: Path, name: str) -> DataConfig:
@@ -99,7 +99,7 @@ def corpus_config(folder: Path, name: str) -> DataConfig:
 
 
 def reading(folder: Path) -> float:
-    """Return the megabytes per second of reading alone, which bounds the processes that share a compressed file."""
+    """Return the MB/s of reading only, the limit for processes that read the same compressed file."""
     config = corpus_config(folder, "none")
     (item,) = list_items(config)
     start = time.perf_counter()
@@ -108,7 +108,7 @@ def reading(folder: Path) -> float:
 
 
 def pipeline(folder: Path, model: Path, workers: int) -> float:
-    """Return the megabytes per second of all of prepare_data.py's work on a compressed file, its start left out."""
+    """Return the MB/s of prepare_data.py on a compressed file, without its startup."""
     seen: list[tuple[float, int]] = []
 
     def progress(documents: int, tokens: int, text_bytes: int, _share: float) -> None:
@@ -148,15 +148,15 @@ def main(arguments: list[str]) -> None:
         compare(texts, n_compared, model)
         write(texts, folder / "texts.jsonl.gz")
         limit = reading(folder)
-        print(f"\n{'prepare_data.py, jsonl.gz':26} {'MB/s':>8}\n{'reading alone':26} {limit:8.2f}")
+        print(f"\n{'prepare_data.py, jsonl.gz':26} {'MB/s':>8}\n{'reading only':26} {limit:8.2f}")
         speed = 0.0
         for workers in dict.fromkeys((1, cores)):
             speed = pipeline(folder, model, workers)
             print(f"{workers} {'processes' if workers > 1 else 'process':24} {speed:8.2f}")
-        hours, largest = (PILE_BYTES / 1e6 / s / 3600 for s in (speed, min(limit, speed / cores * CORES_A_MACHINE)))
+        hours, largest = (PILE_BYTES / 1e6 / s / 3600 for s in (speed, min(limit, speed / cores * CORES_PER_MACHINE)))
         print(
-            f"\n825 GB take {hours:.1f} hours on one machine like this one and {hours / 64:.2f} on 64 (shards=64); "
-            f"with {CORES_A_MACHINE} cores each, {largest:.2f} and {largest / 64:.3f}"
+            f"\n825 GB take {hours:.1f} hours on one machine like this and {hours / 64:.2f} on 64 (shards=64); "
+            f"with {CORES_PER_MACHINE} cores each, {largest:.2f} and {largest / 64:.3f}"
         )
 
 

@@ -1,4 +1,4 @@
-"""torchtitan's Llama on several GPUs with its own `parallelize_llama`, for benchmarks.multi_gpu."""
+"""torchtitan's Llama on several GPUs with `parallelize_llama`, for benchmarks.multi_gpu."""
 
 import importlib.machinery
 import sys
@@ -17,14 +17,14 @@ SHAPES = {
 
 
 def _fake_missing(*names: str) -> None:
-    """Let torchtitan import packages of its data loader that are not installed and not used here."""
+    """Mock missing packages that torchtitan imports for its data loader, which is not used here."""
     for name in names:
         try:
             __import__(name)
         except ImportError:
             module: Any = MagicMock() if name == "tyro" else ModuleType(name)
             module.__path__, module.__spec__ = [], importlib.machinery.ModuleSpec(name, None)
-            if name != "tyro":  # whose attributes are subclassed
+            if name != "tyro":  # attributes of the others are subclassed
                 module.__getattr__ = _empty_class
             sys.modules[name] = module
 
@@ -67,9 +67,9 @@ def measure(
         dims = ParallelDims(dp_replicate=1, dp_shard=dp, cp=1, tp=int(tp), pp=1, ep=1, etp=1, world_size=n_gpus)
         if hasattr(dims, "build_mesh"):
             dims.build_mesh()
-        asked = dict(setting.split("=") for setting in model)
-        shape = SHAPES[asked["model"]].copy()
-        shape["n_layers"] = int(asked.get("model.n_layers", shape["n_layers"]))
+        overrides = dict(setting.split("=") for setting in model)
+        shape = SHAPES[overrides["model"]].copy()
+        shape["n_layers"] = int(overrides.get("model.n_layers", shape["n_layers"]))
         arguments = TransformerModelArgs(**shape, ffn_dim_multiplier=None, rope_theta=10000, max_seq_len=seq_len)
         with torch.device("meta"):
             module = Transformer(arguments)
@@ -94,7 +94,7 @@ def measure(
 
         try:
             step()
-        except (AttributeError, RuntimeError):  # where a compiled loss cannot have a vocabulary that is split
+        except (AttributeError, RuntimeError):  # a compiled loss may not support a split vocabulary
             losses.append(_loss)
         tokens = rows * seq_len * micro_batches * dp / n_gpus
         return timed(step, device, tokens, seconds, mesh.all_reduce_max)

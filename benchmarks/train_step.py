@@ -1,8 +1,7 @@
-"""How fast a training step is: python -m benchmarks.train_step [--cases 7b_16k,7b_65k] [--seconds 20] [--json file]
+"""Speed of a training step: python -m benchmarks.train_step [--cases 7b_16k,7b_65k] [--seconds 20] [--json file]
 
-Each case is a whole step of the engine (forward, backward, clipping, AdamW on fp32 masters) on tokens of the built-in
-corpus, which must have been prepared. The products of the model's own matrices are timed first, alone: they are the
-ceiling that a step is held against.
+Each case is a full step of the engine (forward, backward, clipping, AdamW on fp32 masters) on tokens of the built-in
+corpus, which must be prepared. The model's matrix products are timed first, as the upper bound of the step's speed.
 """
 
 import argparse
@@ -68,7 +67,7 @@ def configure(overrides: tuple[str, ...]) -> TrainConfig:
 
 @torch.no_grad()
 def draw_weights(model: ParallelModel, seed: int = 0) -> None:
-    """Draw the weights on the device: as large as `init_weights` makes them, in a thousandth of the time."""
+    """Draw random weights on the device, with the standard deviations of `init_weights` but much faster."""
     stds = model.module.init_stds()
     generator = torch.Generator(next(iter(model.params.values())).shard.device).manual_seed(seed)
     for name, param in model.params.items():
@@ -80,7 +79,7 @@ def draw_weights(model: ParallelModel, seed: int = 0) -> None:
 
 
 def build(config: TrainConfig, mesh: Mesh) -> Engine:
-    """Make the engine as train.py does, with weights drawn fast and a constant rate."""
+    """Build the engine as train.py does, with `draw_weights` and a constant learning tgs."""
     model = build_model(config, mesh, draw_weights)
     optimizer = build_optimizer(model.module, config.optimizer, params=model.params)
     optimizer.set_schedule([(config.optimizer.lr, config.optimizer.beta2)] * 10_000)
@@ -88,13 +87,13 @@ def build(config: TrainConfig, mesh: Mesh) -> Engine:
 
 
 def products(model: ModelConfig) -> list[tuple[int, int, int]]:
-    """Return the matrices that a token is multiplied with: rows, columns, how many."""
+    """Return the weight matrices: rows, columns, count."""
     d, kv, n = model.d_model, model.n_kv_heads * model.head_dim, model.n_layers
     return [(d, d, 2 * n), (kv, d, 2 * n), (model.d_ff, d, 2 * n), (d, model.d_ff, n), (model.vocab_size, d, 1)]
 
 
 def gemm_tflops(model: ModelConfig, tokens: int, device: torch.device, seconds: float) -> float:
-    """Return the rate of the model's own products, forward and both gradients, each as often as a step has it."""
+    """Return the tgs of the model's matrix products, forward and both gradients, as often as in a step."""
     total_s, flops, shapes = 0.0, 0.0, products(model)
     for rows, columns, times in shapes:
         n = min(tokens, 4096) if rows == model.vocab_size else tokens  # the head works in chunks
@@ -102,15 +101,15 @@ def gemm_tflops(model: ModelConfig, tokens: int, device: torch.device, seconds: 
             torch.randn(s, device=device, dtype=torch.bfloat16) for s in ((n, columns), (rows, columns), (n, rows))
         )
 
-        def three(x: Tensor = x, w: Tensor = w, y: Tensor = y) -> None:
+        def products_of(x: Tensor = x, w: Tensor = w, y: Tensor = y) -> None:
             _ = x @ w.T, y @ w, y.T @ x
 
-        three()
+        products_of()
         synchronize(device)
         start, done = time.perf_counter(), 0
         while time.perf_counter() - start < seconds / len(shapes):
             for _ in range(5):
-                three()
+                products_of()
             done += 5
             synchronize(device)
         total_s += (time.perf_counter() - start) / done * times * tokens / n
@@ -131,10 +130,10 @@ def measure(name: str, mesh: Mesh, seconds: float, extra: tuple[str, ...]) -> di
     source = micro_batches(config.model.vocab_size, rows, config.data.seq_len, documents)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    first = time.perf_counter()
+    start = time.perf_counter()
     losses = [engine.train_step(list(islice(source, accumulated))).loss for _ in range(2)]
     synchronize(device)
-    first = time.perf_counter() - first
+    first_s = time.perf_counter() - start
     start, steps = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         batches = [b.pin_memory() if device.type == "cuda" else b for b in islice(source, accumulated)]
@@ -156,7 +155,7 @@ def measure(name: str, mesh: Mesh, seconds: float, extra: tuple[str, ...]) -> di
         "tflops_internlm": tgs * internlm, "tflops_causal": tgs * causal, "mfu": tgs * causal / peak if peak else None,
         "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
         "gemm_tflops": ceiling, "share_of_products": tgs * product_flops / ceiling if ceiling else None,
-        "first_two_steps_s": first, "loss_first": float(losses[0]), "loss_last": float(losses[-1]),
+        "first_two_steps_s": first_s, "loss_first": float(losses[0]), "loss_last": float(losses[-1]),
     }  # fmt: skip
 
 
@@ -177,8 +176,8 @@ HEADER = "case                 tok/step  tokens/s  InternLM   causal     MFU    
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="7b_16k,7b_65k,7b_65k_bf16_states,7b_65k_pile,7b_65k_fp8")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of the timed steps of a case")
-    parser.add_argument("--json", type=Path, help="a file that gets a line of results a case")
+    parser.add_argument("--seconds", type=float, default=20.0, help="duration of the timed steps of a case")
+    parser.add_argument("--json", type=Path, help="file to append a line of results to per case")
     parser.add_argument("overrides", nargs="*", help="settings for all cases, such as loss.chunk_tokens=8192")
     arguments = parser.parse_args()
     on_cuda = torch.cuda.is_available()

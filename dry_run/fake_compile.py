@@ -1,4 +1,4 @@
-"""Memory and traffic of compiled code, from graphs that are partitioned as by Inductor, without compiling them."""
+"""Memory and traffic of compiled code, from graphs partitioned as in Inductor but not compiled."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +13,11 @@ from dry_run.trace import Trace
 
 
 def fake_compile(trace: Trace) -> Callable[..., Callable[..., Any]]:
-    """Return a stand-in for `torch.compile` of modules' methods.
+    """Return a replacement of `torch.compile`.
 
-    Forward and backward are split by Inductor's partitioner after Inductor's decompositions, so that the same tensors
-    are saved. Each graph counts as one kernel besides its matrix products. All modules share the graphs of the first,
-    whose compilation is not traced.
+    A method's graph has Inductor's decompositions and partitioner, so that the same tensors are saved for backward, and
+    counts as its matrix products and one kernel. All modules share the graphs of the first, whose compilation is not
+    traced. A function counts as one kernel.
     """
     from torch._functorch._aot_autograd.utils import make_boxed_func
     from torch._functorch.aot_autograd import aot_function

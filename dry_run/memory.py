@@ -62,8 +62,8 @@ class Memory:
                 self._allocate(storage, "parameters")
             return result
 
-        patch, take = mock.patch.object, self.label("gradients")(Zero._take)
-        with patch(torch.UntypedStorage, "resize_", resize_), patch(Zero, "_take", take):
+        patch, reduce = mock.patch.object, self.label("gradients")(Zero._reduce)
+        with patch(torch.UntypedStorage, "resize_", resize_), patch(Zero, "_reduce", reduce):
             yield
 
     def record(self, result: Any, *, is_collective: bool) -> None:

@@ -33,7 +33,7 @@ class StepProfile:
     """Memory, collectives, FLOPs and time of one rank in one step."""
 
     rank: int
-    n_params: int  # on this rank
+    n_params: int  # on the rank
     peak_bytes: int
     bytes_at_peak: dict[str, int]  # by kind
     collectives: dict[tuple[str, str], tuple[int, int]]  # (axis, kind): count, bytes
@@ -74,15 +74,15 @@ def profile_rank(config: TrainConfig, rank: int, n_micro_batches: int) -> StepPr
         stack.enter_context(memory.following_zero())
         stack.enter_context(trace)
         stack.enter_context(mock.patch.object(torch, "compile", fake_compile(trace)))
-        # Trace ordinary collectives, and count products.
+        # Disable paths whose collectives or products cannot be traced.
         for fast_path in (
             "parallel.zero.can_share",
             "parallel.parallelize.overlaps_tp",
             "training.optim.muon.takes_kernel",
         ):
             stack.enter_context(mock.patch(fast_path, lambda *_: False))
-        stack.enter_context(mock.patch.multiple(Zero, **zero_stand_ins(trace)))
-        stack.enter_context(mock.patch.object(SideStream, "beside", lambda _: trace.overlapped()))
+        stack.enter_context(mock.patch.multiple(Zero, **zero_replacements(trace)))
+        stack.enter_context(mock.patch.object(SideStream, "after_current", lambda _: trace.overlapped()))
         with memory.label("optimizer"):
             engine = _build_engine(config, mesh)
         shards = [param.shard for param in engine.params.values()]
@@ -99,20 +99,20 @@ def profile_rank(config: TrainConfig, rank: int, n_micro_batches: int) -> StepPr
     return StepProfile(rank, n_params, peak, bytes_at_peak, trace.collectives(), flops, time, trace.phases)
 
 
-def zero_stand_ins(trace: Trace) -> dict[str, Any]:
-    """Return replacements for methods of `Zero` that use real streams or no traced operations."""
+def zero_replacements(trace: Trace) -> dict[str, Any]:
+    """Return replacements of methods of `Zero` with untraced operations."""
 
     def all_gather(zero: Zero, unit: Unit) -> None:
-        trace.add_collective("all_gather", zero.shard_group, n_bytes(unit.wholes))
+        trace.add_collective("all_gather", zero.shard_group, n_bytes(unit.padded_params))
 
     return {"_all_gather": all_gather}
 
 
 def _build_engine(config: TrainConfig, mesh: Mesh) -> Engine:
-    """Build model, optimizer and engine as for training, except for what needs a real GPU."""
+    """Build the engine as for training, without features that need a real GPU."""
     model = config.model
     if model.attention is not Attention.reference:
-        model = replace(model, attention=Attention.sdpa)  # runs on the CPU, and saves the same as every fused kernel
+        model = replace(model, attention=Attention.sdpa)  # runs on CPU, and saves the same tensors as fused kernels
     config = replace(config, model=model, parallel=replace(config.parallel, cuda_graphs=False))
     model, state = build_model(config, mesh), TrainState()
     tied_params = model.module.tied_params

@@ -1,4 +1,4 @@
-"""Attention: one function, `attend`, over interchangeable backends, and the layer around it."""
+"""Attention backends behind one function, `attend`, and the attention layer."""
 
 import warnings
 from dataclasses import dataclass
@@ -17,23 +17,23 @@ from model.layers import ByDepth, Weight, linears, rotate
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Which tokens of a batch see each other: causally, those of one segment; and the backend that computes it.
+    """Segments of a batch, each with causal attention inside it, and the backend.
 
-    `cu_seqlens` int32 (n_segments + 1,) counts over the flattened batch; no segment crosses a row.
+    `cu_seqlens` int32 (n_segments + 1,) are bounds in the flattened batch; no segment crosses a row.
     """
 
     backend: Attention
     cu_seqlens: Tensor
     max_seq_len: int
     equal: bool  # every segment has max_seq_len tokens
-    mask_B1TT: Tensor | None  # True where a query may look; only for backends that need it
+    mask_B1TT: Tensor | None  # True where a query can attend; only for backends that need it
 
     @staticmethod
-    def of(cu_seqlens: Tensor, max_seq_len: int, shape: tuple[int, int], wanted: Attention, dtype: torch.dtype):
-        """Prepare a batch of (rows, row_len) tokens, once for all layers; raises `ModelError` as `resolve_backend`."""
+    def of(cu_seqlens: Tensor, max_seq_len: int, shape: tuple[int, int], choice: Attention, dtype: torch.dtype):
+        """Prepare a batch of (rows, row_len) tokens for all layers; raise `ModelError` as `resolve_backend` does."""
         rows, row_len = shape
         equal = (len(cu_seqlens) - 1) * max_seq_len == rows * row_len
-        backend = resolve_backend(wanted, cu_seqlens.device, dtype, equal=equal)
+        backend = resolve_backend(choice, cu_seqlens.device, dtype, equal=equal)
         mask = None
         if backend is Attention.reference or (not equal and backend in (Attention.sdpa, Attention.cudnn)):
             index_N = torch.arange(rows * row_len, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
@@ -45,13 +45,13 @@ class Segments:
 
 @cache
 def missing(backend: Attention) -> str | None:
-    """Return what to install for a backend; None if nothing is missing."""
+    """Return how to install a missing backend; None if it is installed."""
     two, four = _version("flash-attn"), _version("flash-attn-4")
     if backend is Attention.flash_attn and two < (2, 0):
         return 'pip install "flash-attn>=2.8,<3"'
     if backend is Attention.flash_attn_4 and four < (4, 0):
         return "pip install flash-attn-4"
-    if backend is Attention.flash_attn_4 and two >= (2, 8):  # both write flash_attn/cute
+    if backend is Attention.flash_attn_4 and two >= (2, 8):  # both install flash_attn/cute
         return "pip uninstall flash-attn, which shares files with it; pip install --force-reinstall flash-attn-4"
     return None
 
@@ -63,13 +63,13 @@ def _version(distribution: str) -> tuple[int, ...]:
         return ()
 
 
-def resolve_backend(asked: Attention, device: torch.device, dtype: torch.dtype, *, equal: bool) -> Attention:
-    """Return the backend of a batch: `auto` takes the fastest that is installed and right for it.
+def resolve_backend(choice: Attention, device: torch.device, dtype: torch.dtype, *, equal: bool) -> Attention:
+    """Return the backend for a batch; `auto` is the fastest installed one.
 
-    Raises `ModelError` if the one asked for cannot run here, with the remedy.
+    Raise `ModelError`, with the remedy, if the backend cannot run.
     """
     fused = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    if asked is Attention.auto:
+    if choice is Attention.auto:
         if not fused:
             return Attention.sdpa
         if torch.cuda.get_device_capability(device)[0] >= 9 and not missing(Attention.flash_attn_4):
@@ -77,14 +77,14 @@ def resolve_backend(asked: Attention, device: torch.device, dtype: torch.dtype, 
         if not missing(Attention.flash_attn):
             return Attention.flash_attn
         return Attention.cudnn if equal else Attention.varlen
-    if asked in (Attention.sdpa, Attention.reference):
-        return asked
+    if choice in (Attention.sdpa, Attention.reference):
+        return choice
     if not fused:
         needs = f"needs bf16 or fp16 on a CUDA device, not {dtype} on {device}"
-        raise ModelError(f"model.attention ({asked.value}) {needs}; use sdpa")
-    if remedy := missing(asked):
-        raise ModelError(f"model.attention ({asked.value}) is not installed: {remedy}")
-    return asked
+        raise ModelError(f"model.attention ({choice.value}) {needs}; use sdpa")
+    if remedy := missing(choice):
+        raise ModelError(f"model.attention ({choice.value}) is not installed: {remedy}")
+    return choice
 
 
 def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, *, segments: Segments) -> Tensor:
@@ -93,7 +93,7 @@ def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, *, segments: Segments
         case Attention.reference:
             return _reference(q_BTHK, k_BTGK, v_BTGK, segments)
         case Attention.cudnn:
-            # With a mask cuDNN is slower than the memory-efficient kernel. Of some head sizes it has no kernel.
+            # cuDNN is slower than the memory-efficient kernel with a mask, and lacks some head sizes.
             kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION]
             with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *kernels] if segments.equal else kernels, set_priority=True):
                 return _sdpa(q_BTHK, k_BTGK, v_BTGK, segments)
@@ -120,14 +120,14 @@ def _reference(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, segments: Segment
 def _sdpa(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, segments: Segments) -> Tensor:
     if segments.mask_B1TT is not None:
         return masked_attend(q_BTHK, k_BTGK, v_BTGK, segments.mask_B1TT)
-    # All segments are equally long: each is a row of its own.
+    # All segments have the same length, so make each a row.
     q, k, v = (x.reshape(-1, segments.max_seq_len, *x.shape[2:]).transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q_BTHK.shape[2] != k_BTGK.shape[2])
     return out.transpose(1, 2).reshape(q_BTHK.shape)
 
 
 def masked_attend(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask_B1TS: Tensor) -> Tensor:
-    """Attention where `mask_B1TS` is True; for packs on devices without better, and for decoding."""
+    """Attention where `mask_B1TS` is True; for decoding, and for packs without a varlen kernel."""
     n_heads = q_BTHK.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, _repeat_kv(k_BSGK, n_heads), _repeat_kv(v_BSGK, n_heads)))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1TS).transpose(1, 2)
@@ -146,7 +146,7 @@ def _flash(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, segments: Segments) -
     if segments.backend is Attention.flash_attn_4:
         from flash_attn.cute import flash_attn_func, flash_attn_varlen_func  # type: ignore[import-not-found]
 
-        # Its compiler warns of an unused argument, once per shape.
+        # The compiler warns of an unused argument, once per shape.
         warnings.filterwarnings("ignore", message="Argument aux_data")
     else:
         from flash_attn import flash_attn_func, flash_attn_varlen_func  # type: ignore[import-not-found]
@@ -162,7 +162,7 @@ def _flash(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, segments: Segments) -
 class SelfAttention(nn.Module):
     """Grouped-query attention with rotary positions (Ainslie et al. 2023, arXiv:2305.13245).
 
-    An attention layer has `project`, before `attend`, and `output`, after it; that may return auxiliary losses too.
+    An attention layer has `project`, before `attend`, and `output`, after it, which can also return auxiliary losses.
     """
 
     WEIGHTS: ClassVar = {  # standard deviations: internlm, internlm_v1, llama
@@ -184,8 +184,8 @@ class SelfAttention(nn.Module):
         self.wo = nn.Linear(config.d_model, config.d_model, bias=bias)
 
     def project(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q_BTHK, k_BTGK, v_BTGK, the first two rotated to their positions."""
-        # The number of heads is read off the weights, which may hold a share of them.
+        """Return q_BTHK, k_BTGK, v_BTGK; q and k are rotated."""
+        # The number of heads depends on the weights, which tensor parallelism splits.
         outs = self.linears(x_BTD, self.wq, self.wk, self.wv)
         q_BTHK, k_BTGK, v_BTGK = (out.unflatten(-1, (-1, self.head_dim)) for out in outs)
         return rotate(q_BTHK, cos, sin), rotate(k_BTGK, cos, sin), v_BTGK
@@ -194,6 +194,6 @@ class SelfAttention(nn.Module):
         return self.wo(out_BTHK.flatten(-2))
 
     def forward_flops(self, seq_len: int) -> int:
-        """Two per weight, and per query two products with (seq_len + 1) / 2 keys on average."""
+        """Return FLOPs per token: two per weight, and two products with (seq_len + 1) / 2 keys on average."""
         weights = sum(linear.weight.numel() for linear in (self.wq, self.wk, self.wv, self.wo))
         return 2 * weights + 2 * self.wo.in_features * (seq_len + 1)

@@ -1,7 +1,7 @@
-"""The parts of a block that are not attention: norm, rotary angles, MLP; and what a module knows of its weights.
+"""Norm, rotary embedding, MLP, and the metadata of weights.
 
-A new MLP is a class like `SwiGLU`, chosen by `model.mlp=my_file:MyMLP`. It may return auxiliary losses too, as
-`(out_BTD, {"name": scalar})`, and have a `forward_flops`, as `SelfAttention` has.
+A new MLP is a class like `SwiGLU`, chosen by `model.mlp=my_file:MyMLP`. It can also return auxiliary losses, as
+`(out_BTD, {"name": scalar})`, and define `forward_flops`, as `SelfAttention` does.
 """
 
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ from model.config import Init, ModelConfig
 
 
 class ByDepth(float):
-    """A standard deviation that is divided by sqrt(2 (layer + 1)), the first layer being 0."""
+    """A standard deviation to divide by sqrt(2 (layer + 1)); layers count from 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """What a module knows of a layer of its own; an entry of its `WEIGHTS`, by attribute name."""
+    """Metadata of a layer inside a module; the module's `WEIGHTS` has them by attribute name."""
 
-    tp: Literal["colwise", "rowwise", "norm"]  # how tensor parallelism splits it: outputs, inputs, or not at all
-    hf: str | None = None  # name in Llama of Hugging Face; in a block, what follows model.layers.<i>
-    internlm: float = 0.006  # initial standard deviation, for each `Init`
+    tp: Literal["colwise", "rowwise", "norm"]  # tensor parallelism: split outputs, inputs, or nothing
+    hf: str | None = None  # name in Hugging Face's Llama; in a block, without model.layers.<i>
+    internlm: float = 0.006  # initial standard deviation by `Init`
     internlm_v1: float = 0.006
     llama: float = 0.02
 
@@ -34,7 +34,7 @@ class Weight:
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm, statistics in fp32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    """RMSNorm with statistics in fp32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
     def __init__(self, d_model: int, eps: float) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class RMSNorm(nn.Module):
 
 
 def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """Return the outputs of layers for the same input; asynchronous tensor parallelism makes them one product."""
+    """Return the outputs of layers for the same input; asynchronous tensor parallelism fuses them."""
     return [layer(x) for layer in layers]
 
 
@@ -73,10 +73,9 @@ class SwiGLU(nn.Module):
 
 
 def rotary_angles(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of each position's angles, fp32, (B, T, 1, K / 2).
+    """Return cos and sin of the rotary angles, fp32, (B, T, 1, K / 2) (Su et al. 2021, arXiv:2104.09864).
 
-    Computed where they are used, so that there is no table to place, cast or outgrow
-    (Su et al. 2021, arXiv:2104.09864).
+    They are computed on the fly, so that no table limits the sequence length.
     """
     exponent = torch.arange(0, head_dim, 2, device=positions_BT.device, dtype=torch.float32) / head_dim
     angles = positions_BT.float()[..., None, None] * theta**-exponent
@@ -84,6 +83,6 @@ def rotary_angles(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Te
 
 
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of each head by the angles, in fp32 (the half-split layout of Llama and InternLM)."""
+    """Apply the rotary embedding in fp32, in the half-split layout of Llama and InternLM."""
     first, second = x_BTHK.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(x_BTHK)

@@ -15,7 +15,7 @@ from model.aux_loss import AuxLosses
 from model.loss import linear_cross_entropy
 from parallel.config import ParallelConfig, no_graphs
 from parallel.counters import StepCounters
-from parallel.graphs import Graphs, Turn
+from parallel.graphs import Graphs, Position
 from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
 from parallel.nonfinite import NonfiniteWatch
@@ -35,7 +35,7 @@ class Optimizer(Protocol):
     ) -> Tensor:
         """Update from gradients divided by `grad_scale`, if `finite`; return learning rate and beta2.
 
-        `on_updated` is called from time to time with the names of all parameters updated so far.
+        `on_updated` is called repeatedly with the names of all parameters updated so far.
         """
         ...
 
@@ -192,7 +192,7 @@ class Engine:
         """Run forward and backward passes, adding to `sums`."""
         if self.pipeline is None:
             for index, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
-                self._run_one(batch, weight, sums, Turn(index, len(batches)))
+                self._run_one(batch, weight, sums, Position(index, len(batches)))
         else:
             self._gather()
             inputs = [self._inputs(*pair, sums) for pair in zip(batches, weights, strict=True)]
@@ -200,11 +200,11 @@ class Engine:
             for _, kwargs in inputs:
                 self._add_aux(kwargs["aux"], sums)
 
-    def _run_one(self, batch: Batch, weight: float | Tensor, sums: Sums, turn: Turn) -> None:
-        if turn.is_first:
+    def _run_one(self, batch: Batch, weight: float | Tensor, sums: Sums, position: Position) -> None:
+        if position.is_first:
             self._gather()
         if self.zero is not None:
-            self.zero.begin_backward(0, first=turn.is_first, last=turn.is_last)
+            self.zero.begin_backward(0, first=position.is_first, last=position.is_last)
         tokens_BT, kwargs = self._inputs(batch, weight, sums)
         self.model(tokens_BT, **kwargs).backward()
         if self.zero is not None:
@@ -224,9 +224,9 @@ class Engine:
                 param.shard.grad = torch.zeros_like(param.shard)
         grads: list[Any] = [param.grad for name, param in self.params.items() if name in self.partial_grads]
         if grads and self.mesh.param_mesh is not None:
-            whole = torch.cat([grad.flatten() for grad in grads])
-            dist.all_reduce(whole, group=self.mesh.param_mesh.get_group("tp"))
-            for grad, total in zip(grads, whole.split([grad.numel() for grad in grads]), strict=True):
+            flat = torch.cat([grad.flatten() for grad in grads])
+            dist.all_reduce(flat, group=self.mesh.param_mesh.get_group("tp"))
+            for grad, total in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
                 grad.copy_(total.view_as(grad))
         if self.pipeline is not None and self.pipeline.tied:
             self.pipeline.sum_tied(self.params)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FIELDS = ("tokens_BT", "labels_BT", "positions_BT", "source_BT")
 
 
-class Turn(NamedTuple):
+class Position(NamedTuple):
     """The position of a micro-batch in its step."""
 
     index: int
@@ -66,24 +66,24 @@ class Recorded:
 class Graphs:
     """Runs the steps of an engine with a graph per micro-batch shape, and one for the update.
 
-    `run(batch, weight, sums, turn)` runs forward and backward and adds to `sums`, which are zeroed here;
+    `run(batch, weight, sums, position)` runs forward and backward and adds to `sums`, which are zeroed here;
     `update(sums)` is the rest of a step and returns its figures. Neither may synchronize.
     """
 
     def __init__(
         self,
         params: Iterable[nn.Parameter],
-        run: Callable[[Batch, Tensor, "Sums", "Turn"], None],
+        run: Callable[[Batch, Tensor, "Sums", "Position"], None],
         update: Callable[["Sums"], Sequence[Tensor]],
         sums: "Sums",
         stream: torch.cuda.Stream | None,
         zero: Zero | None = None,
     ) -> None:
         self.params = list(params) if zero is None else []
-        self.grads: list[Tensor] = []  # of `params`: graphs read and write them where they are
+        self.grads: list[Tensor] = []  # of `params`, at addresses that the graphs have recorded
         self.zero = zero
         if zero is not None:
-            zero.joins = True
+            zero.in_graphs = True
         # Graphs share a pool, because they run one after another.
         self.stream, self.pool = stream, None if stream is None else torch.cuda.graph_pool_handle()
         self.run, self.sums = run, sums
@@ -96,13 +96,13 @@ class Graphs:
         self._set_grads(self.grads)
         self.sums.aux_weight.fill_(aux_weight)
         for index, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
-            fixed, fixed_weight, passes = self._passes_of(batch, Turn(index, len(batches)))
+            static, static_weight, passes = self._passes_of(batch, Position(index, len(batches)))
             for name in FIELDS:
-                getattr(fixed, name).copy_(getattr(batch, name), non_blocking=True)
+                getattr(static, name).copy_(getattr(batch, name), non_blocking=True)
             n = len(batch.cu_seqlens)
-            fixed.cu_seqlens[:n].copy_(batch.cu_seqlens, non_blocking=True)
-            fixed.cu_seqlens[n:].fill_(batch.tokens_BT.numel())  # empty segments
-            fixed_weight.fill_(weight)
+            static.cu_seqlens[:n].copy_(batch.cu_seqlens, non_blocking=True)
+            static.cu_seqlens[n:].fill_(batch.tokens_BT.numel())  # empty segments
+            static_weight.fill_(weight)
             passes()
         self.update()
         return [figure.clone() for figure in self.figures]
@@ -110,21 +110,21 @@ class Graphs:
     def _update(self, update: Callable[["Sums"], Sequence[Tensor]]) -> None:
         figures = update(self.sums)
         self.figures = self.figures or [torch.empty_like(figure) for figure in figures]  # allocated in the eager run
-        for fixed, figure in zip(self.figures, figures, strict=True):
-            fixed.copy_(figure)
+        for static, figure in zip(self.figures, figures, strict=True):
+            static.copy_(figure)
         self.sums.zero_()
 
-    def _passes(self, batch: Batch, weight: Tensor, turn: Turn) -> None:
-        """Run a micro-batch. The first one of a step writes gradients instead of adding to them."""
-        if turn.is_first:
+    def _passes(self, batch: Batch, weight: Tensor, position: Position) -> None:
+        """Run a micro-batch; the first of a step overwrites gradients instead of adding to them."""
+        if position.is_first:
             self._set_grads([None] * len(self.params))
-        self.run(batch, weight, self.sums, turn)
-        if not self.params or not turn.is_first:
+        self.run(batch, weight, self.sums, position)
+        if not self.params or not position.is_first:
             return
         grads = [torch.zeros_like(param) if param.grad is None else param.grad for param in self.params]
         if self.grads:
             torch._foreach_copy_(self.grads, grads)  # type: ignore[attr-defined]
-        elif self.update.warm:  # the next update is recorded, and reads them here
+        elif self.update.warm:  # the next update is recorded with these addresses
             self.grads = grads
         self._set_grads(self.grads or grads)
 
@@ -132,19 +132,19 @@ class Graphs:
         for param, grad in zip(self.params, grads, strict=False):
             param.grad = grad
 
-    def _passes_of(self, batch: Batch, turn: "Turn") -> tuple[Batch, Tensor, Recorded]:
+    def _passes_of(self, batch: Batch, position: "Position") -> tuple[Batch, Tensor, Recorded]:
         """Return static batch, static weight and graph for a micro-batch, shared by all that fit."""
         rows, row_len = batch.tokens_BT.shape
         segments, longest = len(batch.cu_seqlens) - 1, batch.max_seq_len
         if segments * longest != rows * row_len:  # segments of different lengths
             # Round up to a power of two of segments of up to a row, so that packs share a few graphs.
             segments, longest = 1 << max(segments - 1, rows).bit_length(), row_len
-        key = (rows, row_len, segments, longest, *(turn.kind if self.zero else (turn.is_first,)))
+        key = (rows, row_len, segments, longest, *(position.kind if self.zero else (position.is_first,)))
         if key not in self.passes:
             device = self.sums.loss.device
             fields = {name: torch.empty_like(getattr(batch, name), device=device) for name in FIELDS}
             cu_seqlens = torch.zeros(segments + 1, dtype=batch.cu_seqlens.dtype, device=device)
-            fixed, weight = Batch(**fields, cu_seqlens=cu_seqlens, max_seq_len=longest), torch.zeros((), device=device)
-            recorded = Recorded(lambda: self._passes(fixed, weight, turn), self.stream, self.pool)
-            self.passes[key] = fixed, weight, recorded
+            static, weight = Batch(**fields, cu_seqlens=cu_seqlens, max_seq_len=longest), torch.zeros((), device=device)
+            recorded = Recorded(lambda: self._passes(static, weight, position), self.stream, self.pool)
+            self.passes[key] = static, weight, recorded
         return self.passes[key]

@@ -1,4 +1,4 @@
-"""What is done to a model before it is trained, in the one right order."""
+"""Apply a parallel layout to a model."""
 
 import os
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils.checkpoint import checkpoint
 
 from model.transformer import Transformer
-from parallel.async_tp import joint_products, overlap_tp, overlaps_tp
+from parallel.async_tp import fused_linears, overlap_tp, overlaps_tp
 from parallel.axes import stage_layers, stages_of
 from parallel.config import ParallelConfig, ParallelError, no_fp8
 from parallel.fp8 import MULTIPLE, Fp8Linear, Fp8RowwiseLinear
@@ -24,19 +24,19 @@ from parallel.zero import Zero
 
 
 def recomputed_blocks(n_blocks: int, config: ParallelConfig) -> int:
-    """Return how many blocks, from the first, recompute their activations in the backward pass."""
+    """Return how many of the first blocks recompute their activations in the backward pass."""
     fraction = {"none": 0.0, "full": 1.0, "fraction": config.activation_checkpointing_fraction}
     return round(n_blocks * fraction[config.activation_checkpointing.value])
 
 
 @dataclass(slots=True)
 class ParallelModel:
-    """A model laid out over a mesh: this rank's layers, the pipeline stages that run them, and what is trained."""
+    """This rank's layers of a model on a mesh, their pipeline stages, and the trained shards."""
 
     module: Transformer
     stages: list[Transformer]
     params: dict[str, ParamShard]
-    partial_grads: set[str]  # parameters whose gradients tensor-parallel ranks compute in part
+    partial_grads: set[str]  # parameters whose gradients are to be summed over tp
     zero: Zero | None
 
     def init_weights(self, seed: int) -> None:
@@ -52,10 +52,9 @@ def parallelize(
     fp8: str = "none",
     grad_dtype: torch.dtype | None = None,
 ) -> ParallelModel:
-    """Lay out a model that was built on the meta device, and allocate it, not initialised.
+    """Lay out a model on the meta device, and allocate its parameters without initializing them.
 
-    `fp8` is `none` or the name of a scaling; `grad_dtype` adds up the gradients of micro-batches, if it is not
-    `dtype`.
+    `fp8` is `none` or the name of a scaling; `grad_dtype` is that of accumulated gradients, if not `dtype`.
     """
     stages = split_stages(model, mesh, config)
     blocks = list(model.blocks.values())
@@ -64,33 +63,35 @@ def parallelize(
     if mesh.param_mesh is not None and mesh.axes.tp > 1:
         tp_mesh, group = mesh.param_mesh["tp"], mesh.param_mesh.get_group("tp")
         overlaps = config.async_tp and overlaps_tp(group, mesh.device)
-        joint = joint_products(model) if overlaps else {}
-        tp_dims, partial_grads = apply_tp(model, tp_mesh, config.sequence_parallel, local_norms=joint)
+        fused = fused_linears(model) if overlaps else {}
+        tp_dims, partial_grads = apply_tp(model, tp_mesh, config.sequence_parallel, local_norms=fused)
         if overlaps:
-            overlap_tp(model, joint.values(), group, mesh.device)
+            overlap_tp(model, fused.values(), group, mesh.device)
     if fp8 != "none":
         check_fp8_device(fp8, mesh.device)
         apply_fp8(blocks, fp8)
     if mesh.batch_mesh is not None and mesh.axes.cp > 1:
         apply_cp(model, mesh.batch_mesh["cp"])
     for block in blocks[: recomputed_blocks(len(blocks), config)]:
-        # The model has no randomness, so there is no generator state to restore.
+        # There is no dropout, so no generator state to restore.
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if config.compiles(mesh.device.type):
         compile_blocks(blocks)
     sharded = mesh.axes.dp * mesh.axes.cp > 1
     for part in (*blocks, model.embed, model.norm, model.head):
         if part is not None:
-            allocate(part, dtype, torch.device("meta") if sharded else mesh.device)  # sharded ones have flat buffers
+            allocate(
+                part, dtype, torch.device("meta") if sharded else mesh.device
+            )  # ZeRO units allocate sharded parameters
     zero = Zero(stages, mesh, config, grad_dtype or dtype) if sharded else None
     if zero is None and grad_dtype is not None and grad_dtype != dtype:
         for param in model.parameters():
             param.grad_dtype = grad_dtype  # type: ignore[attr-defined]
     shards = dict(model.named_parameters()) if zero is None else zero.shards
     axes = [*(["dp_replicate", "dp_shard"] if sharded else []), *(["tp"] if mesh.axes.tp > 1 else [])]
-    its_mesh = mesh.param_mesh[tuple(axes)] if mesh.param_mesh is not None and axes else None
+    shard_mesh = mesh.param_mesh[tuple(axes)] if mesh.param_mesh is not None and axes else None
     params = {
-        name: ParamShard(shards[name], shape, its_mesh, placements(axes, tp_dims.get(name), mesh.axes.tp))
+        name: ParamShard(shards[name], shape, shard_mesh, placements(axes, tp_dims.get(name), mesh.axes.tp))
         for name, shape in shapes.items()
     }
     return ParallelModel(model, stages, params, partial_grads, zero)
@@ -107,29 +108,29 @@ def allocate(module: nn.Module, dtype: torch.dtype, device: torch.device) -> Non
 
 
 def placements(axes: list[str], tp_dim: int | None, tp: int) -> tuple[Placement, ...]:
-    """Return how a parameter lies on a mesh of these axes: its rows are split over dp_shard after a split by tp."""
+    """Return the placements of a parameter on mesh axes; tp splits before dp_shard, which shards rows."""
     rows = _StridedShard(0, split_factor=tp) if tp_dim == 0 else Shard(0)
-    place = {
+    by_axis = {
         "dp_replicate": Replicate(),
         "dp_shard": rows,
         "tp": Replicate() if tp_dim is None else Shard(tp_dim),
     }
-    return tuple(place[axis] for axis in axes)
+    return tuple(by_axis[axis] for axis in axes)
 
 
 def split_stages(model: Transformer, mesh: Mesh, config: ParallelConfig) -> list[Transformer]:
-    """Leave a model the layers of this pipeline rank, and return its stages, which share their parameters."""
+    """Remove the layers of other pipeline ranks; return the stages, which share parameters with the model."""
     if mesh.axes.pp == 1:
         return [model]
     model.untie_head()
     layers = stage_layers(config, mesh.axes, model.config.n_layers)
-    mine = [layers[number] for number in stages_of(mesh.coordinate("pp"), mesh.axes.pp, config)]
-    model.keep_layers([layer for stage in mine for layer in stage])
-    return [model.make_stage(stage) for stage in mine]
+    local_stages = [layers[index] for index in stages_of(mesh.coordinate("pp"), mesh.axes.pp, config)]
+    model.keep_layers([layer for stage in local_stages for layer in stage])
+    return [model.make_stage(stage) for stage in local_stages]
 
 
 def apply_fp8(blocks: list[nn.Module], scaling: str) -> None:
-    """Compute the blocks' matrix products, forward and backward, in 8 bits; weights keep their dtype."""
+    """Compute the matrix products of blocks in fp8, forward and backward; weights keep their dtype."""
     if scaling != "tensorwise":
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # type: ignore[import-not-found]
 
@@ -152,11 +153,13 @@ def check_fp8_device(scaling: str, device: torch.device) -> None:
 
 
 def compile_blocks(blocks: list[nn.Module], backend: str = "inductor") -> None:
-    """Compile each block's parts before and after attention: two graphs, shared by all blocks."""
+    """Compile the parts of blocks before and after attention; all blocks share the two graphs."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "torchinductor"))  # kept over a reboot
+    os.environ.setdefault(
+        "TORCHINDUCTOR_CACHE_DIR", str(cache / "torchinductor")
+    )  # unlike the default in /tmp, survives a reboot
     dynamo: Any = torch._dynamo.config
-    # Each shape of micro-batch, in training and validation, is a graph; none may fall back to eager code.
+    # One graph per micro-batch shape of training and validation; beyond the limit code would run eagerly.
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     for block in blocks:
         for part in ("project", "finish"):

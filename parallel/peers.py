@@ -1,4 +1,4 @@
-"""Memory that the ranks of a node read from each other by copy engines: messages that take no multiprocessor."""
+"""Memory that the ranks of a node read from each other by copy engines, which leaves all SMs to computation."""
 
 import os
 from collections.abc import Iterator
@@ -13,43 +13,43 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class Buffer:
-    """A flat buffer of this rank."""
+    """A flat buffer on this rank."""
 
-    mine: Tensor
+    local: Tensor
 
 
 class SharedBuffer(Buffer):
-    """A flat buffer of every rank of a group, each of which the others can read."""
+    """A flat buffer on each rank of a group, readable by all of them."""
 
     def __init__(self, n: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup) -> None:
         from torch.distributed import _symmetric_memory as symmetric
 
         self.rank, self.size = group.rank(), group.size()
-        self.mine = symmetric.empty(n, dtype=dtype, device=device)
-        self.handle: Any = symmetric.rendezvous(self.mine, group.group_name)
+        self.local = symmetric.empty(n, dtype=dtype, device=device)
+        self.handle: Any = symmetric.rendezvous(self.local, group.group_name)
 
     def of(self, rank: int, start: int, n: int) -> Tensor:
-        """Return `n` numbers of a rank's buffer."""
-        return self.handle.get_buffer(rank, (n,), self.mine.dtype, start)
+        """Return `n` elements of a rank's buffer, from `start` on."""
+        return self.handle.get_buffer(rank, (n,), self.local.dtype, start)
 
     def others(self) -> list[int]:
-        """Return the other ranks, beginning with the next one, so that no rank is read by all at once."""
+        """Return the other ranks from the next one on, so that reads are spread over all of them."""
         return [(self.rank + step) % self.size for step in range(1, self.size)]
 
     def barrier(self) -> None:
-        """Let the current stream wait until every rank's stream is here."""
+        """Make the current stream wait until the streams of all ranks reach this barrier."""
         self.handle.barrier(channel=0)
 
 
 class SideStream:
-    """A stream for messages beside the one that computes. Without a GPU everything happens in order."""
+    """A stream for communication that overlaps with computation; synchronous without a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream: Any = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     @contextmanager
-    def beside(self) -> Iterator[None]:
-        """Issue work on this stream, after what the current one has issued so far."""
+    def after_current(self) -> Iterator[None]:
+        """Run the context on this stream, after all work issued so far on the current one."""
         if self.stream is None:
             yield
             return
@@ -58,7 +58,7 @@ class SideStream:
             yield
 
     def event(self) -> Any:
-        """Return an event after what was issued on this stream; None without a GPU."""
+        """Return an event recorded on this stream; None without a GPU."""
         if self.stream is None:
             return None
         event = torch.cuda.Event()
@@ -66,12 +66,12 @@ class SideStream:
         return event
 
     def wait(self, event: Any) -> None:
-        """Let the current stream wait for an event of this one."""
+        """Make the current stream wait for an event of this one."""
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
 
     def join(self) -> None:
-        """Let the current stream wait for all that was issued on this one."""
+        """Make the current stream wait for all work issued on this one."""
         if self.stream is not None:
             torch.cuda.current_stream().wait_stream(self.stream)
 
@@ -80,10 +80,11 @@ def can_share(group: dist.ProcessGroup, device: torch.device) -> bool:
     """Return whether all ranks of a group are GPUs of one node that can read each other's memory."""
     if device.type != "cuda" or not torch.cuda.is_available() or group.size() == 1:
         return False
-    # Launchers number the ranks of a node without gaps, and a rank's GPU is its number on the node.
+    # Launchers give consecutive ranks to a node, and the GPU index is the local rank.
     n_gpus = torch.cuda.device_count()
-    n_here, ranks = int(os.environ.get("LOCAL_WORLD_SIZE", n_gpus)), dist.get_process_group_ranks(group)
-    if n_here > n_gpus or len({rank // n_here for rank in ranks}) > 1:
+    n_local, ranks = int(os.environ.get("LOCAL_WORLD_SIZE", n_gpus)), dist.get_process_group_ranks(group)
+    if n_local > n_gpus or len({rank // n_local for rank in ranks}) > 1:
         return False
-    here = torch.cuda.current_device()
-    return all(torch.cuda.can_device_access_peer(here, rank % n_here) for rank in ranks if rank % n_here != here)
+    device_index = torch.cuda.current_device()
+    peers = (rank % n_local for rank in ranks)
+    return all(torch.cuda.can_device_access_peer(device_index, peer) for peer in peers if peer != device_index)

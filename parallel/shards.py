@@ -62,14 +62,14 @@ class ParamShard:
                     bounds[dim] = start, min(start + size, stop)
         return tuple(slice(*bound) for bound in bounds)
 
-    def take(self, whole: Tensor) -> Tensor:
+    def take(self, full: Tensor) -> Tensor:
         """Return this rank's part of the full tensor, as a view."""
-        return whole[self.slices_at(None if self.mesh is None else self.mesh.get_coordinate())]
+        return full[self.slices_at(None if self.mesh is None else self.mesh.get_coordinate())]
 
     @torch.no_grad()
-    def write(self, whole: Tensor) -> None:
+    def write(self, full: Tensor) -> None:
         """Set this rank's shard from the full tensor, without communication."""
-        self.shard.copy_(self.take(whole))
+        self.shard.copy_(self.take(full))
 
     def laid_out(self, shard: Tensor) -> Tensor:
         """Return a tensor of the shard's shape, on any device, as a DTensor in the parameter's layout.

@@ -1,8 +1,7 @@
-"""Tensor parallelism by the model's own plan, and context parallelism, which splits the tokens of a sequence.
+"""Tensor parallelism by a model's `tp_plan`, and context parallelism.
 
-Weights are plain tensors that hold this rank's part, and collectives are operations between them, so that a compiler
-sees both. Between layers each rank has its share of the tokens (Korthikanti et al. 2022, arXiv:2205.05198), or all of
-them without sequence parallelism.
+Weights are plain tensors with this rank's part and collectives are functional, so that torch.compile traces both. Norms
+and residuals are split over tokens (sequence parallelism, Korthikanti et al. 2022, arXiv:2205.05198) or replicated.
 """
 
 from collections.abc import Callable, Collection
@@ -24,7 +23,7 @@ collectives: Any = torch.ops._c10d_functional
 
 @dataclass(frozen=True, slots=True)
 class TensorParallel:
-    """The ranks that split each matrix, as the layers need them."""
+    """The tensor-parallel group, as layers use it."""
 
     group_name: str
     size: int
@@ -33,11 +32,11 @@ class TensorParallel:
 
 
 def _all_gather(x_BtD: Tensor, tp: TensorParallel) -> Tensor:
-    """Return all ranks' tokens, which are slices of the flattened batch."""
+    """Gather the tokens of all ranks, which are slices of the flattened batch."""
     rows, length = x_BtD.shape[:2]
     flat = x_BtD.flatten(0, 1).contiguous()
-    whole = collectives.wait_tensor(collectives.all_gather_into_tensor(flat, tp.size, tp.group_name))
-    return whole.view(rows, length * tp.size, -1)
+    full = collectives.wait_tensor(collectives.all_gather_into_tensor(flat, tp.size, tp.group_name))
+    return full.view(rows, length * tp.size, -1)
 
 
 def _reduce_scatter(x_BTD: Tensor, tp: TensorParallel) -> Tensor:
@@ -51,8 +50,8 @@ def _all_reduce(x: Tensor, tp: TensorParallel) -> Tensor:
     return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", tp.group_name))
 
 
-class _Enter(torch.autograd.Function):
-    """Stands before matrices whose outputs are split: they need all tokens, and each has a part of the gradient."""
+class _BeforeColwise(torch.autograd.Function):
+    """Gather tokens before colwise layers; reduce the partial gradients in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
@@ -64,8 +63,8 @@ class _Enter(torch.autograd.Function):
         return (_reduce_scatter if ctx.tp.sequence_parallel else _all_reduce)(grad, ctx.tp), None
 
 
-class _Leave(torch.autograd.Function):
-    """Stands after matrices whose inputs are split: their outputs are sums over the ranks."""
+class _AfterRowwise(torch.autograd.Function):
+    """Reduce partial outputs after rowwise layers; gather the gradients in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
@@ -78,36 +77,36 @@ class _Leave(torch.autograd.Function):
 
 
 class RowwiseLinear(nn.Linear):
-    """A linear layer that has some of the columns of its weight; the bias is added to the sum."""
+    """A linear layer with a slice of the weight's columns; the bias is added after the reduction."""
 
     tp: TensorParallel
     product: Callable[[Tensor, Tensor], Tensor] = staticmethod(F.linear)
 
     def forward(self, input: Tensor) -> Tensor:
-        out: Any = _Leave.apply(self.product(input, self.weight), self.tp)
+        out: Any = _AfterRowwise.apply(self.product(input, self.weight), self.tp)
         return out if self.bias is None else out + self.bias
 
 
 class SplitEmbedding(nn.Embedding):
-    """An embedding that has some of the rows of its table."""
+    """An embedding with a slice of the table's rows."""
 
     tp: TensorParallel
 
     def forward(self, input: Tensor) -> Tensor:
         rows_BT = input - self.tp.rank * len(self.weight)
-        inside_BT = (rows_BT >= 0) & (rows_BT < len(self.weight))
-        out_BTD = F.embedding(torch.where(inside_BT, rows_BT, 0), self.weight)
-        out: Any = _Leave.apply(out_BTD * inside_BT[..., None], self.tp)
+        in_slice_BT = (rows_BT >= 0) & (rows_BT < len(self.weight))
+        out_BTD = F.embedding(torch.where(in_slice_BT, rows_BT, 0), self.weight)
+        out: Any = _AfterRowwise.apply(out_BTD * in_slice_BT[..., None], self.tp)
         return out
 
 
 @cache
 def _gathering(norm: type[nn.Module]) -> type[nn.Module]:
-    """Return a norm of this rank's tokens that returns all tokens."""
+    """Return a subclass of a norm that gathers all tokens after it."""
 
     class Gathering(norm):  # type: ignore[misc, valid-type]
         def forward(self, x: Tensor) -> Any:
-            return _Enter.apply(super().forward(x), self.tp)
+            return _BeforeColwise.apply(super().forward(x), self.tp)
 
     return Gathering
 
@@ -115,12 +114,11 @@ def _gathering(norm: type[nn.Module]) -> type[nn.Module]:
 def apply_tp(
     model: Transformer, mesh: DeviceMesh, sequence_parallel: bool, *, local_norms: Collection[str] = ()
 ) -> tuple[dict[str, int], set[str]]:
-    """Split a model on the meta device over tp as its `tp_plan` says.
+    """Split a model on the meta device over tp by its `tp_plan`.
 
-    colwise: outputs are split; rowwise: inputs are split, so that outputs are sums over tp; norm: the weight is
-    replicated, and all tokens are gathered after it, unless it is one of `local_norms`. Returns the dimension that
-    each split parameter is split in, and the parameters of which each rank computes a part of the gradient, to be
-    summed over tp.
+    colwise: outputs are split; rowwise: inputs are split, so outputs are summed over tp; norm: the weight is
+    replicated, and all tokens are gathered after it, except for `local_norms`. Return the split dimension of each
+    split parameter, and the names of the parameters whose gradients are to be summed over tp.
     """
     group: Any = mesh.get_group()
     tp = TensorParallel(group.group_name, mesh.size(), mesh.get_local_rank(), sequence_parallel)
@@ -146,7 +144,7 @@ def apply_tp(
 
 
 class VocabularyShard:
-    """This rank's rows of the head, and reductions over all ranks' rows, for the loss."""
+    """This rank's rows of the head, and reductions over the vocabulary, for the loss."""
 
     def __init__(self, mesh: DeviceMesh, n_vocab: int) -> None:
         self.n_vocab, self.group = n_vocab, mesh.get_group()
@@ -160,7 +158,7 @@ class VocabularyShard:
 
 
 def apply_cp(model: Transformer, mesh: DeviceMesh) -> None:
-    """Let each rank attend to whole sequences with a part of the heads (Ulysses, arXiv:2309.14509)."""
+    """Make each rank attend to full sequences with a part of the heads (Ulysses, arXiv:2309.14509)."""
     for block in model.blocks.values():
         block.attend = partial(_ulysses, block.attend, mesh.get_group())  # type: ignore[assignment]
 
@@ -171,23 +169,23 @@ def _ulysses(
     size, n_kv_heads = group.size(), k.shape[2]
     if n_kv_heads % size:  # each rank needs the key-value heads of its queries
         k, v = (x.repeat_interleave(lcm(n_kv_heads, size) // n_kv_heads, dim=2) for x in (k, v))
-    # one message: of each rank's heads, the queries, keys and values
+    # queries, keys and values in one all-to-all
     parts: Any = _SwapHeadsForTokens.apply(group, q, k, v)
     out: Any = _SwapTokensForHeads.apply(group, attend(*parts, **kwargs))
     return out
 
 
 def _heads_to_ranks(group: dist.ProcessGroup, *tensors_BthK: Tensor) -> list[Tensor]:
-    """Send rank i the i-th share of each tensor's heads, and return all ranks' tokens of this rank's heads."""
+    """Send slice i of each tensor's heads to rank i; return all tokens of this rank's heads."""
     size = group.size()
     chunks = [x.unflatten(2, (size, -1)).movedim(2, 0) for x in tensors_BthK]
     received = exchange(torch.cat(chunks, dim=3), group)
-    whole = received.transpose(0, 1).flatten(1, 2)  # of one row, a view
-    return list(whole.split([chunk.shape[3] for chunk in chunks], dim=2))
+    full = received.transpose(0, 1).flatten(1, 2)  # a view if there is one row
+    return list(full.split([chunk.shape[3] for chunk in chunks], dim=2))
 
 
 def _tokens_to_ranks(group: dist.ProcessGroup, *tensors_BThK: Tensor) -> list[Tensor]:
-    """Send rank i the i-th share of the tokens, and return all ranks' heads of this rank's tokens."""
+    """Send slice i of the tokens to rank i; return all heads of this rank's tokens."""
     size = group.size()
     received = exchange(torch.cat(tensors_BThK, dim=2).unflatten(1, (size, -1)).transpose(0, 1), group)
     parts = received.split([x.shape[2] for x in tensors_BThK], dim=3)
@@ -195,10 +193,10 @@ def _tokens_to_ranks(group: dist.ProcessGroup, *tensors_BThK: Tensor) -> list[Te
 
 
 def exchange(chunks: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Send chunk i of the first dimension to rank i, and return the chunks received, by rank."""
+    """Send chunk i of the first dimension to rank i; return the received chunks by rank."""
     sent = chunks.contiguous()
     received = torch.empty_like(sent)
-    # as bytes: gloo does not exchange every dtype
+    # as bytes, because gloo does not support every dtype
     dist.all_to_all_single(received.view(torch.uint8), sent.view(torch.uint8), group=group)
     return received
 

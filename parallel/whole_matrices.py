@@ -15,7 +15,7 @@ from parallel.shards import ParamShard
 class Transfer(NamedTuple):
     """A shard of a matrix that one rank sends to another."""
 
-    number: int  # index of the matrix
+    index: int  # of the matrix
     source: int
     target: int
     rows: slice
@@ -39,35 +39,34 @@ class WholeMatrices:
             coordinates = list(product(*map(range, mesh.shape)))
             self.n_ranks, self.rank = len(coordinates), coordinates.index(tuple(mesh.get_coordinate() or ()))
         owners, self.largest_cost = balance(costs, self.n_ranks)
-        for number, (param, owner) in enumerate(zip(params, owners, strict=True)):
-            for rank, at in enumerate(coordinates):
-                rows, columns = param.slices_at(at)
-                if all(
-                    at[axis] == coordinates[owner][axis] for axis in param.replicated_axes
-                ):  # in the owner's replica
-                    self.to_owners.append(Transfer(number, rank, owner, rows, columns))
-                self.from_owners.append(Transfer(number, owner, rank, rows, columns))
-        self.mine = [number for number, owner in enumerate(owners) if owner == self.rank]
+        for index, (param, owner) in enumerate(zip(params, owners, strict=True)):
+            for rank, coordinate in enumerate(coordinates):
+                rows, columns = param.slices_at(coordinate)
+                in_replica = (coordinate[axis] == coordinates[owner][axis] for axis in param.replicated_axes)
+                if all(in_replica):  # in that of the owner
+                    self.to_owners.append(Transfer(index, rank, owner, rows, columns))
+                self.from_owners.append(Transfer(index, owner, rank, rows, columns))
+        self.mine = [index for index, owner in enumerate(owners) if owner == self.rank]
 
     def gather(self, shards: Sequence[Tensor], *, per_row: bool = False) -> list[Tensor]:
         """Return the matrices that this rank owns, from all ranks' shards; a collective."""
         if not self.to_owners:
             return list(shards)
-        wholes = {n: shards[n].new_empty(self.shapes[n][0], 1 if per_row else self.shapes[n][1]) for n in self.mine}
-        sent = [(transfer, shards[transfer.number]) for transfer in self.to_owners if transfer.source == self.rank]
+        full = {n: shards[n].new_empty(self.shapes[n][0], 1 if per_row else self.shapes[n][1]) for n in self.mine}
+        sent = [(transfer, shards[transfer.index]) for transfer in self.to_owners if transfer.source == self.rank]
         for transfer, part in self._exchange(self.to_owners, sent, shards[0], per_row):
-            wholes[transfer.number][_place(transfer, per_row)] = part
-        return list(wholes.values())
+            full[transfer.index][_slices(transfer, per_row)] = part
+        return list(full.values())
 
-    def scatter(self, wholes: Sequence[Tensor], shards: Sequence[Tensor], *, per_row: bool = False) -> list[Tensor]:
+    def scatter(self, full: Sequence[Tensor], shards: Sequence[Tensor], *, per_row: bool = False) -> list[Tensor]:
         """Return new shards of all matrices, like `shards`, from the full matrices of their owners; a collective."""
         if not self.to_owners:
-            return list(wholes)
-        mine = dict(zip(self.mine, wholes, strict=True))
+            return list(full)
+        owned = dict(zip(self.mine, full, strict=True))
         outgoing = [transfer for transfer in self.from_owners if transfer.source == self.rank]
-        sent = [(transfer, mine[transfer.number][_place(transfer, per_row)]) for transfer in outgoing]
-        parts = {t.number: part for t, part in self._exchange(self.from_owners, sent, shards[0], per_row)}
-        return [parts[number] for number in range(len(shards))]
+        sent = [(transfer, owned[transfer.index][_slices(transfer, per_row)]) for transfer in outgoing]
+        parts = {t.index: part for t, part in self._exchange(self.from_owners, sent, shards[0], per_row)}
+        return [parts[index] for index in range(len(shards))]
 
     def _exchange(
         self, transfers: list[Transfer], sent: list[tuple[Transfer, Tensor]], like: Tensor, per_row: bool
@@ -92,16 +91,16 @@ class WholeMatrices:
             yield transfer, part.view(shape)
 
 
-def _place(transfer: Transfer, per_row: bool) -> tuple[slice, slice]:
+def _slices(transfer: Transfer, per_row: bool) -> tuple[slice, slice]:
     return transfer.rows, slice(0, 1) if per_row else transfer.columns
 
 
 def balance(costs: Sequence[int], n_ranks: int) -> tuple[list[int], int]:
     """Assign costs to ranks, largest first, each to the least loaded; return the ranks and the largest load."""
     loads, owners = [0] * n_ranks, [0] * len(costs)
-    for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
-        owners[number] = loads.index(min(loads))
-        loads[owners[number]] += costs[number]
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+        owners[index] = loads.index(min(loads))
+        loads[owners[index]] += costs[index]
     return owners, max(loads)
 
 

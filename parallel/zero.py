@@ -1,14 +1,14 @@
 """ZeRO: parameters, gradients and optimizer state sharded over data-parallel ranks, by explicit collectives.
 
-A unit is a block, the embedding, or norm and head. Its parameters are views of one flat buffer that holds, parameter by
-parameter, the ranks' equal shares of rows, so that a gather writes every parameter where it is read. Gradients are
-packed rank by rank and sent to the rank that owns each share. Collectives run on a stream of their own:
+A unit is a block, the embedding, or norm and head. Its parameters are views of one flat buffer of equal row shards,
+ordered by parameter and then by rank, so that an all-gather needs no copy. Gradients are packed by rank and
+reduce-scattered. Collectives run on a separate stream:
 
-    stage 0     gradients are summed over all ranks
-    stage 1     gradients are accumulated whole and sent once per step; weights are gathered once, as the forward pass
-                of the next step comes to them
-    stage 2     gradients are sent after each micro-batch, while the backward pass goes on
-    stage 3     weights too are gathered as the passes come to them, and freed after
+    stage 0     gradients are all-reduced
+    stage 1     full gradients are accumulated and reduced once per step; weights are gathered once, during the forward
+                pass of the next step
+    stage 2     gradients are reduced in each micro-batch, overlapped with the backward pass
+    stage 3     weights too are gathered in each pass just before use, and freed after it
 """
 
 from collections import deque
@@ -28,12 +28,12 @@ from parallel.peers import Buffer, SharedBuffer, SideStream, can_share
 from parallel.shards import ALIGNMENT, matrices_first
 from parallel.tensor_parallel import collectives, exchange
 
-# Above it a message to each rank would be short, and ranks are on several nodes: their sums travel as they are made.
-MAX_EXCHANGE = 8  # ranks
+# Ranks up to which gradients are exchanged by all-to-all, whose messages get short with more of them.
+MAX_EXCHANGE = 8
 
 
 class Unit:
-    """Parameters that are gathered and reduced together: those of some modules, as views of one flat buffer."""
+    """Parameters that are gathered and reduced together: those of some modules, in one flat buffer."""
 
     def __init__(
         self,
@@ -41,8 +41,8 @@ class Unit:
         group: dist.ProcessGroup,
         device: torch.device,
         *,
-        frees: bool,
-        copies: bool,
+        reshards: bool,
+        reads_peers: bool,
     ) -> None:
         rank, n_shards = group.rank(), group.size()
         self.modules, self.n_shards = modules, n_shards
@@ -54,52 +54,51 @@ class Unit:
         }
         shapes = [param.shape for *_, param in owners.values()]
         self.dtype = next(param.dtype for *_, param in owners.values())
-        # of each parameter: numbers per share, padding of the last rows included, and where its shares begin
+        # of each parameter: elements per shard, including padding of the last rows, and the offset of its shards
         self.sizes = [-(-shape[0] // n_shards) * shape[1:].numel() for shape in shapes]
         self.starts, self.length = [], 0
         for size in self.sizes:
             self.starts.append(self.length)
             self.length += -(-size // ALIGNMENT) * ALIGNMENT
-        n_kept = self.length if frees else self.length * n_shards  # between steps
-        shared = SharedBuffer(n_kept, self.dtype, device, group) if copies else None
-        kept = torch.empty(n_kept, dtype=self.dtype, device=device) if shared is None else shared.mine
-        self.whole = torch.empty(self.length * n_shards, dtype=self.dtype, device=device) if frees else kept
-        self.n_bytes = self.whole.untyped_storage().nbytes()
-        self.params: list[nn.Parameter] = []  # whole over data-parallel ranks, as the model reads them
-        self.shards: dict[str, Tensor] = {}  # this rank's, as the optimizer updates them
-        # flat, of each parameter: the whole with padding, and this rank's share of it
-        self.wholes: list[Tensor] = []
-        self.mine: list[Tensor] = []
-        self.copies: list[tuple[Tensor, Tensor]] = []  # to, from: what copy engines gather
+        n_resident = self.length if reshards else self.length * n_shards  # between steps
+        shared = SharedBuffer(n_resident, self.dtype, device, group) if reads_peers else None
+        resident = torch.empty(n_resident, dtype=self.dtype, device=device) if shared is None else shared.local
+        self.full = torch.empty(self.length * n_shards, dtype=self.dtype, device=device) if reshards else resident
+        self.n_bytes = self.full.untyped_storage().nbytes()
+        self.params: list[nn.Parameter] = []  # full, as the model reads them
+        self.shards: dict[str, Tensor] = {}  # of this rank, as the optimizer updates them
+        # flat, with padding: each full parameter, and this rank's shard
+        self.padded_params: list[Tensor] = []
+        self.padded_shards: list[Tensor] = []
+        self.peer_copies: list[tuple[Tensor, Tensor]] = []  # (target, source) of copies that gather the unit
         layout = zip(owners.items(), shapes, self.sizes, self.starts, strict=True)
         for (name, (owner, leaf, _)), shape, size, start in layout:
-            whole = self.whole[start * n_shards :][: size * n_shards]
-            mine = kept[start:][:size] if frees else whole[size * rank :][:size]
-            param = nn.Parameter(whole[: shape.numel()].view(shape))
+            full = self.full[start * n_shards :][: size * n_shards]
+            padded_shard = resident[start:][:size] if reshards else full[size * rank :][:size]
+            param = nn.Parameter(full[: shape.numel()].view(shape))
             setattr(owner, leaf, param)
-            n_numbers = max(0, min(size, shape.numel() - size * rank))  # without padding
+            n_elements = max(0, min(size, shape.numel() - size * rank))  # without padding
             self.params.append(param)
-            self.shards[name] = mine[:n_numbers].view(-1, *shape[1:])
-            self.wholes.append(whole)
-            self.mine.append(mine)
+            self.shards[name] = padded_shard[:n_elements].view(-1, *shape[1:])
+            self.padded_params.append(full)
+            self.padded_shards.append(padded_shard)
             if shared is not None:
                 for peer in shared.others():
-                    at = start if frees else start * n_shards + size * peer
-                    self.copies.append((whole[size * peer :][:size], shared.of(peer, at, size)))
-                if frees:
-                    self.copies.append((whole[size * rank :][:size], mine))
-        self.is_gathered = not frees  # its memory is there, and what fills it is under way
-        self.ready: Any = None  # event after which the parameters may be read
-        self.accumulated: Buffer | None = None  # whole gradients of the micro-batches so far
-        self.grads = kept.new_empty(0)  # of this rank's shares, summed over ranks
-        self.missing = 0  # gradients that the backward pass has yet to compute
-        self.begins = False  # one of the first two: needed when a forward pass begins
-        self.begins = False  # one of the first two: needed when a forward pass begins
-        self.before: Unit | None = None  # whose backward pass comes next
+                    offset = start if reshards else start * n_shards + size * peer
+                    self.peer_copies.append((full[size * peer :][:size], shared.of(peer, offset, size)))
+                if reshards:
+                    self.peer_copies.append((full[size * rank :][:size], padded_shard))
+        self.is_gathered = not reshards  # memory is allocated, and the gather has been started
+        self.ready: Any = None  # event after which the parameters can be read
+        self.accumulated: Buffer | None = None  # full gradients, summed over micro-batches
+        self.grads = resident.new_empty(0)  # of this rank's shards, summed over ranks
+        self.n_missing = 0  # number of gradients left to compute in the backward pass
+        self.is_leading = False  # one of the first two, which the next forward pass needs first
+        self.before: Unit | None = None  # next in the backward pass
         self.after: Unit | None = None
 
     def pack(self, grads: list[Tensor], out: Tensor, begin: int) -> None:
-        """Write shares of gradients from `begin` on to `out`, (n_shards, n): a row for each rank."""
+        """Write elements `begin` to `begin + n` of each rank's gradients to `out`, (n_shards, n)."""
         parts, at, end = [], begin, begin + out.shape[1]
         for flat, size, start in zip(grads, self.sizes, self.starts, strict=True):
             if start < end and at < start + size:
@@ -111,13 +110,13 @@ class Unit:
         torch.cat(parts, dim=1, out=out)
 
     def accumulate(self, out: Tensor, *, first: bool) -> None:
-        """Move the gradients to `out`, or add them: it lies as in `pack`, and has zeros between them."""
+        """Move the gradients to `out`, or add them; the layout is that of `pack`, and padding is left as it is."""
         for flat, size, start in zip(self.take_grads(), self.sizes, self.starts, strict=True):
             part = out[:, start : start + size]
             part.copy_(flat) if first else part.add_(flat)
 
     def take_grads(self) -> Iterator[Tensor]:
-        """Yield the gradients as (n_shards, size), padding included, and drop them."""
+        """Yield the gradients as (n_shards, size), including padding, and set them to None."""
         for param, size in zip(self.params, self.sizes, strict=True):
             grad = torch.zeros_like(param) if param.grad is None else param.grad
             flat, param.grad = grad.reshape(-1), None
@@ -130,12 +129,12 @@ class Unit:
 
     def resize(self, n_bytes: int) -> None:
         self.is_gathered = n_bytes > 0
-        if self.whole.untyped_storage().nbytes() != n_bytes:  # or it would be moved
-            self.whole.untyped_storage().resize_(n_bytes)
+        if self.full.untyped_storage().nbytes() != n_bytes:  # resize_ reallocates even at the same size
+            self.full.untyped_storage().resize_(n_bytes)
 
 
 class Zero:
-    """Gathers and frees the parameters of a model's stages, and reduces their gradients."""
+    """Gathers and reshards the parameters of a model's stages, and reduces their gradients."""
 
     def __init__(
         self, stages: Sequence[Transformer], mesh: Mesh, config: ParallelConfig, grad_dtype: torch.dtype
@@ -144,40 +143,38 @@ class Zero:
         self.stage, self.device = config.zero_stage, mesh.device
         self.shard_group, self.copy_group = (mesh.param_mesh.get_group(axis) for axis in ("dp_shard", "dp_replicate"))
         self.n_shards = self.shard_group.size()
-        self.frees = self.stage == 3 and self.n_shards > 1
-        self.grad_dtype = grad_dtype  # of whole gradients, as micro-batches add to them
+        self.reshards = self.stage == 3 and self.n_shards > 1
+        self.grad_dtype = grad_dtype  # of gradients accumulated over micro-batches
         self.reduce_dtype = torch.float32 if config.reduce_dtype is ReduceDtype.fp32 else torch.bfloat16
-        # Within a node weights and gradients are read by copy engines, which leave all multiprocessors to products.
-        self.copies = can_share(self.shard_group, mesh.device)
-        if self.copies:
+        # Within a node, copy engines read weights and gradients, which leaves all SMs to computation.
+        self.reads_peers = can_share(self.shard_group, mesh.device)
+        if self.reads_peers:
             self.flag = SharedBuffer(1, torch.int32, mesh.device, self.shard_group)
         self.stream = SideStream(mesh.device)
         self.units: list[list[Unit]] = []  # of each stage, in the order of the forward pass
         for stage in stages:
-            its = [
-                Unit(modules, self.shard_group, self.device, frees=self.frees, copies=self.copies)
+            units = [
+                Unit(modules, self.shard_group, self.device, reshards=self.reshards, reads_peers=self.reads_peers)
                 for modules in units_of(stage)
             ]
-            self.units.append(its)
-            for unit in its:
+            self.units.append(units)
+            for unit in units:
                 self._hook(unit)
-            for unit in its[:2]:
-                unit.begins = True
-            for unit in its[:2]:
-                unit.begins = True
-            for one, other in pairwise(its):
-                one.after, other.before = other, one
-        self.pending: list[Unit] = []  # of a backward pass, whose gradients are still to come; the next one is last
+            for unit in units[:2]:
+                unit.is_leading = True
+            for unit, next_unit in pairwise(units):
+                unit.after, next_unit.before = next_unit, unit
+        self.pending: list[Unit] = []  # units to reduce in this backward pass, in reverse order
         self.first = self.last = True
-        self.early: Unit | None = None  # gathered while the rest was updated
-        # Where steps are graphs, each ends on one stream, and gradients stay in the same memory.
-        self.joins = False
-        self.in_flight: deque[Any] = deque()  # events after messages that may not have arrived yet
-        # Gradients on their way, those of a block or fewer: one is written while others are being read.
-        self.outboxes: deque[Buffer] = deque()
-        self.add_up = torch.compile(add_up, dynamic=True) if config.compiles(mesh.device.type) else add_up
+        self.early_unit: Unit | None = None  # gathered while other units were updated
+        # CUDA graphs need each capture to end on one stream, and gradients at fixed addresses.
+        self.in_graphs = False
+        self.in_flight: deque[Any] = deque()  # events after the latest reductions
+        # Packed gradients of at most a block: one bucket is written while others are read.
+        self.buckets: deque[Buffer] = deque()
+        self.sum_ranks = torch.compile(sum_ranks, dynamic=True) if config.compiles(mesh.device.type) else sum_ranks
         blocks = [unit.length for unit in chain.from_iterable(self.units) if unit.is_block]
-        self.outbox_length = max(blocks)
+        self.bucket_length = max(blocks)
 
     @property
     def shards(self) -> dict[str, Tensor]:
@@ -188,77 +185,77 @@ class Zero:
         for shard in unit.shards.values():
             shard.grad_dtype = self.reduce_dtype  # type: ignore[attr-defined]
         for param in unit.params:
-            param.register_post_accumulate_grad_hook(lambda _: self._count(unit))
+            param.register_post_accumulate_grad_hook(lambda _: self._on_gradient(unit))
         for module in unit.modules.values():
-            module.register_forward_pre_hook(lambda *_: self._need(unit, unit.after))
-        if not self.frees:
+            module.register_forward_pre_hook(lambda *_: self._wait_gathered(unit, unit.after))
+        if not self.reshards:
             return
         unit.resize(0)
-        if "norm" not in unit.modules:  # which the head needs, and at once the backward pass
+        if "norm" not in unit.modules:  # the head needs it, and then immediately the backward pass
             (module,) = unit.modules.values()
-            module.register_forward_hook(lambda _module, _inputs, output: self._leave(unit, output))
+            module.register_forward_hook(lambda _module, _inputs, output: self._after_forward(unit, output))
 
     # --- gathering
 
     def gather(self) -> None:
-        """Start to gather the parameters that are kept whole, in the order in which a forward pass needs them."""
-        if self.copies:
-            with self.stream.beside():  # all ranks have updated their shards
+        """Start to gather the parameters that stay full between passes, in forward order."""
+        if self.reads_peers:
+            with self.stream.after_current():  # until all ranks have updated their shards
                 self._barrier()
-        if self.n_shards > 1 and not self.frees:
+        if self.n_shards > 1 and not self.reshards:
             for unit in chain.from_iterable(self.units):
-                if unit is not self.early:
+                if unit is not self.early_unit:
                     self._gather(unit)
-        self.early = None
-        if self.joins:
-            self.free()  # what replayed graphs left gathered is of another step
+        self.early_unit = None
+        if self.in_graphs:
+            self.free()  # replayed graphs leave parameters of the previous step gathered
 
     def gather_early(self, updated: Collection[str]) -> None:
-        """Start to gather the unit that the next step needs at once, if its shards are among the updated ones."""
+        """Start to gather the first unit of the next step once all of its shards are updated."""
         first = self.units[0][0]
-        if self.copies and not self.frees and self.early is None and first.shards.keys() <= set(updated):
-            with self.stream.beside():
+        if self.reads_peers and not self.reshards and self.early_unit is None and first.shards.keys() <= set(updated):
+            with self.stream.after_current():
                 self._barrier()
             self._gather(first)
-            self.early = first
+            self.early_unit = first
 
     def _gather(self, unit: Unit) -> None:
         if not unit.is_gathered:
             unit.resize(unit.n_bytes)
-        # What a backward pass reads is what the forward pass read, gathered again.
+        # Autograd may not see a change: the backward pass reads the same values, gathered again.
         autograd: Any = torch.autograd
-        with self.stream.beside(), autograd._unsafe_preserve_version_counter(unit.whole):
+        with self.stream.after_current(), autograd._unsafe_preserve_version_counter(unit.full):
             self._all_gather(unit)
         unit.ready = self.stream.event()
 
     def _all_gather(self, unit: Unit) -> None:
-        if self.copies:
-            for whole, part in unit.copies:
-                whole.copy_(part)
+        if self.reads_peers:
+            for target, source in unit.peer_copies:
+                target.copy_(source)
             return
-        self.shard_group.allgather_into_tensor_coalesced(unit.wholes, unit.mine).wait()
+        self.shard_group.allgather_into_tensor_coalesced(unit.padded_params, unit.padded_shards).wait()
 
-    def _need(self, unit: Unit, next_: Unit | None) -> None:
-        """Let the device wait until a unit's parameters are there, while those needed next are under way."""
+    def _wait_gathered(self, unit: Unit, next_unit: Unit | None) -> None:
+        """Make the current stream wait for a unit's parameters, and start to gather the next unit."""
         if not unit.is_gathered:
             self._gather(unit)
         self.stream.wait(unit.ready)
         unit.ready = None
-        if next_ is not None and not next_.is_gathered:
-            self._gather(next_)
+        if next_unit is not None and not next_unit.is_gathered:
+            self._gather(next_unit)
 
-    def _leave(self, unit: Unit, output: Any) -> None:
-        """Free a unit's parameters after its forward pass, and have them gathered for its backward pass."""
+    def _after_forward(self, unit: Unit, output: Any) -> None:
+        """Free a unit's parameters after its forward pass, and gather them again before its backward pass."""
         x = output[0] if isinstance(output, tuple) else output
         if unit.is_block and x.requires_grad:
             before = unit.before if unit.before and unit.before.is_block else None
-            x.register_hook(lambda _: self._need(unit, before))
+            x.register_hook(lambda _: self._wait_gathered(unit, before))
             if unit.after and not unit.after.is_block:
-                return  # the backward pass begins with this block
+                return  # the backward pass starts with this block
         self._free(unit)
 
     def free(self) -> None:
-        """Free what the passes gathered, as far as the ZeRO stage does."""
+        """Free the gathered parameters in stage 3."""
         self.last = True
         for unit in chain.from_iterable(self.units):
             self._free(unit)
@@ -266,108 +263,108 @@ class Zero:
     # --- reducing
 
     def begin_backward(self, stage: int, *, first: bool, last: bool) -> None:
-        """Prepare for a stage's backward pass of the first or last of a step's micro-batches, or of one between."""
+        """Prepare for a backward pass of a stage; `first` and `last` are the micro-batch's position in the step."""
         self.pending = list(self.units[stage])
         self.first, self.last = first, last
         for unit in self.pending:
-            unit.missing = len(unit.params)
+            unit.n_missing = len(unit.params)
 
     def end_backward(self) -> None:
-        """Take the gradients that the pass did not compute, as zeros."""
+        """Reduce the remaining units; gradients that were not computed are zeros."""
         while self.pending:
-            self._take(self.pending.pop())
-        if self.joins:
-            with self.stream.beside():
-                self._barrier()  # the next replay of a graph writes into the same outboxes
+            self._reduce(self.pending.pop())
+        if self.in_graphs:
+            with self.stream.after_current():
+                self._barrier()  # the next replay writes to the same buckets
             self._join()
 
-    def _count(self, unit: Unit) -> None:
-        unit.missing -= 1
-        while self.pending and self.pending[-1].missing == 0:  # in one order on all ranks
-            self._take(self.pending.pop())
+    def _on_gradient(self, unit: Unit) -> None:
+        unit.n_missing -= 1
+        while self.pending and self.pending[-1].n_missing == 0:  # in the same order on all ranks
+            self._reduce(self.pending.pop())
 
-    def _take(self, unit: Unit) -> None:
-        """Take a unit's gradients of a micro-batch, and send them to the ranks that own them if it is time."""
+    def _reduce(self, unit: Unit) -> None:
+        """Accumulate a unit's gradients of a micro-batch, or reduce-scatter them, as the ZeRO stage does."""
         if self.stage < 2 and not (self.first and self.last):
             if unit.accumulated is None:
-                unit.accumulated = self._buffer(unit.length, unit.whole, self.grad_dtype)
-            unit.accumulate(unit.accumulated.mine.view(self.n_shards, -1), first=self.first)
+                unit.accumulated = self._buffer(unit.length, unit.full, self.grad_dtype)
+            unit.accumulate(unit.accumulated.local.view(self.n_shards, -1), first=self.first)
             if self.last:
-                self._send(unit, unit.accumulated, 0, unit.length)
+                self._reduce_scatter(unit, unit.accumulated, 0, unit.length)
         else:
             grads = list(unit.take_grads())
-            for begin in range(0, unit.length, self.outbox_length):
-                n = min(self.outbox_length, unit.length - begin)
-                outbox = self._next_outbox(unit)
-                unit.pack(grads, outbox.mine[: n * self.n_shards].view(self.n_shards, n), begin)
-                self._send(unit, outbox, begin, n)
+            for begin in range(0, unit.length, self.bucket_length):
+                n = min(self.bucket_length, unit.length - begin)
+                bucket = self._next_bucket(unit)
+                unit.pack(grads, bucket.local[: n * self.n_shards].view(self.n_shards, n), begin)
+                self._reduce_scatter(unit, bucket, begin, n)
         self._free(unit)
 
     def _free(self, unit: Unit) -> None:
-        """Free a unit's parameters, but for those with which the next micro-batch begins."""
-        if not self.frees or (unit.begins and not self.last):
+        """Free a unit's parameters in stage 3, except for the leading units before another micro-batch."""
+        if not self.reshards or (unit.is_leading and not self.last):
             return
-        if unit.begins and self.joins:
-            unit.is_gathered = False  # graphs have recorded where it lies
+        if unit.is_leading and self.in_graphs:
+            unit.is_gathered = False  # keep the memory: graphs have recorded its address
         else:
             unit.resize(0)
 
     def _buffer(self, length: int, like: Tensor, dtype: torch.dtype) -> Buffer:
-        """Return zeros for shares of packed gradients, which other ranks can read if they are on this node."""
-        if not self.copies:
+        """Return a buffer of zeros for packed gradients, readable by the other ranks within a node."""
+        if not self.reads_peers:
             return Buffer(like.new_zeros(length * self.n_shards, dtype=dtype))
         buffer = SharedBuffer(length * self.n_shards, dtype, self.device, self.shard_group)
-        buffer.mine.zero_()
+        buffer.local.zero_()
         return buffer
 
-    def _next_outbox(self, unit: Unit) -> Buffer:
-        """Return the outbox that was sent three messages ago, which has been read: a barrier came after it."""
+    def _next_bucket(self, unit: Unit) -> Buffer:
+        """Return the least recently used bucket; the barrier of a later reduction shows that all ranks have read it."""
         while len(self.in_flight) > 1:
             self.stream.wait(self.in_flight.popleft())
-        if not self.outboxes:
-            self.outboxes = deque(self._buffer(self.outbox_length, unit.whole, unit.dtype) for _ in range(3))
-        self.outboxes.rotate()
-        return self.outboxes[0]
+        if not self.buckets:
+            self.buckets = deque(self._buffer(self.bucket_length, unit.full, unit.dtype) for _ in range(3))
+        self.buckets.rotate()
+        return self.buckets[0]
 
-    def _send(self, unit: Unit, buffer: Buffer, begin: int, n: int) -> None:
-        """Sum a unit's packed gradients over ranks: `n` of this rank's share, from `begin` on."""
-        with self.stream.beside():
-            packed = buffer.mine[: n * self.n_shards].view(self.n_shards, n)
+    def _reduce_scatter(self, unit: Unit, buffer: Buffer, begin: int, n: int) -> None:
+        """Sum elements `begin` to `begin + n` of this rank's gradients over ranks, from a packed buffer."""
+        with self.stream.after_current():
+            packed = buffer.local[: n * self.n_shards].view(self.n_shards, n)
             if not len(unit.grads):
                 unit.grads = packed.new_empty(unit.length, dtype=self.reduce_dtype)
-            begins = self.first or self.stage < 2
+            overwrite = self.first or self.stage < 2
             grads = unit.grads[begin : begin + n]
             if self.n_shards == 1:
                 received = packed
-            elif self.copies or self.n_shards <= MAX_EXCHANGE:
-                # As few bytes as bf16 sums would take, and none is rounded.
+            elif self.reads_peers or self.n_shards <= MAX_EXCHANGE:
+                # Sum after the exchange: as many bytes as a bf16 reduction, without its rounding.
                 sent = packed if packed.element_size() <= self.reduce_dtype.itemsize else packed.to(self.reduce_dtype)
-                received = self._read_peers(buffer, n) if self.copies else exchange(sent, self.shard_group)
+                received = self._read_peers(buffer, n) if self.reads_peers else exchange(sent, self.shard_group)
             else:
                 sent, name = packed.to(self.reduce_dtype).view(-1), self.shard_group.group_name
                 part = collectives.reduce_scatter_tensor(sent, "sum", self.n_shards, name)
                 received = collectives.wait_tensor(part)[None]
-            self.add_up(received, grads, begins)
+            self.sum_ranks(received, grads, overwrite)
             if self.last and self.copy_group.size() > 1:
                 dist.all_reduce(grads, group=self.copy_group)
             self.in_flight.append(self.stream.event())
 
     def _read_peers(self, buffer: Any, n: int) -> Tensor:
-        """Return every rank's gradients of this rank's share, (n_shards, n)."""
-        received = buffer.mine.new_empty(self.n_shards, n)
+        """Return all ranks' gradients of this rank's shard, (n_shards, n)."""
+        received = buffer.local.new_empty(self.n_shards, n)
         buffer.barrier()
         for rank in (*buffer.others(), buffer.rank):
             received[rank].copy_(buffer.of(rank, buffer.rank * n, n))
         return received
 
     def finish(self) -> None:
-        """Wait, on the device, for the step's gradients, and set them on the shards."""
-        if not self.joins:
+        """Make the current stream wait for the reductions, and set the gradients of the shards."""
+        if not self.in_graphs:
             self._join()
         for unit in chain.from_iterable(self.units):
             unit.set_shard_grads()
-            if not self.joins:
-                unit.grads, unit.accumulated = unit.grads.new_empty(0), unit.accumulated if self.copies else None
+            if not self.in_graphs:
+                unit.grads, unit.accumulated = unit.grads.new_empty(0), unit.accumulated if self.reads_peers else None
 
     # --- streams
 
@@ -376,25 +373,25 @@ class Zero:
         self.in_flight.clear()
 
     def end_update(self) -> None:
-        """Wait, on the device, for what was gathered early, if the update is a graph: it must end on one stream."""
-        if self.joins and self.early is not None:
+        """Join the early gather if the update is captured as a graph, which must end on one stream."""
+        if self.in_graphs and self.early_unit is not None:
             self._join()
-            self.early.ready = None
+            self.early_unit.ready = None
 
     def _barrier(self) -> None:
-        """Let the current stream wait until all ranks' streams are here, if they read each other's memory."""
-        if self.copies:
+        """Make the current stream wait for all ranks' streams, if ranks read each other's memory."""
+        if self.reads_peers:
             self.flag.barrier()
 
 
-def add_up(received_RN: Tensor, total_N: Tensor, begins: bool) -> None:
-    """Write the sum over ranks to `total_N`, or add it."""
+def sum_ranks(received_RN: Tensor, total_N: Tensor, overwrite: bool) -> None:
+    """Write the sum over ranks to `total_N`, or add it to that."""
     sums_N = received_RN.sum(0, dtype=total_N.dtype)
-    total_N.copy_(sums_N if begins else total_N + sums_N)
+    total_N.copy_(sums_N if overwrite else total_N + sums_N)
 
 
 def units_of(stage: Transformer) -> list[dict[str, nn.Module]]:
-    """Return the modules of each unit by path, in the order of the forward pass; those of one unit stay gathered."""
+    """Return the modules of each unit by path, in forward order."""
     blocks = [{f"blocks.{layer}": block} for layer, block in stage.blocks.items()]
     ends = {name: getattr(stage, name) for name in ("embed", "norm", "head") if getattr(stage, name) is not None}
     if stage.norm is not None and stage.head is None:  # the embedding is the head

@@ -41,7 +41,7 @@ class FileBuffer(Buffer):
         FileBuffer.count += 1
         self.rank, self.size, self.group, self.n, self.dtype = group.rank(), group.size(), group, n, dtype
         self.name = f"{dist.get_process_group_ranks(group)}-{self.count}"
-        self.mine = self.of(self.rank, 0, n)
+        self.local = self.of(self.rank, 0, n)
         dist.barrier(group)
 
     def of(self, rank: int, start: int, n: int) -> Tensor:

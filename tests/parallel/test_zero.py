@@ -40,7 +40,7 @@ def summed_gradients(case: Case, mesh: Mesh, config: ParallelConfig, max_exchang
     with mock.patch("parallel.zero.MAX_EXCHANGE", max_exchange):
         for micro_batch in range(2):
             for unit in chain.from_iterable(zero.units):
-                zero._need(unit, None)
+                zero._wait_gathered(unit, None)
             zero.begin_backward(0, first=micro_batch == 0, last=micro_batch == 1)
             order = torch.randperm(len(named), generator=torch.Generator().manual_seed(mesh.rank)).tolist()
             terms = [
@@ -66,7 +66,7 @@ def check_sharded(case: Case, mesh: Mesh, config: ParallelConfig) -> None:
     zero: Any = engine.zero
     for run_it in (engine.evaluate, engine.train_step, engine.evaluate):
         run_it(batches)
-        sizes = {unit.whole.untyped_storage().nbytes() > 0 for unit in chain.from_iterable(zero.units)}
+        sizes = {unit.full.untyped_storage().nbytes() > 0 for unit in chain.from_iterable(zero.units)}
         assert sizes == {config.zero_stage < 3}
 
 
