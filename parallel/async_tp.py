@@ -31,7 +31,11 @@ class PeerCollectives:
         return slice(rank * n, (rank + 1) * n)
 
     def buffer(self, n: int, like: Tensor) -> SharedBuffer:
-        """Return one of two buffers in turn: the barrier of the other follows all reads of this one."""
+        """Return one of two buffers in turn: the barrier of the other follows all reads of this one.
+
+        It has at least `n` elements; buffers are kept, because graphs record their addresses.
+        """
+        n = min((size for size, dtype in self.buffers if dtype == like.dtype and size >= n), default=n)
         pair = self.buffers.setdefault((n, like.dtype), [])
         if len(pair) < 2:
             pair.append(SharedBuffer(n, like.dtype, like.device, self.group))
@@ -104,7 +108,7 @@ def gather_matmul_backward(
     """Return each rank's part of the gradient of this rank's tokens, not summed, and the gradient of the weights."""
     comm, buffer = COLLECTIVES[group], COLLECTIVES[group].buffer(x_TD.numel(), x_TD)
     received_RtD = x_TD.new_empty(comm.size, len(x_TD) // comm.size, x_TD.shape[1])
-    torch.mm(grad_TM, join(weights), out=buffer.local.view_as(x_TD))
+    torch.mm(grad_TM, join(weights), out=buffer.local[: x_TD.numel()].view_as(x_TD))
     comm.start_exchange(buffer, received_RtD, (*buffer.others(), comm.rank))
     grad_MD = grad_TM.T @ x_TD
     comm.stream.join()
@@ -126,7 +130,7 @@ def matmul_scatter(x_TK: Tensor, weight_DK: Tensor, group: str) -> Tensor:
     comm, n_tokens, d = COLLECTIVES[group], len(x_TK), len(weight_DK)
     buffer, local = comm.buffer(n_tokens * d, x_TK), comm.rows(comm.rank, x_TK)
     received_RtD = x_TK.new_empty(comm.size, n_tokens // comm.size, d)
-    partial_TD = buffer.local.view(n_tokens, d)
+    partial_TD = buffer.local[: n_tokens * d].view(n_tokens, d)
     for rows in (slice(0, local.start), slice(local.stop, n_tokens)):  # other ranks' tokens first
         if rows.start < rows.stop:
             torch.mm(x_TK[rows], weight_DK.T, out=partial_TD[rows])
@@ -206,7 +210,7 @@ def fused_linears(model: Transformer) -> dict[str, Any]:
         f"blocks.{layer}.{norm}": module
         for layer, block in model.blocks.items()
         for norm, module in (("attention_norm", block.attention), ("mlp_norm", block.mlp))
-        if hasattr(module, "linears")
+        if "linears" in vars(type(module))
     }
 
 

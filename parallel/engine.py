@@ -15,7 +15,7 @@ from model.aux_loss import AuxLosses
 from model.loss import linear_cross_entropy
 from parallel.config import ParallelConfig, no_graphs
 from parallel.counters import StepCounters
-from parallel.graphs import Graphs, Position
+from parallel.graphs import Graphs, Position, zero_grad
 from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
 from parallel.nonfinite import NonfiniteWatch
@@ -221,7 +221,7 @@ class Engine:
             self.zero.finish()
         for param in self.params.values():
             if param.grad is None:  # a step without targets
-                param.shard.grad = torch.zeros_like(param.shard)
+                param.shard.grad = zero_grad(param.shard)
         grads: list[Any] = [param.grad for name, param in self.params.items() if name in self.partial_grads]
         if grads and self.mesh.param_mesh is not None:
             flat = torch.cat([grad.flatten() for grad in grads])

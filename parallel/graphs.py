@@ -41,16 +41,22 @@ class Position(NamedTuple):
 class Recorded:
     """A function that runs eagerly once, to compile its kernels, and then as a CUDA graph if there is a stream."""
 
-    def __init__(self, function: Callable[[], None], stream: torch.cuda.Stream | None, pool: Any) -> None:
-        self.function, self.stream, self.pool = function, stream, pool
+    def __init__(
+        self,
+        function: Callable[[], None],
+        stream: torch.cuda.Stream | None,
+        pool: Any,
+        may_capture: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.function, self.stream, self.pool, self.may_capture = function, stream, pool, may_capture
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm = False
 
     def __call__(self) -> None:
-        first, self.warm = not self.warm, True
+        eager, self.warm = not self.warm or (self.graph is None and not self.may_capture()), True
         if self.stream is None:
             return self.function()
-        if first:
+        if eager:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 self.function()
@@ -115,18 +121,22 @@ class Graphs:
         self.sums.zero_()
 
     def _passes(self, batch: Batch, weight: Tensor, position: Position) -> None:
-        """Run a micro-batch; the first of a step overwrites gradients instead of adding to them."""
-        if position.is_first:
+        """Run a micro-batch. The pass that allocates the gradients writes them; others add to them."""
+        adopts = position.is_first and not self.grads
+        if adopts:
             self._set_grads([None] * len(self.params))
+        elif position.is_first:
+            torch._foreach_zero_(self.grads)  # type: ignore[attr-defined]
         self.run(batch, weight, self.sums, position)
-        if not self.params or not position.is_first:
-            return
-        grads = [torch.zeros_like(param) if param.grad is None else param.grad for param in self.params]
-        if self.grads:
-            torch._foreach_copy_(self.grads, grads)  # type: ignore[attr-defined]
-        elif self.update.warm:  # the next update is recorded with these addresses
-            self.grads = grads
-        self._set_grads(self.grads or grads)
+        if adopts:
+            grads = [zero_grad(param) if param.grad is None else param.grad for param in self.params]
+            self._set_grads(grads)
+            if self.update.warm:  # graphs are captured from here on, with these addresses
+                self.grads = grads
+
+    def _have_addresses(self) -> bool:
+        """Return whether gradients have their final addresses; a graph captured before would write to freed memory."""
+        return not self.params or self.update.warm
 
     def _set_grads(self, grads: Sequence[Tensor | None]) -> None:
         for param, grad in zip(self.params, grads, strict=False):
@@ -145,6 +155,13 @@ class Graphs:
             fields = {name: torch.empty_like(getattr(batch, name), device=device) for name in FIELDS}
             cu_seqlens = torch.zeros(segments + 1, dtype=batch.cu_seqlens.dtype, device=device)
             static, weight = Batch(**fields, cu_seqlens=cu_seqlens, max_seq_len=longest), torch.zeros((), device=device)
-            recorded = Recorded(lambda: self._passes(static, weight, position), self.stream, self.pool)
+            recorded = Recorded(
+                lambda: self._passes(static, weight, position), self.stream, self.pool, self._have_addresses
+            )
             self.passes[key] = static, weight, recorded
         return self.passes[key]
+
+
+def zero_grad(param: Tensor) -> Tensor:
+    """Return a gradient of zeros, in the dtype that autograd accumulates in."""
+    return torch.zeros_like(param, dtype=getattr(param, "grad_dtype", None) or param.dtype)

@@ -85,6 +85,5 @@ def can_share(group: dist.ProcessGroup, device: torch.device) -> bool:
     n_local, ranks = int(os.environ.get("LOCAL_WORLD_SIZE", n_gpus)), dist.get_process_group_ranks(group)
     if n_local > n_gpus or len({rank // n_local for rank in ranks}) > 1:
         return False
-    device_index = torch.cuda.current_device()
-    peers = (rank % n_local for rank in ranks)
-    return all(torch.cuda.can_device_access_peer(device_index, peer) for peer in peers if peer != device_index)
+    gpus = {rank % n_local for rank in ranks}  # all pairs, so that all ranks agree
+    return all(torch.cuda.can_device_access_peer(a, b) for a in gpus for b in gpus if a != b)

@@ -268,6 +268,8 @@ class Zero:
         self.first, self.last = first, last
         for unit in self.pending:
             unit.n_missing = len(unit.params)
+            if self.in_graphs and self.reshards and unit.is_leading:  # replays do not run this code: all ranks agree
+                unit.is_gathered, unit.ready = not first, None
 
     def end_backward(self) -> None:
         """Reduce the remaining units; gradients that were not computed are zeros."""
@@ -338,8 +340,7 @@ class Zero:
                 received = packed
             elif self.reads_peers or self.n_shards <= MAX_EXCHANGE:
                 # Sum after the exchange: as many bytes as a bf16 reduction, without its rounding.
-                sent = packed if packed.element_size() <= self.reduce_dtype.itemsize else packed.to(self.reduce_dtype)
-                received = self._read_peers(buffer, n) if self.reads_peers else exchange(sent, self.shard_group)
+                received = self._read_peers(buffer, n) if self.reads_peers else exchange(packed, self.shard_group)
             else:
                 sent, name = packed.to(self.reduce_dtype).view(-1), self.shard_group.group_name
                 part = collectives.reduce_scatter_tensor(sent, "sum", self.n_shards, name)

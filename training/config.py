@@ -167,7 +167,7 @@ class PrecisionConfig:
 
     compute: Dtype = Dtype.auto  # of weights and activations
     fp8: Fp8 = Fp8.none  # matrix products of the blocks in fp8, with dynamic scales (arXiv:2209.05433)
-    grad_dtype: Dtype | None = None  # of gradient accumulation (null: compute)
+    grad_dtype: Dtype | None = None  # of gradient accumulation (null: compute; fp32 for hundreds of micro-batches)
     initial_scale: float = 2.0**16
     growth_interval: int = 1000  # finite steps before the scale grows
     growth_factor: float = 2.0

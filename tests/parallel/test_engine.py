@@ -1,6 +1,7 @@
 """The engine's step against plain autograd and torch.optim on the whole batch at once."""
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch._dynamo.utils import counters
 from data.batches import Batch
 from model.config import Init, ModelConfig
 from model.transformer import Transformer
+from parallel import graphs
 from parallel.config import ActivationCheckpointing, Compile, ParallelConfig, ParallelError
 from parallel.counters import StepCounters
 from parallel.engine import Engine, token_weights
@@ -247,9 +249,12 @@ def test_low_precision_learns_like_fp32(mesh: Mesh, compute: Dtype) -> None:
 
 
 def steps_of_packs() -> list[list[Batch]]:
-    """Return steps of segments of many counts and lengths, some of them equal."""
+    """Return steps of segments of many counts and lengths; those of the first step have one shape."""
     packs = ([9, 7], [16], [3, 4, 9], [8, 8], [1] * 16, [2, 1, 1, 5, 7])
-    return [[micro_batch(packs[(s + i) % 6], 10 * s + i, source=i % 2) for i in range(1 + s % 3)] for s in range(12)]
+    return [
+        [micro_batch(packs[(s + min(s, 1) * i) % 6], 10 * s + i, source=i % 2) for i in range((4, 2, 3)[s % 3])]
+        for s in range(12)
+    ]
 
 
 def compare_with_graphs(plain: Engine, graphed: Engine, steps: list[list[Batch]]) -> None:
@@ -284,6 +289,33 @@ def test_fixed_micro_batch_memory_survives_a_nonfinite_step() -> None:
         assert not engine.train_step(bad).finite
         assert engine.find_nonfinite_module(bad) == "blocks.1.mlp.w_up (forward)"
         handle.remove()
+    compare_with_graphs(plain, graphed, steps_of_packs())
+
+
+class Replayed(graphs.Recorded):
+    """A stand-in for CUDA graphs: a replay uses the gradients that were there at the capture."""
+
+    params: ClassVar[list[torch.nn.Parameter]] = []
+    captured: list[torch.Tensor | None] | None = None
+
+    def __call__(self) -> None:
+        current = [param.grad for param in self.params]
+        captures = self.captured is None and self.warm and self.may_capture()
+        for param, grad in zip(self.params, self.captured or (), strict=False):
+            param.grad = param.grad if grad is None else grad
+        super().__call__()
+        if captures:
+            self.captured = current
+        elif self.captured is not None:
+            for param, grad in zip(self.params, current, strict=True):
+                param.grad = grad
+
+
+def test_replayed_graphs_add_up_all_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "Recorded", Replayed)
+    plain, graphed = build(), build()
+    monkeypatch.setattr(Replayed, "params", list(graphed.model.parameters()))
+    graphed.graphs = graphed.graphs_on(None)
     compare_with_graphs(plain, graphed, steps_of_packs())
 
 

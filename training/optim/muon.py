@@ -167,9 +167,10 @@ def _polynomial(x: Tensor, b: float, c: float) -> Tensor:
 
 
 def takes_kernel(x: Tensor) -> bool:
-    """Return whether symmetric products are computed by half: on Hopper or later, in bf16, if they are large."""
-    large = x.is_cuda and x.dtype is torch.bfloat16 and x.shape[0] * x.shape[1] ** 2 >= KERNEL_ELEMENTS
-    return large and torch.cuda.get_device_capability(x.device) >= (9, 0) and bool(importlib.util.find_spec("triton"))
+    """Return whether symmetric products are computed by half: if they are large, in bf16, on Hopper or Blackwell."""
+    if not x.is_cuda or x.dtype is not torch.bfloat16 or x.shape[0] * x.shape[1] ** 2 < KERNEL_ELEMENTS:
+        return False
+    return torch.cuda.get_device_capability(x.device)[0] in (9, 10) and bool(importlib.util.find_spec("triton"))
 
 
 def n_flops(shape: Sequence[int]) -> int:
