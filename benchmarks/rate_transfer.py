@@ -125,13 +125,14 @@ def transfer(arguments: argparse.Namespace) -> None:
             name, width = waiting.popleft()
             worker = f"{name}:{width}"
             command = [sys.executable, "-m", "benchmarks.optimizers", *worker_arguments(arguments, f"{worker}:{end}")]
-            with (logs / f"{name}_{width}.jsonl").open("w") as out, (logs / f"{name}_{width}.log").open("w") as log:
-                running.append((subprocess.Popen(command, stdout=out, stderr=log, text=True, env=environment), worker))
+            files = [(logs / f"{name}_{width}.{kind}").open(mode="wb") for kind in ("jsonl", "log")]
+            with files[0] as out, files[1] as log:
+                running.append((subprocess.Popen(command, stdout=out, stderr=log, env=environment), worker))
         time.sleep(1)
         for process, worker in list(running):
             ended = process.poll() is not None
             path = logs / f"{worker.replace(':', '_')}.jsonl"
-            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
             for line in lines[n_read.get(worker, 0) :]:
                 results.add(run := json.loads(line))
                 print(f"{time.time() - began:4.0f} s  {run['optimizer']:6} {run['way']:8} width {run['width']:5} "
@@ -141,7 +142,7 @@ def transfer(arguments: argparse.Namespace) -> None:
             if ended:
                 running.remove((process, worker))
                 if process.returncode:
-                    tail = path.with_suffix(".log").read_text()[-1500:]
+                    tail = path.with_suffix(".log").read_text(encoding="utf-8")[-1500:]
                     print(f"{worker} failed with exit code {process.returncode}:\n{tail}", flush=True)
     report_transfer(results.runs)
     plot(arguments.out)

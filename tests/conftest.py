@@ -39,7 +39,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByFile(config, log)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", help="K/N: of the files with slow tests, run those of every N-th, from the K-th on")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if part := config.getoption("--part"):
+        k, n = map(int, part.split("/"))
+        files = sorted({item.path for item in items if item.get_closest_marker("slow")})
+        others = [i for i in items if i.get_closest_marker("slow") and i.path not in files[k::n]]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
     for item in items:
         if item.get_closest_marker("gpu"):
             # Kernel compilers warn about their own code.

@@ -21,7 +21,7 @@ def opens_by_locale(call: ast.Call) -> bool:
     if name in ("FileHandler", "NamedTemporaryFile", "fdopen"):
         return "encoding" not in keys and "mode" not in keys
     if name != "open" or (
-        isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", "") in ("os", "fsspec")
+        isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", "") in ("os", "fsspec", "tarfile")
     ):
         return False
     modes = [ast.unparse(arg) for arg in (*call.args, *(keyword.value for keyword in call.keywords))]

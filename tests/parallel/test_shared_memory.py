@@ -65,7 +65,7 @@ def shared_outcome(folder: Path, case: Case, mesh: Mesh, config: ParallelConfig)
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome | str]:
+def shared_outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome | str]:
     folder = tmp_path_factory.mktemp("ranks")
     found: dict[str, Any] = {}
     for name, case in CASES.items():
@@ -80,8 +80,8 @@ def _alone(settings: tuple[tuple[str, Any], ...]) -> Outcome:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_layout_equals_one_process(name: str, outcomes: dict[str, Outcome | str]) -> None:
-    here, case = outcomes[name], CASES[name]
+def test_layout_equals_one_process(name: str, shared_outcomes: dict[str, Outcome | str]) -> None:
+    here, case = shared_outcomes[name], CASES[name]
     one = _alone(tuple((key, getattr(case, key)) for key in ("model", "n_micro_batches", "regularized")))
     assert isinstance(here, Outcome), here
     assert here.losses == pytest.approx(one.losses, rel=5e-6)
