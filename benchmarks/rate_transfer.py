@@ -116,7 +116,7 @@ def transfer(arguments: argparse.Namespace) -> None:
     end = began + 60 * arguments.minutes
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
     waiting = deque((name, width) for width in sorted(arguments.widths, reverse=True) for name in OPTIMIZERS)
-    running: list[tuple[subprocess.Popen[str], str]] = []
+    running: list[tuple[subprocess.Popen[bytes], str]] = []
     logs = arguments.out / "workers"
     logs.mkdir(parents=True, exist_ok=True)
     n_read = dict[str, int]()
