@@ -116,7 +116,7 @@ def transfer(arguments: argparse.Namespace) -> None:
     end = began + 60 * arguments.minutes
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
     waiting = deque((name, width) for width in sorted(arguments.widths, reverse=True) for name in OPTIMIZERS)
-    running: list[tuple[subprocess.Popen[str], str]] = []
+    running: list[tuple[subprocess.Popen[bytes], str]] = []
     logs = arguments.out / "workers"
     logs.mkdir(parents=True, exist_ok=True)
     n_read = dict[str, int]()
@@ -143,7 +143,7 @@ def transfer(arguments: argparse.Namespace) -> None:
                 running.remove((process, worker))
                 if process.returncode:
                     tail = path.with_suffix(".log").read_text(encoding="utf-8")[-1500:]
-                    print(f"{worker} ended with {process.returncode}:\n{tail}", flush=True)
+                    print(f"{worker} failed with exit code {process.returncode}:\n{tail}", flush=True)
     report_transfer(results.runs)
     plot(arguments.out)
 
