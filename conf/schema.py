@@ -128,8 +128,7 @@ class TrainConfig:
         if ramp.every_steps < 1:
             yield f"ramp.every_steps ({ramp.every_steps}) must be at least 1"
         for key in ("start_tokens", "increment_tokens"):
-            value = getattr(ramp, key)
-            if value < 1 or value % unit:
+            if (value := getattr(ramp, key)) < 1 or value % unit:
                 yield f"ramp.{key} ({value}) must be a positive multiple of a micro-batch ({unit} tokens)"
         if ramp.start_tokens > self.global_batch_tokens:
             yield f"ramp.start_tokens ({ramp.start_tokens}) must be at most global_batch_tokens"

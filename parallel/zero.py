@@ -173,8 +173,7 @@ class Zero:
         # Packed gradients of at most a block: one bucket is written while others are read.
         self.buckets: deque[Buffer] = deque()
         self.sum_ranks = torch.compile(sum_ranks, dynamic=True) if config.compiles(mesh.device.type) else sum_ranks
-        blocks = [unit.length for unit in chain.from_iterable(self.units) if unit.is_block]
-        self.bucket_length = max(blocks)
+        self.bucket_length = max(unit.length for unit in chain.from_iterable(self.units) if unit.is_block)
 
     @property
     def shards(self) -> dict[str, Tensor]:
