@@ -166,3 +166,12 @@ def test_vocabulary_is_the_datas(small: list[str], tmp_path: Path) -> None:
     sizes = {name: checked(composed(*options)).model.vocab_size for name, options in found.items()}
     assert sizes == {"prepared": 1024, "not prepared": 5120, "random": 384, "stated": 2000, "quoted": 2000}
     assert checked(composed("model=7b", "data=random", "parallel.device=cpu")).model.vocab_size == 103168
+
+
+@pytest.mark.parametrize(("settings", "hint"), [([], True), (["precision.grad_dtype=fp32"], False)])
+def test_sums_of_many_gradients_in_bf16_are_pointed_out(
+    tmp_path: Path, small: list[str], settings: list[str], hint: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    trained(tmp_path / "run", *small, "precision=bf16", "steps=1", "global_batch_tokens=4160", *settings)
+    assert ("precision.grad_dtype=fp32" in caplog.text) == hint

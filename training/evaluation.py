@@ -42,7 +42,7 @@ class Tasks:
         """
         longest = min(shape.context, shape.row_len)
         if n_cut := sum(len(text.ids) - 1 > longest for text in self.texts):
-            logger.info("%d of %d texts of the tasks are cut to %d tokens", n_cut, len(self.texts), longest)
+            logger.info("%d of %d texts of the tasks are truncated to %d tokens", n_cut, len(self.texts), longest)
         nll, greedy = score(engine, self.texts, shape, go_on)
         metrics, at = dict[str, float](), 0
         for name, questions in self.questions.items():

@@ -53,7 +53,7 @@ def test_tasks_and_samples_are_reported_every_n_steps(
     folder = tmp_path / "r"
     trained(folder, *settings, "logger=tensorboard")
     assert list(evaluations(folder)) == [4, 8, 10] and list(evaluations(folder, "samples")) == [5, 10]
-    assert "2 of 6 texts of the tasks are cut to 64 tokens" in caplog.text
+    assert "2 of 6 texts of the tasks are truncated to 64 tokens" in caplog.text
     assert caplog.text.count("samples took") == 2 and caplog.text.count("of the time") == 5
     assert "own                    acc " in caplog.text
 
