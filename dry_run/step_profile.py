@@ -64,7 +64,8 @@ def profile_step(config: TrainConfig, n_micro_batches: int) -> list[StepProfile]
 
 
 def profile_rank(config: TrainConfig, rank: int, n_micro_batches: int) -> StepProfile:
-    """Run a step of one fake rank."""
+    """Run a step of one fake rank, with synchronous tensor parallelism: there is no memory to share."""
+    config = replace(config, parallel=replace(config.parallel, async_tp=False))
     axes = resolve_axes(config.parallel, config.dry_run.world_size)
     memory = Memory()
     trace = Trace({axis: getattr(axes, axis) for axis in AXES}, memory)
@@ -75,11 +76,7 @@ def profile_rank(config: TrainConfig, rank: int, n_micro_batches: int) -> StepPr
         stack.enter_context(trace)
         stack.enter_context(mock.patch.object(torch, "compile", fake_compile(trace)))
         # Disable paths whose collectives or products cannot be traced.
-        for fast_path in (
-            "parallel.zero.can_share",
-            "parallel.parallelize.overlaps_tp",
-            "training.optim.muon.takes_kernel",
-        ):
+        for fast_path in ("parallel.zero.can_share", "training.optim.muon.takes_kernel"):
             stack.enter_context(mock.patch(fast_path, lambda *_: False))
         stack.enter_context(mock.patch.multiple(Zero, **zero_replacements(trace)))
         stack.enter_context(mock.patch.object(SideStream, "after_current", lambda _: trace.overlapped()))

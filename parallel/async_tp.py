@@ -214,17 +214,12 @@ def fused_linears(model: Transformer) -> dict[str, Any]:
     }
 
 
-def overlaps_tp(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Return True if tp ranks can read each other's memory, else raise `ParallelError`."""
+def overlap_tp(model: Transformer, fused: Iterable[Any], group: dist.ProcessGroup, device: torch.device) -> None:
+    """Overlap the products and collectives of a tensor-parallel model."""
     if not can_share(group, device):
         raise ParallelError(
             "parallel.async_tp (true) needs tp ranks on GPUs of one node with peer access; set it to false"
         )
-    return True
-
-
-def overlap_tp(model: Transformer, fused: Iterable[Any], group: dist.ProcessGroup, device: torch.device) -> None:
-    """Overlap the products and collectives of a tensor-parallel model."""
     COLLECTIVES[group.group_name] = PeerCollectives(group, device)
     for module in fused:
         module.linears = partial(_gathered_linears, group.group_name)

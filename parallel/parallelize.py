@@ -13,7 +13,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils.checkpoint import checkpoint
 
 from model.transformer import Transformer
-from parallel.async_tp import fused_linears, overlap_tp, overlaps_tp
+from parallel.async_tp import fused_linears, overlap_tp
 from parallel.axes import stage_layers, stages_of
 from parallel.config import ParallelConfig, ParallelError, no_fp8
 from parallel.fp8 import MULTIPLE, Fp8Linear, Fp8RowwiseLinear
@@ -61,12 +61,10 @@ def parallelize(
     shapes = {name: param.shape for name, param in model.named_parameters()}
     tp_dims, partial_grads = dict[str, int](), set[str]()
     if mesh.param_mesh is not None and mesh.axes.tp > 1:
-        tp_mesh, group = mesh.param_mesh["tp"], mesh.param_mesh.get_group("tp")
-        overlaps = config.async_tp and overlaps_tp(group, mesh.device)
-        fused = fused_linears(model) if overlaps else {}
+        tp_mesh, fused = mesh.param_mesh["tp"], fused_linears(model) if config.async_tp else {}
         tp_dims, partial_grads = apply_tp(model, tp_mesh, config.sequence_parallel, local_norms=fused)
-        if overlaps:
-            overlap_tp(model, fused.values(), group, mesh.device)
+        if config.async_tp:
+            overlap_tp(model, fused.values(), tp_mesh.get_group(), mesh.device)
     if fp8 != "none":
         check_fp8_device(fp8, mesh.device)
         apply_fp8(blocks, fp8)

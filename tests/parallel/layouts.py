@@ -4,6 +4,7 @@ import faulthandler
 import pickle
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ from parallel.engine import Engine
 from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh, leave, open_mesh
 from parallel.parallelize import parallelize
+from tests.parallel.file_buffer import shared_files
 from tests.parallel.packed import micro_batch
 from training.config import LossConfig, OptimizerConfig, PrecisionConfig, Reduction
 from training.optim.optimizer import build_optimizer
@@ -65,6 +67,7 @@ class Case:
     regularized: bool = False  # an auxiliary loss in every other layer
     optimizer: str = "adamw"
     normuon: bool = False
+    shares_memory: bool = False  # as GPUs of one node do
 
 
 RankFunction = Callable[[Case, Mesh, ParallelConfig], Any]
@@ -209,7 +212,8 @@ def _on_layout(rank: int, store: Path, case: Case, device: torch.device, functio
         assert not list(config.problems())
         axes = resolve_axes(config, case.world_size)
         mesh = open_mesh(axes, zero_stage=config.zero_stage, device=device)
-        return function(case, mesh, config)
+        with shared_files(store.with_suffix(".files")) if case.shares_memory else nullcontext():
+            return function(case, mesh, config)
     finally:
         leave()
 

@@ -11,13 +11,14 @@ from torch._dynamo.utils import counters
 from data.batches import Batch
 from model.config import Init, ModelConfig
 from model.transformer import Transformer
-from parallel import graphs
+from parallel import async_tp, graphs
 from parallel.config import ActivationCheckpointing, Compile, ParallelConfig, ParallelError
 from parallel.counters import StepCounters
 from parallel.engine import Engine, token_weights
 from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
-from parallel.parallelize import compile_blocks, parallelize, recomputed_blocks
+from parallel.parallelize import allocate, compile_blocks, parallelize, recomputed_blocks
+from parallel.shards import matrices_first
 from tests.parallel.packed import micro_batch
 from training.config import Dtype, LossConfig, OptimizerConfig, PrecisionConfig, Reduction
 from training.optim.optimizer import build_optimizer
@@ -369,3 +370,17 @@ def test_step_does_not_wait_for_the_device() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(bool(step.finite) for step in done)
+
+
+def test_weights_of_one_input_are_joined_without_a_copy() -> None:
+    module = torch.nn.ModuleList(torch.nn.Linear(8, rows) for rows in (8, 4, 4))
+    allocate(module, torch.float32, torch.device("cpu"))
+    for param in module.parameters():
+        torch.nn.init.normal_(param)
+    weights = [layer.weight.detach() for layer in module]  # type: ignore[union-attr]
+    joined = async_tp.join(weights)
+    assert joined.data_ptr() == weights[0].data_ptr()
+    assert torch.equal(joined, torch.cat(weights))
+    assert [name.split(".")[1] for name, _ in matrices_first(module)] == ["weight"] * 3 + ["bias"] * 3
+    apart = [torch.randn(3, 8), torch.randn(2, 8)]
+    assert torch.equal(async_tp.join(apart), torch.cat(apart))

@@ -69,11 +69,22 @@ MUON = {
     "normuon_tp_2": few(2, optimizer="muon", normuon=True, layout={"tp": 2}),
     "muon_cp_tp_zero2_8": few(8, "biased", optimizer="muon", layout={"dp_shard": 2, "cp": 2, "tp": 2, "zero_stage": 2}),
 }  # fmt: skip
+shared = partial(Case, shares_memory=True)
+SHARED = {
+    "async_tp_2": shared(2, "biased", n_micro_batches=4, layout={"async_tp": True, "tp": 2}),
+    "async_tp_4_aux": shared(4, regularized=True, n_micro_batches=4, layout={"async_tp": True, "tp": 4}),
+    "async_tp_zero3_4": shared(
+        4, "biased", n_micro_batches=4, layout={"async_tp": True, "dp_shard": 2, "tp": 2, "zero_stage": 3}
+    ),
+    "shared_zero1_4": shared(4, layout={"dp_shard": 4, "zero_stage": 1}),
+    "shared_zero2_2": shared(2, "biased", layout={"dp_shard": 2, "zero_stage": 2}),
+    "shared_hybrid3_4": shared(4, "tied", layout={"dp_replicate": 2, "dp_shard": 2, "zero_stage": 3}),
+}
 BF16 = {
     "bf16_tp_zero2_4": Case(4, "biased", dtype=torch.bfloat16, layout={"dp_shard": 2, "tp": 2, "zero_stage": 2}),
     "bf16_pp_zero1_4": Case(4, "biased", dtype=torch.bfloat16, layout={"pp": 2, "dp_shard": 2, "zero_stage": 1}),
 }
-CASES = {**BF16, **PIPELINE, **ZERO, **TENSOR, **CONTEXT, **MUON}
+CASES = {**BF16, **PIPELINE, **ZERO, **TENSOR, **CONTEXT, **MUON, **SHARED}
 
 
 # One group of processes runs all layouts, and the first test waits for them.
