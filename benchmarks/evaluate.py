@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -86,7 +86,8 @@ class Harness:
         if HFLM is not None:
             ends = {"bos_token": "<s>", "eos_token": "</s>"}
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **ends)
-            self.lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=softmax)
+            hf_model = cast(Any, HFLM)  # its constructor's arguments are declared in part
+            self.lm = hf_model(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=softmax)
 
     def score(self, texts: Texts) -> np.ndarray:
         if HFLM is None:
