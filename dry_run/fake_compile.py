@@ -8,6 +8,7 @@ from unittest import mock
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.fx.traceback import preserve_node_meta
 from torch.nn.utils import stateless
 
 from dry_run.trace import Trace
@@ -76,7 +77,7 @@ def fake_compile(trace: Trace) -> Callable[..., Callable[..., Any]]:
                 compiled[body] = aot_function(functional, as_one_kernel, **options)  # type: ignore[arg-type]
                 # Activation checkpointing counts saved tensors; exclude those of this call.
                 hooks = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-                with mock.patch.object(trace, "paused", True), hooks:
+                with mock.patch.object(trace, "paused", True), hooks, preserve_node_meta():
                     compiled[body](params, *args)
             return compiled[body](params, *args)
 
