@@ -46,16 +46,6 @@ class ParallelError(UserError):
     """A layout that cannot run."""
 
 
-def no_fp8(scaling: str, where: str) -> ParallelError:
-    return ParallelError(
-        f"precision.fp8 ({scaling}) needs a GPU of compute capability 8.9 or more, not {where}; set precision.fp8=none"
-    )
-
-
-def no_graphs(where: str) -> ParallelError:
-    return ParallelError(f"parallel.cuda_graphs (true) needs a CUDA device, not {where}; set it to false")
-
-
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:
     device: Device = Device.auto

@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 
 import train
 from conf.cli import CONF
-from conf.schema import register, to_config, to_plain
+from conf.schema import register, to_config
 from data.mixed_text import mixed_lines
 from parallel.mesh import distributed
 from tracking.run_folder import locked
@@ -69,7 +69,7 @@ def trained(
     with distributed(config.parallel) as mesh, locked(folder, mesh.rank):
         torch.set_num_threads(2)
         stop = StopRequest(mesh) if stop is None else stop
-        return train.train(config, to_plain(config), mesh, folder, stop, periodic=periodic)
+        return train.train(config, mesh, folder, stop, periodic=periodic)
 
 
 def run_ranks(main: Callable[..., None], size: int, *args: Any) -> list[int | None]:

@@ -45,7 +45,7 @@ MUTANTS = [
     Mutant(4, SAVE, "        check_complete(read_metadata(folder)", "        str((folder)", f"{GUARDS}::test_what_a_writer"),
     Mutant(6, SAVE, "    if sync:\n", "    if False:\n", f"{GUARDS}::test_files_reach"),
     Mutant(6, SAVE, '_fsync(folder / "manifest.json")', "pass", f"{GUARDS}::test_files_reach"),
-    Mutant(5, "training/resume.py", "            if last or self.config.on_save_error is OnSaveError.stop:", "            if last:",
+    Mutant(5, "training/resume.py", "            if last or self.config.checkpoint.on_save_error is OnSaveError.stop:", "            if last:",
            f"{BEHIND}::test_a_failure_behind"),
     Mutant(7, FOLDER, "            self.failing = True", "            self.kept = b''", "tests/test_full_disk.py::test_a_disk_that_is_full_for"),
     Mutant(10, SAVE, '    except OSError as error:\n        logger.warning("%s could not be removed',

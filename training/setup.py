@@ -3,7 +3,7 @@
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -20,7 +20,7 @@ from parallel.mesh import Mesh
 from parallel.parallelize import ParallelModel, parallelize
 from training.config import Dtype, LossConfig, OptimizerConfig, PrecisionConfig, TrainingError
 from training.load import Saved
-from training.optim.optimizer import Optimizer
+from training.optim.optimizer import build_optimizer
 from training.report import Throughput, peak_tflops
 from training.schedules import learning_rate, second_beta
 from training.state import TrainState
@@ -55,30 +55,23 @@ def build_model(
 
 
 def build_engine(
-    config: TrainConfig,
-    mesh: Mesh,
-    model: ParallelModel,
-    optimizer: Optimizer,
-    scaler: LossScaler,
-    state: TrainState,
-    corpus: Corpus | None = None,
+    config: TrainConfig, model: ParallelModel, state: TrainState, corpus: Corpus | None = None, *, trains: bool = True
 ) -> Engine:
-    """Return the engine of a run; without a corpus, losses are of one source and not per byte."""
-    if config.parallel.cuda_graphs and not all(rule.on_device for rule in optimizer.rules):
-        raise TrainingError("parallel.cuda_graphs (true) needs an optimizer that runs on the device, such as adamw")
-    n_bytes = None if corpus is None else corpus.bytes_per_token
-    return Engine(
-        model,
-        optimizer,
-        mesh,
-        parallel=config.parallel,
-        loss=config.loss,
-        max_grad_norm=config.optimizer.max_grad_norm,
-        scaler=scaler,
-        counters=state.counters,
-        n_sources=1 if corpus is None else len(corpus.sources),
-        bytes_per_token=None if n_bytes is None else torch.from_numpy(n_bytes),
-    )
+    """Return the engine of a run, with an optimizer if it `trains`.
+
+    Without a corpus, losses are of one source and not per byte.
+    """
+    module, optimizer = model.module, None
+    if trains:
+        tied_params = module.tied_params
+        optimizer = build_optimizer(module, config.optimizer, params=model.params, tied_params=tied_params)
+        if config.parallel.cuda_graphs and not all(rule.on_device for rule in optimizer.rules):
+            raise TrainingError("parallel.cuda_graphs (true) needs an optimizer that runs on the device, such as adamw")
+    loss: Any = {"loss": config.loss, "max_grad_norm": config.optimizer.max_grad_norm}
+    if corpus is not None:
+        n_bytes = None if corpus.bytes_per_token is None else torch.from_numpy(corpus.bytes_per_token)
+        loss |= {"n_sources": len(corpus.sources), "bytes_per_token": n_bytes}
+    return Engine(model, optimizer, LossScaler(config.precision), state.counts_3, **loss)
 
 
 def build_evaluator(
@@ -102,8 +95,7 @@ def build_evaluator(
             whole = weights[name] if checkpoint is None else checkpoint.read(f"model.{name}")[""]
             param.write(whole[: param.shape[0]])
 
-    model, no_optimizer, state = build_model(run, mesh, fill), cast(Any, None), TrainState(device=mesh.device)
-    return build_engine(run, mesh, model, no_optimizer, LossScaler(precision), state, corpus)
+    return build_engine(run, build_model(run, mesh, fill), TrainState(device=mesh.device), corpus, trains=False)
 
 
 def build_train_batches(

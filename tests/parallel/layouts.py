@@ -20,7 +20,6 @@ from model.layers import SwiGLU
 from model.transformer import Block, Transformer
 from parallel.axes import resolve_axes
 from parallel.config import Compile, ParallelConfig
-from parallel.counters import StepCounters
 from parallel.engine import Engine
 from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh, leave, open_mesh
@@ -118,18 +117,10 @@ def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
     laid_out.init_weights(3)
     built = build_optimizer(model, optimizer, params=laid_out.params, tied_params=model.tied_params)
     built.set_schedule([(3e-3, 0.95)] * (N_STEPS + 1))
-    return Engine(
-        laid_out,
-        built,
-        mesh,
-        parallel=config,
-        loss=LossConfig(chunk_tokens=5, reduction=case.reduction),
-        scaler=LossScaler(PrecisionConfig()),
-        counters=StepCounters(mesh.device),
-        max_grad_norm=optimizer.max_grad_norm,
-        n_sources=2,
-        bytes_per_token=torch.arange(64),
-    )
+    loss = LossConfig(chunk_tokens=5, reduction=case.reduction)
+    scaler, counts_3 = LossScaler(PrecisionConfig()), torch.zeros(3, dtype=torch.int64, device=mesh.device)
+    sources = {"n_sources": 2, "bytes_per_token": torch.arange(64)}
+    return Engine(laid_out, built, scaler, counts_3, loss=loss, max_grad_norm=optimizer.max_grad_norm, **sources)
 
 
 def outcome(case: Case, mesh: Mesh, config: ParallelConfig) -> Outcome:

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from conf.schema import TrainConfig
 from parallel.axes import Axes
 from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
@@ -101,10 +102,11 @@ def pairs(folder: Path, rank: int) -> None:
 
 def checkpoints_of(folder: Path, optimizer: Optimizer, **settings: Any) -> RunCheckpoints:
     """Return the checkpoints of a run that has made one step."""
+    config = TrainConfig(checkpoint=CheckpointConfig(**settings))
     mesh = Mesh(torch.device("cpu"), Axes(dp_replicate=SIZE), dist.get_rank(), host=dist.group.WORLD)
     corpus: Any = SimpleNamespace(add_bos=True, add_eos=True, fingerprints=[], sources=[])
-    parts: Any = {"optimizer": optimizer, "state": TrainState(step=1), "scaler": LossScaler(PrecisionConfig())}
-    return RunCheckpoints(CheckpointConfig(**settings), mesh, folder, corpus, **parts, run_config={})
+    engine: Any = SimpleNamespace(optimizer=optimizer, mesh=mesh, scaler=LossScaler(PrecisionConfig()))
+    return RunCheckpoints(config, folder, corpus, engine, TrainState(step=1))
 
 
 def rng(folder: Path, rank: int) -> None:
@@ -232,7 +234,7 @@ def background(folder: Path, rank: int) -> None:
     run.state.step, fsync = 2, module._fsync
     if rank == 1:
         module._fsync = lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-    run.config.on_save_error = OnSaveError.stop
+    run.config.checkpoint.on_save_error = OnSaveError.stop
     run.save()
     polls, message = 0, ""
     while not message and polls < 1000:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import training.checkpoint
+from parallel.engine import count_step
 from tests.conftest import metrics, trained
 from tracking.metrics_file import read_records
 from training.checkpoint import open_checkpoint
@@ -102,7 +103,7 @@ def test_a_stop_says_which_step_was_saved(tmp_path: Path, small: list[str]) -> N
 
     def spoil(run: Run) -> None:
         for _ in range(2):
-            run.state.counters.add(torch.tensor(False))
+            count_step(run.state.counts_3, torch.tensor(False))
         stop.signum = signal.SIGTERM
 
     trained(tmp_path / "r", *small, "checkpoint.every=3", stop=stop, periodic=[at(5, spoil)])
