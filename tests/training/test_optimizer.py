@@ -27,13 +27,7 @@ def reference_for(model: nn.Module, config: OptimizerConfig, *, fused: bool = Fa
     rest = [p for p in model.parameters() if p.ndim < 2 and config.decay is not Decay.all]
     groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(
-        groups,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        foreach=False,
-        fused=fused,
+        groups, config.lr, (config.beta1, config.beta2), config.eps, config.weight_decay, foreach=False, fused=fused
     )
 
 
@@ -51,28 +45,16 @@ def train_both(optimizer: Optimizer, reference: torch.optim.AdamW, full: nn.Modu
         reference.step()
         finite = FINITE.to(optimizer.device)
         assert optimizer.step(grad_scale=scale, finite=finite).tolist() == [lr, beta2]
+        assert all(param.grad is None for param in optimizer.params.values())
 
 
 @pytest.mark.parametrize("decay", list(Decay))
 def test_updates_equal_torch_adamw(decay: Decay) -> None:
-    config = OptimizerConfig(weight_decay=0.1, decay=decay)
+    config = OptimizerConfig(weight_decay=0.1, decay=decay, eps=1.0)  # so that the size of gradients matters
     ours, theirs = network(), network()
     train_both(build_optimizer(ours, config), reference_for(theirs, config), theirs, lr=1e-2, n_steps=20)
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
-
-
-def test_gradients_are_divided_by_the_scale_and_dropped() -> None:
-    models = network(), network()
-    for model, factor in zip(models, (1.0, 512.0), strict=True):
-        # a large eps makes the update depend on the gradient's size
-        optimizer = build_optimizer(model, OptimizerConfig(eps=1.0))
-        for param in model.parameters():
-            param.grad = torch.full_like(param, 0.25) * factor
-        optimizer.set_schedule([(0.1, 0.95)])
-        optimizer.step(grad_scale=torch.tensor(factor), finite=FINITE)
-        assert all(param.grad is None for param in model.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -130,14 +112,6 @@ def test_bf16_weights_follow_fp32_masters_exactly(state_dtype: Dtype) -> None:
             torch.testing.assert_close(master, other.detach(), rtol=0, atol=2e-5)
         assert torch.equal(param.detach(), split(master)[0])
     assert not torch.equal(next(low.parameters()), start)
-
-
-def test_only_matrices_decay_unless_all_do() -> None:
-    model = network()
-    names = [name for name, _ in model.named_parameters()]
-    for decay, decayed in ((Decay.matrices, ["0.weight", "2.weight"]), (Decay.all, names)):
-        optimizer = build_optimizer(model, OptimizerConfig(decay=decay))
-        assert [name for name in names if optimizer.group(optimizer.rules[0], name).weight_decay] == decayed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
