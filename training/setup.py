@@ -20,7 +20,7 @@ from parallel.mesh import Mesh
 from parallel.parallelize import ParallelModel, parallelize
 from training.config import Dtype, LossConfig, OptimizerConfig, PrecisionConfig, TrainingError
 from training.load import Saved
-from training.optim.optimizer import build_optimizer
+from training.optim.optimizer import Optimizer
 from training.report import Throughput, peak_tflops
 from training.schedules import learning_rate, second_beta
 from training.state import TrainState
@@ -61,12 +61,9 @@ def build_engine(
 
     Without a corpus, losses are of one source and not per byte.
     """
-    module, optimizer = model.module, None
-    if trains:
-        tied_params = module.tied_params
-        optimizer = build_optimizer(module, config.optimizer, params=model.params, tied_params=tied_params)
-        if config.parallel.cuda_graphs and not all(rule.on_device for rule in optimizer.rules):
-            raise TrainingError("parallel.cuda_graphs (true) needs an optimizer that runs on the device, such as adamw")
+    optimizer = Optimizer(model.module, config.optimizer, model.params) if trains else None
+    if optimizer and config.parallel.cuda_graphs and not all(rule.on_device for rule in optimizer.rules):
+        raise TrainingError("parallel.cuda_graphs (true) needs an optimizer that runs on the device, such as adamw")
     loss: Any = {"loss": config.loss, "max_grad_norm": config.optimizer.max_grad_norm}
     if corpus is not None:
         n_bytes = None if corpus.bytes_per_token is None else torch.from_numpy(corpus.bytes_per_token)

@@ -13,7 +13,7 @@ from model.hf.granite import Granite
 from model.parametrization import Scales, scales_of
 from model.transformer import Transformer
 from training.config import MuonScale, OptimizerConfig
-from training.optim.optimizer import build_optimizer
+from training.optim.optimizer import Optimizer
 
 CONFIG = ModelConfig(
     name="m", vocab_size=96, d_model=64, n_layers=6, n_heads=4, n_kv_heads=2, d_ff=96, max_seq_len=64, init=Init.llama,
@@ -57,7 +57,7 @@ def test_rates_decay_and_eps_of_each_group(name: str) -> None:
         name=name, lr=1e-2, weight_decay=0.1, eps=1e-8, embed_lr_scale=3.0, head_lr_scale=5.0, vector_lr_scale=7.0,
         scale=MuonScale.spectral,
     )  # fmt: skip
-    optimizer = build_optimizer(Transformer(CONFIG), config)
+    optimizer = Optimizer(Transformer(CONFIG), config)
     groups = {param: group for group, names in optimizer.groups.items() for param in names}
     hidden = (0.5, 0.2, 1e-8 / 6) if name == "adamw" else (1.0, 0.1, 1e-8)
     expected = {

@@ -27,7 +27,7 @@ from parallel.parallelize import parallelize
 from tests.parallel.file_buffer import shared_files
 from tests.parallel.packed import micro_batch
 from training.config import LossConfig, OptimizerConfig, PrecisionConfig, Reduction
-from training.optim.optimizer import build_optimizer
+from training.optim.optimizer import Optimizer
 
 MODELS = {
     "plain": ModelConfig(
@@ -115,7 +115,7 @@ def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
             block.mlp.__class__ = RegularizedMLP
     laid_out = parallelize(model, mesh, config, case.dtype, fp8=case.fp8)
     laid_out.init_weights(3)
-    built = build_optimizer(model, optimizer, params=laid_out.params, tied_params=model.tied_params)
+    built = Optimizer(model, optimizer, laid_out.params)
     built.set_schedule([(3e-3, 0.95)] * (N_STEPS + 1))
     loss = LossConfig(chunk_tokens=5, reduction=case.reduction)
     scaler, counts_3 = LossScaler(PrecisionConfig()), torch.zeros(3, dtype=torch.int64, device=mesh.device)

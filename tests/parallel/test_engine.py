@@ -20,7 +20,7 @@ from parallel.parallelize import allocate, compile_blocks, parallelize, recomput
 from parallel.shards import matrices_first
 from tests.parallel.packed import micro_batch
 from training.config import Dtype, LossConfig, OptimizerConfig, PrecisionConfig, Reduction
-from training.optim.optimizer import build_optimizer
+from training.optim.optimizer import Optimizer
 from training.setup import DTYPES
 
 CONFIG = ModelConfig(
@@ -46,7 +46,7 @@ def build(
     layout, dtype = parallel or ParallelConfig(), DTYPES[compute.value]
     laid_out = parallelize(model, mesh, layout, dtype, fp8=fp8, grad_dtype=grad_dtype)
     laid_out.init_weights(seed=3)
-    adamw = build_optimizer(model, optimizer)
+    adamw = Optimizer(model, optimizer)
     adamw.set_schedule([(optimizer.lr, 0.95)] * 100)
     loss = LossConfig(chunk_tokens=16, reduction=reduction)
     scaler = LossScaler(PrecisionConfig(compute=compute))

@@ -35,7 +35,7 @@ from training.config import (
     PrecisionConfig,
     TrainingError,
 )
-from training.optim.optimizer import Optimizer, build_optimizer
+from training.optim.optimizer import Optimizer
 from training.ranks import Ranks
 from training.resume import RunCheckpoints
 from training.state import TrainState
@@ -112,7 +112,7 @@ def checkpoints_of(folder: Path, optimizer: Optimizer, **settings: Any) -> RunCh
 def rng(folder: Path, rank: int) -> None:
     """Save a random state per rank and take it back, here and with another number of ranks."""
     torch.manual_seed(5)
-    run = checkpoints_of(folder / "rng", build_optimizer(torch.nn.Linear(2, 2), OptimizerConfig()))
+    run = checkpoints_of(folder / "rng", Optimizer(torch.nn.Linear(2, 2), OptimizerConfig()))
     torch.manual_seed(rank)
     run.save()
     expected = torch.rand(3)
@@ -211,7 +211,7 @@ def background(folder: Path, rank: int) -> None:
     mesh = init_device_mesh("cpu", (SIZE,))
     half = place(torch.full((6, 5), 0.5, dtype=torch.bfloat16), mesh, (Shard(0),)).to_local()
     params = {"weight": ParamShard(half, torch.Size((6, 5)), mesh, (Shard(0),))}
-    optimizer = build_optimizer(torch.nn.Linear(5, 6), OptimizerConfig(), params=params)
+    optimizer = Optimizer(torch.nn.Linear(5, 6), OptimizerConfig(), params=params)
     run = checkpoints_of(folder / "background", optimizer, keep=0, asynchronous=True)
     checkpoints = run.checkpoints
     real, changed = module._write, threading.Event()

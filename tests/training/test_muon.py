@@ -18,7 +18,7 @@ from parallel.whole_matrices import balance
 from training.config import Dtype, MuonScale, OptimizerConfig
 from training.optim import muon
 from training.optim.muon import Muon
-from training.optim.optimizer import Optimizer, build_optimizer
+from training.optim.optimizer import Optimizer
 
 SHAPES = [(24, 16), (16, 24), (16, 24), (8, 8), (1, 5), (5, 1), (1, 1)]
 
@@ -36,7 +36,7 @@ def hidden(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def built(model: nn.Module, params: dict[str, ParamShard] | None = None, **options: Any) -> Optimizer:
-    optimizer = build_optimizer(model, OptimizerConfig(name="muon", **options), params=params)
+    optimizer = Optimizer(model, OptimizerConfig(name="muon", **options), params=params)
     optimizer.set_schedule([(1e-2, 0.9)] * 20)
     return optimizer
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from training.config import Decay, Dtype, OptimizerConfig, OptimizerImpl, TrainingError
 from training.optim.adamw import AdamW, resolve_impl
 from training.optim.master_weights import join, split
-from training.optim.optimizer import Optimizer, build_optimizer
+from training.optim.optimizer import Optimizer
 
 ONE, FINITE = torch.tensor(1.0), torch.tensor(True)
 
@@ -52,7 +52,7 @@ def train_both(optimizer: Optimizer, reference: torch.optim.AdamW, full: nn.Modu
 def test_updates_equal_torch_adamw(decay: Decay) -> None:
     config = OptimizerConfig(weight_decay=0.1, decay=decay, eps=1.0)  # so that the size of gradients matters
     ours, theirs = network(), network()
-    train_both(build_optimizer(ours, config), reference_for(theirs, config), theirs, lr=1e-2, n_steps=20)
+    train_both(Optimizer(ours, config), reference_for(theirs, config), theirs, lr=1e-2, n_steps=20)
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
@@ -61,7 +61,7 @@ def test_updates_equal_torch_adamw(decay: Decay) -> None:
 def test_a_nonfinite_update_changes_nothing_and_takes_no_rate(device: str) -> None:
     """Case 41."""
     model = network(torch.bfloat16).to(device)
-    optimizer = build_optimizer(model, OptimizerConfig())
+    optimizer = Optimizer(model, OptimizerConfig())
     assert optimizer.rules[0].on_device is (device == "cuda")
     optimizer.set_schedule([(0.1, 0.95), (0.2, 0.96)])
     before = {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}
@@ -93,7 +93,7 @@ def test_a_master_splits_into_the_nearest_bf16_and_the_rest() -> None:
 def test_bf16_weights_follow_fp32_masters_exactly(state_dtype: Dtype) -> None:
     config = OptimizerConfig(lr=1e-5, weight_decay=0.1, decay=Decay.all, state_dtype=state_dtype)
     low, full = network(torch.bfloat16), network(torch.bfloat16).float()
-    optimizer, reference = build_optimizer(low, config), reference_for(full, config, fused=True)
+    optimizer, reference = Optimizer(low, config), reference_for(full, config, fused=True)
     start = next(low.parameters()).detach().clone()
     optimizer.set_schedule([(1e-5, config.beta2)] * 50)
     for _ in range(50):  # 50 updates of 1e-5, each far below a bf16 step of these weights
@@ -118,7 +118,7 @@ def test_bf16_weights_follow_fp32_masters_exactly(state_dtype: Dtype) -> None:
 @pytest.mark.parametrize("state_dtype", [Dtype.fp32, Dtype.bf16])
 def test_state_tensors_round_trip(dtype: torch.dtype, state_dtype: Dtype) -> None:
     model = network(dtype)
-    optimizer = build_optimizer(model, OptimizerConfig(state_dtype=state_dtype))
+    optimizer = Optimizer(model, OptimizerConfig(state_dtype=state_dtype))
     kept = optimizer.state_tensors()
     assert len(kept) == 4 * len(list(model.parameters()))
     assert all(tensor.dtype == torch.float32 for tensor in kept.values())
@@ -135,7 +135,7 @@ def test_a_missing_implementation_is_refused() -> None:
     assert resolve_impl(OptimizerImpl.auto, cpu) is OptimizerImpl.torch
     for asked in (OptimizerImpl.triton, OptimizerImpl.apex):
         with pytest.raises(TrainingError, match=rf"optimizer.impl \({asked.value}\) needs a CUDA device"):
-            build_optimizer(network(), OptimizerConfig(impl=asked))
+            Optimizer(network(), OptimizerConfig(impl=asked))
 
 
 def multi_tensor_adam(
@@ -173,7 +173,7 @@ def test_apex_arguments_make_it_torch_adamw(monkeypatch: pytest.MonkeyPatch, dty
     stand_in_for_apex(monkeypatch)
     config = OptimizerConfig(lr=1e-2, weight_decay=0.1)
     low, full = network(dtype), network(dtype).float()
-    optimizer, reference = build_optimizer(low, config), reference_for(full, config)
+    optimizer, reference = Optimizer(low, config), reference_for(full, config)
     assert isinstance(optimizer.rules[0], AdamW)
     optimizer.rules[0].impl = OptimizerImpl.apex
     train_both(optimizer, reference, full, lr=1e-2, n_steps=5)
@@ -191,7 +191,7 @@ def test_kernel_equals_torch_adamw_exactly(dtype: torch.dtype, beta1: float) -> 
     low = nn.Linear(333, 4099, dtype=dtype, device="cuda")
     full = nn.Linear(333, 4099, device="cuda")
     full.load_state_dict({name: p.float() for name, p in low.state_dict().items()})
-    optimizer, reference = build_optimizer(low, config), reference_for(full, config)
+    optimizer, reference = Optimizer(low, config), reference_for(full, config)
     train_both(optimizer, reference, full, lr=1e-3, n_steps=30)
     kept = optimizer.state_tensors()
     for (name, param), other in zip(low.named_parameters(), full.named_parameters(), strict=True):
@@ -206,7 +206,8 @@ def test_kernel_equals_torch_adamw_exactly(dtype: torch.dtype, beta1: float) -> 
 def test_a_tied_copy_is_saved_once_and_loaded_into_both() -> None:
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(6, 4), "head": torch.nn.Linear(4, 6, bias=False)})
-    optimizer = build_optimizer(model, OptimizerConfig(), tied_params={"head.weight": "embed.weight"})
+    model.tied_params = {"head.weight": "embed.weight"}  # type: ignore[assignment]
+    optimizer = Optimizer(model, OptimizerConfig())
     tensors = optimizer.state_tensors()
     assert {name for name in tensors if name.startswith("model.")} == {"model.embed.weight"}
     for tensor in tensors.values():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from training.config import OptimizerConfig
 from training.optim import muon
-from training.optim.optimizer import build_optimizer
+from training.optim.optimizer import Optimizer
 
 pytestmark = pytest.mark.gpu
 DEVICE, DTYPE, ROUNDING = "cuda", torch.bfloat16, 4e-3
@@ -61,7 +61,7 @@ def test_a_step_equals_one_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -
     for allowed in (True, False):
         monkeypatch.setattr(muon, "takes_kernel", lambda x, a=allowed: used.append(a and takes_kernel(x)) or used[-1])
         model = copy.deepcopy(start)
-        optimizer = build_optimizer(model, OptimizerConfig(name="muon", weight_decay=0.0))
+        optimizer = Optimizer(model, OptimizerConfig(name="muon", weight_decay=0.0))
         optimizer.set_schedule([(1e-2, 0.95)])
         for param, grad in zip(model.parameters(), grads, strict=True):
             param.grad = grad.clone()
