@@ -120,9 +120,7 @@ def data_parallel_collectives(
 
 
 @pytest.mark.parametrize(("overrides", "layout", "sent"), SENT, ids=str)
-def test_data_parallel_collectives_on_1024_gpus(
-    overrides: list[str], layout: tuple[int, int, int], sent: tuple[str, int, int]
-) -> None:
+def test_dp_collectives_on_1024(overrides: list[str], layout: tuple[int, int, int], sent: tuple[str, int, int]) -> None:
     config, found = profile(*overrides, PLAIN, micro_batches=layout[2])
     assert found.collectives == data_parallel_collectives(config, layout, sent)
 

@@ -118,9 +118,7 @@ def built(kind: str) -> Transformer:
         ("v0.2.1", (2, 2)), ("v0.2.1", (1, 1)), ("internevo", (4, 1)), ("internevo", (2, 2, 2)), ("internlm2", (2, 4)),
     ],
 )  # fmt: skip
-def test_logits_are_those_of_the_merged_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, layout: tuple[int, ...]
-) -> None:
+def test_merged_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, layout: tuple[int, ...]) -> None:
     model, folder = built(kind), tmp_path / "1000"
     folder.mkdir()
     write(folder, model, kind, *layout)
@@ -149,9 +147,7 @@ class Malicious:
         (lambda f: torch.save({"x": Malicious()}, f / "model_tp0_pp0.pt"), "model_tp0_pp0.pt has Python objects"),
     ],
 )
-def test_what_cannot_be_merged_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, named: str
-) -> None:
+def test_unmergeable_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, named: str) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path, built("internevo"), "internevo", 2, 1)
     change(tmp_path)

@@ -164,7 +164,7 @@ def test_evaluate_returns_totals_by_source() -> None:
 
 @DYNAMO_WARNING
 @pytest.mark.parametrize("compiled", [False, True])
-def test_nonfinite_step_changes_nothing_and_its_module_is_named(compiled: bool) -> None:
+def test_nonfinite_step(compiled: bool) -> None:
     """Cases 40 and 41."""
     engine, batches = build(), [micro_batch([8], 0)]
     if compiled:

@@ -112,7 +112,7 @@ def _alone(settings: tuple[tuple[str, Any], ...]) -> Outcome:
 
 
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.bad_rank is None and n not in BF16])
-def test_layout_equals_one_process(
+def test_equals_one_process(
     name: str, outcomes: dict[str, Outcome | str], references: Callable[[Case], Outcome]
 ) -> None:
     here = outcomes[name]
@@ -133,7 +133,7 @@ def test_layout_equals_one_process(
 
 
 @pytest.mark.parametrize("name", list(BF16))
-def test_bf16_layout_learns_like_one_process_in_float32(
+def test_bf16_learns_alike(
     name: str, outcomes: dict[str, Outcome | str], references: Callable[[Case], Outcome]
 ) -> None:
     here = outcomes[name]

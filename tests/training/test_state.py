@@ -20,7 +20,7 @@ def test_nonfinite_steps_are_counted_on_the_device() -> None:
     assert (state.nonfinite_steps, state.nonfinite_in_a_row, state.updates, state.tokens) == (4, 2, 1, 40)
 
 
-def test_signals_set_a_flag_and_a_second_interrupt_stops_at_once() -> None:
+def test_signals() -> None:
     """Cases 32, 34 and 35."""
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest() as stop:

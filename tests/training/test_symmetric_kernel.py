@@ -25,9 +25,7 @@ def error(found: Tensor, expected: Tensor) -> float:
     ("rows", "columns", "warps", "tma"),
     [(128, 256, 8, True), (256, 128, 8, True), (128, 128, 8, True), (128, 128, 4, True), (128, 128, 8, False)],
 )
-def test_products_equal_torch_and_are_symmetric(
-    n: int, m: int, k: int, rows: int, columns: int, warps: int, tma: bool
-) -> None:
+def test_symmetric_products(n: int, m: int, k: int, rows: int, columns: int, warps: int, tma: bool) -> None:
     from training.optim.symmetric_kernel import Tiles, product
 
     tiles = Tiles(rows, columns, 64, warps=warps, stages=3, tma=tma)
