@@ -72,25 +72,11 @@ def test_unremovable_warns(run: Checkpoints, monkeypatch: pytest.MonkeyPatch, ca
     assert caplog.text.count("could not be removed") == 3
 
 
-class SecondOfTwo(Ranks):
-    """Rank 1, which takes what rank 0 found; rank 0 sees `first` where this one sees another thing."""
-
-    def __init__(self, first: Any) -> None:
-        super().__init__()
-        self.rank, self.first = 1, first
-
-    def on_first(self, step: Any) -> Any:
-        return self.first if self.first is not None else super().on_first(step)
-
-    def all_gather(self, step: Any) -> list[Any]:
-        return [self.first, step()]
-
-
 def test_first_rank_lists_checkpoints(run: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     """Case 14: the list of another rank may be old."""
     asked: list[list[Path]] = []
     monkeypatch.setattr(module, "_first_good", lambda paths, *_: asked.append(paths) or (None, {}))
-    run.ranks = SecondOfTwo([run.folder / "step-00000010"])
+    monkeypatch.setattr(run.ranks, "on_first", lambda _: [run.folder / "step-00000010"])
     run.newest()
     assert asked == [[run.folder / "step-00000010"]]
 
@@ -114,12 +100,11 @@ def test_missing_step_is_an_error(run: Checkpoints) -> None:
 
 def test_differing_replicas_are_named() -> None:
     """Case 44."""
-    mine = {"model.a": torch.ones(3, 4), "model.b": torch.ones(5)}
-    seen: list[dict] = []
-    both = SecondOfTwo(None)
-    both.all_gather = lambda step: seen.append(step()) or seen  # type: ignore[method-assign]
-    check_tensors(mine, both)
-    check_tensors(mine, both)
+    mine, ranks = {"model.a": torch.ones(3, 4), "model.b": torch.ones(5)}, Ranks()
+    seen: list[dict] = []  # by each call, as if of one more rank
+    ranks.all_gather = lambda step: seen.append(step()) or seen  # type: ignore[method-assign]
+    check_tensors(mine, ranks)
+    check_tensors(mine, ranks)
     mine["model.b"].view(torch.int32)[3] ^= 1
     with pytest.raises(TrainingError, match=r"the replicas of model.b on ranks 0 and 2 differ"):
-        check_tensors(mine, both)
+        check_tensors(mine, ranks)
