@@ -13,15 +13,13 @@ from torch import Tensor
 
 import export
 from conf.schema import ExportConfig
-from model.config import ModelConfig, ModelError
+from model.config import ModelError
 from model.transformer import Transformer
+from tests.models import small_model
 from training.config import Dtype
 from training.load import open_saved
 
-SHAPE = ModelConfig(
-    name="x", vocab_size=64, d_model=32, n_layers=4, n_heads=4, n_kv_heads=4, d_ff=64, max_seq_len=2048,
-    attention_bias=True,
-)  # fmt: skip
+SHAPE = small_model(n_layers=4, n_kv_heads=4, d_ff=64, max_seq_len=2048, attention_bias=True)
 ABOUT = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 64, "layer_norm_epsilon": 1e-5}
 
 

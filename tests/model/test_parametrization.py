@@ -7,18 +7,17 @@ import pytest
 import torch
 
 from benchmarks.coordinate_check import activations
-from model.config import Init, ModelConfig, ModelError, Parametrization
+from model.config import ModelConfig, ModelError, Parametrization
 from model.hf.families import export_family
 from model.hf.granite import Granite
 from model.parametrization import Scales, scales_of
 from model.transformer import Transformer
+from tests.models import small_model
 from training.config import MuonScale, OptimizerConfig
 from training.optim.optimizer import Optimizer
 
-CONFIG = ModelConfig(
-    name="m", vocab_size=96, d_model=64, n_layers=6, n_heads=4, n_kv_heads=2, d_ff=96, max_seq_len=64, init=Init.llama,
-    attention_bias=True, base_width=32, base_depth=2, parametrization=Parametrization.completep,
-)  # fmt: skip
+COMPLETEP = {"base_width": 32, "base_depth": 2, "parametrization": Parametrization.completep}
+CONFIG = small_model(vocab_size=96, d_model=64, n_layers=6, d_ff=96, attention_bias=True, **COMPLETEP)
 TOKENS_BT = torch.arange(40).view(2, 20) % 96
 
 
@@ -36,13 +35,9 @@ def test_factors_of_the_table() -> None:
     assert scales_of(CONFIG, "blocks.1.attention_norm.weight", 1) == Scales(eps=1 / 6)
     assert scales_of(CONFIG, "embed.weight", 2) == scales_of(CONFIG, "norm.weight", 1) == Scales(eps=0.5)
     mup = replace(CONFIG, parametrization=Parametrization.mup)
-    assert scales_of(mup, "blocks.1.mlp.w_up.weight", 2) == replace_eps(hidden, 0.5)
+    assert scales_of(mup, "blocks.1.mlp.w_up.weight", 2) == hidden._replace(eps=0.5)
     assert mup.depth_ratio == 1 and CONFIG.depth_ratio == 3
     assert scales_of(replace(CONFIG, parametrization=Parametrization.standard), "blocks.0.x", 2) == Scales()
-
-
-def replace_eps(scales: Scales, eps: float) -> Scales:
-    return scales._replace(eps=eps)
 
 
 def test_a_model_of_base_width_is_the_standard_one() -> None:

@@ -4,13 +4,11 @@ from typing import Any
 
 import pytest
 
-from model.config import ModelConfig
 from parallel.axes import Axes, layout_problems, resolve_axes, stage_layers, stages_of
 from parallel.config import Device, ParallelConfig, Schedule
+from tests.models import small_model
 
-MODEL = ModelConfig(
-    name="m", vocab_size=1000, d_model=32, n_layers=4, n_heads=8, n_kv_heads=4, d_ff=96, max_seq_len=64
-)  # fmt: skip
+MODEL = small_model(vocab_size=1000, n_layers=4, n_heads=8, n_kv_heads=4, d_ff=96)
 
 
 def problems(world_size: int, *, pack_len: int = 64, steps: tuple[int, ...] = (16,), **fields: Any) -> list[str]:

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 from data.batches import Batch
-from model.config import Init, ModelConfig
 from model.transformer import Transformer
 from parallel import async_tp, graphs
 from parallel.config import ActivationCheckpointing, Compile, ParallelConfig, ParallelError
@@ -18,15 +17,13 @@ from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
 from parallel.parallelize import allocate, compile_blocks, parallelize, recomputed_blocks
 from parallel.shards import matrices_first
+from tests.models import small_model
 from tests.parallel.packed import micro_batch
 from training.config import Dtype, LossConfig, OptimizerConfig, PrecisionConfig, Reduction
 from training.optim.optimizer import Optimizer
 from training.setup import DTYPES
 
-CONFIG = ModelConfig(
-    name="test", vocab_size=64, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=64,
-    attention_bias=True, max_seq_len=64, init=Init.llama,
-)  # fmt: skip
+CONFIG = small_model(n_layers=3, d_ff=64, attention_bias=True)
 # Dynamo's own, from inspecting the inputs of what it compiles
 DYNAMO_WARNING = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 # A rounding error d of a gradient near 0 moves a weight by up to lr * d / eps: with the usual eps of 1e-8 that is a whole
