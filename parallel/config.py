@@ -32,14 +32,9 @@ class ReduceDtype(Enum):
     fp32 = "fp32"
 
 
-# Functional syntax: 1f1b is not an identifier.
-Schedule = Enum(
-    "Schedule",
-    {
-        "1f1b": "1f1b",  # one stage per rank (Narayanan et al. 2019, PipeDream-flush)
-        "interleaved_1f1b": "interleaved_1f1b",  # virtual_stages per rank (arXiv:2104.04473)
-    },
-)
+# Functional syntax: 1f1b is not an identifier. One stage per rank (Narayanan et al. 2019, PipeDream-flush), or
+# virtual_stages per rank (arXiv:2104.04473).
+Schedule = Enum("Schedule", {"1f1b": "1f1b", "interleaved_1f1b": "interleaved_1f1b"})
 
 
 class ParallelError(UserError):

@@ -25,7 +25,8 @@ MANY_MICRO_BATCHES = 64  # from here on sums of gradients in bf16 are off by abo
 
 def describe(config: TrainConfig, engine: Engine, corpus: Corpus, state: TrainState, run_dir: Path) -> None:
     """Log a summary of model, data, batch, optimizer, device and first step."""
-    model, data, precision, mesh = config.model, config.data, config.precision, engine.mesh
+    model, data, precision = config.model, config.data, config.precision
+    mesh, rules = engine.mesh, engine.optimizer.rules
     on_gpu = mesh.device.type == "cuda"
     device = torch.cuda.get_device_name(mesh.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     last_sample = state.samples + sum(config.packs_of_step(step) for step in range(state.step, config.steps))
@@ -41,9 +42,7 @@ def describe(config: TrainConfig, engine: Engine, corpus: Corpus, state: TrainSt
     n_micro_batches = config.grad_accum_steps(mesh.dp_size)
     bf16_sums = dtype is torch.bfloat16 and precision.grad_dtype is None and config.parallel.zero_stage < 2
     causal, internlm = step_flops(config)
-    update = (
-        sum(rule.flops() for rule in engine.optimizer.rules) * mesh.world_size / (causal * config.global_batch_tokens)
-    )
+    update = sum(rule.flops() for rule in rules) * mesh.world_size / (causal * config.global_batch_tokens)
     for line in (
         f"run        {run_dir}",
         f"model      {model.name}: {count_params(model):,} parameters, {model.n_layers} layers x {model.d_model}, "

@@ -5,16 +5,15 @@ from copy import deepcopy
 from functools import cache
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from conf.cli import CONF
-from conf.schema import TrainConfig, register, to_config
+from conf.schema import TrainConfig
 from dry_run.fake_gpu import TRITON_KERNELS
 from dry_run.run import run_dry_run
 from dry_run.step_profile import StepProfile, profile_rank, profile_step
 from model.counts import count_params
 from parallel.config import ReduceDtype
-from parallel.zero import ALIGNMENT
+from parallel.shards import ALIGNMENT
+from tests.conftest import composed
 
 WORLD, MICRO_BATCHES, LAYERS = 1024, 2, 2
 BF16 = 2
@@ -23,13 +22,10 @@ PLAIN = "parallel.compile=none"  # which changes neither collectives nor what Ze
 
 def configure(*overrides: str, world_size: int = WORLD) -> TrainConfig:
     """Compose InternLM-7B with fewer layers and micro-batches of 4,096 tokens."""
-    register()
-    settings = [
+    return composed(
         "dry_run='true'", f"dry_run.world_size={world_size}", "model=7b", f"model.n_layers={LAYERS}", "data=random",
-        "data.seq_len=2048", "data.micro_batch_size=2",
-    ]  # fmt: skip
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return to_config(compose("train", overrides=[*settings, *overrides]))
+        "data.seq_len=2048", "data.micro_batch_size=2", *overrides,
+    )  # fmt: skip
 
 
 @cache

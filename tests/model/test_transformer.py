@@ -5,19 +5,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conf.cli import CONF
-from conf.schema import register, to_config
 from model.config import Attention, Init, ModelConfig
 from model.counts import count_params, flops_per_token, internlm_flops_per_token
 from model.hf.llama import Llama
 from model.transformer import Transformer
+from tests.conftest import composed
 from tests.models import small_model
 
-register()
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
 
 
@@ -90,8 +88,7 @@ def test_embed_grad_scale_scales_the_gradient_of_the_embedding_only() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_counts_equal_closed_forms(name: str) -> None:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        c = to_config(compose("train", overrides=[f"model={name}"])).model
+    c = composed(f"model={name}").model
     kv_dim, T = c.n_kv_heads * c.head_dim, 2048
     attention, mlp, vocabulary = 2 * c.d_model * (c.d_model + kv_dim), 3 * c.d_model * c.d_ff, c.vocab_size * c.d_model
     vectors = 2 * c.d_model + c.attention_bias * 2 * (c.d_model + kv_dim)

@@ -108,9 +108,7 @@ class Optimizer:
     A checkpoint has `model.<param>`, `optimizer.<param>.<state name>` and `optimizer.<param>.step`, all fp32.
     """
 
-    def __init__(
-        self, model: nn.Module, config: OptimizerConfig, params: Mapping[str, ParamShard] | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, config: OptimizerConfig, params: dict[str, ParamShard] | None = None) -> None:
         try:
             rules = dict.fromkeys(pkgutil.resolve_name(OPTIMIZERS.get(name, name)) for name in (config.name, "adamw"))
         except (ImportError, AttributeError) as error:
