@@ -23,6 +23,7 @@ class Compile(Enum):
 
 class ActivationCheckpointing(Enum):
     none = "none"
+    selective = "selective"  # keep matrix products and attention, recompute norms and activation functions
     full = "full"  # keep only the input of each block, recompute the rest in the backward pass
     fraction = "fraction"  # the same for the first `activation_checkpointing_fraction` of the blocks
 

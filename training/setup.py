@@ -115,7 +115,7 @@ def lr_schedule(config: TrainConfig, state: TrainState) -> list[tuple[float, flo
 
 def step_flops(config: TrainConfig) -> tuple[float, float]:
     """Return the FLOPs per token for MFU, and by InternLM's formula, which includes recomputation."""
-    recompute = config.parallel.activation_checkpointing.value != "none"
+    recompute = config.parallel.activation_checkpointing.value in ("full", "fraction")
     model, seq_len = config.model, config.data.seq_len
     return flops_per_token(model, seq_len), internlm_flops_per_token(model, seq_len, recompute=recompute)
 

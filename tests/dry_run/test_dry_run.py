@@ -240,6 +240,16 @@ def test_recomputed_blocks_cost_a_forward_pass_and_save_activations() -> None:
     assert recomputed.collectives == kept.collectives
 
 
+def test_selective_checkpointing_saves_activations_without_repeating_products() -> None:
+    (config, kept), (_, selective) = (
+        profile(f"parallel.activation_checkpointing={mode}", world_size=1) for mode in ("none", "selective")
+    )
+    assert selective.flops == kept.flops and selective.collectives == kept.collectives
+    numbers = 4096 * LAYERS * (2 * config.model.d_model + config.model.d_ff)  # both norms and the input of w_down
+    saved = kept.bytes_at_peak["activations"] - selective.bytes_at_peak["activations"]
+    assert saved == pytest.approx(BF16 * numbers, rel=1e-3)
+
+
 def test_report_changes_no_configuration_and_leaves_no_fake_modules(capsys: pytest.CaptureFixture[str]) -> None:
     config = configure("parallel=hybrid_zero", "model.n_layers=1", "global_batch_tokens=4_194_304", PLAIN)
     before = deepcopy(config)

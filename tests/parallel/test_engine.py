@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
+from torch.utils.flop_counter import FlopCounterMode
 
 from data.batches import Batch
 from model.transformer import Transformer
@@ -110,13 +111,26 @@ def test_activation_checkpointing_changes_nothing_but_memory(mode: ActivationChe
     for a, b in zip(plain.model.parameters(), checkpointed.model.parameters(), strict=True):
         assert torch.equal(a, b)
     recomputed = recomputed_blocks(3, ParallelConfig(activation_checkpointing=mode))
-    assert recomputed == {"none": 0, "full": 3, "fraction": 2}[mode.value]
-    assert len(calls) == 6 * (3 + recomputed)
+    assert recomputed == {"none": 0, "selective": 0, "full": 3, "fraction": 2}[mode.value]
+    partly = 3 if mode is ActivationCheckpointing.selective else 0
+    assert len(calls) == 6 * (3 + recomputed + partly)
+
+
+def test_selective_checkpointing_repeats_no_product() -> None:
+    def products(mode: ActivationCheckpointing) -> int:
+        engine = build(parallel=ParallelConfig(activation_checkpointing=mode))
+        with FlopCounterMode(display=False) as counter:
+            engine.train_step([micro_batch([9, 7], 0)])
+        return counter.get_total_flops()
+
+    none, selective, full = map(products, list(ActivationCheckpointing)[:3])
+    assert none == selective < full
 
 
 @DYNAMO_WARNING
-def test_all_blocks_and_packs_share_two_compiled_graphs() -> None:
-    plain, compiled = build(), build()
+@pytest.mark.parametrize("mode", ["none", "selective"])
+def test_all_blocks_and_packs_share_two_compiled_graphs(mode: str) -> None:
+    plain, compiled = build(), build(parallel=ParallelConfig(activation_checkpointing=ActivationCheckpointing(mode)))
     compile_blocks(list(compiled.model.get_submodule("blocks").children()), backend="aot_eager")
     counters.clear()
     graphs = []

@@ -14,6 +14,7 @@ from training.config import Reduction
 few = partial(Case, n_micro_batches=4)
 
 RECOMPUTED = {"activation_checkpointing": ActivationCheckpointing.full}
+SELECTIVE = {"activation_checkpointing": ActivationCheckpointing.selective}
 INTERLEAVED = {"pp": 2, "virtual_stages": 2, "pipeline_schedule": Schedule["interleaved_1f1b"]}
 
 ZERO = {
@@ -27,7 +28,7 @@ ZERO = {
     "hybrid3_4": Case(4, layout={"dp_replicate": 2, "dp_shard": 2, "zero_stage": 3}),
     "zero3_recomputed_2": Case(2, "biased", layout={**RECOMPUTED, "dp_shard": 2, "zero_stage": 3}),
     "row_mean_4": Case(4, reduction=Reduction.micro_batch_mean, layout={"dp_shard": 4, "zero_stage": 1}),
-    "aux_zero3_recomputed_2": Case(2, regularized=True, layout={**RECOMPUTED, "dp_shard": 2, "zero_stage": 3}),
+    "aux_zero3_selective_2": Case(2, regularized=True, layout={**SELECTIVE, "dp_shard": 2, "zero_stage": 3}),
     "one_rank_is_bad_4": Case(4, layout={"dp_shard": 4, "zero_stage": 2}, bad_rank=2),
     "one_rank_is_bad_tp_4": few(4, layout={"dp_shard": 2, "tp": 2, "zero_stage": 1}, bad_rank=3),
     "one_rank_is_bad_pp_4": Case(4, layout={"pp": 2, "dp_shard": 2, "zero_stage": 1}, bad_rank=1),
@@ -37,7 +38,7 @@ TENSOR = {
     "tp_4_biased": few(4, "biased", layout={"tp": 4}),
     "tp_2_no_sp": few(2, "biased", layout={"tp": 2, "sequence_parallel": False}),
     "tp_2_tied": few(2, "tied", layout={"tp": 2}),
-    "tp_zero1_4": few(4, "biased", layout={"dp_shard": 2, "tp": 2, "zero_stage": 1}),
+    "selective_tp_zero1_4": few(4, "biased", layout={**SELECTIVE, "dp_shard": 2, "tp": 2, "zero_stage": 1}),
     "aux_tp_ddp_4": few(4, regularized=True, layout={"dp_replicate": 2, "tp": 2}),
 }
 CONTEXT = {
@@ -70,7 +71,7 @@ MUON = {
 }  # fmt: skip
 shared = partial(Case, shares_memory=True)
 SHARED = {
-    "async_tp_2": shared(2, "biased", n_micro_batches=4, layout={"async_tp": True, "tp": 2}),
+    "async_tp_2": shared(2, "biased", n_micro_batches=4, layout={**SELECTIVE, "async_tp": True, "tp": 2}),
     "async_tp_4_aux": shared(4, regularized=True, n_micro_batches=4, layout={"async_tp": True, "tp": 4}),
     "async_tp_zero3_4": shared(
         4, "biased", n_micro_batches=4, layout={"async_tp": True, "dp_shard": 2, "tp": 2, "zero_stage": 3}

@@ -45,6 +45,7 @@ COMPILED = {
         dp_shard=2, zero_stage=3, activation_checkpointing=ActivationCheckpointing.full
     ),
     "tp": _compiled(tp=2),
+    "tp_selective": _compiled(tp=2, activation_checkpointing=ActivationCheckpointing.selective),
     "tp_no_sp": _compiled(tp=2, sequence_parallel=False),
     "async_tp": _compiled(tp=2, async_tp=True),
     "cp": _compiled(cp=2),
