@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 
 import train
 from conf.cli import CONF
-from conf.schema import register, to_config, to_plain
+from conf.schema import TrainConfig, register, to_config
 from data.mixed_text import mixed_lines
 from parallel.mesh import distributed
 from tracking.run_folder import locked
@@ -58,18 +58,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def composed(*overrides: str) -> TrainConfig:
+    """Compose `train.py`'s configuration."""
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return to_config(compose("train", overrides=list(overrides)))
+
+
 def trained(
     folder: Path, *overrides: str, stop: StopRequest | None = None, periodic: Sequence[Periodic] = ()
 ) -> float | None:
     """Compose `train.py`'s configuration and run it in this process, in `folder`."""
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", overrides=[f"name={folder.name}", *overrides])
-    config = to_config(cfg)
+    config = composed(f"name={folder.name}", *overrides)
     with distributed(config.parallel) as mesh, locked(folder, mesh.rank):
         torch.set_num_threads(2)
         stop = StopRequest(mesh) if stop is None else stop
-        return train.train(config, to_plain(config), mesh, folder, stop, periodic=periodic)
+        return train.train(config, mesh, folder, stop, periodic=periodic)
 
 
 def run_ranks(main: Callable[..., None], size: int, *args: Any) -> list[int | None]:

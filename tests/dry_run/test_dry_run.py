@@ -5,18 +5,17 @@ from copy import deepcopy
 from functools import cache
 
 import pytest
-from hydra import compose, initialize_config_dir
 
 from benchmarks import train_step
 from benchmarks.multi_gpu import ROWS
-from conf.cli import CONF
-from conf.schema import TrainConfig, register, to_config
+from conf.schema import TrainConfig
 from dry_run.fake_gpu import TRITON_KERNELS
 from dry_run.run import run_dry_run
 from dry_run.step_profile import StepProfile, profile_rank, profile_step
 from model.counts import count_params
 from parallel.config import ReduceDtype
-from parallel.zero import ALIGNMENT
+from parallel.shards import ALIGNMENT
+from tests.conftest import composed
 
 WORLD, MICRO_BATCHES, LAYERS = 1024, 2, 2
 BF16 = 2
@@ -25,13 +24,10 @@ PLAIN = "parallel.compile=none"  # which changes neither collectives nor what Ze
 
 def configure(*overrides: str, world_size: int = WORLD) -> TrainConfig:
     """Compose InternLM-7B with fewer layers and micro-batches of 4,096 tokens."""
-    register()
-    settings = [
+    return composed(
         "dry_run='true'", f"dry_run.world_size={world_size}", "model=7b", f"model.n_layers={LAYERS}", "data=random",
-        "data.seq_len=2048", "data.micro_batch_size=2",
-    ]  # fmt: skip
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return to_config(compose("train", overrides=[*settings, *overrides]))
+        "data.seq_len=2048", "data.micro_batch_size=2", *overrides,
+    )  # fmt: skip
 
 
 @cache
@@ -122,9 +118,7 @@ def data_parallel_collectives(
 
 
 @pytest.mark.parametrize(("overrides", "layout", "sent"), SENT, ids=str)
-def test_data_parallel_collectives_on_1024_gpus(
-    overrides: list[str], layout: tuple[int, int, int], sent: tuple[str, int, int]
-) -> None:
+def test_dp_collectives_on_1024(overrides: list[str], layout: tuple[int, int, int], sent: tuple[str, int, int]) -> None:
     config, found = profile(*overrides, PLAIN, micro_batches=layout[2])
     assert found.collectives == data_parallel_collectives(config, layout, sent)
 

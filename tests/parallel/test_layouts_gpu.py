@@ -85,9 +85,7 @@ def test_layout_equals_one_gpu(name: str, tmp_path: Path, references: dict[str, 
 
 
 @pytest.mark.parametrize("name", list(COMPILED))
-def test_compiled_bf16_layout_learns_like_one_gpu(
-    name: str, tmp_path: Path, references: dict[str, Outcome | str]
-) -> None:
+def test_compiled_bf16_learns_like_one_gpu(name: str, tmp_path: Path, references: dict[str, Outcome | str]) -> None:
     here, one = _pair(name, tmp_path, references)
     assert here.losses == pytest.approx(one.losses, rel=1e-2)
     assert here.norms == pytest.approx(one.norms, rel=5e-2)
