@@ -120,6 +120,14 @@ def test_data_that_a_jobs_setup_brings_may_be_missing_here(tmp_path: Path, small
         points(tmp_path, *away)[0].check()
 
 
+@pytest.mark.parametrize("needs", ["precision.fp8=tensorwise", "parallel.cuda_graphs=true"])
+def test_what_needs_a_gpu_is_refused_without_one(tmp_path: Path, small: list[str], needs: str) -> None:
+    settings = [override for override in small if override not in ("precision=fp32", "parallel.device=cpu")]
+    (point, _) = points(tmp_path, *settings, "precision=bf16", needs)
+    with pytest.raises(ParallelError, match=needs.partition("=")[0]):
+        point.check()
+
+
 def test_folder_of_another_run_is_refused(tmp_path: Path, small: list[str]) -> None:
     folder = tmp_path / "point0"
     trained(folder, *small, "steps=1")
