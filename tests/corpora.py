@@ -13,10 +13,10 @@ import pyarrow
 import pyarrow.parquet as pq
 import zstandard
 
+from conf.schema import PrepareConfig
 from corpus.config import Source, TokenizerConfig
-from corpus.documents import Document
+from corpus.documents import Document, LeftOut
 from corpus.inputs import list_items
-from corpus.left_out import LeftOut
 from corpus.prepare import prepare
 from corpus.readers import Reader
 from data.config import DataConfig
@@ -71,9 +71,14 @@ def settings_of(tokenizer: Tokenizer) -> TokenizerConfig:
     return TokenizerConfig(model=str(tokenizer.path), vocab_size=1200)
 
 
-def made(config: DataConfig, tokenizer: Tokenizer, workers: int = 1, **changes: Any) -> Any:
+def command(data: DataConfig, tokenizer: Tokenizer | TokenizerConfig, **changes: Any) -> PrepareConfig:
+    settings = settings_of(tokenizer) if isinstance(tokenizer, Tokenizer) else tokenizer
+    return PrepareConfig(**{"data": data, "tokenizer": settings, "workers": 1} | changes)
+
+
+def made(data: DataConfig, tokenizer: Tokenizer | TokenizerConfig, workers: int = 1, **changes: Any) -> Any:
     progress = changes.pop("progress", lambda *added: None)
-    return prepare(config, settings_of(tokenizer), workers=workers, progress=progress, **changes)
+    return prepare(command(data, tokenizer, workers=workers, **changes), progress)
 
 
 def contents(folder: str | Path) -> dict[str, bytes]:

@@ -8,8 +8,8 @@ import pytest
 
 from corpus import readers
 from corpus.config import DataError, OnBadRecord, Source, SplitBy
+from corpus.documents import LeftOut
 from corpus.inputs import list_items
-from corpus.left_out import LeftOut
 from corpus.units import plan_units
 from data.config import DataConfig
 from data.tokenizer import Tokenizer

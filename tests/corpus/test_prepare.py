@@ -15,18 +15,29 @@ from hypothesis import strategies as st
 
 from corpus import units
 from corpus.config import DataError, OnBadRecord, Source, TokenizerConfig
+from corpus.documents import LeftOut
 from corpus.inputs import Item, list_items
-from corpus.left_out import LeftOut
 from corpus.merge import are_first, merge_units
-from corpus.prepare import differences, is_prepared, made_by
-from corpus.sample import tokenizer_texts
+from corpus.prepare import differences, is_prepared, made_by, tokenizer_texts
 from corpus.units import Job, plan_units, unit_folder
 from data.config import DataConfig
 from data.dataset import open_corpus
 from data.manifest import mix_weights
 from data.shards import Shard
 from data.tokenizer import Tokenizer
-from tests.corpora import PACKED, RECORDS, contents, lines, local, made, parquet, read_with, settings_of, texts_of
+from tests.corpora import (
+    PACKED,
+    RECORDS,
+    command,
+    contents,
+    lines,
+    local,
+    made,
+    parquet,
+    read_with,
+    settings_of,
+    texts_of,
+)  # fmt: skip
 
 
 def other(config: DataConfig, name: str = "2", **changes: Any) -> DataConfig:
@@ -171,8 +182,8 @@ def test_new_files_are_added_and_the_rest_is_kept(
     new = [{"text": f"new {i}", "meta": {"set": "new"}} for i in range(30)]
     (tmp_path / "texts" / "0.jsonl").write_bytes(lines(RECORDS[:9] + new))
     with pytest.raises(DataError, match=r"0.jsonl first; .*add=true"):
-        is_prepared(config, settings_of(tokenizer))
-    assert not is_prepared(config, settings_of(tokenizer), add=True)
+        is_prepared(command(config, tokenizer))
+    assert not is_prepared(command(config, tokenizer, add=True))
     about = made(config, tokenizer, add=True)
     assert about == made(config, tokenizer, add=True), "it is there already"
     assert n_documents(about) == len(RECORDS) + 30 and about["left_out"]["duplicates"] == 9
@@ -182,7 +193,7 @@ def test_new_files_are_added_and_the_rest_is_kept(
     assert set(fingerprints) < set(corpus.fingerprints) and "new" in corpus.sources
     (tmp_path / "texts" / "a.jsonl").write_bytes(lines(RECORDS[1:]))
     with pytest.raises(DataError, match=r"a.jsonl has changed"):
-        is_prepared(config, settings_of(tokenizer))
+        is_prepared(command(config, tokenizer))
 
 
 def test_added_documents_are_on_one_side_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -218,14 +229,14 @@ def test_same_corpus_is_recognised_by_any_spelling(
         made(config, tokenizer)
         for one in inputs:
             relative = TokenizerConfig(model=os.path.relpath(tokenizer.path), vocab_size=2)
-            assert is_prepared(dataclasses.replace(config, input=one), relative), one
+            assert is_prepared(command(dataclasses.replace(config, input=one), relative)), one
             sources = [
                 made_by(dataclasses.replace(config, sources={"s": its}), settings_of(tokenizer))["data.sources"]
                 for its in (one, {"input": inputs[0]}, {"input": one, "text_key": "text"})
             ]
             assert sources[0] == sources[1] == sources[2]
     with pytest.raises(DataError, match=r"data.input .*data.text_suffixes \("):
-        is_prepared(dataclasses.replace(config, input="texts/b", text_suffixes=[".x"]), settings_of(tokenizer))
+        is_prepared(command(dataclasses.replace(config, input="texts/b", text_suffixes=[".x"]), tokenizer))
 
 
 def test_tokenizer_of_a_large_corpus_is_trained_on_the_beginning_of_each_file(tmp_path: Path) -> None:
@@ -242,15 +253,15 @@ def test_tokenizer_of_a_large_corpus_is_trained_on_the_beginning_of_each_file(tm
 
 def test_same_corpus_is_used_and_another_not_overwritten(config: DataConfig, tokenizer: Tokenizer) -> None:
     of_model = settings_of(tokenizer)
-    assert not is_prepared(config, of_model)
+    assert not is_prepared(command(config, tokenizer))
     made(config, tokenizer)
-    assert is_prepared(dataclasses.replace(config, seq_len=64, workers=7), of_model)
+    assert is_prepared(command(dataclasses.replace(config, seq_len=64, workers=7), tokenizer))
     for data, changed, named in (
         (dataclasses.replace(config, text_key="body"), of_model, r"data.text_key \(text, now body\)"),
         (config, dataclasses.replace(of_model, add_bos=True), r"tokenizer.add_bos \(False, now True\)"),
     ):
         with pytest.raises(DataError, match=named):
-            is_prepared(data, changed)
+            is_prepared(command(data, changed))
     now = made_by(config, of_model)
     assert not differences(now | {"data.gone": False}, now), "a setting that is no more, at its default"
     assert differences(now | {"data.gone": True}, now) == "data.gone (True, now None)"

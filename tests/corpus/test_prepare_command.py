@@ -10,24 +10,20 @@ from pathlib import Path
 import pytest
 
 import prepare_data
-from conf.schema import PrepareConfig
 from corpus.config import DataError, OnBadRecord, TokenizerConfig
-from corpus.prepare import prepare
 from data.config import DataConfig
 from data.dataset import open_corpus
 from data.tokenizer import Tokenizer
-from launch.config import LauncherConfig
-from tests.corpora import RECORDS, ROOT, lines, settings_of
+from tests.corpora import RECORDS, ROOT, command, lines, made
 
 
 def closing_output(
     config: DataConfig, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> tuple[str, list[str]]:
     """Prepare a corpus as the command does; return the table and the documents that are shown after it."""
-    whole = PrepareConfig(data=config, tokenizer=settings_of(tokenizer), workers=1, launcher=LauncherConfig())
-    prepare_data.work(whole, "data=local data.name=mine")
-    shown, command = capsys.readouterr().out.rsplit("\n\nnext: ", 1)
-    assert command == "python train.py data=local data.name=mine\n"
+    prepare_data.work(command(config, tokenizer), "data=local data.name=mine")
+    shown, next_command = capsys.readouterr().out.rsplit("\n\nnext: ", 1)
+    assert next_command == "python train.py data=local data.name=mine\n"
     table, *documents = shown.split("\n--- a document of ")
     return table, documents
 
@@ -69,9 +65,7 @@ def test_a_flipped_bit_is_found_when_asked_for(
     (tmp_path / "texts" / "a.jsonl").write_bytes(
         lines([{"text": f"clear \x1b[2J and \x9b0m ring\x07 {i}"} for i in range(9)])
     )
-    whole = PrepareConfig(
-        data=config, tokenizer=settings_of(tokenizer), workers=1, launcher=LauncherConfig(), verify=True
-    )
+    whole = command(config, tokenizer, verify=True)
     prepare_data.work(whole)
     out = capsys.readouterr().out
     assert re.search(r"^\d+ shards verified\n", out)
@@ -103,7 +97,7 @@ def test_text_that_no_tokenizer_can_be_trained_on(
     (tmp_path / "texts" / "a.jsonl").write_bytes(content)
     config = dataclasses.replace(config, source_key=None, valid_fraction=0.0)
     with pytest.raises(DataError, match=reason):
-        prepare(config, TokenizerConfig(vocab_size=400), workers=1, progress=lambda *added: None)
+        made(config, TokenizerConfig(vocab_size=400))
     assert [path.name for path in Path(config.path).parent.iterdir()] == [".mine.lock"]
 
 
@@ -124,10 +118,10 @@ def test_shards_are_a_sweep(arguments: list[str], expected: list[str]) -> None:
 def test_shards_are_one_command(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.jsonl").write_bytes(lines([{"text": f"{i} " * 40_000} for i in range(80)]))
-    command = [sys.executable, "prepare_data.py", "data=local", f"data.input={tmp_path / 'texts'}", "shards=2"]
+    line = [sys.executable, "prepare_data.py", "data=local", f"data.input={tmp_path / 'texts'}", "shards=2"]
     places = [f"data.path={tmp_path / 'tokens'}", f"hydra.sweep.dir={tmp_path / 'jobs'}"]
     settings = [*places, f"tokenizer.model={tokenizer.path}", "workers=1"]
-    done = subprocess.run([*command, *settings], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*line, *settings], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     about = json.loads((tmp_path / "tokens" / "corpus.json").read_text())
     assert sum(s["documents"] for split in about["splits"].values() for s in split.values()) == 80

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from corpus import readers
 from corpus.config import DataError, OnBadRecord, Source
+from corpus.documents import LeftOut
 from corpus.inputs import list_items
-from corpus.left_out import LeftOut
 from corpus.readers import Lines, Reader
 from corpus.units import plan_units
 from data.config import DataConfig

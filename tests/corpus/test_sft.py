@@ -16,7 +16,6 @@ import generate
 from conf.schema import ExportConfig, GenerateConfig
 from corpus.chat import MARKERS, TEMPLATES, ChatEncoder, chat_encoder
 from corpus.config import OnBadRecord, Source, Style, TokenizerConfig
-from corpus.prepare import prepare
 from data.batches import IGNORED
 from data.config import DataConfig
 from data.dataset import open_corpus
@@ -118,7 +117,7 @@ def test_special_tokens_are_added_to_a_tokenizer(tmp_path: Path, tokenizer: Toke
         data = config(tmp_path, Style.chat, "a.jsonl", valid_fraction=0.0)
         data.path = str(tmp_path / kind.removeprefix("tokenizer."))
         settings = TokenizerConfig(model=str(tmp_path / kind), vocab_size=0, add_special_tokens=names)
-        prepare(data, settings, workers=1, progress=lambda *added: None)
+        made(data, settings)
         grown = load_tokenizer(Path(data.path) / "tokenizer")
         n = tokenizer.vocab_size
         assert grown.special_ids == {**tokenizer.special_ids, "<eoh>": n, "<eoa>": n + 1} and answer_end(grown) == n + 1
@@ -158,11 +157,11 @@ def test_tokenizer_trained_for_conversations_has_the_template_tokens(tmp_path: P
     ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": its}) + "\n" for its in turns))
     data = config(tmp_path, Style.chat, "a.jsonl", chat_template="chatml", valid_fraction=0.0)
-    prepare(data, TokenizerConfig(vocab_size=360), workers=1, progress=lambda *added: None)
+    made(data, TokenizerConfig(vocab_size=360))
     own = load_tokenizer(Path(data.path) / "tokenizer")
     ids, _ = ChatEncoder(TEMPLATES["chatml"], own).encode(turns[0])
     assert answer_end(own) == own.special_ids["<|im_end|>"]
-    assert all((ids == own.special_ids[name]).any() for name in MARKERS["chatml"])
+    assert all((ids == own.special_ids[name]).any() for name in MARKERS[TEMPLATES["chatml"]])
     assert own.special_ids["</s>"] not in own.encode("<eoa></s>") and own.decode(own.encode("<eoa>")) == "<eoa>"
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import multiprocessing
+import os
 import random
 import shutil
 import time
@@ -162,17 +163,18 @@ def test_interrupted_commit_is_finished(
             made(each, tokenizer)
         (tmp_path / "texts" / "b.jsonl").write_bytes(lines([{"text": f"new {i}"} for i in range(90)]))
     made(whole, tokenizer, add=add)
-    original, count = Path.rename, 0
+    original, count = os.replace, 0
 
-    def stopped(path: Path, target: Path) -> Path:
+    def stopped(path: Path, target: Path) -> None:
         nonlocal count
         count += path.parent.name in ("train", "valid") or "corpus.json" in path.name or path.name == ".mine.partial"
         if count > number:
             raise KeyboardInterrupt
-        return original(path, target)
+        original(path, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", stopped)
+        patch.setattr("os.rename", stopped)
+        patch.setattr("os.replace", stopped)
         with pytest.raises(KeyboardInterrupt):
             made(config, tokenizer, add=add)
     monkeypatch.setattr("corpus.units.UnitWorker.write", lambda *arguments: pytest.fail("it begins anew"))
