@@ -216,7 +216,9 @@ class UnitWorker:
             texts, special = [document.text for document in documents], config.special_tokens_in_text
             ends = {"add_bos": config.add_bos, "add_eos": config.add_eos}
             return list(zip(documents, encode_documents(self.tokenizer, texts, **ends, special=special), strict=True))
-        bos, eos, found = self.tokenizer.bos_id, self.tokenizer.eos_id, []
+        bos = self.tokenizer.bos_id if config.add_bos else None
+        eos = self.tokenizer.eos_id if config.add_eos else None
+        found = []
         for document in documents:
             messages = document.messages or []
             try:
@@ -225,9 +227,9 @@ class UnitWorker:
             except ValueError as error:
                 left_out.bad(document.place, str(error))
                 continue
-            if config.add_bos and ids_T[0] != bos:  # unless the template has written it
+            if bos is not None and ids_T[0] != bos:  # unless the template has written it
                 ids_T, mask_T = np.insert(ids_T, 0, bos), np.insert(mask_T, 0, False)
-            if config.add_eos and ids_T[-1] != eos:
+            if eos is not None and ids_T[-1] != eos:
                 ids_T, mask_T = np.append(ids_T, eos), np.append(mask_T, True)
             document.text_bytes = int(self.token_bytes[ids_T].sum())
             found.append((document, np.where(mask_T, ids_T, ids_T | np.uint32(LOSS_MASKED)).astype(np.uint32)))

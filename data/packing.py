@@ -184,21 +184,13 @@ def find_packing(name: str) -> type[Packing]:
 
 @dataclass(slots=True)
 class Rows:
-    """Packs as rows of L tokens, plus one more for the last target.
+    """Packs as rows of L tokens, plus one more for the last target."""
 
-    Attributes:
-        tokens: int32 (N, L + 1).
-        ends: offsets in the row at which documents end, row after row.
-        n_ends: number of `ends` per row.
-        used: tokens per row without padding.
-        loss_mask: bool (N, L + 1), True where a token is a target; None if all are.
-    """
-
-    tokens: np.ndarray
-    ends: np.ndarray
-    n_ends: np.ndarray
-    used: np.ndarray
-    loss_mask: np.ndarray | None = None
+    tokens: np.ndarray  # int32 (N, L + 1)
+    ends: np.ndarray  # offsets in the row at which documents end, row after row
+    n_ends: np.ndarray  # number of `ends` per row
+    used: np.ndarray  # tokens per row without padding
+    loss_mask: np.ndarray | None = None  # bool (N, L + 1), True where a token is a target; None if all are
 
 
 def read_rows(files: Sequence[TokenFile], pieces: Pieces, pack_len: int, seq_len: int) -> Rows:
@@ -242,7 +234,7 @@ def read_rows(files: Sequence[TokenFile], pieces: Pieces, pack_len: int, seq_len
 class RandomTokens(TokenFile):
     """Uniformly random tokens in documents of `document_len`, each a pure function of seed and position."""
 
-    def __init__(self, *, vocab_size: int, n_tokens: int, document_len: int, seed: int) -> None:
+    def __init__(self, vocab_size: int, n_tokens: int, document_len: int, seed: int) -> None:
         self.stem, self.vocab_size, self.seed = Path("random"), vocab_size, seed
         self.key = scramble(np.array([seed], dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
         self.n_tokens, self.n_documents, self.document_len = n_tokens, n_tokens // document_len, document_len

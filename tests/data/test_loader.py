@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def corpus() -> Corpus:
     corpus = open_corpus(CONFIG, vocab_size=100)
     packing = corpus.train.packings[0]
     packing.n_packs = 20
-    corpus.train = PackedDataset([packing], [0], CONFIG, vocab_size=100)
+    corpus.train = PackedDataset({0: packing}, CONFIG, vocab_size=100)
     return corpus
 
 
@@ -77,10 +77,10 @@ def shards(folder: Path, lengths: list[list[int]]) -> list[Shard]:
     ]
 
 
-def pack_set(files: list[Shard], weights: list[float] | None = None, **changes: object) -> PackedDataset:
+def pack_set(files: list[Shard], weights: Sequence[float] = (), **changes: object) -> PackedDataset:
     config = dataclasses.replace(CONFIG, **changes)  # type: ignore[arg-type]
-    packings = [PACKINGS[config.packing]([file], 16, seed=config.seed) for file in files]
-    return PackedDataset(packings, list(range(len(files))), config, vocab_size=10_000, weights=weights)
+    packings = {number: PACKINGS[config.packing]([file], 16, seed=config.seed) for number, file in enumerate(files)}
+    return PackedDataset(packings, config, 10_000, weights)
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_resume_on_other_ranks_continues_the_sequence(
 ) -> None:
     """A run is killed every few steps and goes on with another number of ranks, through epochs and a ramp-up."""
     files = shards(tmp_path_factory.mktemp("s"), [[*its, 40] for its in lengths])
-    weights = [1.0 + 2 * i for i in range(len(files))] if weighted else None
+    weights = [1.0 + 2 * i for i in range(len(files))] if weighted else []
     packs = pack_set(files, weights, packing=packing)
     corpus = Corpus(("a", "b", "c"), ["f"], None, False, False, None, packs, packs)
     alone = take(corpus, per_run * len(dp_sizes))

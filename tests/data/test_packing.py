@@ -12,17 +12,7 @@ from hypothesis import strategies as st
 from data.batches import IGNORED, Batch, collate
 from data.best_fit import best_fit
 from data.dataset import open_corpus
-from data.packing import (
-    PACKINGS,
-    BestFit,
-    InternLM,
-    InternLMOne,
-    Packing,
-    Pieces,
-    RandomTokens,
-    read_rows,
-    waste,
-)
+from data.packing import PACKINGS, BestFit, InternLM, InternLMOne, Packing, Pieces, RandomTokens, read_rows, waste
 from data.shards import LOSS_MASKED, Shard
 from tests.conftest import trained
 from tests.data.conftest import data_config, write_shard
@@ -206,7 +196,7 @@ def test_a_conversation_is_learnt_only_with_its_beginning(
 
 
 def test_random_tokens_are_a_function_of_their_place() -> None:
-    one, other, third = (RandomTokens(vocab_size=50, n_tokens=10_000, document_len=4, seed=s) for s in (3, 3, 4))
+    one, other, third = (RandomTokens(50, 10_000, 4, seed) for seed in (3, 3, 4))
     tokens = one.read(0, 10_000)
     assert tokens[40:72].tolist() == other.read(40, 32).tolist() != third.read(40, 32).tolist()
     counts = np.bincount(tokens, minlength=50)

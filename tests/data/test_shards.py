@@ -68,10 +68,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "header of something else": ("a.json", lambda path: path.write_text("{}")),
     "newer format": ("a.json", lambda path: rewrite(path, format_version=9)),
 }
-WRONG_OFFSETS = {
-    "past the end": (SECOND_START, 99),
-    "documents not in order": (ENDS + 8, 3),
-}
+WRONG_OFFSETS = {"past the end": (SECOND_START, 99), "documents not in order": (ENDS + 8, 3)}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -59,7 +59,7 @@ def test_what_is_no_target_is_in_brackets(
     ids = np.concatenate([prompt | np.uint32(LOSS_MASKED), answer])
     shard = write_shard(tmp_path / "sft", [ids], vocab_size=1000, masked=True)
     config = data_config(seq_len=len(ids) + 3)
-    packs = PackedDataset([Concat([shard], len(ids) + 3, seed=None)], [0], config, vocab_size=1000)
+    packs = PackedDataset({0: Concat([shard], len(ids) + 3, seed=None)}, config, vocab_size=1000)
     corpus = Corpus(("sft",), ["p"], tokenizer, False, False, None, packs, packs)
     show_pack(corpus, 5, 0)
     assert capsys.readouterr().out.splitlines()[1:] == [
