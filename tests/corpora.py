@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from corpus.inputs import list_items
 from corpus.prepare import prepare
 from corpus.readers import Reader
 from data.config import DataConfig
+from data.hf_tokenizer import write_hf_tokenizer
 from data.shards import Shard
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer, sentencepiece_proto
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,6 +81,30 @@ def command(data: DataConfig, tokenizer: Tokenizer | TokenizerConfig, **changes:
 def made(data: DataConfig, tokenizer: Tokenizer | TokenizerConfig, workers: int = 1, **changes: Any) -> Any:
     progress = changes.pop("progress", lambda *added: None)
     return prepare(command(data, tokenizer, workers=workers, **changes), progress)
+
+
+def remade(
+    tokenizer: Tokenizer, path: Path, pieces: Sequence[str] = (), kind: str = "USER_DEFINED", **rules: bool
+) -> Tokenizer:
+    """Write a SentencePiece model again, with more pieces and other normalization rules."""
+    proto = sentencepiece_proto(tokenizer.path)
+    for name, value in rules.items():
+        setattr(proto.normalizer_spec, name, value)
+    for piece in pieces:
+        proto.pieces.add(piece=piece, score=0.0, type=getattr(proto.SentencePiece, kind))
+    path.write_bytes(proto.SerializeToString())
+    return load_tokenizer(path)
+
+
+def exported(tokenizer: Tokenizer, folder: Path, *, add_bos: bool = False) -> Tokenizer:
+    """Export a tokenizer to a folder and load its tokenizer.json."""
+    folder.mkdir(exist_ok=True)
+    write_hf_tokenizer(tokenizer, folder, add_bos=add_bos, max_len=64)
+    return load_tokenizer(folder / "tokenizer.json")
+
+
+def n_documents(about: dict[str, Any], split: str = "") -> int:
+    return sum(its["documents"] for name, found in about["splits"].items() if split in name for its in found.values())
 
 
 def contents(folder: str | Path) -> dict[str, bytes]:
