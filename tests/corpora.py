@@ -22,7 +22,6 @@ from corpus.prepare import prepare
 from corpus.readers import Reader
 from data.config import DataConfig
 from data.hf_tokenizer import write_hf_tokenizer
-from data.shards import Shard
 from data.tokenizer import Tokenizer, load_tokenizer, sentencepiece_proto
 
 ROOT = Path(__file__).parent.parent
@@ -45,13 +44,19 @@ def lines(records: list[dict]) -> bytes:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
 
 
-def read(config: DataConfig) -> list[Document]:
-    return read_with(config, LeftOut(config.on_bad_record))
+def write(folder: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
-def read_with(config: DataConfig, left_out: LeftOut) -> list[Document]:
-    reader = Reader(config)
+def read(config: DataConfig, left_out: LeftOut | None = None) -> list[Document]:
+    reader, left_out = Reader(config), left_out or LeftOut(config.on_bad_record)
     return [document for item in list_items(config) for document in reader.documents(item, left_out)]
+
+
+def texts(config: DataConfig, left_out: LeftOut | None = None) -> list[str]:
+    return [document.text for document in read(config, left_out)]
 
 
 def parquet(records: list[dict]) -> bytes:
@@ -69,13 +74,10 @@ PLAIN = {".jsonl": lines, ".json": lambda records: json.dumps(records).encode(),
 PACKED = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
 
 
-def settings_of(tokenizer: Tokenizer) -> TokenizerConfig:
-    return TokenizerConfig(model=str(tokenizer.path), vocab_size=1200)
-
-
 def command(data: DataConfig, tokenizer: Tokenizer | TokenizerConfig, **changes: Any) -> PrepareConfig:
-    settings = settings_of(tokenizer) if isinstance(tokenizer, Tokenizer) else tokenizer
-    return PrepareConfig(**{"data": data, "tokenizer": settings, "workers": 1} | changes)
+    if isinstance(tokenizer, Tokenizer):
+        tokenizer = TokenizerConfig(model=str(tokenizer.path), vocab_size=1200)
+    return PrepareConfig(**{"data": data, "tokenizer": tokenizer, "workers": 1} | changes)
 
 
 def made(data: DataConfig, tokenizer: Tokenizer | TokenizerConfig, workers: int = 1, **changes: Any) -> Any:
@@ -113,9 +115,3 @@ def contents(folder: str | Path) -> dict[str, bytes]:
     files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
     files["corpus.json"] = json.dumps(json.loads(files["corpus.json"])["splits"]).encode()
     return files
-
-
-def texts_of(config: DataConfig, about: dict, tokenizer: Tokenizer) -> list[str]:
-    stems = [stem for split in about["splits"].values() for counts in split.values() for stem in counts["shards"]]
-    files = [Shard(Path(config.path) / stem, verify=True) for stem in stems]
-    return sorted(tokenizer.decode(file.document(i).tolist()) for file in files for i in range(file.n_documents))

@@ -13,7 +13,7 @@ from corpus.inputs import list_items
 from corpus.units import plan_units
 from data.config import DataConfig
 from data.tokenizer import Tokenizer
-from tests.corpora import RECORDS, contents, lines, local, made, n_documents, not_utf8, read, read_with
+from tests.corpora import RECORDS, contents, lines, local, made, n_documents, not_utf8, read, texts
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_bad_row_is_named(dataset: DataConfig, tokenizer: Tokenizer, tmp_path: P
     datasets.Dataset(InMemoryTable(table)).save_to_disk(tmp_path / "saved")
     left_out = LeftOut(OnBadRecord.skip)
     dataset.dataset = str(tmp_path / "saved")
-    assert [d.text for d in read_with(dataset, left_out)] == ["one", "three"]
+    assert texts(dataset, left_out) == ["one", "three"]
     assert left_out.places[0].startswith(f"{tmp_path}/saved[1]: ")
     with pytest.raises(DataError, match=r"data.input .* was made by save_to_disk; read it with data=huggingface"):
         read(local(tmp_path, "saved"))
