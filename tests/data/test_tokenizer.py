@@ -43,7 +43,7 @@ def test_folder_with_both_formats(tokenizer: Tokenizer, tmp_path: Path) -> None:
     exported(tokenizer, tmp_path)
     assert load_tokenizer(tmp_path).path.name == "tokenizer.model"
     for rule in ("add_dummy_prefix", "remove_extra_whitespaces"):
-        remade(tokenizer, tmp_path / "tokenizer.model", **{rule: True})
+        remade(tokenizer, tmp_path / "tokenizer.model", (), "NORMAL", **{rule: True})
         assert load_tokenizer(tmp_path).path.name == "tokenizer.json", "they disagree"
 
 
