@@ -14,7 +14,6 @@ import export
 from conf.cli import CONF
 from conf.schema import ExportConfig, TrainConfig, register, to_config
 from corpus.config import TokenizerConfig
-from corpus.prepare import prepare
 from data.tokenizer import load_tokenizer
 from tests.conftest import ROOT, metrics, trained
 from tests.corpora import RECORDS, lines, local, made
@@ -101,7 +100,7 @@ def others(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path) -> dict[s
     }
     for name, config in settings.items():
         data = local(corpus_dir.parent, "texts", path=str(root / name))
-        prepare(data, config, workers=1, progress=lambda *added: None)
+        made(data, config)
     return {name: str(root / name) for name in settings}
 
 

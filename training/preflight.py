@@ -6,7 +6,7 @@ from pathlib import Path
 
 from conf.schema import EvaluateConfig, GenerateConfig, PrepareConfig, SavedConfig, TrainConfig, to_plain
 from corpus.config import DataError, Source
-from corpus.inputs import check_inputs
+from corpus.inputs import list_items
 from data.config import check_tokenizer
 from data.manifest import check_exists, check_fits
 from data.mixed_text import mixed_lines
@@ -75,8 +75,8 @@ def check_run(config: TrainConfig | PrepareConfig, run_dir: Path, settings: str)
     """
     here = config.launcher.where is Where.local
     if isinstance(config, PrepareConfig):
-        if here:
-            check_inputs(config.data)
+        if here and config.data.source is Source.local and not (Path(config.data.path) / "corpus.json").exists():
+            list_items(config.data)  # or raise an error
         return
     is_new = not committed(run_dir / "checkpoints")
     if here or not config.launcher.setup:
