@@ -50,6 +50,9 @@ COMPILED = {
     "async_tp": _compiled(tp=2, async_tp=True),
     "cp": _compiled(cp=2),
     "pp": _compiled(pp=2),
+    "zero1_graphs": _compiled(dp_shard=2, zero_stage=1, cuda_graphs=True),
+    "zero3_graphs": _compiled(dp_shard=2, zero_stage=3, cuda_graphs=True),
+    "async_tp_graphs": _compiled(tp=2, async_tp=True, cuda_graphs=True),
 }  # fmt: skip
 ALL = {**ONE, **EXACT, "one_wide": replace(_compiled(), world_size=1), **COMPILED}
 

@@ -17,7 +17,8 @@ from parallel.shards import ParamShard, local, whole_params
 from parallel.whole_matrices import balance
 from training.config import Dtype, MuonScale, OptimizerConfig
 from training.optim import muon
-from training.optim.muon import Muon
+from training.optim.master_weights import MasterWeights, read
+from training.optim.muon import Muon, add_gradient, apply_update
 from training.optim.optimizer import Optimizer
 
 SHAPES = [(24, 16), (16, 24), (16, 24), (8, 8), (1, 5), (5, 1), (1, 1)]
@@ -191,6 +192,28 @@ def test_owners_are_balanced(costs: list[int], n_ranks: int) -> None:
     owners, largest = balance(costs, n_ranks)
     loads = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(n_ranks)]
     assert largest == max(loads) <= sum(costs) / n_ranks + max(costs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_compiled_update_equals_the_plain_one(dtype: torch.dtype) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    for shape in ((96, 64), (64, 160), (1, 32), (64, 1)):
+        param, grad = (torch.randn(shape, generator=generator, device="cuda").to(dtype) for _ in range(2))
+        weights = MasterWeights({"w": ParamShard(param, param.shape)})
+        momentum, finite = torch.zeros(shape, device="cuda"), torch.ones((), device="cuda", dtype=torch.bool)
+        scalars = finite.float() * 4, finite, (0.05 * finite).float()
+        found = []
+        for compiled in (False, True):
+            copies = [weights.shards["w"].clone(), weights.remainder.get("w"), momentum.clone()]
+            rest = copies[1] if copies[1] is None else copies[1].clone()
+            add, apply = map(torch.compile, (add_gradient, apply_update)) if compiled else (add_gradient, apply_update)
+            for _ in range(3):
+                update = add(copies[2], grad, *scalars, 0.95, torch.bfloat16)
+                apply(copies[0], rest, update, 0.02 * finite.double(), 0.1 * finite.double(), False)
+            found.append((read(copies[0], rest), copies[2], update))
+        for plain, other in zip(*found, strict=True):
+            torch.testing.assert_close(other, plain, rtol=1e-2, atol=1e-3)
 
 
 def test_settings_of_muon_are_refused_with_adamw() -> None:
