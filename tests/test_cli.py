@@ -112,6 +112,7 @@ def test_tutorial_on_four_nodes_is_one_micro_batch_per_gpu() -> None:
             "model=8b: .* 7b ", "optimizer.lrr .*optimizer.lr", "steps=abc: .*Integer", "model.init=gpt: .*internlm_v1",
             "steps.x", "model.n_layer .*'n_layers'",
         ]),
+        ("hydra.run.dir=s3://bucket/run", [r"hydra.run.dir \(s3://bucket/run\) must be a folder"]),
         ("lr=1e-3 batch_size=8 model.resume=x", [
             "lr .*optimizer.lr", "batch_size .*global_batch_tokens", "model.resume .*checkpoint.resume",
         ]),
@@ -220,7 +221,7 @@ def test_only_the_first_rank_reports_what_is_the_same_for_all(
     ):
         monkeypatch.setattr(sys, "argv", ["train.py", *argv])
         with pytest.raises(SystemExit, match="2"):
-            run(lambda: None, "train")
+            run(lambda _: None, "train")
         printed = capsys.readouterr().err
         assert printed.startswith(reported) and bool(printed) == bool(reported)
 

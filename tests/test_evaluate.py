@@ -55,7 +55,7 @@ def test_a_run_is_scored_as_it_was_in_training_and_the_export_alike(
     *others, last = metrics(done)
     assert others == before[:-1] and last == {**valid, **found}
 
-    export.export(done, ExportConfig(run=str(done), dtype=Dtype.fp32))
+    export.export(ExportConfig(run=str(done), dtype=Dtype.fp32))
     of_export = evaluate.work(settings(done, run=None, hf=str(done / "hf")))
     assert of_export == pytest.approx({key: value for key, value in found.items() if key.startswith("evaluation/")})
     assert json.loads((done / "hf" / "evaluation.json").read_text()) == {"": of_export}

@@ -60,15 +60,15 @@ def test_folder_has_no_code_and_both_names_of_theta(exported: Path) -> None:
 def test_export_again_is_a_no_op_and_another_is_not_overwritten(
     exported: Path, run_dir: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    export.export(run_dir, ExportConfig(run=str(run_dir), out=str(exported)))
+    export.export(ExportConfig(run=str(run_dir), out=str(exported)))
     assert "is the export of" in capsys.readouterr().out
     with pytest.raises(ModelError, match=r"hf exists"):
-        export.export(run_dir, ExportConfig(run=str(run_dir), out=str(exported), dtype=Dtype.fp32))
+        export.export(ExportConfig(run=str(run_dir), out=str(exported), dtype=Dtype.fp32))
 
 
 def test_export_and_import_change_no_bit(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "SHARD_BYTES", 50_000)
-    export.export(run_dir, ExportConfig(run=str(run_dir), out=str(tmp_path / "hf"), dtype=Dtype.fp32))
+    export.export(ExportConfig(run=str(run_dir), out=str(tmp_path / "hf"), dtype=Dtype.fp32))
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
     import_hf(tmp_path / "hf", tmp_path / "back")
     before, after = open_checkpoint(run_dir), open_checkpoint(tmp_path / "back")
@@ -82,7 +82,7 @@ def test_export_and_import_change_no_bit(run_dir: Path, tmp_path: Path, monkeypa
     assert (shape.rope_theta, shape.max_seq_len) == (returned.rope_theta, returned.max_seq_len)
     monkeypatch.undo()
     again_config = ExportConfig(run=str(tmp_path / "back"), out=str(tmp_path / "hf2"), dtype=Dtype.fp32)
-    export.export(tmp_path / "back", again_config)
+    export.export(again_config)
     assert (tmp_path / "hf2" / "model.safetensors").exists()
     first, second = (read_weights(tmp_path / name) for name in ("hf", "hf2"))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -101,7 +101,7 @@ def test_files_are_readable_as_the_umask_says(exported: Path, tmp_path: Path, mo
     before = os.umask(0o027)
     try:
         import_hf(exported, tmp_path / "run")
-        export.export(tmp_path / "run", ExportConfig(run=str(tmp_path / "run"), out=str(tmp_path / "hf")))
+        export.export(ExportConfig(run=str(tmp_path / "run"), out=str(tmp_path / "hf")))
     finally:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
@@ -133,7 +133,7 @@ def test_checkpoint_of_a_step_however_it_is_spelt(
         config = GenerateConfig(run=spelt, step=step, prompt="x")
         assert [*config.problems(), *preflight_problems(config)] == []
     with pytest.raises(CheckpointError, match=r"step \(7\): .* choose from 1, 2, 3"):
-        export.export(run, ExportConfig(run=str(run), step=7))
+        export.export(ExportConfig(run=str(run), step=7))
     assert "step (7)" in "".join(preflight_problems(ExportConfig(run=str(run), step=7)))
     assert [*ExportConfig(from_hf="x", step=7).problems()] == ["step (7) needs run"]
 
@@ -143,7 +143,7 @@ def test_run_without_a_tokenizer_is_exported_without_one(
 ) -> None:
     random = ["data=random", "data.seq_len=32", "data.vocab_size=1000", "steps=1"]
     trained(tmp_path / "r", *(o for o in small if not o.startswith("data")), *random, "data.micro_batch_size=2")
-    export.export(tmp_path / "r", ExportConfig(run=str(tmp_path / "r"), out=str(tmp_path / "hf")))
+    export.export(ExportConfig(run=str(tmp_path / "r"), out=str(tmp_path / "hf")))
     assert "no tokenizer" in capsys.readouterr().out and (tmp_path / "hf" / "model.safetensors").exists()
 
 
@@ -178,7 +178,7 @@ def test_tokenizer_of_an_import_is_checked_before_the_weights_are_read(
     assert not (tmp_path / "run").exists()
     if content is None:
         import_hf(folder, tmp_path / "run")
-        export.export(tmp_path / "run", ExportConfig(run=str(tmp_path / "run"), out=str(tmp_path / "out")))
+        export.export(ExportConfig(run=str(tmp_path / "run"), out=str(tmp_path / "out")))
         assert "no equal tokenizer.json" in capsys.readouterr().out and (tmp_path / "out/model.safetensors").exists()
         assert {p.name for p in (tmp_path / "out").glob("**/tokenizer*")} == {"tokenizer", name}
 
@@ -191,7 +191,7 @@ def test_import_with_a_dummy_prefix_is_exported_again(exported: Path, tmp_path: 
     fast["decoder"]["decoders"].append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     (llama / "tokenizer.json").write_text(json.dumps(fast))
     import_hf(llama, tmp_path / "run")
-    export.export(tmp_path / "run", ExportConfig(run=str(tmp_path / "run"), out=str(tmp_path / "hf")))
+    export.export(ExportConfig(run=str(tmp_path / "run"), out=str(tmp_path / "hf")))
     assert load_tokenizer(tmp_path / "hf").encode("x y") == load_tokenizer(llama / "tokenizer.json").encode("x y")
 
 
@@ -253,7 +253,7 @@ def test_wrong_export_is_not_kept(
 
     monkeypatch.setattr("training.load.read_weights", read_before_damage)
     with pytest.raises(ModelError, match=wrong):
-        export.export(run_dir, ExportConfig(run=str(run_dir), out=str(tmp_path / "hf")))
+        export.export(ExportConfig(run=str(run_dir), out=str(tmp_path / "hf")))
     assert not list(tmp_path.iterdir())
 
 

@@ -41,7 +41,7 @@ def folder(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run, its export, and the same questions for the harness and for our tasks."""
     folder = tmp_path_factory.mktemp("harness")
     run = shutil.copytree(run_dir, folder / "run")
-    export.export(run, ExportConfig(run=str(run), dtype=Dtype.fp32))
+    export.export(ExportConfig(run=str(run), dtype=Dtype.fp32))
     lines = [line.strip() for line in mixed_lines() if 30 < len(line) < 50][:30]
     docs: list[dict[str, Any]] = []
     for i, line in enumerate(lines):

@@ -110,7 +110,7 @@ def hf_dir(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("hf") / "hf"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("model.hf.verify.verify", lambda *_, **__: "")  # tests/test_export.py does
-        export.export(run_dir, ExportConfig(run=str(run_dir), out=str(out), dtype=Dtype.fp32))
+        export.export(ExportConfig(run=str(run_dir), out=str(out), dtype=Dtype.fp32))
     return out
 
 

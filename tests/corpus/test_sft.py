@@ -178,7 +178,7 @@ def test_experiment_starts_from_a_model_and_trains_on_answers(
     assert trained(tmp_path / "sft", *overrides, "optimizer.lr=1e-9") is not None
     before, after = (open_checkpoint(tmp_path / name).read("model.") for name in ("base", "sft"))
     assert all(np.allclose(before[name].numpy(), after[name].numpy(), atol=1e-6) for name in before)
-    export.export(tmp_path / "sft", ExportConfig(run=str(tmp_path / "sft")))
+    export.export(ExportConfig(run=str(tmp_path / "sft")))
     theirs: Any = AutoTokenizer.from_pretrained(tmp_path / "sft" / "hf")
     text = theirs.apply_chat_template(TURNS[1:2], tokenize=False, add_generation_prompt=True)
     assert text == "<|User|>:What is 12 + 30?<eoh>\n<|Bot|>:"
@@ -189,7 +189,7 @@ def test_experiment_starts_from_a_model_and_trains_on_answers(
     assert (about["eos_token_id"], theirs.eos_token, about["pad_token_id"]) == (ends[1], "<eoa>", 2)
     of_run = GenerateConfig(run=str(tmp_path / "sft"), prompt="x", device=Device.cpu)
     of_export = GenerateConfig(hf=str(tmp_path / "sft" / "hf"), prompt="x", device=Device.cpu)
-    assert generate.load_model(of_run)[0].stop_ids == generate.load_model(of_export)[0].stop_ids == set(ends)
+    assert [generate.Writer(config).saved.stop_ids for config in (of_run, of_export)] == [set(ends)] * 2
     asked = [{"role": "user", "content": "Add 3 and 1.\nBriefly."}, {"role": "assistant", "content": "It is 4."}]
     ids = [*theirs.apply_chat_template(asked, return_dict=True)["input_ids"], 2]
     shard = next(iter((Path(data.path) / "train").glob("*.bin"))).with_suffix("")
