@@ -117,9 +117,8 @@ class CorpusConfig(SourceConfig):
             yield "data.dataset_valid_split and data.split_by (train_test_split): set one of them"
         if not 0 <= self.valid_fraction < 1:
             yield f"data.valid_fraction ({self.valid_fraction}) must be in [0, 1)"
-        yield from unless(
-            self, "data", "at least 1", lambda x: x >= 1, "max_document_mb", "vocab_size", "max_documents"
-        )
+        counts = ("max_document_mb", "vocab_size", "max_documents")
+        yield from unless(self, "data", "at least 1", lambda x: x >= 1, *counts)
         try:
             self.source_configs()
         except OmegaConfBaseException as error:
