@@ -185,9 +185,7 @@ def test_checked_points_are_what_hydra_composes(monkeypatch: pytest.MonkeyPatch)
         assert cfg == OmegaConf.to_container(whole, resolve=True)
 
 
-def test_only_the_first_rank_reports_what_is_the_same_for_all(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_first_rank_reports_errors_of_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     ranks = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "x"}
     for name, value in {**ranks, "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)

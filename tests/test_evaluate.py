@@ -37,9 +37,7 @@ def settings(done: Path, **changes: object) -> EvaluateConfig:
     return EvaluateConfig(**{"run": str(done), "tasks": tasks, "parallel": parallel, "dtype": Dtype.fp32, **changes})  # type: ignore[arg-type]
 
 
-def test_a_run_is_scored_as_it_was_in_training_and_the_export_alike(
-    done: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_and_export_score_as_in_training(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = metrics(done)
     (valid,) = [record for record in before if "valid/loss" in record]
     found = evaluate.work(settings(done))
@@ -58,7 +56,7 @@ def test_a_run_is_scored_as_it_was_in_training_and_the_export_alike(
     assert json.loads((done / "hf" / "evaluation.json").read_text()) == {"": of_export}
 
 
-def test_the_command_scores_on_two_ranks_and_leaves_the_metrics_of_a_run_in_use(done: Path) -> None:
+def test_evaluation_on_two_ranks_of_a_run_in_use(done: Path) -> None:
     own = f"{done.parent}/own.jsonl"
     command = ["evaluate.py", f"run={done}", "step=10", f"tasks=[builtin,{own}]", "valid_tokens=128"]
     layout = ["parallel=zero3", "parallel.dp_shard=2", "parallel.device=cpu", "dtype=fp32"]

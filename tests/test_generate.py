@@ -126,9 +126,7 @@ def test_unusable_settings(
 
 
 @pytest.mark.parametrize("key", ["prompt", "prompts"])
-def test_prompts_from_a_file_or_standard_input(
-    run_dir: Path, tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_of_file_and_stdin(run_dir: Path, tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path, odd = tmp_path / "prompts.txt", "\u2028 \f\u0085\r\v "
     file, stdin = (settings(run_dir, **{"prompt": None, key: name}) for name in (str(path), "-"))
     content = b"\xef\xbb\xbf" + "\r\n \r\n".join([f"a{odd}b", f"{odd}c ", "\ufeffd"]).encode() + b"\n"

@@ -106,9 +106,7 @@ def run_with(run_dir: Path, folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["own", "prefix and bos", "chat"])
-def test_llama_cpp_gives_the_same_tokens_and_text(
-    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_llama_cpp_tokens_and_text(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     run = run_with(run_dir, tmp_path / "run", kind)
     with monkeypatch.context() as patch:
         patch.setattr("model.hf.verify.verify", lambda *_, **__: "by another client")  # which takes long

@@ -49,9 +49,7 @@ def flaky_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_run_goes_on_from_a_store_that_fails_every_third_request(
-    flaky_s3: str, tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_from_flaky_s3(flaky_s3: str, tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Case 15."""
     monkeypatch.chdir(tmp_path)
     settings = [*small, "checkpoint.keep=1", f"checkpoint.path={flaky_s3}"]
@@ -84,9 +82,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, file: str, times: int) -> None:
 
 
 @pytest.mark.parametrize("file", ["__0_0.distcp", "state.json"])
-def test_a_copy_that_fails_is_none_and_is_made_again(
-    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, file: str
-) -> None:
+def test_partial_copy_is_made_again(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
     """Case 15: a partial upload."""
     assert checkpoints.store is not None
     with monkeypatch.context() as failing:
@@ -99,9 +95,7 @@ def test_a_copy_that_fails_is_none_and_is_made_again(
     assert open_checkpoint(checkpoints.folder.parent).read("model.")["a"].sum() == 9, "only the copy is made again"
 
 
-def test_a_copy_is_compared_with_what_was_copied_and_a_damaged_one_not_taken(
-    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_copy_is_not_taken(checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, "__0_0.distcp", times=2)
     for step in (1, 2):
         checkpoints.save(step, {"model.a": torch.full((9,), step)}, {})

@@ -107,7 +107,7 @@ def test_resume_after_a_stop_file(tmp_path: Path, small: list[str], uninterrupte
     assert_same_run(tmp_path / "r", uninterrupted)
 
 
-def test_a_stop_during_validation_validates_after_resume(
+def test_stop_in_validation(
     tmp_path: Path, small: list[str], uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import training.loop
@@ -153,9 +153,7 @@ def test_resume_after_a_signal(tmp_path: Path, small: list[str]) -> None:
     assert_same_run(tmp_path / "r", tmp_path / "whole")
 
 
-def test_a_changed_configuration_must_be_accepted(
-    run_dir: Path, tmp_path: Path, small: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_accept_changes(run_dir: Path, tmp_path: Path, small: list[str], caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "r"
     shutil.copytree(run_dir, folder)
     changed = [*small, "steps=14", "optimizer.weight_decay=0.5"]
@@ -233,9 +231,7 @@ def test_nonfinite_gradients_end_the_run_and_name_the_module(tmp_path: Path, sma
     assert open_checkpoint(tmp_path / "r").step == finite, "none after it"
 
 
-def test_a_save_is_put_off_until_a_gradient_is_finite(
-    tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_save_at_a_nonfinite_step(tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Case 42: what a run of steps without a finite gradient leaves behind pushes out nothing good."""
     sync = TrainState.sync
 

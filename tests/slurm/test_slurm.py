@@ -6,8 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from launch.config import LauncherConfig, Where
 from launch.jobs import Job, Outcome, Point, run_jobs
 from parallel.config import ParallelConfig, ParallelError
 from tests.conftest import ROOT, composed, ran, trained
-from tests.slurm.cluster import lost, why_not
+from tests.slurm.cluster import lost, until, why_not
 from tests.test_train import assert_same_run
 from tracking.status import read_status
 from training.checkpoint import open_checkpoint
@@ -40,15 +39,6 @@ def point(work: str, *args: Any, run_dir: Path, **settings: Any) -> Point:
 def outcomes_of(points: list[Point], folder: Path) -> dict[str, Outcome]:
     run_jobs(points, folder / ".jobs", ROOT)
     return {point.label: point.end for point in points if point.end is not None}
-
-
-def until(done: Callable[[], Any], seconds: float = 180) -> Any:
-    """Wait until this is true; return it."""
-    end = time.monotonic() + seconds
-    while not (found := done()):
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    return found
 
 
 def job_of(run_dir: Path) -> str:
@@ -174,9 +164,7 @@ def test_a_lost_node_resumes_bit_for_bit(tmp_path: Path, small: list[str]) -> No
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_crash_loops_and_exhausted_requeues_end(
-    tmp_path: Path, small: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ends_of_requeueing(tmp_path: Path, small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     settings = [*small, "steps=8", "parallel.threads=1"]
     crashing = [*settings, "launcher.requeue_crashes=true"]
     points = [
