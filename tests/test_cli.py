@@ -10,6 +10,7 @@ import sys
 from importlib.util import find_spec
 from itertools import product, zip_longest
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra._internal.utils import get_args_parser
@@ -203,9 +204,9 @@ def test_first_rank_reports_errors_of_all(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_stored_configuration_is_json_and_has_every_key() -> None:
-    odd = ["name=x", "optimizer.max_grad_norm=inf", "model.name='a\\${b}'"]
+    odd = ["name=x", "optimizer.max_grad_norm=inf", "++optimizer.options={a: -inf, b: nan}", "model.name='a\\${b}'"]
     plain = to_plain(checked(composed("precision=fp16", "+data.mix={a: 1, b: 2.5}", "skip_batches=[3]", *odd)))
-    assert json.loads(json.dumps(plain)) == plain
+    assert json.loads(json.dumps(plain)) == plain and plain["optimizer"]["options"] == {"a": "-inf", "b": "nan"}
     assert plain["data"]["mix"] == {"a": 1.0, "b": 2.5} and plain["skip_batches"] == ["3"]
     assert plain["precision"]["compute"] == "fp16" and plain["parallel"]["pipeline_schedule"] == "1f1b"
     assert set(plain) == set(TrainConfig.__dataclass_fields__)
@@ -275,7 +276,7 @@ def test_hydra_flags_work(outside: Path, line: str, shown: str) -> None:
 
 def test_completion_knows_options_and_keys() -> None:
     for typed, word in (("experiment=d", "experiment=demo"), ("optimizer.l", "optimizer.lr=")):
-        variables = {"COMP_LINE": f"python train.py {typed}", "COMP_POINT": "99", "COMP_TYPE": "9"}
+        variables: Any = {"COMP_LINE": f"python train.py {typed}", "COMP_POINT": "99", "COMP_TYPE": "9"}
         assert word in ran("train.py", "-sc", "query=bash", **variables).stdout
 
 

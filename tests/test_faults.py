@@ -37,10 +37,7 @@ def test_first_failed_rank_is_named(tmp_path: Path, small: list[str], fault: str
     assert "step 3/" not in (run / "train.rank1.log").read_text(), "only the first rank's log has the steps"
 
 
-@pytest.mark.parametrize(
-    ("moment", "n", "step", "saves"),
-    [("validation", 11, 4, 1), ("save", 1, 6, 1)],
-)
+@pytest.mark.parametrize(("moment", "n", "step", "saves"), [("validation", 11, 4, 1), ("save", 1, 6, 1)])
 def test_a_signal_to_one_rank(tmp_path: Path, small: list[str], moment: str, n: int, step: int, saves: int) -> None:
     """Cases 33, 35 and 36."""
     settings = [*small, "steps=40", "valid_every=4", "checkpoint.every=6", "checkpoint.keep=0"]

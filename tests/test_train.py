@@ -169,15 +169,6 @@ def test_accept_changes(run_dir: Path, tmp_path: Path, small: list[str], caplog:
     assert "earlier settings" not in caplog.text, "nothing changed"
 
 
-def test_numbers_that_json_lacks_are_saved(tmp_path: Path, small: list[str]) -> None:
-    odd = [*small, "steps=2", "checkpoint.every=1", "optimizer.max_grad_norm=inf", "precision.max_scale=inf"]
-    odd += ["++optimizer.options={a: -inf, b: nan}"]
-    trained(tmp_path / "r", *odd)
-    stored = open_checkpoint(tmp_path / "r").state["config"]["optimizer"]
-    assert stored["max_grad_norm"] == "inf" and stored["options"] == {"a": "-inf", "b": "nan"}
-    assert trained(tmp_path / "r", *odd) is not None, "and it resumes"
-
-
 def test_changed_data_is_refused(run_dir: Path, corpus_dir: Path, tmp_path: Path, small: list[str]) -> None:
     """Case 24."""
     folder = tmp_path / "r"

@@ -112,7 +112,7 @@ def test_pruned_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_jobs_run_the_code_as_it_was_at_submission(tmp_path: Path) -> None:
     copy = keep_code(tmp_path)
     assert keep_code(tmp_path) == copy and (copy / "train.py").read_text() == (ROOT / "train.py").read_text()
-    variables = {"PYTHONPATH": str(copy), "PYTHONSAFEPATH": "1"}
+    variables: Any = {"PYTHONPATH": str(copy), "PYTHONSAFEPATH": "1"}
     printed = ran("-c", "import conf.schema, train; print(train.__file__)", **variables).stdout
     assert printed.strip() == str(copy / "train.py")
 
