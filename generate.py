@@ -4,6 +4,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from corpus.chat import Messages
 
 Job = tuple[int, str, int]  # number of a prompt, its text, number of the sample
+show = partial(print, end="", flush=True)
 
 
 def main(config: GenerateConfig) -> None:
@@ -31,7 +33,7 @@ def main(config: GenerateConfig) -> None:
         return writer.converse()
     jobs = [(number, text, sample) for number, text in enumerate(prompts) for sample in range(config.samples)]
     if len(jobs) == 1:
-        print("" if config.chat else prompts[0], end="", flush=True)
+        show("" if config.chat else prompts[0])
         writer.write(jobs, show)
         return print()
     for start in range(0, len(jobs), config.batch_size):
@@ -39,10 +41,6 @@ def main(config: GenerateConfig) -> None:
         for (number, text, sample), new in zip(batch, writer.write(batch), strict=True):
             shown = f"{text}\n{new}" if config.chat else text + new
             print(f"--- prompt {number + 1}, sample {sample + 1}\n{shown}\n", flush=True)
-
-
-def show(piece: str) -> None:
-    print(piece, end="", flush=True)
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:
