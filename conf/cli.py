@@ -52,10 +52,7 @@ HERE = ("jobs", "basic")  # launchers for which this machine, or the `launcher` 
 
 @quiet_pipe()
 def run(work: Callable[[Any], Any], command: str) -> None:
-    """Run a function of a checked configuration as a command; errors in the command line are reported together.
-
-    They exit with 2.
-    """
+    """Run a function of a checked configuration as a command; it exits with 2 after all errors in the command line."""
 
     @hydra_main(version_base="1.3", config_path="conf", config_name=command)
     @wraps(work)  # Hydra finds `conf` beside it
