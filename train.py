@@ -77,17 +77,15 @@ def work(config: TrainConfig, run_dir: Path) -> float | None:
 
 
 def train(
-    config: TrainConfig, mesh: "Mesh", run_dir: Path, stop: "StopRequest", periodic: "Sequence[Periodic]" = ()
+    config: TrainConfig, mesh: "Mesh", run_dir: Path, stop: "StopRequest", *, periodic: "Sequence[Periodic]" = ()
 ) -> float | None:
     """Run the remaining steps and return the run's `objective`; `periodic` actions run after each step."""
     from data.dataset import open_corpus
-    from parallel.loss_scaler import LossScaler
     from tracking.loggers import Loggers
     from tracking.metrics_file import last_value, truncate_metrics
     from training.agreement import check_same_run
     from training.describe import describe, save_run_inputs
     from training.loop import Run, loop
-    from training.optim.optimizer import build_optimizer
     from training.profile import profile_steps
     from training.ranks import Ranks
     from training.report import StepReport
@@ -96,26 +94,22 @@ def train(
     from training.state import TrainState
 
     # Data first: it is the most frequent error, and opens quickly.
-    corpus, run_config = open_corpus(config.data, vocab_size=config.model.vocab_size), to_plain(config)
+    run_config, corpus = to_plain(config), open_corpus(config.data, vocab_size=config.model.vocab_size)
+
     if config.data.verify:
         corpus.verify(mesh.rank, mesh.world_size)
     facts = {"configuration": run_config, "data": corpus.fingerprints}
     check_same_run(facts, Ranks(mesh.host))
 
-    model = build_model(config, mesh)
-    tied_params = model.module.tied_params
-    optimizer = build_optimizer(model.module, config.optimizer, params=model.params, tied_params=tied_params)
-    scaler, state = LossScaler(config.precision), TrainState(device=mesh.device)
-    checkpoints = RunCheckpoints(
-        config.checkpoint, mesh, run_dir, corpus, state=state, optimizer=optimizer, scaler=scaler, run_config=run_config
-    )
-    checkpoints.resume_or_start(config)
+    state = TrainState(device=mesh.device)
+    engine = build_engine(config, build_model(config, mesh), state, corpus)
+    checkpoints = RunCheckpoints(config, run_dir, corpus, engine, state)
+    checkpoints.resume_or_start()
     corpus.train.begin_at(state.first_sample)
-    optimizer.set_schedule(lr_schedule(config, state))
-    engine = build_engine(config, mesh, model, optimizer, scaler, state, corpus)
+    engine.optimizer.set_schedule(lr_schedule(config, state))
 
     mesh.on_rank_zero(save_run_inputs, run_config, run_dir, corpus, state)
-    describe(config, mesh, corpus, optimizer, state, run_dir)
+    describe(config, engine, corpus, state, run_dir)
     mesh.on_rank_zero(truncate_metrics, run_dir / "metrics.jsonl", state.step, state.undone())
 
     with closing(build_train_batches(config, mesh, corpus, state)) as batches:

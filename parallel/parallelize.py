@@ -1,8 +1,9 @@
 """Apply a parallel layout to a model."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +11,32 @@ import torch
 from torch import nn
 from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from model.transformer import Transformer
 from parallel.async_tp import fused_linears, overlap_tp
 from parallel.axes import stage_layers, stages_of
-from parallel.config import ParallelConfig, ParallelError, no_fp8
+from parallel.config import ActivationCheckpointing, ParallelConfig, ParallelError
 from parallel.fp8 import MULTIPLE, Fp8Linear, Fp8RowwiseLinear
 from parallel.mesh import Mesh
 from parallel.shards import ALIGNMENT, ParamShard, matrices_first
-from parallel.tensor_parallel import RowwiseLinear, apply_cp, apply_tp
+from parallel.tensor_parallel import RowwiseLinear, apply_cp, apply_tp, collectives
 from parallel.zero import Zero
+
+BLOCK_PARTS = ("project", "finish")  # of a block, around attention
+# Operations that selective activation checkpointing does not repeat
+aten: Any = torch.ops.aten
+PRODUCTS = [
+    *(op.default for op in (aten.mm, aten.addmm, aten.bmm, aten._scaled_mm)),
+    *(op.default for op in (collectives.reduce_scatter_tensor, collectives.all_reduce)),
+    *(getattr(torch.ops.pretraining, name).default for name in ("gather_matmul", "matmul_scatter")),
+]
 
 
 def recomputed_blocks(n_blocks: int, config: ParallelConfig) -> int:
-    """Return how many of the first blocks recompute their activations in the backward pass."""
-    fraction = {"none": 0.0, "full": 1.0, "fraction": config.activation_checkpointing_fraction}
-    return round(n_blocks * fraction[config.activation_checkpointing.value])
+    """Return how many of the first blocks recompute all activations in the backward pass."""
+    fraction = {"full": 1.0, "fraction": config.activation_checkpointing_fraction}
+    return round(n_blocks * fraction.get(config.activation_checkpointing.value, 0.0))
 
 
 @dataclass(slots=True)
@@ -38,6 +48,8 @@ class ParallelModel:
     params: dict[str, ParamShard]
     partial_grads: set[str]  # parameters whose gradients are to be summed over tp
     zero: Zero | None
+    mesh: Mesh
+    layout: ParallelConfig
 
     def init_weights(self, seed: int) -> None:
         self.module.init_weights(seed, self.params, ParamShard.write)
@@ -73,14 +85,16 @@ def parallelize(
     for block in blocks[: recomputed_blocks(len(blocks), config)]:
         # There is no dropout, so no generator state to restore.
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    for block in blocks if config.activation_checkpointing is ActivationCheckpointing.selective else ():
+        for part in BLOCK_PARTS:
+            setattr(block, part, keep_products(getattr(block, part)))
     if config.compiles(mesh.device.type):
         compile_blocks(blocks)
     sharded = mesh.axes.dp * mesh.axes.cp > 1
     for part in (*blocks, model.embed, model.norm, model.head):
         if part is not None:
-            allocate(
-                part, dtype, torch.device("meta") if sharded else mesh.device
-            )  # ZeRO units allocate sharded parameters
+            # ZeRO units allocate sharded parameters.
+            allocate(part, dtype, torch.device("meta") if sharded else mesh.device)
     zero = Zero(stages, mesh, config, grad_dtype or dtype) if sharded else None
     if zero is None and grad_dtype is not None and grad_dtype != dtype:
         for param in model.parameters():
@@ -92,7 +106,7 @@ def parallelize(
         name: ParamShard(shards[name], shape, shard_mesh, placements(axes, tp_dims.get(name), mesh.axes.tp))
         for name, shape in shapes.items()
     }
-    return ParallelModel(model, stages, params, partial_grads, zero)
+    return ParallelModel(model, stages, params, partial_grads, zero, mesh, config)
 
 
 def allocate(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -108,11 +122,7 @@ def allocate(module: nn.Module, dtype: torch.dtype, device: torch.device) -> Non
 def placements(axes: list[str], tp_dim: int | None, tp: int) -> tuple[Placement, ...]:
     """Return the placements of a parameter on mesh axes; tp splits before dp_shard, which shards rows."""
     rows = _StridedShard(0, split_factor=tp) if tp_dim == 0 else Shard(0)
-    by_axis = {
-        "dp_replicate": Replicate(),
-        "dp_shard": rows,
-        "tp": Replicate() if tp_dim is None else Shard(tp_dim),
-    }
+    by_axis = {"dp_replicate": Replicate(), "dp_shard": rows, "tp": Replicate() if tp_dim is None else Shard(tp_dim)}
     return tuple(by_axis[axis] for axis in axes)
 
 
@@ -147,18 +157,30 @@ def apply_fp8(blocks: list[nn.Module], scaling: str) -> None:
 
 def check_fp8_device(scaling: str, device: torch.device) -> None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
-        raise no_fp8(scaling, torch.cuda.get_device_name(device) if device.type == "cuda" else str(device))
+        found = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+        needs = f"needs a GPU of compute capability 8.9 or more, not {found}"
+        raise ParallelError(f"precision.fp8 ({scaling}) {needs}; set precision.fp8=none")
+
+
+def keep_products(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that saves its inputs and `PRODUCTS`, and recomputes the rest in the backward pass."""
+
+    @wraps(function)
+    def checkpointed(*args: Any) -> Any:
+        context_fn = partial(create_selective_checkpoint_contexts, PRODUCTS)
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn)
+
+    return checkpointed
 
 
 def compile_blocks(blocks: list[nn.Module], backend: str = "inductor") -> None:
     """Compile the parts of blocks before and after attention; all blocks share the two graphs."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault(
-        "TORCHINDUCTOR_CACHE_DIR", str(cache / "torchinductor")
-    )  # unlike the default in /tmp, survives a reboot
+    # Unlike the default in /tmp, it survives a reboot.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "torchinductor"))
     dynamo: Any = torch._dynamo.config
     # One graph per micro-batch shape of training and validation; beyond the limit code would run eagerly.
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     for block in blocks:
-        for part in ("project", "finish"):
+        for part in BLOCK_PARTS:
             setattr(block, part, torch.compile(getattr(block, part), fullgraph=True, dynamic=False, backend=backend))

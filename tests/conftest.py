@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 import export
 import train
 from conf.cli import CONF
-from conf.schema import ExportConfig, register, to_config
+from conf.schema import ExportConfig, TrainConfig, register, to_config
 from data.mixed_text import mixed_lines
 from parallel.mesh import distributed
 from tracking.run_folder import locked
@@ -61,11 +61,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-def composed(*overrides: str, command: str = "train", **options: bool) -> DictConfig:
+def composed_cfg(*overrides: str, command: str = "train", **options: bool) -> DictConfig:
     """Compose the configuration of a command."""
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(command, overrides=list(overrides), **options)
+
+
+def composed(*overrides: str) -> TrainConfig:
+    """Compose `train.py`'s configuration, without the check of files and devices."""
+    return to_config(composed_cfg(*overrides))
 
 
 def ran(*argv: str, code: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -86,7 +91,7 @@ def trained(
     folder: Path, *overrides: str, stop: StopRequest | None = None, periodic: Sequence[Periodic] = ()
 ) -> float | None:
     """Run `train.py` in this process, in `folder`."""
-    config = to_config(composed(f"name={folder.name}", *overrides))
+    config = composed(f"name={folder.name}", *overrides)
     with distributed(config.parallel) as mesh, locked(folder, mesh.rank):
         torch.set_num_threads(2)
         stop = StopRequest(mesh) if stop is None else stop

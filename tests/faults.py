@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from conf.schema import to_config
 from launch.ranks import launch
-from tests.conftest import composed
+from tests.conftest import composed_cfg
 
 MOMENTS = {  # what of a rank is interrupted
     "step": "training.state:TrainState.take_batch",
@@ -23,7 +23,7 @@ MOMENTS = {  # what of a rank is interrupted
 def disturbed(folder: Path, fault: str, settings: list[str], *, moment: str = "step", rank: int = 1, n: int = 4) -> Any:
     """Train on two ranks in `folder`; a fault, a function of this module, comes over one at a moment's n-th time."""
     two = ["parallel=ddp", "parallel.nproc_per_node=2", "parallel.threads=1", f"name={folder.name}"]
-    config = to_config(composed(*settings, *two))
+    config = to_config(composed_cfg(*settings, *two))
     folder.mkdir(exist_ok=True)
     return launch(_work, config, folder, fault, moment, rank, n, config=config.parallel)
 

@@ -19,14 +19,14 @@ from omegaconf import OmegaConf
 from conf.cli import CONF, CommandLine, _print_errors, checked, run
 from conf.schema import TrainConfig, free_keys, register, stored, stored_model, to_plain
 from launch.sweep import folder_name
-from tests.conftest import ROOT, composed, ran
+from tests.conftest import ROOT, composed_cfg, ran
 from training.config import OptimizerConfig
 from training.preflight import world_size
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name[0] != "_")
 OPTIONS = {group: sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in GROUPS}
 LINES = {"model": ("data", "precision", "dry_run"), "parallel": ("optimizer", "scheduler", "checkpoint", "logger"),
-         "experiment": (), "launcher": ()}  # groups whose options are composed together  # fmt: skip
+         "experiment": (), "launcher": ()}  # groups whose options are composed_cfg together  # fmt: skip
 
 register()
 
@@ -65,11 +65,11 @@ def test_every_option_composes(first: str) -> None:
         chosen = [f"{group}='{option}'" for group, option in zip(groups, options, strict=True) if option is not None]
         ranks = [f"parallel.nproc_per_node={1 if options[0] == 'single' else 8}"] if first == "parallel" else []
         origin = ["init_from=runs/done"] if options[0] == "sft_7b" else []
-        assert checked(composed(*chosen, *more.get(first, []), *ranks, *origin)).name
+        assert checked(composed_cfg(*chosen, *more.get(first, []), *ranks, *origin)).name
 
 
 def test_hyper_parameters_of_the_tutorial() -> None:
-    config: TrainConfig = checked(composed("experiment=7b_pile_small"))
+    config: TrainConfig = checked(composed_cfg("experiment=7b_pile_small"))
     model, data, optimizer, scheduler = config.model, config.data, config.optimizer, config.scheduler
     assert (model.n_layers, model.d_model, model.n_heads, model.d_ff) == (32, 4096, 32, 11008)
     assert (model.vocab_size, data.seq_len, data.pack_tokens, config.steps) == (103168, 2048, 4096, 50000)
@@ -77,7 +77,7 @@ def test_hyper_parameters_of_the_tutorial() -> None:
     assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay) == (0.9, 0.95, 0.01)
     assert (optimizer.max_grad_norm, scheduler.type.value, scheduler.warmup_ratio) == (1.0, "cosine", 0.01)
     assert config.grad_accum_steps(dp_size=8) == 4
-    config = checked(composed("experiment=7b_pile_small_4_nodes"))
+    config = checked(composed_cfg("experiment=7b_pile_small_4_nodes"))
     assert (world_size(config), config.parallel.dp_shard, config.grad_accum_steps(dp_size=32)) == (32, 8, 1)
     assert config.launcher.time_s == 24 * 3600 and config.optimizer.lr == 1e-4
 
@@ -182,7 +182,7 @@ def test_checked_points_are_what_hydra_composes(monkeypatch: pytest.MonkeyPatch)
     points = list(product((1, 2), ("tiny", "125m"), ("x_3", "b")))
     for cfg, (mix, model, name) in zip(seen, points, strict=True):
         overrides = [f"++data.mix.code={mix}", f"model={model}", f"name={name}", "seed=3"]
-        whole = composed(*overrides, "data.seq_len=${model.max_seq_len}")
+        whole = composed_cfg(*overrides, "data.seq_len=${model.max_seq_len}")
         assert cfg == OmegaConf.to_container(whole, resolve=True)
 
 
@@ -205,7 +205,7 @@ def test_first_rank_reports_errors_of_all(monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_stored_configuration_is_json_and_has_every_key() -> None:
     odd = ["name=x", "optimizer.max_grad_norm=inf", "++optimizer.options={a: -inf, b: nan}", "model.name='a\\${b}'"]
-    plain = to_plain(checked(composed("precision=fp16", "+data.mix={a: 1, b: 2.5}", "skip_batches=[3]", *odd)))
+    plain = to_plain(checked(composed_cfg("precision=fp16", "+data.mix={a: 1, b: 2.5}", "skip_batches=[3]", *odd)))
     assert json.loads(json.dumps(plain)) == plain and plain["optimizer"]["options"] == {"a": "-inf", "b": "nan"}
     assert plain["data"]["mix"] == {"a": 1.0, "b": 2.5} and plain["skip_batches"] == ["3"]
     assert plain["precision"]["compute"] == "fp16" and plain["parallel"]["pipeline_schedule"] == "1f1b"

@@ -11,7 +11,7 @@ from conf.schema import TrainConfig, to_config
 from corpus.config import TokenizerConfig
 from corpus.prepare import prepare
 from data.tokenizer import load_tokenizer
-from tests.conftest import composed, metrics, ran, trained
+from tests.conftest import composed_cfg, metrics, ran, trained
 from tests.corpora import RECORDS, lines, local, made
 from training.checkpoint import open_checkpoint
 from training.config import CheckpointError
@@ -102,7 +102,7 @@ def others(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path) -> dict[s
 
 def test_other_tokenizer(run_dir: Path, hf_dir: Path, tmp_path: Path, small: list[str], others: dict[str, str]) -> None:
     """Case 24."""
-    base: TrainConfig = to_config(composed(*small))
+    base: TrainConfig = to_config(composed_cfg(*small))
     fast = shutil.copytree(hf_dir, tmp_path / "hf", ignore=shutil.ignore_patterns("tokenizer.model"))
     for origin in (run_dir, open_checkpoint(run_dir).path, fast):  # a tokenizer.json is compared too
         for name in ("own", *others):

@@ -16,7 +16,7 @@ from launch import jobs
 from launch.jobs import Job, Point
 from launch.sweep import SweepError, run_points
 from parallel.config import ParallelConfig, ParallelError
-from tests.conftest import composed, ran, trained
+from tests.conftest import composed_cfg, ran, trained
 from tracking.run_folder import SWEEP_LOCK, locked
 from tracking.status import read_status
 from training.config import CheckpointError
@@ -30,7 +30,7 @@ def points(folder: Path, *overrides: str, command: str = "train") -> list[Point]
     varied = [f"optimizer.lr={r}" for r in RATES] if command == "train" else ["shard=0", "shard=1"]
     found = []
     for number, label in enumerate(varied):
-        cfg = composed(*overrides, label, command=command, return_hydra_config=True)
+        cfg = composed_cfg(*overrides, label, command=command, return_hydra_config=True)
         with open_dict(cfg):
             settings = data_settings(cfg.pop("hydra"))
         config, run_dir = checked(cfg), folder / f"point{number}"
@@ -129,13 +129,13 @@ def test_sweeps_and_points_do_not_share_a_folder(tmp_path: Path, small: list[str
 def test_vocabulary_length_and_mixture_are_reported_together(small: list[str]) -> None:
     wrong = ["model.vocab_size=128", "data.seq_len=128", "data.pack_len=128", "global_batch_tokens=512"]
     with pytest.raises(ConfigError) as error:
-        checked(composed(*small, *wrong))
+        checked(composed_cfg(*small, *wrong))
     length, vocabulary = str(error.value).splitlines()
     assert length.startswith("data.seq_len (128)") and vocabulary.endswith("pass model.vocab_size=1024")
     with pytest.raises(ConfigError, match=r"data.mix.fr: .*choose from code, prose"):
-        checked(composed(*small, "++data.mix.fr=1"))
+        checked(composed_cfg(*small, "++data.mix.fr=1"))
     with pytest.raises(ConfigError, match=r"model.vocab_size \(many\) must be a number"):
-        checked(composed(*small, "model.vocab_size=many"))
+        checked(composed_cfg(*small, "model.vocab_size=many"))
 
 
 def test_vocabulary_is_the_datas(small: list[str], tmp_path: Path) -> None:
@@ -148,9 +148,9 @@ def test_vocabulary_is_the_datas(small: list[str], tmp_path: Path) -> None:
         "stated": [*choices, prepared, "model.vocab_size=2000"],
         "quoted": [*choices, prepared, "model.vocab_size='2000'"],
     }
-    sizes = {name: checked(composed(*options)).model.vocab_size for name, options in found.items()}
+    sizes = {name: checked(composed_cfg(*options)).model.vocab_size for name, options in found.items()}
     assert sizes == {"prepared": 1024, "not prepared": 5120, "random": 384, "stated": 2000, "quoted": 2000}
-    assert checked(composed("model=7b", "data=random", "parallel.device=cpu")).model.vocab_size == 103168
+    assert checked(composed_cfg("model=7b", "data=random", "parallel.device=cpu")).model.vocab_size == 103168
 
 
 @pytest.mark.parametrize(("settings", "hint"), [([], True), (["precision.grad_dtype=fp32"], False)])

@@ -13,7 +13,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from conf.schema import to_object
-from tests.conftest import composed, trained
+from tests.conftest import composed_cfg, trained
 from tracking.store import Store, local_run
 from training.checkpoint import Checkpoints, open_checkpoint
 from training.config import CheckpointConfig, SaveError
@@ -106,5 +106,5 @@ def test_damaged_copy_is_not_taken(checkpoints: Checkpoints, tmp_path: Path, mon
 
 
 def test_unusable_addresses() -> None:
-    config = to_object(composed("data=random", "checkpoint.path=nowhere://x"))
+    config = to_object(composed_cfg("data=random", "checkpoint.path=nowhere://x"))
     assert [p for p in preflight_problems(config) if "Protocol not known: nowhere" in p]

@@ -251,7 +251,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_resumed(
         unchecked.setattr("training.resume.check_tensors", lambda *_: None)
         trained(tmp_path / "r", *settings, periodic=[Periodic(1, spoil)])
     trained(tmp_path / "r", *settings)
-    assert "model.norm.weight are not finite; set aside as step-00000010.corrupt" in caplog.text
+    assert "model.norm.weight on rank 0 is not finite; set aside as step-00000010.corrupt" in caplog.text
     trained(tmp_path / "whole", *settings)
     assert_same_run(tmp_path / "r", tmp_path / "whole")
 

@@ -12,13 +12,12 @@ from data.manifest import check_exists, check_fits
 from data.mixed_text import mixed_lines
 from data.tokenizer import load_tokenizer
 from launch.config import UserError, Where
-from launch.environment import joined_environment, visible_gpus, world_size
+from launch.environment import joined_environment, world_size
 from model.config import ModelError
 from parallel.axes import layout_problems
-from parallel.config import Device, no_fp8, no_graphs
 from tracking.run_folder import check_not_held, check_origin, check_stored_config, committed, run_dir_of
 from tracking.store import Store, is_address
-from training.config import CheckpointError, Fp8
+from training.config import CheckpointError
 from training.tasks import read_task
 
 
@@ -87,11 +86,6 @@ def check_run(config: TrainConfig | PrepareConfig, run_dir: Path, settings: str)
             check_origin(Path(config.init_from))
     if here and not joined_environment(os.environ):  # under torchrun or srun, rank 0 may have locked it already
         check_not_held(run_dir)
-    if here and (config.parallel.device is Device.cpu or not visible_gpus()):
-        if config.precision.fp8 is not Fp8.none:
-            raise no_fp8(config.precision.fp8.value, "cpu")
-        if config.parallel.cuda_graphs:
-            raise no_graphs("cpu")
     check_stored_config(run_dir, to_plain(config), config.checkpoint)
     if is_new:
         check_same_tokenizer(config)

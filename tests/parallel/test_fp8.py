@@ -2,7 +2,6 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -10,23 +9,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.config import Init, ModelConfig
 from model.transformer import Transformer
-from parallel.config import ActivationCheckpointing, ParallelConfig
+from parallel.config import ParallelConfig
 from parallel.fp8 import E4M3, E5M2, Fp8Linear, Fp8RowwiseLinear, to_fp8_both_ways
 from parallel.mesh import Mesh
 from parallel.parallelize import apply_fp8, compile_blocks, parallelize
-from tests.parallel.layouts import Case, build, run, steps_of, whole
+from tests.models import small_model
+from tests.parallel.layouts import Case, run, whole
 
 
 def relative(found: Tensor, exact: Tensor) -> float:
     return float((found.float() - exact).norm() / exact.norm())
 
 
-ON_DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-
-
-@ON_DEVICES
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_product_and_gradients_have_8_bit_precision(device: str) -> None:
     torch.manual_seed(0)
     exact = nn.Linear(96, 64).to(device)
@@ -75,10 +71,7 @@ def test_product_compiles_to_one_graph() -> None:
         torch.testing.assert_close(eager, compiled, rtol=2e-2, atol=1e-2)
 
 
-WIDE = ModelConfig(
-    name="wide", vocab_size=64, d_model=64, n_layers=1, n_heads=4, n_kv_heads=4, d_ff=96, max_seq_len=32,
-    init=Init.llama, attention_bias=True,
-)  # fmt: skip
+WIDE = small_model(d_model=64, n_layers=1, n_kv_heads=4, d_ff=96, attention_bias=True)
 
 
 def one_block(dtype: torch.dtype) -> Transformer:
@@ -101,44 +94,7 @@ def passes(model: Transformer, n_ranks: int = 1) -> tuple[Tensor, dict[str, Tens
     return out, {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
 
 
-def gradients(case: Case, mesh: Mesh, config: ParallelConfig) -> dict[str, Tensor]:
-    """Return the gradients of a step of a model that depends much on each product and each bias."""
-    with mock.patch("parallel.parallelize.check_fp8_device"):
-        engine = build(case, mesh, config)
-    generator = torch.Generator().manual_seed(1)
-    for param in engine.params.values():
-        scale = param.shape[-1] ** -0.5 if param.ndim > 1 else 1
-        param.write(torch.randn(param.shape, generator=generator) * scale)
-    found: dict[str, Tensor] = {}
-
-    def step(**_: Tensor) -> Tensor:
-        params: dict[str, Any] = engine.params
-        found.update({name: whole(param.laid_out(param.grad)) for name, param in params.items()})
-        return torch.zeros(2)
-
-    engine.optimizer.step = step  # type: ignore[method-assign]
-    engine.train_step(steps_of(case.n_micro_batches)[0][mesh.dp_rank :: mesh.dp_size])
-    return found
-
-
-fp8 = partial(Case, 2, "wide", n_micro_batches=2, dtype=torch.bfloat16, fp8="tensorwise")
-ZERO = {
-    "zero1": fp8(layout={"dp_shard": 2, "zero_stage": 1}),
-    "zero3_recomputed": fp8(
-        layout={"dp_shard": 2, "zero_stage": 3, "activation_checkpointing": ActivationCheckpointing.full}
-    ),
-}
-
-
-@pytest.mark.slow
-def test_gradients_under_zero_are_those_of_one_rank_but_for_the_sum(tmp_path: Path) -> None:
-    here = run(tmp_path, ZERO, 2, function=gradients)
-    alone = gradients(fp8(), Mesh(device=torch.device("cpu")), ParallelConfig())
-    for layout, found in here.items():
-        assert isinstance(found, dict), found
-        assert found.keys() == alone.keys()
-        for name, grad in alone.items():  # one rank adds its micro-batches in bf16
-            assert relative(found[name], grad) < 1e-2, (layout, name)
+fp8 = partial(Case, 2, "wide", dtype=torch.bfloat16, fp8="tensorwise")
 
 
 def tp_passes(case: Case, mesh: Mesh, config: ParallelConfig) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,6 +1,5 @@
 """Every layout trains like one process: losses, norms, weights and totals agree in float32 to 5e-6."""
 
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -15,6 +14,7 @@ from training.config import Reduction
 few = partial(Case, n_micro_batches=4)
 
 RECOMPUTED = {"activation_checkpointing": ActivationCheckpointing.full}
+SELECTIVE = {"activation_checkpointing": ActivationCheckpointing.selective}
 INTERLEAVED = {"pp": 2, "virtual_stages": 2, "pipeline_schedule": Schedule["interleaved_1f1b"]}
 
 ZERO = {
@@ -28,7 +28,7 @@ ZERO = {
     "hybrid3_4": Case(4, layout={"dp_replicate": 2, "dp_shard": 2, "zero_stage": 3}),
     "zero3_recomputed_2": Case(2, "biased", layout={**RECOMPUTED, "dp_shard": 2, "zero_stage": 3}),
     "row_mean_4": Case(4, reduction=Reduction.micro_batch_mean, layout={"dp_shard": 4, "zero_stage": 1}),
-    "aux_zero3_recomputed_2": Case(2, regularized=True, layout={**RECOMPUTED, "dp_shard": 2, "zero_stage": 3}),
+    "aux_zero3_selective_2": Case(2, regularized=True, layout={**SELECTIVE, "dp_shard": 2, "zero_stage": 3}),
     "one_rank_is_bad_4": Case(4, layout={"dp_shard": 4, "zero_stage": 2}, bad_rank=2),
     "one_rank_is_bad_tp_4": few(4, layout={"dp_shard": 2, "tp": 2, "zero_stage": 1}, bad_rank=3),
     "one_rank_is_bad_pp_4": Case(4, layout={"pp": 2, "dp_shard": 2, "zero_stage": 1}, bad_rank=1),
@@ -38,7 +38,7 @@ TENSOR = {
     "tp_4_biased": few(4, "biased", layout={"tp": 4}),
     "tp_2_no_sp": few(2, "biased", layout={"tp": 2, "sequence_parallel": False}),
     "tp_2_tied": few(2, "tied", layout={"tp": 2}),
-    "tp_zero1_4": few(4, "biased", layout={"dp_shard": 2, "tp": 2, "zero_stage": 1}),
+    "selective_tp_zero1_4": few(4, "biased", layout={**SELECTIVE, "dp_shard": 2, "tp": 2, "zero_stage": 1}),
     "aux_tp_ddp_4": few(4, regularized=True, layout={"dp_replicate": 2, "tp": 2}),
 }
 CONTEXT = {
@@ -71,7 +71,7 @@ MUON = {
 }  # fmt: skip
 shared = partial(Case, shares_memory=True)
 SHARED = {
-    "async_tp_2": shared(2, "biased", n_micro_batches=4, layout={"async_tp": True, "tp": 2}),
+    "async_tp_2": shared(2, "biased", n_micro_batches=4, layout={**SELECTIVE, "async_tp": True, "tp": 2}),
     "async_tp_4_aux": shared(4, regularized=True, n_micro_batches=4, layout={"async_tp": True, "tp": 4}),
     "async_tp_zero3_4": shared(
         4, "biased", n_micro_batches=4, layout={"async_tp": True, "dp_shard": 2, "tp": 2, "zero_stage": 3}
@@ -99,11 +99,19 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return run(tmp_path_factory.mktemp("ranks"), cases, max(case.world_size for case in cases.values()))
 
 
-@pytest.fixture(scope="module")
-def references() -> Callable[[Case], Outcome]:
-    """Return the steps of one process for a case."""
+@pytest.fixture
+def here(name: str, outcomes: dict[str, Outcome | str]) -> Outcome:
+    """The outcome of a case."""
+    found = outcomes[name]
+    assert isinstance(found, Outcome), found
+    return found
+
+
+@pytest.fixture
+def one(name: str) -> Outcome:
+    """The same steps in one process."""
     keys = ("model", "reduction", "n_micro_batches", "regularized", "optimizer", "normuon")
-    return lambda case: _alone(tuple((key, getattr(case, key)) for key in keys))
+    return _alone(tuple((key, getattr(CASES[name], key)) for key in keys))
 
 
 @cache
@@ -112,12 +120,7 @@ def _alone(settings: tuple[tuple[str, Any], ...]) -> Outcome:
 
 
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.bad_rank is None and n not in BF16])
-def test_layout_equals_one_process(
-    name: str, outcomes: dict[str, Outcome | str], references: Callable[[Case], Outcome]
-) -> None:
-    here = outcomes[name]
-    assert isinstance(here, Outcome), here
-    one = references(CASES[name])
+def test_equals_one_process(name: str, here: Outcome, one: Outcome) -> None:
     assert max(one.norms) > 0.3, "nothing was clipped"
     assert here.losses == pytest.approx(one.losses, rel=1e-6)
     assert here.norms == pytest.approx(one.norms, rel=5e-6)
@@ -133,21 +136,14 @@ def test_layout_equals_one_process(
 
 
 @pytest.mark.parametrize("name", list(BF16))
-def test_bf16_layout_learns_like_one_process_in_float32(
-    name: str, outcomes: dict[str, Outcome | str], references: Callable[[Case], Outcome]
-) -> None:
-    here = outcomes[name]
-    assert isinstance(here, Outcome), here
-    one = references(CASES[name])
+def test_bf16_learns_alike(here: Outcome, one: Outcome) -> None:
     assert here.losses == pytest.approx(one.losses, rel=5e-3)
     assert here.norms == pytest.approx(one.norms, rel=3e-2)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.bad_rank is not None])
-def test_all_ranks_skip_a_step_that_is_nonfinite_on_one(name: str, outcomes: dict[str, Outcome | str]) -> None:
+def test_all_ranks_skip_a_step_that_is_nonfinite_on_one(here: Outcome) -> None:
     """Case 40."""
-    here = outcomes[name]
-    assert isinstance(here, Outcome), here
     assert here.finite == [number != 2 for number in range(N_STEPS)]
     assert here.bad_layer == "blocks.1.mlp.w_up (forward)"
     assert all(torch.isfinite(weight).all() for weight in here.weights.values())

@@ -45,6 +45,7 @@ COMPILED = {
         dp_shard=2, zero_stage=3, activation_checkpointing=ActivationCheckpointing.full
     ),
     "tp": _compiled(tp=2),
+    "tp_selective": _compiled(tp=2, activation_checkpointing=ActivationCheckpointing.selective),
     "tp_no_sp": _compiled(tp=2, sequence_parallel=False),
     "async_tp": _compiled(tp=2, async_tp=True),
     "cp": _compiled(cp=2),
@@ -84,9 +85,7 @@ def test_layout_equals_one_gpu(name: str, tmp_path: Path, references: dict[str, 
 
 
 @pytest.mark.parametrize("name", list(COMPILED))
-def test_compiled_bf16_layout_learns_like_one_gpu(
-    name: str, tmp_path: Path, references: dict[str, Outcome | str]
-) -> None:
+def test_compiled_bf16_learns_like_one_gpu(name: str, tmp_path: Path, references: dict[str, Outcome | str]) -> None:
     here, one = _pair(name, tmp_path, references)
     assert here.losses == pytest.approx(one.losses, rel=1e-2)
     assert here.norms == pytest.approx(one.norms, rel=5e-2)

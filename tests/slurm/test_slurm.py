@@ -18,7 +18,7 @@ from launch import slurm
 from launch.config import LauncherConfig, Where
 from launch.jobs import Job, Outcome, Point, run_jobs
 from parallel.config import ParallelConfig, ParallelError
-from tests.conftest import ROOT, composed, ran, trained
+from tests.conftest import ROOT, composed_cfg, ran, trained
 from tests.slurm.cluster import lost, until, why_not
 from tests.test_train import assert_same_run
 from tracking.status import read_status
@@ -78,7 +78,7 @@ def test_outcomes_of_jobs_on_several_nodes(tmp_path: Path, capsys: pytest.Captur
 
 def training(run_dir: Path, settings: list[str], work: str = "train:work", *args: Any) -> Point:
     """Return a point that trains under these overrides, by `train.py` or by work that disturbs it."""
-    config = to_config(composed(*settings, "launcher=slurm", "launcher.poll_s=0.5", f"name={run_dir.name}"))
+    config = to_config(composed_cfg(*settings, "launcher=slurm", "launcher.poll_s=0.5", f"name={run_dir.name}"))
     run_dir.mkdir()
     job = Job(work, (config, run_dir, *args), run_dir, config.parallel, config.launcher)
     return Point(run_dir.name, job, {"name": run_dir.name})
