@@ -8,25 +8,21 @@ from typing import Any
 if __name__ == "__main__":  # no traceback on Ctrl-C during imports
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
 
-from conf.cli import checked, data_settings, report_user_errors, run
+from conf.cli import data_settings, run
 from conf.schema import PrepareConfig
 from tracking.logs import printable
 
 SAMPLE_TOKENS = 120
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="prepare_data")
-def main(cfg: DictConfig) -> None:
-    with report_user_errors():
-        try:
-            work(checked(cfg), data_settings(HydraConfig.get()))
-        except KeyboardInterrupt:
-            print("interrupted; run the same command to continue", file=sys.stderr)
-            raise
+def main(config: PrepareConfig) -> None:
+    try:
+        work(config, data_settings(HydraConfig.get()))
+    except KeyboardInterrupt:
+        print("interrupted; run the same command to continue", file=sys.stderr)
+        raise
 
 
 def work(config: PrepareConfig, settings: str = "with the data settings of this command") -> None:

@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":  # no traceback on Ctrl-C during imports
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
 
-from conf.cli import checked, data_settings, report_user_errors, run
+from conf.cli import data_settings, run
 from conf.schema import TrainConfig, to_plain
 from launch.ranks import launch
 from launch.sweep import removed_if_unused
@@ -30,11 +28,9 @@ if TYPE_CHECKING:
     from training.stop import StopRequest
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def main(cfg: DictConfig) -> float | None:
+def main(config: TrainConfig) -> float | None:
     run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
-    with report_user_errors(), removed_if_unused(run_dir):
-        config: TrainConfig = checked(cfg)
+    with removed_if_unused(run_dir):
         if config.dry_run.enabled:
             from dry_run.run import run_dry_run
 

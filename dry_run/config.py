@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from launch.config import unless
+
 
 @dataclass(kw_only=True, slots=True)
 class DryRunConfig:
@@ -31,10 +33,6 @@ class DryRunConfig:
     workspace_mib: int = 64  # of cuBLAS
 
     def problems(self) -> Iterator[str]:
-        for key in ("world_size", "devices_per_node"):
-            if getattr(self, key) < 1:
-                yield f"dry_run.{key} ({getattr(self, key)}) must be at least 1"
-        efficiencies = ("flops_efficiency", "attention_efficiency", "fp8_efficiency", "memory_efficiency")
-        for key in (*efficiencies, "overlap"):
-            if not 0 <= getattr(self, key) <= 1:
-                yield f"dry_run.{key} ({getattr(self, key)}) must be from 0 to 1"
+        yield from unless(self, "dry_run", "at least 1", lambda x: x >= 1, "world_size", "devices_per_node")
+        shares = ("flops_efficiency", "attention_efficiency", "fp8_efficiency", "memory_efficiency", "overlap")
+        yield from unless(self, "dry_run", "from 0 to 1", lambda x: 0 <= x <= 1, *shares)

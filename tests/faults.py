@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from hydra import compose, initialize_config_dir
 
-from conf.cli import CONF
-from conf.schema import register, to_config
+from conf.schema import to_config
 from launch.ranks import launch
+from tests.conftest import composed_cfg
 
 MOMENTS = {  # what of a rank is interrupted
     "step": "training.state:TrainState.take_batch",
@@ -23,10 +22,8 @@ MOMENTS = {  # what of a rank is interrupted
 
 def disturbed(folder: Path, fault: str, settings: list[str], *, moment: str = "step", rank: int = 1, n: int = 4) -> Any:
     """Train on two ranks in `folder`; a fault, a function of this module, comes over one at a moment's n-th time."""
-    register()
     two = ["parallel=ddp", "parallel.nproc_per_node=2", "parallel.threads=1", f"name={folder.name}"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = to_config(compose("train", overrides=[*settings, *two]))
+    config = to_config(composed_cfg(*settings, *two))
     folder.mkdir(exist_ok=True)
     return launch(_work, config, folder, fault, moment, rank, n, config=config.parallel)
 

@@ -53,7 +53,8 @@ def test_sweeps_over_text(monkeypatch: pytest.MonkeyPatch) -> None:
     typed = ["data=local", "-m", 'data.path="a, b",/data/it\'s ,007', "skip_batches=[1,2],[3]", "name=x_${seed}"]
     typed += ["data.name=choice(a,b)", "data.seq_len=64", 'scheduler="wsd",cosine']
     monkeypatch.setattr(sys, "argv", ["train.py", *typed])
-    run(lambda: None, "train")
+    monkeypatch.setattr("conf.cli.hydra_main", lambda **_: lambda _: lambda: None)
+    run(lambda _: None, "train")
     assert sys.argv[1] == "-m", "Hydra wants its flags before the settings"
     (points,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(sys.argv[2:]), None)
     with initialize_config_dir(str(CONF), version_base="1.3"):

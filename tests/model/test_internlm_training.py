@@ -122,7 +122,7 @@ def test_merged_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: st
     write(folder, model, kind, *layout)
     export.import_model(ExportConfig(from_internlm=str(folder), out=str(tmp_path / "run")))
     monkeypatch.setattr("model.hf.verify.verify", lambda *_, **__: "")
-    export.export(tmp_path / "run", ExportConfig(run=str(tmp_path / "run"), out=str(tmp_path / "hf"), dtype=Dtype.fp32))
+    export.export(ExportConfig(run=str(tmp_path / "run"), out=str(tmp_path / "hf"), dtype=Dtype.fp32))
     tokens = torch.arange(48).reshape(2, 24)
     with torch.no_grad():
         expected = model(tokens)
