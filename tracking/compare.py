@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tracking.logs import folder_command
 from tracking.metrics_file import METRICS, Curve, loss_curve, read_records, smoothed
-from tracking.plot import figure
+from tracking.plot import figure, log_scale
 from tracking.run_folder import changed_keys, is_held
 from tracking.status import read_status
 from training.config import CheckpointError
@@ -25,6 +25,7 @@ MOST_KEYS = 12  # settings in table and plots
 MOST_LABELS = 20  # curves in a legend
 SCORE = re.compile(r"evaluation/(.+)/(acc|acc_norm|bpb)")
 WIDE_RANGE = 8.0  # ratio of values from which an axis is logarithmic
+OF_TRAINING = "*: training loss, smoothed, of a run without a validation"
 
 
 @dataclass
@@ -44,6 +45,9 @@ class Run:
         curve = self.valid or self.train
         return math.inf if self.state == "diverged" else curve[-1][1] if curve else None
 
+    def shown_loss(self) -> str:
+        return _shown(self.loss, ".4f") + ("*" if self.train and not self.valid and self.state != "diverged" else "")
+
     def progress(self) -> list[str]:
         """Return tokens and steps, done and planned."""
         return [f"{self.last.get('tokens', 0):,}", f"{self.last.get('step', 0)}/{self.config['steps']}"]
@@ -58,13 +62,17 @@ class Run:
 
 def compare(folder: Path) -> str:
     """Print the table of the runs in a folder, best first; write it and plots to files; return the table."""
-    runs = sorted(read_runs(folder), key=lambda run: (run.state != "finished", run.loss or math.inf, run.name))
+
+    def rank(run: Run) -> tuple:
+        return run.state != "finished", not run.valid, run.loss or math.inf, run.name
+
+    runs = sorted(read_runs(folder), key=rank)
     keys = swept_keys(runs)
     notes = [f"{run.name}: {run.reason.splitlines()[0]}" for run in runs if run.state == "failed" and run.reason]
     if len(keys) > MOST_KEYS:
         notes.append(f"{len(keys) - MOST_KEYS} more settings differ; see config.yaml in the runs' folders")
         keys = sorted(keys, key=lambda key: (key != "name", not key.endswith(".name")))[:MOST_KEYS]
-    text = "\n".join([*aligned(table(runs, keys)), *notes])
+    text = "\n".join([*aligned(table(runs, keys)), *footnote(runs), *notes])
     print(text, flush=True)
     out = folder / "compare"
     out.mkdir(exist_ok=True)
@@ -79,7 +87,7 @@ def read_runs(folder: Path) -> list[Run]:
     """Read all runs in or below a folder; raise `CheckpointError` if there is none."""
     found = sorted(path.parent for path in folder.glob("**/status.json") if read_status(path.parent))
     if not found:
-        raise CheckpointError(f"there is no run in {folder}; name a sweep's folder, such as runs/lr_sweep")
+        raise CheckpointError(f"there is no run in {folder}; name the folder of a run or sweep, such as runs/demo")
     return [_read(path, folder) for path in found]
 
 
@@ -120,9 +128,10 @@ def table(runs: Sequence[Run], keys: Sequence[str]) -> list[list[str]]:
     names = [SCORE.sub(r"\1 \2", key) for key in scores]
     rows = [[*(short_names(keys) or ["run"]), "loss", "bits/byte", *names, "tok/s/gpu", "tokens", "step", "state"]]
     for run in runs:
-        figures = [run.loss, *(run.last.get(key) for key in ("valid/bits_per_byte", *scores))]
+        figures = [run.last.get(key) for key in ("valid/bits_per_byte", *scores)]
         cells = [_shown(run.value(key), "g") for key in keys] or [run.name]
-        cells += [*(_shown(value, ".4f") for value in figures), _shown(run.last.get("perf/tgs_all"), ",.0f")]
+        cells += [run.shown_loss(), *(_shown(value, ".4f") for value in figures)]
+        cells.append(_shown(run.last.get("perf/tgs_all"), ",.0f"))
         rows.append([*cells, *run.progress(), run.state])
     return rows
 
@@ -143,6 +152,10 @@ def aligned(rows: list[list[str]]) -> list[str]:
     return ["  ".join([*map(str.rjust, row[:-1], widths), row[-1]]) for row in rows]
 
 
+def footnote(runs: Sequence[Run]) -> list[str]:
+    return [OF_TRAINING] if any("*" in run.shown_loss() for run in runs) else []
+
+
 def draw(runs: Sequence[Run], keys: Sequence[str], out: Path) -> list[str]:
     """Plot runs that have a loss; return the names of the files.
 
@@ -155,12 +168,11 @@ def draw(runs: Sequence[Run], keys: Sequence[str], out: Path) -> list[str]:
         return []
     by_name, keys = not keys or "name" in keys, [key for key in keys if key != "name"]
     names = dict(zip(keys, short_names(keys), strict=True))
-    colors = {run.name: colormaps["viridis"](0.9 * i / len(runs)) for i, run in enumerate(runs)}
     with figure(out / "loss.png", 11) as (axes,):
         for i, run in enumerate(runs):
-            varied = ", ".join(f"{names[key]} {_shown(run.value(key), 'g')}" for key in keys)
-            label = _short(run.name if by_name else varied) + ("" if run.state == "finished" else f" ({run.state})")
-            color = colors[run.name]
+            label = _short(run.name) if by_name else _values(run, names)
+            label += "" if run.state == "finished" else f" ({run.state})"
+            color = colormaps["viridis"](0.9 * i / len(runs))
             axes.plot(*zip(*run.train, strict=True), color=color, label=label if i < MOST_LABELS else None)
             axes.plot(*zip(*run.valid or [((), ())], strict=True), "o", color=color, markersize=4)
         best = f"; the best {MOST_LABELS} are named" if len(runs) > MOST_LABELS else ""
@@ -169,8 +181,8 @@ def draw(runs: Sequence[Run], keys: Sequence[str], out: Path) -> list[str]:
     panels = keys or ["seed"]
     with figure(out / "final.png", 5, len(panels)) as row:
         for axes, key in zip(row, panels, strict=True):
-            axes.set(xlabel=names.get(key, key), title="last loss (o finished, x not)")
-            _draw_final(axes, runs, key, colors, [other for other in keys if other != key])
+            axes.set(xlabel=names.get(key, key), title="last loss (o finished, x not; ringed: the best)")
+            _draw_final(axes, runs, key, {other: name for other, name in names.items() if other != key})
     mixed = [run for run in runs if run.state == "finished" and run.value("data.mix")]
     if not mixed or not any(key.startswith("data.mix") for key in keys):
         return ["loss.png", "final.png"]
@@ -185,24 +197,42 @@ def draw(runs: Sequence[Run], keys: Sequence[str], out: Path) -> list[str]:
     return ["loss.png", "final.png", "mix.png"]
 
 
-def _draw_final(axes: "Axes", runs: Sequence[Run], key: str, colors: dict[str, Any], others: Sequence[str]) -> None:
-    """Plot last losses over the values of a key, with lines through finished runs that agree in all `others`."""
+def _values(run: Run, names: dict[str, str]) -> str:
+    """Return a run's values of the keys in `names`, by these names."""
+    return _short(", ".join(f"{name} {_shown(run.value(key), 'g')}" for key, name in names.items()))
+
+
+def _draw_final(axes: "Axes", runs: Sequence[Run], key: str, others: dict[str, str]) -> None:
+    """Plot last losses over the values of a key.
+
+    Lines join finished runs that agree in all `others` (names by key), and are labelled with the values of these; the
+    best run of each is ringed. `runs` are sorted, the best first.
+    """
+    from matplotlib import colormaps
+
     values = [run.value(key) for run in runs]
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     if not numeric:
         values = [_short(str(value)) for value in values]  # matplotlib plots strings as categories
         axes.tick_params("x", rotation=90, labelsize="small")
     elif min(values) > 0 and max(values) / min(values) >= WIDE_RANGE:
-        axes.set_xscale("log")
-    lines: dict[str, list[tuple[Any, float | None]]] = {}
+        log_scale(axes)
+    lines: dict[str, list[tuple[Any, Run]]] = {}
     for value, run in zip(values, runs, strict=True):
-        finished = run.state == "finished"
-        if finished and numeric:
-            lines.setdefault(str([run.value(other) for other in others]), []).append((value, run.loss))
-        loss: Any = run.loss  # None is not plotted
-        axes.plot(value, loss, "o" if finished else "x", color=colors[run.name], zorder=2)
-    for line in lines.values():
-        axes.plot(*zip(*sorted(line), strict=True), color="0.7", zorder=1)
+        lines.setdefault(str([run.value(other) for other in others]), []).append((value, run))
+    named = 1 < len(lines) < len(runs) and len(lines) <= MOST_LABELS
+    for number, line in enumerate(lines.values()):
+        color = colormaps["viridis"](0.9 * number / len(lines)) if named else "tab:blue"
+        for value, run in line:
+            loss: Any = run.loss  # None is not plotted
+            axes.plot(value, loss, "o" if run.state == "finished" else "x", color=color)
+        done = [(value, run.loss) for value, run in line if run.state == "finished"]
+        if len(done) > 1:
+            axes.plot(*done[0], "o", color=color, markersize=12, fillstyle="none")
+        joined = sorted(done) if numeric and done else [((), ())]
+        axes.plot(*zip(*joined, strict=True), color=color, label=_values(line[0][1], others))
+    if named:
+        axes.legend(fontsize="small")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,8 @@ def quiet_pipe() -> Iterator[None]:
 def folder_command(work: Callable[[Path], object], prog: str, doc: str | None, default: str | None = None) -> None:
     """Run a command whose argument is a folder of runs; print errors without a traceback."""
     parser = argparse.ArgumentParser(description=doc, prog=f"python -m {prog}")
-    parser.add_argument("folder", type=Path, nargs="?" if default else None, default=default, help="such as runs/demo")
+    shown = "of a run, or of several" + (f" (default: {default})" if default else "")
+    parser.add_argument("folder", type=Path, nargs="?" if default else None, default=default, help=shown)
     escape_unprintable()
     try:
         with quiet_pipe():

@@ -24,7 +24,7 @@ def figure(picture: Path, width: float = 8.0, plots: int = 1) -> Iterator[list["
 
     columns = min(plots, 4)
     rows = -(-plots // columns)
-    with rc_context({"text.parse_math": False}), catch_warnings():  # names may have a $
+    with rc_context({"text.parse_math": False}), catch_warnings():  # names may have a $; see `log_scale`
         filterwarnings("ignore", "Glyph .* missing from font")  # names in other scripts
         drawing = Figure(figsize=(width * columns, 4.5 * rows), dpi=120, layout="constrained")
         found = [drawing.add_subplot(rows, columns, n + 1, ylabel="loss (nats per token)") for n in range(plots)]
@@ -32,6 +32,15 @@ def figure(picture: Path, width: float = 8.0, plots: int = 1) -> Iterator[list["
             axes.grid(alpha=0.3)
         yield found
         drawing.savefig(picture)
+
+
+def log_scale(axes: "Axes") -> None:
+    """Make the x axis logarithmic, with labels that are no formulas, unlike matplotlib's."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(LogFormatter())
+    axes.xaxis.set_minor_formatter(LogFormatter())
 
 
 def plot_loss(metrics: Path, picture: Path) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from conf.ladder import n_params
 from tracking.compare import aligned, read_runs
 from tracking.logs import folder_command
-from tracking.plot import figure
+from tracking.plot import figure, log_scale
 from training.config import CheckpointError
 
 EXPONENTS = np.geomspace(0.03, 1.5, 120)
@@ -103,7 +103,8 @@ def report(folder: Path) -> str:
         axes.plot(sizes, [law.loss(n, n * ratio) for n in sizes], color="0.6", label=str(law))
         axes.plot([point.n_params for point in points], [point.loss for point in points], "o", label="runs")
         axes.plot(size, law.loss(size, tokens), "x", label="the next size, predicted")
-        axes.set(xscale="log", xlabel="parameters of blocks and head")
+        axes.set_xlabel("parameters of blocks and head")
+        log_scale(axes)
         axes.legend(fontsize="small")
     page = f"```\n{text}\n```\n\n![loss over size](scaling_law.png)\n"
     (folder / "scaling_law.md").write_text(page, encoding="utf-8")

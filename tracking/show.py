@@ -16,6 +16,9 @@ def show(run_dir: Path) -> str:
     import plotext
 
     (run,) = read_runs(run_dir)[:1]
+    title = f"{run.name}: {run.state}, step {run.progress()[1]}"
+    if not run.train:
+        return "\n".join(line for line in (title, run.reason) if line)
     plotext.clear_figure()
     plotext.theme("clear")
     plotext.plot_size(*(plotext.terminal_size() if sys.stdout.isatty() else (100, 25)))
@@ -23,7 +26,7 @@ def show(run_dir: Path) -> str:
     for curve, label, marker in ((train, "train, smoothed", "hd"), (run.valid, "validation", "o")):
         if points := [point for point in curve if isfinite(point[1])]:
             plotext.plot(*map(list, zip(*points, strict=True)), label=label, marker=marker)
-    plotext.title(f"{run.name}: {run.state}, step {run.progress()[1]}")
+    plotext.title(title)
     plotext.xlabel("tokens")
     drawing = plotext.build() if sys.stdout.isatty() else plotext.uncolorize(plotext.build())
     rows: dict[int, dict[str, float | None]] = {}

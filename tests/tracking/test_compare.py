@@ -77,6 +77,14 @@ def test_a_diverged_run_is_last_whatever_it_was_before(tmp_path: Path) -> None:
     assert rows[2][2] == "-", "the bits per byte are the last validation's"
 
 
+def test_training_and_validation_losses_are_not_ranked_together(tmp_path: Path) -> None:
+    for seed, validated in enumerate([{"valid/loss": 3.0}, {}]):
+        written(tmp_path / str(seed), [2.0], {"step": 1, **validated}, seed=seed)
+    _, *rows, note = compare(tmp_path).splitlines()
+    assert [row.split()[:2] for row in rows] == [["0", "3.0000"], ["1", "2.0000*"]] and note[0] == "*"
+    assert "2.0000*" in list_runs(tmp_path) and note in list_runs(tmp_path)
+
+
 def test_unrelated_runs_go_by_their_names(tmp_path: Path, axes: list[Axes]) -> None:
     for i in range(25):
         values = [i, rf"$\q{i}$", f"/a/long/path/to/a/corpus/that/is/somewhere/{i}", True]
@@ -109,10 +117,15 @@ def test_lines_join_runs_that_differ_in_one_key(tmp_path: Path, axes: list[Axes]
             written(tmp_path / f"{seed},{rate}", [rate + seed], seed=seed, optimizer={"lr": rate})
     compare(tmp_path)
     _, *final = axes
-    grey = [[line for line in panel.lines if line.get_color() == "0.7"] for panel in final]
-    lines = [[np.asarray(line.get_xdata()).tolist() for line in panel] for panel in grey]
-    assert lines == [[[0.1, 0.2, 1.0]] * 2, [[1, 2]] * 3]
+    xdata = [[np.asarray(line.get_xdata()).tolist() for line in panel.lines] for panel in final]
+    assert [[x for x in panel if len(x) > 1] for panel in xdata] == [[[0.1, 0.2, 1.0]] * 2, [[1, 2]] * 3]
+    rings = [[line for line in panel.lines if line.get_fillstyle() == "none"] for panel in final]
+    assert [[float(np.asarray(ring.get_xdata())[0]) for ring in panel] for panel in rings] == [[0.1] * 2, [1] * 3]
+    legends = [[text.get_text() for text in panel.get_legend().get_texts()] for panel in final]  # type: ignore[union-attr]
+    assert legends == [["seed 1", "seed 2"], ["lr 0.1", "lr 0.2", "lr 1"]]
     assert [panel.get_xscale() for panel in final] == ["log", "linear"], "a factor of ten, and of two"
+    ticks = [tick.get_text() for tick in final[0].get_xticklabels()]
+    assert "1" in ticks and not any("$" in tick for tick in ticks), "formulas are not drawn, for names may have a $"
 
 
 def test_a_run_is_plotted_with_its_evaluations(tmp_path: Path) -> None:
@@ -127,15 +140,24 @@ def test_a_run_is_plotted_with_its_evaluations(tmp_path: Path) -> None:
     assert table == [["step", "valid/loss", "own/acc"], ["500", "3.2500", "0.5000"], ["1,000", "-", "-"]]
 
 
-def test_all_runs_are_listed_the_last_first(tmp_path: Path) -> None:
+def test_a_run_without_steps_is_shown_with_its_reason(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="boom"), Status(tmp_path, {"steps": 1}):
+        raise ValueError("boom")
+    assert show(tmp_path) == f"{tmp_path.name}: failed, step 0/1\nValueError: boom"
+
+
+def test_all_runs_are_listed_the_last_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in (("a", 360.0), ("b", 720.0)):
         folder = written(tmp_path / name, [4.0], {"step": 4, "perf/step_s": seconds, "valid/loss": 3.5})
         (folder / ".hydra").mkdir()
-        (folder / ".hydra" / "overrides.yaml").write_text(f"- name={name}\n- optimizer.lr=1e-3\n")
+        (folder / ".hydra" / "overrides.yaml").write_text(f"- name={name}\n- ++data.mix.code=3\n")
     header, last, first = (line.split() for line in list_runs(tmp_path).splitlines())
     assert header == ["run", "state", "loss", "tokens", "step", "hours", "started", "with"]
-    assert last == ["b", "finished", "3.5000", "400", "4/1", "0.80", "name=b", "optimizer.lr=1e-3"]
+    assert last == ["b", "finished", "3.5000", "400", "4/1", "0.80", "name=b", "data.mix.code=3"]
     assert first[0] == "a" and first[5] == "0.40"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    assert {len(line) for line in list_runs(tmp_path).splitlines()} == {40}
 
 
 def test_a_comparison_has_the_scores_of_tasks_and_draws_mixtures(tmp_path: Path, axes: list[Axes]) -> None:
