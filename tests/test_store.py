@@ -12,8 +12,10 @@ import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
+import train
 from conf.schema import to_object
-from tests.conftest import composed_cfg, trained
+from tests.conftest import composed, composed_cfg, trained
+from tracking.status import read_status
 from tracking.store import Store, local_run
 from training.checkpoint import Checkpoints, open_checkpoint
 from training.config import CheckpointConfig, SaveError
@@ -105,6 +107,17 @@ def test_damaged_copy_is_not_taken(checkpoints: Checkpoints, tmp_path: Path, mon
     assert newest is not None and newest.read("model.")["a"].tolist() == [1] * 9
 
 
+def test_finished_run_is_restored_as_finished(tmp_path: Path, small: list[str]) -> None:
+    config, found = composed("name=r", *small, "steps=2", f"checkpoint.path=file://{tmp_path}/far"), []
+    for _ in range(2):
+        train.work(config, tmp_path / "r")
+        found.append({key: read_status(tmp_path / "r")[key] for key in ("state", "valid_loss")})
+        shutil.rmtree(tmp_path / "r")
+    assert found[0] == found[1] and found[1]["state"] == "finished" and found[1]["valid_loss"] > 0
+
+
 def test_unusable_addresses() -> None:
     config = to_object(composed_cfg("data=random", "checkpoint.path=nowhere://x"))
     assert [p for p in preflight_problems(config) if "Protocol not known: nowhere" in p]
+    in_memory = to_object(composed_cfg("data=random", "checkpoint.path=memory://x"))
+    assert [p for p in preflight_problems(in_memory) if "checkpoint.path (memory://x)" in p]

@@ -44,6 +44,8 @@ class Store:
             self.fs, self.root = url_to_fs(self.address, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise CheckpointError(f"checkpoint.path ({address}): {error}") from error
+        if self.fs.protocol == "memory":
+            raise CheckpointError(f"checkpoint.path ({address}) lives in one process; use file:// or an object store")
 
     def names(self) -> list[str]:
         """Return the names of checkpoints, oldest first."""
