@@ -32,10 +32,13 @@ def work(config: EvaluateConfig) -> dict[str, float]:
     """Run one rank of an evaluation; log, store and return the scores."""
     from parallel.mesh import distributed
     from tracking.logs import screen
+    from tracking.store import local_run
     from training.load import open_saved
+    from training.ranks import Ranks
 
     with distributed(config.parallel) as mesh, screen(logging.WARNING if mesh.rank else logging.INFO):
-        saved = open_saved(Path(str(config.run or config.hf)), config.step)
+        origin = Ranks(mesh.host).on_first(lambda: local_run(str(config.run or config.hf), config.step))
+        saved = open_saved(origin, config.step)
         metrics = evaluate(config, saved, mesh)
         mesh.on_rank_zero(store, config, saved, metrics)
     return metrics

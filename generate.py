@@ -4,7 +4,6 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +15,17 @@ from conf.schema import GenerateConfig
 from data.tokenizer import INCOMPLETE, Tokenizer
 from model.config import ModelError
 from parallel.config import Device
+from tracking.logs import printable
 
 if TYPE_CHECKING:
     from corpus.chat import Messages
 
 Job = tuple[int, str, int]  # number of a prompt, its text, number of the sample
-show = partial(print, end="", flush=True)
+
+
+def show(text: str) -> None:
+    """Print text, on a terminal without what would control it."""
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def main(config: GenerateConfig) -> None:
@@ -40,7 +44,7 @@ def main(config: GenerateConfig) -> None:
         batch = jobs[start : start + config.batch_size]
         for (number, text, sample), new in zip(batch, writer.write(batch), strict=True):
             shown = f"{text}\n{new}" if config.chat else text + new
-            print(f"--- prompt {number + 1}, sample {sample + 1}\n{shown}\n", flush=True)
+            show(f"--- prompt {number + 1}, sample {sample + 1}\n{shown}\n\n")
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:

@@ -228,7 +228,9 @@ class CommandLine:
         return valid
 
     def _describe(self, override: Override, error: Exception) -> str:
-        cause = _cause(error)
+        cause, key = _cause(error), override.key_or_group
+        if "is not a ListConfig" in str(cause):
+            return f"{key} ({override.value()}) must be a list, such as [{override.value()}]"
         if not isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
             return f"{override.input_line}: {_message(error).removeprefix(f'{override.key_or_group}: ')}"
         meant = " or ".join(similar_keys(override.key_or_group, SCHEMAS[self.command]))

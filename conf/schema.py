@@ -270,7 +270,7 @@ class EvaluateConfig(RunOrHfConfig):
         if self.harness and importlib.util.find_spec("lm_eval") is None:
             yield f"harness ({', '.join(self.harness)}) needs lm-evaluation-harness: pip install lm-eval"
         if not (self.tasks or self.harness) and (self.hf is not None or self.valid_tokens == 0):
-            yield "tasks is empty, so there is nothing to evaluate; name some, such as tasks=[builtin]"
+            yield "tasks is empty, and the validation split needs run=; name some, such as tasks=[builtin]"
 
 
 def _below(section: object, least: int, *keys: str) -> Iterator[str]:

@@ -56,6 +56,13 @@ def test_command_streams_the_prompt_and_its_continuation(run_dir: Path) -> None:
     assert done.stdout == PROMPT + texts(settings(run_dir), [PROMPT])[0] + "\n"
 
 
+def test_text_cannot_control_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for is_terminal in (False, True):
+        monkeypatch.setattr("sys.stdout.isatty", lambda is_terminal=is_terminal: is_terminal)
+        generate.show("\x1b[2J\n")
+    assert capsys.readouterr().out == "\x1b[2J\n\\x1b[2J\n"
+
+
 def test_export_writes_the_same_text(run_dir: Path, hf_dir: Path) -> None:
     for changes in ({"temperature": 0.0}, {"seed": 3}):
         from_hf = settings(run_dir, run=None, hf=str(hf_dir), **changes)

@@ -12,14 +12,16 @@ import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
+import evaluate
 import train
-from conf.schema import to_object
+from conf.schema import EvaluateConfig, to_object
+from parallel.config import Device, ParallelConfig
 from tests.conftest import composed, composed_cfg, trained
 from tracking.status import read_status
 from tracking.store import Store, local_run
 from training.checkpoint import Checkpoints, open_checkpoint
 from training.config import CheckpointConfig, SaveError
-from training.preflight import preflight_problems
+from training.preflight import check_run, preflight_problems
 
 
 @pytest.fixture
@@ -114,6 +116,22 @@ def test_finished_run_is_restored_as_finished(tmp_path: Path, small: list[str]) 
         found.append({key: read_status(tmp_path / "r")[key] for key in ("state", "valid_loss")})
         shutil.rmtree(tmp_path / "r")
     assert found[0] == found[1] and found[1]["state"] == "finished" and found[1]["valid_loss"] > 0
+
+
+def test_copied_run_is_evaluated_and_initialises_another(
+    tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trained(tmp_path / "r", *small, "steps=2", f"checkpoint.path=file://{tmp_path}/far")
+    parallel = ParallelConfig(device=Device.cpu)
+    found = evaluate.work(EvaluateConfig(run=f"file://{tmp_path}/far/r", parallel=parallel, valid_tokens=64))
+    assert found["valid/loss"] > 0 and (tmp_path / "runs" / "r" / "evaluation.json").exists()
+    shutil.rmtree("runs")
+    config = composed("name=s", *small, "steps=1", "optimizer.lr=1e-12", f"init_from=file://{tmp_path}/far/r")
+    check_run(config, tmp_path / "s", "")
+    train.work(config, tmp_path / "s")
+    one, other = (open_checkpoint(tmp_path / name).read("model.") for name in ("r", "s"))
+    assert all(torch.allclose(tensor, other[name], atol=1e-8) for name, tensor in one.items())
 
 
 def test_unusable_addresses() -> None:

@@ -83,7 +83,7 @@ def check_run(config: TrainConfig | PrepareConfig, run_dir: Path, settings: str)
         check_exists(config.data, settings)
         for name in config.evaluate.tasks:
             read_task(name)
-        if config.init_from is not None and is_new:
+        if config.init_from is not None and is_new and not is_address(config.init_from):
             check_origin(Path(config.init_from))
     if here and not joined_environment(os.environ):  # under torchrun or srun, rank 0 may have locked it already
         check_not_held(run_dir)

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from data.dataset import Corpus
 from model.hf.families import pad_vocabulary, read_config, read_weights
 from parallel.engine import Engine
 from tracking.run_folder import check_changes, check_origin, check_same_model
+from tracking.store import local_run
 from training.agreement import check_tensors
 from training.checkpoint import PER_RANK, Checkpoint, Checkpoints, open_checkpoint
 from training.config import CheckpointError, DamagedError, OnSaveError, SchedulerConfig, TrainingError
@@ -153,7 +155,8 @@ class RunCheckpoints:
         Raises `CheckpointError` if configuration or data have changed.
         """
         if self.checkpoints.newest(self._resume) is None and self.config.init_from is not None:
-            self._initialise(Path(self.config.init_from))
+            origin = self.config.init_from
+            self._initialise(self.ranks.on_first(lambda: local_run(origin)))
         self.saved_step = self.state.step
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -198,7 +201,7 @@ class RunCheckpoints:
         if "all" in content:
             content = {"model", "optimizer", "scheduler", "sampler"}
         check_origin(path)
-        check_same_tokenizer(self.config)
+        check_same_tokenizer(replace(self.config, init_from=str(path)))
         other = None if (path / "config.json").exists() else open_checkpoint(path, self.checkpoints.ranks)
         model = to_plain(read_config(path)[0]) if other is None else other.state["config"]["model"]
         path = path if other is None else other.path
