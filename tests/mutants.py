@@ -53,7 +53,7 @@ MUTANTS = [
     Mutant(7, FOLDER, "            self.failing = True", "            self.kept = b''", "tests/test_full_disk.py::test_a_disk_that_is_full_for"),
     Mutant(8, SAVE, '        write_atomically(begun, "")\n', "", f"{SAVES}::test_a_folder_that_cannot"),
     Mutant(9, "training/resume.py", "        self.note_saved(wait=True)\n        if self.saved_step",
-           "        self.note_saved()\n        if self.saved_step", f"{BEHIND}::test_two_saves"),
+           "        self.note_saved()\n        if self.saved_step", "tests/training/test_slow_save.py::test_a_save_under"),
     Mutant(10, SAVE, '    except OSError as error:\n        logger.warning("%s could not be removed',
            '    except KeyError as error:\n        logger.warning("%s could not be removed',
            f"{GUARDS}::test_what_cannot"),
