@@ -119,9 +119,9 @@ def poison() -> None:
 
     run_one = Engine._run_one
 
-    def once(self: Engine, batch: Any, _weight: Any, *more: Any) -> None:
+    def once(self: Engine, batch: Any, weight: Any, sums: Any, position: Any) -> None:
         Engine._run_one = run_one
-        run_one(self, batch, float("nan"), *more)
+        run_one(self, batch, weight * float("nan"), sums, position)
 
     Engine._run_one = once
 
