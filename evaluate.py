@@ -9,10 +9,7 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":  # no traceback on Ctrl-C during imports
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import hydra
-from omegaconf import DictConfig
-
-from conf.cli import checked, report_user_errors, run
+from conf.cli import run
 from conf.schema import EvaluateConfig, stored
 from launch.ranks import launch
 from model.config import ModelError
@@ -27,11 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
-def main(cfg: DictConfig) -> None:
-    with report_user_errors():
-        config: EvaluateConfig = checked(cfg)
-        launch(work, config, config=config.parallel)
+def main(config: EvaluateConfig) -> None:
+    launch(work, config, config=config.parallel)
 
 
 def work(config: EvaluateConfig) -> dict[str, float]:

@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":  # no traceback on Ctrl-C during imports
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import hydra
-from omegaconf import DictConfig
-
-from conf.cli import checked, report_user_errors, run
+from conf.cli import run
 from conf.schema import ExportConfig, stored_model, to_plain
 from model.config import ModelConfig, ModelError
 
@@ -37,28 +34,22 @@ library_name: transformers
 """
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="export")
-def main(cfg: DictConfig) -> None:
-    from tracking.store import local_run
-
-    with report_user_errors():
-        config: ExportConfig = checked(cfg)
-        if config.run is None:
-            return import_model(config)
-        export(local_run(config.run, config.step), config)
+def main(config: ExportConfig) -> None:
+    (import_model if config.run is None else export)(config)
 
 
-def export(path: Path, config: ExportConfig) -> None:
+def export(config: ExportConfig) -> None:
     """Write the newest checkpoint of a run, or that of `step`, as a Hugging Face folder, and verify it."""
     from data.hf_tokenizer import export_problem
     from model.counts import count_params
     from model.hf.verify import verify
     from tracking.run_folder import run_dir_of
+    from tracking.store import local_run
     from training.checkpoint import open_checkpoint
     from training.load import open_saved, tokenizer_in
     from training.setup import DTYPES
 
-    checkpoint = open_checkpoint(path, step=config.step)
+    checkpoint = open_checkpoint(local_run(str(config.run), config.step), step=config.step)
     run_dir = run_dir_of(checkpoint.path)
     out = Path(config.out) if config.out else run_dir / "hf"
     manifest = json.loads((checkpoint.path / "manifest.json").read_text(encoding="utf-8"))

@@ -4,16 +4,14 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # no traceback on Ctrl-C during imports
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import hydra
-from omegaconf import DictConfig
-
-from conf.cli import checked, report_user_errors, run
+from conf.cli import run
 from conf.schema import GenerateConfig
 from data.tokenizer import INCOMPLETE, Tokenizer
 from model.config import ModelError
@@ -21,69 +19,28 @@ from parallel.config import Device
 
 if TYPE_CHECKING:
     from corpus.chat import Messages
-    from model.transformer import Transformer
-    from training.load import Saved
+
+Job = tuple[int, str, int]  # number of a prompt, its text, number of the sample
+show = partial(print, end="", flush=True)
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="generate")
-def main(cfg: DictConfig) -> None:
-    with report_user_errors():
-        print_texts(checked(cfg))
-
-
-def print_texts(config: GenerateConfig) -> None:
+def main(config: GenerateConfig) -> None:
     """Print a text for each prompt, or hold a conversation."""
     is_open = config.prompt is None and config.prompts is None
     prompts = [] if is_open else read_prompts(config)
-    saved, model = load_model(config)
+    writer = Writer(config)
     if is_open:
-        return converse(model, saved, config)
+        return writer.converse()
     jobs = [(number, text, sample) for number, text in enumerate(prompts) for sample in range(config.samples)]
     if len(jobs) == 1:
-        print("" if config.chat else prompts[0], end="", flush=True)
-        write(model, saved, config, jobs, show)
+        show("" if config.chat else prompts[0])
+        writer.write(jobs, show)
         return print()
     for start in range(0, len(jobs), config.batch_size):
         batch = jobs[start : start + config.batch_size]
-        for (number, text, sample), new in zip(batch, write(model, saved, config, batch), strict=True):
+        for (number, text, sample), new in zip(batch, writer.write(batch), strict=True):
             shown = f"{text}\n{new}" if config.chat else text + new
             print(f"--- prompt {number + 1}, sample {sample + 1}\n{shown}\n", flush=True)
-
-
-def show(piece: str) -> None:
-    print(piece, end="", flush=True)
-
-
-def converse(model: "Transformer", saved: "Saved", config: GenerateConfig) -> None:
-    """Answer messages from stdin until its end; a trailing backslash continues a message on the next line."""
-    history: Messages = []
-    sign = "> " if sys.stdin.isatty() else ""
-    with suppress(EOFError):
-        while True:
-            text = input(sign)
-            while text.endswith("\\"):
-                text = text[:-1] + "\n" + input(sign)
-            if text.strip():
-                answer = write(model, saved, config, [(0, text, 0)], show, history)[0]
-                print()
-                history += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-
-
-def load_model(config: GenerateConfig) -> "tuple[Saved, Transformer]":
-    import torch
-
-    from tracking.store import local_run
-    from training.load import open_saved
-    from training.setup import DTYPES
-
-    if config.device is Device.cuda and not torch.cuda.is_available():
-        raise ModelError("device (cuda): torch sees no CUDA device here; use device=cpu")
-    saved = open_saved(local_run(str(config.run or config.hf), config.step), config.step)
-    if saved.tokenizer is None:
-        raise ModelError(f"{config.run or config.hf} has no tokenizer, which generate.py needs")
-    if config.chat and saved.chat is None:
-        raise ModelError(f"chat (true): {config.run or config.hf} has no chat template; prompt it without chat=true")
-    return saved, saved.build(None if config.device is Device.auto else config.device.value, DTYPES[config.dtype.value])
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:
@@ -105,68 +62,93 @@ def read_prompts(config: GenerateConfig) -> list[str]:
     return prompts if key == "prompts" else ["\n".join(lines).removesuffix("\n")]
 
 
-def prompt_ids(
-    saved: "Saved", tokenizer: Tokenizer, config: GenerateConfig, text: str, history: "Messages"
-) -> list[int]:
-    """Return the ids of a prompt, or with chat=true of the conversation up to the next answer."""
-    if config.chat and saved.chat is not None:
-        system = [] if config.system is None else [{"role": "system", "content": config.system}]
-        try:
-            ids = saved.chat.prompt([*system, *history, {"role": "user", "content": text}])
-        except ValueError as error:
-            raise ModelError(f"chat (true): {error}") from None
-    else:
-        ids = tokenizer.encode(text)
-    if saved.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
-        ids = [tokenizer.bos_id, *ids]
-    return ids or [tokenizer.eos_id or 0]  # an empty prompt starts after eos
+class Writer:
+    """A loaded model, which continues prompts as configured."""
 
+    def __init__(self, config: GenerateConfig) -> None:
+        import torch
 
-def write(
-    model: "Transformer",
-    saved: "Saved",
-    config: GenerateConfig,
-    jobs: list[tuple[int, str, int]],
-    show: Callable[[str], object] = lambda _: None,
-    history: "Messages | None" = None,
-) -> list[str]:
-    """Continue the prompts of (number, prompt, sample) jobs in one batch; return the new texts.
+        from tracking.store import local_run
+        from training.load import open_saved
+        from training.setup import DTYPES
 
-    A text ends at a stop token or before a stop string. `show` gets the first job's text in pieces. With chat=true
-    a prompt is a message that follows `history`.
-    """
-    from model.sampling import Sampling, generate
+        origin, device = str(config.run or config.hf), None if config.device is Device.auto else config.device.value
+        if config.device is Device.cuda and not torch.cuda.is_available():
+            raise ModelError("device (cuda): torch sees no CUDA device here; use device=cpu")
+        saved = open_saved(local_run(origin, config.step), config.step)
+        if saved.tokenizer is None:
+            raise ModelError(f"{origin} has no tokenizer, which generate.py needs")
+        if config.chat and saved.chat is None:
+            raise ModelError(f"chat (true): {origin} has no chat template; prompt it without chat=true")
+        self.config, self.saved, self.tokenizer = config, saved, saved.tokenizer
+        self.model = saved.build(device, DTYPES[config.dtype.value])
 
-    tokenizer = saved.tokenizer
-    assert tokenizer is not None  # checked by load_model
-    prompts = [prompt_ids(saved, tokenizer, config, text, history or []) for _, text, _ in jobs]
-    most = model.config.max_seq_len - 1
-    for (_, text, _), ids in zip(jobs, prompts, strict=True):
-        if len(ids) > most:
-            what = "the conversation" if history else f"prompt ({text[:40]}...)"
-            raise ModelError(f"{what} has {len(ids)} tokens, more than {most}; shorten it")
-    streams = [TextStream(tokenizer, ids, config.stop) for ids in prompts]
+    def converse(self) -> None:
+        """Answer messages from stdin until its end; a trailing backslash continues a message on the next line."""
+        history: Messages = []
+        sign = "> " if sys.stdin.isatty() else ""
+        with suppress(EOFError):
+            while True:
+                text = input(sign)
+                while text.endswith("\\"):
+                    text = text[:-1] + "\n" + input(sign)
+                if text.strip():
+                    answer = self.write([(0, text, 0)], show, history)[0]
+                    print()
+                    history += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
-    def on_token(row: int, token: int) -> bool:
-        piece = streams[row].add(token)
-        if row == 0:
-            show(piece)
-        return streams[row].stopped
+    def prompt_ids(self, text: str, history: "Messages") -> list[int]:
+        """Return the ids of a prompt, or with chat=true of the conversation up to the next answer."""
+        if self.saved.chat is not None and self.config.chat:
+            system = [] if self.config.system is None else [{"role": "system", "content": self.config.system}]
+            try:
+                ids = self.saved.chat.prompt([*system, *history, {"role": "user", "content": text}])
+            except ValueError as error:
+                raise ModelError(f"chat (true): {error}") from None
+        else:
+            ids = self.tokenizer.encode(text)
+        if self.saved.add_bos and self.tokenizer.bos_id is not None and ids[:1] != [self.tokenizer.bos_id]:
+            ids = [self.tokenizer.bos_id, *ids]
+        return ids or [self.tokenizer.eos_id or 0]  # an empty prompt starts after eos
 
-    generate(
-        model,
-        prompts,
-        Sampling(config.repetition_penalty, config.temperature, config.top_k, config.top_p),
-        max_new_tokens=config.max_new_tokens,
-        stop_ids=saved.stop_ids,
-        seeds=[config.seed + 1_000_003 * number + sample for number, _, sample in jobs],
-        vocab_size=tokenizer.vocab_size,
-        use_cache=config.cache,
-        on_token=on_token,
-    )
-    last = [stream.finish() for stream in streams]
-    show(last[0])
-    return [stream.text for stream in streams]
+    def write(
+        self, jobs: list[Job], show: Callable[[str], object] = lambda _: None, history: "Messages | None" = None
+    ) -> list[str]:
+        """Continue the prompts of (number, prompt, sample) jobs in one batch; return the new texts.
+
+        A text ends at a stop token or before a stop string. `show` gets the first job's text in pieces. With chat=true
+        a prompt is a message that follows `history`.
+        """
+        from model.sampling import Sampling, generate
+
+        config, most = self.config, self.model.config.max_seq_len - 1
+        prompts = [self.prompt_ids(text, history or []) for _, text, _ in jobs]
+        for (_, text, _), ids in zip(jobs, prompts, strict=True):
+            if len(ids) > most:
+                what = "the conversation" if history else f"prompt ({text[:40]}...)"
+                raise ModelError(f"{what} has {len(ids)} tokens, more than {most}; shorten it")
+        streams = [TextStream(self.tokenizer, ids, config.stop) for ids in prompts]
+
+        def on_token(row: int, token: int) -> bool:
+            piece = streams[row].add(token)
+            if row == 0:
+                show(piece)
+            return streams[row].stopped
+
+        generate(
+            self.model,
+            prompts,
+            Sampling(config.repetition_penalty, config.temperature, config.top_k, config.top_p),
+            max_new_tokens=config.max_new_tokens,
+            stop_ids=self.saved.stop_ids,
+            seeds=[config.seed + 1_000_003 * number + sample for number, _, sample in jobs],
+            vocab_size=self.tokenizer.vocab_size,
+            use_cache=config.cache,
+            on_token=on_token,
+        )
+        last = [stream.finish() for stream in streams]
+        show(last[0])
+        return [stream.text for stream in streams]
 
 
 class TextStream:

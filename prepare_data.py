@@ -8,36 +8,31 @@ from typing import Any
 if __name__ == "__main__":  # no traceback on Ctrl-C during imports
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
 
-from conf.cli import checked, data_settings, report_user_errors, run
+from conf.cli import data_settings, run
 from conf.schema import PrepareConfig
 from tracking.logs import printable
 
 SAMPLE_TOKENS = 120
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="prepare_data")
-def main(cfg: DictConfig) -> None:
-    with report_user_errors():
-        try:
-            work(checked(cfg), data_settings(HydraConfig.get()))
-        except KeyboardInterrupt:
-            print("interrupted; run the same command to continue", file=sys.stderr)
-            raise
+def main(config: PrepareConfig) -> None:
+    try:
+        work(config, data_settings(HydraConfig.get()))
+    except KeyboardInterrupt:
+        print("interrupted; run the same command to continue", file=sys.stderr)
+        raise
 
 
 def work(config: PrepareConfig, settings: str = "with the data settings of this command") -> None:
     """Prepare a corpus, or this job's shard of it, and print a summary; `settings` are train.py's arguments for it."""
     from corpus.prepare import is_prepared
-    from corpus.sample import sample_texts
     from data.manifest import read_manifest
     from data.shards import Shard
 
     path = Path(config.data.path)
-    if is_prepared(config.data, config.tokenizer, add=config.add):
+    if is_prepared(config):
         print(f"{path} was prepared before with the same settings")
         about = read_manifest(path)
     elif (about := write(config)) is None:
@@ -50,15 +45,12 @@ def work(config: PrepareConfig, settings: str = "with the data settings of this 
         print(f"{len(stems)} shards verified")
     print_left_out(about["left_out"])
     print_table(about)
-    for source, text in sample_texts(config.data, 3, max_tokens=SAMPLE_TOKENS):
-        print(f"\n--- a document of {source}, decoded\n{printable(text.rstrip())}")
+    print_samples(path, about["splits"]["train"])
     print(f"\nnext: python train.py {settings}")
 
 
 def write(config: PrepareConfig) -> dict[str, Any] | None:
     """Prepare the corpus with a progress bar; return the contents of corpus.json, or None if it is incomplete."""
-    import os
-
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -76,8 +68,7 @@ def write(config: PrepareConfig) -> dict[str, Any] | None:
             bar.set_postfix_str(f"{documents:,} documents, {tokens / 1e6:.2f}M tokens, {speed:.2f} MB/s", refresh=False)
             bar.update(share)
 
-        workers, part = config.workers or len(os.sched_getaffinity(0)), {"shards": config.shards, "shard": config.shard}
-        return prepare(config.data, config.tokenizer, workers=workers, progress=progress, **part, add=config.add)
+        return prepare(config, progress)
 
 
 def print_left_out(left_out: dict[str, Any]) -> None:
@@ -99,6 +90,20 @@ def print_table(about: dict[str, Any]) -> None:
             print(f"{split:6} {name:24} {counts['documents']:12,} {counts['tokens']:14,} {ratio:12.2f}")
     if without := sorted(set(about["splits"]["train"]) - set(about["splits"]["valid"])):
         print(f"no validation documents of {', '.join(without)}")
+
+
+def print_samples(folder: Path, sources: dict[str, Any]) -> None:
+    """Print the decoded start of a document of the first three sources."""
+    from data.shards import LOSS_MASKED, Shard
+    from data.tokenizer import INCOMPLETE, load_tokenizer
+
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    for source, counts in list(sources.items())[:3]:
+        shard = Shard(folder / counts["shards"][0])
+        ids = [token & (LOSS_MASKED - 1) for token in shard.document(shard.n_documents // 2).tolist()]
+        text = tokenizer.decode(ids[:SAMPLE_TOKENS])
+        text = text if len(ids) <= SAMPLE_TOKENS else text.rstrip(INCOMPLETE) + " ..."
+        print(f"\n--- a document of {source}, decoded\n{printable(text.rstrip())}")
 
 
 def spread(arguments: list[str]) -> list[str]:

@@ -9,16 +9,14 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # no traceback on Ctrl-C during imports
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
 
-from conf.cli import checked, data_settings, report_user_errors, run
+from conf.cli import data_settings, run
 from conf.schema import TrainConfig, to_plain
 from launch.ranks import launch
 from launch.sweep import removed_if_unused
@@ -30,11 +28,9 @@ if TYPE_CHECKING:
     from training.stop import StopRequest
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def main(cfg: DictConfig) -> float | None:
+def main(config: TrainConfig) -> float | None:
     run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
-    with report_user_errors(), removed_if_unused(run_dir):
-        config: TrainConfig = checked(cfg)
+    with removed_if_unused(run_dir):
         if config.dry_run.enabled:
             from dry_run.run import run_dry_run
 
@@ -58,7 +54,7 @@ def work(config: TrainConfig, run_dir: Path) -> float | None:
 
     # Dump of NCCL's flight recorder when a collective times out, one file per rank, for torchfrtrace
     os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(run_dir / FOLDER / "nccl_trace_rank_"))
-    run_config, late_s = to_plain(config), config.parallel.step_timeout_s / 2
+    late_s = config.parallel.step_timeout_s / 2
     with (
         distributed(config.parallel) as mesh,
         locked(run_dir, mesh.rank),
@@ -66,12 +62,12 @@ def work(config: TrainConfig, run_dir: Path) -> float | None:
         alerts(config.alerts, run_dir),
     ):
         with (
-            Status(run_dir, run_config, rank=mesh.rank, ranks=mesh.world_size) as status,
+            Status(run_dir, to_plain(config), rank=mesh.rank, ranks=mesh.world_size) as status,
             StopRequest(mesh) as stop,
             Heartbeat(run_dir, mesh.rank, lambda: stop.agreements, late_s=late_s, pending=pending_collective),
             explain_oom(),
         ):
-            valid_loss = train(config, run_config, mesh, run_dir, stop)
+            valid_loss = train(config, mesh, run_dir, stop)
             status.end(valid_loss, stopped=bool(stop), given_up=stop.given_up, **stop.summary())
         if stop.for_a_requeue:
             requeue_slurm_job(run_dir, rank=mesh.rank, max_requeues=config.launcher.max_requeues)
@@ -81,23 +77,15 @@ def work(config: TrainConfig, run_dir: Path) -> float | None:
 
 
 def train(
-    config: TrainConfig,
-    run_config: dict[str, Any],
-    mesh: "Mesh",
-    run_dir: Path,
-    stop: "StopRequest",
-    *,
-    periodic: "Sequence[Periodic]" = (),
+    config: TrainConfig, mesh: "Mesh", run_dir: Path, stop: "StopRequest", *, periodic: "Sequence[Periodic]" = ()
 ) -> float | None:
     """Run the remaining steps and return the run's `objective`; `periodic` actions run after each step."""
     from data.dataset import open_corpus
-    from parallel.loss_scaler import LossScaler
     from tracking.loggers import Loggers
     from tracking.metrics_file import last_value, truncate_metrics
     from training.agreement import check_same_run
     from training.describe import describe, save_run_inputs
     from training.loop import Run, loop
-    from training.optim.optimizer import build_optimizer
     from training.profile import profile_steps
     from training.ranks import Ranks
     from training.report import StepReport
@@ -106,27 +94,22 @@ def train(
     from training.state import TrainState
 
     # Data first: it is the most frequent error, and opens quickly.
-    corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
+    run_config, corpus = to_plain(config), open_corpus(config.data, vocab_size=config.model.vocab_size)
 
     if config.data.verify:
         corpus.verify(mesh.rank, mesh.world_size)
     facts = {"configuration": run_config, "data": corpus.fingerprints}
     check_same_run(facts, Ranks(mesh.host))
 
-    model = build_model(config, mesh)
-    tied_params = model.module.tied_params
-    optimizer = build_optimizer(model.module, config.optimizer, params=model.params, tied_params=tied_params)
-    scaler, state = LossScaler(config.precision), TrainState(device=mesh.device)
-    checkpoints = RunCheckpoints(
-        config.checkpoint, mesh, run_dir, corpus, state=state, optimizer=optimizer, scaler=scaler, run_config=run_config
-    )
-    checkpoints.resume_or_start(config)
+    state = TrainState(device=mesh.device)
+    engine = build_engine(config, build_model(config, mesh), state, corpus)
+    checkpoints = RunCheckpoints(config, run_dir, corpus, engine, state)
+    checkpoints.resume_or_start()
     corpus.train.begin_at(state.first_sample)
-    optimizer.set_schedule(lr_schedule(config, state))
-    engine = build_engine(config, mesh, model, optimizer, scaler, state, corpus)
+    engine.optimizer.set_schedule(lr_schedule(config, state))
 
     mesh.on_rank_zero(save_run_inputs, run_config, run_dir, corpus, state)
-    describe(config, mesh, corpus, optimizer, state, run_dir)
+    describe(config, engine, corpus, state, run_dir)
     mesh.on_rank_zero(truncate_metrics, run_dir / "metrics.jsonl", state.step, state.undone())
 
     with closing(build_train_batches(config, mesh, corpus, state)) as batches:

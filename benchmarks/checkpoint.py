@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from benchmarks.timing import synchronize, where
 from benchmarks.train_step import build, configure
@@ -40,8 +39,7 @@ def work(config: TrainConfig, folder: Path, saves: int) -> None:
         engine, state = build(config, mesh), TrainState(device=mesh.device)
         corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
         batches = next(build_train_batches(config, mesh, corpus, state))
-        parts: Any = {"optimizer": engine.optimizer, "scaler": engine.scaler, "state": state}
-        run = RunCheckpoints(config.checkpoint, mesh, folder, corpus, **parts, run_config={})
+        run = RunCheckpoints(config, folder, corpus, engine, state)
 
         start = time.perf_counter()
         if run.background:
@@ -94,8 +92,7 @@ def save_and_load(
         with distributed(config.parallel) as mesh:
             engine, state = build(config, mesh), TrainState(device=mesh.device)
             batches = batches_of(config, mesh.dp_size)
-            parts: Any = {"optimizer": engine.optimizer, "scaler": engine.scaler, "run_config": {}}
-            with RunCheckpoints(config.checkpoint, mesh, folder, corpus, state=state, **parts) as run:
+            with RunCheckpoints(config, folder, corpus, engine, state) as run:
                 if config is before:
                     engine.train_step(batches)
                     state.step = 1

@@ -17,7 +17,7 @@ from data.mixed_text import mixed_lines
 from model.config import Init, ModelConfig, Parametrization
 from model.transformer import Transformer
 from training.config import MuonScale, OptimizerConfig
-from training.optim.optimizer import build_optimizer
+from training.optim.optimizer import Optimizer
 
 WIDTHS = (64, 128, 256, 512)
 PLACES = {"residual": "blocks.3.mlp_norm", "attention": "blocks.3.attention.wo", "mlp": "blocks.3.mlp", "logits": ""}
@@ -38,7 +38,7 @@ def activations(parametrization: Parametrization, optimizer: str, width: int, st
     model, tokens_BT = Transformer(config), text_tokens()
     model.init_weights(seed=0)
     settings = OptimizerConfig(name=optimizer, lr=RATES[optimizer], scale=MuonScale.spectral)
-    update = build_optimizer(model, settings)
+    update = Optimizer(model, settings)
     update.set_schedule([(settings.lr, settings.beta2)] * steps)
     found: dict[str, list[float]] = {place: [] for place in PLACES}
     for place, path in PLACES.items():

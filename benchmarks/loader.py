@@ -48,7 +48,7 @@ def packs(packing: Packing, name: str) -> PackedDataset:
     config = DataConfig(
         name="b", path="b", source=Source.local, packing=name, seq_len=SEQ_LEN, micro_batch_size=BATCH
     )  # fmt: skip
-    return PackedDataset([packing], [0], config, vocab_size=VOCAB_SIZE)
+    return PackedDataset({0: packing}, config, vocab_size=VOCAB_SIZE)
 
 
 def read_speed(packing: Packing, name: str, seconds: float) -> float:

@@ -11,6 +11,7 @@ import json
 import time
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,8 @@ def train_eager(config: TrainConfig, device: torch.device) -> list[float]:
     with device:
         model = Transformer(config.model)
     torch.set_default_dtype(torch.float32)
-    draw_weights(ParallelModel(model, [model], whole_params(model), set(), None), config.seed)
+    parts: Any = [model], whole_params(model), set(), None, Mesh(device), config.parallel
+    draw_weights(ParallelModel(model, *parts), config.seed)
     params, masters = list(model.parameters()), [p.detach().float().requires_grad_() for p in model.parameters()]
     c = config.optimizer
     optimizer = torch.optim.AdamW(masters, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, weight_decay=c.weight_decay)

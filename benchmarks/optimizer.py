@@ -16,7 +16,7 @@ from torch import nn
 from benchmarks.timing import copy_tbps, median_ms, where
 from training.config import Dtype, OptimizerConfig, OptimizerImpl, TrainingError
 from training.optim.muon import n_flops
-from training.optim.optimizer import Optimizer, build_optimizer
+from training.optim.optimizer import Optimizer
 
 LAYERS_NUMEL, REST_NUMEL = 6.477e9, 0.845e9  # of 7b: matrices of the blocks; embedding and head
 STEP_TOKENS = 524_288
@@ -83,7 +83,7 @@ def main() -> None:
         numel = sum(p.numel() for p in params)
         try:
             if isinstance(case, dict):
-                optimizer: Any = build_optimizer(model, OptimizerConfig(**case))
+                optimizer: Any = Optimizer(model, OptimizerConfig(**case))
             elif case == "Muon":
                 optimizer = [torch.optim.Muon(params, lr=1e-4, adjust_lr_fn="match_rms_adamw")]
             else:

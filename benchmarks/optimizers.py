@@ -33,9 +33,7 @@ from conf.schema import TrainConfig
 from data.dataset import Corpus, open_corpus
 from data.loader import valid_batches
 from parallel.engine import Engine
-from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
-from training.optim.optimizer import Optimizer, build_optimizer
 from training.report import loss_metrics
 from training.setup import build_engine, build_model, build_train_batches, lr_schedule
 from training.state import TrainState
@@ -62,20 +60,18 @@ def batch_settings(tokens: int, rows: int, seq_len: int) -> tuple[str, ...]:
     return f"global_batch_tokens={tokens}", f"data.micro_batch_size={rows}", f"data.seq_len={seq_len}"
 
 
-def build(config: TrainConfig, mesh: Mesh, corpus: Corpus, state: TrainState) -> tuple[Engine, Optimizer]:
+def build(config: TrainConfig, mesh: Mesh, corpus: Corpus, state: TrainState) -> Engine:
     """Build the engine as train.py does, with `draw_weights`."""
-    model = build_model(config, mesh, draw_weights)
-    tied_params = model.module.tied_params
-    optimizer = build_optimizer(model.module, config.optimizer, params=model.params, tied_params=tied_params)
-    optimizer.set_schedule(lr_schedule(config, state))
-    return build_engine(config, mesh, model, optimizer, LossScaler(config.precision), state, corpus), optimizer
+    engine = build_engine(config, build_model(config, mesh, draw_weights), state, corpus)
+    engine.optimizer.set_schedule(lr_schedule(config, state))
+    return engine
 
 
 def train(config: TrainConfig, mesh: Mesh, validations: int = VALIDATIONS, limit: int | None = None) -> Run:
     """Train; return validation losses over the run, with the seconds of the training steps only."""
     corpus, device = open_corpus(config.data, vocab_size=config.model.vocab_size), mesh.device
     state = TrainState(device=device)
-    engine, _ = build(config, mesh, corpus, state)
+    engine = build(config, mesh, corpus, state)
     steps = min(config.steps, limit or config.steps)
     due = {round(steps * (i + 1) / validations) for i in range(validations)}
     curve: list[list[float]] = []

@@ -90,7 +90,7 @@ def main() -> None:
     exposed_s = gpus_16_s - gpus_8_s - 8 * reduce_s
     profile, machine = on_16_gpus(1)
     compute_total_s = sum(compute_s(phase, machine) for phase in profile.phases)
-    products = profile.flops / (machine.peak_tflops * 1e12)
+    products = sum(phase.flops - phase.attention_flops for phase in profile.phases) / (machine.peak_tflops * 1e12)
     efficiency = products / (busy_s - (compute_total_s - products / machine.flops_efficiency))
     machine = replace(machine, flops_efficiency=efficiency)
     print(f"calibrated: matrix products at {efficiency:.1%} of {machine.peak_tflops:g} TFLOP/s,")

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from conf.schema import PrepareConfig
 from corpus.config import OnBadRecord, Source, TokenizerConfig
+from corpus.documents import LeftOut
 from corpus.inputs import list_items
-from corpus.left_out import LeftOut
 from corpus.prepare import prepare
 from corpus.readers import END, Lines, Reader
 from data.config import DataConfig
@@ -116,7 +117,7 @@ def pipeline(folder: Path, model: Path, workers: int) -> float:
             seen.append((time.perf_counter(), text_bytes))
 
     config, settings = corpus_config(folder, f"corpus-{workers}"), TokenizerConfig(model=str(model), vocab_size=1)
-    prepare(config, settings, workers=workers, progress=progress)
+    prepare(PrepareConfig(data=config, tokenizer=settings, workers=workers), progress)
     return sum(size for _, size in seen[1:]) / 1e6 / (time.perf_counter() - seen[0][0])
 
 

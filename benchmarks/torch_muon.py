@@ -22,7 +22,6 @@ from benchmarks.timing import where
 from conf.schema import TrainConfig
 from data.dataset import open_corpus
 from parallel.engine import Engine
-from training.optim.optimizer import Optimizer
 from training.setup import build_train_batches, lr_schedule
 from training.state import TrainState
 
@@ -34,9 +33,9 @@ class Joined(nn.ModuleList):
         return torch.cat([part(x) for part in self], dim=-1)
 
 
-def plain_twin(config: TrainConfig, engine: Engine, optimizer: Optimizer) -> Plain:
+def plain_twin(config: TrainConfig, engine: Engine) -> Plain:
     """Return the plain model with the same fp32 weights."""
-    model, device = Plain(config.model), engine.mesh.device
+    model, device, optimizer = Plain(config.model), engine.mesh.device, engine.optimizer
     weights = {name: optimizer.weights.read(name) for name in optimizer.params}
 
     def linear(names: Sequence[str]) -> nn.Module:
@@ -87,8 +86,8 @@ def plain(arguments: argparse.Namespace) -> None:
     for precision in ("fp32", "bf16"):
         config = settings(arguments.corpus, *common, f"precision={precision}")
         corpus, state = open_corpus(config.data, vocab_size=config.model.vocab_size), TrainState(device=mesh.device)
-        engine, muon_optimizer = build(config, mesh, corpus, state)
-        twin, device = plain_twin(config, engine, muon_optimizer), mesh.device
+        engine = build(config, mesh, corpus, state)
+        twin, device = plain_twin(config, engine), mesh.device
         references, losses, accumulated = torch_optimizers(twin, config), [], config.grad_accum_steps()
         schedule = [rate for rate, _ in lr_schedule(config, state)]
         with closing(build_train_batches(config, mesh, corpus, state)) as batches:
@@ -121,9 +120,9 @@ def plain(arguments: argparse.Namespace) -> None:
               f"{max(gaps):.2e}, mean {statistics.mean(gaps):.2e}", flush=True)  # fmt: skip
         results.add({"where": where(device), "precision": precision, "losses": losses, "largest": max(gaps)})
         if precision == "bf16":
-            took = update_ms(muon_optimizer, device), update_ms(references, device)
+            took = update_ms(engine.optimizer, device), update_ms(references, device)
             print(f"update of {arguments.model}: this project {took[0]:.2f} ms, "
                   f"torch.optim.Muon + AdamW {took[1]:.2f} ms, ratio {took[0] / took[1]:.2f}", flush=True)  # fmt: skip
             results.add({"update_ms": took})
-        del engine, muon_optimizer, twin, references
+        del engine, twin, references
         gc.collect()

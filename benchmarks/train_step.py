@@ -23,10 +23,8 @@ from conf.schema import TrainConfig, register, to_config
 from model.config import ModelConfig
 from model.counts import flops_per_token, internlm_flops_per_token
 from parallel.engine import Engine
-from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
 from parallel.parallelize import ParallelModel
-from training.optim.optimizer import build_optimizer
 from training.report import peak_tflops
 from training.setup import build_engine, build_model
 from training.state import TrainState
@@ -80,10 +78,9 @@ def draw_weights(model: ParallelModel, seed: int = 0) -> None:
 
 def build(config: TrainConfig, mesh: Mesh) -> Engine:
     """Build the engine as train.py does, with `draw_weights` and a constant learning tgs."""
-    model = build_model(config, mesh, draw_weights)
-    optimizer = build_optimizer(model.module, config.optimizer, params=model.params)
-    optimizer.set_schedule([(config.optimizer.lr, config.optimizer.beta2)] * 10_000)
-    return build_engine(config, mesh, model, optimizer, LossScaler(config.precision), TrainState(device=mesh.device))
+    engine = build_engine(config, build_model(config, mesh, draw_weights), TrainState(device=mesh.device))
+    engine.optimizer.set_schedule([(config.optimizer.lr, config.optimizer.beta2)] * 10_000)
+    return engine
 
 
 def products(model: ModelConfig) -> list[tuple[int, int, int]]:

@@ -14,10 +14,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
+from functools import wraps
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
+from hydra import main as hydra_main
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path, get_args_parser
@@ -49,8 +51,15 @@ HERE = ("jobs", "basic")  # launchers for which this machine, or the `launcher` 
 
 
 @quiet_pipe()
-def run(main: Callable[[], Any], command: str) -> None:
-    """Run a `hydra.main` function as a command; errors in the command line are reported together and exit with 2."""
+def run(work: Callable[[Any], Any], command: str) -> None:
+    """Run a function of a checked configuration as a command; it exits with 2 after all errors in the command line."""
+
+    @hydra_main(version_base="1.3", config_path="conf", config_name=command)
+    @wraps(work)  # Hydra finds `conf` beside it
+    def main(cfg: DictConfig) -> Any:
+        with report_user_errors():
+            return work(checked(cfg))
+
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise errors instead of printing them
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle OpenMP threads sleep instead of spinning
     escape_unprintable()
@@ -82,7 +91,7 @@ def run(main: Callable[[], Any], command: str) -> None:
 def report_user_errors() -> Iterator[None]:
     """Print user errors and rank failures and exit with 1; in a sweep, raise them.
 
-    Used inside `main` too, because Hydra prints lines of its own for an exception that leaves it.
+    Hydra prints lines of its own for an exception that leaves `main`.
     """
     try:
         yield

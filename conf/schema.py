@@ -18,23 +18,12 @@ from conf.ladder import ladder
 from corpus.config import MOST_SHARDS, Source, Style, TokenizerConfig
 from data.config import TRAINING_ONLY, DataConfig, RampConfig, fitting_vocab_size, packs_of_step, parse_ranges
 from dry_run.config import DryRunConfig
-from launch.config import LauncherConfig, UserError
+from launch.config import LauncherConfig, UserError, unless
 from model.config import ModelConfig, Parametrization
 from parallel.config import Device, ParallelConfig
 from tracking.config import AlertsConfig, EarlyStopConfig, LoggerConfig
-from training.config import (
-    CheckpointConfig,
-    Dtype,
-    EvaluationConfig,
-    Fp8,
-    LossConfig,
-    MuonScale,
-    OptimizerConfig,
-    OptimizerImpl,
-    PrecisionConfig,
-    SamplesConfig,
-    SchedulerConfig,
-)
+from training import config as training
+from training.config import Dtype
 
 ALIASES = {"batch_size": "global_batch_tokens", "learning_rate": "lr"}  # names in other frameworks
 CONTENT = ("model", "optimizer", "scheduler", "sampler", "all")
@@ -65,14 +54,14 @@ class TrainConfig:
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
     parallel: ParallelConfig = field(default=MISSING, metadata=FREE)
-    optimizer: OptimizerConfig = MISSING
-    scheduler: SchedulerConfig = MISSING
-    precision: PrecisionConfig = MISSING
-    loss: LossConfig = MISSING
-    checkpoint: CheckpointConfig = field(default=MISSING, metadata=FREE)
+    optimizer: training.OptimizerConfig = MISSING
+    scheduler: training.SchedulerConfig = MISSING
+    precision: training.PrecisionConfig = MISSING
+    loss: training.LossConfig = MISSING
+    checkpoint: training.CheckpointConfig = field(default=MISSING, metadata=FREE)
     early_stop: EarlyStopConfig = field(default=MISSING, metadata=FREE)
-    evaluate: EvaluationConfig = field(default=MISSING, metadata=FREE)
-    samples: SamplesConfig = field(default=MISSING, metadata=FREE)
+    evaluate: training.EvaluationConfig = field(default=MISSING, metadata=FREE)
+    samples: training.SamplesConfig = field(default=MISSING, metadata=FREE)
     logger: LoggerConfig = field(default=MISSING, metadata=FREE)
     alerts: AlertsConfig = field(default=MISSING, metadata=FREE)
     launcher: LauncherConfig = field(default=MISSING, metadata=FREE)
@@ -125,8 +114,7 @@ class TrainConfig:
             yield f"global_batch_tokens ({self.global_batch_tokens}) must be a positive multiple of {factors} = {unit}"
         if ramp.start_tokens is None or unit < 1:
             return
-        if ramp.every_steps < 1:
-            yield f"ramp.every_steps ({ramp.every_steps}) must be at least 1"
+        yield from unless(ramp, "ramp", "at least 1", lambda x: x >= 1, "every_steps")
         for key in ("start_tokens", "increment_tokens"):
             if (value := getattr(ramp, key)) < 1 or value % unit:
                 yield f"ramp.{key} ({value}) must be a positive multiple of a micro-batch ({unit} tokens)"
@@ -137,12 +125,12 @@ class TrainConfig:
         model, data, precision, graphs = self.model, self.data, self.precision, self.parallel.cuda_graphs
         if data.seq_len > model.max_seq_len:
             yield f"data.seq_len ({data.seq_len}) must be at most model.max_seq_len ({model.max_seq_len})"
-        if precision.fp8 is Fp8.rowwise and self.parallel.tp != 1:
+        if precision.fp8 is training.Fp8.rowwise and self.parallel.tp != 1:
             yield f"precision.fp8 (rowwise) needs parallel.tp 1, not {self.parallel.tp}; use precision.fp8=tensorwise"
-        if precision.fp8 is not Fp8.none and self.parallel.async_tp:
+        if precision.fp8 is not training.Fp8.none and self.parallel.async_tp:
             yield f"parallel.async_tp (true) needs precision.fp8=none, not {precision.fp8.value}"
         by_size, scale = model.parametrization is not Parametrization.standard, self.optimizer.scale
-        if by_size and self.optimizer.name == "muon" and scale is not MuonScale.spectral:
+        if by_size and self.optimizer.name == "muon" and scale is not training.MuonScale.spectral:
             of_model = f"model.parametrization ({model.parametrization.value})"
             yield f"optimizer.scale ({scale.value}) does not go with {of_model}; use optimizer.scale=spectral"
         no_tokenizer = data.source is Source.random or (data.source is Source.tokens and not data.tokenizer)
@@ -155,7 +143,7 @@ class TrainConfig:
             yield f"checkpoint.keep_best (true) needs valid_every ({self.valid_every}), and {least}"
         if graphs and precision.compute is Dtype.fp16:
             yield "parallel.cuda_graphs (true) needs precision.compute bf16 or fp32, not fp16"
-        if graphs and self.optimizer.impl in (OptimizerImpl.torch, OptimizerImpl.apex):
+        if graphs and self.optimizer.impl in (training.OptimizerImpl.torch, training.OptimizerImpl.apex):
             yield f"parallel.cuda_graphs (true) needs optimizer.impl auto or triton, not {self.optimizer.impl.value}"
         if model.attention.value in ("flash_attn", "flash_attn_4", "cudnn") and precision.compute is Dtype.fp32:
             yield f"model.attention ({model.attention.value}) needs precision.compute bf16 or fp16; use sdpa with fp32"

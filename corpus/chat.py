@@ -33,7 +33,8 @@ TEMPLATES = {
         r"{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
 }
-MARKERS = {"internlm": ("<eoh>", "<eoa>"), "chatml": ("<|im_start|>", "<|im_end|>")}
+# The special tokens of a built-in template, the last of which ends an answer.
+MARKERS = {TEMPLATES["internlm"]: ("<eoh>", "<eoa>"), TEMPLATES["chatml"]: ("<|im_start|>", "<|im_end|>")}
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
 CALLS = ("tool_calls", "function_call")
@@ -123,11 +124,6 @@ def describe_missing(record: Any, key: str, wanted: str, setting: str = "") -> s
     return f"{f'{setting} ({key})' if setting else key} must be {wanted}, not {found}"
 
 
-def markers(template: str | None) -> tuple[str, ...]:
-    """Return the special tokens of a built-in template, the last of which ends an answer; empty for other templates."""
-    return next((MARKERS[name] for name in MARKERS if template == TEMPLATES[name]), ())
-
-
 def chat_encoder(tokenizer: Tokenizer) -> "ChatEncoder | None":
     """Return the encoder of the chat template next to a tokenizer; None without a usable one."""
     with suppress(DataError):
@@ -145,7 +141,7 @@ class ChatEncoder:
 
     def __init__(self, template: str, tokenizer: Tokenizer) -> None:
         ids = tokenizer.special_ids
-        if missing := [marker for marker in markers(template) if marker not in ids]:
+        if missing := [marker for marker in MARKERS.get(template, ()) if marker not in ids]:
             lacks = f"data.chat_template writes {' and '.join(missing)}, which {tokenizer.path.name} lacks"
             raise DataError(f'{lacks}; pass "tokenizer.add_special_tokens={missing}"')
         self.template, self.special = template, set(ids.values())

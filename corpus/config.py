@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.config import UserError
+from launch.config import UserError, unless
 
 
 class DataError(UserError):
@@ -117,9 +117,8 @@ class CorpusConfig(SourceConfig):
             yield "data.dataset_valid_split and data.split_by (train_test_split): set one of them"
         if not 0 <= self.valid_fraction < 1:
             yield f"data.valid_fraction ({self.valid_fraction}) must be in [0, 1)"
-        for key in ("max_document_mb", "vocab_size", "max_documents"):
-            if (value := getattr(self, key)) is not None and value < 1:
-                yield f"data.{key} ({value}) must be at least 1"
+        counts = ("max_document_mb", "vocab_size", "max_documents")
+        yield from unless(self, "data", "at least 1", lambda x: x >= 1, *counts)
         try:
             self.source_configs()
         except OmegaConfBaseException as error:
@@ -140,5 +139,4 @@ class TokenizerConfig:
         # 256 bytes, unknown, bos, eos and room for merges
         if self.model is None and self.vocab_size < 300:
             yield f"tokenizer.vocab_size ({self.vocab_size}) must be at least 300: 256 bytes, controls and pieces"
-        if self.train_bytes < 1:
-            yield f"tokenizer.train_bytes ({self.train_bytes}) must be at least 1"
+        yield from unless(self, "tokenizer", "at least 1", lambda x: x >= 1, "train_bytes")

@@ -1,17 +1,48 @@
-"""Converts records to documents with source, split and hash."""
+"""Converts records to documents with source, split and hash; counts those left out."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import xxhash
 
 from corpus.chat import Messages, describe_missing, lookup, messages_of
-from corpus.config import CorpusConfig, Style
+from corpus.config import CorpusConfig, DataError, OnBadRecord, Style
 from corpus.inputs import Item
-from corpus.left_out import LeftOut
 
 MOST_SOURCE_CHARS = 100
+MOST_PLACES = 10  # of bad records
+
+
+@dataclass(slots=True)
+class LeftOut:
+    """Counts of records left out, and the places of the first bad ones."""
+
+    policy: OnBadRecord
+    count: int = 0  # bad records
+    empty: int = 0
+    duplicates: int = 0
+    places: list[str] = field(default_factory=list)
+
+    def bad(self, place: str, reason: str) -> None:
+        """Count a bad record; raise `DataError` if the policy is `error`."""
+        if self.policy is OnBadRecord.error:
+            raise DataError(f"{place}: {reason}; fix it, or leave such records out with data.on_bad_record=skip")
+        self.merge({"count": 1, "empty": 0, "duplicates": 0, "places": [f"{place}: {reason}"]})
+
+    def merge(self, other: dict[str, Any]) -> None:
+        """Add the `as_json()` of another instance."""
+        self.count += other["count"]
+        self.empty += other["empty"]
+        self.duplicates += other["duplicates"]
+        self.places = [*self.places, *other["places"]][:MOST_PLACES]
+
+    def as_json(self) -> dict[str, Any]:
+        return {"count": self.count, "empty": self.empty, "duplicates": self.duplicates, "places": self.places}
+
+    def first(self) -> str:
+        """Return the number of bad records and the first, to append to a message."""
+        return f": {self.count} bad records, the first {self.places[0]}" if self.count else ""
 
 
 @dataclass(slots=True)
@@ -78,10 +109,7 @@ class DocumentMaker:
             try:
                 messages = messages_of(record, config.style.value, config.messages_key)
                 text = json.dumps(messages, ensure_ascii=False)
-            except (
-                ValueError,
-                TypeError,
-            ) as error:  # no messages, or values that JSON lacks, such as dates
+            except (ValueError, TypeError) as error:  # no messages, or values that JSON lacks, such as dates
                 return self.left_out.bad(place, str(error))
         elif not isinstance(text, str):
             return self.left_out.bad(place, describe_missing(record, config.text_key, "a string", "data.text_key"))

@@ -47,12 +47,6 @@ def list_items(config: CorpusConfig, ignored: Counter[str] | None = None) -> lis
     return sorted(items, key=lambda item: (item.split != "valid", item.path))
 
 
-def check_inputs(config: CorpusConfig) -> None:
-    """Raise `DataError` if a corpus is not prepared and its input files cannot be found."""
-    if config.source is Source.local and not (Path(config.path) / "corpus.json").exists():
-        list_items(config)
-
-
 def list_files(paths: Any, key: str, config: CorpusConfig, ignored: Counter[str]) -> list[Item]:
     """List the readable files of paths, folders, globs and fsspec URLs, without hidden ones.
 

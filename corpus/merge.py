@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from corpus.config import DataError, Style
-from corpus.left_out import LeftOut
+from corpus.documents import LeftOut
 from corpus.units import DOCUMENT, Job, file_name, read_unit, unit_folder
 from data.shards import FORMAT_VERSION, SHARD_BYTES, Header, ShardWriter
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -36,19 +36,12 @@ class Group:
         return np.fromfile(f"{self.path}.documents", DOCUMENT)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)
-
-
-def merge_units(job: Job, n_units: int, before: dict[str, Any] | None, *, workers: int) -> dict[str, Any] | None:
+def merge_units(job: Job, n_units: int, before: dict[str, Any] | None) -> dict[str, Any] | None:
     """Write the shards of all units; return the contents of corpus.json, or None if a unit is not done.
 
     `before` is the corpus.json that the units are added to. Shards that exist are not written again.
     """
-    data, partial = job.data, job.folder
+    data, partial = job.config.data, job.folder
     left_out = LeftOut(data.on_bad_record)
     groups: list[Group] = []
     for number in range(n_units):
@@ -67,7 +60,7 @@ def merge_units(job: Job, n_units: int, before: dict[str, Any] | None, *, worker
         left_out.duplicates += int((~kept).sum())
     tokenizer = load_tokenizer(partial / "tokenizer")
     tasks, masked = list(_shards(groups, splits)), data.style is not Style.text
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(job.workers) as pool:
         headers = list(pool.map(lambda task: _write_shard(partial, task[0], task[1], tokenizer, masked), tasks))
     for (stem, [group, *_]), header in zip(tasks, headers, strict=True):
         none = {"documents": 0, "tokens": 0, "text_bytes": 0, "shards": []}
@@ -85,7 +78,7 @@ def merge_units(job: Job, n_units: int, before: dict[str, Any] | None, *, worker
         "units": n_units + (before["units"] if before else 0),
         "left_out": left_out.as_json(),
         "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
-        | {key: getattr(job.config, key) for key in ("add_bos", "add_eos")},
+        | {key: getattr(job.config.tokenizer, key) for key in ("add_bos", "add_eos")},
         "splits": {split: dict(sorted(sources.items())) for split, sources in splits.items()},
     }
 

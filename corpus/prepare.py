@@ -9,22 +9,26 @@ import logging
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from corpus.chat import ChatEncoder, markers, read_template
+from conf.schema import PrepareConfig
+from corpus.chat import MARKERS, ChatEncoder, read_template
 from corpus.config import CorpusConfig, DataError, Source, SourceConfig, Style, TokenizerConfig, as_paths
+from corpus.documents import LeftOut
 from corpus.inputs import Item, list_items
-from corpus.merge import merge_units, write_whole
-from corpus.sample import tokenizer_texts
+from corpus.merge import merge_units
+from corpus.readers import Reader
 from corpus.units import Job, Progress, plan_units, run_units
 from data.hf_tokenizer import export_problem
 from data.local_files import identity
 from data.manifest import read_manifest
 from data.tokenizer import CHAT_TEMPLATE, add_tokens, load_tokenizer, save_tokenizer, train_tokenizer
+from tracking.run_folder import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -68,21 +72,21 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     return ", ".join(f"{key} ({before.get(key)}, now {now.get(key)})" for key in keys)
 
 
-def is_prepared(data: CorpusConfig, tokenizer: TokenizerConfig, *, add: bool = False) -> bool:
+def is_prepared(config: PrepareConfig) -> bool:
     """Return whether the corpus is complete; raise `DataError` if the folder has another corpus.
 
     New input files are an error too, or with `add` make the corpus incomplete.
     """
-    folder = Path(data.path)
+    folder = Path(config.data.path)
     if not folder.exists():
         return False
     if not (folder / "corpus.json").exists():
         raise DataError(f"{folder} exists and is not a corpus; choose another data.path, or remove it")
     about = read_manifest(folder)
-    if differing := differences(about["made_by"], made_by(data, tokenizer)):
+    if differing := differences(about["made_by"], made_by(config.data, config.tokenizer)):
         raise DataError(f"{folder} was made with other settings: {differing}; choose another data.name, or remove it")
-    new = _new_items(data, about)
-    if new and not add:
+    new = _new_items(config.data, about)
+    if new and not config.add:
         raise DataError(f"{folder} lacks {len(new)} new files, {new[0].path} first; add them with add=true")
     return not new
 
@@ -101,24 +105,15 @@ def _new_items(data: CorpusConfig, about: dict[str, Any]) -> list[Item]:
     return [item for item in items if identity(item.path) not in about["input"]]
 
 
-def prepare(
-    data: CorpusConfig,
-    tokenizer: TokenizerConfig,
-    *,
-    workers: int,
-    progress: Progress,
-    shards: int = 1,
-    shard: int = 0,
-    add: bool = False,
-) -> dict[str, Any] | None:
+def prepare(config: PrepareConfig, progress: Progress = lambda *_: None) -> dict[str, Any] | None:
     """Do the units `shard` modulo `shards` of the corpus at `data.path`.
 
     Return the contents of corpus.json, or None if another shard's units are not done.
     """
-    folder = Path(data.path)
+    data, alone, folder = config.data, config.shards == 1, Path(config.data.path)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=-1 if shards > 1 else 0)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0 if alone else -1)
     try:
         lock.acquire()
     except Timeout:
@@ -126,63 +121,63 @@ def prepare(
     try:
         if (partial / "corpus.json").exists():
             _publish(partial, folder)
-        if is_prepared(data, tokenizer, add=add):
+        if is_prepared(config):
             return read_manifest(folder)
         before = read_manifest(folder) if folder.exists() else None
         ignored: Counter[str] = Counter()
         items = list_items(data, ignored) if before is None else _new_items(data, before)
-        if ignored and not shard:
+        if ignored and not config.shard:
             print("not read:", ", ".join(f"{count} {kind}" for kind, count in ignored.most_common(MOST_KINDS)))
-        job = Job(data, tokenizer, partial, items)
-        _begin(job, workers, before, alone=shards == 1)
-        if shards > 1:
+        job = Job(config, partial, items)
+        _begin(job, before)
+        if not alone:
             lock.release()  # for the other shards, whose units are disjoint
-        plan = plan_units(items, data)
-        n_units = run_units(plan, job, workers=workers, shards=shards, shard=shard, progress=progress)
-        if shards > 1:
+        n_units = run_units(plan_units(items, data), job, progress)
+        if not alone:
             lock.acquire()
             if not partial.exists():
                 return read_manifest(folder)  # another shard finished the corpus
-        about = merge_units(job, n_units, before, workers=workers)
-        if about is None:
+        if (about := merge_units(job, n_units, before)) is None:
             return None
         read = {identity(item.path): item.size for item in items if item.dataset is None}
-        about = {"made_by": made_by(data, tokenizer), "input": (before["input"] if before else {}) | read} | about
-        write_whole(partial / "corpus.json", json.dumps(about, indent=2) + "\n")
+        input = (before["input"] if before else {}) | read
+        about = {"made_by": made_by(data, config.tokenizer), "input": input} | about
+        write_atomically(partial / "corpus.json", json.dumps(about, indent=2) + "\n")
         _publish(partial, folder)
         return about
     finally:
         lock.release()
 
 
-def _begin(job: Job, workers: int, before: dict[str, Any] | None, *, alone: bool) -> None:
+def _begin(job: Job, before: dict[str, Any] | None) -> None:
     """Write the tokenizer and the plan, unless an interrupted run has written the same; remove files of another one."""
-    partial = job.folder
+    partial, config = job.folder, job.config
     plan = {
-        "made_by": made_by(job.data, job.config) | {"add": before is not None},
+        "made_by": made_by(config.data, config.tokenizer) | {"add": before is not None},
         "items": [[identity(i.path), i.size, os.path.exists(i.path) and os.path.getmtime(i.path)] for i in job.items],
     }
     if (partial / "plan.json").exists():
         old = json.loads((partial / "plan.json").read_text(encoding="utf-8"))
         if old == plan:
-            for path in (partial / "units").glob(".*") if alone else ():  # incomplete units of killed processes
-                shutil.rmtree(path)
+            if config.shards == 1:
+                for path in (partial / "units").glob(".*"):  # incomplete units of killed processes
+                    shutil.rmtree(path)
             return
         why = differences(old["made_by"], plan["made_by"]) or "other input files"
-        print(f"removing the files of an interrupted run for {job.data.path}: it was made with {why}")
+        print(f"removing the files of an interrupted run for {config.data.path}: it was made with {why}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        _write_tokenizer(job, workers, before)
+        _write_tokenizer(job, before)
     except BaseException:
         shutil.rmtree(partial)
         raise
-    write_whole(partial / "plan.json", json.dumps(plan))
+    write_atomically(partial / "plan.json", json.dumps(plan))
 
 
-def _write_tokenizer(job: Job, workers: int, before: dict[str, Any] | None) -> None:
+def _write_tokenizer(job: Job, before: dict[str, Any] | None) -> None:
     """Copy or train the tokenizer; raise `DataError` if it does not fit the settings."""
-    data, config, folder = job.data, job.config, job.folder / "tokenizer"
+    data, config, folder = job.config.data, job.config.tokenizer, job.folder / "tokenizer"
     template = None if data.style is Style.text else read_template(data.chat_template)
     if before is not None or config.model is not None:
         tokenizer = load_tokenizer(Path(data.path) / "tokenizer" if before is not None else str(config.model))
@@ -194,8 +189,8 @@ def _write_tokenizer(job: Job, workers: int, before: dict[str, Any] | None) -> N
     else:
         print(f"training a tokenizer of {config.vocab_size} pieces", flush=True)
         texts, path = iter([*tokenizer_texts(data, job.items, config.train_bytes)]), folder / "tokenizer.model"
-        special = list(dict.fromkeys([*markers(template), *config.add_special_tokens]))
-        tokenizer = train_tokenizer(texts, path, vocab_size=config.vocab_size, threads=workers, special=special)
+        special = list(dict.fromkeys([*MARKERS.get(template or "", ()), *config.add_special_tokens]))
+        tokenizer = train_tokenizer(texts, path, vocab_size=config.vocab_size, threads=job.workers, special=special)
     for key, token in (("add_bos", tokenizer.bos_id), ("add_eos", tokenizer.eos_id)):
         if getattr(config, key) and token is None:
             raise DataError(f"tokenizer.{key} (true): {tokenizer.path.name} has no such token; set it to false")
@@ -204,6 +199,24 @@ def _write_tokenizer(job: Job, workers: int, before: dict[str, Any] | None) -> N
             problem = "ends answers with no special token; add one with tokenizer.add_special_tokens"
             logger.warning("data.chat_template (%s) %s", data.chat_template, problem)
         (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+
+
+def tokenizer_texts(config: CorpusConfig, items: list[Item], wanted_bytes: int) -> Iterator[str]:
+    """Yield about `wanted_bytes` of training text, from the start of each file in proportion to its size."""
+    left_out, reader = LeftOut(config.on_bad_record), Reader(config)
+    items = [item for item in items if item.split != "valid"]
+    total = sum(item.size for item in items)
+    allowed = size = 0.0
+    for item in items:
+        allowed += wanted_bytes * item.size / total if total else wanted_bytes
+        for document in reader.documents(item, left_out) if size < allowed else ():
+            if document.split == "train":
+                yield document.text
+                size += document.text_bytes
+            if size >= allowed:
+                break
+    if not size:
+        raise DataError(f"data.source ({config.source.value}) has no training text{left_out.first()}")
 
 
 def _publish(partial: Path, folder: Path) -> None:

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from corpus.builtin import builtin_texts
 from corpus.compression import DAMAGE, open_content, split_suffix
 from corpus.config import CorpusConfig, DataError, Source, Style, cause_of
-from corpus.documents import Document, DocumentMaker
+from corpus.documents import Document, DocumentMaker, LeftOut
 from corpus.inputs import Item
-from corpus.left_out import LeftOut
 
 if TYPE_CHECKING:
     import pyarrow
@@ -169,20 +168,18 @@ class Reader:
 def documents_of(
     batch: "pyarrow.RecordBatch", make: DocumentMaker, first: int, decode: Callable[[Any], Any] = lambda row: row
 ) -> Iterator[Document | None]:
-    """Yield the documents of rows; `first` is the index of the first row."""
-    for number, record in enumerate(records_of(batch, decode), first):
-        place = f"{make.item.path}[{number}]"
-        bad = isinstance(record, ValueError)
-        yield make.left_out.bad(place, str(record)) if bad else make.from_record(record, place)
-
-
-def records_of(batch: "pyarrow.RecordBatch", decode: Callable[[Any], Any]) -> list[Any]:
-    """Return rows as Python values; a row that cannot be decoded is returned as its `ValueError`."""
+    """Yield the documents of rows, of which one may not decode; `first` is the index of the first row."""
     try:
-        return [decode(row) for row in batch.to_pylist()]
+        records = [decode(row) for row in batch.to_pylist()]
     except ValueError as error:
-        rows = [batch.slice(i, 1) for i in range(len(batch))]
-        return [error] if len(rows) == 1 else [records_of(row, decode)[0] for row in rows]
+        if len(batch) == 1:
+            yield make.left_out.bad(f"{make.item.path}[{first}]", str(error))
+            return
+        for number in range(len(batch)):
+            yield from documents_of(batch.slice(number, 1), make, first + number, decode)
+        return
+    for number, record in enumerate(records, first):
+        yield make.from_record(record, f"{make.item.path}[{number}]")
 
 
 def columns_of(config: CorpusConfig, names: list[str]) -> list[str]:

@@ -22,13 +22,15 @@ from urllib.parse import quote
 import numpy as np
 import xxhash
 
+from conf.schema import PrepareConfig
+from corpus.chat import ChatEncoder, read_template
 from corpus.compression import split_suffix
-from corpus.config import CorpusConfig, DataError, Source, TokenizerConfig
-from corpus.documents import Document
-from corpus.encode import DocumentEncoder
+from corpus.config import CorpusConfig, DataError, Source, Style
+from corpus.documents import Document, LeftOut
 from corpus.inputs import Item
-from corpus.left_out import LeftOut
 from corpus.readers import END, Reader, dataset_batches, has_lines
+from data.shards import LOSS_MASKED
+from data.tokenizer import encode_documents, load_tokenizer
 
 # Small units keep many processes busy, large units make few files. Units must not depend on the number of workers.
 LEAST_UNIT_BYTES, MOST_UNIT_BYTES, MOST_UNITS = 1 << 22, 1 << 30, 512
@@ -46,10 +48,13 @@ Progress = Callable[[int, int, int, float], None]
 class Job:
     """What to prepare, and where."""
 
-    data: CorpusConfig
-    config: TokenizerConfig
+    config: PrepareConfig
     folder: Path  # of the unfinished corpus
     items: list[Item]
+
+    @property
+    def workers(self) -> int:
+        return self.config.workers or len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +151,12 @@ class UnitWorker:
     """Reads, encodes and writes units; one per process."""
 
     def __init__(self, job: Job) -> None:
-        self.job = job
-        self.encoder = DocumentEncoder(job.data, job.config, job.folder / "tokenizer")
-        self.reader = Reader(job.data)
+        self.job, self.data, self.reader = job, job.config.data, Reader(job.config.data)
+        self.tokenizer, self.chat = load_tokenizer(job.folder / "tokenizer"), None
+        if self.data.style is not Style.text:
+            self.chat = ChatEncoder(read_template(self.data.chat_template), self.tokenizer)
+            self.token_bytes = self.tokenizer.token_bytes()
+        self.dtype = np.uint16 if self.chat is None and self.tokenizer.vocab_size <= 1 << 16 else np.uint32
 
     def write(self, unit: Unit) -> list[int]:
         """Prepare and commit a unit; return the numbers of documents, tokens and text bytes."""
@@ -168,13 +176,13 @@ class UnitWorker:
         return counts
 
     def _write(self, unit: Unit, folder: Path) -> list[int]:
-        left_out = LeftOut(self.job.data.on_bad_record)
+        left_out = LeftOut(self.data.on_bad_record)
         groups: set[str] = set()
         documents = tokens = text_bytes = 0
         for batch in _batches(self._documents(unit, left_out)):
             batch = batch if unit.limit is None else batch[: unit.limit - documents]
-            found = self.encoder.encode(batch, left_out)
-            groups |= _append(found, folder, self.encoder.dtype)
+            found = self._encode(batch, left_out)
+            groups |= _append(found, folder, self.dtype)
             documents += len(found)
             tokens += sum(len(ids) for _, ids in found)
             text_bytes += sum(document.text_bytes for document, _ in found)
@@ -197,6 +205,35 @@ class UnitWorker:
                 yield from self.reader.rows(pyarrow.ipc.open_stream(unit.rows), item, left_out, span.start)
             else:
                 yield from self.reader.documents(item, left_out, span.start, span.stop)
+
+    def _encode(self, documents: list[Document], left_out: LeftOut) -> list[tuple[Document, np.ndarray]]:
+        """Return the documents and their ids, uint32, with bos, eos, and the loss mask in the highest bit.
+
+        Sets `text_bytes` of conversations to the size of the rendered text.
+        """
+        config = self.job.config.tokenizer
+        if self.chat is None:
+            texts, special = [document.text for document in documents], config.special_tokens_in_text
+            ends = {"add_bos": config.add_bos, "add_eos": config.add_eos}
+            return list(zip(documents, encode_documents(self.tokenizer, texts, **ends, special=special), strict=True))
+        bos = self.tokenizer.bos_id if config.add_bos else None
+        eos = self.tokenizer.eos_id if config.add_eos else None
+        found = []
+        for document in documents:
+            messages = document.messages or []
+            try:
+                self.chat.check_written(messages)
+                ids_T, mask_T = self.chat.encode(messages)
+            except ValueError as error:
+                left_out.bad(document.place, str(error))
+                continue
+            if bos is not None and ids_T[0] != bos:  # unless the template has written it
+                ids_T, mask_T = np.insert(ids_T, 0, bos), np.insert(mask_T, 0, False)
+            if eos is not None and ids_T[-1] != eos:
+                ids_T, mask_T = np.append(ids_T, eos), np.append(mask_T, True)
+            document.text_bytes = int(self.token_bytes[ids_T].sum())
+            found.append((document, np.where(mask_T, ids_T, ids_T | np.uint32(LOSS_MASKED)).astype(np.uint32)))
+        return found
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -226,9 +263,9 @@ def _append(encoded: list[tuple[Document, np.ndarray]], folder: Path, dtype: Any
     return set(groups)
 
 
-def run_units(units: Iterable[Unit], job: Job, *, workers: int, shards: int, shard: int, progress: Progress) -> int:
-    """Do the missing units of a shard with `workers` processes; return the total number of units."""
-    most = job.data.max_documents
+def run_units(units: Iterable[Unit], job: Job, progress: Progress) -> int:
+    """Do the missing units of this job's shard; return the total number of units."""
+    most, shards = job.config.data.max_documents, job.config.shards
     n_units = n_documents = 0
     total = sum(map(content_size, job.items)) / shards if most is None else 0
 
@@ -244,22 +281,22 @@ def run_units(units: Iterable[Unit], job: Job, *, workers: int, shards: int, sha
                 return
             unit = replace(unit, limit=None if most is None else most - n_documents)
             n_units += 1
-            if unit.number % shards == shard:
+            if unit.number % shards == job.config.shard:
                 if (done := read_unit(job.folder, unit.number)) is None:
                     yield unit
                 else:
                     add(unit, done["counts"], is_new=False)
 
-    if workers == 1 or most is not None:  # sequential: a unit's limit depends on the units before it
+    if job.workers == 1 or most is not None:  # sequential: a unit's limit depends on the units before it
         worker = UnitWorker(job)
         for unit in to_do():
             add(unit, worker.write(unit))
     else:
-        _run_in_processes(to_do(), job, workers, add)
+        _run_in_processes(to_do(), job, add)
     return n_units
 
 
-def _run_in_processes(units: Iterator[Unit], job: Job, workers: int, add: Callable[..., None]) -> None:
+def _run_in_processes(units: Iterator[Unit], job: Job, add: Callable[..., None]) -> None:
     waiting: dict[Future[list[int]], Unit] = {}
 
     def wait_for_all_but(most: int) -> None:
@@ -267,11 +304,11 @@ def _run_in_processes(units: Iterator[Unit], job: Job, workers: int, add: Callab
             for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                 add(waiting.pop(future), future.result())
 
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (job,)) as pool:
+    with ProcessPoolExecutor(job.workers, get_context("spawn"), _start_worker, (job,)) as pool:
         try:
             for unit in units:
                 waiting[pool.submit(_write_unit, unit)] = unit
-                wait_for_all_but(workers)
+                wait_for_all_but(job.workers)
             wait_for_all_but(0)
         except BrokenProcessPool:
             raise DataError("a worker process was killed, possibly out of memory; use fewer workers") from None

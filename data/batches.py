@@ -1,7 +1,6 @@
 """Micro-batches as tensors."""
 
 from dataclasses import dataclass, fields
-from functools import cache
 
 import numpy as np
 import torch
@@ -58,8 +57,8 @@ def collate(rows: Rows, sources: np.ndarray, *, seq_len: int, isolated: bool) ->
     if (lengths > seq_len).any():
         lengths = _split(lengths, seq_len)
     starts = np.cumsum(lengths) - lengths
-    positions = np.repeat(starts.astype(np.int32), lengths)
-    np.subtract(_arange(n_rows * pack_len), positions, out=positions)
+    positions = np.arange(n_rows * pack_len, dtype=np.int32)
+    positions -= np.repeat(starts.astype(np.int32), lengths)
     return Batch(
         tokens_BT=torch.from_numpy(tokens),
         labels_BT=torch.from_numpy(labels),
@@ -68,11 +67,6 @@ def collate(rows: Rows, sources: np.ndarray, *, seq_len: int, isolated: bool) ->
         cu_seqlens=torch.from_numpy(np.append(starts, n_rows * pack_len).astype(np.int32)),
         max_seq_len=int(lengths.max()),
     )
-
-
-@cache
-def _arange(count: int) -> np.ndarray:
-    return np.arange(count, dtype=np.int32)
 
 
 def _split(lengths: np.ndarray, longest: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """A corpus opened for training."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,32 +19,27 @@ from data.shards import Shard, TokenFile
 from data.tokenizer import Tokenizer, load_tokenizer
 
 RANDOM_PACKS = {"train": 4096, "valid": 8}
-Split = dict[str, list[TokenFile]]  # files by source
+Split = Mapping[str, Sequence[TokenFile]]  # files by source
 
 
 class PackedDataset:
-    """The packs of one split, with one packing per source.
+    """The packs of one split, with one packing per source number.
 
     Sample i of the endless sequence is a pure function of seed and i. Without a mixture all packs are shuffled
     together; with one, each source is shuffled separately and the sources alternate by weight.
     """
 
     def __init__(
-        self,
-        packings: list[Packing],
-        sources: list[int],
-        config: DataConfig,
-        *,
-        vocab_size: int,
-        weights: list[float] | None = None,
+        self, packings: dict[int, Packing], config: DataConfig, vocab_size: int, weights: Sequence[float] = ()
     ) -> None:
-        self.packings, self.sources, self.config, self.vocab_size = packings, np.array(sources), config, vocab_size
-        self.files = [file for packing in packings for file in packing.files]
-        self.first_file = np.cumsum([0, *(len(packing.files) for packing in packings)])
-        self.limits = np.cumsum([0, *(packing.n_packs for packing in packings)])
+        self.sources, self.packings = np.array([*packings], dtype=np.int64), [*packings.values()]
+        self.config, self.vocab_size = config, vocab_size
+        self.files = [file for packing in self.packings for file in packing.files]
+        self.first_file = np.cumsum([0, *(len(packing.files) for packing in self.packings)])
+        self.limits = np.cumsum([0, *(packing.n_packs for packing in self.packings)])
         self.n_packs = int(self.limits[-1])
         self.isolated = find_packing(config.packing).isolated
-        self.mixture = None if weights is None else Mixture(weights)
+        self.mixture = Mixture(weights) if weights else None
         self.first_sample = 0
         self.pools: dict[int, Pool] = {}
 
@@ -139,7 +135,10 @@ def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
     tokenizer, add_bos, add_eos = None, False, False
     match config.source:
         case Source.random:
-            train, valid = ({"random": [_random_tokens(config, split, vocab_size)]} for split in RANDOM_PACKS)
+            n_tokens = [n_packs * config.pack_tokens for n_packs in RANDOM_PACKS.values()]
+            size, documents = min(vocab_size, config.vocab_size), config.seq_len
+            files = [RandomTokens(size, n, documents, config.seed + split) for split, n in enumerate(n_tokens)]
+            train, valid = ({"random": [file]} for file in files)
         case Source.tokens:
             train, valid = (token_files(as_paths(paths), config.name) for paths in (config.input, config.valid_input))
             check_no_overlap(train, valid)
@@ -167,16 +166,10 @@ def open_corpus(config: DataConfig, *, vocab_size: int) -> Corpus:
     return Corpus(sources, fingerprints, tokenizer, add_bos, add_eos, bytes_per_token, *packs)
 
 
-def _random_tokens(config: DataConfig, split: str, vocab_size: int) -> TokenFile:
-    n_tokens, seed = RANDOM_PACKS[split] * config.pack_tokens, config.seed + (split == "valid")
-    size = min(vocab_size, config.vocab_size)
-    return RandomTokens(vocab_size=size, n_tokens=n_tokens, document_len=config.seq_len, seed=seed)
-
-
 def _shards(folder: Path, sources: dict[str, dict[str, Any]], tokenizer: Tokenizer) -> Split:
-    found: Split = {source: [Shard(folder / stem) for stem in about["shards"]] for source, about in sources.items()}
+    found = {source: [Shard(folder / stem) for stem in about["shards"]] for source, about in sources.items()}
     for shard in (shard for shards in found.values() for shard in shards):
-        if not isinstance(shard, Shard) or shard.header is None or shard.header.tokenizer != tokenizer.fingerprint:
+        if shard.header is None or shard.header.tokenizer != tokenizer.fingerprint:
             raise DataError(f"{shard.stem}.bin has another tokenizer than {folder}; prepare the corpus again")
     return found
 
@@ -186,11 +179,11 @@ def _packs(config: DataConfig, files: Split, sources: tuple[str, ...], vocab_siz
     names = [name for name in sorted(files) if not is_mixed or config.mix.get(name, 0) > 0]
     # random tokens have no folder for a packing plan
     kind = Concat if config.source is Source.random else find_packing(config.packing)
-    packings = [kind(files[name], config.pack_tokens, seed=config.seed if train else None) for name in names]
-    weights = [config.mix[name] for name in names] if is_mixed else None
-    empty = [name for name, packing in zip(names, packings, strict=True) if not packing.n_packs]
+    seed = config.seed if train else None
+    packings = {sources.index(name): kind([*files[name]], config.pack_tokens, seed=seed) for name in names}
+    weights = [config.mix[name] for name in names] if is_mixed else []
+    empty = [sources[number] for number, packing in packings.items() if not packing.n_packs]
     if train and (len(empty) == len(names) or (is_mixed and empty)):
         size = f"{config.pack_tokens} tokens; lower data.seq_len or add text"
         raise DataError(f"source {', '.join(empty)} does not fill one pack of {size}")
-    numbers = [sources.index(name) for name in names]
-    return PackedDataset(packings, numbers, config, vocab_size=vocab_size, weights=weights)
+    return PackedDataset(packings, config, vocab_size, weights)

@@ -87,28 +87,22 @@ class Concat(Packing):
         files = np.searchsorted(self.limits, packs, side="right") - 1
         starts = (packs - self.limits[files]) * self.pack_len
         stops = np.minimum(starts + self.pack_len, self.sizes[files])
-        rows, ends = [], []
+        # Positions in all packs, pack k's from k * stride to k * stride + pack_len, its end included.
+        stride = self.pack_len + 1
+        bases = np.arange(len(packs)) * stride
+        ends = [bases[starts == 0]]  # a file begins where a document before it would end
         for file in set(files.tolist()):
             here = np.flatnonzero(files == file)
             found, counts = self.files[file].ends_between(np.maximum(starts[here] - 1, 0), stops[here])
-            rows.append(np.repeat(here, counts))
-            ends.append(found)
-        row, end = np.concatenate(rows), np.concatenate(ends)
-        at_start = end == starts[row]
-        begins = starts == 0
-        begins[row[at_start]] = True
-        row, end = row[~at_start], end[~at_start]
-        cut = np.ones(len(packs), dtype=bool)
-        cut[row[end == stops[row]]] = False
-        ended = np.arange(len(row) + int(cut.sum())) < len(row)
-        row, end = np.append(row, np.flatnonzero(cut)), np.append(end, stops[cut])
-        order = np.lexsort((end, row))
-        row, end, ended = row[order], end[order], ended[order]
-        n_pieces = np.bincount(row, minlength=len(packs))
-        heads = np.cumsum(n_pieces) - n_pieces
-        start, begun = np.roll(end, 1), np.ones(len(row), dtype=bool)
-        start[heads], begun[heads] = starts, begins
-        return Pieces(n_pieces, files[row], start, end - start, begun, ended)
+            ends.append(found + np.repeat(bases[here] - starts[here], counts))
+        ended = np.concatenate(ends)
+        limits = np.unique(np.concatenate([ended, bases, bases + stops - starts]))
+        rows, is_end = limits // stride, np.zeros(len(limits), dtype=bool)
+        is_end[np.searchsorted(limits, ended)] = True
+        inside = rows[1:] == rows[:-1]  # between two limits of one pack
+        row, start, length = rows[1:][inside], limits[:-1][inside], np.diff(limits)[inside]
+        n_pieces, place = np.bincount(row, minlength=len(packs)), start - bases[row] + starts[row]
+        return Pieces(n_pieces, files[row], place, length, is_end[:-1][inside], is_end[1:][inside])
 
 
 class InternLM(Packing):
@@ -190,21 +184,13 @@ def find_packing(name: str) -> type[Packing]:
 
 @dataclass(slots=True)
 class Rows:
-    """Packs as rows of L tokens, plus one more for the last target.
+    """Packs as rows of L tokens, plus one more for the last target."""
 
-    Attributes:
-        tokens: int32 (N, L + 1).
-        ends: offsets in the row at which documents end, row after row.
-        n_ends: number of `ends` per row.
-        used: tokens per row without padding.
-        loss_mask: bool (N, L + 1), True where a token is a target; None if all are.
-    """
-
-    tokens: np.ndarray
-    ends: np.ndarray
-    n_ends: np.ndarray
-    used: np.ndarray
-    loss_mask: np.ndarray | None = None
+    tokens: np.ndarray  # int32 (N, L + 1)
+    ends: np.ndarray  # offsets in the row at which documents end, row after row
+    n_ends: np.ndarray  # number of `ends` per row
+    used: np.ndarray  # tokens per row without padding
+    loss_mask: np.ndarray | None = None  # bool (N, L + 1), True where a token is a target; None if all are
 
 
 def read_rows(files: Sequence[TokenFile], pieces: Pieces, pack_len: int, seq_len: int) -> Rows:
@@ -248,7 +234,7 @@ def read_rows(files: Sequence[TokenFile], pieces: Pieces, pack_len: int, seq_len
 class RandomTokens(TokenFile):
     """Uniformly random tokens in documents of `document_len`, each a pure function of seed and position."""
 
-    def __init__(self, *, vocab_size: int, n_tokens: int, document_len: int, seed: int) -> None:
+    def __init__(self, vocab_size: int, n_tokens: int, document_len: int, seed: int) -> None:
         self.stem, self.vocab_size, self.seed = Path("random"), vocab_size, seed
         self.key = scramble(np.array([seed], dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
         self.n_tokens, self.n_documents, self.document_len = n_tokens, n_tokens // document_len, document_len

@@ -20,7 +20,6 @@ from corpus.config import DataError
 
 FORMAT_VERSION = 2
 LOSS_MASKED = 1 << 31  # of uint32 tokens
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 SHARD_BYTES = 1 << 30  # size at which a shard is closed
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -49,9 +48,9 @@ class ShardWriter:
     """Appends documents to one shard, which is complete when `close` has written the header."""
 
     def __init__(self, stem: Path, *, vocab_size: int, tokenizer: str, masked: bool = False) -> None:
-        dtype = "uint16" if vocab_size <= 1 << 16 and not masked else "uint32"
-        self.stem, self.header = stem, Header(FORMAT_VERSION, dtype, vocab_size, tokenizer, masked)
-        self.dtype, self.lengths, self.hash = DTYPES[dtype], [np.zeros(0, dtype="<i4")], xxhash.xxh3_128()
+        self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 and not masked else "<u4")
+        self.stem, self.header = stem, Header(FORMAT_VERSION, self.dtype.name, vocab_size, tokenizer, masked)
+        self.lengths, self.hash = [np.zeros(0, dtype="<i4")], xxhash.xxh3_128()
         stem.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(f"{stem}.bin", "wb")  # noqa: SIM115
 

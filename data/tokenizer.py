@@ -264,28 +264,13 @@ def train_tokenizer(
     """
     lines = (line for text in texts for line in text.split("\n") if line)
     model = io.BytesIO()
+    text = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
+    pieces = {"allow_whitespace_only_pieces": True, "byte_fallback": True, "split_digits": True}
+    ids = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1, "control_symbols": list(special)}
+    corpus = {"sentence_iterator": lines, "max_sentence_length": 1 << 16, "character_coverage": 0.9995}
+    options = {"model_type": "bpe", "vocab_size": vocab_size, "num_threads": threads, "minloglevel": 2}
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            num_threads=threads,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            byte_fallback=True,
-            split_digits=True,
-            character_coverage=0.9995,
-            max_sentence_length=1 << 16,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            control_symbols=list(special),
-            minloglevel=2,
-        )
+        sentencepiece.SentencePieceTrainer.train(model_writer=model, **corpus, **text, **pieces, **ids, **options)
     except RuntimeError as error:
         raise DataError(f"tokenizer.vocab_size ({vocab_size}) does not suit this text: {error}") from None
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from launch.config import unless
+
 
 @dataclass(kw_only=True, slots=True)
 class DryRunConfig:
@@ -16,7 +18,10 @@ class DryRunConfig:
     devices_per_node: int = 8
     device_memory_gib: float = 139.0
     peak_tflops: float = 989.0
-    flops_efficiency: float = 0.72  # of matrix products
+    flops_efficiency: float = 0.70  # of matrix products
+    attention_efficiency: float = 0.55
+    fp8_tflops: float = 1979.0
+    fp8_efficiency: float = 0.57  # of matrix products in 8 bits
     memory_gbps: float = 3350.0  # GB/s
     memory_efficiency: float = 0.8  # of all other operations
     intra_node_gbps: float = 280.0  # GB/s per GPU
@@ -28,9 +33,6 @@ class DryRunConfig:
     workspace_mib: int = 64  # of cuBLAS
 
     def problems(self) -> Iterator[str]:
-        for key in ("world_size", "devices_per_node"):
-            if getattr(self, key) < 1:
-                yield f"dry_run.{key} ({getattr(self, key)}) must be at least 1"
-        for key in ("flops_efficiency", "memory_efficiency", "overlap"):
-            if not 0 <= getattr(self, key) <= 1:
-                yield f"dry_run.{key} ({getattr(self, key)}) must be from 0 to 1"
+        yield from unless(self, "dry_run", "at least 1", lambda x: x >= 1, "world_size", "devices_per_node")
+        shares = ("flops_efficiency", "attention_efficiency", "fp8_efficiency", "memory_efficiency", "overlap")
+        yield from unless(self, "dry_run", "from 0 to 1", lambda x: 0 <= x <= 1, *shares)

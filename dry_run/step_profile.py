@@ -2,7 +2,6 @@
 
 from contextlib import ExitStack
 from dataclasses import astuple, dataclass, field, replace
-from typing import Any
 from unittest import mock
 
 import torch
@@ -19,11 +18,9 @@ from model.config import Attention
 from parallel.axes import resolve_axes
 from parallel.config import AXES
 from parallel.engine import Engine
-from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
 from parallel.peers import SideStream
 from parallel.zero import Unit, Zero
-from training.optim.optimizer import build_optimizer
 from training.setup import build_engine, build_model, lr_schedule
 from training.state import TrainState
 
@@ -69,6 +66,10 @@ def profile_rank(config: TrainConfig, rank: int, n_micro_batches: int) -> StepPr
     axes = resolve_axes(config.parallel, config.dry_run.world_size)
     memory = Memory()
     trace = Trace({axis: getattr(axes, axis) for axis in AXES}, memory)
+
+    def all_gather(zero: Zero, unit: Unit) -> None:  # whose operations are not traced
+        trace.add_collective("all_gather", zero.shard_group, n_bytes(unit.padded_params))
+
     with ExitStack() as stack:
         mesh = stack.enter_context(fake_mesh(config.parallel, rank, axes.world_size))
         stack.enter_context(fake_gpu(trace.record_kernel))
@@ -78,7 +79,7 @@ def profile_rank(config: TrainConfig, rank: int, n_micro_batches: int) -> StepPr
         # Disable paths whose collectives or products cannot be traced.
         for fast_path in ("parallel.zero.can_share", "training.optim.muon.takes_kernel"):
             stack.enter_context(mock.patch(fast_path, lambda *_: False))
-        stack.enter_context(mock.patch.multiple(Zero, **zero_replacements(trace)))
+        stack.enter_context(mock.patch.object(Zero, "_all_gather", all_gather))
         stack.enter_context(mock.patch.object(SideStream, "after_current", lambda _: trace.overlapped()))
         with memory.label("optimizer"):
             engine = _build_engine(config, mesh)
@@ -96,26 +97,16 @@ def profile_rank(config: TrainConfig, rank: int, n_micro_batches: int) -> StepPr
     return StepProfile(rank, n_params, peak, bytes_at_peak, trace.collectives(), flops, time, trace.phases)
 
 
-def zero_replacements(trace: Trace) -> dict[str, Any]:
-    """Return replacements of methods of `Zero` with untraced operations."""
-
-    def all_gather(zero: Zero, unit: Unit) -> None:
-        trace.add_collective("all_gather", zero.shard_group, n_bytes(unit.padded_params))
-
-    return {"_all_gather": all_gather}
-
-
 def _build_engine(config: TrainConfig, mesh: Mesh) -> Engine:
     """Build the engine as for training, without features that need a real GPU."""
     model = config.model
     if model.attention is not Attention.reference:
         model = replace(model, attention=Attention.sdpa)  # runs on CPU, and saves the same tensors as fused kernels
     config = replace(config, model=model, parallel=replace(config.parallel, cuda_graphs=False))
-    model, state = build_model(config, mesh), TrainState()
-    tied_params = model.module.tied_params
-    optimizer = build_optimizer(model.module, config.optimizer, params=model.params, tied_params=tied_params)
-    optimizer.set_schedule(lr_schedule(config, state)[:1])
-    return build_engine(config, mesh, model, optimizer, LossScaler(config.precision), state)
+    state = TrainState()
+    engine = build_engine(config, build_model(config, mesh), state)
+    engine.optimizer.set_schedule(lr_schedule(config, state)[:1])
+    return engine
 
 
 def _label_engine(engine: Engine, memory: Memory, trace: Trace) -> None:

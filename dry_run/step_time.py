@@ -44,8 +44,11 @@ def estimate_time(phases: Iterable[Phase], config: DryRunConfig) -> StepTime:
 
 
 def compute_s(phase: Phase, config: DryRunConfig) -> float:
-    products = phase.flops / (config.peak_tflops * 1e12 * config.flops_efficiency)
-    return products + phase.n_bytes / (config.memory_gbps * 1e9 * config.memory_efficiency)
+    products = phase.flops - phase.attention_flops - phase.fp8_flops
+    bf16_s = products / config.flops_efficiency + phase.attention_flops / config.attention_efficiency
+    fp8_s = phase.fp8_flops / config.fp8_efficiency / (config.fp8_tflops * 1e12)
+    memory_s = phase.n_bytes / (config.memory_gbps * 1e9 * config.memory_efficiency)
+    return bf16_s / (config.peak_tflops * 1e12) + fp8_s + memory_s
 
 
 def collective_s(item: Collective, config: DryRunConfig) -> float:

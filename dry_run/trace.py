@@ -37,6 +37,8 @@ class Phase:
     backward: bool
     update: bool = False  # of the optimizer
     flops: int = 0
+    attention_flops: int = 0  # among `flops`
+    fp8_flops: int = 0  # among `flops`
     n_bytes: int = 0  # read and written by operations other than matrix products
     collectives: list[Collective] = field(default_factory=list)
 
@@ -76,10 +78,14 @@ class Trace(TorchDispatchMode):
             if kind is not None:  # not a wait or barrier
                 self.add_collective(kind, _group_of(parts), max(map(n_bytes, [*parts, result])))
         elif packet.__name__.startswith(ATTENTION):
-            phase.flops += _attention_flops(args, backward=packet.__name__.endswith("backward"))
+            flops = _attention_flops(args, backward=packet.__name__.endswith("backward"))
+            phase.flops += flops
+            phase.attention_flops += flops
         elif packet in flop_registry:
             tensors = [arg for arg in args if isinstance(arg, Tensor)]  # an output's dtype may follow them
-            phase.flops += flop_registry[packet](*tensors, out_val=result)
+            flops = flop_registry[packet](*tensors, out_val=result)
+            phase.flops += flops
+            phase.fp8_flops += flops if packet is torch.ops.aten._scaled_mm else 0
         elif not self.products_only and not func.is_view and not packet.__name__.startswith(FREE):
             self.record_kernel([args, [kwargs[key] for key in kwargs if key != "out"], result])
 

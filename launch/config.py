@@ -2,9 +2,10 @@
 
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):(\d{2})(?::(\d{2}))?")  # [days-]hours:minutes[:seconds]
 SLURM_ONLY = ("cpus_per_task", "mem_gb", "partition", "account", "qos", "constraint", "sbatch", "srun_args", "setup")
@@ -21,6 +22,13 @@ class RankError(Exception):
 
 def is_user_error(error: BaseException) -> bool:
     return isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in DISK_ERRORS)
+
+
+def unless(config: Any, section: str, rule: str, holds: Callable[[Any], bool], *keys: str) -> Iterator[str]:
+    """Yield a problem for each key whose value, unless it is null, breaks a rule."""
+    for key in keys:
+        if (value := getattr(config, key)) is not None and not holds(value):
+            yield f"{section}.{key} ({value}) must be {rule}"
 
 
 class Where(Enum):
@@ -68,10 +76,8 @@ class LauncherConfig:
         return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
     def problems(self) -> Iterator[str]:
-        for key in ("parallel_jobs", "nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "mem_gb"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                yield f"launcher.{key} ({value}) must be at least 1"
+        counts = ("parallel_jobs", "nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "mem_gb")
+        yield from unless(self, "launcher", "at least 1", lambda x: x >= 1, *counts)
         if not TIME.fullmatch(self.time):
             yield f"launcher.time ({self.time}) must look like 24:00:00 or 2-12:00:00 (days-hours:minutes:seconds)"
         elif not 0 <= self.signal_delay_s < self.time_s:

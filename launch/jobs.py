@@ -49,7 +49,7 @@ class Job:
         """Run the work on this job's ranks and write its outcome; exit with 1 on failure, so that Slurm sees it."""
         end_file = _end_file(paths or JobEnvironment().paths)
         end_file.unlink(missing_ok=True)  # of an earlier attempt
-        end = RankEnd.of(self._launch)
+        end = RankEnd.of(lambda: launch(pkgutil.resolve_name(self.work), *self.args, config=self.config))
         if end.is_crash and self.launcher.requeue_crashes and self.launcher.where is Where.slurm:
             again = "it crashed twice at the same step" if crashed_the_same_way_twice(self.run_dir) else ""
             refused = again or slurm.requeue(self.launcher.max_requeues)
@@ -62,9 +62,6 @@ class Job:
             sys.stdout.flush()
             os._exit(1)  # submitit would catch an exception and exit with 0
         return end.value
-
-    def _launch(self) -> Any:
-        return launch(pkgutil.resolve_name(self.work), *self.args, config=self.config)
 
     def checkpoint(self) -> DelayedSubmission:
         """Return this job for submitit to requeue, if a signal arrives before there is anything to save."""

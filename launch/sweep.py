@@ -77,7 +77,7 @@ def run_points(points: "Sequence[Point]", sweep_dir: Path) -> list[float | Sweep
                 note_end(point.job.run_dir, "stopped", "")
             raise
         if points[0].job.work == "train:work" and any(point.label for point in points):
-            compare(sweep_dir, show=True)
+            compare(sweep_dir)
     failed = [point.name for point in points if point.end is None or point.end.state != "finished"]
     error = SweepError(f"{len(failed)} of {len(points)} points did not finish: {', '.join(failed)}")
     return [point.end.value if point.end is not None and point.end.state == "finished" else error for point in points]

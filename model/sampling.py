@@ -40,17 +40,10 @@ def next_logits(logits_V: Tensor, seen: Tensor, sampling: Sampling) -> Tensor:
 
 @torch.no_grad()
 def generate(
-    model: Transformer,
-    prompts: list[list[int]],
-    sampling: Sampling,
-    *,
-    max_new_tokens: int,
-    stop_ids: set[int],
-    seeds: list[int],
-    vocab_size: int | None = None,
-    use_cache: bool = True,
-    on_token: Callable[[int, int], bool] | None = None,
-) -> list[list[int]]:
+    model: Transformer, prompts: list[list[int]], sampling: Sampling, *,
+    max_new_tokens: int, stop_ids: set[int], seeds: list[int], vocab_size: int | None = None, use_cache: bool = True,
+    on_token: Callable[[int, int], bool] = lambda _row, _token: False,
+) -> list[list[int]]:  # fmt: skip
     """Continue each prompt by up to `max_new_tokens`; return the new tokens without the stop token.
 
     Each text has a generator seeded by its entry in `seeds`, so the result does not depend on the batch, and
@@ -77,7 +70,7 @@ def generate(
                 token = int(torch.multinomial(logits_V.softmax(dim=-1), 1, generator=generators[row]))
             if token not in stop_ids:
                 texts[row].append(token)
-                stopped = on_token is not None and on_token(row, token)
+                stopped = on_token(row, token)
             if token in stop_ids or stopped or len(texts[row]) >= limit:
                 open_rows.remove(row)
         unread = [[text[-1]] for text in texts]

@@ -119,17 +119,11 @@ class Transformer(nn.Module):
         return stage
 
     def forward(
-        self,
-        tokens_BT: Tensor,
-        *,
-        positions_BT: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        max_seq_len: int | None = None,
-        row_len: int | None = None,
-        cache: KVCache | None = None,
-        head: Callable[[Tensor, Tensor], Any] | None = None,
-        aux: AuxLosses | None = None,
-    ) -> Any:
+        self, tokens_BT: Tensor, *,
+        positions_BT: Tensor | None = None, cu_seqlens: Tensor | None = None, max_seq_len: int | None = None,
+        row_len: int | None = None, cache: KVCache | None = None,
+        head: Callable[[Tensor, Tensor], Any] = F.linear, aux: AuxLosses | None = None,
+    ) -> Any:  # fmt: skip
         """Return logits_BTV, or `head(h_BTD, weight_VD)` of the last hidden states.
 
         `cu_seqlens` (int32) are the segment boundaries in the flattened batch and `max_seq_len` the longest segment;
@@ -159,7 +153,7 @@ class Transformer(nn.Module):
         x_BTD = self.norm(x_BTD)
         if self.config.width_ratio != 1:
             x_BTD = x_BTD / self.config.width_ratio
-        return (head or F.linear)(x_BTD, output.weight)
+        return head(x_BTD, output.weight)
 
     def _embed(self, embed: nn.Embedding, tokens_BT: Tensor) -> Tensor:
         x_BTD, scale = embed(tokens_BT), self.config.embed_grad_scale
@@ -194,10 +188,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(
-        self,
-        seed: int,
-        params: Mapping[str, Any] | None = None,
-        write: Callable[[Any, Tensor], object] = Tensor.copy_,
+        self, seed: int, params: Mapping[str, Any] | None = None, write: Callable[[Any, Tensor], object] = Tensor.copy_
     ) -> None:
         """Draw every parameter in fp32, from a generator seeded by `seed` and the parameter's name.
 

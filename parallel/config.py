@@ -33,28 +33,13 @@ class ReduceDtype(Enum):
     fp32 = "fp32"
 
 
-# Functional syntax: 1f1b is not an identifier.
-Schedule = Enum(
-    "Schedule",
-    {
-        "1f1b": "1f1b",  # one stage per rank (Narayanan et al. 2019, PipeDream-flush)
-        "interleaved_1f1b": "interleaved_1f1b",  # virtual_stages per rank (arXiv:2104.04473)
-    },
-)
+# Functional syntax: 1f1b is not an identifier. One stage per rank (Narayanan et al. 2019, PipeDream-flush), or
+# virtual_stages per rank (arXiv:2104.04473).
+Schedule = Enum("Schedule", {"1f1b": "1f1b", "interleaved_1f1b": "interleaved_1f1b"})
 
 
 class ParallelError(UserError):
     """A layout that cannot run."""
-
-
-def no_fp8(scaling: str, where: str) -> ParallelError:
-    return ParallelError(
-        f"precision.fp8 ({scaling}) needs a GPU of compute capability 8.9 or more, not {where}; set precision.fp8=none"
-    )
-
-
-def no_graphs(where: str) -> ParallelError:
-    return ParallelError(f"parallel.cuda_graphs (true) needs a CUDA device, not {where}; set it to false")
 
 
 @dataclass(kw_only=True, slots=True)

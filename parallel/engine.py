@@ -1,10 +1,10 @@
 """The training step: forward, backward, global norm, clipping, update; no update if the norm is not finite."""
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -13,11 +13,9 @@ from torch import Tensor
 from data.batches import IGNORED, Batch
 from model.aux_loss import AuxLosses
 from model.loss import linear_cross_entropy
-from parallel.config import ParallelConfig, no_graphs
-from parallel.counters import StepCounters
+from parallel.config import ParallelError
 from parallel.graphs import Graphs, Position, zero_grad
 from parallel.loss_scaler import LossScaler
-from parallel.mesh import Mesh
 from parallel.nonfinite import NonfiniteWatch
 from parallel.parallelize import ParallelModel
 from parallel.tensor_parallel import VocabularyShard
@@ -27,17 +25,6 @@ if TYPE_CHECKING:
     from parallel.pipeline import Inputs
 
 Head = Callable[[Tensor, Tensor], Tensor]  # of the last hidden states h_BTD and the head's weight_VD
-
-
-class Optimizer(Protocol):
-    def step(
-        self, *, grad_scale: Tensor, finite: Tensor, on_updated: Callable[[Collection[str]], None] | None
-    ) -> Tensor:
-        """Update from gradients divided by `grad_scale`, if `finite`; return learning rate and beta2.
-
-        `on_updated` is called repeatedly with the names of all parameters updated so far.
-        """
-        ...
 
 
 @dataclass(slots=True)
@@ -71,26 +58,18 @@ class Sums:
 class Engine:
     """Runs training steps on a mesh, without synchronizing with the device.
 
+    `optimizer` is a `training.optim.optimizer.Optimizer`; `counts_3` are updated as `count_step` does.
     `bytes_per_token` (V,) is the length of each token's text, if known; `n_sources` is S.
     """
 
     def __init__(
-        self,
-        model: ParallelModel,
-        optimizer: Optimizer,
-        mesh: Mesh,
-        *,
-        parallel: ParallelConfig,
-        loss: LossConfig,
-        max_grad_norm: float,
-        scaler: LossScaler,
-        counters: StepCounters,
-        n_sources: int,
-        bytes_per_token: Tensor | None = None,
-    ) -> None:
-        self.model, self.optimizer, self.mesh = model.module, optimizer, mesh
+        self, model: ParallelModel, optimizer: Any, scaler: LossScaler, counts_3: Tensor, *,
+        loss: LossConfig, max_grad_norm: float, n_sources: int = 1, bytes_per_token: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.optimizer, self.mesh = model.module, optimizer, model.mesh
         self.params, self.partial_grads, self.zero = model.params, model.partial_grads, model.zero
-        self.scaler, self.counters, self.max_grad_norm = scaler, counters, max_grad_norm
+        self.scaler, self.counts_3, self.max_grad_norm = scaler, counts_3, max_grad_norm
+        mesh, on_graphs = model.mesh, model.layout.cuda_graphs
         self.limits_2 = torch.full((2,), math.inf, device=mesh.device)  # no update if loss or norm is above
         tied = self.model.tied_params
         self.counted = [p for name, p in self.params.items() if name not in tied and p.is_first_copy]
@@ -107,10 +86,11 @@ class Engine:
         if mesh.axes.pp > 1:
             from parallel.pipeline import Pipeline
 
-            self.pipeline = Pipeline(model, mesh, parallel)
-        if parallel.cuda_graphs and mesh.device.type != "cuda":
-            raise no_graphs(str(mesh.device))
-        self.graphs = self.graphs_on(torch.cuda.Stream(mesh.device)) if parallel.cuda_graphs else None
+            self.pipeline = Pipeline(model)
+        if on_graphs and mesh.device.type != "cuda":
+            what = f"parallel.cuda_graphs (true) needs a CUDA device, not {mesh.device}"
+            raise ParallelError(f"{what}; set it to false")
+        self.graphs = self.graphs_on(torch.cuda.Stream(mesh.device)) if on_graphs else None
 
     def graphs_on(self, stream: torch.cuda.Stream | None) -> Graphs:
         return Graphs(self.model.parameters(), self._run_one, self._update, self._no_sums(), stream, self.zero)
@@ -141,14 +121,12 @@ class Engine:
         finite = torch.isfinite(grad_norm) & (torch.stack([loss, grad_norm]) <= self.limits_2).all()
         # Clipping and loss scale become one division inside the update.
         clip = ((grad_norm + 1e-6) / self.max_grad_norm).clamp(min=1.0) if self.max_grad_norm > 0 else 1.0
-        grad_scale, on_updated = (
-            torch.ones_like(grad_norm) * clip * self.scaler.scale,
-            self.zero and self.zero.gather_early,
-        )
+        grad_scale = torch.ones_like(grad_norm) * clip * self.scaler.scale
+        on_updated = self.zero and self.zero.gather_early
         rates_2 = self.optimizer.step(grad_scale=grad_scale, finite=finite, on_updated=on_updated)
         if self.zero is not None:
             self.zero.end_update()
-        self.counters.add(finite)
+        count_step(self.counts_3, finite)
         return loss, grad_norm, finite, rates_2, totals_S4, *aux
 
     @torch.no_grad()
@@ -278,12 +256,8 @@ class Engine:
         """
         counts = self.mesh.all_counts([int((batch.labels_BT != IGNORED).sum()) for batch in batches])
         weights = token_weights(counts, self.reduction)[self.mesh.dp_rank :: self.mesh.dp_size]
-        scale = self.scaler.scale
-        return (
-            counts,
-            [weight * scale for weight in weights],
-            scale / (len(counts) * self.mesh.axes.cp * self.mesh.axes.tp),
-        )
+        scale, axes = self.scaler.scale, self.mesh.axes
+        return counts, [weight * scale for weight in weights], scale / (len(counts) * axes.cp * axes.tp)
 
     def _reduce(self, sums: Sums, grad_norm: Tensor) -> Sequence[Tensor]:
         """Reduce loss, gradient norm, totals_S4 and auxiliary losses over all ranks."""
@@ -318,6 +292,13 @@ class Engine:
     def _drop_gradients(self) -> None:
         for param in self.params.values():
             param.shard.grad = None
+
+
+def count_step(counts_3: Tensor, finite: Tensor) -> None:
+    """Count a step on the device: updates, nonfinite steps, and consecutive nonfinite steps up to now."""
+    updates, nonfinite_steps, nonfinite_in_a_row = counts_3.unbind()
+    in_a_row = torch.where(finite, 0, nonfinite_in_a_row + 1)
+    counts_3.copy_(torch.stack([updates + finite, nonfinite_steps + ~finite, in_a_row]))
 
 
 def token_weights(target_counts: list[int], reduction: Reduction) -> list[float]:

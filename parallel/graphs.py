@@ -62,10 +62,11 @@ class Recorded:
                 self.function()
             return torch.cuda.current_stream().wait_stream(self.stream)
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph()
             # Other threads, such as the one that pins batches, may call CUDA during the capture.
-            with torch.cuda.graph(self.graph, self.pool, self.stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 self.function()
+            self.graph = graph
         self.graph.replay()
 
 

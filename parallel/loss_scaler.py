@@ -17,10 +17,8 @@ class LossScaler:
         self.finite_steps = self.overflows = 0
 
     def update(self, *, finite: bool) -> None:
-        """Record whether a step's gradients were finite."""
+        """Record whether a step's gradients were finite; only of a `dynamic` scale."""
         config = self.config
-        if not self.dynamic:
-            return
         if finite:
             self.finite_steps += 1
             if self.finite_steps == config.growth_interval:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from model.transformer import Transformer
 from parallel.async_tp import fused_linears, overlap_tp
 from parallel.axes import stage_layers, stages_of
-from parallel.config import ActivationCheckpointing, ParallelConfig, ParallelError, no_fp8
+from parallel.config import ActivationCheckpointing, ParallelConfig, ParallelError
 from parallel.fp8 import MULTIPLE, Fp8Linear, Fp8RowwiseLinear
 from parallel.mesh import Mesh
 from parallel.shards import ALIGNMENT, ParamShard, matrices_first
@@ -48,6 +48,8 @@ class ParallelModel:
     params: dict[str, ParamShard]
     partial_grads: set[str]  # parameters whose gradients are to be summed over tp
     zero: Zero | None
+    mesh: Mesh
+    layout: ParallelConfig
 
     def init_weights(self, seed: int) -> None:
         self.module.init_weights(seed, self.params, ParamShard.write)
@@ -91,9 +93,8 @@ def parallelize(
     sharded = mesh.axes.dp * mesh.axes.cp > 1
     for part in (*blocks, model.embed, model.norm, model.head):
         if part is not None:
-            allocate(
-                part, dtype, torch.device("meta") if sharded else mesh.device
-            )  # ZeRO units allocate sharded parameters
+            # ZeRO units allocate sharded parameters.
+            allocate(part, dtype, torch.device("meta") if sharded else mesh.device)
     zero = Zero(stages, mesh, config, grad_dtype or dtype) if sharded else None
     if zero is None and grad_dtype is not None and grad_dtype != dtype:
         for param in model.parameters():
@@ -105,7 +106,7 @@ def parallelize(
         name: ParamShard(shards[name], shape, shard_mesh, placements(axes, tp_dims.get(name), mesh.axes.tp))
         for name, shape in shapes.items()
     }
-    return ParallelModel(model, stages, params, partial_grads, zero)
+    return ParallelModel(model, stages, params, partial_grads, zero, mesh, config)
 
 
 def allocate(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -121,11 +122,7 @@ def allocate(module: nn.Module, dtype: torch.dtype, device: torch.device) -> Non
 def placements(axes: list[str], tp_dim: int | None, tp: int) -> tuple[Placement, ...]:
     """Return the placements of a parameter on mesh axes; tp splits before dp_shard, which shards rows."""
     rows = _StridedShard(0, split_factor=tp) if tp_dim == 0 else Shard(0)
-    by_axis = {
-        "dp_replicate": Replicate(),
-        "dp_shard": rows,
-        "tp": Replicate() if tp_dim is None else Shard(tp_dim),
-    }
+    by_axis = {"dp_replicate": Replicate(), "dp_shard": rows, "tp": Replicate() if tp_dim is None else Shard(tp_dim)}
     return tuple(by_axis[axis] for axis in axes)
 
 
@@ -160,7 +157,9 @@ def apply_fp8(blocks: list[nn.Module], scaling: str) -> None:
 
 def check_fp8_device(scaling: str, device: torch.device) -> None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
-        raise no_fp8(scaling, torch.cuda.get_device_name(device) if device.type == "cuda" else str(device))
+        found = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+        needs = f"needs a GPU of compute capability 8.9 or more, not {found}"
+        raise ParallelError(f"precision.fp8 ({scaling}) {needs}; set precision.fp8=none")
 
 
 def keep_products(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -177,9 +176,8 @@ def keep_products(function: Callable[..., Any]) -> Callable[..., Any]:
 def compile_blocks(blocks: list[nn.Module], backend: str = "inductor") -> None:
     """Compile the parts of blocks before and after attention; all blocks share the two graphs."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault(
-        "TORCHINDUCTOR_CACHE_DIR", str(cache / "torchinductor")
-    )  # unlike the default in /tmp, survives a reboot
+    # Unlike the default in /tmp, it survives a reboot.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "torchinductor"))
     dynamo: Any = torch._dynamo.config
     # One graph per micro-batch shape of training and validation; beyond the limit code would run eagerly.
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)

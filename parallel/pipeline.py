@@ -14,8 +14,6 @@ from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleInterle
 
 from model.transformer import Transformer
 from parallel.axes import stages_of
-from parallel.config import ParallelConfig
-from parallel.mesh import Mesh
 from parallel.parallelize import ParallelModel
 from parallel.shards import ParamShard
 from parallel.zero import Zero
@@ -43,7 +41,8 @@ class Stage(PipelineStage):
 class Pipeline:
     """Runs micro-batches through the stages of all ranks; `stages` are this rank's, first to last."""
 
-    def __init__(self, model: ParallelModel, mesh: Mesh, config: ParallelConfig) -> None:
+    def __init__(self, model: ParallelModel) -> None:
+        mesh, config = model.mesh, model.layout
         assert mesh.param_mesh is not None
         self.mesh, self.config, self.zero = mesh, config, model.zero
         self.d_model, self.tied = model.module.config.d_model, model.module.config.tie_embeddings

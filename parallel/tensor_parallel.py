@@ -170,8 +170,8 @@ def _ulysses(
     if n_kv_heads % size:  # each rank needs the key-value heads of its queries
         k, v = (x.repeat_interleave(lcm(n_kv_heads, size) // n_kv_heads, dim=2) for x in (k, v))
     # queries, keys and values in one all-to-all
-    parts: Any = _SwapHeadsForTokens.apply(group, q, k, v)
-    out: Any = _SwapTokensForHeads.apply(group, attend(*parts, **kwargs))
+    parts: Any = _Swap.apply(group, _heads_to_ranks, _tokens_to_ranks, q, k, v)
+    (out,) = _Swap.apply(group, _tokens_to_ranks, _heads_to_ranks, attend(*parts, **kwargs))  # type: ignore[misc]
     return out
 
 
@@ -201,23 +201,14 @@ def exchange(chunks: Tensor, group: dist.ProcessGroup) -> Tensor:
     return received
 
 
-class _SwapHeadsForTokens(torch.autograd.Function):
+class _Swap(torch.autograd.Function):
+    """One of the two exchanges; `back` is the other, which its gradients take."""
+
     @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
-        return tuple(_heads_to_ranks(group, *tensors))
+    def forward(ctx: Any, group: dist.ProcessGroup, swap: Any, back: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.back = group, back
+        return tuple(swap(group, *tensors))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return None, *_tokens_to_ranks(ctx.group, *grads)
-
-
-class _SwapTokensForHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup, x: Tensor) -> Tensor:
-        ctx.group = group
-        return _tokens_to_ranks(group, x)[0]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
-        return None, _heads_to_ranks(ctx.group, grad)[0]
+        return None, None, None, *ctx.back(ctx.group, *grads)

@@ -158,12 +158,11 @@ class Zero:
                 for modules in units_of(stage)
             ]
             self.units.append(units)
-            for unit in units:
-                self._hook(unit)
-            for unit in units[:2]:
-                unit.is_leading = True
             for unit, next_unit in pairwise(units):
                 unit.after, next_unit.before = next_unit, unit
+            for number, unit in enumerate(units):
+                unit.is_leading = number < 2
+                self._hook(unit)
         self.pending: list[Unit] = []  # units to reduce in this backward pass, in reverse order
         self.first = self.last = True
         self.early_unit: Unit | None = None  # gathered while other units were updated
@@ -185,8 +184,9 @@ class Zero:
             shard.grad_dtype = self.reduce_dtype  # type: ignore[attr-defined]
         for param in unit.params:
             param.register_post_accumulate_grad_hook(lambda _: self._on_gradient(unit))
-        for module in unit.modules.values():
-            module.register_forward_pre_hook(lambda *_: self._wait_gathered(unit, unit.after))
+        for name, module in unit.modules.items():
+            after = None if name == "norm" else unit.after  # a norm is last, also in a unit with the embedding
+            module.register_forward_pre_hook(lambda *_, after=after: self._wait_gathered(unit, after))
         if not self.reshards:
             return
         unit.resize(0)

@@ -15,13 +15,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 
+import export
 import train
 from conf.cli import CONF
-from conf.schema import register, to_config, to_plain
+from conf.schema import ExportConfig, TrainConfig, register, to_config
 from data.mixed_text import mixed_lines
 from parallel.mesh import distributed
 from tracking.run_folder import locked
+from training.config import Dtype
 from training.loop import Periodic
 from training.stop import StopRequest
 
@@ -58,18 +61,41 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def composed_cfg(*overrides: str, command: str = "train", **options: bool) -> DictConfig:
+    """Compose the configuration of a command."""
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(command, overrides=list(overrides), **options)
+
+
+def composed(*overrides: str) -> TrainConfig:
+    """Compose `train.py`'s configuration, without the check of files and devices."""
+    return to_config(composed_cfg(*overrides))
+
+
+def ran(*argv: str, code: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a command such as train.py; check that it exits with `code`, and has no traceback."""
+    environment = {**os.environ, **variables}
+    done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stdout + done.stderr
+    return done
+
+
+def exported(run: Path, out: Path, dtype: Dtype = Dtype.fp32) -> Path:
+    """Export a run; return the folder."""
+    export.export(ExportConfig(run=str(run), out=str(out), dtype=dtype))
+    return out
+
+
 def trained(
     folder: Path, *overrides: str, stop: StopRequest | None = None, periodic: Sequence[Periodic] = ()
 ) -> float | None:
-    """Compose `train.py`'s configuration and run it in this process, in `folder`."""
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", overrides=[f"name={folder.name}", *overrides])
-    config = to_config(cfg)
+    """Run `train.py` in this process, in `folder`."""
+    config = composed(f"name={folder.name}", *overrides)
     with distributed(config.parallel) as mesh, locked(folder, mesh.rank):
         torch.set_num_threads(2)
         stop = StopRequest(mesh) if stop is None else stop
-        return train.train(config, to_plain(config), mesh, folder, stop, periodic=periodic)
+        return train.train(config, mesh, folder, stop, periodic=periodic)
 
 
 def run_ranks(main: Callable[..., None], size: int, *args: Any) -> list[int | None]:
@@ -99,10 +125,8 @@ def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "texts" / source).mkdir(parents=True)
         records = [json.dumps({"text": "".join(part[i : i + 8])}) + "\n" for i in range(0, len(part), 8)]
         (root / "texts" / source / "a.jsonl").write_text("".join(records))
-    command = [sys.executable, "prepare_data.py", "data=local", f"data.input={root / 'texts'}", "workers=1"]
     settings = [f"data.path={root / 'tokens'}", "tokenizer.vocab_size=1000", "data.valid_fraction=0.1"]
-    done = subprocess.run([*command, *settings], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = ran("prepare_data.py", "data=local", f"data.input={root / 'texts'}", "workers=1", *settings)
     assert "bytes/token" in done.stdout
     assert f"next: python train.py data=local data.input={root / 'texts'} data.path={root / 'tokens'}" in done.stdout
     return root / "tokens"
@@ -125,6 +149,14 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "done"
     trained(folder, *small)
     return folder
+
+
+@pytest.fixture(scope="session")
+def hf_dir(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The export of `run_dir` in fp32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.hf.verify.verify", lambda *_, **__: "")  # tests/test_export.py does
+        return exported(run_dir, tmp_path_factory.mktemp("exports") / "hf")
 
 
 @pytest.fixture

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from hydra import compose, initialize_config_dir
 
-from conf.cli import CONF
-from conf.schema import register, to_config
+from conf.schema import to_config
 from launch.config import LauncherConfig, Where
 from launch.environment import VARIABLES
 from launch.ranks import launch
+from tests.conftest import composed_cfg
 
 MOMENTS = {  # what of a rank is interrupted
     "step": "training.state:TrainState.take_batch",
@@ -30,9 +29,7 @@ TWO = ["parallel=ddp", "parallel.nproc_per_node=2", "parallel.threads=1"]
 
 def configured(folder: Path, *settings: str) -> Any:
     """Return the configuration of a run in `folder`, which is made."""
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = to_config(compose("train", overrides=[*settings, f"name={folder.name}"]))
+    config = to_config(composed_cfg(*settings, f"name={folder.name}"))
     folder.mkdir(exist_ok=True)
     return config
 

@@ -25,50 +25,42 @@ class Mutant:
     test: str
 
 
-GUARDS, SAVES, STATE = (
-    "tests/training/test_guards.py",
-    "tests/training/test_checkpoint.py",
-    "tests/training/test_state.py",
-)
+GUARDS, SAVES = "tests/training/test_guards.py", "tests/training/test_checkpoint.py"
 FAULTS, STATUS, BEATS = "tests/test_faults.py", "tests/tracking/test_status.py", "tests/tracking/test_heartbeat.py"
 TWO, SIGNALS, HANGS = "tests/test_two_ranks.py", "tests/test_signals.py", "tests/test_hangs.py"
-BEHIND = "tests/training/test_background_save.py"
-SAVE, FOLDER, STOP, BEAT = (
-    "training/checkpoint.py",
-    "tracking/run_folder.py",
-    "training/stop.py",
-    "tracking/heartbeat.py",
-)
+BEHIND, STATE = "tests/training/test_background_save.py", "tests/training/test_state.py"
+SAVE, FOLDER = "training/checkpoint.py", "tracking/run_folder.py"
+STOP, BEAT = "training/stop.py", "tracking/heartbeat.py"
 MUTANTS = [
     Mutant(1, "training/ranks.py", 'raise CheckpointError(f"rank {self.rank} lost the others: {reason_of(error)}") from error', "pass",
            f"{TWO}::test_a_peer_killed"),
-    Mutant(2, SAVE, "os.rename(partial_dir, final)", "shutil.copytree(partial_dir, final)", f"{GUARDS}::test_files_reach"),
+    Mutant(2, SAVE, "os.rename(partial_dir, final)", "shutil.copytree(partial_dir, final)", f"{GUARDS}::test_files_are_synced"),
     Mutant(3, SAVE, "                shutil.rmtree(partial_dir, ignore_errors=True)\n            why", "                pass\n            why",
-           f"{SAVES}::test_a_disk_that_is_full_and"),
-    Mutant(4, SAVE, "        check_complete(read_metadata(folder)", "        str((folder)", f"{GUARDS}::test_what_a_writer"),
-    Mutant(6, SAVE, "    if sync:\n", "    if False:\n", f"{GUARDS}::test_files_reach"),
-    Mutant(6, SAVE, '_fsync(folder / "manifest.json")', "pass", f"{GUARDS}::test_files_reach"),
-    Mutant(5, "training/resume.py", "            if last or self.config.on_save_error is OnSaveError.stop:", "            if last:",
-           f"{BEHIND}::test_a_failure_behind"),
+           f"{SAVES}::test_full_disk"),
+    Mutant(4, SAVE, "        check_complete(read_metadata(folder)", "        str((folder)", f"{GUARDS}::test_lost_writes"),
+    Mutant(6, SAVE, "    if sync:\n", "    if False:\n", f"{GUARDS}::test_files_are_synced"),
+    Mutant(6, SAVE, '_fsync(folder / "manifest.json")', "pass", f"{GUARDS}::test_files_are_synced"),
+    Mutant(5, "training/resume.py", "            if last or self.config.checkpoint.on_save_error is OnSaveError.stop:", "            if last:",
+           f"{BEHIND}::test_failed_background"),
     Mutant(7, FOLDER, "            self.failing = True", "            self.kept = b''", "tests/test_full_disk.py::test_a_disk_that_is_full_for"),
-    Mutant(8, SAVE, '        write_atomically(begun, "")\n', "", f"{SAVES}::test_a_folder_that_cannot"),
+    Mutant(8, SAVE, '        write_atomically(begun, "")\n', "", f"{SAVES}::test_read_only_folder_is_refused"),
     Mutant(9, "training/resume.py", "        self.note_saved(wait=True)\n        if self.saved_step",
            "        self.note_saved()\n        if self.saved_step", "tests/training/test_slow_save.py::test_a_save_under"),
     Mutant(10, SAVE, '    except OSError as error:\n        logger.warning("%s could not be removed',
            '    except KeyError as error:\n        logger.warning("%s could not be removed',
-           f"{GUARDS}::test_what_cannot"),
-    Mutant(11, SAVE, "        os.rename(folder, trash)", "        trash = folder", f"{SAVES}::test_a_kill_at"),
+           f"{GUARDS}::test_unremovable"),
+    Mutant(11, SAVE, "        os.rename(folder, trash)", "        trash = folder", f"{SAVES}::test_kill_leaves"),
     Mutant(12, FOLDER, "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
            "tests/tracking/test_run_folder.py::test_a_held_folder"),
-    Mutant(13, SAVE, "            if self.ranks.on_first(final.exists):", "            if False:", f"{SAVES}::test_a_step_is_never"),
+    Mutant(13, SAVE, "            if self.ranks.on_first(final.exists):", "            if False:", f"{SAVES}::test_step_is_never"),
     Mutant(14, SAVE, "self.ranks.on_first(self._found)", "self._found()",
-           f"{GUARDS}::test_the_first_rank"),
+           f"{GUARDS}::test_first_rank"),
     Mutant(15, "tracking/store.py", "            if describe(there) != describe(here):", "            if False:",
-           "tests/test_store.py::test_a_copy_that_fails"),
-    Mutant(16, SAVE, ' != expected["size"]:', ' == "":', f"{GUARDS}::test_a_file_of"),
-    Mutant(17, SAVE, ") != expected:", ") == 0:", f"{SAVES}::test_a_damaged_checkpoint"),
-    Mutant(18, SAVE, "    except (ValueError, KeyError, TypeError):", "    except KeyError:", f"{SAVES}::test_a_damaged_checkpoint"),
-    Mutant(19, SAVE, "        elif damaged:", "        elif False:", f"{SAVES}::test_a_run_with_only"),
+           "tests/test_store.py::test_partial_copy"),
+    Mutant(16, SAVE, ' != expected["size"]:', ' == "":', f"{GUARDS}::test_wrong_size"),
+    Mutant(17, SAVE, ") != expected:", ") == 0:", f"{SAVES}::test_damaged_one"),
+    Mutant(18, SAVE, "    except (ValueError, KeyError, TypeError):", "    except KeyError:", f"{SAVES}::test_damaged_one"),
+    Mutant(19, SAVE, "        elif damaged:", "        elif False:", f"{SAVES}::test_only_damaged"),
     Mutant(20, "training/resume.py", "self.rng_name if self.rng_name in checkpoint.tensors else FIRST_RNG", "self.rng_name",
            f"{TWO}::test_one_process"),
     Mutant(20, "data/loader.py", "of_step(step: int, sample: int)", "of_step(step: int, sample: int, dp_rank: int = 0)",
@@ -80,10 +72,10 @@ MUTANTS = [
     Mutant(23, SAVE, "saved.properties.dtype) != (tensor.shape, tensor.dtype)", ") != (tensor.shape,)",
            f"{SAVES}::test_other_names"),
     Mutant(24, "training/resume.py", "changed, key = saved != parts", "changed, key = False", "tests/test_train.py::test_changed_data"),
-    Mutant(25, SAVE, "    if version != FORMAT_VERSION:", "    if False:", f"{SAVES}::test_another_format"),
+    Mutant(25, SAVE, "    if version != FORMAT_VERSION:", "    if False:", f"{SAVES}::test_other_format"),
     Mutant(26, "training/metadata.py", "if not is_dtype and name not in PICKLED_NAMES.get(module, ()):", "if False:",
            f"{SAVES}::test_metadata_runs_no_code"),
-    Mutant(27, FOLDER, "    if step not in steps:", "    if False:", f"{GUARDS}::test_a_step_that"),
+    Mutant(27, FOLDER, "    if step not in steps:", "    if False:", f"{GUARDS}::test_missing_step"),
     Mutant(28, FOLDER, "if STEP.fullmatch(path.name)), reverse=True",
            "if STEP.fullmatch(path.name)), key=lambda p: p.stat().st_mtime, reverse=False", f"{SAVES}::test_round_trip"),
     Mutant(29, "tracking/status.py", "            if SYMPTOM.search(reason):", "            if False:",
@@ -94,14 +86,14 @@ MUTANTS = [
     Mutant(30, BEAT, 'if time.time() >= sign["due"]:', "if False:", f"{HANGS}::test_a_rank_that_hangs[stop"),
     Mutant(30, BEAT, "waits = self.pending() or", "waits = self.pending() and", f"{HANGS}::test_a_rank_that_hangs[hang"),
     Mutant(31, BEAT, "if not found and len(waits) > 1:", "if False:", f"{BEATS}::test_ranks_in_different"),
-    Mutant(32, STOP, "        self.before = handle(SIGNALS, self._handle)", "        self.before = {}", f"{STATE}::test_signals_set"),
+    Mutant(32, STOP, "        self.before = handle(SIGNALS, self._handle)", "        self.before = {}", f"{STATE}::test_signals"),
     Mutant(33, STOP, "        if self.mesh is not None:", "        if False:", f"{FAULTS}::test_a_signal_to_one[validation"),
     Mutant(33, "training/loop.py", "lambda _: run.agree()", "lambda _: not run.stop", f"{FAULTS}::test_a_signal_to_one[validation"),
     Mutant(34, "launch/ranks.py", "signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)", "signal.SIGTERM, signal.SIGHUP)",
-           f"{STATE}::test_signals_set"),
+           f"{STATE}::test_signals"),
     Mutant(34, "launch/ranks.py", "        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: save", "        # save",
            f"{SIGNALS}::test_a_torchrun"),
-    Mutant(35, STOP, "if signum == signal.SIGINT and", "if", f"{STATE}::test_signals_set"),
+    Mutant(35, STOP, "if signum == signal.SIGINT and", "if", f"{STATE}::test_signals"),
     Mutant(35, "training/loop.py", "(run.checkpoints.save(), run.agree())", "run.checkpoints.save()",
            f"{FAULTS}::test_a_signal_to_one[save"),
     Mutant(36, "launch/ranks.py", "if deadline is None and self._has_a_failure():",
@@ -120,7 +112,7 @@ MUTANTS = [
     Mutant(43, "training/state.py", "recent: dict[str, list[float]] = field(default_factory=dict)",
            'recent: dict[str, list[float]] = field(default_factory=dict, metadata={"saved": False})',
            "tests/tracking/test_alerts.py::test_a_spike"),
-    Mutant(44, "training/agreement.py", "            if digest != expected:", "            if False:", f"{GUARDS}::test_a_bit_that"),
+    Mutant(44, "training/agreement.py", "            if digest != expected:", "            if False:", f"{GUARDS}::test_differing_replicas"),
     Mutant(45, "data/dataset.py", "if rows.tokens.view(np.uint32).max() >= self.vocab_size:", "if False:",
            "tests/data/test_loader.py::test_id_outside"),
     Mutant(46, "data/shards.py", "if not known or index_bytes not in", "if not known and index_bytes not in",
@@ -156,9 +148,7 @@ def notices(mutant: Mutant, copy: Path) -> str:
 
 def main(part: str = "1/1") -> None:
     first, every = map(int, part.split("/"))
-    names = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
+    names = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
     survivors = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"

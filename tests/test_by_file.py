@@ -13,11 +13,7 @@ pytest.importorskip("xdist")
 
 READ = ["tests/corpus/test_read.py::first", "tests/corpus/test_read.py::second", "tests/corpus/test_read.py::third"]
 LAYOUTS = ["tests/parallel/test_layouts.py::all[a-b]"]
-SLURM = [
-    "tests/slurm/test_prepare.py::one",
-    "tests/slurm/test_slurm.py::two",
-    "tests/slurm/test_slurm.py::three",
-]
+SLURM = ["tests/slurm/test_prepare.py::one", "tests/slurm/test_slurm.py::two", "tests/slurm/test_slurm.py::three"]
 
 
 def begun() -> list[list[str]]:

@@ -10,46 +10,29 @@ import sys
 from importlib.util import find_spec
 from itertools import product, zip_longest
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
 from conf.cli import CONF, CommandLine, _print_errors, checked, run
-from conf.schema import (
-    TrainConfig,
-    free_keys,
-    register,
-    stored,
-    stored_model,
-    to_plain,
-)
+from conf.schema import TrainConfig, free_keys, register, stored, stored_model, to_plain
 from launch.sweep import folder_name
+from tests.conftest import ROOT, composed_cfg, ran
 from training.config import OptimizerConfig
 from training.preflight import world_size
 
-ROOT = Path(__file__).parent.parent
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name[0] != "_")
 OPTIONS = {group: sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in GROUPS}
 LINES = {"model": ("data", "precision", "dry_run"), "parallel": ("optimizer", "scheduler", "checkpoint", "logger"),
-         "experiment": (), "launcher": ()}  # groups whose options are composed together  # fmt: skip
+         "experiment": (), "launcher": ()}  # groups whose options are composed_cfg together  # fmt: skip
 
 register()
 
 
-def composed(*overrides: str) -> TrainConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return checked(compose("train", overrides=list(overrides)))
-
-
 def problems(*argv: str, command: str = "train") -> list[str]:
     return CommandLine(get_args_parser().parse_args(argv), command).problems()
-
-
-def command(*argv: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +65,11 @@ def test_every_option_composes(first: str) -> None:
         chosen = [f"{group}='{option}'" for group, option in zip(groups, options, strict=True) if option is not None]
         ranks = [f"parallel.nproc_per_node={1 if options[0] == 'single' else 8}"] if first == "parallel" else []
         origin = ["init_from=runs/done"] if options[0] == "sft_7b" else []
-        assert composed(*chosen, *more.get(first, []), *ranks, *origin).name
+        assert checked(composed_cfg(*chosen, *more.get(first, []), *ranks, *origin)).name
 
 
-def test_tutorial_experiment_has_the_tutorials_hyper_parameters() -> None:
-    config = composed("experiment=7b_pile_small")
+def test_hyper_parameters_of_the_tutorial() -> None:
+    config: TrainConfig = checked(composed_cfg("experiment=7b_pile_small"))
     model, data, optimizer, scheduler = config.model, config.data, config.optimizer, config.scheduler
     assert (model.n_layers, model.d_model, model.n_heads, model.d_ff) == (32, 4096, 32, 11008)
     assert (model.vocab_size, data.seq_len, data.pack_tokens, config.steps) == (103168, 2048, 4096, 50000)
@@ -94,10 +77,7 @@ def test_tutorial_experiment_has_the_tutorials_hyper_parameters() -> None:
     assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay) == (0.9, 0.95, 0.01)
     assert (optimizer.max_grad_norm, scheduler.type.value, scheduler.warmup_ratio) == (1.0, "cosine", 0.01)
     assert config.grad_accum_steps(dp_size=8) == 4
-
-
-def test_tutorial_on_four_nodes_is_one_micro_batch_per_gpu() -> None:
-    config = composed("experiment=7b_pile_small_4_nodes")
+    config = checked(composed_cfg("experiment=7b_pile_small_4_nodes"))
     assert (world_size(config), config.parallel.dp_shard, config.grad_accum_steps(dp_size=32)) == (32, 8, 1)
     assert config.launcher.time_s == 24 * 3600 and config.optimizer.lr == 1e-4
 
@@ -112,6 +92,7 @@ def test_tutorial_on_four_nodes_is_one_micro_batch_per_gpu() -> None:
             "model=8b: .* 7b ", "optimizer.lrr .*optimizer.lr", "steps=abc: .*Integer", "model.init=gpt: .*internlm_v1",
             "steps.x", "model.n_layer .*'n_layers'",
         ]),
+        ("hydra.run.dir=s3://bucket/run", [r"hydra.run.dir \(s3://bucket/run\) must be a folder"]),
         ("lr=1e-3 batch_size=8 model.resume=x", [
             "lr .*optimizer.lr", "batch_size .*global_batch_tokens", "model.resume .*checkpoint.resume",
         ]),
@@ -199,16 +180,13 @@ def test_checked_points_are_what_hydra_composes(monkeypatch: pytest.MonkeyPatch)
     lines = ("++data.mix.code=1,2", "model=tiny,125m", "name=x_${seed},b", "seed=3")
     assert problems("-m", *lines, "data.seq_len=${model.max_seq_len}") == []
     points = list(product((1, 2), ("tiny", "125m"), ("x_3", "b")))
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        for cfg, (mix, model, name) in zip(seen, points, strict=True):
-            overrides = [f"++data.mix.code={mix}", f"model={model}", f"name={name}", "seed=3"]
-            overrides.append("data.seq_len=${model.max_seq_len}")
-            assert cfg == OmegaConf.to_container(compose("train", overrides=overrides), resolve=True)
+    for cfg, (mix, model, name) in zip(seen, points, strict=True):
+        overrides = [f"++data.mix.code={mix}", f"model={model}", f"name={name}", "seed=3"]
+        whole = composed_cfg(*overrides, "data.seq_len=${model.max_seq_len}")
+        assert cfg == OmegaConf.to_container(whole, resolve=True)
 
 
-def test_only_the_first_rank_reports_what_is_the_same_for_all(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_first_rank_reports_errors_of_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     ranks = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "x"}
     for name, value in {**ranks, "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
@@ -220,15 +198,15 @@ def test_only_the_first_rank_reports_what_is_the_same_for_all(
     ):
         monkeypatch.setattr(sys, "argv", ["train.py", *argv])
         with pytest.raises(SystemExit, match="2"):
-            run(lambda: None, "train")
+            run(lambda _: None, "train")
         printed = capsys.readouterr().err
         assert printed.startswith(reported) and bool(printed) == bool(reported)
 
 
 def test_stored_configuration_is_json_and_has_every_key() -> None:
-    odd = ["name=x", "optimizer.max_grad_norm=inf", "model.name='a\\${b}'"]
-    plain = to_plain(composed("precision=fp16", "+data.mix={a: 1, b: 2.5}", "skip_batches=[3]", *odd))
-    assert json.loads(json.dumps(plain)) == plain
+    odd = ["name=x", "optimizer.max_grad_norm=inf", "++optimizer.options={a: -inf, b: nan}", "model.name='a\\${b}'"]
+    plain = to_plain(checked(composed_cfg("precision=fp16", "+data.mix={a: 1, b: 2.5}", "skip_batches=[3]", *odd)))
+    assert json.loads(json.dumps(plain)) == plain and plain["optimizer"]["options"] == {"a": "-inf", "b": "nan"}
     assert plain["data"]["mix"] == {"a": 1.0, "b": 2.5} and plain["skip_batches"] == ["3"]
     assert plain["precision"]["compute"] == "fp16" and plain["parallel"]["pipeline_schedule"] == "1f1b"
     assert set(plain) == set(TrainConfig.__dataclass_fields__)
@@ -291,26 +269,23 @@ def test_folder_outside_the_repository_is_checked_like_ours(outside: Path) -> No
     ],
 )
 def test_hydra_flags_work(outside: Path, line: str, shown: str) -> None:
-    done = command("train.py", *line.format(outside=outside).split())
-    if "--config-path" in line:
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
-    else:
-        assert done.returncode == 0 and shown.format(outside=outside) in done.stdout, done.stderr
+    code = 2 if "--config-path" in line else 0
+    done = ran("train.py", *line.format(outside=outside).split(), code=code)
+    assert shown.format(outside=outside) in done.stdout and done.stderr.startswith("error: ") == (code == 2)
 
 
 def test_completion_knows_options_and_keys() -> None:
     for typed, word in (("experiment=d", "experiment=demo"), ("optimizer.l", "optimizer.lr=")):
-        variables = {"COMP_LINE": f"python train.py {typed}", "COMP_POINT": "99", "COMP_TYPE": "9"}
-        assert word in command("train.py", "-sc", "query=bash", **variables).stdout
+        variables: Any = {"COMP_LINE": f"python train.py {typed}", "COMP_POINT": "99", "COMP_TYPE": "9"}
+        assert word in ran("train.py", "-sc", "query=bash", **variables).stdout
 
 
 def test_remedy_names_the_folder_of_the_user(outside: Path, tmp_path: Path) -> None:
     settings = ["experiment=mine", "data=builtin", f"data.path={tmp_path / 'no'}", f"hydra.run.dir={tmp_path}/a/b"]
-    done = command("train.py", f"--config-dir={outside}", *settings)
-    assert done.returncode == 1 and not (tmp_path / "a").exists(), "a refused run has no folder"
-    assert done.stderr.endswith(
-        f"python prepare_data.py --config-dir={outside} data=builtin data.path={tmp_path / 'no'}\n"
-    )
+    done = ran("train.py", f"--config-dir={outside}", *settings, code=1)
+    assert not (tmp_path / "a").exists(), "a refused run has no folder"
+    remedy = f"python prepare_data.py --config-dir={outside} data=builtin data.path={tmp_path / 'no'}\n"
+    assert done.stderr.endswith(remedy)
 
 
 no_joblib = find_spec("hydra_plugins.hydra_joblib_launcher") is None
@@ -320,8 +295,8 @@ JOBLIB = pytest.param("joblib", marks=pytest.mark.skipif(no_joblib, reason="hydr
 def test_stock_launcher_checks_every_point(tmp_path: Path, outside: Path) -> None:
     argv = ["train.py", "-m", f"--config-dir={outside}", "experiment=mine", "hydra/launcher=basic"]
     argv += ["optimizer.lr=1e-3,1e-2", f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=${optimizer.lr}"]
-    done = command(*argv, "data=builtin", "data.path=/nowhere")
-    assert done.returncode == 1 and "/nowhere" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    done = ran(*argv, "data=builtin", "data.path=/nowhere", code=1)
+    assert "/nowhere" in done.stderr.splitlines()[-1]
     assert not list(tmp_path.glob("*/metrics.jsonl"))
 
 
@@ -330,8 +305,7 @@ def test_stock_launcher_checks_every_point(tmp_path: Path, outside: Path) -> Non
 def test_stock_launcher_trains_every_point(tmp_path: Path, outside: Path, launcher: str) -> None:
     argv = ["train.py", "-m", f"--config-dir={outside}", "experiment=mine", f"hydra/launcher={launcher}"]
     many = ["data.workers=2", *(f"launcher.sbatch.option{n}={'x' * 20}" for n in range(9))]  # a long name
-    done = command(*argv, *many, "launcher.where=slurm", "optimizer.lr=1e-3,1e-2", f"hydra.sweep.dir={tmp_path}")
-    assert done.returncode == 0, done.stderr
+    ran(*argv, *many, "launcher.where=slurm", "optimizer.lr=1e-3,1e-2", f"hydra.sweep.dir={tmp_path}")
     states = [json.loads(path.read_text())["state"] for path in tmp_path.glob("*/status.json")]
     assert states == ["finished"] * 2
 
@@ -347,9 +321,8 @@ def test_stock_launcher_trains_every_point(tmp_path: Path, outside: Path, launch
     ],
 )
 def test_refusal_does_not_import_torch(tmp_path: Path, line: str, code: int, expected: str) -> None:
-    done = command("-X", "importtime", *line.format(tmp=tmp_path).split(), f"hydra.run.dir={tmp_path}")
-    assert done.returncode == code and expected in done.stderr and "Traceback" not in done.stderr
-    assert " torch\n" not in done.stderr, "torch was imported to refuse"
+    done = ran("-X", "importtime", *line.format(tmp=tmp_path).split(), f"hydra.run.dir={tmp_path}", code=code)
+    assert expected in done.stderr and " torch\n" not in done.stderr
 
 
 def test_the_password_of_an_address_is_not_echoed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,5 @@
 """`make demo` on a smaller model: interrupted, resumed, and run again."""
 
-import json
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tracking.metrics_file import read_records
 
 SETTINGS = (
     "steps=12", "logger.every=1", "valid_tokens=4096", "valid_every=0", "parallel.threads=2",
@@ -62,9 +62,7 @@ def test_demo_resumes_and_does_nothing_twice(tmp_path: Path) -> None:
     title, *lines = first[first.index("=== made in") :].splitlines()
     closing = {line[:18].strip(): line[18:] for line in lines}
     assert 0.1 < float(re.findall(r"peak memory (\S+) GiB", title)[0]) < 3
-    records = [
-        json.loads(line) for line in (checkout / closing["run folder"] / "metrics.jsonl").read_text().splitlines()
-    ]
+    records = read_records(checkout / closing["run folder"] / "metrics.jsonl")
     bits = [record["valid/bits_per_byte"] for record in records if "valid/bits_per_byte" in record]
     assert len(bits) == 1 and closing["validation text"].startswith(f"{bits[0]:.3f} bits per byte by the model, ")
     assert (checkout / closing["loss curve"]).read_bytes().startswith(b"\x89PNG")

@@ -2,17 +2,14 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import evaluate
-import export
-from conf.schema import EvaluateConfig, ExportConfig
+from conf.schema import EvaluateConfig
 from parallel.config import Device, ParallelConfig
-from tests.conftest import ROOT, metrics, trained
+from tests.conftest import exported, metrics, ran, trained
 from tracking.run_folder import locked
 from training.config import Dtype
 
@@ -40,9 +37,7 @@ def settings(done: Path, **changes: object) -> EvaluateConfig:
     return EvaluateConfig(**{"run": str(done), "tasks": tasks, "parallel": parallel, "dtype": Dtype.fp32, **changes})  # type: ignore[arg-type]
 
 
-def test_a_run_is_scored_as_it_was_in_training_and_the_export_alike(
-    done: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_and_export_score_as_in_training(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = metrics(done)
     (valid,) = [record for record in before if "valid/loss" in record]
     found = evaluate.work(settings(done))
@@ -55,20 +50,19 @@ def test_a_run_is_scored_as_it_was_in_training_and_the_export_alike(
     *others, last = metrics(done)
     assert others == before[:-1] and last == {**valid, **found}
 
-    export.export(done, ExportConfig(run=str(done), dtype=Dtype.fp32))
+    exported(done, done / "hf")
     of_export = evaluate.work(settings(done, run=None, hf=str(done / "hf")))
     assert of_export == pytest.approx({key: value for key, value in found.items() if key.startswith("evaluation/")})
     assert json.loads((done / "hf" / "evaluation.json").read_text()) == {"": of_export}
 
 
-def test_the_command_scores_on_two_ranks_and_leaves_the_metrics_of_a_run_in_use(done: Path) -> None:
+def test_evaluation_on_two_ranks_of_a_run_in_use(done: Path) -> None:
     own = f"{done.parent}/own.jsonl"
-    command = [sys.executable, "evaluate.py", f"run={done}", "step=10", f"tasks=[builtin,{own}]", "valid_tokens=128"]
+    command = ["evaluate.py", f"run={done}", "step=10", f"tasks=[builtin,{own}]", "valid_tokens=128"]
     layout = ["parallel=zero3", "parallel.dp_shard=2", "parallel.device=cpu", "dtype=fp32"]
     before = metrics(done)
     with locked(done):
-        ended = subprocess.run([*command, *layout], cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
+        ended = ran(*command, *layout)
     assert "not in metrics.jsonl" in ended.stdout and metrics(done) == before
     found = json.loads((done / "evaluation.json").read_text())["10"]
     assert found["evaluation/builtin/questions"] >= 300 and 0 <= found["evaluation/builtin/acc"] <= 1

@@ -20,9 +20,7 @@ from training.checkpoint import open_checkpoint
         pytest.param("disagree", 1, "rank 0 failed first: RuntimeError: ", marks=pytest.mark.slow),
     ],
 )
-def test_the_rank_that_failed_first_is_named_everywhere(
-    tmp_path: Path, small: list[str], fault: str, rank: int, reason: str
-) -> None:
+def test_first_failed_rank_is_named(tmp_path: Path, small: list[str], fault: str, rank: int, reason: str) -> None:
     """Cases 29 and 31; a rank that hangs or is stopped is in tests/tracking/test_heartbeat.py."""
     run = tmp_path / "r"
     with pytest.raises(RankError, match="rank 0 died first: SIGKILL" if fault == "kill" else "rank . failed first"):
@@ -39,13 +37,8 @@ def test_the_rank_that_failed_first_is_named_everywhere(
     assert "step 3/" not in (run / "train.rank1.log").read_text(), "only the first rank's log has the steps"
 
 
-@pytest.mark.parametrize(
-    ("moment", "n", "step", "saves"),
-    [("validation", 11, 4, 1), ("save", 1, 6, 1)],
-)
-def test_a_signal_to_one_rank_stops_all_where_they_are(
-    tmp_path: Path, small: list[str], moment: str, n: int, step: int, saves: int
-) -> None:
+@pytest.mark.parametrize(("moment", "n", "step", "saves"), [("validation", 11, 4, 1), ("save", 1, 6, 1)])
+def test_a_signal_to_one_rank(tmp_path: Path, small: list[str], moment: str, n: int, step: int, saves: int) -> None:
     """Cases 33, 35 and 36."""
     settings = [*small, "steps=40", "valid_every=4", "checkpoint.every=6", "checkpoint.keep=0"]
     with pytest.raises(SystemExit) as stopped:

@@ -41,7 +41,7 @@ def folder(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run, its export, and the same questions for the harness and for our tasks."""
     folder = tmp_path_factory.mktemp("harness")
     run = shutil.copytree(run_dir, folder / "run")
-    export.export(run, ExportConfig(run=str(run), dtype=Dtype.fp32))
+    export.export(ExportConfig(run=str(run), dtype=Dtype.fp32))
     lines = [line.strip() for line in mixed_lines() if 30 < len(line) < 50][:30]
     docs: list[dict[str, Any]] = []
     for i, line in enumerate(lines):
@@ -60,9 +60,7 @@ def folder(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_run_and_export_score_alike_in_the_harness_and_by_our_tasks(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_harness_scores_of_run_and_export(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm_eval: Any = pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     config = EvaluateConfig(

@@ -1,25 +1,19 @@
 """Where a run begins that begins with what another one has: its weights, and what else is asked for."""
 
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
-import export
-from conf.cli import CONF
-from conf.schema import ExportConfig, TrainConfig, register, to_config
+from conf.schema import TrainConfig, to_config
 from corpus.config import TokenizerConfig
-from corpus.prepare import prepare
 from data.tokenizer import load_tokenizer
-from tests.conftest import ROOT, metrics, trained
+from tests.conftest import composed_cfg, metrics, ran, trained
 from tests.corpora import RECORDS, lines, local, made
 from training.checkpoint import open_checkpoint
-from training.config import CheckpointError, Dtype
+from training.config import CheckpointError
 from training.preflight import check_run, check_same_tokenizer
 
 
@@ -101,37 +95,19 @@ def others(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path) -> dict[s
     }
     for name, config in settings.items():
         data = local(corpus_dir.parent, "texts", path=str(root / name))
-        prepare(data, config, workers=1, progress=lambda *added: None)
+        made(data, config)
     return {name: str(root / name) for name in settings}
 
 
-@pytest.fixture(scope="module")
-def hf_dir(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("hf") / "hf"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("model.hf.verify.verify", lambda *_, **__: "")  # tests/test_export.py does
-        export.export(run_dir, ExportConfig(run=str(run_dir), out=str(out), dtype=Dtype.fp32))
-    return out
-
-
-def test_weights_of_another_tokenizer_are_refused(
-    run_dir: Path, hf_dir: Path, tmp_path: Path, small: list[str], others: dict[str, str]
-) -> None:
+def test_other_tokenizer(run_dir: Path, hf_dir: Path, tmp_path: Path, small: list[str], others: dict[str, str]) -> None:
     """Case 24."""
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        base: TrainConfig = to_config(compose("train", overrides=small))
-    own = base.data.path
-    for origin in (run_dir, open_checkpoint(run_dir).path, hf_dir):
-        (hf_dir / "tokenizer.model").unlink(missing_ok=True)  # a tokenizer.json is compared too
-        for path, is_other in (
-            (own, False),
-            (others["grown"], False),
-            (others["small"], True),
-            (others["shifted"], True),
-        ):
-            config = replace(base, init_from=str(origin), data=replace(base.data, path=path))
-            if is_other:
+    base: TrainConfig = to_config(composed_cfg(*small))
+    fast = shutil.copytree(hf_dir, tmp_path / "hf", ignore=shutil.ignore_patterns("tokenizer.model"))
+    for origin in (run_dir, open_checkpoint(run_dir).path, fast):  # a tokenizer.json is compared too
+        for name in ("own", *others):
+            data = replace(base.data, path=others.get(name, base.data.path))
+            config = replace(base, init_from=str(origin), data=data)
+            if name in ("small", "shifted"):
                 with pytest.raises(CheckpointError, match=r"prepare it with tokenizer.model=\S+, .*accept_changes="):
                     check_same_tokenizer(config)
                 accepted = replace(config.checkpoint, accept_changes=["tokenizer.model"])
@@ -144,7 +120,7 @@ def test_weights_of_another_tokenizer_are_refused(
         trained(tmp_path / "refused", *small, f"data.path={others['small']}", f"init_from={run_dir}")
 
 
-def test_vocabulary_grows_by_special_tokens(
+def test_vocabulary_grows(
     run_dir: Path, hf_dir: Path, tmp_path: Path, small: list[str], others: dict[str, str]
 ) -> None:
     old = open_checkpoint(run_dir).read("model.")
@@ -153,10 +129,11 @@ def test_vocabulary_grows_by_special_tokens(
         start.append(f"model.vocab_size={size + 128}")
         trained(tmp_path / origin.name, *start)
         new = open_checkpoint(tmp_path / origin.name).read("model.")
-        for name in ("embed.weight", "head.weight"):
-            assert len(new[name]) == size + 128
-            torch.testing.assert_close(new[name][:size], old[name][:size], rtol=0, atol=1e-6)
-            torch.testing.assert_close(new[name][size:], old[name][:size].mean(0).expand(128, -1), rtol=0, atol=1e-6)
+        for name, tensor in new.items():
+            torch.testing.assert_close(tensor[:size], old[name][:size], rtol=0, atol=1e-6)
+            if name in ("embed.weight", "head.weight"):
+                mean = old[name][:size].mean(0).expand(128, -1)
+                torch.testing.assert_close(tensor[size:], mean, rtol=0, atol=1e-6)
         with pytest.raises(CheckpointError, match="do not fit|has only a model"):
             trained(tmp_path / f"{origin.name}_all", *start, "init_content=[all]")
     with pytest.raises(CheckpointError, match=r"pass model.vocab_size=1024"):
@@ -165,6 +142,5 @@ def test_vocabulary_grows_by_special_tokens(
 
 def test_resume_ignores_init_from(run_dir: Path, tmp_path: Path, small: list[str]) -> None:
     shutil.copytree(run_dir, tmp_path / "r")
-    argv = [sys.executable, "train.py", *small, "name=r", "init_from=/nowhere", f"hydra.run.dir={tmp_path / 'r'}"]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
+    done = ran("train.py", *small, "name=r", "init_from=/nowhere", f"hydra.run.dir={tmp_path / 'r'}")
+    assert "resumed from" in done.stdout

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-import export
 import generate
-from conf.schema import ExportConfig, GenerateConfig
+from conf.schema import GenerateConfig
 from corpus.chat import TEMPLATES
 from data.mixed_text import mixed_lines
 from data.tokenizer import CHAT_TEMPLATE, SentencePieceTokenizer, sentencepiece_proto
 from parallel.config import Device
+from tests.conftest import exported
 from training.checkpoint import Checkpoints, open_checkpoint
-from training.config import CheckpointConfig, Dtype
+from training.config import CheckpointConfig
 
 gguf = pytest.importorskip("gguf", reason="requirements-dev.txt is not installed")
 client = pytest.importorskip("xllamacpp", reason="requirements-dev.txt is not installed")
@@ -106,25 +106,21 @@ def run_with(run_dir: Path, folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["own", "prefix and bos", "chat"])
-def test_llama_cpp_gives_the_same_tokens_and_text(
-    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_llama_cpp_tokens_and_text(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     run = run_with(run_dir, tmp_path / "run", kind)
     with monkeypatch.context() as patch:
         patch.setattr("model.hf.verify.verify", lambda *_, **__: "by another client")  # which takes long
-        export.export(run, ExportConfig(run=str(run), out=str(tmp_path / "hf"), dtype=Dtype.fp32))
-    convert(tmp_path / "hf", tmp_path / "model.gguf")
+        convert(exported(run, tmp_path / "hf"), tmp_path / "model.gguf")
     server = served(tmp_path / "model.gguf")
     config = GenerateConfig(run=str(run), prompt="", device=Device.cpu, temperature=0.0, max_new_tokens=12)
-    saved, model = generate.load_model(config)
-    assert saved.tokenizer is not None
-    bos = [saved.tokenizer.bos_id] if saved.add_bos else []
+    writer = generate.Writer(config)
+    bos = [writer.tokenizer.bos_id] if writer.saved.add_bos else []
     for text in [*TEXTS, *(["a<mark>b <mark>"] if kind == "chat" else [])]:
         found = ask(server, "/tokenize", content=text, add_special=True, parse_special=False)["tokens"]
-        assert found == [*bos, *saved.tokenizer.encode(text)], text
+        assert found == [*bos, *writer.tokenizer.encode(text)], text
     for text in TEXTS[:5]:
         found = ask(server, "/completion", prompt=text, n_predict=12, temperature=0, cache_prompt=False)["content"]
-        assert found == generate.write(model, saved, config, [(0, text, 0)])[0], text
+        assert found == writer.write([(0, text, 0)])[0], text
     ends = ask(server, "/props")
     assert ends["eos_token"] == ("<eoa>" if kind == "chat" else "</s>")
     if kind == "chat":

@@ -1,17 +1,14 @@
 """What keeps a run or a sweep from starting is reported once, before any point starts, and leaves no trace of points."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import OmegaConf, open_dict
 
-from conf.cli import CONF, checked, data_settings
-from conf.schema import ConfigError, TrainConfig, register, to_plain
+from conf.cli import checked, data_settings
+from conf.schema import ConfigError, TrainConfig, to_plain
 from corpus.config import DataError, Source
 from data.config import DataConfig
 from data.manifest import check_exists
@@ -19,7 +16,7 @@ from launch import jobs
 from launch.jobs import Job, Point
 from launch.sweep import SweepError, run_points
 from parallel.config import ParallelConfig, ParallelError
-from tests.conftest import ROOT, trained
+from tests.conftest import composed_cfg, ran, trained
 from tracking.run_folder import SWEEP_LOCK, locked
 from tracking.status import read_status
 from training.config import CheckpointError
@@ -30,25 +27,17 @@ RATES = ("1e-3", "1e-2")
 
 def points(folder: Path, *overrides: str, command: str = "train") -> list[Point]:
     """Compose two points, of two learning rates or of two shards."""
-    register()
     varied = [f"optimizer.lr={r}" for r in RATES] if command == "train" else ["shard=0", "shard=1"]
     found = []
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        for number, label in enumerate(varied):
-            cfg = compose(command, overrides=[*overrides, label], return_hydra_config=True)
-            with open_dict(cfg):
-                settings = data_settings(cfg.pop("hydra"))
-            config, run_dir = checked(cfg), folder / f"point{number}"
-            parallel = config.parallel if isinstance(config, TrainConfig) else ParallelConfig()
-            job = Job(f"{command}:work", (config, run_dir), run_dir, parallel, config.launcher)
-            found.append(Point(label, job, to_plain(config), check=partial(check_run, config, run_dir, settings)))
+    for number, label in enumerate(varied):
+        cfg = composed_cfg(*overrides, label, command=command, return_hydra_config=True)
+        with open_dict(cfg):
+            settings = data_settings(cfg.pop("hydra"))
+        config, run_dir = checked(cfg), folder / f"point{number}"
+        parallel = config.parallel if isinstance(config, TrainConfig) else ParallelConfig()
+        job = Job(f"{command}:work", (config, run_dir), run_dir, parallel, config.launcher)
+        found.append(Point(label, job, to_plain(config), check=partial(check_run, config, run_dir, settings)))
     return found
-
-
-def composed(*overrides: str) -> DictConfig:
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", overrides=["name=x", *overrides])
 
 
 def refused(folder: Path, *overrides: str, command: str = "train") -> str:
@@ -61,11 +50,10 @@ def refused(folder: Path, *overrides: str, command: str = "train") -> str:
 
 @pytest.mark.parametrize("options", [["-m", "optimizer.lr=1e-3,1e-2"], ["experiment=lr_sweep", "launcher=slurm"]])
 def test_sweep_without_its_corpus_is_refused_once_and_without_torch(tmp_path: Path, options: list[str]) -> None:
-    argv = [sys.executable, "-X", "importtime", "train.py", *options, f"data.path={tmp_path / 'no'}"]
-    done = subprocess.run([*argv, f"hydra.sweep.dir={tmp_path / 's/t'}"], cwd=ROOT, capture_output=True, text=True)
-    reported = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
-    assert done.returncode == 1 and " torch\n" not in done.stderr
-    (error,) = reported
+    settings = [f"data.path={tmp_path / 'no'}", f"hydra.sweep.dir={tmp_path / 's/t'}"]
+    printed = ran("-X", "importtime", "train.py", *options, *settings, code=1).stderr
+    assert " torch\n" not in printed
+    (error,) = (line for line in printed.splitlines() if not line.startswith("import time:"))
     assert error.endswith(f"run: python prepare_data.py data=builtin data.path={tmp_path / 'no'}")
     assert not (tmp_path / "s").exists(), "multirun.yaml neither"
 
@@ -73,10 +61,7 @@ def test_sweep_without_its_corpus_is_refused_once_and_without_torch(tmp_path: Pa
 @pytest.mark.parametrize(
     ("typed", "remedy"),
     [
-        (
-            "data.seq_len=8 data.workers=0 ++data.mix.a=2 data.packing=concat data.name=x",
-            "data.name=x data.input=...",
-        ),
+        ("data.seq_len=8 data.workers=0 ++data.mix.a=2 data.packing=concat data.name=x", "data.name=x data.input=..."),
         ("steps=3 data.input=texts data.text_key=body", "data.input=texts data.text_key=body"),
         ("++data.sources.a=texts", "data.sources.a=texts"),
         ("data.name='笔记' data.text_key='7'", "'data.name=笔记' data.text_key=7 data.input=..."),
@@ -120,6 +105,14 @@ def test_data_that_a_jobs_setup_brings_may_be_missing_here(tmp_path: Path, small
         points(tmp_path, *away)[0].check()
 
 
+@pytest.mark.parametrize("needs", ["precision.fp8=tensorwise", "parallel.cuda_graphs=true"])
+def test_what_needs_a_gpu_is_refused_without_one(tmp_path: Path, small: list[str], needs: str) -> None:
+    settings = [override for override in small if override not in ("precision=fp32", "parallel.device=cpu")]
+    (point, _) = points(tmp_path, *settings, "precision=bf16", needs)
+    with pytest.raises(ParallelError, match=needs.partition("=")[0]):
+        point.check()
+
+
 def test_folder_of_another_run_is_refused(tmp_path: Path, small: list[str]) -> None:
     folder = tmp_path / "point0"
     trained(folder, *small, "steps=1")
@@ -144,13 +137,13 @@ def test_sweeps_and_points_do_not_share_a_folder(tmp_path: Path, small: list[str
 def test_vocabulary_length_and_mixture_are_reported_together(small: list[str]) -> None:
     wrong = ["model.vocab_size=128", "data.seq_len=128", "data.pack_len=128", "global_batch_tokens=512"]
     with pytest.raises(ConfigError) as error:
-        checked(composed(*small, *wrong))
+        checked(composed_cfg(*small, *wrong))
     length, vocabulary = str(error.value).splitlines()
     assert length.startswith("data.seq_len (128)") and vocabulary.endswith("pass model.vocab_size=1024")
     with pytest.raises(ConfigError, match=r"data.mix.fr: .*choose from code, prose"):
-        checked(composed(*small, "++data.mix.fr=1"))
+        checked(composed_cfg(*small, "++data.mix.fr=1"))
     with pytest.raises(ConfigError, match=r"model.vocab_size \(many\) must be a number"):
-        checked(composed(*small, "model.vocab_size=many"))
+        checked(composed_cfg(*small, "model.vocab_size=many"))
 
 
 def test_vocabulary_is_the_datas(small: list[str], tmp_path: Path) -> None:
@@ -163,9 +156,9 @@ def test_vocabulary_is_the_datas(small: list[str], tmp_path: Path) -> None:
         "stated": [*choices, prepared, "model.vocab_size=2000"],
         "quoted": [*choices, prepared, "model.vocab_size='2000'"],
     }
-    sizes = {name: checked(composed(*options)).model.vocab_size for name, options in found.items()}
+    sizes = {name: checked(composed_cfg(*options)).model.vocab_size for name, options in found.items()}
     assert sizes == {"prepared": 1024, "not prepared": 5120, "random": 384, "stated": 2000, "quoted": 2000}
-    assert checked(composed("model=7b", "data=random", "parallel.device=cpu")).model.vocab_size == 103168
+    assert checked(composed_cfg("model=7b", "data=random", "parallel.device=cpu")).model.vocab_size == 103168
 
 
 @pytest.mark.parametrize(("settings", "hint"), [([], True), (["precision.grad_dtype=fp32"], False)])

@@ -5,15 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import export
 import generate
-from conf.schema import ExportConfig, GenerateConfig
+from conf.schema import GenerateConfig
 from launch.ranks import free_port
 from parallel.config import Device
-from tests.conftest import metrics, run_ranks, trained
+from tests.conftest import exported, metrics, run_ranks, trained
 from tests.resume_rank import MUON, PAIRS, SAVED, STEPS, WORLD_SIZE, main
 from training.checkpoint import open_checkpoint
-from training.config import Dtype
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -62,15 +60,11 @@ def test_resume_is_bit_exact_on_the_same_layout(runs: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["zero3", "muon_3d"])
-def test_one_process_exports_what_several_saved(
-    runs: Path, layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run, hf = str(runs / layout), str(tmp_path / "hf")
-    export.export(runs / layout, ExportConfig(run=run, out=hf, dtype=Dtype.fp32))
+def test_export_of_a_sharded_run(runs: Path, layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, hf = str(runs / layout), str(exported(runs / layout, tmp_path / "hf"))
     assert f"exported step {SAVED} of {run}" in capsys.readouterr().out
     texts = []
     for source in (GenerateConfig(run=run), GenerateConfig(hf=hf)):
         source.max_new_tokens, source.device = 8, Device.cpu
-        saved, model = generate.load_model(source)
-        texts += generate.write(model, saved, source, [(0, "def", 0)])
+        texts += generate.Writer(source).write([(0, "def", 0)])
     assert texts[0] == texts[1] != ""

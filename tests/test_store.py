@@ -11,12 +11,9 @@ import fsspec
 import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
-from hydra import compose, initialize_config_dir
-from hydra._internal.utils import get_args_parser
 
-from conf.cli import CONF, CommandLine
-from conf.schema import register, to_object
-from tests.conftest import trained
+from conf.schema import to_object
+from tests.conftest import composed_cfg, trained
 from tracking.store import Store, local_run
 from training.checkpoint import Checkpoints, open_checkpoint
 from training.config import CheckpointConfig, SaveError
@@ -52,9 +49,7 @@ def flaky_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_run_goes_on_from_a_store_that_fails_every_third_request(
-    flaky_s3: str, tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_from_flaky_s3(flaky_s3: str, tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Case 15."""
     monkeypatch.chdir(tmp_path)
     settings = [*small, "checkpoint.keep=1", f"checkpoint.path={flaky_s3}"]
@@ -87,9 +82,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, file: str, times: int) -> None:
 
 
 @pytest.mark.parametrize("file", ["__0_0.distcp", "state.json"])
-def test_a_copy_that_fails_is_none_and_is_made_again(
-    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, file: str
-) -> None:
+def test_partial_copy_is_made_again(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
     """Case 15: a partial upload."""
     assert checkpoints.store is not None
     with monkeypatch.context() as failing:
@@ -102,9 +95,7 @@ def test_a_copy_that_fails_is_none_and_is_made_again(
     assert open_checkpoint(checkpoints.folder.parent).read("model.")["a"].sum() == 9, "only the copy is made again"
 
 
-def test_a_copy_is_compared_with_what_was_copied_and_a_damaged_one_not_taken(
-    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_copy_is_not_taken(checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, "__0_0.distcp", times=2)
     for step in (1, 2):
         checkpoints.save(step, {"model.a": torch.full((9,), step)}, {})
@@ -114,10 +105,6 @@ def test_a_copy_is_compared_with_what_was_copied_and_a_damaged_one_not_taken(
     assert newest is not None and newest.read("model.")["a"].tolist() == [1] * 9
 
 
-def test_addresses_that_cannot_be_used_are_refused_at_the_start() -> None:
-    register()
-    line = CommandLine(get_args_parser().parse_args(["hydra.run.dir=s3://bucket/run"]), "train")
-    assert [p for p in line.problems() if p.startswith("hydra.run.dir (s3://bucket/run) must be a folder")]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = to_object(compose("train", overrides=["data=random", "checkpoint.path=nowhere://x"]))
+def test_unusable_addresses() -> None:
+    config = to_object(composed_cfg("data=random", "checkpoint.path=nowhere://x"))
     assert [p for p in preflight_problems(config) if "Protocol not known: nowhere" in p]

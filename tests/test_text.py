@@ -42,29 +42,24 @@ def as_read(name: str, *argv: str) -> DictConfig:
 def test_text_that_hydra_still_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     cfg = as_read("generate", "prompt='a, ${b}'", "prompts=null", "hf=~/x", "stop=[1.10, 'a, b', ~/x, ${c}]")
-    assert (cfg.prompt, cfg.prompts, cfg.hf, list(cfg.stop)) == (
-        "a, ${b}",
-        None,
-        "/home/me/x",
-        ["1.10", "a, b", "~/x", "${c}"],
-    )
-    cfg = as_read(
-        "train", "name=lr_${optimizer.lr}", "skip_batches=[]", "checkpoint.accept_changes=[steps]", "steps=${seed}"
-    )
+    assert (cfg.prompt, cfg.prompts, cfg.hf) == ("a, ${b}", None, "/home/me/x")
+    assert list(cfg.stop) == ["1.10", "a, b", "~/x", "${c}"]
+    changes = ["checkpoint.accept_changes=[steps]", "steps=${seed}"]
+    cfg = as_read("train", "name=lr_${optimizer.lr}", "skip_batches=[]", *changes)
     assert (cfg.name, cfg.skip_batches, cfg.checkpoint.accept_changes, cfg.steps) == ("lr_0.0001", [], ["steps"], 0)
 
 
 def test_sweeps_over_text(monkeypatch: pytest.MonkeyPatch) -> None:
     typed = ["data=local", "-m", 'data.path="a, b",/data/it\'s ,007', "skip_batches=[1,2],[3]", "name=x_${seed}"]
-    monkeypatch.setattr(
-        sys, "argv", ["train.py", *typed, "data.name=choice(a,b)", "data.seq_len=64", 'scheduler="wsd",cosine']
-    )
-    run(lambda: None, "train")
+    typed += ["data.name=choice(a,b)", "data.seq_len=64", 'scheduler="wsd",cosine']
+    monkeypatch.setattr(sys, "argv", ["train.py", *typed])
+    monkeypatch.setattr("conf.cli.hydra_main", lambda **_: lambda _: lambda: None)
+    run(lambda _: None, "train")
     assert sys.argv[1] == "-m", "Hydra wants its flags before the settings"
     (points,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(sys.argv[2:]), None)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfgs = [compose("train", overrides=point) for point in points]
-    assert len(cfgs) == 3 * 2 * 2 * 2 and {cfg.name for cfg in cfgs} == {"x_0"}
+        cfgs = [compose("train", overrides=point) for point in points[::5]]  # has every value of each
+    assert len(points) == 3 * 2 * 2 * 2 and {cfg.name for cfg in cfgs} == {"x_0"}
     assert {cfg.data.path for cfg in cfgs} == {"a, b", "/data/it's", "007"}
     assert {tuple(cfg.skip_batches) for cfg in cfgs} == {("1", "2"), ("3",)}
     assert {cfg.scheduler.type.value for cfg in cfgs} == {"wsd", "cosine"}

@@ -56,8 +56,8 @@ class Run:
         return value
 
 
-def compare(folder: Path, *, show: bool = False) -> str:
-    """Write table.md and plots of the runs in a folder; return the table, best run first."""
+def compare(folder: Path) -> str:
+    """Print the table of the runs in a folder, best first; write it and plots to files; return the table."""
     runs = sorted(read_runs(folder), key=lambda run: (run.state != "finished", run.loss or math.inf, run.name))
     keys = swept_keys(runs)
     notes = [f"{run.name}: {run.reason.splitlines()[0]}" for run in runs if run.state == "failed" and run.reason]
@@ -65,15 +65,13 @@ def compare(folder: Path, *, show: bool = False) -> str:
         notes.append(f"{len(keys) - MOST_KEYS} more settings differ; see config.yaml in the runs' folders")
         keys = sorted(keys, key=lambda key: (key != "name", not key.endswith(".name")))[:MOST_KEYS]
     text = "\n".join([*aligned(table(runs, keys)), *notes])
-    if show:
-        print(text, flush=True)
+    print(text, flush=True)
     out = folder / "compare"
     out.mkdir(exist_ok=True)
     pictures = draw([run for run in runs if run.train], keys, out)
     images = "".join(f"\n![{name}]({name})\n" for name in pictures)
     (out / "table.md").write_text(f"```\n{text}\n```\n{images}", encoding="utf-8")
-    if show:
-        print(f"in {out}: {', '.join(['table.md', *pictures])}", flush=True)
+    print(f"in {out}: {', '.join(['table.md', *pictures])}", flush=True)
     return text
 
 
@@ -208,4 +206,4 @@ def _draw_final(axes: "Axes", runs: Sequence[Run], key: str, colors: dict[str, A
 
 
 if __name__ == "__main__":
-    folder_command(lambda folder: compare(folder, show=True), "tracking.compare", __doc__)
+    folder_command(compare, "tracking.compare", __doc__)

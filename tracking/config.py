@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from launch.config import unless
+
 
 @dataclass(kw_only=True, slots=True)
 class LoggerConfig:
@@ -19,10 +21,8 @@ class LoggerConfig:
     peak_tflops: float | None = None  # of one device, for MFU (null: from its name, if known)
 
     def problems(self) -> Iterator[str]:
-        if self.every < 1:
-            yield f"logger.every ({self.every}) must be at least 1"
-        if self.peak_tflops is not None and not self.peak_tflops > 0:
-            yield f"logger.peak_tflops ({self.peak_tflops}) must be positive, or null"
+        yield from unless(self, "logger", "at least 1", lambda x: x >= 1, "every")
+        yield from unless(self, "logger", "positive, or null", lambda x: x > 0, "peak_tflops")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -47,8 +47,5 @@ class EarlyStopConfig:
     every: int = 10  # steps between comparisons
 
     def problems(self) -> Iterator[str]:
-        if self.margin is not None and not self.margin > 0:
-            yield f"early_stop.margin ({self.margin}) must be positive, or null for no early stop"
-        for key in ("after_step", "every"):
-            if getattr(self, key) < 1:
-                yield f"early_stop.{key} ({getattr(self, key)}) must be at least 1"
+        yield from unless(self, "early_stop", "positive, or null for no early stop", lambda x: x > 0, "margin")
+        yield from unless(self, "early_stop", "at least 1", lambda x: x >= 1, "after_step", "every")

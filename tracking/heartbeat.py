@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tracking.run_folder import write_atomically
+from tracking.run_folder import read_json, write_atomically
 
 FOLDER = ".ranks"  # in a run folder: a file per rank
 CHECKS = 10  # per `late_s`
@@ -81,7 +81,7 @@ class Heartbeat:
 
     def _report(self, waited_s: float) -> bool:
         """On this machine's first rank, report the ranks that block the others, once all living ranks are late."""
-        signs = {rank: sign for rank in self.here if (sign := read_sign(self.run_dir, rank))}
+        signs = {rank: sign for rank in self.here if (sign := read_json(sign_file(self.run_dir, rank)))}
         alive = {rank: sign for rank, sign in signs.items() if time.time() < sign["due"]}
         if self.rank != min(alive):
             return True
@@ -103,14 +103,6 @@ class Heartbeat:
 
 def sign_file(run_dir: Path, rank: int) -> Path:
     return run_dir / FOLDER / f"{rank}.json"
-
-
-def read_sign(run_dir: Path, rank: int) -> Sign:
-    """Return the last heartbeat of a rank, or {}."""
-    try:
-        return json.loads(sign_file(run_dir, rank).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def last_words(sign: Sign) -> str:

@@ -7,16 +7,16 @@ import netrc
 import os
 import pkgutil
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from tracking.config import LoggerConfig
-from tracking.metrics_file import METRICS
+from tracking.metrics_file import METRICS, read_records
 from tracking.plot import plot_loss
-from tracking.run_folder import Lines
-from tracking.samples import as_markdown, write_samples
+from tracking.run_folder import Lines, write_atomically
 
 # "step", "tokens", and metrics such as "train/loss"; non-finite values are None, and texts are a list of rows
 Record = dict[str, Any]
@@ -147,3 +147,23 @@ class Loggers:
 
 def _metrics(record: Record) -> Record:
     return {key: value for key, value in record.items() if key != "step" and value is not None}
+
+
+def write_samples(run_dir: Path) -> None:
+    """Write samples.md from metrics.jsonl, if it has samples: a table per prompt."""
+    rows: dict[str, list[Record]] = {}
+    for record in read_records(run_dir / METRICS):
+        for sample in record.get("samples", ()):
+            rows.setdefault(sample["prompt"], []).append({"step": record["step"], "text": sample["text"]})
+    if rows:
+        parts = [f"## {_cell(prompt)}\n\n{as_markdown(samples)}\n" for prompt, samples in rows.items()]
+        write_atomically(run_dir / "samples.md", "\n".join(parts))
+
+
+def as_markdown(rows: Sequence[Record]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([_cell(str(value)) for value in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return f"<code>{escape(text).replace('|', '&#124;').replace(chr(10), '<br>')}</code>"

@@ -61,6 +61,14 @@ def _in_use(folder: Path, name: str = LOCK) -> CheckpointError:
     return CheckpointError(f"{folder} is in use by {owner}; wait for it, or pass another name=")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, or {} if the file is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
 def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.config import RankError
-from tracking.heartbeat import last_words, read_sign
+from tracking.heartbeat import last_words, sign_file
 from tracking.metrics_file import last_step, read_records
-from tracking.run_folder import Lines, is_held, write_atomically
+from tracking.run_folder import Lines, is_held, read_json, write_atomically
 
 NAME = "status.json"
 CRASHES = "crashes.jsonl"  # crashes of all ranks
@@ -33,10 +33,7 @@ logger = logging.getLogger(__name__)
 
 def read_status(run_dir: Path) -> dict[str, Any]:
     """Return the status of a run folder, or {}."""
-    try:
-        return json.loads((run_dir / NAME).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return {}
+    return read_json(run_dir / NAME)
 
 
 class Status:
@@ -98,7 +95,7 @@ class Status:
             crashes = [c for c in read_records(self.run_dir / CRASHES) if c["time"] >= self.began]
             causes = [crash for crash in crashes if not SYMPTOM.search(crash["error"])]
         silent = sorted(set(range(self.ranks)) - {crash["rank"] for crash in crashes})
-        signs = {rank: sign for rank in silent if (sign := read_sign(self.run_dir, rank))}
+        signs = {rank: sign for rank in silent if (sign := read_json(sign_file(self.run_dir, rank)))}
         words = {rank: last_words(sign) for rank, sign in signs.items()}
         hosts = {sign["host"] for sign in signs.values()}
         if not any(words.values()) and len(hosts) == 1 and socket.gethostname() not in hosts:  # a machine failed

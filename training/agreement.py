@@ -35,18 +35,11 @@ def check_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
     for rank, shards in enumerate(ranks.all_gather(lambda: mine)):
         for name, (place, finite, digest) in shards.items():
             if not finite:
-                raise TrainingError(f"{name} on rank {rank} is not finite though its gradients were; nothing was saved")
+                raise TrainingError(f"{name} on rank {rank} is not finite")
             other, expected = seen.setdefault((name, place), (rank, digest))
             if digest != expected:
                 both = f"the replicas of {name} on ranks {other} and {rank} differ"
-                raise TrainingError(f"{both}; nothing was saved: resume from a checkpoint, without the faulty GPU")
-
-
-def nonfinite_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
-    """Return the names of the tensors that are not finite on some rank; a collective."""
-    floats = {name: local(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
-    mine = [name for name, shard in floats.items() if not _finite_and_hash(shard)[0]]
-    return sorted({name for names in ranks.all_gather(lambda: mine) for name in names})
+                raise TrainingError(f"{both}; resume from a checkpoint, without the faulty GPU")
 
 
 def _place(tensor: Tensor) -> tuple[int, ...] | None:

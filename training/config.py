@@ -2,12 +2,12 @@
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from launch.config import UserError
+from launch.config import UserError, unless
 
 
 class CheckpointError(UserError):
@@ -83,13 +83,6 @@ class Resume(Enum):
 class OnSaveError(Enum):
     warn = "warn"  # retry at the next interval; a failure of the final save is still an error
     stop = "stop"
-
-
-def unless(config: Any, section: str, rule: str, holds: Callable[[Any], bool], *keys: str) -> Iterator[str]:
-    """Yield a problem for each key whose value breaks a rule."""
-    for key in keys:
-        if not holds(value := getattr(config, key)):
-            yield f"{section}.{key} ({value}) must be {rule}"
 
 
 # Update rules by optimizer.name; any other class is named as module:Class.
@@ -227,7 +220,7 @@ class EvaluationConfig:
     max_share: float | None = None  # limit on the fraction of time for tasks and samples; the last step has no limit
 
     def problems(self) -> Iterator[str]:
-        yield from unless(self, "evaluate", "in (0, 1], or null", lambda x: x is None or 0 < x <= 1, "max_share")
+        yield from unless(self, "evaluate", "in (0, 1], or null", lambda x: 0 < x <= 1, "max_share")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -14,9 +14,8 @@ from data.show import note_batches
 from data.tokenizer import save_tokenizer
 from model.attention import resolve_backend
 from model.counts import count_params
-from parallel.mesh import Mesh
+from parallel.engine import Engine
 from training.config import Fp8
-from training.optim.optimizer import Optimizer
 from training.setup import DTYPES, compute_dtype, step_flops
 from training.state import TrainState
 
@@ -24,11 +23,10 @@ logger = logging.getLogger(__name__)
 MANY_MICRO_BATCHES = 64  # from here on sums of gradients in bf16 are off by about 1%, at 512 by up to 8%
 
 
-def describe(
-    config: TrainConfig, mesh: Mesh, corpus: Corpus, optimizer: Optimizer, state: TrainState, run_dir: Path
-) -> None:
+def describe(config: TrainConfig, engine: Engine, corpus: Corpus, state: TrainState, run_dir: Path) -> None:
     """Log a summary of model, data, batch, optimizer, device and first step."""
     model, data, precision = config.model, config.data, config.precision
+    mesh, rules = engine.mesh, engine.optimizer.rules
     on_gpu = mesh.device.type == "cuda"
     device = torch.cuda.get_device_name(mesh.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     last_sample = state.samples + sum(config.packs_of_step(step) for step in range(state.step, config.steps))
@@ -44,7 +42,7 @@ def describe(
     n_micro_batches = config.grad_accum_steps(mesh.dp_size)
     bf16_sums = dtype is torch.bfloat16 and precision.grad_dtype is None and config.parallel.zero_stage < 2
     causal, internlm = step_flops(config)
-    update = sum(rule.flops() for rule in optimizer.rules) * mesh.world_size / (causal * config.global_batch_tokens)
+    update = sum(rule.flops() for rule in rules) * mesh.world_size / (causal * config.global_batch_tokens)
     for line in (
         f"run        {run_dir}",
         f"model      {model.name}: {count_params(model):,} parameters, {model.n_layers} layers x {model.d_model}, "

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from conf.schema import EvaluateConfig, GenerateConfig, PrepareConfig, SavedConfig, TrainConfig, to_plain
 from corpus.config import DataError, Source
-from corpus.inputs import check_inputs
+from corpus.inputs import list_items
 from data.config import check_tokenizer
 from data.manifest import check_exists, check_fits
 from data.mixed_text import mixed_lines
@@ -15,7 +15,7 @@ from launch.config import UserError, Where
 from launch.environment import joined_environment, visible_gpus, world_size
 from model.config import ModelError
 from parallel.axes import layout_problems
-from parallel.config import Device, no_fp8, no_graphs
+from parallel.config import Device, ParallelError
 from tracking.run_folder import check_not_held, check_origin, check_stored_config, committed, run_dir_of
 from tracking.store import Store, is_address
 from training.config import CheckpointError, Fp8
@@ -75,8 +75,8 @@ def check_run(config: TrainConfig | PrepareConfig, run_dir: Path, settings: str)
     """
     here = config.launcher.where is Where.local
     if isinstance(config, PrepareConfig):
-        if here:
-            check_inputs(config.data)
+        if here and config.data.source is Source.local and not (Path(config.data.path) / "corpus.json").exists():
+            list_items(config.data)  # or raise an error
         return
     is_new = not committed(run_dir / "checkpoints")
     if here or not config.launcher.setup:
@@ -88,10 +88,12 @@ def check_run(config: TrainConfig | PrepareConfig, run_dir: Path, settings: str)
     if here and not joined_environment(os.environ):  # under torchrun or srun, rank 0 may have locked it already
         check_not_held(run_dir)
     if here and (config.parallel.device is Device.cpu or not visible_gpus()):
-        if config.precision.fp8 is not Fp8.none:
-            raise no_fp8(config.precision.fp8.value, "cpu")
-        if config.parallel.cuda_graphs:
-            raise no_graphs("cpu")
+        needs = {
+            "precision.fp8": config.precision.fp8 is not Fp8.none,
+            "parallel.cuda_graphs": config.parallel.cuda_graphs,
+        }
+        for key in [key for key, is_set in needs.items() if is_set]:
+            raise ParallelError(f"{key} needs a GPU, and there is none here; leave it out")
     check_stored_config(run_dir, to_plain(config), config.checkpoint)
     if is_new:
         check_same_tokenizer(config)

@@ -16,15 +16,14 @@ from torch import Tensor
 from conf.schema import TrainConfig, stored, to_plain
 from data.dataset import Corpus
 from model.hf.families import pad_vocabulary, read_config, read_weights
-from parallel.loss_scaler import LossScaler
-from parallel.mesh import Mesh
+from parallel.engine import Engine
 from tracking.run_folder import check_changes, check_origin, check_same_model
-from training.agreement import check_tensors, nonfinite_tensors
+from training.agreement import check_tensors
 from training.checkpoint import PER_RANK, Checkpoint, Checkpoints, open_checkpoint
-from training.config import CheckpointConfig, CheckpointError, DamagedError, OnSaveError, SchedulerConfig
+from training.config import CheckpointError, DamagedError, OnSaveError, SchedulerConfig, TrainingError
 from training.optim.optimizer import Optimizer
 from training.preflight import check_same_tokenizer
-from training.ranks import Ranks, some
+from training.ranks import Ranks
 from training.schedules import learning_rate
 from training.snapshot import Snapshot
 from training.state import TrainState
@@ -42,26 +41,17 @@ class RunCheckpoints:
     A context manager, which waits for a save in progress when it exits with an error.
     """
 
-    def __init__(
-        self,
-        config: CheckpointConfig,
-        mesh: Mesh,
-        run_dir: Path,
-        corpus: Corpus,
-        *,
-        state: TrainState,
-        optimizer: Optimizer,
-        scaler: LossScaler,
-        run_config: dict[str, Any],
-    ) -> None:
-        self.config, self.mesh, self.run_dir, self.run_config = config, mesh, run_dir, run_config
-        self.state, self.optimizer, self.scaler = state, optimizer, scaler
+    def __init__(self, config: TrainConfig, run_dir: Path, corpus: Corpus, engine: Engine, state: TrainState) -> None:
+        mesh, optimizer = engine.mesh, engine.optimizer
+        self.config, self.run_config, self.run_dir, self.state = config, to_plain(config), run_dir, state
+        self.mesh, self.optimizer, self.scaler = mesh, optimizer, engine.scaler
         bounds = {"add_bos": corpus.add_bos, "add_eos": corpus.add_eos}
         self.data = {"parts": corpus.fingerprints, "sources": corpus.sources, **bounds}
-        self.background = mesh.device.type == "cuda" if config.asynchronous is None else config.asynchronous
+        asynchronous = config.checkpoint.asynchronous
+        self.background = mesh.device.type == "cuda" if asynchronous is None else asynchronous
         # Background saves must not share a process group with training.
         group: Any = dist.new_group(backend="gloo") if self.background and mesh.host is not None else mesh.host
-        self.checkpoints, self.ranks = Checkpoints(run_dir, config, group), Ranks(mesh.host)
+        self.checkpoints, self.ranks = Checkpoints(run_dir, config.checkpoint, group), Ranks(mesh.host)
         self.rng_name = f"{FIRST_RNG}.{self.ranks.rank}" if self.ranks.rank else FIRST_RNG
         self.snapshot, self.writer = Snapshot(optimizer), ThreadPoolExecutor(1, "checkpoint")
         self.saved_step = 0
@@ -70,7 +60,7 @@ class RunCheckpoints:
         self.metrics: dict[str, float] = {}  # of the last save, not yet logged
 
     def __enter__(self) -> "RunCheckpoints":
-        if self.background and 0 < self.config.every < self.run_config["steps"]:
+        if self.background and 0 < self.config.checkpoint.every < self.config.steps:
             self.snapshot.allocate()  # takes seconds
         return self
 
@@ -88,7 +78,7 @@ class RunCheckpoints:
         begun = time.perf_counter()
         if self.saving is not None and not self.saving.done():
             text = "step %d waits for the previous save; checkpoint.every (%d) is shorter than a save takes"
-            logger.warning(text, self.state.step, self.config.every)
+            logger.warning(text, self.state.step, self.config.checkpoint.every)
         self.note_saved(wait=True)
         if self.saved_step == self.state.step or self._is_put_off(last):
             return
@@ -135,7 +125,7 @@ class RunCheckpoints:
         try:
             self.saved_step, path, times = outcome()
         except CheckpointError as error:
-            if last or self.config.on_save_error is OnSaveError.stop:
+            if last or self.config.checkpoint.on_save_error is OnSaveError.stop:
                 raise
             logger.warning("%s; training continues, and saves at the next interval", error)
             return
@@ -157,14 +147,13 @@ class RunCheckpoints:
         """Raise `TrainingError` unless weights and moments are finite and their replicas are equal."""
         check_tensors(self.optimizer.state_tensors(), self.ranks)
 
-    def resume_or_start(self, config: TrainConfig) -> None:
+    def resume_or_start(self) -> None:
         """Resume from the run's newest checkpoint, else initialise from `init_from`, else keep the initial weights.
 
         Raises `CheckpointError` if configuration or data have changed.
         """
-        checkpoint = self.checkpoints.newest(lambda found: self._resume(found, config))
-        if checkpoint is None and config.init_from is not None:
-            self._initialise(config, Path(config.init_from))
+        if self.checkpoints.newest(self._resume) is None and self.config.init_from is not None:
+            self._initialise(Path(self.config.init_from))
         self.saved_step = self.state.step
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -179,8 +168,9 @@ class RunCheckpoints:
             self.scaler.load_state_dict(checkpoint.state["scaler"])
         self.state.load_state_dict(checkpoint.state["progress"])
 
-    def _resume(self, checkpoint: Checkpoint, config: TrainConfig) -> None:
-        accepted, before = config.checkpoint.accept_changes, checkpoint.state["config"]
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        config, before = self.config, checkpoint.state["config"]
+        accepted = config.checkpoint.accept_changes
         check_changes(before, self.run_config, accepted, self.run_dir)
         saved, parts = checkpoint.state["data"]["parts"], self.data["parts"]
         changed, key = saved != parts, "data.added" if set(saved) <= set(parts) else "data.fingerprint"
@@ -188,8 +178,10 @@ class RunCheckpoints:
             remedy = f"pass checkpoint.accept_changes=[{key}] to start an epoch over all of it, or another name="
             raise CheckpointError(f"the data changed since {self.run_dir} was started; {remedy}")
         self.restore(checkpoint)
-        if names := nonfinite_tensors(self.optimizer.state_tensors(), self.ranks):
-            raise DamagedError(f"{checkpoint.path}: {some(names)} are not finite")
+        try:
+            self.check()
+        except TrainingError as error:
+            raise DamagedError(f"{checkpoint.path}: {error}") from None
         if changed:
             self.state.first_sample = self.state.samples
             logger.info("the data changed: a new epoch over all of it starts at step %d", self.state.step)
@@ -200,13 +192,13 @@ class RunCheckpoints:
         if not self.ranks.rank and not math.isclose(then, now, rel_tol=1e-6):
             logger.warning("the learning rate is %.3g; with the run's earlier settings it would be %.3g", now, then)
 
-    def _initialise(self, config: TrainConfig, path: Path) -> None:
+    def _initialise(self, path: Path) -> None:
         """Load the parts in `init_content` from `init_from`: weights, moments, schedule or data position."""
-        content, vocab_size = set(config.init_content), config.model.vocab_size
+        content, vocab_size = set(self.config.init_content), self.config.model.vocab_size
         if "all" in content:
             content = {"model", "optimizer", "scheduler", "sampler"}
         check_origin(path)
-        check_same_tokenizer(config)
+        check_same_tokenizer(self.config)
         other = None if (path / "config.json").exists() else open_checkpoint(path, self.checkpoints.ranks)
         model = to_plain(read_config(path)[0]) if other is None else other.state["config"]["model"]
         path = path if other is None else other.path

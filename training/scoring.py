@@ -121,13 +121,11 @@ def score(
     return [nll for nll, *_ in totals], [correct == targets for _, correct, targets, _ in totals]
 
 
+Choose = Callable[[int, list[int], Tensor], int | None]
+
+
 def extend(
-    engine: Engine,
-    prompts: Sequence[Sequence[int]],
-    shape: Shape,
-    *,
-    max_new_tokens: int,
-    choose: Callable[[int, list[int], Tensor], int | None],
+    engine: Engine, prompts: Sequence[Sequence[int]], shape: Shape, max_new_tokens: int, choose: Choose
 ) -> list[list[int]]:
     """Continue prompts and return the new tokens, the same on every rank; a collective.
 

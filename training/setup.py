@@ -3,7 +3,7 @@
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -55,30 +55,20 @@ def build_model(
 
 
 def build_engine(
-    config: TrainConfig,
-    mesh: Mesh,
-    model: ParallelModel,
-    optimizer: Optimizer,
-    scaler: LossScaler,
-    state: TrainState,
-    corpus: Corpus | None = None,
+    config: TrainConfig, model: ParallelModel, state: TrainState, corpus: Corpus | None = None, *, trains: bool = True
 ) -> Engine:
-    """Return the engine of a run; without a corpus, losses are of one source and not per byte."""
-    if config.parallel.cuda_graphs and not all(rule.on_device for rule in optimizer.rules):
+    """Return the engine of a run, with an optimizer if it `trains`.
+
+    Without a corpus, losses are of one source and not per byte.
+    """
+    optimizer = Optimizer(model.module, config.optimizer, model.params) if trains else None
+    if optimizer and config.parallel.cuda_graphs and not all(rule.on_device for rule in optimizer.rules):
         raise TrainingError("parallel.cuda_graphs (true) needs an optimizer that runs on the device, such as adamw")
-    n_bytes = None if corpus is None else corpus.bytes_per_token
-    return Engine(
-        model,
-        optimizer,
-        mesh,
-        parallel=config.parallel,
-        loss=config.loss,
-        max_grad_norm=config.optimizer.max_grad_norm,
-        scaler=scaler,
-        counters=state.counters,
-        n_sources=1 if corpus is None else len(corpus.sources),
-        bytes_per_token=None if n_bytes is None else torch.from_numpy(n_bytes),
-    )
+    loss: Any = {"loss": config.loss, "max_grad_norm": config.optimizer.max_grad_norm}
+    if corpus is not None:
+        n_bytes = None if corpus.bytes_per_token is None else torch.from_numpy(corpus.bytes_per_token)
+        loss |= {"n_sources": len(corpus.sources), "bytes_per_token": n_bytes}
+    return Engine(model, optimizer, LossScaler(config.precision), state.counts_3, **loss)
 
 
 def build_evaluator(
@@ -102,8 +92,7 @@ def build_evaluator(
             whole = weights[name] if checkpoint is None else checkpoint.read(f"model.{name}")[""]
             param.write(whole[: param.shape[0]])
 
-    model, no_optimizer, state = build_model(run, mesh, fill), cast(Any, None), TrainState(device=mesh.device)
-    return build_engine(run, mesh, model, no_optimizer, LossScaler(precision), state, corpus)
+    return build_engine(run, build_model(run, mesh, fill), TrainState(device=mesh.device), corpus, trains=False)
 
 
 def build_train_batches(
@@ -111,15 +100,10 @@ def build_train_batches(
 ) -> Generator[list[Batch], None, None]:
     """Yield this rank's micro-batches of each step from the current one on."""
     return train_batches(
-        corpus,
-        config.data,
-        packs_of_step=config.packs_of_step,
-        first_step=state.step,
-        first_sample=state.samples,
-        pin_memory=mesh.device.type == "cuda",
-        dp_rank=mesh.dp_rank,
-        dp_size=mesh.dp_size,
-    )
+        corpus, config.data,
+        packs_of_step=config.packs_of_step, first_step=state.step, first_sample=state.samples,
+        pin_memory=mesh.device.type == "cuda", dp_rank=mesh.dp_rank, dp_size=mesh.dp_size,
+    )  # fmt: skip
 
 
 def lr_schedule(config: TrainConfig, state: TrainState) -> list[tuple[float, float]]:

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field, fields
+from dataclasses import InitVar, dataclass, field, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from parallel.counters import StepCounters
 from training.config import CheckpointError
 
 
@@ -30,11 +30,11 @@ class TrainState:
     nonfinite_in_a_row: int = 0
     spikes: int = 0
     recent: dict[str, list[float]] = field(default_factory=dict)  # figures of logged steps, for spikes
-    device: torch.device = field(default=torch.device("cpu"), metadata={"saved": False})
-    counters: StepCounters = field(init=False, metadata={"saved": False})
+    device: InitVar[torch.device | str] = "cpu"
+    counts_3: Tensor = field(init=False, metadata={"saved": False})  # the engine counts these three
 
-    def __post_init__(self) -> None:
-        self.counters = StepCounters(self.device, (self.updates, self.nonfinite_steps, self.nonfinite_in_a_row))
+    def __post_init__(self, device: torch.device | str) -> None:
+        self.counts_3 = torch.zeros(3, dtype=torch.int64, device=device)
 
     def take_batch(self, *, samples: int, tokens: int) -> None:
         """Count a batch taken from the data."""
@@ -45,7 +45,7 @@ class TrainState:
     def sync(self) -> int:
         """Wait for the device and read its counters; return the new steps without a finite gradient."""
         before = self.nonfinite_steps
-        self.updates, self.nonfinite_steps, self.nonfinite_in_a_row = self.counters.read()
+        self.updates, self.nonfinite_steps, self.nonfinite_in_a_row = self.counts_3.tolist()
         return self.nonfinite_steps - before
 
     def undone(self) -> tuple[str, ...]:
@@ -60,9 +60,10 @@ class TrainState:
         return {**values, "valid_loss": self.valid_loss if math.isfinite(self.valid_loss or 0) else None}
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
-        """Set the given counters, on the device too; call before an engine is built."""
+        """Set the given counters, on the device too."""
         if unknown := values.keys() - {f.name for f in fields(self)}:
             raise CheckpointError(f"unknown progress {', '.join(sorted(unknown))}; use the version that wrote it")
         for name, value in values.items():
             setattr(self, name, value)
-        self.__post_init__()
+        counts = [self.updates, self.nonfinite_steps, self.nonfinite_in_a_row]
+        self.counts_3.copy_(torch.tensor(counts))

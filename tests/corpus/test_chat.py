@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from corpus.chat import TEMPLATES, ChatEncoder, Messages, read_template
+from corpus.chat import MARKERS, TEMPLATES, ChatEncoder, Messages, read_template
 from corpus.config import DataError
-from data.hf_tokenizer import write_hf_tokenizer
-from data.tokenizer import Tokenizer, load_tokenizer, sentencepiece_proto
+from data.tokenizer import Tokenizer
+from tests.corpora import exported, remade
+from tests.corpus.conftest import SYMBOLS
 
-SYMBOLS = ["<eoh>", "<eoa>", "<|im_start|>", "<|im_end|>"]
 TURNS = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "What is 12 + 30?"},
@@ -53,27 +53,17 @@ def unmarked(template: str) -> str:
     return re.sub(r"\{% (end)?generation %\}", "", template)
 
 
-def changed(source: Tokenizer, path: Path, symbols: list[str], kind: str = "USER_DEFINED", **rules: bool) -> Tokenizer:
-    """Write a SentencePiece model again, with user-defined or control pieces at its end, as InternLM's has them."""
-    proto = sentencepiece_proto(source.path)
-    for name, value in rules.items():
-        setattr(proto.normalizer_spec, name, value)
-    for symbol in symbols:
-        proto.pieces.add(piece=symbol, score=0.0, type=getattr(proto.SentencePiece, kind))
-    path.write_bytes(proto.SerializeToString())
-    return load_tokenizer(path)
-
-
-@pytest.fixture(scope="module")
-def pieces(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return changed(tokenizer, tmp_path_factory.mktemp("chat") / "tokenizer.model", SYMBOLS)
-
-
 @pytest.fixture(scope="module")
 def fast(pieces: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("fast")
-    write_hf_tokenizer(pieces, folder, add_bos=True, max_len=4096)
-    return load_tokenizer(folder / "tokenizer.json")
+    return exported(pieces, tmp_path_factory.mktemp("fast"), add_bos=True)
+
+
+def by_transformers(fast: Tokenizer, turns: Messages, template: str) -> tuple[list[int], list[int]]:
+    """Return ids and loss mask as transformers makes them."""
+    own = PreTrainedTokenizerFast(tokenizer_file=str(fast.path), bos_token="<s>", eos_token="</s>")
+    options = {"chat_template": template, "return_assistant_tokens_mask": True, "return_dict": True}
+    found: Any = own.apply_chat_template(turns, **options)
+    return found["input_ids"], found["assistant_masks"]
 
 
 @pytest.fixture(scope="module", params=["sentencepiece", "huggingface"])
@@ -87,11 +77,9 @@ def answers(tokenizer: Tokenizer, ids: np.ndarray, mask: np.ndarray) -> list[str
     return [tokenizer.decode(run.tolist()) for run in runs[not mask[0] :: 2]]
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "begin", "end"),
-    [("internlm", INTERNLM_TEXT, "<eoh>", "<eoa>"), ("chatml", CHATML_TEXT, "<|im_start|>", "<|im_end|>")],
-)
-def test_template_masks_all_but_answers(either: Tokenizer, name: str, text: str, begin: str, end: str) -> None:
+@pytest.mark.parametrize(("name", "text"), [("internlm", INTERNLM_TEXT), ("chatml", CHATML_TEXT)])
+def test_only_answers_are_targets(either: Tokenizer, name: str, text: str) -> None:
+    begin, end = MARKERS[TEMPLATES[name]]
     ids, mask = ChatEncoder(TEMPLATES[name], either).encode(TURNS)
     for one, other in zip(ChatEncoder(unmarked(TEMPLATES[name]), either).encode(TURNS), (ids, mask), strict=True):
         assert one.tolist() == other.tolist(), "found turn by turn"
@@ -105,48 +93,36 @@ def test_template_masks_all_but_answers(either: Tokenizer, name: str, text: str,
 
 @given(TEXT, TEXT, TEXT)
 @settings(max_examples=50, deadline=None)
-def test_ids_and_mask_are_those_of_transformers(pieces: Tokenizer, fast: Tokenizer, a: str, b: str, c: str) -> None:
+def test_ids_are_those_of_transformers(pieces: Tokenizer, fast: Tokenizer, a: str, b: str, c: str) -> None:
     """ChatML ends what comes before an answer by a line end, which no piece reaches across."""
-    turns = [{"role": role, "content": text} for role, text in (("user", a), ("assistant", b), ("user", c))]
-    turns.append({"role": "assistant", "content": "Yes."})
-    own = PreTrainedTokenizerFast(tokenizer_file=str(fast.path), bos_token="<s>", eos_token="</s>")
-    theirs: Any = own.apply_chat_template(
-        turns, chat_template=TEMPLATES["chatml"], return_assistant_tokens_mask=True, return_dict=True
-    )
+    turns = [*two(a, b), *two(c, "Yes.")]
+    theirs = by_transformers(fast, turns, TEMPLATES["chatml"])
     for tokenizer in (pieces, fast):
         ids, mask = ChatEncoder(TEMPLATES["chatml"], tokenizer).encode(turns)
-        assert ids.tolist() == theirs["input_ids"]
-        assert mask.astype(int).tolist() == theirs["assistant_masks"]
+        assert (ids.tolist(), mask.astype(int).tolist()) == theirs
 
 
-def test_control_tokens_of_the_template_are_those_of_transformers(either: Tokenizer, fast: Tokenizer) -> None:
-    own = PreTrainedTokenizerFast(tokenizer_file=str(fast.path), bos_token="<s>", eos_token="</s>")
-    turns = [{"role": "user", "content": " Who? \n"}, {"role": "assistant", "content": "You."}]
-    theirs: Any = own.apply_chat_template(
-        turns * 2, chat_template=INST, return_assistant_tokens_mask=True, return_dict=True
-    )
-    ids, mask = ChatEncoder(INST, either).encode(turns * 2)
-    assert ids.tolist() == theirs["input_ids"] and mask.astype(int).tolist() == theirs["assistant_masks"]
+def test_control_tokens_of_the_template(either: Tokenizer, fast: Tokenizer) -> None:
+    turns = two(" Who? \n", "You.") * 2
+    ids, mask = ChatEncoder(INST, either).encode(turns)
+    assert (ids.tolist(), mask.astype(int).tolist()) == by_transformers(fast, turns, INST)
     assert ids[0] == either.bos_id and ids[-1] == either.eos_id and mask[-1] and (ids == either.eos_id).sum() == 2
 
 
-@pytest.mark.parametrize(
-    "template", [INST, unmarked(INST), TEMPLATES["internlm"]], ids=["inst", "unmarked", "internlm"]
-)
+@pytest.mark.parametrize("template", [INST, unmarked(INST), TEMPLATES["internlm"]], ids=range(3))
 @pytest.mark.parametrize("typed", [" </s></s> \U000f0000", "a</</s>s>"])
 def test_typed_control_token_stays_text(either: Tokenizer, template: str, typed: str) -> None:
     encoder = ChatEncoder(template, either)
-    turns = [{"role": "user", "content": typed}, {"role": "assistant", "content": "no " + typed}]
-    plain = [{**turn, "content": re.sub("[</s>]", "x", turn["content"])} for turn in turns]
-    ids, mask = encoder.encode(turns)
+    plain = two(*(re.sub("[</s>]", "x", text) for text in (typed, "no " + typed)))
+    ids, mask = encoder.encode(two(typed, "no " + typed))
     for token in (either.bos_id, either.eos_id):
         assert (ids == token).sum() == (encoder.encode(plain)[0] == token).sum()
     assert typed.strip() in answers(either, ids, mask)[0]
     assert either.decode(ids.tolist()).count(typed.strip()) >= 2
 
 
-def test_dummy_prefix_is_put_before_the_first_text_only(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    blank = changed(tokenizer, tmp_path / "blank.model", SYMBOLS, add_dummy_prefix=True)
+def test_dummy_prefix_is_before_the_first_text_only(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    blank = remade(tokenizer, tmp_path / "blank.model", SYMBOLS, add_dummy_prefix=True)
     assert blank.encode("It") != tokenizer.encode("It")
     ids, mask = ChatEncoder(TEMPLATES["internlm"], blank).encode(TURNS)
     assert blank.encode(INTERNLM_TEXT) == ids.tolist()
@@ -158,29 +134,27 @@ def test_dummy_prefix_is_put_before_the_first_text_only(tokenizer: Tokenizer, tm
     [
         ("ok\n{% for m in %}", DataError, "data.chat_template: line 2: "),
         (
-            "{% for m in messages %}{{ loop.revindex }} {{ m['content'] }}\n{% endfor %}",
+            "{% for m in messages %}{{ loop.revindex }}{{ m['content'] }}\n{% endfor %}",
             DataError,
-            "data.chat_template: answers cannot be found",
+            "data.chat_template: answers",
         ),
         ("{{ raise_exception('no') }}", ValueError, "the chat template rejects it: no"),
         ("{{ 1 + messages[0]['content'] }}", ValueError, "the chat template rejects it: unsupported operand"),
         ("x{% generation %}{% endgeneration %}", ValueError, "the chat template marks no answer"),
     ],
 )
-def test_template_that_cannot_be_used_has_its_reason(
-    pieces: Tokenizer, template: str, kind: type[Exception], reason: str
-) -> None:
+def test_unusable_template(pieces: Tokenizer, template: str, kind: type[Exception], reason: str) -> None:
     with pytest.raises(kind, match=f"^{reason}"):
         ChatEncoder(template, pieces).encode(TURNS)
 
 
-def test_tokenizer_without_the_template_tokens_is_an_error(tokenizer: Tokenizer) -> None:
+def test_tokenizer_lacks_template_tokens(tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match=r"data.chat_template writes <eoh> and <eoa>.*=\['<eoh>', '<eoa>'\]"):
         ChatEncoder(TEMPLATES["internlm"], tokenizer)
 
 
 @pytest.mark.parametrize("name", ["internlm", "unmarked", "inst", "rich"])
-def test_prompt_is_what_an_answer_was_trained_after(either: Tokenizer, name: str) -> None:
+def test_prompt_of_an_answer(either: Tokenizer, name: str) -> None:
     template = {**TEMPLATES, "unmarked": unmarked(TEMPLATES["chatml"]), "inst": INST, "rich": RICH}[name]
     encoder, turns = ChatEncoder(template, either), [turn for turn in TURNS if turn["role"] != "system"]
     turns = [{**turn, "content": turn["content"] + "</s>"} for turn in turns]
@@ -200,26 +174,24 @@ ENDS = {
 
 
 @pytest.mark.parametrize("template", ENDS)
-def test_answer_ends_with_the_first_special_token_that_is_learnt_after_it(either: Tokenizer, template: str) -> None:
+def test_token_that_ends_an_answer(either: Tokenizer, template: str) -> None:
     end = ENDS[template]
     assert ChatEncoder(template, either).answer_end() == (None if end is None else either.special_ids[end])
 
 
-def test_answer_of_no_weight_is_not_learnt(either: Tokenizer) -> None:
-    turns = [*two("q", "bad"), *two("again", "good")]
-    turns[1]["weight"] = 0
+def test_answer_without_weight_is_no_target(either: Tokenizer) -> None:
+    plain = [*two("q", "bad"), *two("again", "good")]
+    turns = [plain[0], {**plain[1], "weight": 0}, *plain[2:]]
     for template in (*TEMPLATES.values(), unmarked(TEMPLATES["chatml"]), RICH):
         ids, mask = ChatEncoder(template, either).encode(turns)
         assert [answer[:4] for answer in answers(either, ids, mask)] == ["good"]
-        assert (
-            ids.tolist() == ChatEncoder(template, either).encode([*two("q", "bad"), *two("again", "good")])[0].tolist()
-        )
+        assert ids.tolist() == ChatEncoder(template, either).encode(plain)[0].tolist()
     twice = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
     with pytest.raises(ValueError, match="weight: the chat template marks 4 answers of 2"):
         ChatEncoder(twice, either).encode(turns)
 
 
-def test_what_matters_of_messages_is_written_or_refused(pieces: Tokenizer) -> None:
+def test_template_that_leaves_out_a_field(pieces: Tokenizer) -> None:
     asked, called = {**TURNS[1], "name": "Ann", "id": 7}, {**TURNS[2], "tool_calls": [CALL]}
     offered = {**asked, "tools": [CALL]}
     result = {"role": "tool", "content": "42"}
@@ -241,25 +213,31 @@ def test_what_matters_of_messages_is_written_or_refused(pieces: Tokenizer) -> No
     assert (ids == pieces.eos_id).sum() == 1 and pieces.decode(ids.tolist()).count("</s>") == 2
 
 
-def test_template_is_read_by_name_or_from_a_model(tmp_path: Path) -> None:
-    assert read_template("chatml") == TEMPLATES["chatml"]
-    (tmp_path / "my.jinja").write_text("{{ 'jinja' }}")
+def test_places_of_a_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "listed"}]
-    for folder, template in (("one", "config"), ("two", named)):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    assert read_template(str(tmp_path / "my.jinja")) == "{{ 'jinja' }}"
-    assert read_template(str(tmp_path / "one")) == "config"
-    assert read_template(str(tmp_path / "one" / "tokenizer_config.json")) == "config"
-    assert read_template(str(tmp_path / "two")) == "listed"
-    (tmp_path / "one" / "chat_template.jinja").write_text("beside")
-    assert read_template(str(tmp_path / "one")) == "beside"
-    (tmp_path / "damaged.json").write_text('{"chat_template": ')
-    with pytest.raises(DataError, match=r"^data\.chat_template \(.*damaged.json\) cannot be read: "):
-        read_template(str(tmp_path / "damaged.json"))
-    (tmp_path / "none.json").write_text('{"bos_token": "<s>"}')
-    for name in ("vicuna", str(tmp_path / "missing.jinja"), str(tmp_path), str(tmp_path / "none.json")):
-        with pytest.raises(
-            DataError, match=r"^data\.chat_template \(.*\) has no template; name one of internlm, chatml"
-        ):
+    for folder, template in (("one", "config"), ("two", named), ("three", "no")):
+        Path(folder).mkdir()
+        Path(folder, "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    files = {
+        "my.jinja": "a file",
+        "three/chat_template.jinja": "beside",
+        "bad.json": "{",
+        "none.json": '{"bos": "<s>"}',
+    }
+    for name, text in files.items():
+        Path(name).write_text(text)
+    found = {
+        "my.jinja": "a file",
+        "one": "config",
+        "one/tokenizer_config.json": "config",
+        "two": "listed",
+        "three": "beside",
+    }
+    for name, text in {**TEMPLATES, **found}.items():
+        assert read_template(name) == text
+    with pytest.raises(DataError, match=r"^data\.chat_template \(bad.json\) cannot be read: "):
+        read_template("bad.json")
+    for name in ("vicuna", "missing.jinja", ".", "none.json"):
+        with pytest.raises(DataError, match=r"^data\.chat_template \(.*\) has no template; name one of internlm"):
             read_template(name)

@@ -8,12 +8,12 @@ import pytest
 
 from corpus import readers
 from corpus.config import DataError, OnBadRecord, Source, SplitBy
+from corpus.documents import LeftOut
 from corpus.inputs import list_items
-from corpus.left_out import LeftOut
 from corpus.units import plan_units
 from data.config import DataConfig
 from data.tokenizer import Tokenizer
-from tests.corpora import RECORDS, contents, lines, local, made, not_utf8, read, read_with
+from tests.corpora import RECORDS, contents, lines, local, made, n_documents, not_utf8, read, texts
 
 
 @pytest.fixture
@@ -35,8 +35,7 @@ def test_train_test_split_is_the_tutorials(dataset: DataConfig, tokenizer: Token
     for part, rows in (("train", split["train"]), ("valid", split["test"])):
         assert [document.text for document in found if document.split == part] == rows["text"][:]
     about = made(dataset, tokenizer)
-    counted = {part: sum(its["documents"] for its in its.values()) for part, its in about["splits"].items()}
-    assert counted == {"train": 48, "valid": 12}
+    assert (n_documents(about, "train"), n_documents(about, "valid")) == (48, 12)
 
 
 def test_split_by_hash_is_that_of_any_text(dataset: DataConfig, tmp_path: Path) -> None:
@@ -50,7 +49,7 @@ def test_split_by_hash_is_that_of_any_text(dataset: DataConfig, tmp_path: Path) 
     assert len(after) == len(before) + 1 and after.items() > before.items()
 
 
-def test_corpus_is_the_same_streamed_or_not_with_any_workers(
+def test_streaming_and_workers_make_the_same_corpus(
     dataset: DataConfig, tokenizer: Tokenizer, small_units: None
 ) -> None:
     assert len(list(plan_units(list_items(dataset), dataset))) > 4
@@ -62,7 +61,7 @@ def test_corpus_is_the_same_streamed_or_not_with_any_workers(
     assert all(each == found[0] for each in found)
 
 
-def test_records_that_differ_in_shape_are_kept(dataset: DataConfig, tmp_path: Path) -> None:
+def test_rows_of_several_shapes(dataset: DataConfig, tmp_path: Path) -> None:
     metas: list[Any] = [{"set": "a"}, {"set": "b", "more": [1, {"x": "y"}]}, ["no", "key"], None]
     rows = [{"text": f"text {i}", "meta": meta} for i, meta in enumerate(metas)]
     (tmp_path / "set" / "train.jsonl").write_bytes(lines(rows))
@@ -83,45 +82,39 @@ def test_bad_row_is_named(dataset: DataConfig, tokenizer: Tokenizer, tmp_path: P
     datasets.Dataset(InMemoryTable(table)).save_to_disk(tmp_path / "saved")
     left_out = LeftOut(OnBadRecord.skip)
     dataset.dataset = str(tmp_path / "saved")
-    assert [d.text for d in read_with(dataset, left_out)] == ["one", "three"]
+    assert texts(dataset, left_out) == ["one", "three"]
     assert left_out.places[0].startswith(f"{tmp_path}/saved[1]: ")
     with pytest.raises(DataError, match=r"data.input .* was made by save_to_disk; read it with data=huggingface"):
         read(local(tmp_path, "saved"))
 
 
-@pytest.mark.parametrize("streaming", [True])
-def test_what_cannot_be_loaded_is_named(dataset: DataConfig, tmp_path: Path, streaming: bool) -> None:
-    dataset.streaming = streaming
-    dataset.text_key = "content.plain"
+def test_dataset_that_cannot_be_loaded(dataset: DataConfig, tmp_path: Path) -> None:
+    dataset.streaming, dataset.text_key = True, "content.plain"
     with pytest.raises(DataError, match=r"data.dataset \(.*set\) .*column content"):
         read(dataset)
     (tmp_path / "set" / "train.jsonl").write_bytes(b'{"text": "x"}\n{"text": 3, broken\n')
-    with pytest.raises(DataError, match=r"data.dataset \(.*set\) cannot be loaded"):
-        read(dataset)
-    dataset.dataset = str(tmp_path / "nothing")
-    with pytest.raises(DataError, match=r"data.dataset \(.*nothing\) cannot be loaded"):
-        read(dataset)
+    for name in ("set", "nothing"):
+        dataset.dataset = str(tmp_path / name)
+        with pytest.raises(DataError, match=rf"data.dataset \(.*{name}\) cannot be loaded"):
+            read(dataset)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_dataset_has_its_own_validation_split(dataset: DataConfig, tmp_path: Path, streaming: bool) -> None:
+def test_validation_split_of_a_dataset(dataset: DataConfig, tmp_path: Path, streaming: bool) -> None:
     import datasets
 
-    dataset.streaming, dataset.dataset_valid_split = streaming, "validation"
     (tmp_path / "set" / "validation.jsonl").write_bytes(lines([{"text": "held out"}, {"text": "too"}]))
-    parts: Any = {
-        "train": datasets.Dataset.from_list(RECORDS),
-        "validation": datasets.Dataset.from_list([{"text": "mine"}]),
-    }
-    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved [1]")
+    parts: Any = {"train": RECORDS, "validation": [{"text": "mine"}]}
+    saved = datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in parts.items()})
+    saved.save_to_disk(tmp_path / "saved [1]")
+    dataset.streaming = streaming
     for folder, expected in (("set", ["held out", "too"]), ("saved [1]", ["mine"])):
-        dataset.dataset = str(tmp_path / folder)
+        dataset.dataset, dataset.dataset_valid_split = str(tmp_path / folder), "validation"
         found = read(dataset)
         assert [d.text for d in found if d.split == "valid"] == expected
         assert [d.text for d in found if d.split == "train"] == [record["text"] for record in RECORDS]
-        dataset.dataset_valid_split, before = None, dataset.dataset_valid_split
+        dataset.dataset_valid_split = None
         assert {d.split for d in read(dataset)} == {"train", "valid"}
-        dataset.dataset_valid_split = before
     dataset.dataset_valid_split = "dev"
     with pytest.raises(DataError, match="no split dev, but train, validation"):
         read(dataset)

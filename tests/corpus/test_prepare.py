@@ -14,32 +14,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus import units
-from corpus.config import DataError, OnBadRecord, Source, TokenizerConfig
+from corpus.config import DataError, Source, TokenizerConfig
 from corpus.inputs import Item, list_items
-from corpus.left_out import LeftOut
 from corpus.merge import are_first, merge_units
-from corpus.prepare import differences, is_prepared, made_by
-from corpus.sample import tokenizer_texts
+from corpus.prepare import differences, is_prepared, made_by, tokenizer_texts
 from corpus.units import Job, plan_units, unit_folder
 from data.config import DataConfig
 from data.dataset import open_corpus
 from data.manifest import mix_weights
 from data.shards import Shard
 from data.tokenizer import Tokenizer
-from tests.corpora import PACKED, RECORDS, contents, lines, local, made, parquet, read_with, settings_of, texts_of
+from tests.corpora import PACKED, RECORDS, command, contents, lines, local, made, n_documents, parquet, read, write
 
 
 def other(config: DataConfig, name: str = "2", **changes: Any) -> DataConfig:
     return dataclasses.replace(config, path=config.path + name, **changes)
 
 
-def n_documents(about: dict[str, Any], split: str = "") -> int:
-    return sum(its["documents"] for name, found in about["splits"].items() if split in name for its in found.values())
+def stored(config: DataConfig, about: dict, tokenizer: Tokenizer) -> list[str]:
+    """Return the texts of a corpus, decoded."""
+    stems = [stem for split in about["splits"].values() for counts in split.values() for stem in counts["shards"]]
+    files = [Shard(Path(config.path) / stem, verify=True) for stem in stems]
+    return sorted(tokenizer.decode(file.document(i).tolist()) for file in files for i in range(file.n_documents))
 
 
-def test_corpus_holds_every_document_whole(config: DataConfig, tokenizer: Tokenizer, small_units: None) -> None:
+def test_contents_of_a_corpus(config: DataConfig, tokenizer: Tokenizer, small_units: None) -> None:
     about = made(config, tokenizer)
-    splits = {d.text: (d.split, d.source) for d in read_with(config, LeftOut(OnBadRecord.error))}
+    splits = {d.text: (d.split, d.source) for d in read(config)}
     decoded = []
     for split, sources in about["splits"].items():
         for source, counts in sources.items():
@@ -48,9 +49,7 @@ def test_corpus_holds_every_document_whole(config: DataConfig, tokenizer: Tokeni
             assert counts["tokens"] == sum(shard.n_tokens for shard in shards)
             found = [shard.document(i).tolist() for shard in shards for i in range(shard.n_documents)]
             texts = [tokenizer.decode(ids[:-1]) for ids in found]
-            assert all(
-                ids == [*tokenizer.encode(text), tokenizer.eos_id] for ids, text in zip(found, texts, strict=True)
-            )
+            assert found == [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
             assert all(splits[text] == (split, source) for text in texts)
             assert counts["text_bytes"] == sum(len(text.encode()) for text in texts)
             decoded += texts
@@ -63,16 +62,15 @@ def test_corpus_holds_every_document_whole(config: DataConfig, tokenizer: Tokeni
 @pytest.fixture
 def every_format(tmp_path: Path) -> DataConfig:
     """Files of every format and compression, with duplicates in and across them."""
-    (tmp_path / "texts").mkdir()
+    files = {"b.parquet": parquet(RECORDS + RECORDS[::2]), "c.txt": b"A text of its own. " * 30}
     for k, (suffix, pack) in enumerate(PACKED.items()):
         records = [{"text": f"{k} {i}", "meta": {"set": f"s{i % 3}"}} for i in range(40)] + RECORDS[:25]
-        (tmp_path / "texts" / f"a{k}.jsonl{suffix}").write_bytes(pack(lines(records)))
-    (tmp_path / "texts" / "b.parquet").write_bytes(parquet(RECORDS + RECORDS[::2]))
-    (tmp_path / "texts" / "c.txt").write_text("A text of its own. " * 30)
+        files[f"a{k}.jsonl{suffix}"] = pack(lines(records))
+    write(tmp_path / "texts", files)
     return local(tmp_path, "texts", source_key="meta.set")
 
 
-def test_result_does_not_depend_on_workers(every_format: DataConfig, tokenizer: Tokenizer, small_units: None) -> None:
+def test_workers_and_stops_do_not_matter(every_format: DataConfig, tokenizer: Tokenizer, small_units: None) -> None:
     added: list[tuple[int, int, int, float]] = []
 
     def stop_later(*counts: Any) -> None:
@@ -96,9 +94,7 @@ def test_result_does_not_depend_on_workers(every_format: DataConfig, tokenizer: 
     assert sum(documents for documents, *_ in added) == 5 * 65 + 90 + 1
 
 
-def test_shards_make_the_same_corpus_in_any_order(
-    every_format: DataConfig, tokenizer: Tokenizer, small_units: None
-) -> None:
+def test_shards_in_any_order(every_format: DataConfig, tokenizer: Tokenizer, small_units: None) -> None:
     made(every_format, tokenizer)
     again = other(every_format)
     for shard in random.Random(0).sample(range(5), 5):
@@ -140,13 +136,13 @@ def test_duplicates_are_all_but_the_first(arrays: list[list[int]]) -> None:
         seen |= set(its)
 
 
-def test_unit_that_lost_tokens_is_named_and_done_anew(
+def test_damaged_unit_is_done_again(
     config: DataConfig, tokenizer: Tokenizer, small_units: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lose(job: Job, n_units: int, *arguments: Any, **options: Any) -> Any:
+    def lose(job: Job, *rest: Any) -> Any:
         path = next((job.folder / "units").glob("*/*.tokens"))
         os.truncate(path, path.stat().st_size - 4)
-        return merge_units(job, n_units, *arguments, **options)
+        return merge_units(job, *rest)
 
     monkeypatch.setattr("corpus.merge.COPY_TOKENS", 10)
     with monkeypatch.context() as patch, pytest.raises(DataError, match=r"\.tokens is damaged and was removed"):
@@ -161,7 +157,7 @@ def test_max_documents_counts_in_order(every_format: DataConfig, tokenizer: Toke
         assert n_documents(about) + about["left_out"]["duplicates"] == min(limit, 5 * 65 + 90 + 1)
 
 
-def test_new_files_are_added_and_the_rest_is_kept(
+def test_added_files(
     config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, small_units: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -171,8 +167,8 @@ def test_new_files_are_added_and_the_rest_is_kept(
     new = [{"text": f"new {i}", "meta": {"set": "new"}} for i in range(30)]
     (tmp_path / "texts" / "0.jsonl").write_bytes(lines(RECORDS[:9] + new))
     with pytest.raises(DataError, match=r"0.jsonl first; .*add=true"):
-        is_prepared(config, settings_of(tokenizer))
-    assert not is_prepared(config, settings_of(tokenizer), add=True)
+        is_prepared(command(config, tokenizer))
+    assert not is_prepared(command(config, tokenizer, add=True))
     about = made(config, tokenizer, add=True)
     assert about == made(config, tokenizer, add=True), "it is there already"
     assert n_documents(about) == len(RECORDS) + 30 and about["left_out"]["duplicates"] == 9
@@ -182,30 +178,25 @@ def test_new_files_are_added_and_the_rest_is_kept(
     assert set(fingerprints) < set(corpus.fingerprints) and "new" in corpus.sources
     (tmp_path / "texts" / "a.jsonl").write_bytes(lines(RECORDS[1:]))
     with pytest.raises(DataError, match=r"a.jsonl has changed"):
-        is_prepared(config, settings_of(tokenizer))
+        is_prepared(command(config, tokenizer))
 
 
-def test_added_documents_are_on_one_side_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_duplicates_of_added_files(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """What is trained on already is not held out later, nor the other way round, though the first files are gone."""
-    for name, records in (("texts/a", RECORDS[:20]), ("held/v", RECORDS[20:40])):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / f"{name}.jsonl").write_bytes(lines(records))
+    write(tmp_path, {"texts/a.jsonl": lines(RECORDS[:20]), "held/v.jsonl": lines(RECORDS[20:40])})
     config = local(tmp_path, "texts", valid_input=str(tmp_path / "held"))
     made(config, tokenizer)
     (tmp_path / "held" / "v.jsonl").unlink()
-    (tmp_path / "held" / "w.jsonl").write_bytes(lines([*RECORDS[10:30], {"text": "new"}]))
-    (tmp_path / "texts" / "b.jsonl").write_bytes(lines(RECORDS[10:50]))
+    held_out = lines([*RECORDS[10:30], {"text": "new"}])
+    write(tmp_path, {"held/w.jsonl": held_out, "texts/b.jsonl": lines(RECORDS[10:50])})
     about = made(config, tokenizer, add=True)
     assert (n_documents(about, "train"), n_documents(about, "valid")) == (30, 21)
-    assert texts_of(config, about, tokenizer) == sorted([*(record["text"] for record in RECORDS[:50]), "new"])
+    assert stored(config, about, tokenizer) == sorted([*(record["text"] for record in RECORDS[:50]), "new"])
 
 
-def test_same_corpus_is_recognised_by_any_spelling(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_spellings_of_an_input(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in ("a", "b/[1]"):
-        (tmp_path / "texts" / folder).mkdir(parents=True)
-        (tmp_path / "texts" / folder / "x.jsonl").write_bytes(lines([{"text": f"{folder} {i}"} for i in range(9)]))
+        write(tmp_path, {f"texts/{folder}/x.jsonl": lines([{"text": f"{folder} {i}"} for i in range(9)])})
     (tmp_path / "link").symlink_to(tmp_path / "texts")
     monkeypatch.chdir(tmp_path)
     spellings: list[list[Any]] = [
@@ -218,39 +209,34 @@ def test_same_corpus_is_recognised_by_any_spelling(
         made(config, tokenizer)
         for one in inputs:
             relative = TokenizerConfig(model=os.path.relpath(tokenizer.path), vocab_size=2)
-            assert is_prepared(dataclasses.replace(config, input=one), relative), one
-            sources = [
-                made_by(dataclasses.replace(config, sources={"s": its}), settings_of(tokenizer))["data.sources"]
-                for its in (one, {"input": inputs[0]}, {"input": one, "text_key": "text"})
-            ]
-            assert sources[0] == sources[1] == sources[2]
+            assert is_prepared(command(dataclasses.replace(config, input=one), relative)), one
+            named = (one, {"input": inputs[0]}, {"input": one, "text_key": "text"})
+            settings = [made_by(dataclasses.replace(config, sources={"s": its}), relative) for its in named]
+            assert settings[0]["data.sources"] == settings[1]["data.sources"] == settings[2]["data.sources"]
     with pytest.raises(DataError, match=r"data.input .*data.text_suffixes \("):
-        is_prepared(dataclasses.replace(config, input="texts/b", text_suffixes=[".x"]), settings_of(tokenizer))
+        is_prepared(command(dataclasses.replace(config, input="texts/b", text_suffixes=[".x"]), tokenizer))
 
 
-def test_tokenizer_of_a_large_corpus_is_trained_on_the_beginning_of_each_file(tmp_path: Path) -> None:
-    (tmp_path / "texts").mkdir()
+def test_text_that_a_tokenizer_is_trained_on(tmp_path: Path) -> None:
     for name in "ab":
         records = [{"text": f"{name}{i} some words of a text that goes on"} for i in range(4000)]
-        (tmp_path / "texts" / f"{name}.jsonl.gz").write_bytes(PACKED[".gz"](lines(records)))
+        write(tmp_path, {f"texts/{name}.jsonl.gz": PACKED[".gz"](lines(records))})
     config = local(tmp_path, "texts")
     whole, part = (list(tokenizer_texts(config, list_items(config), n)) for n in (10_000_000, 20_000))
-    train = [d.text for d in read_with(config, LeftOut(OnBadRecord.error)) if d.split == "train"]
+    train = [d.text for d in read(config) if d.split == "train"]
     assert whole == train and 0.9 * 20_000 < sum(map(len, part)) < 1.1 * 20_000
     assert {text[0] for text in part} == {"a", "b"} and set(part) < set(train)
 
 
-def test_same_corpus_is_used_and_another_not_overwritten(config: DataConfig, tokenizer: Tokenizer) -> None:
-    of_model = settings_of(tokenizer)
-    assert not is_prepared(config, of_model)
+def test_settings_of_a_prepared_corpus(config: DataConfig, tokenizer: Tokenizer) -> None:
+    of_model = command(config, tokenizer).tokenizer
+    assert not is_prepared(command(config, tokenizer))
     made(config, tokenizer)
-    assert is_prepared(dataclasses.replace(config, seq_len=64, workers=7), of_model)
-    for data, changed, named in (
-        (dataclasses.replace(config, text_key="body"), of_model, r"data.text_key \(text, now body\)"),
-        (config, dataclasses.replace(of_model, add_bos=True), r"tokenizer.add_bos \(False, now True\)"),
-    ):
-        with pytest.raises(DataError, match=named):
-            is_prepared(data, changed)
+    assert is_prepared(command(dataclasses.replace(config, seq_len=64, workers=7), tokenizer))
+    with pytest.raises(DataError, match=r"data.text_key \(text, now body\)"):
+        is_prepared(command(dataclasses.replace(config, text_key="body"), of_model))
+    with pytest.raises(DataError, match=r"tokenizer.add_bos \(False, now True\)"):
+        is_prepared(command(config, dataclasses.replace(of_model, add_bos=True)))
     now = made_by(config, of_model)
     assert not differences(now | {"data.gone": False}, now), "a setting that is no more, at its default"
     assert differences(now | {"data.gone": True}, now) == "data.gone (True, now None)"
@@ -259,20 +245,18 @@ def test_same_corpus_is_used_and_another_not_overwritten(config: DataConfig, tok
         made(config, tokenizer)
 
 
-def test_names_of_sources_that_differ_stay_apart(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_names_of_sources(tmp_path: Path, tokenizer: Tokenizer) -> None:
     names = ["C", "C#", "c", "F#", "中文", "日文", "a/b", "a_b", "..", "Wikipedia (en)", "长" * 60, "长" * 60 + "名"]
     records = [{"text": f"{name} {i}", "from": name} for name in names for i in range(20)]
     (tmp_path / "a.jsonl").write_bytes(lines(records))
     config = local(tmp_path, "a.jsonl", source_key="from")
     about = made(config, tokenizer)
-    assert sorted(about["splits"]["train"]) == sorted(names)
-    assert {name: its["documents"] for name, its in about["splits"]["train"].items()} == {
-        name: 20 - about["splits"]["valid"].get(name, {"documents": 0})["documents"] for name in names
-    }
-    assert texts_of(config, about, tokenizer) == sorted(record["text"] for record in records)
+    train, valid = about["splits"]["train"], about["splits"]["valid"]
+    assert sorted(train) == sorted(names)
+    assert all(its["documents"] + valid.get(name, {"documents": 0})["documents"] == 20 for name, its in train.items())
+    assert stored(config, about, tokenizer) == sorted(record["text"] for record in records)
     assert all(name.isascii() for name in contents(config.path))
-    assert mix_weights(dataclasses.replace(config, mix={"C": 1, "wikipedia_en": 2, "日文": 3}), set(names)) == {
-        "C": 1, "Wikipedia (en)": 2, "日文": 3
-    }  # fmt: skip
+    mixed = mix_weights(dataclasses.replace(config, mix={"C": 1, "wikipedia_en": 2, "日文": 3}), set(names))
+    assert mixed == {"C": 1, "Wikipedia (en)": 2, "日文": 3}
     with pytest.raises(DataError, match="data.mix.f: there is no such source"):
         mix_weights(dataclasses.replace(config, mix={"f": 1}), {"F", "F#"})

@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,17 @@ import export
 import generate
 from conf.schema import ExportConfig, GenerateConfig
 from corpus.chat import MARKERS, TEMPLATES, ChatEncoder, chat_encoder
-from corpus.config import OnBadRecord, Source, Style, TokenizerConfig
-from corpus.prepare import prepare
+from corpus.config import OnBadRecord, Style, TokenizerConfig
 from data.batches import IGNORED
 from data.config import DataConfig
 from data.dataset import open_corpus
-from data.hf_tokenizer import write_hf_tokenizer
 from data.shards import LOSS_MASKED, Shard
 from data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from model.config import ModelConfig
 from parallel.config import Device
 from tests.conftest import trained
-from tests.corpora import lines, made, parquet
-from tests.corpus.test_chat import SYMBOLS, TURNS, changed
+from tests.corpora import exported, lines, local, made, n_documents, parquet
+from tests.corpus.test_chat import TURNS, two
 from training.checkpoint import open_checkpoint
 
 ALPACA = [
@@ -41,17 +38,9 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def symbols(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return changed(tokenizer, tmp_path_factory.mktemp("sft") / "tokenizer.model", SYMBOLS)
-
-
-def config(tmp_path: Path, style: Style, name: str, **changes: object) -> DataConfig:
-    data = DataConfig(
-        name=style.value, path=str(tmp_path / "tokens"), source=Source.local, input=str(tmp_path / name), style=style,
-        valid_fraction=0.2, seq_len=64, micro_batch_size=1, workers=0, packing="best_fit",
-    )  # fmt: skip
-    return replace(data, **changes)  # type: ignore[arg-type]
+def config(tmp_path: Path, style: Style, name: str, **changes: Any) -> DataConfig:
+    changes = {"name": style.value, "path": str(tmp_path / "tokens"), "seq_len": 64, "packing": "best_fit"} | changes
+    return local(tmp_path, name, style=style, **changes)
 
 
 def answer_end(tokenizer: Tokenizer) -> int | None:
@@ -70,19 +59,16 @@ def targets_of(data: DataConfig, vocab_size: int) -> tuple[str, list[str]]:
         whole += corpus.tokenizer.decode(tokens.tolist())
         targets = labels != IGNORED
         assert (labels[:-1][targets[:-1]] == tokens[1:][targets[:-1]]).all()
-        runs += [
-            corpus.tokenizer.decode(labels[run].tolist())
-            for run in np.split(np.arange(len(labels)), np.flatnonzero(np.diff(targets)) + 1)
-            if targets[run[0]]
-        ]
+        parts = np.split(labels, np.flatnonzero(np.diff(targets)) + 1)
+        runs += [corpus.tokenizer.decode(part.tolist()) for part in parts if part[0] != IGNORED]
     return whole, runs
 
 
-def test_instructions_train_on_answers_alone(tmp_path: Path, symbols: Tokenizer) -> None:
+def test_targets_of_instructions(tmp_path: Path, pieces: Tokenizer) -> None:
     (tmp_path / "a.json").write_text(json.dumps(ALPACA))
     data = config(tmp_path, Style.alpaca, "a.json")
-    about = made(data, symbols)
-    assert sum(s["documents"] for split in about["splits"].values() for s in split.values()) == len(ALPACA)
+    about = made(data, pieces)
+    assert n_documents(about) == len(ALPACA)
     whole, runs = targets_of(data, 1204)
     asked = re.findall(r"<\|User\|>:Add (\d+) and 1\.(\nBriefly\.)?<eoh>\n<\|Bot\|>:It is (\d+)\.<eoa>\n", whole)
     assert len(asked) == about["splits"]["train"]["alpaca"]["documents"] > 20
@@ -90,19 +76,15 @@ def test_instructions_train_on_answers_alone(tmp_path: Path, symbols: Tokenizer)
     assert sorted(runs) == sorted(f"It is {answer}.<eoa>\n" for _, _, answer in asked)
 
 
-def test_conversations_of_any_fields_are_prepared_or_counted(tmp_path: Path, symbols: Tokenizer) -> None:
+def test_conversations_of_many_fields(tmp_path: Path, pieces: Tokenizer) -> None:
     its = [{**TURNS[1], "name": "Ann"}, {**TURNS[2], "name": "Bo", "mood": {"calm": 1}}]
-    records = [
-        {"messages": its, "system": "Sing."},
-        {"messages": TURNS},
-        {"messages": its[:1] + TURNS[2:3]},
-        {"messages": its},
-    ]
+    records: list[dict[str, Any]] = [{"messages": its, "system": "Sing."}]
+    records += [{"messages": turns} for turns in (TURNS, its[:1] + TURNS[2:3], its)]
     calls = {"messages": [TURNS[1], {**TURNS[2], "tool_calls": [{"name": "add"}]}]}
     (tmp_path / "a.parquet").write_bytes(parquet(records))  # a row has the fields of all, some without a value
     (tmp_path / "b.jsonl").write_bytes(lines([{"messages": its[1:], "system": "Hum.", "tools": []}, calls]))
     data = config(tmp_path, Style.chat, "*", on_bad_record=OnBadRecord.skip, valid_fraction=0.0, seq_len=256)
-    about = made(data, symbols)
+    about = made(data, pieces)
     assert about["left_out"]["count"] == 1
     assert about["left_out"]["places"][0].endswith("b.jsonl:2: the chat template leaves out tool_calls")
     whole, runs = targets_of(data, 1204)
@@ -110,15 +92,15 @@ def test_conversations_of_any_fields_are_prepared_or_counted(tmp_path: Path, sym
     assert "<|System|>:Sing.<eoh>\n<|User|>" in whole and "<|System|>:Hum.<eoh>\n<|Bot|>" in whole
 
 
-def test_special_tokens_are_added_to_a_tokenizer(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_added_special_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines([{"messages": TURNS}] * 2))
-    write_hf_tokenizer(tokenizer, tmp_path, add_bos=False, max_len=64)
+    exported(tokenizer, tmp_path)
     names = ["<eoh>", "<eoa>", "</s>", "<eoa>"]
     for kind in ("tokenizer.model", "tokenizer.json"):
-        data = config(tmp_path, Style.chat, "a.jsonl", valid_fraction=0.0)
-        data.path = str(tmp_path / kind.removeprefix("tokenizer."))
+        path = str(tmp_path / kind.removeprefix("tokenizer."))
+        data = config(tmp_path, Style.chat, "a.jsonl", valid_fraction=0.0, path=path)
         settings = TokenizerConfig(model=str(tmp_path / kind), vocab_size=0, add_special_tokens=names)
-        prepare(data, settings, workers=1, progress=lambda *added: None)
+        made(data, settings)
         grown = load_tokenizer(Path(data.path) / "tokenizer")
         n = tokenizer.vocab_size
         assert grown.special_ids == {**tokenizer.special_ids, "<eoh>": n, "<eoa>": n + 1} and answer_end(grown) == n + 1
@@ -126,9 +108,7 @@ def test_special_tokens_are_added_to_a_tokenizer(tmp_path: Path, tokenizer: Toke
         assert targets_of(data, n + 2)[1] != []
 
 
-MODEL = ModelConfig(
-    name="m", vocab_size=1280, d_model=64, n_layers=1, n_heads=2, n_kv_heads=2, d_ff=64, max_seq_len=64
-)  # fmt: skip
+MODEL = ModelConfig(name="m", vocab_size=1280, d_model=64, n_layers=1, n_heads=2, n_kv_heads=2, d_ff=64, max_seq_len=64)
 BOTH_ENDS = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}<eoh>{% else %}"
     "{% generation %}{{ m.content }}<eoa>{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
@@ -136,10 +116,8 @@ BOTH_ENDS = (
 
 
 @pytest.mark.parametrize(("template", "add_bos"), [(TEMPLATES["internlm"], True), (BOTH_ENDS, False)])
-def test_exported_template_writes_what_training_had(
-    symbols: Tokenizer, tmp_path: Path, template: str, add_bos: bool
-) -> None:
-    save_tokenizer(symbols, tmp_path / "run")
+def test_exported_template(pieces: Tokenizer, tmp_path: Path, template: str, add_bos: bool) -> None:
+    save_tokenizer(pieces, tmp_path / "run")
     (tmp_path / "run" / "chat_template.jinja").write_text(template)
     (tmp_path / "out").mkdir()
     own = load_tokenizer(tmp_path / "run")
@@ -151,49 +129,54 @@ def test_exported_template_writes_what_training_had(
     assert set(stop) == {own.eos_id, own.special_ids["<eoa>"]}
 
 
-def test_tokenizer_trained_for_conversations_has_the_template_tokens(tmp_path: Path) -> None:
-    words = [f"{'abcdefghij'[i % 10]}{'klmnopqrst'[i // 10]}" for i in range(100)]
-    turns = [
-        [{**turn, "content": " ".join([turn["content"], *words, str(i)])} for turn in TURNS[1:3]] for i in range(9)
-    ]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": its}) + "\n" for its in turns))
+def test_tokenizer_trained_on_conversations(tmp_path: Path) -> None:
+    words = " ".join(a + b for a in "abcdefghij" for b in "klmnopqrst")
+    turns = [two(f"What is {i}? {words}", f"It is {i}. {words}") for i in range(9)]
+    (tmp_path / "a.jsonl").write_bytes(lines([{"messages": its} for its in turns]))
     data = config(tmp_path, Style.chat, "a.jsonl", chat_template="chatml", valid_fraction=0.0)
-    prepare(data, TokenizerConfig(vocab_size=360), workers=1, progress=lambda *added: None)
+    made(data, TokenizerConfig(vocab_size=360))
     own = load_tokenizer(Path(data.path) / "tokenizer")
     ids, _ = ChatEncoder(TEMPLATES["chatml"], own).encode(turns[0])
     assert answer_end(own) == own.special_ids["<|im_end|>"]
-    assert all((ids == own.special_ids[name]).any() for name in MARKERS["chatml"])
+    assert all((ids == own.special_ids[name]).any() for name in MARKERS[TEMPLATES["chatml"]])
     assert own.special_ids["</s>"] not in own.encode("<eoa></s>") and own.decode(own.encode("<eoa>")) == "<eoa>"
 
 
-def test_experiment_starts_from_a_model_and_trains_on_answers(
-    tmp_path: Path, symbols: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sft_experiment(tmp_path: Path, pieces: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model.hf.verify.verify", lambda *_, **__: "")
     (tmp_path / "a.json").write_text(json.dumps(ALPACA))
     data = config(tmp_path, Style.alpaca, "a.json")
-    made(data, symbols)
+    made(data, pieces)
     trained(tmp_path / "base", "data=alpaca", f"data.path={data.path}", *SMALL, "steps=1")
     overrides = ["experiment=sft_7b", f"data.path={data.path}", f"init_from={tmp_path / 'base'}", *SMALL]
     assert trained(tmp_path / "sft", *overrides, "optimizer.lr=1e-9") is not None
     before, after = (open_checkpoint(tmp_path / name).read("model.") for name in ("base", "sft"))
     assert all(np.allclose(before[name].numpy(), after[name].numpy(), atol=1e-6) for name in before)
-    export.export(tmp_path / "sft", ExportConfig(run=str(tmp_path / "sft")))
+    export.export(ExportConfig(run=str(tmp_path / "sft")))
     theirs: Any = AutoTokenizer.from_pretrained(tmp_path / "sft" / "hf")
     text = theirs.apply_chat_template(TURNS[1:2], tokenize=False, add_generation_prompt=True)
     assert text == "<|User|>:What is 12 + 30?<eoh>\n<|Bot|>:"
     generation = json.loads((tmp_path / "sft" / "hf" / "generation_config.json").read_text())
-    ends = [2, symbols.special_ids["<eoa>"]]
+    ends = [2, pieces.special_ids["<eoa>"]]
     assert generation["eos_token_id"] == ends
     about = json.loads((tmp_path / "sft" / "hf" / "config.json").read_text())
     assert (about["eos_token_id"], theirs.eos_token, about["pad_token_id"]) == (ends[1], "<eoa>", 2)
     of_run = GenerateConfig(run=str(tmp_path / "sft"), prompt="x", device=Device.cpu)
     of_export = GenerateConfig(hf=str(tmp_path / "sft" / "hf"), prompt="x", device=Device.cpu)
+<<<<<<< HEAD
     assert generate.load_model(of_run)[0].stop_ids == generate.load_model(of_export)[0].stop_ids == set(ends)
+    asked = theirs.apply_chat_template(two("Add 3 and 1.\nBriefly.", "It is 4."), return_dict=True)
+    ids = [*asked["input_ids"], 2]
+    shard = Shard(next((Path(data.path) / "train").glob("*.bin")).with_suffix(""))
+    held = [(shard.document(i) & (LOSS_MASKED - 1)).tolist() for i in range(shard.n_documents)]
+    assert ids in held, "what was trained on is what transformers makes of it"
+=======
+    assert [generate.Writer(config).saved.stop_ids for config in (of_run, of_export)] == [set(ends)] * 2
     asked = [{"role": "user", "content": "Add 3 and 1.\nBriefly."}, {"role": "assistant", "content": "It is 4."}]
     ids = [*theirs.apply_chat_template(asked, return_dict=True)["input_ids"], 2]
     shard = next(iter((Path(data.path) / "train").glob("*.bin"))).with_suffix("")
     held = [Shard(shard).document(i) & (LOSS_MASKED - 1) for i in range(Shard(shard).n_documents)]
     assert ids in [document.tolist() for document in held], "what was trained on is what transformers makes of it"
+>>>>>>> trim_run
     state = open_checkpoint(tmp_path / "sft").state
     assert state["config"]["init_from"] == str(tmp_path / "base") and state["config"]["data"]["style"] == "alpaca"

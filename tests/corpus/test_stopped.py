@@ -2,11 +2,13 @@
 
 import dataclasses
 import multiprocessing
+import os
 import random
 import shutil
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -15,9 +17,8 @@ from filelock import FileLock
 from corpus import units
 from corpus.config import DataError, OnBadRecord
 from data.config import DataConfig
-from data.shards import ShardWriter
 from data.tokenizer import Tokenizer
-from tests.corpora import PACKED, RECORDS, contents, lines, local, made, parquet
+from tests.corpora import PACKED, RECORDS, contents, lines, local, made, parquet, write
 
 pytestmark = pytest.mark.usefixtures("small_units")
 
@@ -28,11 +29,10 @@ def many_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
     monkeypatch.setattr(units, "LEAST_UNIT_BYTES", 1500)
     monkeypatch.setattr("corpus.merge.SHARD_BYTES", 9000)
     draw = random.Random(0)
-    (tmp_path / "texts").mkdir()
     for name in ("a.jsonl", "b.jsonl.gz", "c.txt", "d.jsonl.zst", "e.parquet"):
         records = [{"text": f"{i} " + "some words " * draw.randrange(60), "set": f"s{i % 3}"} for i in range(250)]
         pack = PACKED["." + name.split(".")[2]] if name.count(".") == 2 else bytes
-        (tmp_path / "texts" / name).write_bytes(pack(parquet(records) if ".parquet" in name else lines(records)))
+        write(tmp_path / "texts", {name: pack(parquet(records) if ".parquet" in name else lines(records))})
     return local(tmp_path, "texts", source_key="set", valid_fraction=0.1)
 
 
@@ -51,10 +51,8 @@ def start(config: DataConfig, tokenizer: Tokenizer, workers: int = 1) -> tuple[A
     return process, reports
 
 
-def test_run_killed_at_any_moment_goes_on(many_texts: DataConfig, tokenizer: Tokenizer) -> None:
+def test_kills_at_any_moment(many_texts: DataConfig, tokenizer: Tokenizer) -> None:
     draw = random.Random(0)
-    whole = made(dataclasses.replace(many_texts, path=many_texts.path + "2"), tokenizer)
-    assert whole["units"] > 80
     kills = resumed = 0
     while not Path(many_texts.path).exists() and kills < 15:
         process, reports = start(many_texts, tokenizer)
@@ -65,8 +63,8 @@ def test_run_killed_at_any_moment_goes_on(many_texts: DataConfig, tokenizer: Tok
         reports.close()
         kills += 1
     assert resumed > 5, "it was done before it was killed so often: make the text longer"
-    made(many_texts, tokenizer)
-    assert contents(many_texts.path) == contents(many_texts.path + "2")
+    assert made(many_texts, tokenizer)["units"] > 80
+    check_whole(many_texts, tokenizer)
 
 
 def test_workers_end_with_a_killed_main_process(many_texts: DataConfig, tokenizer: Tokenizer) -> None:
@@ -110,7 +108,7 @@ def test_failure_keeps_finished_units(
 
 
 @pytest.mark.parametrize("change", ["settings", "text"])
-def test_other_work_begins_anew(
+def test_other_settings_or_text_begin_anew(
     config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str
 ) -> None:
     (tmp_path / "texts" / "z.jsonl").write_bytes(b"{")
@@ -127,25 +125,14 @@ def test_other_work_begins_anew(
     check_whole(config, tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("call", "error"),
-    [
-        ("corpus.units._append", OSError(28, "No space left on device")),
-        ("data.shards.ShardWriter.close", KeyboardInterrupt()),
-    ],
-)
-def test_stop_leaves_nothing_that_looks_like_a_corpus(
-    config: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, call: str, error: BaseException
+@pytest.mark.parametrize("call", ["corpus.units._append", "data.shards.ShardWriter.close"])
+def test_failed_write_leaves_no_corpus(
+    config: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    def fail(first: Any, *rest: Any) -> None:
-        if isinstance(first, ShardWriter):
-            first.file.close()
-        raise error
-
-    with monkeypatch.context() as patch:
-        patch.setattr(call, fail)
-        with pytest.raises(type(error)):
-            made(config, tokenizer)
+    full = Mock(side_effect=OSError(28, "No space left on device"))
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(call, full)
+        made(config, tokenizer)
     assert not Path(config.path).exists() and all(name.isdigit() for name in units_done(config))
     made(config, tokenizer)
     assert sorted(path.name for path in Path(config.path).parent.iterdir()) == [".mine.lock", "mine"]
@@ -162,17 +149,18 @@ def test_interrupted_commit_is_finished(
             made(each, tokenizer)
         (tmp_path / "texts" / "b.jsonl").write_bytes(lines([{"text": f"new {i}"} for i in range(90)]))
     made(whole, tokenizer, add=add)
-    original, count = Path.rename, 0
+    original, count = os.replace, 0
 
-    def stopped(path: Path, target: Path) -> Path:
+    def stopped(path: Path, target: Path) -> None:
         nonlocal count
         count += path.parent.name in ("train", "valid") or "corpus.json" in path.name or path.name == ".mine.partial"
         if count > number:
             raise KeyboardInterrupt
-        return original(path, target)
+        original(path, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", stopped)
+        patch.setattr("os.rename", stopped)
+        patch.setattr("os.replace", stopped)
         with pytest.raises(KeyboardInterrupt):
             made(config, tokenizer, add=add)
     monkeypatch.setattr("corpus.units.UnitWorker.write", lambda *arguments: pytest.fail("it begins anew"))
@@ -181,15 +169,13 @@ def test_interrupted_commit_is_finished(
     assert not (tmp_path / "corpora" / ".mine.partial").exists()
 
 
-def test_corpus_that_another_process_prepares_is_left_to_it(config: DataConfig, tokenizer: Tokenizer) -> None:
+def test_corpus_of_another_process(config: DataConfig, tokenizer: Tokenizer) -> None:
     Path(config.path).parent.mkdir()
     with FileLock(Path(config.path).with_name(".mine.lock")), pytest.raises(DataError, match="another process"):
         made(config, tokenizer)
 
 
-def test_unit_that_another_process_wrote_is_kept(
-    config: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unit_of_another_process(config: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two jobs with the same number do the same work twice and no harm."""
     monkeypatch.setattr(units, "read_unit", lambda folder, number: None)
     monkeypatch.setattr("corpus.merge.read_unit", lambda folder, number: None)
@@ -198,9 +184,7 @@ def test_unit_that_another_process_wrote_is_kept(
     assert all(name.isdigit() for name in units_done(config))
 
 
-def test_failed_and_killed_workers_are_errors_and_the_work_goes_on(
-    config: DataConfig, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_failed_and_killed_workers(config: DataConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
     killed: list[psutil.Process] = []
 
     def kill_one(*added: int) -> None:
@@ -220,20 +204,14 @@ def test_failed_and_killed_workers_are_errors_and_the_work_goes_on(
     check_whole(config, tokenizer)
 
 
-def test_left_out_is_reported_once_whatever_shards_and_stops(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "a.jsonl").write_bytes(lines([{"body": "x"}]) * 12 + lines([{"text": " "}]))
+def test_left_out_is_counted_once(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    write(tmp_path / "texts", {"a.jsonl": lines([{"body": "x"}]) * 12 + lines([{"text": " "}])})
     config = local(tmp_path, "texts", on_bad_record=OnBadRecord.skip)
     with pytest.raises(DataError, match=r"data.source \(local\) has no training document: 12 bad records, .*a.jsonl:1"):
         made(config, tokenizer)
-    (tmp_path / "texts" / "b.jsonl").write_bytes(lines([{"text": f"text {i}"} for i in range(20)]))
-    (tmp_path / "texts" / "c.jsonl").write_bytes((tmp_path / "texts" / "b.jsonl").read_bytes())
-
-    def stop(*added: int) -> None:
-        raise KeyboardInterrupt
-
+    write(tmp_path / "texts", dict.fromkeys(["b.jsonl", "c.jsonl"], lines([{"text": f"{i}"} for i in range(20)])))
     with pytest.raises(KeyboardInterrupt):
-        made(config, tokenizer, progress=stop)
+        made(config, tokenizer, progress=Mock(side_effect=KeyboardInterrupt))
     for shard in (2, 0, 1):
         about = made(config, tokenizer, shards=3, shard=shard)
     left_out = about["left_out"]

@@ -1,6 +1,5 @@
 """Tokens of Megatron-LM and InternLM are read as those programs write them, and Megatron-LM can read ours."""
 
-import dataclasses
 import json
 import struct
 from collections.abc import Callable
@@ -48,8 +47,7 @@ def write_internlm(path: Path, documents: list[list[int]], dtype: Any) -> None:
 
 
 def config(folder: Path, **changes: Any) -> DataConfig:
-    changes = {"seq_len": 4, **changes}
-    return data_config("none", source=Source.tokens, input=str(folder), **changes)
+    return data_config(**{"source": Source.tokens, "input": str(folder), "seq_len": 4} | changes)
 
 
 def tokens_and_labels(corpus: Corpus) -> list[tuple[list[int], list[int]]]:
@@ -86,19 +84,17 @@ def test_folder_of_megatron_files_is_a_corpus(tmp_path: Path, tokenizer: Tokeniz
     ]
 
 
-def test_linked_folders_and_lists_of_token_folders_are_read(tmp_path: Path) -> None:
+def test_links_and_lists_of_folders(tmp_path: Path) -> None:
     for folder in ("one/en", "elsewhere", "two [1]"):
         (tmp_path / folder).mkdir(parents=True)
         write_megatron(tmp_path / folder / "a", DOCUMENTS, 4, "<i4")
     (tmp_path / "one" / "code").symlink_to("../elsewhere")
     (tmp_path / "one" / "back").symlink_to(".")
-    settings = dataclasses.replace(config(tmp_path), input=[str(tmp_path / "one"), str(tmp_path / "two [1]" / "a.bin")])
+    settings = config(tmp_path, input=[str(tmp_path / "one"), str(tmp_path / "two [1]" / "a.bin")])
     corpus = open_corpus(settings, vocab_size=103_168)
     assert corpus.sources == ("code", "en", settings.name) and len(corpus.train.files) == 3
     with pytest.raises(DataError, match=r"data.input \(.*gone\)"):
-        open_corpus(
-            dataclasses.replace(settings, input=[str(tmp_path / "one"), str(tmp_path / "gone")]), vocab_size=103_168
-        )
+        open_corpus(config(tmp_path, input=[str(tmp_path / "one"), str(tmp_path / "gone")]), vocab_size=103_168)
 
 
 @pytest.mark.parametrize(("vocab_size", "code"), [(1000, 8), (103_168, 4)])
@@ -170,11 +166,9 @@ def test_file_in_both_splits_is_reported(tmp_path: Path) -> None:
         (tmp_path / stem).parent.mkdir(parents=True, exist_ok=True)
         documents = DOCUMENTS[:2] if stem == "train/en/a" else [[5, 6], [7, 8, 9, 10, 11]]
         write_megatron(tmp_path / stem, documents, 4, "<i4")
-    train = config(tmp_path / "train")
     for held_out, file in (("train/valid", "train/valid/b"), ("held", "held/c")):
-        overlapping = dataclasses.replace(train, valid_input=str(tmp_path / held_out))
+        settings = config(tmp_path / "train", valid_input=str(tmp_path / held_out))
         with pytest.raises(DataError, match=f"{file}.bin of data.valid_input"):
-            open_corpus(overlapping, vocab_size=103_168)
+            open_corpus(settings, vocab_size=103_168)
     write_megatron(tmp_path / "held" / "c", [[5, 7], [7, 8, 9, 10, 11]], 4, "<i4")  # the same lengths, other tokens
-    held_out = dataclasses.replace(train, valid_input=str(tmp_path / "held"))
-    assert open_corpus(held_out, vocab_size=103_168).valid.n_packs
+    assert open_corpus(settings, vocab_size=103_168).valid.n_packs

@@ -6,9 +6,10 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,11 +55,11 @@ def corpus() -> Corpus:
     corpus = open_corpus(CONFIG, vocab_size=100)
     packing = corpus.train.packings[0]
     packing.n_packs = 20
-    corpus.train = PackedDataset([packing], [0], CONFIG, vocab_size=100)
+    corpus.train = PackedDataset({0: packing}, CONFIG, vocab_size=100)
     return corpus
 
 
-def test_workers_do_not_change_the_order_and_epochs_are_whole(corpus: Corpus) -> None:
+def test_order_with_workers_and_epochs(corpus: Corpus) -> None:
     alone = take(corpus, 6)
     assert [len(step) for step in alone] == [4, 4, 4, 8, 8, 8]
     assert torch.equal(rows(alone), rows(take(corpus, 6, workers=2)))
@@ -77,10 +78,10 @@ def shards(folder: Path, lengths: list[list[int]]) -> list[Shard]:
     ]
 
 
-def pack_set(files: list[Shard], weights: list[float] | None = None, **changes: object) -> PackedDataset:
+def pack_set(files: list[Shard], weights: Sequence[float] = (), **changes: object) -> PackedDataset:
     config = dataclasses.replace(CONFIG, **changes)  # type: ignore[arg-type]
-    packings = [PACKINGS[config.packing]([file], 16, seed=config.seed) for file in files]
-    return PackedDataset(packings, list(range(len(files))), config, vocab_size=10_000, weights=weights)
+    packings = {number: PACKINGS[config.packing]([file], 16, seed=config.seed) for number, file in enumerate(files)}
+    return PackedDataset(packings, config, 10_000, weights)
 
 
 @pytest.fixture
@@ -127,26 +128,19 @@ def test_added_files_begin_a_new_epoch(tmp_path: Path) -> None:
     per_run=st.integers(1, 3),
 )
 @settings(max_examples=15, deadline=None)
-def test_resume_on_other_ranks_continues_the_sequence(
-    tmp_path_factory: pytest.TempPathFactory,
-    lengths: list[list[int]],
-    weighted: bool,
-    packing: str,
-    dp_sizes: list[int],
-    per_run: int,
+def test_resume_on_other_ranks(
+    tmp_path_factory: Any, lengths: list[list[int]], weighted: bool, packing: str, dp_sizes: list[int], per_run: int
 ) -> None:
     """A run is killed every few steps and goes on with another number of ranks, through epochs and a ramp-up."""
     files = shards(tmp_path_factory.mktemp("s"), [[*its, 40] for its in lengths])
-    weights = [1.0 + 2 * i for i in range(len(files))] if weighted else None
+    weights = [1.0 + 2 * i for i in range(len(files))] if weighted else []
     packs = pack_set(files, weights, packing=packing)
     corpus = Corpus(("a", "b", "c"), ["f"], None, False, False, None, packs, packs)
     alone = take(corpus, per_run * len(dp_sizes))
     step, sample = 0, 0
     for dp_size in dp_sizes:
-        ranks = [
-            take(corpus, per_run, first_step=step, first_sample=sample, dp_rank=rank, dp_size=dp_size)
-            for rank in range(dp_size)
-        ]
+        here = {"first_step": step, "first_sample": sample, "dp_size": dp_size}
+        ranks = [take(corpus, per_run, dp_rank=rank, **here) for rank in range(dp_size)]
         for done in range(per_run):
             together = [batch for micro in zip(*(rank[done] for rank in ranks), strict=True) for batch in micro]
             for one, other in zip(alone[step], together, strict=True):
@@ -162,9 +156,7 @@ def test_resume_on_other_ranks_continues_the_sequence(
 # torch's loader may see the worker that was killed for it only as it ends
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", ["hangs", "is killed"])
-def test_a_worker_that_hangs_or_is_killed_is_an_error(
-    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
+def test_a_worker_that_hangs_or_is_killed(corpus: Corpus, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """Case 38."""
 
     def batch(*_: object) -> None:
@@ -172,9 +164,8 @@ def test_a_worker_that_hangs_or_is_killed_is_an_error(
 
     monkeypatch.setattr(PackedDataset, "batch", batch)
     monkeypatch.setattr(f"{__name__}.CONFIG", dataclasses.replace(CONFIG, worker_timeout_s=0.5))
-    with pytest.raises(
-        RuntimeError, match="timed out after 0.5 seconds" if how == "hangs" else "killed by signal|exited"
-    ):
+    reason = "timed out after 0.5 seconds" if how == "hangs" else "killed by signal|exited"
+    with pytest.raises(RuntimeError, match=reason):
         take(corpus, 1, workers=1)
     for child in multiprocessing.active_children():
         child.join(1)

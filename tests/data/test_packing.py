@@ -12,17 +12,7 @@ from hypothesis import strategies as st
 from data.batches import IGNORED, Batch, collate
 from data.best_fit import best_fit
 from data.dataset import open_corpus
-from data.packing import (
-    PACKINGS,
-    BestFit,
-    InternLM,
-    InternLMOne,
-    Packing,
-    Pieces,
-    RandomTokens,
-    read_rows,
-    waste,
-)
+from data.packing import PACKINGS, BestFit, InternLM, InternLMOne, Packing, Pieces, RandomTokens, read_rows, waste
 from data.shards import LOSS_MASKED, Shard
 from tests.conftest import trained
 from tests.data.conftest import data_config, write_shard
@@ -66,9 +56,7 @@ IN_ONE = [
 
 
 @pytest.mark.parametrize(("kind", "expected"), [(InternLM, ISOLATED), (InternLMOne, IN_ONE)])
-def test_packs_have_internlms_content(
-    shard: Shard, kind: type[InternLM], expected: list[tuple[str, str, str, str]]
-) -> None:
+def test_packs_of_internlm(shard: Shard, kind: type[InternLM], expected: list[tuple[str, str, str, str]]) -> None:
     packing = kind([shard], 8, seed=0)
     packing.set_order(np.array([2, 0, 4, 1, 3]))
     assert packing.n_packs == 3
@@ -80,12 +68,12 @@ def test_packs_have_internlms_content(
         assert tuple(" ".join(map(str, part.tolist())) for part in parts) == expected[pack]
 
 
-LENGTHS_OF_FILES = st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=12), min_size=1, max_size=3)
+OF_FILES = st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=12), min_size=1, max_size=3)
 
 
-@given(lengths=LENGTHS_OF_FILES, pack_len=st.sampled_from([4, 8, 16]), name=st.sampled_from(list(PACKINGS)))
+@given(lengths=OF_FILES, pack_len=st.sampled_from([4, 8, 16]), name=st.sampled_from(list(PACKINGS)))
 @settings(max_examples=50, deadline=None)
-def test_every_token_is_in_one_pack_and_every_target_is_the_next_token(
+def test_tokens_are_in_one_pack_and_targets_follow(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[list[int]], pack_len: int, name: str
 ) -> None:
     folder = tmp_path_factory.mktemp("p")
@@ -127,9 +115,7 @@ def test_every_token_is_in_one_pack_and_every_target_is_the_next_token(
 
 @given(st.lists(st.integers(0, 50), max_size=60), st.integers(4, 24))
 @settings(max_examples=60, deadline=None)
-def test_best_fit_cuts_no_document_that_fits_and_wastes_no_more_than_first_fit(
-    lengths: list[int], pack_len: int
-) -> None:
+def test_best_fit_keeps_documents_whole(lengths: list[int], pack_len: int) -> None:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     pieces, firsts = best_fit(offsets, pack_len)
     sizes = [int(pieces[a:b, 1].sum()) for a, b in pairwise(firsts)]
@@ -163,7 +149,7 @@ def test_plan_is_kept_beside_the_tokens(shard: Shard, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("size", [0, -8])
-def test_plan_of_other_tokens_and_damaged_plan_are_made_again(tmp_path: Path, size: int) -> None:
+def test_stale_and_damaged_plans_are_made_again(tmp_path: Path, size: int) -> None:
     BestFit([write(tmp_path / "en", LENGTHS)], 8, seed=0)
     path = tmp_path / "en.fit-8"
     expected = columns(BestFit([write(tmp_path / "other", LENGTHS[:3])], 8, seed=0))
@@ -185,9 +171,7 @@ def test_masked_tokens_are_no_targets(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in PACKINGS if PACKINGS[name].isolated])
 @pytest.mark.parametrize(("pack_len", "seq_len"), [(8, 4), (4, 4)])
-def test_a_conversation_is_learnt_only_with_its_beginning(
-    tmp_path: Path, name: str, pack_len: int, seq_len: int
-) -> None:
+def test_targets_of_a_conversation_see_its_start(tmp_path: Path, name: str, pack_len: int, seq_len: int) -> None:
     documents = [np.arange(length) + 10 * (k + 1) for k, length in enumerate(LENGTHS)]
     text = write_shard(tmp_path / "text", [np.arange(9) + 100] * 3)
     packing = PACKINGS[name]([write_shard(tmp_path / "sft", documents, masked=True), text], pack_len, seed=None)
@@ -206,7 +190,7 @@ def test_a_conversation_is_learnt_only_with_its_beginning(
 
 
 def test_random_tokens_are_a_function_of_their_place() -> None:
-    one, other, third = (RandomTokens(vocab_size=50, n_tokens=10_000, document_len=4, seed=s) for s in (3, 3, 4))
+    one, other, third = (RandomTokens(50, 10_000, 4, seed) for seed in (3, 3, 4))
     tokens = one.read(0, 10_000)
     assert tokens[40:72].tolist() == other.read(40, 32).tolist() != third.read(40, 32).tolist()
     counts = np.bincount(tokens, minlength=50)
@@ -228,15 +212,11 @@ class Truncated(Packing):
         return Pieces(np.ones_like(packs), self.file[packs], self.start[packs], kept, yes, kept == lengths)
 
 
-def test_packing_of_the_users_own_trains(
-    corpus_dir: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packing_of_the_users_own(corpus_dir: Path, small: list[str], tmp_path: Path) -> None:
     name = f"{__name__}:Truncated"
     corpus = open_corpus(data_config(corpus_dir, packing=name), vocab_size=1024)
     file, found = corpus.train.files[0], corpus.train.batch(np.arange(3))
     assert found.tokens_BT.shape == (3, 8)
-    assert [row.tolist() for row in found.tokens_BT] == [
-        (file.document(k).tolist() + [0] * 8)[:8] for k in range(3)
-    ]  # fmt: skip
+    assert found.tokens_BT.tolist() == [(file.document(k).tolist() + [0] * 8)[:8] for k in range(3)]
     trained(tmp_path / "run", *small, f"data.packing={name}", "steps=3")
     assert (tmp_path / "run" / "checkpoints").exists()

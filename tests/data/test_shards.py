@@ -68,10 +68,6 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "header of something else": ("a.json", lambda path: path.write_text("{}")),
     "newer format": ("a.json", lambda path: rewrite(path, format_version=9)),
 }
-WRONG_OFFSETS = {
-    "past the end": (SECOND_START, 99),
-    "documents not in order": (ENDS + 8, 3),
-}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -84,11 +80,10 @@ def test_damaged_shard_is_named(tmp_path: Path, damage: str) -> None:
         Shard(tmp_path / "a", verify=True)
 
 
-@pytest.mark.parametrize("wrong", WRONG_OFFSETS)
-def test_wrong_offsets_without_a_header_are_named(tmp_path: Path, wrong: str) -> None:
+@pytest.mark.parametrize(("at", "value"), [(SECOND_START, 99), (ENDS + 8, 3)], ids=["past the end", "not in order"])
+def test_wrong_offsets_without_a_header(tmp_path: Path, at: int, value: int) -> None:
     write(tmp_path / "a")
     (tmp_path / "a.json").unlink()
-    at, value = WRONG_OFFSETS[wrong]
     patch(tmp_path / "a.idx", at, struct.pack("<q", value))
     with pytest.raises(DataError, match="a.idx"):
         Shard(tmp_path / "a").ends_between(np.array([0]), np.array([8]))

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,30 +12,27 @@ import torch
 
 from corpus.config import DataError
 from data.batches import IGNORED
-from data.config import DataConfig
 from data.dataset import Corpus, PackedDataset, open_corpus
-from data.hf_tokenizer import write_hf_tokenizer
 from data.packing import Concat
 from data.shards import LOSS_MASKED
 from data.show import main, marked, show, show_pack
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer
 from tests.conftest import trained
+from tests.corpora import exported
 from tests.data.conftest import data_config, write_shard
 from training.loop import Periodic, Run
 
 
-def config_of(corpus_dir: Path) -> DataConfig:
-    return data_config(corpus_dir, seq_len=32, micro_batch_size=2)
+@pytest.fixture
+def corpus(corpus_dir: Path) -> Corpus:
+    return open_corpus(data_config(corpus_dir, seq_len=32, micro_batch_size=2), vocab_size=1024)
 
 
-def test_step_is_shown_with_its_documents(
-    run_dir: Path, corpus_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_documents_of_a_step(run_dir: Path, corpus: Corpus, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.show.escape_unprintable", lambda: None)
     main([str(run_dir), "--step", "8"])
     head, *packs = re.split(r"\n=== (?=sample \d)", capsys.readouterr().out)
     assert head == f"step 8 of {run_dir}: samples 28 to 31, each 32 tokens\n"
-    corpus = open_corpus(config_of(corpus_dir), vocab_size=1024)
     assert corpus.tokenizer is not None and len(packs) == 4
     found = corpus.train.locate(np.arange(28, 32))
     batch = corpus.train.batch(found)
@@ -52,14 +50,12 @@ def test_step_is_shown_with_its_documents(
         assert text.split() == whole.split() or "".join(text.split()) == "".join(whole.split())
 
 
-def test_what_is_no_target_is_in_brackets(
-    tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_brackets_around_non_targets(tokenizer: Tokenizer, tmp_path: Path, capsys: Any) -> None:
     prompt, answer = (np.array(tokenizer.encode(text), dtype=np.uint32) for text in ("Why? ", "Because."))
     ids = np.concatenate([prompt | np.uint32(LOSS_MASKED), answer])
     shard = write_shard(tmp_path / "sft", [ids], vocab_size=1000, masked=True)
     config = data_config(seq_len=len(ids) + 3)
-    packs = PackedDataset([Concat([shard], len(ids) + 3, seed=None)], [0], config, vocab_size=1000)
+    packs = PackedDataset({0: Concat([shard], len(ids) + 3, seed=None)}, config, vocab_size=1000)
     corpus = Corpus(("sft",), ["p"], tokenizer, False, False, None, packs, packs)
     show_pack(corpus, 5, 0)
     assert capsys.readouterr().out.splitlines()[1:] == [
@@ -72,10 +68,9 @@ def test_what_is_no_target_is_in_brackets(
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
-def test_characters_of_several_tokens_are_shown_whole(tokenizer: Tokenizer, tmp_path: Path, kind: str) -> None:
+def test_characters_of_several_tokens(tokenizer: Tokenizer, tmp_path: Path, kind: str) -> None:
     if kind == "huggingface":
-        write_hf_tokenizer(tokenizer, tmp_path, add_bos=False, max_len=64)
-        tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+        tokenizer = exported(tokenizer, tmp_path)
     ids = np.array(tokenizer.encode("龘靐齉 a"))
     assert len(ids) > 9, "three bytes per character"
     for first in range(1, len(ids)):
@@ -86,7 +81,7 @@ def test_characters_of_several_tokens_are_shown_whole(tokenizer: Tokenizer, tmp_
     assert marked(tokenizer, ends, np.arange(len(ends)) >= 4) == "⟦<s>龘⟧靐齉 a</s></s>"
 
 
-def test_steps_are_shown_as_trained_on_after_accepted_changes(
+def test_steps_after_accepted_changes(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained_on: dict[int, list[list[int]]] = {}
@@ -114,9 +109,7 @@ def test_steps_are_shown_as_trained_on_after_accepted_changes(
         assert ("not trained on" in capsys.readouterr().out) == (step > 2)
 
 
-def test_steps_that_are_not_known_are_refused(
-    run_dir: Path, corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unknown_steps(run_dir: Path, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(run_dir, tmp_path / "run")
     path = tmp_path / "run" / "batches.jsonl"
     note = json.loads(path.read_text())
@@ -127,7 +120,6 @@ def test_steps_that_are_not_known_are_refused(
     show(tmp_path / "run", 9999, samples=1)
     assert " has not reached step 9999: it is at step " in capsys.readouterr().out
     show(tmp_path / "run", 5, samples=1)
-    corpus = open_corpus(config_of(corpus_dir), vocab_size=1024)
     corpus.train.begin_at(16)
     (pack,) = corpus.train.locate(np.array([16])).tolist()
     assert f"=== sample 16: pack {pack} of " in capsys.readouterr().out

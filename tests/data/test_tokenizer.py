@@ -15,16 +15,9 @@ from sentencepiece import SentencePieceTrainer
 from corpus.config import DataError
 from data.hf_tokenizer import export_problem, write_hf_tokenizer
 from data.mixed_text import mixed_lines
-from data.tokenizer import (
-    INCOMPLETE,
-    Tokenizer,
-    adds_bos,
-    encode_documents,
-    load_tokenizer,
-    save_tokenizer,
-    sentencepiece_proto,
-)
+from data.tokenizer import INCOMPLETE, Tokenizer, adds_bos, encode_documents, load_tokenizer, save_tokenizer
 from generate import TextStream
+from tests.corpora import exported, remade
 
 # U+2581 is how SentencePiece writes a space, so it cannot stand for itself; surrogates are no characters.
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"))
@@ -32,22 +25,13 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u25
 
 @given(TEXT)
 @settings(max_examples=100, deadline=None)
-def test_any_text_is_decoded_exactly_and_its_bytes_add_up(tokenizer: Tokenizer, text: str) -> None:
+def test_round_trip_and_byte_counts(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
 
 
-def with_rules(tokenizer: Tokenizer, path: Path, **rules: bool) -> Tokenizer:
-    """Write a SentencePiece model again with other rules about blanks."""
-    proto = sentencepiece_proto(tokenizer.path)
-    for name, value in rules.items():
-        setattr(proto.normalizer_spec, name, value)
-    path.write_bytes(proto.SerializeToString())
-    return load_tokenizer(path)
-
-
-def test_documents_begin_with_bos_and_end_with_eos(tokenizer: Tokenizer) -> None:
+def test_bos_and_eos_of_documents(tokenizer: Tokenizer) -> None:
     texts = ["a b", "", "c"]
     for bos, eos in ((True, False), (False, True)):
         found = encode_documents(tokenizer, texts, add_bos=bos, add_eos=eos)
@@ -55,16 +39,12 @@ def test_documents_begin_with_bos_and_end_with_eos(tokenizer: Tokenizer) -> None
         assert all(ids.dtype == np.uint32 for ids in found)
 
 
-@pytest.mark.parametrize(
-    ("rule", "name"),
-    [("add_dummy_prefix", "tokenizer.json"), ("remove_extra_whitespaces", "tokenizer.json"), (None, "tokenizer.model")],
-)
-def test_folder_with_both_gives_the_exportable_one(
-    tokenizer: Tokenizer, tmp_path: Path, rule: str | None, name: str
-) -> None:
-    write_hf_tokenizer(tokenizer, tmp_path, add_bos=False, max_len=64)
-    with_rules(tokenizer, tmp_path / "tokenizer.model", **({rule: True} if rule else {}))
-    assert load_tokenizer(tmp_path).path.name == name
+def test_folder_with_both_formats(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    exported(tokenizer, tmp_path)
+    assert load_tokenizer(tmp_path).path.name == "tokenizer.model"
+    for rule in ("add_dummy_prefix", "remove_extra_whitespaces"):
+        remade(tokenizer, tmp_path / "tokenizer.model", (), "NORMAL", **{rule: True})
+        assert load_tokenizer(tmp_path).path.name == "tokenizer.json", "they disagree"
 
 
 def sentencepiece_of(path: Path, **options: Any) -> Tokenizer:
@@ -91,11 +71,11 @@ VERBATIM = {"normalization_rule_name": "identity", "remove_extra_whitespaces": F
     ],
     ids=["unigram", "unigram with symbols", "unigram bytes", "bpe bytes folded", "bpe bytes prefixed"],
 )
-def test_sentencepiece_of_any_rules_is_expressed(tmp_path: Path, options: dict) -> None:
+def test_export_of_sentencepiece_rules(tmp_path: Path, options: dict) -> None:
     from transformers import AutoTokenizer
 
     own = sentencepiece_of(tmp_path / "t.model", **options)
-    write_hf_tokenizer(own, tmp_path, add_bos=False, max_len=64)
+    exported(own, tmp_path)
     theirs, loaded = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert export_problem(own) is None and settings["add_prefix_space"] == options.get("add_dummy_prefix", True)
@@ -107,7 +87,7 @@ def test_sentencepiece_of_any_rules_is_expressed(tmp_path: Path, options: dict) 
 
 
 @pytest.mark.parametrize("options", [{"model_type": "word"}, {"user_defined_symbols": ["<eoh>"]}], ids=str)
-def test_tokenizer_that_transformers_cannot_have_is_not_misread(tmp_path: Path, options: dict) -> None:
+def test_tokenizer_without_an_export(tmp_path: Path, options: dict) -> None:
     from transformers import AutoTokenizer
 
     own = sentencepiece_of(tmp_path / "t.model", **options)
@@ -119,20 +99,16 @@ def test_tokenizer_that_transformers_cannot_have_is_not_misread(tmp_path: Path, 
         AutoTokenizer.from_pretrained(tmp_path / "hf")
 
 
-def test_zero_byte_piece_is_encoded_in_bytes_by_both(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_zero_byte_piece(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """InternLM's model has one, which SentencePiece takes for unused."""
-    proto = sentencepiece_proto(tokenizer.path)
-    proto.pieces[-1].piece = "\0"
-    (tmp_path / "t.model").write_bytes(proto.SerializeToString())
-    own = load_tokenizer(tmp_path / "t.model")
-    write_hf_tokenizer(own, tmp_path, add_bos=False, max_len=64)
-    fast = load_tokenizer(tmp_path / "tokenizer.json")
+    own = remade(tokenizer, tmp_path / "t.model", ["\0"], "NORMAL")
+    fast = exported(own, tmp_path)
     for text in ("\0", " \0\0 today", "\n\0"):
         ids = own.encode(text)
         assert fast.encode(text) == ids == own.encode_many([text])[0].tolist() and fast.decode(ids) == text
 
 
-def test_what_is_no_tokenizer_is_reported(tmp_path: Path) -> None:
+def test_bad_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for bad in ("bad.model", "bad.json"):
         (tmp_path / bad).write_text("not a model")
@@ -150,7 +126,7 @@ def test_internlm_tokenizer_has_its_published_ids() -> None:
         "def f(x):\n    return x": [1, 882, 413, 2226, 1122, 388, 821, 991],
         '{"text": "Hello"}\n': [1, 5071, 1464, 921, 461, 9843, 16841],
     }.items():
-        assert encode_documents(internlm, [text], add_bos=True, add_eos=False)[0].tolist() == ids
+        assert [internlm.bos_id, *internlm.encode(text)] == ids
 
 
 @pytest.fixture(scope="module", params=["byte-level", "metaspace"])
@@ -170,17 +146,15 @@ def foreign(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         fast.decoder = decoders.Sequence([decoders.Metaspace(), decoders.ByteFallback(), decoders.Fuse()])
         special += [f"<0x{byte:02X}>" for byte in range(256)]
         alphabet = []
-    trainer = trainers.BpeTrainer(
-        vocab_size=1500, special_tokens=special[:3], initial_alphabet=alphabet, show_progress=False
-    )
-    fast.train_from_iterator(mixed_lines() + special[3:], trainer)
+    options = {"vocab_size": 1500, "special_tokens": special[:3], "initial_alphabet": alphabet}
+    fast.train_from_iterator(mixed_lines() + special[3:], trainers.BpeTrainer(**options, show_progress=False))
     folder = tmp_path_factory.mktemp(request.param)
     fast.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|endoftext|>"}}')
     return load_tokenizer(folder)
 
 
-def test_hugging_face_tokenizer_gives_its_own_ids_and_is_exported_unchanged(foreign: Tokenizer, tmp_path: Path) -> None:
+def test_hugging_face_tokenizer_keeps_its_ids(foreign: Tokenizer, tmp_path: Path) -> None:
     from tokenizers import Tokenizer as Fast
     from transformers import AutoTokenizer
 
@@ -190,7 +164,7 @@ def test_hugging_face_tokenizer_gives_its_own_ids_and_is_exported_unchanged(fore
     whole = [own.encode(text, add_special_tokens=False).ids for text in texts]
     assert [ids.tolist() for ids in foreign.encode_many(texts)] == whole
     assert [foreign.decode(ids) for ids in whole] == [own.decode(ids) for ids in whole]
-    write_hf_tokenizer(foreign, tmp_path, add_bos=False, max_len=64)
+    exported(foreign, tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for text in [*texts, "a<|im_end|>b <|endoftext|>"]:
         assert theirs.encode(text) == foreign.encode(text, special=True)
@@ -198,13 +172,12 @@ def test_hugging_face_tokenizer_gives_its_own_ids_and_is_exported_unchanged(fore
 
 
 @pytest.mark.parametrize("kind", ["own", "own.json", "foreign", "prefixed"])
-def test_text_is_streamed_as_it_is_decoded(tokenizer: Tokenizer, foreign: Tokenizer, tmp_path: Path, kind: str) -> None:
+def test_streamed_text(tokenizer: Tokenizer, foreign: Tokenizer, tmp_path: Path, kind: str) -> None:
     some = {"foreign": foreign}.get(kind, tokenizer)
     if kind == "prefixed":
-        some = with_rules(tokenizer, tmp_path / "t.model", add_dummy_prefix=True)
+        some = remade(tokenizer, tmp_path / "t.model", add_dummy_prefix=True)
     if kind.endswith("json"):
-        write_hf_tokenizer(some, tmp_path, add_bos=False, max_len=64)
-        some = load_tokenizer(tmp_path / "tokenizer.json")
+        some = exported(some, tmp_path)
     text = " 🦄é 今天天气\n\n ᚠ今 龘 y  z"
     text = some.decode(some.encode(f"x{text}"))[1:]  # of one that has no bytes
     for prompt in ("x", "今"):
@@ -219,9 +192,7 @@ def test_text_is_streamed_as_it_is_decoded(tokenizer: Tokenizer, foreign: Tokeni
 
 @pytest.mark.parametrize("add_bos", [False, True])
 @pytest.mark.parametrize("kind", ["sequence", "bos and eos", "none"])
-def test_export_adds_what_training_did_whatever_the_tokenizer_adds(
-    foreign: Tokenizer, tmp_path: Path, kind: str, add_bos: bool
-) -> None:
+def test_export_adds_what_training_did(foreign: Tokenizer, tmp_path: Path, kind: str, add_bos: bool) -> None:
     from tokenizers import Tokenizer as Fast
     from tokenizers import processors as p
     from transformers import AutoTokenizer
@@ -236,15 +207,14 @@ def test_export_adds_what_training_did_whatever_the_tokenizer_adds(
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<unk>", "eos_token": "<|endoftext|>"}')
     own = load_tokenizer(tmp_path)
     assert own.bos_id is not None and adds_bos(tmp_path) == (kind != "none")
-    (tmp_path / "hf").mkdir()
-    write_hf_tokenizer(own, tmp_path / "hf", add_bos=add_bos, max_len=64)
+    exported(own, tmp_path / "hf", add_bos=add_bos)
     expected = [0] * add_bos + own.encode("a b")
     assert AutoTokenizer.from_pretrained(tmp_path / "hf")("a b")["input_ids"] == expected
     assert Fast.from_file(str(tmp_path / "hf" / "tokenizer.json")).encode("a b").ids == expected
     assert adds_bos(tmp_path / "hf") is add_bos
 
 
-def test_sentencepiece_folder_adds_bos_unless_it_says_otherwise(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_sentencepiece_folder_adds_bos(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """As InternLM's convert2hf.py leaves them."""
     save_tokenizer(tokenizer, tmp_path)
     assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
@@ -254,9 +224,7 @@ def test_sentencepiece_folder_adds_bos_unless_it_says_otherwise(tokenizer: Token
 
 
 @pytest.mark.parametrize("kind", ["own", "unigram", "foreign"])
-def test_names_of_special_tokens_are_text_unless_asked(
-    tokenizer: Tokenizer, foreign: Tokenizer, tmp_path: Path, kind: str
-) -> None:
+def test_special_tokens_in_text(tokenizer: Tokenizer, foreign: Tokenizer, tmp_path: Path, kind: str) -> None:
     some = foreign if kind == "foreign" else tokenizer
     if kind == "unigram":
         some = sentencepiece_of(tmp_path / "t.model", byte_fallback=True, **VERBATIM)
@@ -268,8 +236,8 @@ def test_names_of_special_tokens_are_text_unless_asked(
     assert (found == some.eos_id).sum() == 2
 
 
-def test_ids_without_a_token_count_in_the_vocabulary(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    write_hf_tokenizer(tokenizer, tmp_path, add_bos=False, max_len=64)
+def test_ids_without_a_token(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    exported(tokenizer, tmp_path)
     stored = json.loads((tmp_path / "tokenizer.json").read_text())
     stored["added_tokens"].append({**stored["added_tokens"][0], "id": 1210, "content": "<|far|>"})
     stored["model"]["vocab"]["<|far|>"] = 1210
@@ -281,7 +249,7 @@ def test_ids_without_a_token_count_in_the_vocabulary(tokenizer: Tokenizer, tmp_p
 def test_name_is_looked_up_on_the_hub(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoTokenizer
 
-    write_hf_tokenizer(tokenizer, tmp_path, add_bos=False, max_len=64)
+    exported(tokenizer, tmp_path)
     original = AutoTokenizer.from_pretrained
     look_up = Mock(side_effect=lambda _, **options: original(tmp_path, **options))
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", look_up)

@@ -5,16 +5,17 @@ from copy import deepcopy
 from functools import cache
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from conf.cli import CONF
-from conf.schema import TrainConfig, register, to_config
+from benchmarks import train_step
+from benchmarks.multi_gpu import ROWS
+from conf.schema import TrainConfig
 from dry_run.fake_gpu import TRITON_KERNELS
 from dry_run.run import run_dry_run
 from dry_run.step_profile import StepProfile, profile_rank, profile_step
 from model.counts import count_params
 from parallel.config import ReduceDtype
-from parallel.zero import ALIGNMENT
+from parallel.shards import ALIGNMENT
+from tests.conftest import composed
 
 WORLD, MICRO_BATCHES, LAYERS = 1024, 2, 2
 BF16 = 2
@@ -23,13 +24,10 @@ PLAIN = "parallel.compile=none"  # which changes neither collectives nor what Ze
 
 def configure(*overrides: str, world_size: int = WORLD) -> TrainConfig:
     """Compose InternLM-7B with fewer layers and micro-batches of 4,096 tokens."""
-    register()
-    settings = [
+    return composed(
         "dry_run='true'", f"dry_run.world_size={world_size}", "model=7b", f"model.n_layers={LAYERS}", "data=random",
-        "data.seq_len=2048", "data.micro_batch_size=2",
-    ]  # fmt: skip
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return to_config(compose("train", overrides=[*settings, *overrides]))
+        "data.seq_len=2048", "data.micro_batch_size=2", *overrides,
+    )  # fmt: skip
 
 
 @cache
@@ -120,9 +118,7 @@ def data_parallel_collectives(
 
 
 @pytest.mark.parametrize(("overrides", "layout", "sent"), SENT, ids=str)
-def test_data_parallel_collectives_on_1024_gpus(
-    overrides: list[str], layout: tuple[int, int, int], sent: tuple[str, int, int]
-) -> None:
+def test_dp_collectives_on_1024(overrides: list[str], layout: tuple[int, int, int], sent: tuple[str, int, int]) -> None:
     config, found = profile(*overrides, PLAIN, micro_batches=layout[2])
     assert found.collectives == data_parallel_collectives(config, layout, sent)
 
@@ -254,6 +250,20 @@ def test_selective_checkpointing_saves_activations_without_repeating_products() 
     numbers = 4096 * LAYERS * (2 * config.model.d_model + config.model.d_ff)  # both norms and the input of w_down
     saved = kept.bytes_at_peak["activations"] - selective.bytes_at_peak["activations"]
     assert saved == pytest.approx(BF16 * numbers, rel=1e-3)
+
+
+# tokens/s per GPU on two H200, `torchrun --nproc-per-node 2 -m benchmarks.multi_gpu --rows zero3_7b,cp,zero1_7b_fp8`
+@pytest.mark.slow
+@pytest.mark.parametrize(("row", "read"), [("zero3_7b", 27_109), ("cp", 26_890), ("zero1_7b_fp8", 41_776)])
+def test_estimated_rates_are_within_a_tenth_of_those_read(row: str, read: int) -> None:
+    work = ROWS[row]
+    n_tokens = work.seq_len * work.rows // (2 if row == "cp" else 1)
+    sizes = (f"data.seq_len={work.seq_len}", f"data.micro_batch_size={work.rows}")
+    machine = ("dry_run='true'", "dry_run.world_size=2", "dry_run.devices_per_node=2")
+    batch = f"global_batch_tokens={2 * work.seq_len * work.rows}"
+    config = train_step.configure((*work.model, *work.layout, *sizes, *machine, batch))
+    estimate = profile_rank(config, 0, work.micro_batches).time
+    assert n_tokens / estimate.total_s == pytest.approx(read, rel=0.1)
 
 
 def test_report_changes_no_configuration_and_leaves_no_fake_modules(capsys: pytest.CaptureFixture[str]) -> None:

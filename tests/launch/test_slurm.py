@@ -12,9 +12,7 @@ SBATCH = '#!/bin/sh\nenv > "$0.env"; cat "$1" > "$0.script"; echo "Submitted bat
 REFUSES = "#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpu' >&2; exit 1\n"
 
 
-def test_job_is_submitted_as_configured_and_not_as_a_step_of_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_submitted_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     for name, value in {"JOB_ID": "7", "CPU_BIND": "mask_cpu:0x1", "CONF": "/etc/slurm.conf"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)

@@ -52,9 +52,7 @@ def flash_attn_varlen_func(
 
 @pytest.mark.parametrize("lengths", [[16] * 4, [5, 27, 1, 31]], ids=["equal", "uneven"])
 @pytest.mark.parametrize("n_kv_heads", [4, 2])
-def test_flash_attention_2_equals_the_reference(
-    monkeypatch: pytest.MonkeyPatch, lengths: list[int], n_kv_heads: int
-) -> None:
+def test_flash_attn_2_equals_reference(monkeypatch: pytest.MonkeyPatch, lengths: list[int], n_kv_heads: int) -> None:
     package = ModuleType("flash_attn")
     for function in (flash_attn_func, flash_attn_varlen_func):
         setattr(package, function.__name__, function)

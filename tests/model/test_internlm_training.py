@@ -13,15 +13,13 @@ from torch import Tensor
 
 import export
 from conf.schema import ExportConfig
-from model.config import ModelConfig, ModelError
+from model.config import ModelError
 from model.transformer import Transformer
+from tests.models import small_model
 from training.config import Dtype
 from training.load import open_saved
 
-SHAPE = ModelConfig(
-    name="x", vocab_size=64, d_model=32, n_layers=4, n_heads=4, n_kv_heads=4, d_ff=64, max_seq_len=2048,
-    attention_bias=True,
-)  # fmt: skip
+SHAPE = small_model(n_layers=4, n_kv_heads=4, d_ff=64, max_seq_len=2048, attention_bias=True)
 ABOUT = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 64, "layer_norm_epsilon": 1e-5}
 
 
@@ -118,15 +116,13 @@ def built(kind: str) -> Transformer:
         ("v0.2.1", (2, 2)), ("v0.2.1", (1, 1)), ("internevo", (4, 1)), ("internevo", (2, 2, 2)), ("internlm2", (2, 4)),
     ],
 )  # fmt: skip
-def test_logits_are_those_of_the_merged_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, layout: tuple[int, ...]
-) -> None:
+def test_merged_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, layout: tuple[int, ...]) -> None:
     model, folder = built(kind), tmp_path / "1000"
     folder.mkdir()
     write(folder, model, kind, *layout)
     export.import_model(ExportConfig(from_internlm=str(folder), out=str(tmp_path / "run")))
     monkeypatch.setattr("model.hf.verify.verify", lambda *_, **__: "")
-    export.export(tmp_path / "run", ExportConfig(run=str(tmp_path / "run"), out=str(tmp_path / "hf"), dtype=Dtype.fp32))
+    export.export(ExportConfig(run=str(tmp_path / "run"), out=str(tmp_path / "hf"), dtype=Dtype.fp32))
     tokens = torch.arange(48).reshape(2, 24)
     with torch.no_grad():
         expected = model(tokens)
@@ -149,9 +145,7 @@ class Malicious:
         (lambda f: torch.save({"x": Malicious()}, f / "model_tp0_pp0.pt"), "model_tp0_pp0.pt has Python objects"),
     ],
 )
-def test_what_cannot_be_merged_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, named: str
-) -> None:
+def test_unmergeable_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, named: str) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path, built("internevo"), "internevo", 2, 1)
     change(tmp_path)

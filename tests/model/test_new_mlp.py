@@ -105,7 +105,7 @@ def test_new_mlp_trains_and_cannot_be_exported(tmp_path: Path, small: list[str])
     assert all(record["train/balance"] >= 2 for record in records), "at least 1 per layer"
     assert "model.blocks.1.mlp.experts.2.w_up.weight" in open_checkpoint(tmp_path / "r").tensors
     with pytest.raises(ModelError, match=r"model\.mlp"):
-        export.export(tmp_path / "r", ExportConfig(run=str(tmp_path / "r"), out=str(tmp_path / "hf")))
+        export.export(ExportConfig(run=str(tmp_path / "r"), out=str(tmp_path / "hf")))
     assert not (tmp_path / "hf").exists()
 
 

@@ -7,18 +7,17 @@ import pytest
 import torch
 
 from benchmarks.coordinate_check import activations
-from model.config import Init, ModelConfig, ModelError, Parametrization
+from model.config import ModelConfig, ModelError, Parametrization
 from model.hf.families import export_family
 from model.hf.granite import Granite
 from model.parametrization import Scales, scales_of
 from model.transformer import Transformer
+from tests.models import small_model
 from training.config import MuonScale, OptimizerConfig
-from training.optim.optimizer import build_optimizer
+from training.optim.optimizer import Optimizer
 
-CONFIG = ModelConfig(
-    name="m", vocab_size=96, d_model=64, n_layers=6, n_heads=4, n_kv_heads=2, d_ff=96, max_seq_len=64, init=Init.llama,
-    attention_bias=True, base_width=32, base_depth=2, parametrization=Parametrization.completep,
-)  # fmt: skip
+COMPLETEP = {"base_width": 32, "base_depth": 2, "parametrization": Parametrization.completep}
+CONFIG = small_model(vocab_size=96, d_model=64, n_layers=6, d_ff=96, attention_bias=True, **COMPLETEP)
 TOKENS_BT = torch.arange(40).view(2, 20) % 96
 
 
@@ -36,13 +35,9 @@ def test_factors_of_the_table() -> None:
     assert scales_of(CONFIG, "blocks.1.attention_norm.weight", 1) == Scales(eps=1 / 6)
     assert scales_of(CONFIG, "embed.weight", 2) == scales_of(CONFIG, "norm.weight", 1) == Scales(eps=0.5)
     mup = replace(CONFIG, parametrization=Parametrization.mup)
-    assert scales_of(mup, "blocks.1.mlp.w_up.weight", 2) == replace_eps(hidden, 0.5)
+    assert scales_of(mup, "blocks.1.mlp.w_up.weight", 2) == hidden._replace(eps=0.5)
     assert mup.depth_ratio == 1 and CONFIG.depth_ratio == 3
     assert scales_of(replace(CONFIG, parametrization=Parametrization.standard), "blocks.0.x", 2) == Scales()
-
-
-def replace_eps(scales: Scales, eps: float) -> Scales:
-    return scales._replace(eps=eps)
 
 
 def test_a_model_of_base_width_is_the_standard_one() -> None:
@@ -57,7 +52,7 @@ def test_rates_decay_and_eps_of_each_group(name: str) -> None:
         name=name, lr=1e-2, weight_decay=0.1, eps=1e-8, embed_lr_scale=3.0, head_lr_scale=5.0, vector_lr_scale=7.0,
         scale=MuonScale.spectral,
     )  # fmt: skip
-    optimizer = build_optimizer(Transformer(CONFIG), config)
+    optimizer = Optimizer(Transformer(CONFIG), config)
     groups = {param: group for group, names in optimizer.groups.items() for param in names}
     hidden = (0.5, 0.2, 1e-8 / 6) if name == "adamw" else (1.0, 0.1, 1e-8)
     expected = {

@@ -13,11 +13,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from model.config import Init, ModelConfig
 from model.hf.llama import Llama
 from model.kv_cache import KVCache
 from model.sampling import Sampling, generate, next_logits
 from model.transformer import Transformer
+from tests.models import small_model
 
 PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
 GREEDY = Sampling(temperature=0)
@@ -25,11 +25,7 @@ GREEDY = Sampling(temperature=0)
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    config = ModelConfig(
-        name="t", vocab_size=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48,
-        max_seq_len=48, attention_bias=True, init=Init.llama,
-    )  # fmt: skip
-    model = Transformer(config)
+    model = Transformer(small_model(max_seq_len=48, attention_bias=True))
     model.init_weights(0)
     with torch.no_grad():
         for param in model.parameters():

@@ -5,24 +5,18 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conf.cli import CONF
-from conf.schema import register, to_config
 from model.config import Attention, Init, ModelConfig
 from model.counts import count_params, flops_per_token, internlm_flops_per_token
 from model.hf.llama import Llama
 from model.transformer import Transformer
+from tests.conftest import composed
+from tests.models import small_model
 
-register()
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
-
-
-def config(**changes: object) -> ModelConfig:
-    shape = {"vocab_size": 96, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48}
-    return ModelConfig(**{"name": "test", **shape, "max_seq_len": 64, "init": Init.llama, **changes})  # type: ignore[arg-type]
 
 
 def drawn(config: ModelConfig, seed: int = 0) -> Transformer:
@@ -38,14 +32,14 @@ def drawn(config: ModelConfig, seed: int = 0) -> Transformer:
 
 
 def tokens(rows: int = 2, length: int = 17, seed: int = 1) -> Tensor:
-    return torch.randint(0, 96, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(0, 64, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("tied", [False, True])
 def test_logits_and_gradients_equal_transformers_llama(bias: bool, n_kv_heads: int, tied: bool) -> None:
-    ours = drawn(config(attention_bias=bias, n_kv_heads=n_kv_heads, tie_embeddings=tied, rope_theta=5000.0))
+    ours = drawn(small_model(attention_bias=bias, n_kv_heads=n_kv_heads, tie_embeddings=tied, rope_theta=5000.0))
     llama, names = Llama().write_config(ours.config, dtype="float32"), Llama().names(ours.config)
     theirs = LlamaForCausalLM(LlamaConfig(**{**llama, "attn_implementation": "eager"}))
     weights = {names[name]: param.detach() for name, param in ours.named_parameters()}
@@ -64,7 +58,7 @@ def test_logits_and_gradients_equal_transformers_llama(bias: bool, n_kv_heads: i
 @pytest.mark.parametrize("backend", [Attention.reference, Attention.sdpa])
 @pytest.mark.parametrize("lengths", [[[5, 9, 3], [1, 16]], [[8, 8], [8, 8]], [[17], [17]]])
 def test_document_in_a_pack_equals_the_document_alone(backend: Attention, lengths: list[list[int]]) -> None:
-    model = drawn(config(attention=backend, attention_bias=True))
+    model = drawn(small_model(attention=backend, attention_bias=True))
     x_BT = tokens(2, sum(lengths[0]))
     flat = [n for row in lengths for n in row]
     positions_BT = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
@@ -82,7 +76,7 @@ def test_document_in_a_pack_equals_the_document_alone(backend: Attention, length
 
 
 def test_embed_grad_scale_scales_the_gradient_of_the_embedding_only() -> None:
-    plain, scaled = drawn(config()), drawn(config(embed_grad_scale=0.1))
+    plain, scaled = drawn(small_model()), drawn(small_model(embed_grad_scale=0.1))
     outputs = [model(tokens()) for model in (plain, scaled)]
     torch.testing.assert_close(*outputs)
     for out in outputs:
@@ -94,8 +88,7 @@ def test_embed_grad_scale_scales_the_gradient_of_the_embedding_only() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_counts_equal_closed_forms(name: str) -> None:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        c = to_config(compose("train", overrides=[f"model={name}"])).model
+    c = composed(f"model={name}").model
     kv_dim, T = c.n_kv_heads * c.head_dim, 2048
     attention, mlp, vocabulary = 2 * c.d_model * (c.d_model + kv_dim), 3 * c.d_model * c.d_ff, c.vocab_size * c.d_model
     vectors = 2 * c.d_model + c.attention_bias * 2 * (c.d_model + kv_dim)
@@ -113,7 +106,7 @@ def test_counts_equal_closed_forms(name: str) -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_tp_plan_has_each_module_with_parameters_once(bias: bool) -> None:
-    model = drawn(config(attention_bias=bias))
+    model = drawn(small_model(attention_bias=bias))
     plan = model.tp_plan()
     assert plan.keys() == {name.rpartition(".")[0] for name, _ in model.named_parameters()}
     assert {path.rpartition(".")[2] for path, style in plan.items() if style == "rowwise"} == {"embed", "wo", "w_down"}
@@ -130,7 +123,7 @@ STDS = {  # internlm, internlm_v1, llama; a pair is divided by sqrt(2 (layer + 1
 
 @pytest.mark.parametrize(("column", "scheme"), list(enumerate(Init)))
 def test_every_parameter_has_the_deviation_of_its_scheme(column: int, scheme: Init) -> None:
-    model = Transformer(config(init=scheme, d_model=256, d_ff=512, vocab_size=512, attention_bias=True))
+    model = Transformer(small_model(init=scheme, d_model=256, d_ff=512, vocab_size=512, attention_bias=True))
     model.init_weights(seed=0)
     expected: dict[str, float] = dict.fromkeys(("embed", "head"), (0.0052, 0.0052, 0.02)[column])
     for name, row in STDS.items():
@@ -145,7 +138,7 @@ def test_every_parameter_has_the_deviation_of_its_scheme(column: int, scheme: In
 
 
 def test_weights_depend_on_the_seed_not_on_device_or_dtype() -> None:
-    direct, late = Transformer(config()), Transformer.on_meta(config()).to(torch.bfloat16)
+    direct, late = Transformer(small_model()), Transformer.on_meta(small_model()).to(torch.bfloat16)
     direct.init_weights(seed=5)
     late.to_empty(device="cpu")
     late.init_weights(seed=5)

@@ -15,39 +15,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.batches import Batch
-from model.config import Attention, Init, ModelConfig
+from model.config import Attention
 from model.layers import SwiGLU
 from model.transformer import Block, Transformer
 from parallel.axes import resolve_axes
 from parallel.config import Compile, ParallelConfig
-from parallel.counters import StepCounters
 from parallel.engine import Engine
 from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh, leave, open_mesh
 from parallel.parallelize import parallelize
+from tests.models import small_model
 from tests.parallel.file_buffer import shared_files
 from tests.parallel.packed import micro_batch
 from training.config import LossConfig, OptimizerConfig, PrecisionConfig, Reduction
-from training.optim.optimizer import build_optimizer
+from training.optim.optimizer import Optimizer
 
 MODELS = {
-    "plain": ModelConfig(
-        name="plain", vocab_size=64, d_model=32, n_layers=4, n_heads=4, n_kv_heads=4, d_ff=64, max_seq_len=64,
-        init=Init.llama,
-    ),
-    "biased": ModelConfig(  # grouped queries too
-        name="biased", vocab_size=64, d_model=32, n_layers=4, n_heads=8, n_kv_heads=4, d_ff=48, max_seq_len=64,
-        init=Init.llama, attention_bias=True, embed_grad_scale=0.5,
-    ),
-    "wide": ModelConfig(  # heads as CUDA's kernels want them
-        name="wide", vocab_size=64, d_model=256, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=512, max_seq_len=64,
-        init=Init.llama, attention_bias=True,
-    ),
-    "tied": ModelConfig(
-        name="tied", vocab_size=64, d_model=32, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=64,
-        init=Init.llama, tie_embeddings=True,
-    ),
-}  # fmt: skip
+    "plain": small_model(n_layers=4, n_kv_heads=4, d_ff=64),
+    "biased": small_model(n_layers=4, n_heads=8, n_kv_heads=4, attention_bias=True, embed_grad_scale=0.5),
+    "wide": small_model(d_model=256, d_ff=512, attention_bias=True),  # heads as CUDA's kernels want them
+    "tied": small_model(n_layers=4, tie_embeddings=True),
+}
 N_STEPS, N_MICRO_BATCHES = 4, 8
 
 
@@ -116,20 +104,12 @@ def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
             block.mlp.__class__ = RegularizedMLP
     laid_out = parallelize(model, mesh, config, case.dtype, fp8=case.fp8)
     laid_out.init_weights(3)
-    built = build_optimizer(model, optimizer, params=laid_out.params, tied_params=model.tied_params)
+    built = Optimizer(model, optimizer, laid_out.params)
     built.set_schedule([(3e-3, 0.95)] * (N_STEPS + 1))
-    return Engine(
-        laid_out,
-        built,
-        mesh,
-        parallel=config,
-        loss=LossConfig(chunk_tokens=5, reduction=case.reduction),
-        scaler=LossScaler(PrecisionConfig()),
-        counters=StepCounters(mesh.device),
-        max_grad_norm=optimizer.max_grad_norm,
-        n_sources=2,
-        bytes_per_token=torch.arange(64),
-    )
+    loss = LossConfig(chunk_tokens=5, reduction=case.reduction)
+    scaler, counts_3 = LossScaler(PrecisionConfig()), torch.zeros(3, dtype=torch.int64, device=mesh.device)
+    sources = {"n_sources": 2, "bytes_per_token": torch.arange(64)}
+    return Engine(laid_out, built, scaler, counts_3, loss=loss, max_grad_norm=optimizer.max_grad_norm, **sources)
 
 
 def outcome(case: Case, mesh: Mesh, config: ParallelConfig) -> Outcome:
@@ -141,7 +121,10 @@ def outcome(case: Case, mesh: Mesh, config: ParallelConfig) -> Outcome:
         if case.bad_rank is None or number != 2:
             done.append(engine.train_step(batches))
             continue
-        handles = _break(engine) if mesh.rank == case.bad_rank else []
+        handles: list[Any] = []
+        if mesh.rank == case.bad_rank:
+            module = engine.model.get_submodule("blocks.1.mlp.w_up")
+            handles.append(module.register_forward_hook(lambda _m, _i, out: out.mul(float("inf"))))
         done.append(engine.train_step(batches))
         bad_layer = engine.find_nonfinite_module(batches)
         for handle in handles:
@@ -161,11 +144,6 @@ def outcome(case: Case, mesh: Mesh, config: ParallelConfig) -> Outcome:
         aux=[{name: float(value) for name, value in d.aux.items()} for d in done],
         bad_layer=bad_layer,
     )
-
-
-def _break(engine: Engine) -> list[Any]:
-    block = engine.model.get_submodule("blocks.1.mlp.w_up")
-    return [block.register_forward_hook(lambda _m, _i, out: out.mul(float("inf")))]
 
 
 def whole(tensor: Any) -> Tensor:

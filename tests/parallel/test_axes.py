@@ -4,13 +4,11 @@ from typing import Any
 
 import pytest
 
-from model.config import ModelConfig
 from parallel.axes import Axes, layout_problems, resolve_axes, stage_layers, stages_of
-from parallel.config import Device, ParallelConfig, ParallelError, Schedule
+from parallel.config import Device, ParallelConfig, Schedule
+from tests.models import small_model
 
-MODEL = ModelConfig(
-    name="m", vocab_size=1000, d_model=32, n_layers=4, n_heads=8, n_kv_heads=4, d_ff=96, max_seq_len=64
-)  # fmt: skip
+MODEL = small_model(vocab_size=1000, n_layers=4, n_heads=8, n_kv_heads=4, d_ff=96)
 
 
 def problems(world_size: int, *, pack_len: int = 64, steps: tuple[int, ...] = (16,), **fields: Any) -> list[str]:
@@ -68,11 +66,6 @@ def test_layout_problem_names_keys_and_values(world_size: int, fields: dict[str,
 def test_all_problems_are_found_at_once() -> None:
     wrong = problems(6, pp=2, tp=3, steps=(1,), zero_stage=4)
     assert len(wrong) == 4 and "zero_stage (4)" in wrong[0] and "model.n_heads (8)" in wrong[1]
-
-
-def test_resolve_axes_raises() -> None:
-    with pytest.raises(ParallelError, match=r"parallel.tp \(2\)"):
-        resolve_axes(ParallelConfig(tp=2), 4)
 
 
 def test_every_stage_has_layers_and_a_rank() -> None:

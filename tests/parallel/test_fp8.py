@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.config import Init, ModelConfig
 from model.transformer import Transformer
 from parallel.config import ActivationCheckpointing, ParallelConfig
 from parallel.fp8 import E4M3, E5M2, Fp8Linear, Fp8RowwiseLinear, to_fp8_both_ways
 from parallel.mesh import Mesh
 from parallel.parallelize import apply_fp8, compile_blocks, parallelize
+from tests.models import small_model
 from tests.parallel.layouts import Case, build, run, steps_of, whole
 
 
@@ -23,10 +23,7 @@ def relative(found: Tensor, exact: Tensor) -> float:
     return float((found.float() - exact).norm() / exact.norm())
 
 
-ON_DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-
-
-@ON_DEVICES
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_product_and_gradients_have_8_bit_precision(device: str) -> None:
     torch.manual_seed(0)
     exact = nn.Linear(96, 64).to(device)
@@ -75,10 +72,7 @@ def test_product_compiles_to_one_graph() -> None:
         torch.testing.assert_close(eager, compiled, rtol=2e-2, atol=1e-2)
 
 
-WIDE = ModelConfig(
-    name="wide", vocab_size=64, d_model=64, n_layers=1, n_heads=4, n_kv_heads=4, d_ff=96, max_seq_len=32,
-    init=Init.llama, attention_bias=True,
-)  # fmt: skip
+WIDE = small_model(d_model=64, n_layers=1, n_kv_heads=4, d_ff=96, attention_bias=True)
 
 
 def one_block(dtype: torch.dtype) -> Transformer:

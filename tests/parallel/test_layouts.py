@@ -1,6 +1,5 @@
 """Every layout trains like one process: losses, norms, weights and totals agree in float32 to 5e-6."""
 
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -100,11 +99,19 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return run(tmp_path_factory.mktemp("ranks"), cases, max(case.world_size for case in cases.values()))
 
 
-@pytest.fixture(scope="module")
-def references() -> Callable[[Case], Outcome]:
-    """Return the steps of one process for a case."""
+@pytest.fixture
+def here(name: str, outcomes: dict[str, Outcome | str]) -> Outcome:
+    """The outcome of a case."""
+    found = outcomes[name]
+    assert isinstance(found, Outcome), found
+    return found
+
+
+@pytest.fixture
+def one(name: str) -> Outcome:
+    """The same steps in one process."""
     keys = ("model", "reduction", "n_micro_batches", "regularized", "optimizer", "normuon")
-    return lambda case: _alone(tuple((key, getattr(case, key)) for key in keys))
+    return _alone(tuple((key, getattr(CASES[name], key)) for key in keys))
 
 
 @cache
@@ -113,12 +120,7 @@ def _alone(settings: tuple[tuple[str, Any], ...]) -> Outcome:
 
 
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.bad_rank is None and n not in BF16])
-def test_layout_equals_one_process(
-    name: str, outcomes: dict[str, Outcome | str], references: Callable[[Case], Outcome]
-) -> None:
-    here = outcomes[name]
-    assert isinstance(here, Outcome), here
-    one = references(CASES[name])
+def test_equals_one_process(name: str, here: Outcome, one: Outcome) -> None:
     assert max(one.norms) > 0.3, "nothing was clipped"
     assert here.losses == pytest.approx(one.losses, rel=1e-6)
     assert here.norms == pytest.approx(one.norms, rel=5e-6)
@@ -134,21 +136,14 @@ def test_layout_equals_one_process(
 
 
 @pytest.mark.parametrize("name", list(BF16))
-def test_bf16_layout_learns_like_one_process_in_float32(
-    name: str, outcomes: dict[str, Outcome | str], references: Callable[[Case], Outcome]
-) -> None:
-    here = outcomes[name]
-    assert isinstance(here, Outcome), here
-    one = references(CASES[name])
+def test_bf16_learns_alike(here: Outcome, one: Outcome) -> None:
     assert here.losses == pytest.approx(one.losses, rel=5e-3)
     assert here.norms == pytest.approx(one.norms, rel=3e-2)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.bad_rank is not None])
-def test_all_ranks_skip_a_step_that_is_nonfinite_on_one(name: str, outcomes: dict[str, Outcome | str]) -> None:
+def test_all_ranks_skip_a_step_that_is_nonfinite_on_one(here: Outcome) -> None:
     """Case 40."""
-    here = outcomes[name]
-    assert isinstance(here, Outcome), here
     assert here.finite == [number != 2 for number in range(N_STEPS)]
     assert here.bad_layer == "blocks.1.mlp.w_up (forward)"
     assert all(torch.isfinite(weight).all() for weight in here.weights.values())

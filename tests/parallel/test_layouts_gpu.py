@@ -50,6 +50,9 @@ COMPILED = {
     "async_tp": _compiled(tp=2, async_tp=True),
     "cp": _compiled(cp=2),
     "pp": _compiled(pp=2),
+    "zero1_graphs": _compiled(dp_shard=2, zero_stage=1, cuda_graphs=True),
+    "zero3_graphs": _compiled(dp_shard=2, zero_stage=3, cuda_graphs=True),
+    "async_tp_graphs": _compiled(tp=2, async_tp=True, cuda_graphs=True),
 }  # fmt: skip
 ALL = {**ONE, **EXACT, "one_wide": replace(_compiled(), world_size=1), **COMPILED}
 
@@ -85,9 +88,7 @@ def test_layout_equals_one_gpu(name: str, tmp_path: Path, references: dict[str, 
 
 
 @pytest.mark.parametrize("name", list(COMPILED))
-def test_compiled_bf16_layout_learns_like_one_gpu(
-    name: str, tmp_path: Path, references: dict[str, Outcome | str]
-) -> None:
+def test_compiled_bf16_learns_like_one_gpu(name: str, tmp_path: Path, references: dict[str, Outcome | str]) -> None:
     here, one = _pair(name, tmp_path, references)
     assert here.losses == pytest.approx(one.losses, rel=1e-2)
     assert here.norms == pytest.approx(one.norms, rel=5e-2)

@@ -36,12 +36,6 @@ def errors_of(process: subprocess.Popen[str]) -> list[str]:
     return lines
 
 
-def test_ranks_join() -> None:
-    port = free_port()
-    ranks = [start_rank(rank, 2, port) for rank in range(2)]
-    assert [(rank.communicate(timeout=200)[1], rank.returncode) for rank in ranks] == [("", 0), ("", 0)]
-
-
 def test_port_in_use() -> None:
     """Case 37."""
     with socket.socket() as taken:

@@ -11,15 +11,21 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from parallel import parallelize as apply
-from parallel.config import Compile, ParallelConfig
+from parallel.config import ActivationCheckpointing, Compile, ParallelConfig
 from parallel.mesh import Mesh
 from tests.parallel.layouts import Case, build, run, steps_of, whole
 
 uneven = partial(Case, 3, "biased", n_micro_batches=6, dtype=torch.bfloat16)  # 32, 48 and 64 rows; 3 ranks
+SELECTIVE = {"activation_checkpointing": ActivationCheckpointing.selective}
 CASES = {
     **{f"zero{stage}": uneven(layout={"dp_shard": 3, "zero_stage": stage}) for stage in (1, 2, 3)},
     "tp": Case(2, "biased", layout={"tp": 2, "compile": Compile.blocks}),
     "tp_no_sp": Case(2, "biased", layout={"tp": 2, "sequence_parallel": False, "compile": Compile.blocks}),
+    "tp_selective": Case(2, "biased", layout={**SELECTIVE, "tp": 2, "compile": Compile.blocks}),
+    "async_tp": Case(2, "biased", shares_memory=True, layout={"async_tp": True, "tp": 2, "compile": Compile.blocks}),
+    "async_tp_selective": Case(
+        2, shares_memory=True, layout={**SELECTIVE, "async_tp": True, "tp": 2, "compile": Compile.blocks}
+    ),
 }
 UNUSED = "blocks.2.mlp.w_up.weight"  # by rank 1
 

@@ -50,9 +50,7 @@ def test_an_alert_that_fails_is_a_warning(tmp_path: Path, caplog: pytest.LogCapt
     assert "the alert crash was not sent: Command 'exit 3' returned non-zero exit status 3" in caplog.text
 
 
-def test_a_spike_is_skipped_and_its_window_outlives_a_resume(
-    tmp_path: Path, small: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_spike_window_outlives_a_resume(tmp_path: Path, small: list[str], caplog: pytest.LogCaptureFixture) -> None:
     """Case 43: the window that is saved with step 20 decides on step 21."""
     settings = [*small, "steps=30", "optimizer.spike_sigma=0.05", "optimizer.skip_spikes=true", "optimizer.lr=3e-3"]
     trained(tmp_path / "whole", *settings)

@@ -77,9 +77,7 @@ def test_wandb_is_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "wandb_id").read_text() in run.name
 
 
-def test_wandb_takes_its_settings_and_a_run_that_starts_again_is_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_settings_and_run_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr("wandb.init", lambda **settings: asked.append(settings) or SimpleNamespace(finish=list))
@@ -87,13 +85,12 @@ def test_wandb_takes_its_settings_and_a_run_that_starts_again_is_another(
         with opened(tmp_path, step, wandb=True):
             pass
     assert {f"wandb_{key}": asked[0][key] for key in ("project", "entity", "tags", "notes")} == WANDB
+    assert (asked[0]["name"], asked[0]["group"]) == (tmp_path.name, "x")
     first, resumed, again = (settings["id"] for settings in asked)
     assert first == resumed != again
 
 
-def test_a_failing_logger_is_dropped_with_one_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_logger(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Case 39."""
 
     def broken(*_: object, **__: object) -> None:
@@ -148,7 +145,7 @@ def test_a_picture_of_a_long_run_takes_little_memory(tmp_path: Path) -> None:
     import_module("matplotlib.figure")  # not a part of the memory
     more = ", ".join(f'"perf/figure_{n}": 12345.678901234567' for n in range(20))
     with (tmp_path / "metrics.jsonl").open("w") as file:
-        for step in range(1, 300_001):
+        for step in range(1, 60_001):
             file.write(f'{{"step": {step}, "tokens": {step}, "train/loss": {1e6 / step}, {more}}}\n')
             if step % 1000 == 0:
                 file.write(f'{{"step": {step}, "tokens": {step}, "valid/loss": 2.5}}\nnot JSON\n')
@@ -156,6 +153,6 @@ def test_a_picture_of_a_long_run_takes_little_memory(tmp_path: Path) -> None:
     plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     memory = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert memory < 200e6
+    assert memory < 60e6
     drawn = read_records(tmp_path / "metrics.jsonl", every=100)
-    assert sum("valid/loss" in record for record in drawn) == 300 and 3000 < len(drawn) < 4000
+    assert sum("valid/loss" in record for record in drawn) == 60 and 600 < len(drawn) < 800

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from conf.schema import TrainConfig
 from parallel.axes import Axes
 from parallel.loss_scaler import LossScaler
 from parallel.mesh import Mesh
@@ -34,7 +35,7 @@ from training.config import (
     PrecisionConfig,
     TrainingError,
 )
-from training.optim.optimizer import Optimizer, build_optimizer
+from training.optim.optimizer import Optimizer
 from training.ranks import Ranks
 from training.resume import RunCheckpoints
 from training.state import TrainState
@@ -101,16 +102,17 @@ def pairs(folder: Path, rank: int) -> None:
 
 def checkpoints_of(folder: Path, optimizer: Optimizer, **settings: Any) -> RunCheckpoints:
     """Return the checkpoints of a run that has made one step."""
+    config = TrainConfig(checkpoint=CheckpointConfig(**settings))
     mesh = Mesh(torch.device("cpu"), Axes(dp_replicate=SIZE), dist.get_rank(), host=dist.group.WORLD)
     corpus: Any = SimpleNamespace(add_bos=True, add_eos=True, fingerprints=[], sources=[])
-    parts: Any = {"optimizer": optimizer, "state": TrainState(step=1), "scaler": LossScaler(PrecisionConfig())}
-    return RunCheckpoints(CheckpointConfig(**settings), mesh, folder, corpus, **parts, run_config={})
+    engine: Any = SimpleNamespace(optimizer=optimizer, mesh=mesh, scaler=LossScaler(PrecisionConfig()))
+    return RunCheckpoints(config, folder, corpus, engine, TrainState(step=1))
 
 
 def rng(folder: Path, rank: int) -> None:
     """Save a random state per rank and take it back, here and with another number of ranks."""
     torch.manual_seed(5)
-    run = checkpoints_of(folder / "rng", build_optimizer(torch.nn.Linear(2, 2), OptimizerConfig()))
+    run = checkpoints_of(folder / "rng", Optimizer(torch.nn.Linear(2, 2), OptimizerConfig()))
     torch.manual_seed(rank)
     run.save()
     expected = torch.rand(3)
@@ -209,7 +211,7 @@ def background(folder: Path, rank: int) -> None:
     mesh = init_device_mesh("cpu", (SIZE,))
     half = place(torch.full((6, 5), 0.5, dtype=torch.bfloat16), mesh, (Shard(0),)).to_local()
     params = {"weight": ParamShard(half, torch.Size((6, 5)), mesh, (Shard(0),))}
-    optimizer = build_optimizer(torch.nn.Linear(5, 6), OptimizerConfig(), params=params)
+    optimizer = Optimizer(torch.nn.Linear(5, 6), OptimizerConfig(), params=params)
     run = checkpoints_of(folder / "background", optimizer, keep=0, asynchronous=True)
     checkpoints = run.checkpoints
     real, changed = module._write, threading.Event()
@@ -232,7 +234,7 @@ def background(folder: Path, rank: int) -> None:
     run.state.step, fsync = 2, module._fsync
     if rank == 1:
         module._fsync = lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-    run.config.on_save_error = OnSaveError.stop
+    run.config.checkpoint.on_save_error = OnSaveError.stop
     run.save()
     polls, message = 0, ""
     while not message and polls < 1000:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import training.checkpoint
+from parallel.engine import count_step
 from tests.conftest import metrics, trained
 from tracking.metrics_file import read_records
 from training.checkpoint import open_checkpoint
@@ -43,9 +44,7 @@ def steps_of(folder: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
 
 
-def test_a_save_behind_training_equals_one_that_it_waits_for(
-    tmp_path: Path, small: list[str], held: threading.Event
-) -> None:
+def test_background_save_equals_a_blocking_one(tmp_path: Path, small: list[str], held: threading.Event) -> None:
     settings = [*small, *BEHIND, "precision=bf16"]
     buffers: list[int] = []
 
@@ -70,9 +69,7 @@ def test_a_save_behind_training_equals_one_that_it_waits_for(
     assert times == {"perf/checkpoint_stall_s", "perf/checkpoint_s", "perf/checkpoint_bytes_per_s"}
 
 
-def test_two_saves_are_never_under_way(
-    tmp_path: Path, small: list[str], held: threading.Event, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_saves_queue(tmp_path: Path, small: list[str], held: threading.Event, caplog: pytest.LogCaptureFixture) -> None:
     """Case 9: a save slower than the interval."""
     release = at(6, lambda _: threading.Timer(0.5, held.set).start())
     trained(tmp_path / "r", *small, *BEHIND, periodic=[release])
@@ -81,9 +78,7 @@ def test_two_saves_are_never_under_way(
 
 
 @pytest.mark.parametrize("stop_at", [3, 4])
-def test_a_stop_waits_for_the_save_under_way_and_saves_the_step(
-    tmp_path: Path, small: list[str], held: threading.Event, stop_at: int
-) -> None:
+def test_stop_waits_for_the_save(tmp_path: Path, small: list[str], held: threading.Event, stop_at: int) -> None:
     """Cases 32 and 35: SIGTERM while a save is under way, of this step or of one before."""
     stop = StopRequest()
 
@@ -102,7 +97,7 @@ def test_a_stop_says_which_step_was_saved(tmp_path: Path, small: list[str]) -> N
 
     def spoil(run: Run) -> None:
         for _ in range(2):
-            run.state.counters.add(torch.tensor(False))
+            count_step(run.state.counts_3, torch.tensor(False))
         stop.signum = signal.SIGTERM
 
     trained(tmp_path / "r", *small, "checkpoint.every=3", stop=stop, periodic=[at(5, spoil)])
@@ -111,7 +106,7 @@ def test_a_stop_says_which_step_was_saved(tmp_path: Path, small: list[str]) -> N
 
 
 @pytest.mark.parametrize("policy", ["warn", "stop"])
-def test_a_failure_behind_training_is_reported_once(
+def test_failed_background_save_is_reported_once(
     tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, policy: str
 ) -> None:
     """Case 5: a full disk in the background."""
@@ -136,9 +131,7 @@ def test_a_failure_behind_training_is_reported_once(
     assert steps_of(tmp_path / "r") == [6, 8], "saved at the next interval"
 
 
-def test_an_error_in_a_step_waits_for_the_save_under_way(
-    tmp_path: Path, small: list[str], held: threading.Event
-) -> None:
+def test_error_in_a_step_waits_for_the_save(tmp_path: Path, small: list[str], held: threading.Event) -> None:
     def fail(_: Run) -> None:
         threading.Timer(0.5, held.set).start()
         raise RuntimeError("a rank died")

@@ -79,9 +79,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize(("file", "damage"), [*zip(FILES, DAMAGES, strict=True), (FILES[0], "cut"), (FILES[3], "cut")])
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
-    run: Checkpoints, file: str, damage: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_damaged_one_is_set_aside(run: Checkpoints, file: str, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     """Cases 16, 17 and 18: bits that flipped, files cut short, empty, or missing."""
     DAMAGES[damage](run.folder / "step-00000030" / file)
     assert open_checkpoint(run.folder.parent).step == 20
@@ -95,9 +93,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOENT])
 @pytest.mark.parametrize("at", ["read", "write"])
-def test_an_error_that_passes_costs_no_checkpoint(
-    run: Checkpoints, monkeypatch: pytest.MonkeyPatch, number: int, at: str
-) -> None:
+def test_transient_error_is_retried(run: Checkpoints, monkeypatch: pytest.MonkeyPatch, number: int, at: str) -> None:
     """Case 14: a file not seen yet, and what a network disk raises now and then."""
     real, failures = Path.open, [number, number]
 
@@ -113,7 +109,7 @@ def test_an_error_that_passes_costs_no_checkpoint(
     assert newest is not None and newest.step == (40 if at == "write" else 30) and not failures
 
 
-def test_an_error_that_stays_is_no_damage(run: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lasting_error_is_no_damage(run: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(path: Path, *args: Any, **kwargs: Any) -> Any:
         raise OSError(errno.EIO, "for ever", str(path))
 
@@ -124,7 +120,7 @@ def test_an_error_that_stays_is_no_damage(run: Checkpoints, monkeypatch: pytest.
     assert sorted(path.name for path in run.folder.glob("step-*"))[-1] == "step-00000030", "none was set aside"
 
 
-def test_another_format_names_the_version_that_reads_it(run: Checkpoints) -> None:
+def test_other_format_names_its_version(run: Checkpoints) -> None:
     """Case 25: a checkpoint of newer code is no damaged one, and none older is used in its place."""
     manifest = run.folder / "step-00000030" / "manifest.json"
     newer = {**json.loads(manifest.read_text()), "format_version": 2, "readable_since": "0.7.0"}
@@ -135,7 +131,7 @@ def test_another_format_names_the_version_that_reads_it(run: Checkpoints) -> Non
         assert not isinstance(raised.value, DamagedError)
 
 
-def test_a_run_with_only_damaged_checkpoints_is_not_started_over(run: Checkpoints) -> None:
+def test_only_damaged_checkpoints_is_an_error(run: Checkpoints) -> None:
     """Case 19."""
     for path in run.folder.glob("step-*"):
         flip(path / "__0_0.distcp")
@@ -146,7 +142,7 @@ def test_a_run_with_only_damaged_checkpoints_is_not_started_over(run: Checkpoint
             run.newest()
 
 
-def test_other_names_shapes_or_dtypes_are_refused(run: Checkpoints) -> None:
+def test_other_names_shapes_dtypes_are_refused(run: Checkpoints) -> None:
     """Cases 22 and 23."""
     newest = run.newest()
     assert newest is not None
@@ -196,7 +192,7 @@ def killed(_rank: int, folder: Path, phase: str) -> None:
 
 
 @pytest.mark.parametrize("phase", DIES_AT)
-def test_a_kill_at_any_moment_leaves_a_good_checkpoint(run: Checkpoints, phase: str) -> None:
+def test_kill_leaves_a_good_checkpoint(run: Checkpoints, phase: str) -> None:
     """Cases 2 and 11."""
     shutil.rmtree(run.folder / "step-00000010")
     shutil.rmtree(run.folder / "step-00000020")
@@ -207,7 +203,7 @@ def test_a_kill_at_any_moment_leaves_a_good_checkpoint(run: Checkpoints, phase: 
     assert [path.name for path in run.folder.glob(".*")] == [".begun"], "leftovers are swept"
 
 
-def test_a_disk_that_is_full_and_then_is_not(small_disk: Path) -> None:
+def test_full_disk_is_survived(small_disk: Path) -> None:
     """Cases 3 and 7, on a real disk."""
     run, big = Checkpoints(small_disk, CheckpointConfig(keep=1)), {"model.a": torch.zeros(75_000)}
     run.save(10, big, {})
@@ -223,7 +219,7 @@ def test_a_disk_that_is_full_and_then_is_not(small_disk: Path) -> None:
     assert open_checkpoint(small_disk).step == 30
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused_at_the_start(small_disk: Path) -> None:
+def test_read_only_folder_is_refused(small_disk: Path) -> None:
     """Case 8."""
     Checkpoints(small_disk, CheckpointConfig(keep=1))
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
@@ -231,7 +227,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_at_the_start(small_disk: 
         Checkpoints(small_disk, CheckpointConfig(keep=1))
 
 
-def test_a_folder_that_has_vanished_is_not_begun_anew(tmp_path: Path) -> None:
+def test_vanished_folder_is_not_begun_anew(tmp_path: Path) -> None:
     """A disk that is not mounted: the folder is not there, or empty, though the run has made steps."""
     Checkpoints(tmp_path, CheckpointConfig(keep=1))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 9}\n')
@@ -243,14 +239,14 @@ def test_a_folder_that_has_vanished_is_not_begun_anew(tmp_path: Path) -> None:
         (tmp_path / "checkpoints").mkdir(exist_ok=True)
 
 
-def test_a_step_is_never_written_over(run: Checkpoints) -> None:
+def test_step_is_never_overwritten(run: Checkpoints) -> None:
     """Case 13."""
     with pytest.raises(SaveError, match="step-00000030 exists"):
         run.save(30, tensors(99), {})
     assert torch.equal(open_checkpoint(run.folder.parent).read("model.")["b"], tensors(30)["model.b"])
 
 
-def test_an_interrupt_while_saving_is_no_failed_checkpoint(run: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_while_saving(run: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     def write_data(*_: object) -> None:
         raise KeyboardInterrupt
 

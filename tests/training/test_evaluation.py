@@ -46,9 +46,7 @@ def evaluations(folder: Path, key: str = "evaluation/own/bpb") -> dict[int, Any]
     return {record["step"]: record[key] for record in records}
 
 
-def test_tasks_and_samples_are_reported_every_n_steps(
-    tmp_path: Path, settings: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_tasks_and_samples_every_n_steps(tmp_path: Path, settings: list[str], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     folder = tmp_path / "r"
     trained(folder, *settings, "logger=tensorboard")
@@ -84,9 +82,7 @@ def test_a_resumed_run_evaluates_once(tmp_path: Path, settings: list[str]) -> No
 
 
 @pytest.mark.parametrize("within", [False, True])
-def test_a_stop_drops_an_evaluation_until_the_run_resumes(
-    tmp_path: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch, within: bool
-) -> None:
+def test_stop_drops_scores(tmp_path: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch, within: bool) -> None:
     """Case 33: asked for before it, or by a signal between its batches."""
     stop, fill, filled = StopRequest(), training.scoring.fill, list[bool]()
 
@@ -106,7 +102,7 @@ def test_a_stop_drops_an_evaluation_until_the_run_resumes(
     assert list(evaluations(tmp_path / "r")) == [4, 8, 10]
 
 
-def test_a_failing_evaluation_is_logged_once_and_training_goes_on(
+def test_failing_evaluation_is_dropped(
     tmp_path: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*_: object) -> None:
@@ -119,18 +115,14 @@ def test_a_failing_evaluation_is_logged_once_and_training_goes_on(
     assert metrics(tmp_path / "r")[-2]["valid/loss"] > 0
 
 
-def test_what_costs_too_much_is_left_out_until_the_end(
-    tmp_path: Path, settings: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_max_share_skips_until_the_end(tmp_path: Path, settings: list[str], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     trained(tmp_path / "r", *settings, "evaluate.every=2", "evaluate.max_share=1e-6", "samples.prompts=[]")
     assert list(evaluations(tmp_path / "r")) == [2, 10]
     assert caplog.text.count("(evaluate.max_share is 1e-06)") == 3
 
 
-def test_a_bad_task_or_what_cannot_be_sampled_is_refused_before_the_first_step(
-    tmp_path: Path, settings: list[str]
-) -> None:
+def test_bad_tasks_and_samples_are_refused(tmp_path: Path, settings: list[str]) -> None:
     config = composed(*settings)
     check_run(config, tmp_path / "r", "")
     (tmp_path / "own.jsonl").write_text("{}\n")

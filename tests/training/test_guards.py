@@ -26,9 +26,7 @@ def run(tmp_path: Path) -> Checkpoints:
     return checkpoints
 
 
-def test_files_reach_the_disk_before_the_name_they_are_found_by(
-    run: Checkpoints, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_are_synced_before_the_rename(run: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cases 2 and 6."""
     synced: list[Path] = []
     fsync, rename = module._fsync, os.rename
@@ -46,7 +44,7 @@ def test_files_reach_the_disk_before_the_name_they_are_found_by(
     assert synced == [run.folder], "and then the name does"
 
 
-def test_what_a_writer_lost_is_noticed(run: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_writes_are_noticed(run: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     """Case 4: a writer of several threads can lose an error of one of them."""
     save = module.save
 
@@ -58,9 +56,7 @@ def test_what_a_writer_lost_is_noticed(run: Checkpoints, monkeypatch: pytest.Mon
         run.save(30, TENSORS, {})
 
 
-def test_what_cannot_be_removed_is_a_warning(
-    run: Checkpoints, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unremovable_warns(run: Checkpoints, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Case 10: at a purge, and of a run that was killed."""
     rename, run.config.keep = os.rename, 1
     (run.folder / ".tmp-step-00000040").mkdir()
@@ -76,30 +72,16 @@ def test_what_cannot_be_removed_is_a_warning(
     assert caplog.text.count("could not be removed") == 3
 
 
-class SecondOfTwo(Ranks):
-    """Rank 1, which takes what rank 0 found; rank 0 sees `first` where this one sees another thing."""
-
-    def __init__(self, first: Any) -> None:
-        super().__init__()
-        self.rank, self.first = 1, first
-
-    def on_first(self, step: Any) -> Any:
-        return self.first if self.first is not None else super().on_first(step)
-
-    def all_gather(self, step: Any) -> list[Any]:
-        return [self.first, step()]
-
-
-def test_the_first_rank_decides_which_checkpoints_there_are(run: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_rank_lists_checkpoints(run: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     """Case 14: the list of another rank may be old."""
     asked: list[list[Path]] = []
     monkeypatch.setattr(module, "_first_good", lambda paths, *_: asked.append(paths) or (None, {}))
-    run.ranks = SecondOfTwo([run.folder / "step-00000010"])
+    monkeypatch.setattr(run.ranks, "on_first", lambda _: [run.folder / "step-00000010"])
     run.newest()
     assert asked == [[run.folder / "step-00000010"]]
 
 
-def test_a_file_of_the_wrong_size_is_not_even_read(run: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_size_is_not_read(run: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     """Case 16."""
     cut = run.folder / "step-00000020" / "__0_0.distcp"
     os.truncate(cut, 10)
@@ -109,21 +91,20 @@ def test_a_file_of_the_wrong_size_is_not_even_read(run: Checkpoints, monkeypatch
     assert newest is not None and newest.step == 10 and cut not in read
 
 
-def test_a_step_that_is_not_there_is_an_error(run: Checkpoints) -> None:
+def test_missing_step_is_an_error(run: Checkpoints) -> None:
     """Case 27."""
     assert checkpoints_in(run.folder, 10) == [run.folder / "step-00000010"]
     with pytest.raises(CheckpointError, match=r"step \(30\): .* has no checkpoint of that step; choose from 10, 20"):
         checkpoints_in(run.folder, 30)
 
 
-def test_a_bit_that_differs_between_replicas_is_named() -> None:
+def test_differing_replicas_are_named() -> None:
     """Case 44."""
-    mine = {"model.a": torch.ones(3, 4), "model.b": torch.ones(5)}
-    seen: list[dict] = []
-    both = SecondOfTwo(None)
-    both.all_gather = lambda step: seen.append(step()) or seen  # type: ignore[method-assign]
-    check_tensors(mine, both)
-    check_tensors(mine, both)
+    mine, ranks = {"model.a": torch.ones(3, 4), "model.b": torch.ones(5)}, Ranks()
+    seen: list[dict] = []  # by each call, as if of one more rank
+    ranks.all_gather = lambda step: seen.append(step()) or seen  # type: ignore[method-assign]
+    check_tensors(mine, ranks)
+    check_tensors(mine, ranks)
     mine["model.b"].view(torch.int32)[3] ^= 1
     with pytest.raises(TrainingError, match=r"the replicas of model.b on ranks 0 and 2 differ"):
-        check_tensors(mine, both)
+        check_tensors(mine, ranks)

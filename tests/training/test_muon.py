@@ -17,8 +17,9 @@ from parallel.shards import ParamShard, local, whole_params
 from parallel.whole_matrices import balance
 from training.config import Dtype, MuonScale, OptimizerConfig
 from training.optim import muon
-from training.optim.muon import Muon
-from training.optim.optimizer import Optimizer, build_optimizer
+from training.optim.master_weights import MasterWeights, read
+from training.optim.muon import Muon, add_gradient, apply_update
+from training.optim.optimizer import Optimizer
 
 SHAPES = [(24, 16), (16, 24), (16, 24), (8, 8), (1, 5), (5, 1), (1, 1)]
 
@@ -36,7 +37,7 @@ def hidden(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def built(model: nn.Module, params: dict[str, ParamShard] | None = None, **options: Any) -> Optimizer:
-    optimizer = build_optimizer(model, OptimizerConfig(name="muon", **options), params=params)
+    optimizer = Optimizer(model, OptimizerConfig(name="muon", **options), params=params)
     optimizer.set_schedule([(1e-2, 0.9)] * 20)
     return optimizer
 
@@ -94,11 +95,8 @@ def test_master_weights_are_exact() -> None:
 
 
 def test_state_is_one_momentum_and_a_number_per_row() -> None:
-    state = {
-        n.rpartition(".")[2]: t.shape
-        for n, t in built(Model([(6, 4)]), normuon=True).state_tensors().items()
-        if "w0.weight" in n
-    }
+    tensors = built(Model([(6, 4)]), normuon=True).state_tensors()
+    state = {name.rpartition(".")[2]: tensor.shape for name, tensor in tensors.items() if "w0.weight" in name}
     assert state == {"weight": (6, 4), "momentum": (6, 4), "row_square": (6, 1), "step": ()}
     names = built(Model([(6, 4)])).state_tensors()
     assert {name.rpartition(".")[2] for name in names if "w0.bias" in name} == {"bias", "exp_avg", "exp_avg_sq", "step"}
@@ -137,17 +135,13 @@ def test_normuon_evens_out_rows_and_keeps_the_norm() -> None:
 
 def test_cautious_decay_spares_what_the_update_grows() -> None:
     torch.manual_seed(0)
-    models = [Model([(8, 8)])]
-    models += [copy.deepcopy(models[0]), copy.deepcopy(models[0])]
-    grads, ways = (
-        random_grads(models[0]),
-        ({"weight_decay": 0.0}, {"weight_decay": 0.5}, {"weight_decay": 0.5, "cautious_decay": True}),
-    )
-    options: Any
-    before = next(iter(hidden(models[0]).values())).detach().clone()
-    for model, options in zip(models, ways, strict=True):
-        update(built(model, **options), grads)
-    none, full, cautious = (next(iter(hidden(model).values())).detach() for model in models)
+    start, after = Model([(8, 8)]), list[Tensor]()
+    grads, before = random_grads(start), next(iter(hidden(start).values())).detach()
+    for decay, cautious_decay in ((0.0, False), (0.5, False), (0.5, True)):
+        model = copy.deepcopy(start)
+        update(built(model, weight_decay=decay, cautious_decay=cautious_decay), grads)
+        after.append(next(iter(hidden(model).values())).detach())
+    none, full, cautious = after
     shrinks = (before - none) * before > 0
     assert shrinks.any() and not shrinks.all()
     torch.testing.assert_close(cautious, torch.where(shrinks, full, none))
@@ -177,14 +171,13 @@ def test_states_of_16_bits_are_exchanged(tmp_path: Path) -> None:
         params = whole_params(sharded)
         for name, param in hidden(sharded).items():
             params[name] = ParamShard(param, param.shape, mesh, (Shard(0),))
-        optimizers = [
-            built(model, its, normuon=True, state_dtype=Dtype.bf16) for model, its in ((alone, None), (sharded, params))
-        ]
-        for _ in range(2):
-            for optimizer in optimizers:
-                update(optimizer, grads)
-        for name, tensor in optimizers[1].state_tensors().items():
-            assert torch.equal(local(tensor), optimizers[0].state_tensors()[name]), name
+        pairs = ((alone, None), (sharded, params))
+        one, other = (built(model, its, normuon=True, state_dtype=Dtype.bf16) for model, its in pairs)
+        for optimizer in (one, other) * 2:
+            update(optimizer, grads)
+        expected = one.state_tensors()
+        for name, tensor in other.state_tensors().items():
+            assert torch.equal(local(tensor), expected[name]), name
     finally:
         dist.destroy_process_group()
 
@@ -199,6 +192,28 @@ def test_owners_are_balanced(costs: list[int], n_ranks: int) -> None:
     owners, largest = balance(costs, n_ranks)
     loads = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(n_ranks)]
     assert largest == max(loads) <= sum(costs) / n_ranks + max(costs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_compiled_update_equals_the_plain_one(dtype: torch.dtype) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    for shape in ((96, 64), (64, 160), (1, 32), (64, 1)):
+        param, grad = (torch.randn(shape, generator=generator, device="cuda").to(dtype) for _ in range(2))
+        weights = MasterWeights({"w": ParamShard(param, param.shape)})
+        momentum, finite = torch.zeros(shape, device="cuda"), torch.ones((), device="cuda", dtype=torch.bool)
+        scalars = finite.float() * 4, finite, (0.05 * finite).float()
+        found = []
+        for compiled in (False, True):
+            copies = [weights.shards["w"].clone(), weights.remainder.get("w"), momentum.clone()]
+            rest = copies[1] if copies[1] is None else copies[1].clone()
+            add, apply = map(torch.compile, (add_gradient, apply_update)) if compiled else (add_gradient, apply_update)
+            for _ in range(3):
+                update = add(copies[2], grad, *scalars, 0.95, torch.bfloat16)
+                apply(copies[0], rest, update, 0.02 * finite.double(), 0.1 * finite.double(), False)
+            found.append((read(copies[0], rest), copies[2], update))
+        for plain, other in zip(*found, strict=True):
+            torch.testing.assert_close(other, plain, rtol=1e-2, atol=1e-3)
 
 
 def test_settings_of_muon_are_refused_with_adamw() -> None:

@@ -39,9 +39,7 @@ def test_kernels_are_sorted_by_name(name: str, kind: str) -> None:
     assert kind_of(name) == kind
 
 
-def test_the_command_leaves_a_trace_and_a_table(
-    tmp_path: Path, small: list[str], capsys: pytest.CaptureFixture
-) -> None:
+def test_command_writes_trace_and_table(tmp_path: Path, small: list[str], capsys: pytest.CaptureFixture) -> None:
     assert trained(tmp_path / "r", *small, "profile=true") is None
     folder = tmp_path / "r" / "profile"
     rows = dict(re.findall(r"^(\S+) +([\d.]+) +[\d.]+%$", (folder / "table.txt").read_text(), flags=re.M))

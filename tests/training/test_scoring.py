@@ -5,12 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
-import export
-from conf.schema import ExportConfig
 from model.config import ModelConfig
 from model.transformer import Transformer
 from parallel.config import ParallelConfig
@@ -27,13 +24,6 @@ PAIRS = [
     ("x = 1\n" * 30, "y = 2"), ("", "y = 2\n" * 40), ("今天", "天气"),
 ]  # fmt: skip
 SHAPE = Shape(rows=2, row_len=64, context=64)
-
-
-@pytest.fixture(scope="module")
-def hf_dir(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("export") / "hf"
-    export.export(run_dir, ExportConfig(run=str(run_dir), out=str(out), dtype=Dtype.fp32))
-    return out
 
 
 def evaluator(saved: Saved, mesh: Mesh | None = None, config: ParallelConfig | None = None) -> Engine:

@@ -10,7 +10,7 @@ from tests.conftest import metrics, trained
 from training.checkpoint import open_checkpoint
 from training.config import Dtype, OptimizerConfig, PrecisionConfig, TrainingError
 from training.loop import Periodic, Run
-from training.optim.optimizer import Chunk, UpdateRule, build_optimizer
+from training.optim.optimizer import Chunk, Optimizer, UpdateRule
 from training.setup import compute_dtype
 
 
@@ -59,7 +59,7 @@ def test_an_action_runs_every_n_steps_with_the_run_at_hand(tmp_path: Path, small
 @pytest.mark.parametrize("name", ["nowhere:Rule", f"{__name__}:NoSuchRule"])
 def test_an_unknown_rule_is_named(name: str) -> None:
     with pytest.raises(TrainingError, match=rf"optimizer.name \({name}\)"):
-        build_optimizer(torch.nn.Linear(2, 2), OptimizerConfig(name=name))
+        Optimizer(torch.nn.Linear(2, 2), OptimizerConfig(name=name))
     assert any("optimizer.name" in problem for problem in OptimizerConfig(name="adam").problems())
 
 

@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 
+from parallel.engine import count_step
 from training.state import TrainState
 from training.stop import StopRequest
 
@@ -14,12 +15,12 @@ def test_nonfinite_steps_are_counted_on_the_device() -> None:
     state = TrainState()
     for finite in (False, False, True, False, False):
         state.take_batch(samples=1, tokens=8)
-        state.counters.add(torch.tensor(finite))
+        count_step(state.counts_3, torch.tensor(finite))
         assert state.sync() == (not finite)
     assert (state.nonfinite_steps, state.nonfinite_in_a_row, state.updates, state.tokens) == (4, 2, 1, 40)
 
 
-def test_signals_set_a_flag_and_a_second_interrupt_stops_at_once() -> None:
+def test_signals() -> None:
     """Cases 32, 34 and 35."""
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest() as stop:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from training.config import OptimizerConfig
 from training.optim import muon
-from training.optim.optimizer import build_optimizer
+from training.optim.optimizer import Optimizer
 
 pytestmark = pytest.mark.gpu
 DEVICE, DTYPE, ROUNDING = "cuda", torch.bfloat16, 4e-3
@@ -25,9 +25,7 @@ def error(found: Tensor, expected: Tensor) -> float:
     ("rows", "columns", "warps", "tma"),
     [(128, 256, 8, True), (256, 128, 8, True), (128, 128, 8, True), (128, 128, 4, True), (128, 128, 8, False)],
 )
-def test_products_equal_torch_and_are_symmetric(
-    n: int, m: int, k: int, rows: int, columns: int, warps: int, tma: bool
-) -> None:
+def test_symmetric_products(n: int, m: int, k: int, rows: int, columns: int, warps: int, tma: bool) -> None:
     from training.optim.symmetric_kernel import Tiles, product
 
     tiles = Tiles(rows, columns, 64, warps=warps, stages=3, tma=tma)
@@ -61,7 +59,7 @@ def test_a_step_equals_one_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -
     for allowed in (True, False):
         monkeypatch.setattr(muon, "takes_kernel", lambda x, a=allowed: used.append(a and takes_kernel(x)) or used[-1])
         model = copy.deepcopy(start)
-        optimizer = build_optimizer(model, OptimizerConfig(name="muon", weight_decay=0.0))
+        optimizer = Optimizer(model, OptimizerConfig(name="muon", weight_decay=0.0))
         optimizer.set_schedule([(1e-2, 0.95)])
         for param, grad in zip(model.parameters(), grads, strict=True):
             param.grad = grad.clone()

@@ -57,16 +57,9 @@ def _adamw_kernel(
 
 
 def update(
-    param: Tensor,
-    rest: Tensor | None,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    scalars: Tensor,
-    *,
-    beta1: float,
-    eps: float,
-) -> None:
+    param: Tensor, rest: Tensor | None, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, *,
+    beta1: float, eps: float,
+) -> None:  # fmt: skip
     """Update one parameter in place.
 
     `rest` is None for an fp32 parameter, the int16 lower half of the master for bf16, and the fp32 master for fp16.
@@ -80,19 +73,8 @@ def update(
     assert param.is_contiguous()
     kernel: Any = _adamw_kernel
     kernel[grid](
-        param.view(torch.int16) if halves else param,
-        param if rest is None else rest,
-        grad.contiguous(),
-        exp_avg,
-        exp_avg_sq,
-        scalars,
-        param.numel(),
-        1 - beta1,
-        eps,
-        SPLIT=halves,
-        KEPT=rest is not None and not halves,
-        FAR=1 - beta1 >= 0.5,
-        BLOCK=BLOCK,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+        param.view(torch.int16) if halves else param, param if rest is None else rest, grad.contiguous(),
+        exp_avg, exp_avg_sq, scalars, param.numel(), 1 - beta1, eps,
+        SPLIT=halves, KEPT=rest is not None and not halves, FAR=1 - beta1 >= 0.5, BLOCK=BLOCK,
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip

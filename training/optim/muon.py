@@ -2,7 +2,7 @@
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -104,21 +104,21 @@ class Muon(UpdateRule):
         return normalized
 
     def _batches(self, names: list[str]) -> list[tuple[list[str], WholeMatrices]]:
-        if tuple(names) not in self.batches:
-            self.batches[tuple(names)] = list(self._split(names))
-        return self.batches[tuple(names)]
-
-    def _split(self, names: list[str]) -> Iterator[tuple[list[str], WholeMatrices]]:
-        """Yield matrices in batches that take little memory of each rank."""
+        """Return matrices in batches that take little memory of each rank."""
+        if tuple(names) in self.batches:
+            return self.batches[tuple(names)]
         batches: dict[tuple[int, object], list[str]] = {}
-        total = 0.0
+        found, total = list[tuple[list[str], WholeMatrices]](), 0.0
         for name in names:
             param = self.params[name]
             total += param.numel() / (1 if param.mesh is None else param.mesh.size())
             batches.setdefault((int(total // CHUNK_NUMEL), param.mesh), []).append(name)
         for (_, mesh), batch in batches.items():
             params = [self.params[name] for name in batch]
-            yield batch, WholeMatrices(params, [n_flops(param.shape) for param in params], self.groups.get(mesh))
+            costs = [n_flops(param.shape) for param in params]
+            found.append((batch, WholeMatrices(params, costs, self.groups.get(mesh))))
+        self.batches[tuple(names)] = found
+        return found
 
 
 def add_gradient(

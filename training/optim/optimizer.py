@@ -4,14 +4,12 @@ import pkgutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from model.config import ModelConfig
 from model.parametrization import Scales, scales_of
 from model.transformer import Transformer
 from parallel.shards import ParamShard, local, whole_params
@@ -103,23 +101,21 @@ class UpdateRule:
 
 
 class Optimizer:
-    """Applies update rules to a model's parameters; each parameter goes to the first rule that takes it.
+    """Updates a model's parameters by the rule `config.name` or, those that it does not take, by AdamW.
 
-    Does not synchronize with the device unless a rule does.
-
-    `tied_params` maps parameters to the one that they always equal: they are updated alike and saved under its name.
+    Does not synchronize with the device unless a rule does. `params` are the shards of a distributed model. Parameters
+    in the model's `tied_params` are updated like the one that they equal, and saved under its name.
     A checkpoint has `model.<param>`, `optimizer.<param>.<state name>` and `optimizer.<param>.step`, all fp32.
     """
 
-    def __init__(
-        self,
-        params: Mapping[str, ParamShard],
-        config: OptimizerConfig,
-        rules: Sequence[type[UpdateRule]],
-        tied_params: Mapping[str, str],
-        model_config: ModelConfig | None,
-    ) -> None:
-        self.config, self.tied_params, self.params, self.model_config = config, tied_params, params, model_config
+    def __init__(self, model: nn.Module, config: OptimizerConfig, params: dict[str, ParamShard] | None = None) -> None:
+        try:
+            rules = dict.fromkeys(pkgutil.resolve_name(OPTIMIZERS.get(name, name)) for name in (config.name, "adamw"))
+        except (ImportError, AttributeError) as error:
+            raise TrainingError(f"optimizer.name ({config.name}) cannot be imported: {error}") from error
+        self.config, self.params = config, params or whole_params(model)
+        self.model_config = model.config if isinstance(model, Transformer) else None
+        self.tied_params: Mapping[str, str] = getattr(model, "tied_params", {})
         self.weights = MasterWeights(self.params)
         self.device = next(iter(self.weights.shards.values())).device
         first = {name: next(rule for rule in rules if rule.takes(name, p)) for name, p in self.params.items()}
@@ -244,22 +240,6 @@ class Optimizer:
 
     def _state_of(self, name: str) -> list[tuple[str, dict[str, Tensor]]]:
         return [(key, tensors) for key, tensors in self.state.items() if name in tensors]
-
-
-def build_optimizer(
-    model: nn.Module,
-    config: OptimizerConfig,
-    *,
-    params: Mapping[str, ParamShard] | None = None,
-    tied_params: Mapping[str, str] = MappingProxyType({}),
-) -> Optimizer:
-    """Return the optimizer with the rule `config.name`; `params` are the shards of a distributed model."""
-    try:
-        rules = dict.fromkeys(pkgutil.resolve_name(OPTIMIZERS.get(name, name)) for name in (config.name, "adamw"))
-    except (ImportError, AttributeError) as error:
-        raise TrainingError(f"optimizer.name ({config.name}) cannot be imported: {error}") from error
-    model_config = model.config if isinstance(model, Transformer) else None
-    return Optimizer(params or whole_params(model), config, list(rules), tied_params, model_config)
 
 
 def gradient(param: ParamShard) -> Tensor:
