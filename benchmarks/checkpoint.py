@@ -97,7 +97,8 @@ def save_and_load(
         with distributed(config.parallel) as mesh:
             engine, state = build(config, mesh), TrainState(device=mesh.device)
             batches = batches_of(config, mesh.dp_size)
-            parts: Any = {"optimizer": engine.optimizer, "scaler": engine.scaler, "run_config": {}}
+            run_config = {"steps": config.steps}
+            parts: Any = {"optimizer": engine.optimizer, "scaler": engine.scaler, "run_config": run_config}
             with RunCheckpoints(config.checkpoint, mesh, folder, corpus, state=state, **parts) as run:
                 if config is before:
                     found["first_loss"] = float(engine.train_step(batches).loss)
