@@ -16,6 +16,7 @@ from corpus.config import DataError
 from data.batches import Batch
 from parallel.config import Device, ParallelConfig
 from tests.conftest import composed, metrics, trained
+from training.checkpoint import open_checkpoint
 from training.config import Dtype
 from training.evaluation import Tasks
 from training.loop import Periodic
