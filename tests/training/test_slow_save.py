@@ -13,6 +13,7 @@ from training.checkpoint import open_checkpoint
 from training.loop import Periodic, Run
 
 
+@pytest.mark.slow
 def test_a_save_under_way_is_not_overtaken_by_the_next(
     tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
