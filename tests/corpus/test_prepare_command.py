@@ -63,7 +63,7 @@ def test_flipped_bit_is_found(
     whole = command(config, tokenizer, verify=True)
     prepare_data.work(whole)
     out = capsys.readouterr().out
-    assert re.search(r"^\d+ shards verified\n", out)
+    assert re.search(r"^shards verified: \d+\n", out)
     assert not set(out) & set("\x1b\x9b\x07") and r"clear \x1b[2J and \x9b0m ring\x07" in out
     shard = max(Path(config.path).glob("train/*.bin"))
     raw = bytearray(shard.read_bytes())
