@@ -15,8 +15,7 @@ from conf.schema import EvaluateConfig
 from corpus.config import DataError
 from data.batches import Batch
 from parallel.config import Device, ParallelConfig
-from tests.conftest import metrics, trained
-from tests.test_cli import composed
+from tests.conftest import composed, metrics, trained
 from training.checkpoint import open_checkpoint
 from training.config import Dtype
 from training.evaluation import Tasks
