@@ -114,8 +114,12 @@ def _exit_with(error: Exception) -> None:
 
 def _print_errors(messages: list[str]) -> None:
     for message in messages:
-        message = re.sub(r"(://[^/@\s]*:)[^/@\s]*@", r"\1***@", message)  # password in a URL
-        print(f"error: {printable(message)}", file=sys.stderr)
+        print(f"error: {printable(without_passwords(message))}", file=sys.stderr)
+
+
+def without_passwords(text: str) -> str:
+    """Return a text with the passwords of addresses masked."""
+    return re.sub(r"(://[^/@\s]*:)[^/@\s]*@", r"\1***@", text)
 
 
 def data_settings(hydra: Any) -> str:
