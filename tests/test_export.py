@@ -62,7 +62,10 @@ def test_dtype_is_the_runs(run_dir: Path, tmp_path: Path, small: list[str], monk
     monkeypatch.setattr("model.hf.verify.verify", lambda *_, **__: "")
     trained(tmp_path / "auto", *small, "precision=auto", "steps=1")
     import_hf(exported(run_dir, tmp_path / "hf", Dtype.auto), tmp_path / "in")
-    exports = [tmp_path / "hf", *(exported(tmp_path / run, tmp_path / f"{run}_hf", Dtype.auto) for run in ("auto", "in"))]
+    exports = [
+        tmp_path / "hf",
+        *(exported(tmp_path / run, tmp_path / f"{run}_hf", Dtype.auto) for run in ("auto", "in")),
+    ]
     dtypes = [json.loads((out / "config.json").read_text())["dtype"] for out in exports]
     assert dtypes == ["float32", "bfloat16", "bfloat16"]
 

@@ -78,9 +78,9 @@ def _layout_problems(config: TrainConfig) -> Iterator[str]:
 
 
 def _class_problems(config: TrainConfig) -> Iterator[str]:
-    """Yield a problem for each `module:Class` that cannot be imported or has another base; without one, import no torch.
+    """Yield a problem for each `module:Class` that cannot be imported or has another base.
 
-    What a job's setup brings is checked there.
+    Without one, imports no torch. What a job's setup brings is checked there.
     """
     model, optimizer, launcher = config.model, config.optimizer, config.launcher
     if launcher.where is Where.slurm and launcher.setup:
