@@ -68,7 +68,8 @@ def work(config: TrainConfig, run_dir: Path) -> float | None:
             explain_oom(),
         ):
             valid_loss = train(config, mesh, run_dir, stop)
-            status.end(valid_loss, stopped=bool(stop), given_up=stop.given_up, **stop.summary())
+            profiled = {"reason": "profile=true: only some steps are run"} if config.profile else {}
+            status.end(valid_loss, stopped=bool(stop), given_up=stop.given_up, **stop.summary(), **profiled)
         if stop.for_a_requeue:
             requeue_slurm_job(run_dir, rank=mesh.rank, max_requeues=config.launcher.max_requeues)
     if stop and not stop.given_up:

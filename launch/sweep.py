@@ -107,7 +107,7 @@ def merge_problems(problems: dict[str, list[str]], n_points: int) -> list[str]:
     """Return every problem once, with the points that have it if not all do."""
     merged = []
     for problem, labels in problems.items():
-        others = f" and {len(labels) - 1} other points" if len(labels) > 1 else ""
+        others = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
         merged.append(problem if len(labels) == n_points else f"{problem} (at {labels[0]}{others})")
     return merged
 

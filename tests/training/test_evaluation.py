@@ -116,7 +116,14 @@ def test_failing_evaluation_is_dropped(
 
 def test_max_share_skips_until_the_end(tmp_path: Path, settings: list[str], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    trained(tmp_path / "r", *settings, "evaluate.every=2", "evaluate.max_share=1e-6", "samples.prompts=[]")
+    trained(
+        tmp_path / "r",
+        *settings,
+        "evaluate.every=2",
+        "evaluate.max_share=1e-6",
+        "samples.prompts=[]",
+        "samples.every=0",
+    )
     assert list(evaluations(tmp_path / "r")) == [2, 10]
     assert caplog.text.count("(evaluate.max_share is 1e-06)") == 3
 
