@@ -26,7 +26,7 @@ BASES = {  # of the classes that a setting names as module:Class
     "model.mlp": "torch.nn:Module",
     "model.attention_layer": "torch.nn:Module",
     "optimizer.name": "training.optim.optimizer:UpdateRule",
-    "logger.extra": "tracking.loggers:Logger",
+    "logger.extra": "builtins:object",
 }
 
 
