@@ -53,7 +53,9 @@ def export(config: ExportConfig) -> None:
     run_dir = run_dir_of(checkpoint.path)
     out = Path(config.out) if config.out else run_dir / "hf"
     manifest = json.loads((checkpoint.path / "manifest.json").read_text(encoding="utf-8"))
-    origin = {"checkpoint": manifest, "dtype": config.dtype.value}
+    trained_in = checkpoint.state["config"].get("precision", {}).get("compute", "auto")  # none in an imported run
+    name = next(dtype for dtype in (config.dtype.value, trained_in, "bf16") if dtype != "auto")
+    origin = {"checkpoint": manifest, "dtype": name}
     if out.exists():
         if (made := out / "export.json").exists() and json.loads(made.read_text(encoding="utf-8")) == origin:
             print(f"{out} is the export of {checkpoint.path} already")
@@ -64,7 +66,7 @@ def export(config: ExportConfig) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        model, dtype = stored_model(checkpoint.state["config"]), DTYPES[config.dtype.value]
+        model, dtype = stored_model(checkpoint.state["config"]), DTYPES[name]
         add_bos = tokenizer is not None and tokenizer.bos_id is not None and bool(checkpoint.state["data"]["add_bos"])
         if tokenizer is not None and checkpoint.state["data"]["parts"]:  # an imported model keeps its vocabulary
             model = replace(model, vocab_size=min(model.vocab_size, tokenizer.vocab_size))
@@ -79,7 +81,8 @@ def export(config: ExportConfig) -> None:
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"exported step {checkpoint.step} of {run_dir} to {out} ({config.dtype.value})")
+    rounded = "" if name == "fp32" else "; dtype=fp32 keeps the weights exact"
+    print(f"exported step {checkpoint.step} of {run_dir} to {out} ({name}{rounded})")
 
 
 def write_weights(folder: Path, checkpoint: "Checkpoint", model: ModelConfig, dtype: "torch.dtype") -> None:

@@ -10,7 +10,7 @@ if __name__ == "__main__":  # no traceback on Ctrl-C during imports
 
 from hydra.core.hydra_config import HydraConfig
 
-from conf.cli import data_settings, run
+from conf.cli import data_settings, run, without_passwords
 from conf.schema import PrepareConfig
 from tracking.logs import printable
 
@@ -42,11 +42,11 @@ def work(config: PrepareConfig, settings: str = "with the data settings of this 
         stems = [stem for split in about["splits"].values() for counts in split.values() for stem in counts["shards"]]
         for stem in stems:
             Shard(path / stem, verify=True)
-        print(f"{len(stems)} shards verified")
+        print(f"shards verified: {len(stems)}")
     print_left_out(about["left_out"])
     print_table(about)
     print_samples(path, about["splits"]["train"])
-    print(f"\nnext: python train.py {settings}")
+    print(f"\nnext: python train.py {without_passwords(settings)}")
 
 
 def write(config: PrepareConfig) -> dict[str, Any] | None:
@@ -65,7 +65,7 @@ def write(config: PrepareConfig) -> dict[str, Any] | None:
             documents, tokens = documents + more_documents, tokens + more_tokens
             text_bytes += more_text_bytes
             speed = text_bytes / 1e6 / max(0.1, bar.format_dict["elapsed"])
-            bar.set_postfix_str(f"{documents:,} documents, {tokens / 1e6:.2f}M tokens, {speed:.2f} MB/s", refresh=False)
+            bar.set_postfix_str(f"documents {documents:,}, tokens {tokens / 1e6:.2f}M, {speed:.2f} MB/s", refresh=False)
             bar.update(share)
 
         return prepare(config, progress)
@@ -75,7 +75,7 @@ def print_left_out(left_out: dict[str, Any]) -> None:
     kinds = {"duplicates": "exact duplicates of documents", "empty": "records without text", "count": "bad records"}
     for key, kind in kinds.items():
         if left_out[key]:
-            print(f"{left_out[key]:,} {kind} were left out{', the first at' * (key == 'count')}")
+            print(f"{kind} left out: {left_out[key]:,}{', the first at' * (key == 'count')}")
     for place in left_out["places"]:
         print(f"  {place}")
 

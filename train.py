@@ -68,8 +68,9 @@ def work(config: TrainConfig, run_dir: Path) -> float | None:
             explain_oom(),
         ):
             valid_loss = train(config, mesh, run_dir, stop)
-            step, is_stopped = stop.saved_step, bool(stop)
-            status.end(valid_loss, stopped=is_stopped, given_up=stop.given_up, saved_step=step, **stop.summary())
+            more = stop.summary() | ({"reason": "profile=true: only some steps are run"} if config.profile else {})
+            step, given_up = stop.saved_step, stop.given_up
+            status.end(valid_loss, stopped=bool(stop), given_up=given_up, saved_step=step, **more)
         if stop.for_a_requeue:
             requeue_slurm_job(run_dir, rank=mesh.rank, max_requeues=config.launcher.max_requeues)
     if stop and not stop.given_up:

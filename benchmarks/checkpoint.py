@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benchmarks.timing import synchronize, where
 from benchmarks.train_step import build, configure
@@ -19,6 +20,7 @@ from data.batches import Batch
 from data.dataset import open_corpus
 from launch.ranks import launch
 from parallel.mesh import distributed
+from training.config import Dtype
 from training.resume import RunCheckpoints
 from training.setup import build_train_batches
 from training.state import TrainState
@@ -31,6 +33,8 @@ DEFAULTS = (
     "checkpoint.every=100",
 )
 STEPS_WITHOUT_SAVE = 10
+TOLERANCE = {Dtype.fp32: 1e-5}  # of the next loss in another layout, relative: products are summed in another order
+TOLERANCE_16_BIT = 2e-3
 
 
 def work(config: TrainConfig, folder: Path, saves: int) -> None:
@@ -80,13 +84,13 @@ def work(config: TrainConfig, folder: Path, saves: int) -> None:
 
 def save_and_load(
     before: TrainConfig, after: TrainConfig, batches_of: Callable[[TrainConfig, int], list[Batch]], folder: Path
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Save a run in the background, load it in another layout, and run the next step in both.
 
     `batches_of` returns a rank's micro-batches per step, given the number of data-parallel ranks. Return seconds,
-    bytes/s and both losses.
+    bytes/s, the losses, and as `equal` whether both next losses are the same but for rounding.
     """
-    found: dict[str, float] = {}
+    found: dict[str, Any] = {}
     for config in (before, after):
         corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
         with distributed(config.parallel) as mesh:
@@ -94,7 +98,7 @@ def save_and_load(
             batches = batches_of(config, mesh.dp_size)
             with RunCheckpoints(config, folder, corpus, engine, state) as run:
                 if config is before:
-                    engine.train_step(batches)
+                    found["first_loss"] = float(engine.train_step(batches).loss)
                     state.step = 1
                     run.save()
                     found["loss"] = float(engine.train_step(batches).loss)
@@ -107,7 +111,13 @@ def save_and_load(
                     found["load_s"] = mesh.all_reduce_max(int(1e3 * (time.perf_counter() - begin))) / 1e3
                     found["resumed_loss"] = float(engine.train_step(batches).loss)
     found["load_bytes_per_s"] = found["bytes_per_s"] * found["s"] / found["load_s"]
-    return found
+    return found | {"equal": is_resumed(found, TOLERANCE.get(after.precision.compute, TOLERANCE_16_BIT))}
+
+
+def is_resumed(losses: dict[str, float], tolerance: float) -> bool:
+    """Return whether the resumed loss is the next one, and not the first one, as if nothing had been loaded."""
+    off = abs(losses["resumed_loss"] - losses["loss"])
+    return off <= tolerance * losses["loss"] and off < abs(losses["first_loss"] - losses["loss"])
 
 
 def main() -> None:

@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 2 -m benchmarks.multi_gpu [--rows zero1,tp] [--seconds 5] [--no-peer] [overrides]
 
 The single-GPU rate is measured on all GPUs at the same time. Random tokens, sequences of 2,048 unless a row has others,
-AdamW with fp32 masters and moments, no recomputation. torchtitan has fp32 parameters, bf16 compute and a compiled
-`parallelize_llama`. On CPUs, --tiny runs the same rows with small shapes.
+AdamW with fp32 masters and moments, no recomputation. `hybrid_zero` has no row: `dp_shard=2` on two GPUs is
+`zero1`. torchtitan has fp32 parameters, bf16 compute and a compiled `parallelize_llama`, which has no pipeline; it has
+no row in 8 bits either. On CPUs, --tiny runs the same rows with small shapes.
 """
 
 import argparse
@@ -38,7 +39,7 @@ class Row:
     layout: tuple[str, ...] = ()
     base: str = ""  # the single-GPU row to compare with
     target: float = 0.0  # scaling efficiency
-    peer: tuple[str, ...] = ()  # torchtitan's arguments: reshard after forward, tp
+    peer: tuple[str, ...] = ()  # torchtitan's arguments: reshard after forward, tp, cp
     peer_target: float = 0.0
     bound: float = 1.0  # efficiency limit of the schedule
 
@@ -58,7 +59,9 @@ ROWS = {
     "zero3_7b": Row(SEVEN, 2048, 2, 1, ("parallel=zero3",), "one_7b_4k", 0.95, ("always", "1"), 1.20),
     "tp": Row(ONE_B, 2048, 4, 1, ("parallel=tp",), "one_1b", 0.85, ("never", "2"), 1.25),
     "tp_7b": Row(SEVEN, 2048, 4, 1, ("parallel=tp",), "one_7b_8k", 0.92, ("never", "2"), 1.15),
-    "cp": Row((*ONE_B, "model.max_seq_len=32768"), 32768, 1, 1, ("parallel=cp",), "one_1b_32k", 0.90),
+    "cp": Row(
+        (*ONE_B, "model.max_seq_len=32768"), 32768, 1, 1, ("parallel=cp",), "one_1b_32k", 0.90, ("never", "1", "2")
+    ),
     "pp": Row(ONE_B, 2048, 4, 8, ("parallel=pp",), "one_1b_x8", 0.97, bound=8 / 9),
     "zero1_7b_fp8": Row(
         (*SEVEN, "precision.fp8=tensorwise"), 2048, 4, 1, ("parallel=zero1",), "one_7b_8k_fp8", 0.95
@@ -143,6 +146,11 @@ def columns(m: dict[str, float]) -> str:
     return f"{m['tokens_per_s']:12,.0f} {m['ms']:8.2f} {m['host_ms']:8.2f} {m['gib']:6.1f}"
 
 
+def write(found: dict[str, dict[str, float]], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=",".join(name for name, row in ROWS.items() if row.base))
@@ -178,23 +186,23 @@ def main() -> None:
                 metrics["kept"] = metrics["tokens_per_s"] / found[row.base]["tokens_per_s"] / row.bound
                 scaling = f"{metrics['kept']:7.1%} {row.target:7.0%}"
             print(f"{name:14} {columns(metrics)} {scaling}", flush=True)
+            write(found, args.json)
     if not args.no_peer:
         from benchmarks.torchtitan_step import measure as measure_torchtitan
 
         for name in selected:
             if not (row := rows[name]).peer:
                 continue
-            reshard, tp = row.peer
-            metrics = measure_torchtitan(row.model, row.seq_len, row.rows, row.micro_batches, reshard, tp, args.seconds)
+            shape = row.seq_len, row.rows, row.micro_batches
+            metrics = measure_torchtitan(row.model, *shape, args.seconds, *row.peer)
             gc.collect()
             torch.cuda.empty_cache()
             if rank == 0:
                 found[f"torchtitan_{name}"] = metrics
                 ratio = found[name]["tokens_per_s"] / metrics["tokens_per_s"]
-                text = f"{columns(metrics)}  ratio {ratio:.2f}, target {row.peer_target}"
+                text = f"{columns(metrics)}  ratio {ratio:.2f}, target {row.peer_target or '-'}"
                 print(f"torchtitan {name:9} {text}", flush=True)
-    if rank == 0 and args.json is not None:
-        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                write(found, args.json)
 
 
 if __name__ == "__main__":

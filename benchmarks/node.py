@@ -1,22 +1,31 @@
 """Speed of 7B on a node of N GPUs by layout, compared with the dry run's predictions, in one command:
 
-    python prepare_data.py data=builtin
-    torchrun --max-restarts 9 --nproc-per-node 8 -m benchmarks.node [--rows zero1,tp8] [--seconds 5] [overrides]
+    python -m benchmarks.node [--rows zero1,tp8] [--seconds 5] [overrides]
 
-Measures NCCL's bus bandwidth; a single GPU (with half of the layers if 7B does not fit); layouts with the shapes of
+It prepares the built-in corpus and starts a rank per GPU, or runs as a rank of `torchrun --max-restarts 9`. It measures
+NCCL's bus bandwidth; a single GPU (with half of the layers if 7B does not fit); layouts with the shapes of
 `experiment=7b_pile_small`, 16,384 real tokens per GPU and step in documents of The Pile's lengths; torchtitan; and a
 checkpoint resumed in another layout. TFLOP/s are by InternLM's formula, MFU and scaling by the exact causal count.
 
+Rows of tp come with what the links allow: the time of their messages at NCCL's measured bandwidth, and the rate of one
+GPU with that time added (all messages exposed) or, as the floor of a step, with all of them hidden. The last column is
+the rate over torchtitan's: "-" for a row without one (JSON: null), "..." until it is measured. All rows are printed
+again at the end.
+
 A failed row is reported, and the next one runs. If a row fails on some ranks only and the others hang, torchrun
-restarts all ranks, which continue with the next row. On CPUs, --tiny runs the same rows with small shapes.
+restarts all ranks, which continue with the next row. The command fails if a row failed, or if the resumed checkpoint
+has another loss. On CPUs, --tiny runs the same rows with small shapes.
 """
 
 import argparse
 import gc
 import json
+import math
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,7 +43,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from benchmarks import collectives
-from benchmarks.batches import micro_batches
+from benchmarks.batches import micro_batches, prepare
 from benchmarks.checkpoint import save_and_load
 from benchmarks.multi_gpu import TINY, Row, timed
 from benchmarks.timing import where
@@ -42,6 +51,7 @@ from benchmarks.train_step import SEVEN, build, configure
 from conf.schema import TrainConfig
 from data.batches import Batch
 from dry_run.step_profile import profile_step
+from launch.environment import free_port
 from model.counts import flops_per_token, internlm_flops_per_token
 from parallel.axes import resolve_axes
 from parallel.mesh import Mesh, distributed
@@ -54,6 +64,7 @@ FP8 = (*SEVEN, "precision.fp8=tensorwise")
 ON_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_CUDA else torch.device("cpu")
 Figures = dict[str, Any]
+SKIP: Figures = {"error": "not measured"}
 
 
 def rows_of(n: int) -> dict[str, Row]:
@@ -73,7 +84,7 @@ def rows_of(n: int) -> dict[str, Row]:
         f"tp{n}": row("parallel=tp", f"parallel.tp={n}", peer=("never", f"{n}")),
         "pp2_zero1": row("parallel=zero1", "parallel.pp=2"),
         "3d": row("parallel=3d"),
-        f"cp{n}_32k": replace(long, seq_len=32768, rows=1),
+        f"cp{n}_32k": replace(long, seq_len=32768, rows=1, peer=("never", "1", f"{n}")),
         "zero1_fp8": row("parallel=zero1", model=FP8, base="one_fp8"),
     }
     return {name: row for name, row in found.items() if n >= 4 or name not in ("hybrid_zero", "tp2_zero1", "3d")}
@@ -123,9 +134,30 @@ def measure_one(overrides: tuple[str, ...], seconds: float) -> Figures:
 def predict(overrides: tuple[str, ...], n: int) -> Figures:
     """Return the dry run's predictions of a row."""
     config = configure((*overrides, "dry_run='true'", f"dry_run.world_size={n}", f"dry_run.devices_per_node={n}"))
-    profiles = profile_step(config, per_rank(config, resolve_axes(config.parallel, n).dp))
-    tokens_per_s = config.global_batch_tokens / n / max(profile.time.total_s for profile in profiles)
-    return {"predicted": tokens_per_s, "predicted_gib": max(profile.peak_bytes for profile in profiles) / 2**30}
+    axes = resolve_axes(config.parallel, n)
+    profiles = profile_step(config, per_rank(config, axes.dp))
+    slowest = max(profiles, key=lambda profile: profile.time.total_s)
+    return {
+        "predicted": config.global_batch_tokens / n / slowest.time.total_s,
+        "predicted_gib": max(profile.peak_bytes for profile in profiles) / 2**30,
+        "messages": [  # of a step: axis, kind, ranks, count, bytes
+            (axis, kind, math.prod(getattr(axes, name) for name in axis.split("+")), *counts)
+            for (axis, kind), counts in slowest.collectives.items()
+        ],
+    }
+
+
+def links_of(m: Figures, bandwidth: dict[int, dict[str, float]]) -> Figures:
+    """Return what the links allow a row of tp, given the bandwidth by number of ranks: ms of messages, tokens/s."""
+    times = {"tp": 0.0, "all": 0.0}
+    for axis, kind, ranks, count, n_bytes in m["messages"]:
+        ms = 1e3 * collectives.seconds(bandwidth.get(ranks, bandwidth[max(bandwidth)]), kind, ranks, count, n_bytes)
+        times["all"] += ms
+        times["tp"] += ms if axis == "tp" else 0.0  # the other axes' messages run beside the compute
+    tokens, compute_ms = m["tokens_per_s"] * m["ms"], m["ms"] * m["kept"]
+    floor_ms = max(compute_ms, times["all"])
+    rates = {"exposed_tokens_per_s": tokens / (compute_ms + times["tp"]), "hidden_tokens_per_s": tokens / floor_ms}
+    return {"tp_ms": times["tp"], "all_ms": times["all"], "floor_ms": floor_ms, **rates}
 
 
 def save_and_resume(overrides: tuple[str, ...], n: int, folder: Path) -> Figures:
@@ -141,8 +173,8 @@ def save_and_resume(overrides: tuple[str, ...], n: int, folder: Path) -> Figures
 def measure_peer(row: Row, overrides: tuple[str, ...], seconds: float) -> Figures:
     from benchmarks.torchtitan_step import measure as measure_torchtitan
 
-    count = TOKENS * int(row.peer[1]) // (row.seq_len * row.rows)
-    times = measure_torchtitan(row.model, row.seq_len, row.rows, count, row.peer[0], row.peer[1], seconds)
+    count = TOKENS * math.prod(map(int, row.peer[1:])) // (row.seq_len * row.rows)
+    times = measure_torchtitan(row.model, row.seq_len, row.rows, count, seconds, *row.peer)
     return times | rates(configure(overrides), times["tokens_per_s"], DEVICE)
 
 
@@ -173,16 +205,46 @@ def run_row(name: str, work: Callable[[], Figures], store: Any, rank: int, n: in
     return None if store.add(f"{name}/failed", 0) else metrics
 
 
-def line_of(name: str, m: Figures) -> str:
-    """Return a line of the table, or all m of another measurement."""
+def line_of(name: str, m: Figures, row: Row | None) -> str:
+    """Return the lines of the table for a row, a peer, or all figures of another measurement."""
+    if not m.get("equal", True):
+        name = "NOT RESUMED:"
     if "tokens_per_s" not in m:
-        return f"{name:15} " + ", ".join(f"{key} {value:.4g}" for key, value in m.items())
+        return f"{name:15} " + ", ".join(
+            f"{key} {value if isinstance(value, str) else format(value, '.6g')}" for key, value in m.items()
+        )
     shares = [f"{value:8.1%}" if (value := m.get(key)) else f"{'-':>8}" for key in ("mfu", "kept")]
     line = f"{name:15} {m['tokens_per_s']:12,.0f} {m['tflops']:8.1f} {' '.join(shares)} {m['gib']:7.1f}"
+    if row is None:  # a peer
+        return line
     if "predicted" in m:
-        ratio = m["predicted"] / m["tokens_per_s"]
-        line += f" {m['predicted_gib']:9.1f} {m['predicted']:10,.0f} {ratio:6.2f}"
-    return line + (f"  ratio {m['ours']:.2f}" if "ours" in m else "")
+        line += f" {m['predicted_gib']:9.1f} {m['predicted']:10,.0f} {m['predicted'] / m['tokens_per_s']:6.2f}"
+    else:
+        line += f" {'-':>9} {'-':>10} {'-':>6}"
+    over = f"{value:.2f}" if (value := m["over_torchtitan"]) else "..." if row.peer else "-"
+    line += f" {over:>10}"
+    if links := m.get("links"):
+        line += (
+            f"\n{'':15} links: messages of tp {links['tp_ms']:.1f} of {m['ms']:.1f} ms, which allow "
+            f"{links['exposed_tokens_per_s']:,.0f} tokens/s exposed; floor {links['floor_ms']:.1f} ms, "
+            f"{links['hidden_tokens_per_s']:,.0f} tokens/s, all hidden"
+        )
+    return line
+
+
+def failures(found: dict[str, Figures]) -> list[str]:
+    return [name for name, m in found.items() if "error" in m or not m.get("equal", True)]
+
+
+def start_ranks(results: Path) -> int:
+    """Run this command on a rank per GPU (two on a CPU); return an exit code."""
+    if (n := torch.cuda.device_count() if ON_CUDA else 2) < 2:
+        raise SystemExit("this needs two GPUs or more; for one: python -m benchmarks.train_step")
+    prepare()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=9", f"--nproc-per-node={n}"]
+    address = ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    code = subprocess.run([*torchrun, *address, "-m", "benchmarks.node", *sys.argv[1:]]).returncode
+    return code or bool(failures(json.loads(results.read_text(encoding="utf-8"))))
 
 
 def main() -> None:
@@ -194,27 +256,34 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "node_checkpoint"))
     parser.add_argument("overrides", nargs="*", help="settings of all rows, such as optimizer.state_dtype=bf16")
     args = parser.parse_args()
+    if "RANK" not in os.environ:
+        sys.exit(start_ranks(args.json))
     rank, n = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     rows, found = rows_of(n), dict[str, Figures]()
     overrides = {name: overrides_of(row, n if row.layout else 1, args) for name, row in rows.items()}
     single = {name for name, row in rows.items() if not row.layout}
+    tp_rows, sizes = {"tp2_zero1", f"tp{n}"}, {"bandwidth": n} | ({"bandwidth2": 2} if n > 2 else {})
     no_peer = "--tiny" if args.tiny else "" if find_spec("torchtitan") else "not installed"
     peers = {} if no_peer else {f"torchtitan_{name}": name for name, row in rows.items() if row.peer}
-    selected = args.rows.split(",") if args.rows else ["bandwidth", *rows, *peers, "checkpoint"]
+    selected = args.rows.split(",") if args.rows else [*sizes, *rows, *peers, "checkpoint"]
     attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
     store = PrefixStore(f"node/{attempt}", next(rendezvous("env://"))[0])
     if rank == 0:
+        prepare()
         shutil.rmtree(args.folder, ignore_errors=True)
         if attempt != "0":
             found = json.loads(args.json.read_text(encoding="utf-8"))
         print(f"{n} x {where(DEVICE)}; torchtitan: {no_peer or 'measured too'}")
-        titles = f"{'MFU':>8} {'scaling':>8} {'GiB':>7} {'predicted':>9} {'tokens/s':>10} {'ratio':>6}"
-        print(f"{'row':15} {'tokens/s/GPU':>12} {'TFLOP/s':>8} {titles}", flush=True)
+        titles = f"{'MFU':>8} {'scaling':>8} {'GiB':>7} {'predicted':>9} {'tokens/s':>10} {'ratio':>6} torchtitan"
+        print(header := f"{'row':15} {'tokens/s/GPU':>12} {'TFLOP/s':>8} {titles}", flush=True)
         bases = [rows[name].base for name in selected if name in rows and rows[name].base]
+        bases += [key for key in sizes if tp_rows & {*selected}]
         store.set("names", json.dumps([name for name in dict.fromkeys([*bases, *selected]) if name not in found]))
     names = json.loads(store.get("names"))
+    bandwidth = partial(collectives.measure, scale=SCALE if args.tiny else 1, times=20 if ON_CUDA else 2)
     works: dict[str, Callable[[], Figures]] = {
-        "bandwidth": partial(collectives.measure, scale=SCALE if args.tiny else 1, times=20 if ON_CUDA else 2),
+        "bandwidth": partial(bandwidth, n),
+        "bandwidth2": partial(bandwidth, 2),
         "checkpoint": partial(save_and_resume, overrides_of(rows["one"], n, args), n, args.folder),
         **{peer: partial(measure_peer, rows[name], overrides[name], args.seconds) for peer, name in peers.items()},
         **{name: partial(measure_one if name in single else measure, overrides[name], args.seconds) for name in rows},
@@ -236,12 +305,21 @@ def main() -> None:
                     metrics |= predictions[name].result()
                 if name in rows and (base := found.get(rows[name].base, {}).get("causal_tflops")):
                     metrics["kept"] = metrics["causal_tflops"] / base
-                if name in peers and (tokens_per_s := found.get(peers[name], {}).get("tokens_per_s")):
-                    metrics["ours"] = tokens_per_s / metrics["tokens_per_s"]
+                measured = {ranks: found[key] for key, ranks in sizes.items() if "error" not in found.get(key, SKIP)}
+                if name in tp_rows and measured and {"kept", "messages"} <= metrics.keys():
+                    metrics["links"] = links_of(metrics, measured)
+                if name in rows:
+                    metrics["over_torchtitan"] = None
+                elif name in peers and "tokens_per_s" in (ours := found.get(peers[name], {})):
+                    ours["over_torchtitan"] = ours["tokens_per_s"] / metrics["tokens_per_s"]
                 found[name] = metrics
                 args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-                print(line_of(name, metrics), flush=True)
+                print(line_of(name, metrics, rows.get(name)), flush=True)
     if rank == 0:
+        print(f"\n{header}")
+        for name, metrics in found.items():
+            print(line_of(name, metrics, rows.get(name)))
+        print(f"failed: {', '.join(failures(found)) or 'none'}; {args.json}", flush=True)
         shutil.rmtree(args.folder, ignore_errors=True)
 
 

@@ -40,8 +40,9 @@ def _loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def measure(
-    model: tuple[str, ...], seq_len: int, rows: int, micro_batches: int, reshard: str, tp: str, seconds: float
-) -> dict[str, float]:
+    model: tuple[str, ...], seq_len: int, rows: int, micro_batches: int, seconds: float, reshard: str, tp: str,
+    cp: str = "1",
+) -> dict[str, float]:  # fmt: skip
     """Return tokens/s per GPU, milliseconds and GiB of a step."""
     import torch.distributed as dist
     from torch.distributed.tensor.parallel import loss_parallel
@@ -54,17 +55,20 @@ def measure(
     _fake_missing(*data_loading, "tyro", "tomli", "torchdata.stateful_dataloader.worker")
     from torchtitan.config import JobConfig  # type: ignore[import-not-found]
     from torchtitan.distributed import ParallelDims  # type: ignore[import-not-found]
+    from torchtitan.distributed.context_parallel import (  # type: ignore[import-not-found]
+        prepare_context_parallel_input,
+    )
     from torchtitan.distributed.utils import clip_grad_norm_  # type: ignore[import-not-found]
     from torchtitan.models.llama3 import Transformer, TransformerModelArgs  # type: ignore[import-not-found]
     from torchtitan.models.llama3.infra.parallelize import parallelize_llama  # type: ignore[import-not-found]
 
     with distributed(ParallelConfig(dp_replicate=-1)) as mesh:
         n_gpus, device = mesh.world_size, mesh.device
-        dp = n_gpus // int(tp)
+        dp = n_gpus // (int(tp) * int(cp))
         job = JobConfig()
         job.training.seq_len, job.compile.enable, job.activation_checkpoint.mode = seq_len, True, "none"
         job.parallelism.fsdp_reshard_after_forward = reshard
-        dims = ParallelDims(dp_replicate=1, dp_shard=dp, cp=1, tp=int(tp), pp=1, ep=1, etp=1, world_size=n_gpus)
+        dims = ParallelDims(dp_replicate=1, dp_shard=dp, cp=int(cp), tp=int(tp), pp=1, ep=1, etp=1, world_size=n_gpus)
         if hasattr(dims, "build_mesh"):
             dims.build_mesh()
         overrides = dict(setting.split("=") for setting in model)
@@ -86,8 +90,13 @@ def measure(
             for _ in range(micro_batches):
                 x = torch.randint(0, arguments.vocab_size, (rows, seq_len + 1), generator=random)
                 x = x.to(device, non_blocking=True)
+                inputs, labels, extra = x[:, :-1], x[:, 1:], {}
+                if int(cp) > 1:
+                    inputs, labels, extra = prepare_context_parallel_input(
+                        inputs, labels, extra, dims.get_mesh("cp"), device
+                    )
                 with loss_parallel() if int(tp) > 1 else nullcontext():
-                    (losses[-1](module(x[:, :-1]), x[:, 1:]) / micro_batches).backward()
+                    (losses[-1](module(inputs, **extra), labels) / micro_batches).backward()
             clip_grad_norm_(params, 1.0, foreach=True)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -38,7 +38,7 @@ from conf.schema import SCHEMAS, ConfigError, register, similar_keys, to_config,
 from conf.text import as_hydra_reads
 from data.config import TRAINING_ONLY
 from launch.config import RankError, is_user_error
-from launch.environment import VARIABLES, joined_environment
+from launch.environment import DEFAULTS, VARIABLES, joined_environment
 from launch.sweep import merge_problems
 from tracking.logs import escape_unprintable, printable, quiet_pipe
 from training.preflight import preflight_problems
@@ -61,7 +61,7 @@ def run(work: Callable[[Any], Any], command: str) -> None:
             return work(checked(cfg))
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise errors instead of printing them
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle OpenMP threads sleep instead of spinning
+    os.environ |= {**DEFAULTS, **os.environ}
     escape_unprintable()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # was SIG_DFL during imports
     try:
@@ -114,8 +114,12 @@ def _exit_with(error: Exception) -> None:
 
 def _print_errors(messages: list[str]) -> None:
     for message in messages:
-        message = re.sub(r"(://[^/@\s]*:)[^/@\s]*@", r"\1***@", message)  # password in a URL
-        print(f"error: {printable(message)}", file=sys.stderr)
+        print(f"error: {printable(without_passwords(message))}", file=sys.stderr)
+
+
+def without_passwords(text: str) -> str:
+    """Return a text with the passwords of addresses masked."""
+    return re.sub(r"(://[^/@\s]*:)[^/@\s]*@", r"\1***@", text)
 
 
 def data_settings(hydra: Any) -> str:

@@ -186,8 +186,8 @@ class SavedConfig:
     def problems(self) -> Iterator[str]:
         if self.step is not None and self.run is None:
             yield f"step ({self.step}) needs run"
-        if self.dtype is Dtype.auto and not isinstance(self, EvaluateConfig):
-            yield "dtype (auto) is for training; choose bf16, fp16 or fp32"
+        if self.dtype is Dtype.auto and not isinstance(self, (EvaluateConfig, ExportConfig)):
+            yield "dtype (auto) is not for generation; choose bf16, fp16 or fp32"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -206,7 +206,7 @@ class ExportConfig(SavedConfig):
     from_internlm: str | None = None  # a folder of InternLM's training checkpoints to import
     tokenizer: str | None = None  # from_internlm: a tokenizer's file or folder, because the checkpoints have none
     out: str | None = None  # the folder to write (null: <run>/hf, or runs/<name of the folder>)
-    dtype: Dtype = Dtype.bf16
+    dtype: Dtype = Dtype.auto  # the run's precision.compute, and bf16 if that is auto
 
     def problems(self) -> Iterator[str]:
         if [self.run, self.from_hf, self.from_internlm].count(None) != 2:

@@ -75,7 +75,9 @@ def messages_of(record: Any, style: Literal["alpaca", "chat"], key: str = "messa
         messages: Messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     else:
         turns = lookup(record, key)
-        if not isinstance(turns, list) or not turns:
+        if turns == []:
+            raise ValueError(f"data.messages_key ({key}) is empty")
+        if not isinstance(turns, list):
             raise ValueError(describe_missing(record, key, "a list of messages", "data.messages_key"))
         messages = [_message(turn) for turn in turns]
     if lookup(record, "system"):

@@ -42,7 +42,7 @@ class LeftOut:
 
     def first(self) -> str:
         """Return the number of bad records and the first, to append to a message."""
-        return f": {self.count} bad records, the first {self.places[0]}" if self.count else ""
+        return f"; bad records: {self.count}, the first {self.places[0]}" if self.count else ""
 
 
 @dataclass(slots=True)

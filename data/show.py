@@ -66,7 +66,7 @@ def show_pack(corpus: Corpus, sample: int, pack: int) -> None:
     tokens, labels = batch.tokens_BT[0].numpy(), batch.labels_BT[0].numpy()
     is_target = np.concatenate([[False], labels[:-1] != IGNORED])
     source, targets = corpus.sources[int(corpus.train.source_of(packs)[0])], int((labels != IGNORED).sum())
-    print(f"\n=== sample {sample}: pack {pack} of {source}, {len(pieces.starts)} documents, {targets} targets")
+    print(f"\n=== sample {sample}: pack {pack} of {source}, documents: {len(pieces.starts)}, targets: {targets}")
     at = 0
     for file, start, length, ends in zip(pieces.files, pieces.starts, pieces.lengths, pieces.ends, strict=True):
         more = "" if ends else ", continued elsewhere"

@@ -107,7 +107,7 @@ def merge_problems(problems: dict[str, list[str]], n_points: int) -> list[str]:
     """Return every problem once, with the points that have it if not all do."""
     merged = []
     for problem, labels in problems.items():
-        others = f"; other points: {len(labels) - 1}" if len(labels) > 1 else ""
+        others = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
         merged.append(problem if len(labels) == n_points else f"{problem} (at {labels[0]}{others})")
     return merged
 
@@ -154,15 +154,20 @@ def removed_if_unused(folder: Path) -> Iterator[None]:
                 os.removedirs(folder.parent)  # and empty parents
 
 
-def keep_code(folder: Path) -> Path:
-    """Copy the code and conf/ for jobs that start later; return the folder of the copy."""
+def code_files() -> dict[str, str]:
+    """Return the code and conf/ of this repository, with packages of the user's own in it: text by relative path."""
     rooms = {path.parent for path in CODE.glob("*/__init__.py")} | {CODE / "hydra_plugins"}
     rooms -= {CODE / "tests", CODE / "benchmarks"}
     files = [
         *CODE.glob("*.py"),
         *(path for room in rooms for path in room.rglob("*.*") if path.suffix in (".py", ".yaml")),
     ]
-    contents = {str(path.relative_to(CODE)): path.read_text(encoding="utf-8") for path in sorted(files)}
+    return {str(path.relative_to(CODE)): path.read_text(encoding="utf-8") for path in sorted(files)}
+
+
+def keep_code(folder: Path) -> Path:
+    """Copy the code for jobs that start later; return the folder of the copy."""
+    contents = code_files()
     copy = folder / hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:12]
     if not copy.exists():
         partial_copy = copy.with_suffix(".partial")

@@ -7,7 +7,8 @@ from xdist.workermanage import WorkerController
 # About a minute or more each: started last, one of them would keep a single worker busy at the end.
 LONGEST = (
     "tests/test_soak.py", "tests/parallel/test_layouts.py", "tests/slurm", "tests/test_resume.py", "tests/test_train.py",
-    "tests/dry_run/test_dry_run.py", "tests/launch/test_sweep.py", "tests/test_demo.py", "tests/test_export.py",
+    "tests/dry_run/test_dry_run.py", "tests/test_benchmarks.py", "tests/launch/test_sweep.py", "tests/test_demo.py",
+    "tests/test_export.py", "tests/test_hangs.py",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 import torch.distributed as dist
 
 from conf.schema import to_config
+from launch.config import LauncherConfig, Where
+from launch.environment import VARIABLES
 from launch.ranks import launch
 from tests.conftest import composed_cfg
 
@@ -17,18 +20,27 @@ MOMENTS = {  # what of a rank is interrupted
     "step": "training.state:TrainState.take_batch",
     "validation": "data.dataset:PackedDataset.batch",  # the second time: data.workers=1 leaves the others elsewhere
     "save": "training.resume:RunCheckpoints.save",
+    "write": "training.checkpoint._describe",  # of its files, the rank hashes each
 }
+
+
+TWO = ["parallel=ddp", "parallel.nproc_per_node=2", "parallel.threads=1"]
+
+
+def configured(folder: Path, *settings: str) -> Any:
+    """Return the configuration of a run in `folder`, which is made."""
+    config = to_config(composed_cfg(*settings, f"name={folder.name}"))
+    folder.mkdir(exist_ok=True)
+    return config
 
 
 def disturbed(folder: Path, fault: str, settings: list[str], *, moment: str = "step", rank: int = 1, n: int = 4) -> Any:
     """Train on two ranks in `folder`; a fault, a function of this module, comes over one at a moment's n-th time."""
-    two = ["parallel=ddp", "parallel.nproc_per_node=2", "parallel.threads=1", f"name={folder.name}"]
-    config = to_config(composed_cfg(*settings, *two))
-    folder.mkdir(exist_ok=True)
-    return launch(_work, config, folder, fault, moment, rank, n, config=config.parallel)
+    config = configured(folder, *TWO, *settings)
+    return launch(work, config, folder, fault, moment, rank, n, config=config.parallel)
 
 
-def _work(config: Any, run_dir: Path, fault: str, moment: str, rank: int, n: int) -> float | None:
+def work(config: Any, run_dir: Path, fault: str, moment: str, rank: int, n: int) -> float | None:
     import pkgutil
 
     import train
@@ -46,6 +58,24 @@ def _work(config: Any, run_dir: Path, fault: str, moment: str, rank: int, n: int
     return train.work(config, run_dir)
 
 
+def slurm_task(rank: int, config: Any, folder: Path, jobs: Path, port: int, *fault: Any) -> None:
+    """Be a rank, a task of srun in a job that requeues crashes; Slurm is a file with the ranks that ask it to."""
+    from submitit.core.utils import JobPaths
+
+    from launch import slurm
+    from launch.jobs import Job
+
+    def requeue(_most: int) -> str:
+        (jobs / f"requeued{rank}").touch()
+        return ""
+
+    slurm.requeue = requeue
+    os.environ |= dict(zip(VARIABLES, (str(rank), "2", str(rank), "2", "127.0.0.1", str(port)), strict=True))
+    launcher = LauncherConfig(where=Where.slurm, requeue_crashes=True)
+    job = Job("tests.faults:work", (config, folder, *fault), folder, config.parallel, launcher)
+    job(JobPaths(jobs, job_id="7", task_id=rank))
+
+
 def _signals(*signums: int) -> Callable[[], None]:
     def send() -> None:
         for signum in signums:
@@ -55,11 +85,56 @@ def _signals(*signums: int) -> Callable[[], None]:
 
 
 kill = _signals(signal.SIGKILL)
+stop = _signals(signal.SIGSTOP)
 terminate = _signals(signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM)
 
 
 def fail() -> None:
     raise ValueError("boom")
+
+
+def hang() -> None:
+    time.sleep(3600)
+
+
+def drag() -> None:
+    """Have each further batch take a while to load."""
+    from data.dataset import PackedDataset
+
+    read = PackedDataset.batch
+
+    def late(self: PackedDataset, packs: Any) -> Any:
+        time.sleep(0.2)
+        return read(self, packs)
+
+    PackedDataset.batch = late
+
+
+def poison() -> None:
+    """Have the loss of this rank's next micro-batch be NaN."""
+    from parallel.engine import Engine
+
+    run_one = Engine._run_one
+
+    def once(self: Engine, batch: Any, weight: Any, sums: Any, position: Any) -> None:
+        Engine._run_one = run_one
+        run_one(self, batch, weight * float("nan"), sums, position)
+
+    Engine._run_one = once
+
+
+def stop_and_save_slowly() -> None:
+    """Have the run stopped as a terminal does, and this rank's part of the save take a while."""
+    import training.checkpoint
+
+    describe = training.checkpoint._describe
+
+    def slow(*args: Any, **settings: Any) -> Any:
+        time.sleep(3)
+        return describe(*args, **settings)
+
+    training.checkpoint._describe = slow
+    os.kill(os.getppid(), signal.SIGTERM)
 
 
 def disagree() -> None:

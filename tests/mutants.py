@@ -27,10 +27,13 @@ class Mutant:
 
 GUARDS, SAVES = "tests/training/test_guards.py", "tests/training/test_checkpoint.py"
 FAULTS, STATUS, BEATS = "tests/test_faults.py", "tests/tracking/test_status.py", "tests/tracking/test_heartbeat.py"
+TWO, SIGNALS, HANGS = "tests/test_two_ranks.py", "tests/test_signals.py", "tests/test_hangs.py"
 BEHIND, STATE = "tests/training/test_background_save.py", "tests/training/test_state.py"
 SAVE, FOLDER = "training/checkpoint.py", "tracking/run_folder.py"
 STOP, BEAT = "training/stop.py", "tracking/heartbeat.py"
 MUTANTS = [
+    Mutant(1, "training/ranks.py", 'raise CheckpointError(f"rank {self.rank} lost the others: {reason_of(error)}") from error', "pass",
+           f"{TWO}::test_a_peer_killed"),
     Mutant(2, SAVE, "os.rename(partial_dir, final)", "shutil.copytree(partial_dir, final)", f"{GUARDS}::test_files_are_synced"),
     Mutant(3, SAVE, "                shutil.rmtree(partial_dir, ignore_errors=True)\n            why", "                pass\n            why",
            f"{SAVES}::test_full_disk"),
@@ -40,6 +43,9 @@ MUTANTS = [
     Mutant(5, "training/resume.py", "            if last or self.config.checkpoint.on_save_error is OnSaveError.stop:", "            if last:",
            f"{BEHIND}::test_failed_background"),
     Mutant(7, FOLDER, "            self.failing = True", "            self.kept = b''", "tests/test_full_disk.py::test_a_disk_that_is_full_for"),
+    Mutant(8, SAVE, '        write_atomically(begun, "")\n', "", f"{SAVES}::test_read_only_folder_is_refused"),
+    Mutant(9, "training/resume.py", "        self.note_saved(wait=True)\n        if self.saved_step",
+           "        self.note_saved()\n        if self.saved_step", "tests/training/test_slow_save.py::test_a_save_under"),
     Mutant(10, SAVE, '    except OSError as error:\n        logger.warning("%s could not be removed',
            '    except KeyError as error:\n        logger.warning("%s could not be removed',
            f"{GUARDS}::test_unremovable"),
@@ -55,6 +61,12 @@ MUTANTS = [
     Mutant(17, SAVE, ") != expected:", ") == 0:", f"{SAVES}::test_damaged_one"),
     Mutant(18, SAVE, "    except (ValueError, KeyError, TypeError):", "    except KeyError:", f"{SAVES}::test_damaged_one"),
     Mutant(19, SAVE, "        elif damaged:", "        elif False:", f"{SAVES}::test_only_damaged"),
+    Mutant(20, "training/resume.py", "self.rng_name if self.rng_name in checkpoint.tensors else FIRST_RNG", "self.rng_name",
+           f"{TWO}::test_one_process"),
+    Mutant(20, "data/loader.py", "of_step(step: int, sample: int)", "of_step(step: int, sample: int, dp_rank: int = 0)",
+           f"{TWO}::test_one_process"),
+    Mutant(21, "conf/schema.py", "or self.global_batch_tokens < 1 or self.global_batch_tokens % unit:", "or self.global_batch_tokens < 1:",
+           "tests/test_cli.py::test_everything_wrong"),
     Mutant(22, FOLDER, "and before[key] != now[key]]", "and False]",
            "tests/tracking/test_run_folder.py::test_stored_configurations"),
     Mutant(23, SAVE, "saved.properties.dtype) != (tensor.shape, tensor.dtype)", ") != (tensor.shape,)",
@@ -71,21 +83,28 @@ MUTANTS = [
     Mutant(29, BEAT, 'if sign["host"] == socket.gethostname():', "if False:", f"{STATUS}::test_a_rank_that_died"),
     Mutant(30, BEAT, "if waited_s > self.late_s and not reported:", "if False:", f"{BEATS}::test_a_stopped_process"),
     Mutant(30, BEAT, 'if "at" in sign and not sign["waits"]', "if False", f"{BEATS}::test_a_rank_in_no"),
+    Mutant(30, BEAT, 'if time.time() >= sign["due"]:', "if False:", f"{HANGS}::test_a_rank_that_hangs[stop"),
+    Mutant(30, BEAT, "waits = self.pending() or", "waits = self.pending() and", f"{HANGS}::test_a_rank_that_hangs[hang"),
     Mutant(31, BEAT, "if not found and len(waits) > 1:", "if False:", f"{BEATS}::test_ranks_in_different"),
     Mutant(32, STOP, "        self.before = handle(SIGNALS, self._handle)", "        self.before = {}", f"{STATE}::test_signals"),
     Mutant(33, STOP, "        if self.mesh is not None:", "        if False:", f"{FAULTS}::test_a_signal_to_one[validation"),
     Mutant(33, "training/loop.py", "lambda _: run.agree()", "lambda _: not run.stop", f"{FAULTS}::test_a_signal_to_one[validation"),
     Mutant(34, "launch/ranks.py", "signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)", "signal.SIGTERM, signal.SIGHUP)",
            f"{STATE}::test_signals"),
+    Mutant(34, "launch/ranks.py", "        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: save", "        # save",
+           f"{SIGNALS}::test_a_torchrun"),
     Mutant(35, STOP, "if signum == signal.SIGINT and", "if", f"{STATE}::test_signals"),
     Mutant(35, "training/loop.py", "(run.checkpoints.save(), run.agree())", "run.checkpoints.save()",
            f"{FAULTS}::test_a_signal_to_one[save"),
+    Mutant(36, "launch/ranks.py", "if deadline is None and self._has_a_failure():",
+           "if deadline is None and (self.signum or self._has_a_failure()):", f"{SIGNALS}::test_a_save_longer"),
     Mutant(37, "parallel/mesh.py", "    except dist.DistError as error:", "    except KeyError as error:",
            "tests/parallel/test_mesh.py::test_port_in_use"),
     Mutant(38, "data/loader.py", "timeout=config.worker_timeout_s if config.workers else 0", "timeout=0",
            "tests/data/test_loader.py::test_a_worker_that_hangs[hangs"),
     Mutant(39, "tracking/loggers.py", "        except Exception as error:", "        except ZeroDivisionError as error:",
            "tests/tracking/test_loggers.py::test_a_failing_logger"),
+    Mutant(40, "parallel/engine.py", "        self.mesh.sum_(figures)\n        totals", "        totals", f"{TWO}::test_a_nonfinite"),
     Mutant(41, "parallel/engine.py", "finite = torch.isfinite(grad_norm) &", "finite = torch.ones_like(grad_norm, dtype=torch.bool) |",
            "tests/parallel/test_engine.py::test_nonfinite_step"),
     Mutant(42, "training/loop.py", "        if in_a_row >= limit:", "        if False:", "tests/test_train.py::test_nonfinite_gradients"),
@@ -102,6 +121,7 @@ MUTANTS = [
            "tests/corpus/test_readers.py::test_bad_record_is"),
     Mutant(48, "conf/schema.py", '        yield from _below(self, 1, "steps", "valid_tokens")\n', "",
            "tests/test_cli.py::test_everything_wrong"),
+    Mutant(49, "training/agreement.py", '{"code": code_files(), **facts}', "facts", f"{TWO}::test_a_rank_with"),
 ]  # fmt: skip
 
 

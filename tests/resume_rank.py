@@ -25,7 +25,7 @@ LAYOUTS = {
 # Every layout is left once and entered once; names and shapes of a checkpoint do not depend on where it comes from.
 PAIRS = [
     ("single", "hybrid"), ("hybrid", "zero3"), ("zero3", "3d"), ("3d", "single"), ("hybrid", "hybrid"),
-    ("muon_zero1", "muon_3d"), ("muon_3d", "muon_zero1"),
+    ("muon_zero1", "muon_3d"), ("muon_3d", "muon_zero1"), ("muon_zero1", "muon_zero1"),
 ]  # fmt: skip
 SAVED, STEPS = 2, 4
 
@@ -57,7 +57,8 @@ def main(rank: int, folder: Path, overrides: list[str], environment: dict[str, s
     for layout in LAYOUTS:
         run(folder / layout, layout, [*overrides, f"checkpoint.stop_file={stop}"])
         (folder / f"{layout}.{rank}").touch()
-    run(folder / "hybrid_whole", "hybrid", overrides)
+    for layout in ("hybrid", "muon_zero1"):
+        run(folder / f"{layout}_whole", layout, overrides)
     RunCheckpoints.restore = saving_again  # type: ignore[method-assign]
     for before, after in PAIRS:
         target = folder / f"{before}_{after}"

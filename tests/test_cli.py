@@ -100,7 +100,7 @@ def test_hyper_parameters_of_the_tutorial() -> None:
         ("data.mix.笔记=1 data.sources.C#=x", ["data.mix.笔记=1 .*YAML", "data.sources.C#=x "]),
         ("optimizer.lr=1e-4,1e-3", ["optimizer.lr .*-m"]),
         ("launcher=slurm optimizer.lr=1e-3,-1", [r"optimizer.lr \(-1.0\) .*\(at optimizer.lr=-1\)"]),
-        ("-m seed=range(3) optimizer.lr=-1,1", [r"optimizer.lr .*\(at seed=0 optimizer.lr=-1; other points: 2\)"]),
+        ("-m seed=range(3) optimizer.lr=-1,1", [r"optimizer.lr .*\(at seed=0 optimizer.lr=-1 and 2 more\)"]),
         ("samples.prompts=The", [r"samples.prompts \(The\) must be a list, such as \[The\]"]),
         ("-m model=tiny,8b optimizer.lr=1,x", ["model=8b: ", "optimizer.lr=x: "]),
         ("experiment=lr_sweep optimizer.lr=1,-1", [r"optimizer.lr .*\(at optimizer.lr=-1\)"]),
@@ -131,6 +131,8 @@ def test_hyper_parameters_of_the_tutorial() -> None:
             r"launcher.parallel_jobs \(0\)", "launcher.signal_delay_s", r"launcher.nodes \(2\)",
             r"launcher.partition \(gpu\)",
         ]),
+        ("evaluate.every=5 samples.every=6", [r"evaluate.every \(5\) .*tasks", r"samples.every \(6\) .*prompts"]),
+        ("optimizer=muon model.parametrization=mup", [r"optimizer.scale \(match_rms_adamw\) .*parametrization \(mup\)"]),
         ("launcher.time=1h", [r"launcher.time \(1h\)"]),
     ],
 )  # fmt: skip
@@ -153,7 +155,7 @@ def test_everything_wrong_is_reported_at_once(line: str, expected: list[str]) ->
         ("export", "dtype=bf17 run=x", ["dtype=bf17"]),
         ("export", "from_internlm=/nowhere", ["/nowhere has no model_config.pt"]),
         ("generate", "", ["run and hf", "prompt and prompts"]),
-        ("generate", "run=/nowhere prompt=x stop=end", ["stop=end: Invalid"]),
+        ("generate", "run=/nowhere prompt=x stop=end", ["stop (end) must be a list, such as [end]"]),
         ("generate", "hf=/nowhere prompt=x dtype=auto", ["dtype (auto)", "/nowhere has no config.json"]),
     ],
 )  # fmt: skip

@@ -35,8 +35,8 @@ def import_hf(folder: Path, out: Path) -> None:
 @pytest.fixture(scope="module")
 def hf_bf16(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("export") / "hf"
-    done = ran("export.py", f"run={run_dir}", f"out={out}")
-    assert "no missing or unexpected keys, logits equal to" in done.stdout
+    done = ran("export.py", f"run={run_dir}", f"out={out}", "dtype=bf16")
+    assert "no missing or unexpected keys, logits equal to" in done.stdout and "(bf16; dtype=fp32 " in done.stdout
     texts = int(done.stdout.split("decoding equal on ")[1].split(" texts")[0].replace(",", ""))
     assert texts >= 1000
     return out
@@ -56,6 +56,18 @@ def test_files_of_an_export_which_is_made_once(hf_bf16: Path, run_dir: Path, cap
     assert "is the export of" in capsys.readouterr().out
     with pytest.raises(ModelError, match=r"hf exists"):
         exported(run_dir, hf_bf16)
+
+
+def test_dtype_is_the_runs(run_dir: Path, tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.hf.verify.verify", lambda *_, **__: "")
+    trained(tmp_path / "auto", *small, "precision=auto", "steps=1")
+    import_hf(exported(run_dir, tmp_path / "hf", Dtype.auto), tmp_path / "in")
+    exports = [
+        tmp_path / "hf",
+        *(exported(tmp_path / run, tmp_path / f"{run}_hf", Dtype.auto) for run in ("auto", "in")),
+    ]
+    dtypes = [json.loads((out / "config.json").read_text())["dtype"] for out in exports]
+    assert dtypes == ["float32", "bfloat16", "bfloat16"]
 
 
 def test_export_and_import_change_no_bit(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,4 +143,4 @@ def test_vocabulary_grows(
 def test_resume_ignores_init_from(run_dir: Path, tmp_path: Path, small: list[str]) -> None:
     shutil.copytree(run_dir, tmp_path / "r")
     done = ran("train.py", *small, "name=r", "init_from=/nowhere", f"hydra.run.dir={tmp_path / 'r'}")
-    assert "resumed from" in done.stdout
+    assert "resumed from" in done.stdout and "init_from (/nowhere) is ignored" in done.stdout

@@ -98,6 +98,25 @@ def test_what_a_point_lacks_is_reported_once(
     assert expected in error and "\n" not in error
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("model.mlp=my_lab.nope:X", "No module named"),
+        ("model.attention_layer=model.layers:Nope", "no attribute"),
+        ("optimizer.name=my_lab.ideas:Momentum", "No module named"),
+        ("optimizer.name=torch.optim:SGD", "UpdateRule"),
+        ("logger.extra=[my_lab.ideas:Nope,nope]", "No module named"),
+    ],
+)
+def test_class_that_cannot_be_used_is_refused(small: list[str], setting: str, said: str) -> None:
+    key, name = setting.split("=")
+    with pytest.raises(ConfigError) as error:
+        checked(composed_cfg(*small, setting))
+    lines = str(error.value).splitlines()
+    assert len(lines) == len(name.split(",")) and all(line.startswith(f"{key} (") and said in line for line in lines)
+    checked(composed_cfg(*small, setting, "launcher=slurm", "launcher.setup=[rsync]"))
+
+
 def test_data_that_a_jobs_setup_brings_may_be_missing_here(tmp_path: Path, small: list[str]) -> None:
     away = [*small, "launcher=slurm", f"init_from={tmp_path / 'away'}"]
     points(tmp_path, *away, "launcher.setup=[rsync]")[0].check()

@@ -55,8 +55,11 @@ def test_resume_across_layouts(runs: Path, before: str, after: str) -> None:
     assert list(values(here, "samples")) == [STEPS] and values(here, "samples") == values(whole, "samples")
 
 
-def test_resume_is_bit_exact_on_the_same_layout(runs: Path) -> None:
-    assert values(runs / "hybrid_hybrid") == values(runs / "hybrid_whole")
+@pytest.mark.parametrize("layout", ["hybrid", "muon_zero1"])
+def test_resume_is_bit_exact_on_the_same_layout(runs: Path, layout: str) -> None:
+    assert values(runs / f"{layout}_{layout}") == values(runs / f"{layout}_whole")
+    whole, again = (open_checkpoint(runs / f"{layout}_{end}").read("") for end in ("whole", layout))
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 @pytest.mark.parametrize("layout", ["zero3", "muon_3d"])

@@ -22,6 +22,7 @@ from tracking.metrics_file import METRICS, read_records
 from training.checkpoint import open_checkpoint
 from training.config import CheckpointError, TrainingError
 from training.loop import Periodic, Run
+from training.resume import RunCheckpoints
 from training.state import TrainState
 from training.stop import StopRequest
 
@@ -60,7 +61,12 @@ def test_a_run_learns_and_writes_its_files(tmp_path: Path, small: list[str]) -> 
 
 @pytest.mark.parametrize(("checkpointing", "internlm"), [("none", "0.0003441"), ("full", "0.0003932")])
 def test_a_run_describes_itself_first(
-    tmp_path: Path, small: list[str], caplog: pytest.LogCaptureFixture, checkpointing: str, internlm: str
+    tmp_path: Path,
+    small: list[str],
+    corpus_dir: Path,
+    caplog: pytest.LogCaptureFixture,
+    checkpointing: str,
+    internlm: str,
 ) -> None:
     settings = [*small, "steps=1", f"parallel.activation_checkpointing={checkpointing}"]
     caplog.set_level(logging.INFO)
@@ -68,18 +74,56 @@ def test_a_run_describes_itself_first(
     weights = open_checkpoint(tmp_path / "r").read("model.")
     n_params = sum(weight.numel() for weight in weights.values())
     lines = [record.message for record in caplog.records]
-    first = lines.index(f"model      tiny: {n_params:,} parameters, 2 layers x 32, vocabulary 1,024")
+    first = lines.index(f"model      tiny: {n_params:,} parameters, layers 2 x 32, vocabulary 1,024")
     # Matrices: 2 layers of 9,216 weights and the head's 32,768; attention: 2 layers, 2 products, 16.5 keys of width 32.
     causal = 6 * (2 * 9_216 + 32_768 + 2 * 2 * 16.5 * 32)
     # InternLM: 3 or 4 passes of 2 layers of (8 + 6 x 2) x 32^2 + 4 x 32 x 32, and 6 x 32 x 1,024.
     assert f"{causal / 1e9:.4g} GFLOP per token (causal), {internlm} by InternLM" in lines[first + 1]
-    assert lines[first + 3].startswith("batch      128 tokens = 2 micro-batches of 64; 1 steps; epochs: code ")
+    train, valid = (json.loads((corpus_dir / "corpus.json").read_text())["splits"][s] for s in ("train", "valid"))
+    n_tokens, n_packs = sum(s["tokens"] for s in train.values()), sum(-(-s["tokens"] // 32) for s in train.values())
+    data = f"data       local: {n_tokens:,} training tokens in {n_packs:,} packs of 32, sources code, prose"
+    assert lines[first + 2] == data and valid.keys() == train.keys()
+    assert lines[first + 3].startswith(
+        "batch      128 tokens, micro-batches per rank: 2 of 64; steps: 1; epochs: code "
+    )
     assert lines[first + 5] == "optimizer  adamw"
-    assert lines[first + 6].startswith("device     CPU, 2 threads, fp32, attention ")
+    assert lines[first + 6].startswith("device     CPU (threads: 2), fp32, attention ")
     assert lines[first + 7] == "start      step 0"
     caplog.clear()
     trained(tmp_path / "r", *settings)
     assert "start      step 1, nothing is left to train" in caplog.messages
+
+
+@pytest.mark.parametrize("first_has_bf16", [False, True])
+def test_auto_precision_resumes_in_the_other_dtype(
+    tmp_path: Path, small: list[str], corpus_dir: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, first_has_bf16: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    folder, manifest = tmp_path / "r", tmp_path / "tokens" / "corpus.json"
+    shutil.copytree(corpus_dir, manifest.parent)
+    about = json.loads(manifest.read_text())
+    del about["splits"]["valid"]["code"]
+    manifest.write_text(json.dumps(about))
+    settings = [*small, f"data.path={manifest.parent}", "precision=auto", "steps=4"]
+    restored: dict[str, torch.Tensor] = {}
+    restore = RunCheckpoints.restore
+
+    def noting(self: RunCheckpoints, checkpoint: Any) -> None:
+        restore(self, checkpoint)
+        restored.update({name: tensor.clone() for name, tensor in self.optimizer.state_tensors().items()})
+
+    monkeypatch.setattr(RunCheckpoints, "restore", noting)
+    caplog.set_level(logging.INFO)
+    for has_bf16, stop in ((first_has_bf16, "2"), (not first_has_bf16, "")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=has_bf16: found)
+        (tmp_path / "stop").write_text(stop)
+        trained(folder, *settings, f"checkpoint.stop_file={tmp_path / 'stop'}")
+    saved = open_checkpoint(folder / "checkpoints" / "step-00000002").read("")
+    assert restored and all(torch.equal(tensor, saved[name]) for name, tensor in restored.items())
+    assert open_checkpoint(folder).step == 4
+    for words in ("bf16 (auto)", "fp32 (auto: this CPU has no bf16", "; no validation documents of code"):
+        assert words in caplog.text
 
 
 FIRST_STEP = """

@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# ENOENT: a file that another node has just written may not be visible yet.
+# ENOENT: a file that another node has just written may not be visible yet. EACCES, EPERM: a network disk says so while
+# its server, or a ticket, is renewed.
 PASSING = {errno.ESTALE, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOENT}
+PASSING |= {errno.EACCES, errno.EPERM}
 WAITS_S = (0.1, 0.4, 1.5, 4.0)
 
 logger = logging.getLogger(__name__)

@@ -3,27 +3,24 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from launch.sweep import code_files
 from parallel.shards import local, sharded_dim
 from training.config import TrainingError
 from training.ranks import Ranks
 
 CHECKED_AT_ONCE = 1 << 22  # elements, so that temporaries fit on a nearly full device
-ROOT = Path(__file__).parent.parent
 
 
 def check_same_run(facts: Mapping[str, Any], ranks: Ranks) -> None:
     """Raise `TrainingError` on every rank unless all have the same facts and the same code."""
-    files = [path for room in ("model", "parallel", "training") for path in sorted((ROOT / room).rglob("*.py"))]
-    texts = {"code": b"".join(path.read_bytes() for path in files)}
-    texts |= {name: json.dumps(fact, sort_keys=True).encode() for name, fact in facts.items()}
-    mine = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
+    texts = {name: json.dumps(fact, sort_keys=True) for name, fact in {"code": code_files(), **facts}.items()}
+    mine = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     first, *others = ranks.all_gather(lambda: mine)
     for rank, hashes in enumerate(others, 1):
         if other := [name for name in first if hashes[name] != first[name]]:

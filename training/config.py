@@ -221,6 +221,8 @@ class EvaluationConfig:
 
     def problems(self) -> Iterator[str]:
         yield from unless(self, "evaluate", "in (0, 1], or null", lambda x: 0 < x <= 1, "max_share")
+        if self.every and not self.tasks:
+            yield f"evaluate.every ({self.every}) needs evaluate.tasks"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -231,3 +233,7 @@ class SamplesConfig:
     prompts: list[str] = field(default_factory=list, metadata={"prose": True})
     max_new_tokens: int = 64  # one forward pass per token
     temperature: float = 0.8  # 0: greedy
+
+    def problems(self) -> Iterator[str]:
+        if self.every and not self.prompts:
+            yield f"samples.every ({self.every}) needs samples.prompts"

@@ -15,7 +15,7 @@ from data.tokenizer import save_tokenizer
 from model.attention import resolve_backend
 from model.counts import count_params
 from parallel.engine import Engine
-from training.config import Fp8
+from training.config import Dtype, Fp8
 from training.setup import DTYPES, compute_dtype, step_flops
 from training.state import TrainState
 
@@ -28,13 +28,17 @@ def describe(config: TrainConfig, engine: Engine, corpus: Corpus, state: TrainSt
     model, data, precision = config.model, config.data, config.precision
     mesh, rules = engine.mesh, engine.optimizer.rules
     on_gpu = mesh.device.type == "cuda"
-    device = torch.cuda.get_device_name(mesh.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name(mesh.device) if on_gpu else f"CPU (threads: {torch.get_num_threads()})"
     last_sample = state.samples + sum(config.packs_of_step(step) for step in range(state.step, config.steps))
     epochs = corpus.train.epochs(last_sample)
     by_source = ", ".join(f"{corpus.sources[source]} {epochs[source]:.2f}" for source in sorted(epochs))
+    without = [corpus.sources[n] for n in corpus.train.sources if n not in corpus.valid.sources]
     padding, cut = waste(corpus.train.n_packs, corpus.train.pieces, data.pack_tokens)
     dtype = compute_dtype(precision, mesh.device)
     computes = next(name for name, known in DTYPES.items() if known is dtype)
+    if precision.compute is Dtype.auto:
+        missing = f": this {'GPU' if on_gpu else 'CPU'} has no bf16 instructions" * (computes != "bf16")
+        computes += f" (auto{missing})"
     if precision.fp8 is not Fp8.none:
         computes += f" with {precision.fp8.value} fp8 products"
     alone, packed = (resolve_backend(model.attention, mesh.device, dtype, equal=equal).value for equal in (True, False))
@@ -45,13 +49,15 @@ def describe(config: TrainConfig, engine: Engine, corpus: Corpus, state: TrainSt
     update = sum(rule.flops() for rule in rules) * mesh.world_size / (causal * config.global_batch_tokens)
     for line in (
         f"run        {run_dir}",
-        f"model      {model.name}: {count_params(model):,} parameters, {model.n_layers} layers x {model.d_model}, "
+        f"model      {model.name}: {count_params(model):,} parameters, layers {model.n_layers} x {model.d_model}, "
         f"vocabulary {model.vocab_size:,}",
         f"           {causal / 1e9:.4g} GFLOP per token (causal), {internlm / 1e9:.4g} by InternLM's formula",
-        f"data       {data.name}: {corpus.train.n_packs * data.pack_tokens:,} training tokens in packs of "
-        f"{data.pack_tokens}, sources {', '.join(corpus.sources)}",
-        f"batch      {config.global_batch_tokens:,} tokens = {n_micro_batches} micro-batches of "
-        f"{config.micro_batch_tokens:,}; {config.steps:,} steps; epochs: {by_source}"
+        f"data       {data.name}: {sum(file.n_tokens for file in corpus.train.files):,} training tokens in "
+        f"{corpus.train.n_packs:,} packs of {data.pack_tokens}, sources {', '.join(corpus.sources)}"
+        + f"; no validation documents of {', '.join(without)}"
+        * bool(without),
+        f"batch      {config.global_batch_tokens:,} tokens, micro-batches per rank: {n_micro_batches} of "
+        f"{config.micro_batch_tokens:,}; steps: {config.steps:,}; epochs: {by_source}"
         + "; precision.grad_dtype=fp32 avoids rounding as their gradients accumulate"
         * (bf16_sums and n_micro_batches > MANY_MICRO_BATCHES),
         f"packing    {data.packing}: {padding:.2%} of the tokens are padding, {cut:.2%} of the documents are truncated"

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from pkgutil import resolve_name
 
 from conf.schema import EvaluateConfig, GenerateConfig, PrepareConfig, SavedConfig, TrainConfig, to_plain
 from corpus.config import DataError, Source
@@ -21,12 +22,20 @@ from tracking.store import Store, is_address
 from training.config import CheckpointError, Fp8
 from training.tasks import read_task
 
+BASES = {  # of the classes that a setting names as module:Class
+    "model.mlp": "torch.nn:Module",
+    "model.attention_layer": "torch.nn:Module",
+    "optimizer.name": "training.optim.optimizer:UpdateRule",
+    "logger.extra": "builtins:object",
+}
+
 
 def preflight_problems(config: TrainConfig | PrepareConfig | SavedConfig) -> Iterator[str]:
     """Yield problems that depend on more than the configuration, such as the number of ranks or missing files."""
     try:
         if isinstance(config, TrainConfig):
             yield from _layout_problems(config)
+            yield from _class_problems(config)
             if config.checkpoint.path is not None:
                 Store(config.checkpoint.path)
             if not (config.dry_run.enabled or any(config.model.problems())):
@@ -66,6 +75,28 @@ def _layout_problems(config: TrainConfig) -> Iterator[str]:
     yield from layout_problems(
         config.parallel, world_size(config), model=config.model, pack_len=config.data.pack_tokens, micro_batches=steps
     )
+
+
+def _class_problems(config: TrainConfig) -> Iterator[str]:
+    """Yield a problem for each `module:Class` that cannot be imported or has another base.
+
+    Without one, imports no torch. What a job's setup brings is checked there.
+    """
+    model, optimizer, launcher = config.model, config.optimizer, config.launcher
+    if launcher.where is Where.slurm and launcher.setup:
+        return
+    named = [("model.mlp", model.mlp), ("model.attention_layer", model.attention_layer)]
+    named += [("optimizer.name", optimizer.name), *(("logger.extra", name) for name in config.logger.extra)]
+    for key, name in named:
+        if ":" not in name and key != "logger.extra":
+            continue  # built in, or reported by the configuration
+        try:
+            is_one = issubclass(resolve_name(name), resolve_name(BASES[key]))
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
+            yield f"{key} ({name}) cannot be imported: {error}"
+        else:
+            if not is_one:
+                yield f"{key} ({name}) is not a subclass of {BASES[key]}"
 
 
 def check_run(config: TrainConfig | PrepareConfig, run_dir: Path, settings: str) -> None:

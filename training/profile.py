@@ -57,19 +57,27 @@ def profile_steps(step: Callable[[], object], device: torch.device, folder: Path
     """Profile steps; write `table.txt`, `trace.json.gz` and on CUDA `memory.pickle`, and return the table."""
     folder.mkdir(parents=True, exist_ok=True)
     on_cuda = device.type == "cuda"
+
+    def timed() -> tuple[float, float]:
+        """Return the time of the host and of the whole step, in ms per step."""
+        begun = time.perf_counter()
+        for _ in range(PROFILED):
+            step()
+        host = time.perf_counter()
+        if on_cuda:
+            torch.cuda.synchronize(device)
+        return (host - begun) * 1e3 / PROFILED, (time.perf_counter() - begun) * 1e3 / PROFILED
+
     for _ in range(WARM_UP):
         step()
     if on_cuda:
-        torch.cuda.memory._record_memory_history()
         torch.cuda.synchronize(device)
+    plain_host, plain_step = timed()
+    if on_cuda:
+        torch.cuda.memory._record_memory_history()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     with profile(activities=activities) as found, record_function(WINDOW):
-        host = time.perf_counter()
-        for _ in range(PROFILED):
-            step()
-        host = time.perf_counter() - host
-        if on_cuda:
-            torch.cuda.synchronize(device)
+        host, whole = timed()
     if on_cuda:
         torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))
         torch.cuda.memory._record_memory_history(enabled=None)
@@ -84,8 +92,11 @@ def profile_steps(step: Callable[[], object], device: torch.device, folder: Path
     rows = [f"{'per step':15} {'ms':>10} {'share':>7}"]
     for kind, microseconds in {**parts, "step": total}.items():
         rows.append(f"{kind:15} {microseconds / 1e3 / PROFILED:10.3f} {microseconds / total:7.1%}")
-    launches, busy_ms = len(intervals) // PROFILED, host / PROFILED * 1e3
-    rows.append(f"{launches:,} launches per step; the host was busy with them for {busy_ms:.1f} ms")
+    rows.append(f"launches per step: {len(intervals) // PROFILED:,}")
+    rows.append(f"without the profiler: host {plain_host:.1f} ms, step {plain_step:.1f} ms")
+    rows.append(f"with the profiler: host {host:.1f} ms, step {whole:.1f} ms")
+    first = WARM_UP + PROFILED + 1
+    rows.append(f"profiled: steps {first} to {first + PROFILED - 1} of this start; a run with profile=true ends here")
     text = "\n".join(rows)
     (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
     for line in (*rows, f"trace and table in {folder}"):

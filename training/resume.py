@@ -189,6 +189,8 @@ class RunCheckpoints:
             self.state.first_sample = self.state.samples
             logger.info("the data changed: a new epoch over all of it starts at step %d", self.state.step)
         logger.info("resumed from %s", checkpoint.path)
+        if not self.ranks.rank and config.init_from not in (None, before.get("init_from")):
+            logger.warning("init_from (%s) is ignored: the run resumes from its checkpoint", config.init_from)
         scheduler, update = stored(SchedulerConfig, before["scheduler"]), self.state.updates
         then = learning_rate(update, steps=before["steps"], lr=before["optimizer"]["lr"], config=scheduler)
         now = learning_rate(update, steps=config.steps, lr=config.optimizer.lr, config=config.scheduler)

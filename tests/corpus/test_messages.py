@@ -36,7 +36,7 @@ def test_records_of_each_style_become_messages() -> None:
     ("record", "style", "reason"),
     [
         ({"texts": []}, "chat", "data.messages_key (messages)"),
-        ({"messages": []}, "chat", "data.messages_key (messages)"),
+        ({"messages": []}, "chat", "data.messages_key (messages) is empty"),
         ({"messages": ["hello"]}, "chat", "role must be a string"),
         ({"messages": [{"role": "user", "content": None}]}, "chat", "content must be a string"),
         ({"messages": [{"from": "gpt", "content": "a"}]}, "chat", "value must be a string"),

@@ -38,7 +38,7 @@ def test_printed_table_and_documents(
     table, documents = closing_output(config, tokenizer, capsys)
     not_read, duplicates, empty, bad, place, _, *rows = table.splitlines()
     assert not_read.endswith(": 2 .csv, 1 .lz4") and place.startswith(f"  {tmp_path}/texts/a.jsonl:95: not JSON")
-    assert (duplicates.split()[0], empty.split()[0], bad.split()[0]) == ("3", "1", "1")
+    assert [re.findall(r"left out: (\d+)", line) for line in (duplicates, empty, bad)] == [["3"], ["1"], ["1"]]
     counted = [re.split(r"  +", line)[:3] for line in rows[1:]]
     about = json.loads((Path(config.path) / "corpus.json").read_text())["splits"]
     expected = [[split, name, str(its["documents"])] for split, found in about.items() for name, its in found.items()]
@@ -61,9 +61,10 @@ def test_flipped_bit_is_found(
     records = [{"text": f"clear \x1b[2J and \x9b0m ring\x07 {i}"} for i in range(9)]
     (tmp_path / "texts" / "a.jsonl").write_bytes(lines(records))
     whole = command(config, tokenizer, verify=True)
-    prepare_data.work(whole)
+    prepare_data.work(whole, "data.input=https://me:secret@host/a")
     out = capsys.readouterr().out
-    assert re.search(r"^\d+ shards verified\n", out)
+    assert out.endswith("next: python train.py data.input=https://me:***@host/a\n")
+    assert re.search(r"^shards verified: \d+\n", out)
     assert not set(out) & set("\x1b\x9b\x07") and r"clear \x1b[2J and \x9b0m ring\x07" in out
     shard = max(Path(config.path).glob("train/*.bin"))
     raw = bytearray(shard.read_bytes())

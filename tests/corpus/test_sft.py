@@ -163,20 +163,11 @@ def test_sft_experiment(tmp_path: Path, pieces: Tokenizer, monkeypatch: pytest.M
     assert (about["eos_token_id"], theirs.eos_token, about["pad_token_id"]) == (ends[1], "<eoa>", 2)
     of_run = GenerateConfig(run=str(tmp_path / "sft"), prompt="x", device=Device.cpu)
     of_export = GenerateConfig(hf=str(tmp_path / "sft" / "hf"), prompt="x", device=Device.cpu)
-<<<<<<< HEAD
-    assert generate.load_model(of_run)[0].stop_ids == generate.load_model(of_export)[0].stop_ids == set(ends)
+    assert [generate.Writer(config).saved.stop_ids for config in (of_run, of_export)] == [set(ends)] * 2
     asked = theirs.apply_chat_template(two("Add 3 and 1.\nBriefly.", "It is 4."), return_dict=True)
     ids = [*asked["input_ids"], 2]
     shard = Shard(next((Path(data.path) / "train").glob("*.bin")).with_suffix(""))
     held = [(shard.document(i) & (LOSS_MASKED - 1)).tolist() for i in range(shard.n_documents)]
     assert ids in held, "what was trained on is what transformers makes of it"
-=======
-    assert [generate.Writer(config).saved.stop_ids for config in (of_run, of_export)] == [set(ends)] * 2
-    asked = [{"role": "user", "content": "Add 3 and 1.\nBriefly."}, {"role": "assistant", "content": "It is 4."}]
-    ids = [*theirs.apply_chat_template(asked, return_dict=True)["input_ids"], 2]
-    shard = next(iter((Path(data.path) / "train").glob("*.bin"))).with_suffix("")
-    held = [Shard(shard).document(i) & (LOSS_MASKED - 1) for i in range(Shard(shard).n_documents)]
-    assert ids in [document.tolist() for document in held], "what was trained on is what transformers makes of it"
->>>>>>> trim_run
     state = open_checkpoint(tmp_path / "sft").state
     assert state["config"]["init_from"] == str(tmp_path / "base") and state["config"]["data"]["style"] == "alpaca"

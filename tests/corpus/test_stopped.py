@@ -207,7 +207,9 @@ def test_failed_and_killed_workers(config: DataConfig, tokenizer: Tokenizer, tmp
 def test_left_out_is_counted_once(tokenizer: Tokenizer, tmp_path: Path) -> None:
     write(tmp_path / "texts", {"a.jsonl": lines([{"body": "x"}]) * 12 + lines([{"text": " "}])})
     config = local(tmp_path, "texts", on_bad_record=OnBadRecord.skip)
-    with pytest.raises(DataError, match=r"data.source \(local\) has no training document: 12 bad records, .*a.jsonl:1"):
+    with pytest.raises(
+        DataError, match=r"data.source \(local\) has no training document; bad records: 12, .*a.jsonl:1"
+    ):
         made(config, tokenizer)
     write(tmp_path / "texts", dict.fromkeys(["b.jsonl", "c.jsonl"], lines([{"text": f"{i}"} for i in range(20)])))
     with pytest.raises(KeyboardInterrupt):

@@ -40,7 +40,7 @@ def test_documents_of_a_step(run_dir: Path, corpus: Corpus, capsys: Any, monkeyp
         source = corpus.sources[int(batch.source_BT[row, 0])]
         targets = int((batch.labels_BT[row] != IGNORED).sum())
         pieces = corpus.train.pieces(np.array([pack]))
-        head = f"sample {28 + row}: pack {pack} of {source}, {len(pieces.starts)} documents, {targets} targets\n"
+        head = f"sample {28 + row}: pack {pack} of {source}, documents: {len(pieces.starts)}, targets: {targets}\n"
         assert shown.startswith(head)
         shown, *_ = re.split(r"\n--- \d+ tokens of padding", shown)
         texts = [part.split("\n", 1)[1] for part in re.split(r"\n--- (?=\S+\.bin from token \d)", shown)[1:]]
@@ -59,7 +59,7 @@ def test_brackets_around_non_targets(tokenizer: Tokenizer, tmp_path: Path, capsy
     corpus = Corpus(("sft",), ["p"], tokenizer, False, False, None, packs, packs)
     show_pack(corpus, 5, 0)
     assert capsys.readouterr().out.splitlines()[1:] == [
-        f"=== sample 5: pack 0 of sft, 1 documents, {len(answer)} targets",
+        f"=== sample 5: pack 0 of sft, documents: 1, targets: {len(answer)}",
         f"--- {tmp_path}/sft.bin from token 0, {len(ids)} tokens",
         "⟦Why? ⟧Because.",
         "--- 3 tokens of padding",

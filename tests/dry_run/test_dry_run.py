@@ -233,6 +233,16 @@ def test_flops_equal_the_closed_form(overrides: list[str]) -> None:
     assert found.flops == MICRO_BATCHES * 4096 * (3 * (matrices + head) + 7 * attention)
 
 
+def test_flops_of_muon() -> None:
+    config, plain = profile(PLAIN, world_size=1)
+    _, muon = profile("optimizer=muon", PLAIN, world_size=1)
+    d, n = config.model.d_model, config.model.d_ff
+    # Per matrix (n, d) with d <= n, five steps of two products with both sizes and one of d alone
+    matrices = {(d, d): 4, (d, n): 3}
+    expected = LAYERS * sum(count * 5 * (4 * d**2 * n + 2 * d**3) for (d, n), count in matrices.items())
+    assert muon.flops - plain.flops == expected
+
+
 def test_recomputed_blocks_cost_a_forward_pass_and_save_activations() -> None:
     config, kept = profile(world_size=1)
     _, recomputed = profile("parallel.activation_checkpointing=full", world_size=1)

@@ -65,6 +65,7 @@ def test_a_user_error_keeps_its_type() -> None:
         ranks.launched(2, ranks.fail, 0, "user error")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("signum", "code", "saved"), [(signal.SIGINT, 130, 2), (signal.SIGKILL, -9, 0)])
 def test_ranks_receive_the_parents_signals_and_die_with_it(tmp_path: Path, signum: int, code: int, saved: int) -> None:
     """Case 32."""

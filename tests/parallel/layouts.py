@@ -95,7 +95,8 @@ def steps_of(n: int = N_MICRO_BATCHES) -> list[list[Batch]]:
 def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
     # A rounding error d of a gradient near 0 moves a weight by up to lr * d / eps: with the usual eps of 1e-8 that is a
     # whole update where d decides the sign.
-    optimizer = OptimizerConfig(name=case.optimizer, lr=3e-3, max_grad_norm=0.3, eps=1e-4, normuon=case.normuon)
+    settings: Any = {"normuon": case.normuon, "options": {"momentum": 0.8}}
+    optimizer = OptimizerConfig(name=case.optimizer, lr=3e-3, max_grad_norm=0.3, eps=1e-4, **settings)
     with torch.device("meta"):
         model = Transformer(replace(MODELS[case.model], attention=case.attention))
     for number, block in enumerate(model.blocks.values()):

@@ -69,6 +69,11 @@ MUON = {
     "normuon_tp_2": few(2, optimizer="muon", normuon=True, layout={"tp": 2}),
     "muon_cp_tp_zero2_8": few(8, "biased", optimizer="muon", layout={"dp_shard": 2, "cp": 2, "tp": 2, "zero_stage": 2}),
 }  # fmt: skip
+own = partial(few, optimizer="tests.training.test_seams:Momentum")  # a rule from outside
+OWN = {
+    "own_rule_tp_zero3_4": own(4, "biased", layout={"dp_shard": 2, "tp": 2, "zero_stage": 3}),
+    "own_rule_pp_cp_4": own(4, layout={"pp": 2, "cp": 2, "zero_stage": 1}),
+}
 shared = partial(Case, shares_memory=True)
 SHARED = {
     "async_tp_2": shared(2, "biased", n_micro_batches=4, layout={**SELECTIVE, "async_tp": True, "tp": 2}),
@@ -84,7 +89,7 @@ BF16 = {
     "bf16_tp_zero2_4": Case(4, "biased", dtype=torch.bfloat16, layout={"dp_shard": 2, "tp": 2, "zero_stage": 2}),
     "bf16_pp_zero1_4": Case(4, "biased", dtype=torch.bfloat16, layout={"pp": 2, "dp_shard": 2, "zero_stage": 1}),
 }
-CASES = {**BF16, **PIPELINE, **ZERO, **TENSOR, **CONTEXT, **MUON, **SHARED}
+CASES = {**BF16, **PIPELINE, **ZERO, **TENSOR, **CONTEXT, **MUON, **OWN, **SHARED}
 
 
 # One group of processes runs all layouts, and the first test waits for them.

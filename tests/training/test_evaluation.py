@@ -15,8 +15,7 @@ from conf.schema import EvaluateConfig
 from corpus.config import DataError
 from data.batches import Batch
 from parallel.config import Device, ParallelConfig
-from tests.conftest import metrics, trained
-from tests.test_cli import composed
+from tests.conftest import composed, metrics, trained
 from training.checkpoint import open_checkpoint
 from training.config import Dtype
 from training.evaluation import Tasks
@@ -117,7 +116,14 @@ def test_failing_evaluation_is_dropped(
 
 def test_max_share_skips_until_the_end(tmp_path: Path, settings: list[str], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    trained(tmp_path / "r", *settings, "evaluate.every=2", "evaluate.max_share=1e-6", "samples.prompts=[]")
+    trained(
+        tmp_path / "r",
+        *settings,
+        "evaluate.every=2",
+        "evaluate.max_share=1e-6",
+        "samples.prompts=[]",
+        "samples.every=0",
+    )
     assert list(evaluations(tmp_path / "r")) == [2, 10]
     assert caplog.text.count("(evaluate.max_share is 1e-06)") == 3
 

@@ -45,6 +45,10 @@ def test_command_writes_trace_and_table(tmp_path: Path, small: list[str], capsys
     rows = dict(re.findall(r"^(\S+) +([\d.]+) +[\d.]+%$", (folder / "table.txt").read_text(), flags=re.M))
     assert float(rows["step"]) == pytest.approx(sum(float(v) for k, v in rows.items() if k != "step"), abs=0.01)
     assert all(float(rows[kind]) > 0 for kind in ("GEMM", "attention", "loss", "optimizer", "elementwise"))
+    text = (folder / "table.txt").read_text()
+    launches, *times = re.findall(r"(?:launches per step:|host|step) ([\d,.]+)(?: ms)?(?=[,\n])", text)
+    assert int(launches.replace(",", "")) > 0 and len(times) == 4 and all(float(time) > 0 for time in times)
+    assert float(times[0]) <= float(times[1]) and float(times[2]) <= float(times[3])
     with gzip.open(folder / "trace.json.gz") as file:
         assert any(event.get("name") == "profiled steps" for event in json.load(file)["traceEvents"])
     assert not list((tmp_path / "r" / "checkpoints").glob("step-*"))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -100,6 +101,7 @@ def random_weights(config: ModelConfig) -> dict[str, Tensor]:
     return {name: 5 * param.detach() for name, param in model.named_parameters()}
 
 
+@pytest.mark.slow
 def test_scores_and_continuations_are_the_same_in_every_layout(tmp_path: Path) -> None:
     found = run(tmp_path, CASES, n_ranks=4, function=scored)
     for name, case in CASES.items():
