@@ -226,7 +226,7 @@ def _draw_final(axes: "Axes", runs: Sequence[Run], key: str, others: dict[str, s
         for value, run in line:
             loss: Any = run.loss  # None is not plotted
             axes.plot(value, loss, "o" if run.state == "finished" else "x", color=color)
-        done = [(value, run.loss) for value, run in line if run.state == "finished"]
+        done: list[Any] = [(value, run.loss) for value, run in line if run.state == "finished"]
         if len(done) > 1:
             axes.plot(*done[0], "o", color=color, markersize=12, fillstyle="none")
         joined = sorted(done) if numeric and done else [((), ())]
