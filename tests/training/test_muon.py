@@ -207,7 +207,8 @@ def test_compiled_update_equals_the_plain_one(dtype: torch.dtype) -> None:
         for compiled in (False, True):
             copies = [weights.shards["w"].clone(), weights.remainder.get("w"), momentum.clone()]
             rest = copies[1] if copies[1] is None else copies[1].clone()
-            add, apply = map(torch.compile, (add_gradient, apply_update)) if compiled else (add_gradient, apply_update)
+            add: Any = torch.compile(add_gradient) if compiled else add_gradient
+            apply: Any = torch.compile(apply_update) if compiled else apply_update
             for _ in range(3):
                 update = add(copies[2], grad, *scalars, 0.95, torch.bfloat16)
                 apply(copies[0], rest, update, 0.02 * finite.double(), 0.1 * finite.double(), False)
