@@ -77,13 +77,20 @@ class CachedBPE:
         """Yield parts of at most `LONGEST_TEXT` characters, longer only if a word is."""
         start, size = 0, LONGEST_TEXT
         while len(text) - start > size:
-            chars = _chars(text[start : start + size])
-            if split := int(self.splits(chars, np.array([size]))[-1]):  # the start of the last word
+            if split := self.last_split(text[start : start + size]):
                 yield text[start : start + split]
                 start, size = start + split, LONGEST_TEXT
             else:
                 size *= 2
         yield text[start:]
+
+    def last_split(self, text: str) -> int:
+        """Return the start of the last word, searched in the last characters first."""
+        for size in (1 << 12, len(text)):
+            chars = _chars(text[-size:])
+            if start := int(self.splits(chars, np.array([len(chars)]))[-1]):
+                return len(text) - len(chars) + start
+        return 0
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         text = "".join(texts)
