@@ -22,9 +22,16 @@ class Shard(Protocol):
 
 
 def linear_cross_entropy(
-    h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, loss_weights_N: Tensor, *,
-    chunk_tokens: int, label_smoothing: float = 0.0, z_loss: float = 0.0, shard: Shard | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    loss_weights_N: Tensor,
+    *,
+    chunk_tokens: int,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    shard: Shard | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sum of the weighted token losses, nll_N, and correct_N (whether the argmax is the label).
 
     The loss is fp32: `F.cross_entropy` with `label_smoothing`, plus `z_loss` times the square of the

@@ -40,10 +40,17 @@ def next_logits(logits_V: Tensor, seen: Tensor, sampling: Sampling) -> Tensor:
 
 @torch.no_grad()
 def generate(
-    model: Transformer, prompts: list[list[int]], sampling: Sampling, *,
-    max_new_tokens: int, stop_ids: set[int], seeds: list[int], vocab_size: int | None = None, use_cache: bool = True,
+    model: Transformer,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    stop_ids: set[int],
+    seeds: list[int],
+    vocab_size: int | None = None,
+    use_cache: bool = True,
     on_token: Callable[[int, int], bool] = lambda _row, _token: False,
-) -> list[list[int]]:  # fmt: skip
+) -> list[list[int]]:
     """Continue each prompt by up to `max_new_tokens`; return the new tokens without the stop token.
 
     Each text has a generator seeded by its entry in `seeds`, so the result does not depend on the batch, and

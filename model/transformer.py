@@ -119,11 +119,17 @@ class Transformer(nn.Module):
         return stage
 
     def forward(
-        self, tokens_BT: Tensor, *,
-        positions_BT: Tensor | None = None, cu_seqlens: Tensor | None = None, max_seq_len: int | None = None,
-        row_len: int | None = None, cache: KVCache | None = None,
-        head: Callable[[Tensor, Tensor], Any] = F.linear, aux: AuxLosses | None = None,
-    ) -> Any:  # fmt: skip
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seq_len: int | None = None,
+        row_len: int | None = None,
+        cache: KVCache | None = None,
+        head: Callable[[Tensor, Tensor], Any] = F.linear,
+        aux: AuxLosses | None = None,
+    ) -> Any:
         """Return logits_BTV, or `head(h_BTD, weight_VD)` of the last hidden states.
 
         `cu_seqlens` (int32) are the segment boundaries in the flattened batch and `max_seq_len` the longest segment;

@@ -63,9 +63,17 @@ class Engine:
     """
 
     def __init__(
-        self, model: ParallelModel, optimizer: Any, scaler: LossScaler, counts_3: Tensor, *,
-        loss: LossConfig, max_grad_norm: float, n_sources: int = 1, bytes_per_token: Tensor | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: ParallelModel,
+        optimizer: Any,
+        scaler: LossScaler,
+        counts_3: Tensor,
+        *,
+        loss: LossConfig,
+        max_grad_norm: float,
+        n_sources: int = 1,
+        bytes_per_token: Tensor | None = None,
+    ) -> None:
         self.model, self.optimizer, self.mesh = model.module, optimizer, model.mesh
         self.params, self.partial_grads, self.zero = model.params, model.partial_grads, model.zero
         self.scaler, self.counts_3, self.max_grad_norm = scaler, counts_3, max_grad_norm

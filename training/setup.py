@@ -100,10 +100,15 @@ def build_train_batches(
 ) -> Generator[list[Batch], None, None]:
     """Yield this rank's micro-batches of each step from the current one on."""
     return train_batches(
-        corpus, config.data,
-        packs_of_step=config.packs_of_step, first_step=state.step, first_sample=state.samples,
-        pin_memory=mesh.device.type == "cuda", dp_rank=mesh.dp_rank, dp_size=mesh.dp_size,
-    )  # fmt: skip
+        corpus,
+        config.data,
+        packs_of_step=config.packs_of_step,
+        first_step=state.step,
+        first_sample=state.samples,
+        pin_memory=mesh.device.type == "cuda",
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+    )
 
 
 def lr_schedule(config: TrainConfig, state: TrainState) -> list[tuple[float, float]]:

@@ -50,15 +50,18 @@ def read_training_checkpoint(folder: Path) -> tuple[ModelConfig, dict[str, Tenso
     named = {f"blocks.{n}.{name}": split for n, layer in layers for name, split in layer.items()}
     named |= {name: split for place, found in parts.items() if place[2] < 0 for name, split in found.items()}
     config = ModelConfig(
-        name=folder.name, vocab_size=about["vocab_size"],
-        d_model=about["hidden_size"], n_layers=about["num_layers"], n_heads=about["num_attention_heads"],
+        name=folder.name,
+        vocab_size=about["vocab_size"],
+        d_model=about["hidden_size"],
+        n_layers=about["num_layers"],
+        n_heads=about["num_attention_heads"],
         n_kv_heads=about.get("num_kv_attention_heads") or about["num_attention_heads"],
         d_ff=sum(map(len, named.get("blocks.0.mlp.w_gate.weight", ()))),
         attention_bias="blocks.0.attention.wq.bias" in named,
         max_seq_len=about.get("max_position_embeddings", 2048),
         rope_theta=float(about.get("rope_base", 10000)),
         norm_eps=about.get("layer_norm_epsilon", 1e-5),
-    )  # fmt: skip
+    )
     shapes = {name: param.shape for name, param in Transformer.on_meta(config).named_parameters()}
     if different := sorted(shapes.keys() ^ named.keys()):
         raise ModelError(f"{folder}: {different[0]} is {'missing' if different[0] in shapes else 'unknown'}")

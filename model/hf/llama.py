@@ -10,11 +10,18 @@ from model.config import ModelConfig, ModelError
 from model.transformer import Transformer
 
 FIELDS = {  # config.json -> ModelConfig
-    "vocab_size": "vocab_size", "hidden_size": "d_model", "intermediate_size": "d_ff",
-    "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads",
-    "max_position_embeddings": "max_seq_len", "rms_norm_eps": "norm_eps", "rope_theta": "rope_theta",
-    "attention_bias": "attention_bias", "tie_word_embeddings": "tie_embeddings",
-}  # fmt: skip
+    "vocab_size": "vocab_size",
+    "hidden_size": "d_model",
+    "intermediate_size": "d_ff",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "max_position_embeddings": "max_seq_len",
+    "rms_norm_eps": "norm_eps",
+    "rope_theta": "rope_theta",
+    "attention_bias": "attention_bias",
+    "tie_word_embeddings": "tie_embeddings",
+}
 DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False}
 
 

@@ -57,9 +57,16 @@ def _adamw_kernel(
 
 
 def update(
-    param: Tensor, rest: Tensor | None, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, *,
-    beta1: float, eps: float,
-) -> None:  # fmt: skip
+    param: Tensor,
+    rest: Tensor | None,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scalars: Tensor,
+    *,
+    beta1: float,
+    eps: float,
+) -> None:
     """Update one parameter in place.
 
     `rest` is None for an fp32 parameter, the int16 lower half of the master for bf16, and the fp32 master for fp16.
