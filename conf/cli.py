@@ -38,7 +38,7 @@ from conf.schema import SCHEMAS, ConfigError, register, similar_keys, to_config,
 from conf.text import as_hydra_reads
 from data.config import TRAINING_ONLY
 from launch.config import RankError, is_user_error
-from launch.environment import DEFAULTS, VARIABLES, joined_environment
+from launch.environment import VARIABLES, joined_environment, set_library_defaults
 from launch.sweep import merge_problems
 from tracking.logs import escape_unprintable, printable, quiet_pipe
 from training.preflight import preflight_problems
@@ -61,7 +61,7 @@ def run(work: Callable[[Any], Any], command: str) -> None:
             return work(checked(cfg))
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise errors instead of printing them
-    os.environ |= {**DEFAULTS, **os.environ}
+    set_library_defaults()
     escape_unprintable()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # was SIG_DFL during imports
     try:

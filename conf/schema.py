@@ -186,8 +186,6 @@ class SavedConfig:
     def problems(self) -> Iterator[str]:
         if self.step is not None and self.run is None:
             yield f"step ({self.step}) needs run"
-        if self.dtype is Dtype.auto and not isinstance(self, (EvaluateConfig, ExportConfig)):
-            yield "dtype (auto) is not for generation; choose bf16, fp16 or fp32"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -240,6 +238,8 @@ class GenerateConfig(RunOrHfConfig):
             yield 'prompt and prompts: set one of them, prompt="..." or prompts=<file>, or chat=true for a conversation'
         if self.system is not None and not self.chat:
             yield f"system ({self.system}) needs chat=true"
+        if self.dtype is Dtype.auto:
+            yield "dtype (auto) is not for generation; choose bf16, fp16 or fp32"
         yield from _below(self, 1, "max_new_tokens", "samples", "batch_size")
         yield from _below(self, 0, "top_k", "seed")
         # fp32 logits are not finite beyond these bounds.

@@ -28,6 +28,11 @@ DEFAULTS = {  # unless set by the user; libraries read them on import
 }
 
 
+def set_library_defaults() -> None:
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+
+
 def world_size(config: "TrainConfig") -> int:
     """Return the number of ranks, simulated, running or to be started; raise `ParallelError` if they do not fit."""
     if config.dry_run.enabled:

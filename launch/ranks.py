@@ -19,7 +19,14 @@ from types import FrameType
 from typing import Any
 
 from launch.config import RankError, is_user_error
-from launch.environment import DEFAULTS, VARIABLES, check_joined, free_port, joined_environment, nproc_per_node
+from launch.environment import (
+    VARIABLES,
+    check_joined,
+    free_port,
+    joined_environment,
+    nproc_per_node,
+    set_library_defaults,
+)
 from parallel.config import ParallelConfig
 from tracking.logs import STACK_SIGNALS
 from training.config import SaveError
@@ -35,8 +42,7 @@ def launch(work: Callable[..., Any], *args: Any, config: ParallelConfig) -> Any:
     Function and arguments are pickled for spawned ranks. A user error of the first rank that fails is raised again,
     any other exception as a `RankError` with the rank's traceback.
     """
-    for name, value in DEFAULTS.items():
-        os.environ.setdefault(name, value)
+    set_library_defaults()
     for signum in STACK_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)  # until the log for stacks is open
     if joined := joined_environment(os.environ):

@@ -119,12 +119,9 @@ def check_run(config: TrainConfig | PrepareConfig, run_dir: Path, settings: str)
     if here and not joined_environment(os.environ):  # under torchrun or srun, rank 0 may have locked it already
         check_not_held(run_dir)
     if here and (config.parallel.device is Device.cpu or not visible_gpus()):
-        needs = {
-            "precision.fp8": config.precision.fp8 is not Fp8.none,
-            "parallel.cuda_graphs": config.parallel.cuda_graphs,
-        }
-        for key in [key for key, is_set in needs.items() if is_set]:
-            raise ParallelError(f"{key} needs a GPU, and there is none here; leave it out")
+        needed_by = "precision.fp8" if config.precision.fp8 is not Fp8.none else "parallel.cuda_graphs"
+        if config.precision.fp8 is not Fp8.none or config.parallel.cuda_graphs:
+            raise ParallelError(f"{needed_by} needs a GPU, and there is none here; leave it out")
     check_stored_config(run_dir, to_plain(config), config.checkpoint)
     if is_new:
         check_same_tokenizer(config)
