@@ -74,7 +74,7 @@ def test_a_run_describes_itself_first(
     weights = open_checkpoint(tmp_path / "r").read("model.")
     n_params = sum(weight.numel() for weight in weights.values())
     lines = [record.message for record in caplog.records]
-    first = lines.index(f"model      tiny: {n_params:,} parameters, layers 2 x 32, vocabulary 1,024")
+    first = lines.index(f"model      tiny: {n_params:,} parameters, 2 layers x 32, vocabulary 1,024")
     # Matrices: 2 layers of 9,216 weights and the head's 32,768; attention: 2 layers, 2 products, 16.5 keys of width 32.
     causal = 6 * (2 * 9_216 + 32_768 + 2 * 2 * 16.5 * 32)
     # InternLM: 3 or 4 passes of 2 layers of (8 + 6 x 2) x 32^2 + 4 x 32 x 32, and 6 x 32 x 1,024.

@@ -49,13 +49,12 @@ def describe(config: TrainConfig, engine: Engine, corpus: Corpus, state: TrainSt
     update = sum(rule.flops() for rule in rules) * mesh.world_size / (causal * config.global_batch_tokens)
     for line in (
         f"run        {run_dir}",
-        f"model      {model.name}: {count_params(model):,} parameters, layers {model.n_layers} x {model.d_model}, "
+        f"model      {model.name}: {count_params(model):,} parameters, {model.n_layers} layers x {model.d_model}, "
         f"vocabulary {model.vocab_size:,}",
         f"           {causal / 1e9:.4g} GFLOP per token (causal), {internlm / 1e9:.4g} by InternLM's formula",
         f"data       {data.name}: {sum(file.n_tokens for file in corpus.train.files):,} training tokens in "
         f"{corpus.train.n_packs:,} packs of {data.pack_tokens}, sources {', '.join(corpus.sources)}"
-        + f"; no validation documents of {', '.join(without)}"
-        * bool(without),
+        + (f"; no validation documents of {', '.join(without)}" if without else ""),
         f"batch      {config.global_batch_tokens:,} tokens, micro-batches per rank: {n_micro_batches} of "
         f"{config.micro_batch_tokens:,}; steps: {config.steps:,}; epochs: {by_source}"
         + "; precision.grad_dtype=fp32 avoids rounding as their gradients accumulate"
