@@ -2,10 +2,11 @@
 
     torchrun --nproc-per-node 2 -m benchmarks.multi_gpu [--rows zero1,tp] [--seconds 5] [--no-peer] [overrides]
 
-The single-GPU rate is measured on all GPUs at the same time. Random tokens, sequences of 2,048 unless a row has others,
-AdamW with fp32 masters and moments, no recomputation. `hybrid_zero` has no row: `dp_shard=2` on two GPUs is
-`zero1`. torchtitan has fp32 parameters, bf16 compute and a compiled `parallelize_llama`, which has no pipeline; it has
-no row in 8 bits either. On CPUs, --tiny runs the same rows with small shapes.
+The single-GPU rate is measured on all GPUs at the same time, before and after each row, because GPUs slow down as they
+warm up; the mean counts. Random tokens, sequences of 2,048 unless a row has others, AdamW with fp32 masters and
+moments, no recomputation. `hybrid_zero` has no row: `dp_shard=2` on two GPUs is `zero1`. torchtitan has fp32 parameters
+(bf16 with tp alone, where it cannot mix them), bf16 compute and a compiled `parallelize_llama`, which has no pipeline;
+it has no row in 8 bits either. On CPUs, --tiny runs the same rows with small shapes.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from benchmarks.timing import synchronize, where
 from benchmarks.train_step import build, configure
 from data.batches import Batch
 from parallel.mesh import Mesh, distributed
+from training.report import memory_gib
 
 SEVEN = ("model=7b", "model.n_layers=12")
 ONE_B = ("model=1b",)
@@ -138,8 +140,14 @@ def timed(
     host_s = (time.perf_counter() - begin) / n_steps
     synchronize(device)
     step_s = (time.perf_counter() - begin) / n_steps
-    gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+    gib = memory_gib() if device.type == "cuda" else 0.0
     return {"tokens_per_s": tokens_per_gpu / step_s, "ms": step_s * 1e3, "host_ms": host_s * 1e3, "gib": gib}
+
+
+def free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def columns(m: dict[str, float]) -> str:
@@ -163,13 +171,14 @@ def main() -> None:
     rank, n_gpus = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     rows = {name: shrink(row) if args.tiny else row for name, row in ROWS.items()}
     selected = args.rows.split(",")
-    bases = dict.fromkeys(rows[name].base for name in selected)
     found: dict[str, dict[str, float]] = {}
     if rank == 0:
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         print(f"{n_gpus} x {where(device)}")
         print(f"{'row':14} {'tokens/s/GPU':>12} {'ms':>8} {'host ms':>8} {'GiB':>6} {'scaling':>7} {'target':>7}")
-    for name in [*bases, *selected]:
+
+    def run(name: str) -> float | None:
+        """Measure a row; return its rate, or None if a single GPU cannot run it."""
         row = rows[name]
         try:
             found[name] = measure(row, n_gpus, args.seconds, tuple(args.overrides) if row.base else ())
@@ -177,16 +186,22 @@ def main() -> None:
             print(f"{name:14} rank {rank}: {type(error).__name__}: {str(error).splitlines()[0][:200]}", flush=True)
             if row.base:
                 raise
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
         if rank == 0 and name in found:
-            metrics, scaling = found[name], ""
-            if row.base in found:
-                metrics["kept"] = metrics["tokens_per_s"] / found[row.base]["tokens_per_s"] / row.bound
-                scaling = f"{metrics['kept']:7.1%} {row.target:7.0%}"
-            print(f"{name:14} {columns(metrics)} {scaling}", flush=True)
+            print(f"{name:14} {columns(found[name])}", flush=True)
+        return found.get(name, {}).get("tokens_per_s")
+
+    base, before = "", None
+    for name in selected:
+        row = rows[name]
+        before = before if row.base == base else run(row.base)
+        rate, after, base = run(name), run(row.base), row.base
+        if rank == 0:
+            if rate and before and after:
+                kept = found[name]["kept"] = rate / ((before + after) / 2) / row.bound
+                print(f"{name:14} {'':36} {kept:7.1%} {row.target:7.0%}", flush=True)
             write(found, args.json)
+        before = after
     if not args.no_peer:
         from benchmarks.torchtitan_step import measure as measure_torchtitan
 
@@ -195,8 +210,7 @@ def main() -> None:
                 continue
             shape = row.seq_len, row.rows, row.micro_batches
             metrics = measure_torchtitan(row.model, *shape, args.seconds, *row.peer)
-            gc.collect()
-            torch.cuda.empty_cache()
+            free_memory()
             if rank == 0:
                 found[f"torchtitan_{name}"] = metrics
                 ratio = found[name]["tokens_per_s"] / metrics["tokens_per_s"]

@@ -4,8 +4,9 @@
 
 It prepares the built-in corpus and starts a rank per GPU, or runs as a rank of `torchrun --max-restarts 9`. It measures
 NCCL's bus bandwidth; a single GPU (with half of the layers if 7B does not fit); layouts with the shapes of
-`experiment=7b_pile_small`, 16,384 real tokens per GPU and step in documents of The Pile's lengths; torchtitan; and a
-checkpoint resumed in another layout. TFLOP/s are by InternLM's formula, MFU and scaling by the exact causal count.
+`experiment=7b_pile_small`, 16,384 real tokens per GPU and step in documents of The Pile's lengths, in micro-batches of
+two sequences, or four (not in pipelines) with 100 GiB of memory; a checkpoint resumed in another layout; and
+torchtitan. TFLOP/s are by InternLM's formula, MFU and scaling by the exact causal count.
 
 Rows of tp come with what the links allow: the time of their messages at NCCL's measured bandwidth, and the rate of one
 GPU with that time added (all messages exposed) or, as the floor of a step, with all of them hidden. The last column is
@@ -62,6 +63,8 @@ SCALE = 32  # divisor of sequence and message lengths with --tiny
 SMALL = (*TINY, "model.n_layers=4", "model.vocab_size=4096", "precision=fp32")
 FP8 = (*SEVEN, "precision.fp8=tensorwise")
 ON_CUDA = torch.cuda.is_available()
+TP = ("parallel.async_tp=true", "parallel.cuda_graphs=true") if ON_CUDA else ()
+IS_LARGE = ON_CUDA and torch.cuda.get_device_properties(0).total_memory > 100 * 2**30
 DEVICE = torch.device("cuda", 0) if ON_CUDA else torch.device("cpu")
 Figures = dict[str, Any]
 SKIP: Figures = {"error": "not measured"}
@@ -71,7 +74,8 @@ def rows_of(n: int) -> dict[str, Row]:
     """Return the rows that N GPUs can run; `base` is the single-GPU row to compare with."""
 
     def row(*layout: str, model: tuple[str, ...] = SEVEN, base: str = "one", peer: tuple[str, ...] = ()) -> Row:
-        return Row(model, 2048, 2, 1, layout, base, peer=peer)
+        rows = 4 if IS_LARGE or (TP and TP[0] in layout) else 2
+        return Row(model, 2048, rows, 1, layout, base, peer=peer)
 
     long = row("parallel=cp", f"parallel.cp={n}", model=(*SEVEN, "model.max_seq_len=32768"))
     found = {
@@ -80,10 +84,10 @@ def rows_of(n: int) -> dict[str, Row]:
         "zero1": row("parallel=zero1", peer=("never", "1")),
         "hybrid_zero": row("parallel=hybrid_zero", f"parallel.dp_shard={n // 2}"),
         "zero3": row("parallel=zero3", peer=("always", "1")),
-        "tp2_zero1": row("parallel=tp_zero1", peer=("never", "2")),
-        f"tp{n}": row("parallel=tp", f"parallel.tp={n}", peer=("never", f"{n}")),
-        "pp2_zero1": row("parallel=zero1", "parallel.pp=2"),
-        "3d": row("parallel=3d"),
+        "tp2_zero1": row("parallel=tp_zero1", *TP, peer=("never", "2")),
+        f"tp{n}": row("parallel=tp", f"parallel.tp={n}", *TP, peer=("never", f"{n}")),
+        "pp2_zero1": replace(row("parallel=zero1", "parallel.pp=2"), rows=2),
+        "3d": replace(row("parallel=3d"), rows=2),
         f"cp{n}_32k": replace(long, seq_len=32768, rows=1, peer=("never", "1", f"{n}")),
         "zero1_fp8": row("parallel=zero1", model=FP8, base="one_fp8"),
     }
@@ -108,7 +112,7 @@ def real_batches(config: TrainConfig, count: int) -> Callable[[], list[Batch]]:
 
 def measure(overrides: tuple[str, ...], seconds: float, *, single: bool = False) -> Figures:
     """Time a row on all ranks, or on this rank only."""
-    config = configure((*overrides, "parallel.step_timeout_s=120"))
+    config = configure((*overrides, "parallel.step_timeout_s=60"))
     with nullcontext(Mesh(device=DEVICE)) if single else distributed(config.parallel) as mesh:
         engine, batches = build(config, mesh), real_batches(config, per_rank(config, mesh.dp_size))
         tokens = config.global_batch_tokens / mesh.world_size
@@ -265,7 +269,7 @@ def main() -> None:
     tp_rows, sizes = {"tp2_zero1", f"tp{n}"}, {"bandwidth": n} | ({"bandwidth2": 2} if n > 2 else {})
     no_peer = "--tiny" if args.tiny else "" if find_spec("torchtitan") else "not installed"
     peers = {} if no_peer else {f"torchtitan_{name}": name for name, row in rows.items() if row.peer}
-    selected = args.rows.split(",") if args.rows else [*sizes, *rows, *peers, "checkpoint"]
+    selected = args.rows.split(",") if args.rows else [*sizes, *rows, "checkpoint", *peers]
     attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
     store = PrefixStore(f"node/{attempt}", next(rendezvous("env://"))[0])
     if rank == 0:

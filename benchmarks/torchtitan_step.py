@@ -75,8 +75,12 @@ def measure(
         shape = SHAPES[overrides["model"]].copy()
         shape["n_layers"] = int(overrides.get("model.n_layers", shape["n_layers"]))
         arguments = TransformerModelArgs(**shape, ffn_dim_multiplier=None, rope_theta=10000, max_seq_len=seq_len)
+        torch._dynamo.reset()  # the layers of another row
+        # torchtitan computes in bf16 under FSDP only; else its parameters must be bf16
+        torch.set_default_dtype(torch.float32 if dp * int(cp) > 1 else torch.bfloat16)
         with torch.device("meta"):
             module = Transformer(arguments)
+        torch.set_default_dtype(torch.float32)
         module = parallelize_llama(module, dims, job)
         module.to_empty(device=device)
         with torch.no_grad():

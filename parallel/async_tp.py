@@ -7,6 +7,7 @@ layers with the same input are one product if their weights are adjacent in memo
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -67,7 +68,8 @@ class PeerCollectives:
                 received_RtD[rank].copy_(buffer.of(rank, self.rank * n, n).view_as(received_RtD[rank]))
 
 
-COLLECTIVES: dict[str, PeerCollectives] = {}  # by group name, because custom ops take strings
+# By group name, because custom ops take strings; the model keeps them.
+COLLECTIVES: WeakValueDictionary[str, PeerCollectives] = WeakValueDictionary()
 
 
 def join(weights: Sequence[Tensor]) -> Tensor:
@@ -220,8 +222,9 @@ def overlap_tp(model: Transformer, fused: Iterable[Any], group: dist.ProcessGrou
         raise ParallelError(
             "parallel.async_tp (true) needs tp ranks on GPUs of one node with peer access; set it to false"
         )
-    COLLECTIVES[group.group_name] = PeerCollectives(group, device)
+    COLLECTIVES[group.group_name] = collectives = PeerCollectives(group, device)
     for module in fused:
+        module.collectives = collectives
         module.linears = partial(_gathered_linears, group.group_name)
     for module in model.blocks.modules():
         if type(module) is RowwiseLinear:

@@ -1,10 +1,11 @@
 """Memory that the ranks of a node read from each other by copy engines, which leaves all SMs to computation."""
 
 import os
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -21,12 +22,20 @@ class Buffer:
 class SharedBuffer(Buffer):
     """A flat buffer on each rank of a group, readable by all of them."""
 
+    total_bytes: ClassVar[int] = 0  # of this process, which torch's allocator does not count
+
     def __init__(self, n: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup) -> None:
         from torch.distributed import _symmetric_memory as symmetric
 
         self.rank, self.size = group.rank(), group.size()
         self.local = symmetric.empty(n, dtype=dtype, device=device)
         self.handle: Any = symmetric.rendezvous(self.local, group.group_name)
+        SharedBuffer._count(self.local.nbytes)
+        weakref.finalize(self, SharedBuffer._count, -self.local.nbytes)
+
+    @classmethod
+    def _count(cls, n_bytes: int) -> None:
+        cls.total_bytes += n_bytes
 
     def of(self, rank: int, start: int, n: int) -> Tensor:
         """Return `n` elements of a rank's buffer, from `start` on."""
@@ -74,6 +83,13 @@ class SideStream:
         """Make the current stream wait for all work issued on this one."""
         if self.stream is not None:
             torch.cuda.current_stream().wait_stream(self.stream)
+
+
+def weakly(method: Callable[[Any], None], argument: Any) -> Callable[[object], None]:
+    """Return a hook that calls a method and keeps nothing alive: Python cannot collect cycles through autograd's."""
+    weak_method: Any = weakref.WeakMethod(method)
+    weak_argument = weakref.ref(argument)
+    return lambda _: weak_method()(weak_argument())
 
 
 def can_share(group: dist.ProcessGroup, device: torch.device) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from model.transformer import Transformer
 from parallel.config import ParallelConfig, ReduceDtype
 from parallel.mesh import Mesh
-from parallel.peers import Buffer, SharedBuffer, SideStream, can_share
+from parallel.peers import Buffer, SharedBuffer, SideStream, can_share, weakly
 from parallel.shards import ALIGNMENT, matrices_first
 from parallel.tensor_parallel import collectives, exchange
 
@@ -61,7 +61,7 @@ class Unit:
             self.starts.append(self.length)
             self.length += -(-size // ALIGNMENT) * ALIGNMENT
         n_resident = self.length if reshards else self.length * n_shards  # between steps
-        shared = SharedBuffer(n_resident, self.dtype, device, group) if reads_peers else None
+        self.shared = shared = SharedBuffer(n_resident, self.dtype, device, group) if reads_peers else None
         resident = torch.empty(n_resident, dtype=self.dtype, device=device) if shared is None else shared.local
         self.full = torch.empty(self.length * n_shards, dtype=self.dtype, device=device) if reshards else resident
         self.n_bytes = self.full.untyped_storage().nbytes()
@@ -170,7 +170,8 @@ class Zero:
         self.in_graphs = False
         self.in_flight: deque[Any] = deque()  # events after the latest reductions
         # Packed gradients of at most a block: one bucket is written while others are read.
-        self.buckets: deque[Buffer] = deque()
+        self.buckets: list[Buffer] = []
+        self.next_bucket = 0
         self.sum_ranks = torch.compile(sum_ranks, dynamic=True) if config.compiles(mesh.device.type) else sum_ranks
         self.bucket_length = max(unit.length for unit in chain.from_iterable(self.units) if unit.is_block)
 
@@ -183,7 +184,7 @@ class Zero:
         for shard in unit.shards.values():
             shard.grad_dtype = self.reduce_dtype  # type: ignore[attr-defined]
         for param in unit.params:
-            param.register_post_accumulate_grad_hook(lambda _: self._on_gradient(unit))
+            param.register_post_accumulate_grad_hook(weakly(self._on_gradient, unit))
         for name, module in unit.modules.items():
             after = None if name == "norm" else unit.after  # a norm is last, also in a unit with the embedding
             module.register_forward_pre_hook(lambda *_, after=after: self._wait_gathered(unit, after))
@@ -263,11 +264,11 @@ class Zero:
 
     def begin_backward(self, stage: int, *, first: bool, last: bool) -> None:
         """Prepare for a backward pass of a stage; `first` and `last` are the micro-batch's position in the step."""
-        self.pending = list(self.units[stage])
-        self.first, self.last = first, last
+        self.pending, self.first, self.last = list(self.units[stage]), first, last
+        self.next_bucket *= not self.in_graphs  # the same on all ranks: replays do not run this code
         for unit in self.pending:
             unit.n_missing = len(unit.params)
-            if self.in_graphs and self.reshards and unit.is_leading:  # replays do not run this code: all ranks agree
+            if self.in_graphs and self.reshards and unit.is_leading:
                 unit.is_gathered, unit.ready = not first, None
 
     def end_backward(self) -> None:
@@ -323,9 +324,9 @@ class Zero:
         while len(self.in_flight) > 1:
             self.stream.wait(self.in_flight.popleft())
         if not self.buckets:
-            self.buckets = deque(self._buffer(self.bucket_length, unit.full, unit.dtype) for _ in range(3))
-        self.buckets.rotate()
-        return self.buckets[0]
+            self.buckets = [self._buffer(self.bucket_length, unit.full, unit.dtype) for _ in range(3)]
+        self.next_bucket += 1
+        return self.buckets[self.next_bucket % len(self.buckets)]
 
     def _reduce_scatter(self, unit: Unit, buffer: Buffer, begin: int, n: int) -> None:
         """Sum elements `begin` to `begin + n` of this rank's gradients over ranks, from a packed buffer."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from parallel.engine import StepResult
+from parallel.peers import SharedBuffer
 from tracking.loggers import Loggers
 from training.state import TrainState
 
@@ -111,9 +112,9 @@ class Throughput:
 
 
 def memory_gib() -> float:
-    """Return the peak of allocated GPU memory, or of the process's memory without a GPU."""
+    """Return the peak of allocated GPU memory, shared buffers included, or of the process's memory without a GPU."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**30
+        return (torch.cuda.max_memory_allocated() + SharedBuffer.total_bytes) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

@@ -230,7 +230,7 @@ def steps_of_packs() -> list[list[Batch]]:
     packs = ([9, 7], [16], [3, 4, 9], [8, 8], [1] * 16, [2, 1, 1, 5, 7])
     return [
         [micro_batch(packs[(s + i) % 6 if s > 1 else 0], 10 * s + i, source=i % 2) for i in range((4, 2, 3)[s % 3])]
-        for s in range(13)
+        for s in range(14)
     ]
 
 
