@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from parallel.shards import local, sharded_dim
 from training.config import TrainingError
 from training.ranks import Ranks
 
+Facts = dict[str, tuple[bool, tuple[int, ...]]]  # whether a tensor is finite, and hashes of its parts
 CHECKED_AT_ONCE = 1 << 22  # elements, so that temporaries fit on a nearly full device
 
 
@@ -28,12 +29,19 @@ def check_same_run(facts: Mapping[str, Any], ranks: Ranks) -> None:
             raise TrainingError(f"rank {rank} has another {' and '.join(other)} than rank 0; start all ranks alike")
 
 
-def check_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
-    """Raise `TrainingError` on every rank unless all tensors are finite and replicas are bitwise equal."""
+def check_tensors(tensors: Mapping[str, Tensor], ranks: Ranks, facts: Callable[[], Facts] | None = None) -> None:
+    """Raise `TrainingError` on every rank unless all tensors are finite and replicas are bitwise equal.
+
+    `facts` returns those of this rank's shards, if `tensors` have no data.
+    """
     floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-    mine = {name: (_place(tensor), *_finite_and_hash(local(tensor))) for name, tensor in floats.items()}
-    seen: dict[tuple[str, Any], tuple[int, int]] = {}
-    for rank, shards in enumerate(ranks.all_gather(lambda: mine)):
+
+    def placed() -> dict[str, tuple[Any, bool, tuple[int, ...]]]:
+        own = facts() if facts else facts_of({name: (local(tensor),) for name, tensor in floats.items()})
+        return {name: (_place(tensor), *own[name]) for name, tensor in floats.items()}
+
+    seen: dict[tuple[str, Any], tuple[int, tuple[int, ...]]] = {}
+    for rank, shards in enumerate(ranks.all_gather(placed)):
         for name, (place, finite, digest) in shards.items():
             if not finite:
                 raise TrainingError(f"{name} on rank {rank} is not finite")
@@ -52,11 +60,18 @@ def _place(tensor: Tensor) -> tuple[int, ...] | None:
     return tuple(-1 if sharded_dim(placement) is None else at for at, placement in pairs)
 
 
+def facts_of(parts: Mapping[str, tuple[Tensor, ...]]) -> Facts:
+    """Return whether tensors in parts are finite, and hashes of the parts' bits."""
+    found = {name: [_finite_and_hash(part) for part in tensors] for name, tensors in parts.items()}
+    return {name: (all(finite for finite, _ in pairs), tuple(h for _, h in pairs)) for name, pairs in found.items()}
+
+
 def _finite_and_hash(shard: Tensor) -> tuple[bool, int]:
     """Return whether all elements are finite, and a hash of their bits."""
     flat = shard.contiguous().flatten()
     if flat.device.type == "cpu":  # several times as fast as the reductions below, which suit a GPU
-        finite = bool(flat.sum().isfinite()) or bool(flat.isfinite().all())  # the sum of finite ones may overflow
+        # A sum that is not finite may be an overflow.
+        finite = bool(flat.sum(dtype=torch.float32).isfinite()) or bool(flat.isfinite().all())
         return finite, xxhash.xxh3_64_intdigest(flat.view(torch.uint8).numpy())
     all_finite = torch.ones((), dtype=torch.bool, device=shard.device)
     total = torch.zeros((), dtype=torch.int64, device=shard.device)

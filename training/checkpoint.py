@@ -9,11 +9,12 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,13 +28,16 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.futures import Future
 
+from parallel.shards import local
 from tracking.metrics_file import METRICS, read_records
 from tracking.retry import retried
 from tracking.run_folder import checkpoints_in, committed, write_atomically
 from tracking.store import Store, describe
 from training.config import CheckpointConfig, CheckpointError, DamagedError, IncompleteError, SaveError
 from training.metadata import MetadataReader, check_complete, read_metadata
+from training.optim.master_weights import Parts, whole
 from training.ranks import Ranks, reason_of, some
+from training.writer_process import direct
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +110,17 @@ class Checkpoints:
         self.saved_bytes = 0  # by the last save, on all ranks
         self.ranks.on_first(self._sweep)
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        state: dict[str, Any],
+        parts: Mapping[str, Parts] | None = None,
+        call: Callable[..., Any] = direct,
+    ) -> Path:
         """Write and commit a checkpoint; a collective, in which each rank writes its shards.
+
+        `parts` have the data of tensors that are only shapes. `call(function, ...)` runs what reads them and the files.
 
         If any rank fails, nothing has changed and every rank raises `SaveError`. If only the copy to the store
         failed, another call repeats the copy alone.
@@ -121,7 +134,8 @@ class Checkpoints:
         try:
             if self.ranks.on_first(final.exists):
                 raise CheckpointError(f"{final} exists")
-            self.saved_bytes = _write(partial_dir, step, tensors, text, self.ranks)
+            parts = {name: (local(tensor),) for name, tensor in tensors.items()} if parts is None else parts
+            self.saved_bytes = _write(partial_dir, step, tensors, text, self.ranks, parts, call)
             self.ranks.on_first(lambda: (final.exists() or os.rename(partial_dir, final), _fsync(self.folder)))
         except CheckpointError as error:
             needed, free = sum(tensor.nbytes for tensor in tensors.values()), "an unknown number"
@@ -229,16 +243,22 @@ def _first_good(
 class _Writer(FileSystemWriter):
     """Writes with one thread, because with several an error can be lost, and raises the original OSError."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, parts: Mapping[str, Parts], call: Callable[..., Any] = direct) -> None:
         # Copying ahead would synchronize with all work of the device, including training.
         super().__init__(folder, thread_count=1, single_file_per_rank=True, per_thread_copy_ahead=0)
+        self.folder, self.parts, self.call = folder, parts, call
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future:
-        return retried(lambda: self._write_once(plan, planner))
+        names = {item.index.fqn for item in plan.items}
+        parts = {name: tensors for name, tensors in self.parts.items() if name in names}
+        written: Future = Future()
+        written.set_result(retried(lambda: self.call(_write_items, self.folder, plan, parts)))
+        return written
 
-    def _write_once(self, plan: SavePlan, planner: SavePlanner) -> Future:
+    def write_items(self, plan: SavePlan) -> list[Any]:
+        planner: Any = SimpleNamespace(resolve_data=lambda item: whole(self.parts[item.index.fqn]).detach())
         try:
-            return super().write_data(plan, planner)
+            return super().write_data(plan, planner).value()
         except RuntimeError as error:
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
@@ -246,7 +266,24 @@ class _Writer(FileSystemWriter):
             raise cause or error from error
 
 
-def _write(folder: Path, step: int, tensors: dict[str, Tensor], text: str, ranks: Ranks) -> int:
+def _write_items(folder: Path, plan: SavePlan, parts: Mapping[str, Parts]) -> list[Any]:
+    """Write a rank's file, in any process."""
+    return _Writer(folder, parts).write_items(plan)
+
+
+def _describe_all(folder: Path, pattern: str) -> Files:
+    return {path.name: _describe(path, sync=True) for path in folder.glob(pattern)}
+
+
+def _write(
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    text: str,
+    ranks: Ranks,
+    parts: Mapping[str, Parts],
+    call: Callable[..., Any],
+) -> int:
     """Write and fsync all files, check that they are complete, and return the size of the tensor files."""
 
     def make_folder() -> None:
@@ -254,7 +291,7 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], text: str, ranks
         folder.mkdir(parents=True)
 
     def own_files() -> tuple[Files, set[str]]:
-        return {path.name: _describe(path, sync=True) for path in folder.glob(f"__{ranks.rank}_*")}, set(tensors)
+        return call(_describe_all, folder, f"__{ranks.rank}_*"), set(tensors)
 
     def finish() -> None:
         files = {name: entry for part, _ in parts for name, entry in part.items()}
@@ -274,7 +311,8 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], text: str, ranks
     ranks.on_first(make_folder)
     try:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # by no_dist
-        save(dict(tensors), storage_writer=_Writer(folder), process_group=ranks.group, no_dist=ranks.group is None)
+        writer = _Writer(folder, parts, call)
+        save(dict(tensors), storage_writer=writer, process_group=ranks.group, no_dist=ranks.group is None)
     except (OSError, RuntimeError, CheckpointException) as error:  # DCP raises one rank's error on all
         failures = error.failures.values() if isinstance(error, CheckpointException) else ()
         if any(isinstance(cause, KeyboardInterrupt) for cause, _ in failures):

@@ -20,7 +20,7 @@ from model.hf.families import pad_vocabulary, read_config, read_weights
 from parallel.engine import Engine
 from tracking.run_folder import check_changes, check_origin, check_same_model
 from tracking.store import local_run
-from training.agreement import check_tensors
+from training.agreement import check_tensors, facts_of
 from training.checkpoint import PER_RANK, Checkpoint, Checkpoints, open_checkpoint
 from training.config import CheckpointError, DamagedError, OnSaveError, SchedulerConfig, TrainingError
 from training.optim.optimizer import Optimizer
@@ -29,6 +29,7 @@ from training.ranks import Ranks
 from training.schedules import learning_rate
 from training.snapshot import Snapshot
 from training.state import TrainState
+from training.writer_process import direct
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,8 @@ class RunCheckpoints:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if self.saving is not None and isinstance(error, Exception):  # a second Ctrl-C does not wait
             logger.info("the last save: %s", self.saving.exception() or self.saving.result()[1])
+        if self.snapshot.process is not None:
+            self.writer.submit(self.snapshot.process.close)
         self.writer.shutdown(wait=False)
 
     def save(self, *, last: bool = False) -> None:
@@ -109,9 +112,14 @@ class RunCheckpoints:
         return bad
 
     def _write(self, begun: float, optimizer: Optimizer, step: int, rng: Tensor, state: dict[str, Any]) -> Saved:
-        tensors = {**optimizer.state_tensors(), self.rng_name: rng}
-        check_tensors(tensors, self.checkpoints.ranks)
-        path = self.checkpoints.save(step, tensors, state)
+        process = self.snapshot.process if optimizer is not self.optimizer else None
+        call, saved = process.call if process else direct, optimizer.saved_parts()
+        # Data are read where the files are written; here, tensors are only shapes and layouts.
+        tensors = {name: laid_out(torch.empty(()).expand(parts[0].shape)) for name, (laid_out, parts) in saved.items()}
+        parts = {name: parts for name, (_, parts) in saved.items()}
+        check_tensors(tensors, self.checkpoints.ranks, partial(call, facts_of, dict(parts)))
+        tensors[self.rng_name], parts[self.rng_name] = rng, (rng,)
+        path = self.checkpoints.save(step, tensors, state, parts, call)
         seconds = time.perf_counter() - begun
         rate = self.checkpoints.saved_bytes / seconds
         return step, path, {"perf/checkpoint_s": seconds, "perf/checkpoint_bytes_per_s": rate}

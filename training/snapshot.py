@@ -1,4 +1,4 @@
-"""Copies of an optimizer's tensors in host memory, for background checkpoints."""
+"""Copies of an optimizer's tensors in host memory, for background checkpoints by another process."""
 
 import weakref
 from copy import copy
@@ -9,16 +9,18 @@ from torch import Tensor
 
 from training.config import TrainingError
 from training.optim.optimizer import Optimizer
+from training.writer_process import WriterProcess
 
 ALIGNED_TO = 64  # bytes
 
 
 class Snapshot:
-    """Pinned host memory for an optimizer's tensors, allocated once."""
+    """Pinned host memory for an optimizer's tensors, shared with the process that writes them; allocated once."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self.copies: list[dict[str, Tensor]] = []
+        self.process: WriterProcess | None = None
 
     @torch.no_grad()
     def take(self) -> Optimizer:
@@ -40,10 +42,10 @@ class Snapshot:
             return
         held = self._held()
         sizes = [-(-tensor.nbytes // ALIGNED_TO) * ALIGNED_TO for tensors in held for tensor in tensors.values()]
-        block = torch.empty(sum(sizes), dtype=torch.uint8)
+        self.process = WriterProcess(sum(sizes))
         if self.optimizer.device.type == "cuda":
-            self._pin(block)
-        parts = iter(block.split(sizes))
+            self._pin(self.process.block)
+        parts = iter(self.process.block.split(sizes))
         self.copies = [
             {n: next(parts)[: t.nbytes].view(t.dtype).view(t.shape) for n, t in tensors.items()} for tensors in held
         ]

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from parallel.shards import ParamShard
 
+Parts = tuple[Tensor, ...]  # of a tensor that is saved
+
 
 class MasterWeights:
     """The fp32 master weights of a model's parameters, by name.
@@ -34,12 +36,12 @@ class MasterWeights:
         """Set a parameter and its master."""
         write(self.shards[name], self.remainder.get(name), master)
 
-    def to_save(self, name: str) -> Tensor:
-        """Return a master in the layout of its parameter, on the CPU if the parameter is bf16."""
+    def parts(self, name: str) -> Parts:
+        """Return the tensors that make up a master; `whole` joins them."""
         param, remainder = self.shards[name], self.remainder.get(name)
-        if remainder is not None and remainder.dtype == torch.int16:
-            return self.params[name].laid_out(join(param.cpu(), remainder.cpu()))
-        return self.params[name].laid_out(self.read(name))
+        if remainder is None:
+            return (param,)
+        return (param, remainder) if remainder.dtype == torch.int16 else (remainder,)
 
 
 def read(param: Tensor, remainder: Tensor | None) -> Tensor:
@@ -57,6 +59,15 @@ def write(param: Tensor, remainder: Tensor | None, master: Tensor) -> None:
     elif remainder is not None:
         remainder.copy_(master)
     param.copy_(master)
+
+
+def whole(parts: Parts) -> Tensor:
+    """Return a saved tensor from its parts; if it is converted to fp32, on the CPU."""
+    if len(parts) > 1:
+        upper, lower = parts
+        return join(upper.cpu(), lower.cpu())
+    (tensor,) = parts
+    return tensor.cpu().float() if tensor.dtype == torch.bfloat16 else tensor
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:

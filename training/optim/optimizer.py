@@ -14,7 +14,7 @@ from model.parametrization import Scales, scales_of
 from model.transformer import Transformer
 from parallel.shards import ParamShard, local, whole_params
 from training.config import OPTIMIZERS, Decay, Dtype, OptimizerConfig, TrainingError
-from training.optim.master_weights import MasterWeights
+from training.optim.master_weights import MasterWeights, Parts, whole
 
 CHUNK_NUMEL = 1 << 27  # elements per call of a rule, whose fp32 copies must fit in memory
 UPDATE = "optimizer.update"  # name in profiles
@@ -212,14 +212,17 @@ class Optimizer:
 
         Tensors that are not fp32 on the device are converted on the CPU.
         """
-        saved = {}
+        return {name: laid_out(whole(parts)) for name, (laid_out, parts) in self.saved_parts().items()}
+
+    def saved_parts(self) -> dict[str, tuple[Callable[[Tensor], Tensor], Parts]]:
+        """Return by checkpoint name the parts of each tensor to save, and what lays out the whole."""
+        saved: dict[str, tuple[Callable[[Tensor], Tensor], Parts]] = {}
         for name, param in self.params.items():
             saved_as = self.tied_params.get(name, name)
-            saved[f"model.{saved_as}"] = self.weights.to_save(name)
+            saved[f"model.{saved_as}"] = param.laid_out, self.weights.parts(name)
             for key, tensors in self._state_of(name):
-                tensor = tensors[name] if tensors[name].dtype == torch.float32 else tensors[name].cpu().float()
-                saved[f"optimizer.{saved_as}.{key}"] = param.laid_out(tensor)
-            saved[f"optimizer.{saved_as}.step"] = self.updates
+                saved[f"optimizer.{saved_as}.{key}"] = param.laid_out, (tensors[name],)
+            saved[f"optimizer.{saved_as}.step"] = (lambda updates: updates), (self.updates,)
         return saved
 
     @torch.no_grad()
