@@ -25,6 +25,7 @@ PORTS = range(20000, 32000)  # below the range from which systems assign ports
 DEFAULTS = {  # unless set by the user; libraries read them on import
     "OMP_WAIT_POLICY": "PASSIVE",  # idle OpenMP threads sleep instead of spinning
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # less fragmentation of GPU memory
+    "NCCL_GRAPH_REGISTER": "0",  # else collectives in CUDA graphs fail with expandable segments (pytorch#158029)
 }
 
 

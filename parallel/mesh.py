@@ -17,6 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from parallel.axes import Axes, resolve_axes
 from parallel.config import Device, ParallelConfig, ParallelError
+from parallel.peers import SharedBuffer
 
 T = TypeVar("T")
 
@@ -94,7 +95,12 @@ def distributed(config: ParallelConfig) -> Iterator[Mesh]:
     try:
         if axes.world_size > 1:
             _join(config, device, axes.world_size)
-        yield open_mesh(axes, zero_stage=config.zero_stage, device=device)
+        mesh = open_mesh(axes, zero_stage=config.zero_stage, device=device)
+        SharedBuffer.timeout_s = config.step_timeout_s
+        for of_axes in filter(None, (mesh.param_mesh, mesh.batch_mesh)):  # their groups have torch's own timeout
+            for group in of_axes.get_all_groups():
+                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.step_timeout_s), group)
+        yield mesh
     finally:
         if dist.is_initialized():
             leave()

@@ -23,13 +23,20 @@ class SharedBuffer(Buffer):
     """A flat buffer on each rank of a group, readable by all of them."""
 
     total_bytes: ClassVar[int] = 0  # of this process, which torch's allocator does not count
+    timeout_s: ClassVar[float] = 0.0  # of a barrier; 0: none
 
     def __init__(self, n: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup) -> None:
         from torch.distributed import _symmetric_memory as symmetric
 
         self.rank, self.size = group.rank(), group.size()
-        self.local = symmetric.empty(n, dtype=dtype, device=device)
-        self.handle: Any = symmetric.rendezvous(self.local, group.group_name)
+        # torch (to 2.13 at least) zeroes the signals and writes its tables of addresses on the default stream, but
+        # takes the tables from the current stream's pool, where pending kernels may still write (pytorch#181086).
+        default = torch.cuda.default_stream(device)
+        with torch.cuda.stream(default):
+            self.local = symmetric.empty(n, dtype=dtype, device=device)
+            default.synchronize()  # before a peer signals
+            self.handle: Any = symmetric.rendezvous(self.local, group.group_name)
+        torch.cuda.current_stream(device).wait_stream(default)
         SharedBuffer._count(self.local.nbytes)
         weakref.finalize(self, SharedBuffer._count, -self.local.nbytes)
 
@@ -47,7 +54,7 @@ class SharedBuffer(Buffer):
 
     def barrier(self) -> None:
         """Make the current stream wait until the streams of all ranks reach this barrier."""
-        self.handle.barrier(channel=0)
+        self.handle.barrier(channel=0, timeout_ms=int(1e3 * SharedBuffer.timeout_s))
 
 
 class SideStream:

@@ -148,8 +148,7 @@ class Zero:
         self.reduce_dtype = torch.float32 if config.reduce_dtype is ReduceDtype.fp32 else torch.bfloat16
         # Within a node, copy engines read weights and gradients, which leaves all SMs to computation.
         self.reads_peers = can_share(self.shard_group, mesh.device)
-        if self.reads_peers:
-            self.flag = SharedBuffer(1, torch.int32, mesh.device, self.shard_group)
+        self.flag = SharedBuffer(1, torch.int32, mesh.device, self.shard_group) if self.reads_peers else None
         self.stream = SideStream(mesh.device)
         self.units: list[list[Unit]] = []  # of each stage, in the order of the forward pass
         for stage in stages:
@@ -381,7 +380,7 @@ class Zero:
 
     def _barrier(self) -> None:
         """Make the current stream wait for all ranks' streams, if ranks read each other's memory."""
-        if self.reads_peers:
+        if self.flag is not None:
             self.flag.barrier()
 
 

@@ -72,7 +72,8 @@ def _finite_and_hash(shard: Tensor) -> tuple[bool, int]:
     if flat.device.type == "cpu":  # several times as fast as the reductions below, which suit a GPU
         # A sum that is not finite may be an overflow.
         finite = bool(flat.sum(dtype=torch.float32).isfinite()) or bool(flat.isfinite().all())
-        return finite, xxhash.xxh3_64_intdigest(flat.view(torch.uint8).numpy())
+        data: Any = flat.view(torch.uint8).numpy()
+        return finite, xxhash.xxh3_64_intdigest(data)
     all_finite = torch.ones((), dtype=torch.bool, device=shard.device)
     total = torch.zeros((), dtype=torch.int64, device=shard.device)
     for part in flat.split(CHECKED_AT_ONCE):

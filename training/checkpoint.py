@@ -294,10 +294,10 @@ def _write(
         return call(_describe_all, folder, f"__{ranks.rank}_*"), set(tensors)
 
     def finish() -> None:
-        files = {name: entry for part, _ in parts for name, entry in part.items()}
+        files = {name: entry for described, _ in own for name, entry in described.items()}
         for name in files:
             (folder / name).stat()  # fails unless all nodes share the run folder
-        names = set().union(*(part for _, part in parts))
+        names = set().union(*(saved for _, saved in own))
         check_complete(read_metadata(folder), names, {name: entry["size"] for name, entry in files.items()})
         (folder / "state.json").write_text(text + "\n", encoding="utf-8")
         for name in (".metadata", "state.json"):
@@ -318,9 +318,9 @@ def _write(
         if any(isinstance(cause, KeyboardInterrupt) for cause, _ in failures):
             raise KeyboardInterrupt from None  # a second Ctrl-C
         raise CheckpointError(reason_of(error)) from error
-    parts = ranks.all_gather(own_files)
+    own = ranks.all_gather(own_files)
     ranks.on_first(finish)
-    return sum(entry["size"] for part, _ in parts for entry in part.values())
+    return sum(entry["size"] for described, _ in own for entry in described.values())
 
 
 def _open(path: Path, ranks: Ranks) -> Checkpoint:

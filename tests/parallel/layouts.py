@@ -3,6 +3,7 @@
 import faulthandler
 import pickle
 import traceback
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -92,6 +93,9 @@ def steps_of(n: int = N_MICRO_BATCHES) -> list[list[Batch]]:
     ]
 
 
+ALIVE: weakref.WeakSet[Any] = weakref.WeakSet()  # engines, and what gathers their parameters
+
+
 def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
     # A rounding error d of a gradient near 0 moves a weight by up to lr * d / eps: with the usual eps of 1e-8 that is a
     # whole update where d decides the sign.
@@ -110,7 +114,9 @@ def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
     loss = LossConfig(chunk_tokens=5, reduction=case.reduction)
     scaler, counts_3 = LossScaler(PrecisionConfig()), torch.zeros(3, dtype=torch.int64, device=mesh.device)
     sources = {"n_sources": 2, "bytes_per_token": torch.arange(64)}
-    return Engine(laid_out, built, scaler, counts_3, loss=loss, max_grad_norm=optimizer.max_grad_norm, **sources)
+    engine = Engine(laid_out, built, scaler, counts_3, loss=loss, max_grad_norm=optimizer.max_grad_norm, **sources)
+    ALIVE.update(part for part in (engine, engine.zero) if part is not None)
+    return engine
 
 
 def outcome(case: Case, mesh: Mesh, config: ParallelConfig) -> Outcome:
@@ -192,9 +198,11 @@ def _on_layout(rank: int, store: Path, case: Case, device: torch.device, functio
         axes = resolve_axes(config, case.world_size)
         mesh = open_mesh(axes, zero_stage=config.zero_stage, device=device)
         with shared_files(store.with_suffix(".files")) if case.shares_memory else nullcontext():
-            return function(case, mesh, config)
+            found = function(case, mesh, config)
     finally:
         leave()
+    assert not len(ALIVE), f"{list(ALIVE)} outlived the mesh, and with them the memory that ranks share"
+    return found
 
 
 def run(

@@ -63,11 +63,9 @@ def write(param: Tensor, remainder: Tensor | None, master: Tensor) -> None:
 
 def whole(parts: Parts) -> Tensor:
     """Return a saved tensor from its parts; if it is converted to fp32, on the CPU."""
-    if len(parts) > 1:
-        upper, lower = parts
-        return join(upper.cpu(), lower.cpu())
-    (tensor,) = parts
-    return tensor.cpu().float() if tensor.dtype == torch.bfloat16 else tensor
+    if len(parts) == 2:
+        return join(parts[0].cpu(), parts[1].cpu())
+    return parts[0].cpu().float() if parts[0].dtype == torch.bfloat16 else parts[0]
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
