@@ -66,6 +66,7 @@ class WriterProcess:
 
     def close(self) -> None:
         with suppress(BrokenPipeError):
+            pickle.dump(None, self.process.stdin)  # forked processes, such as data workers, may hold the input open
             self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
@@ -101,15 +102,19 @@ def serve() -> None:
     block = _map(fd, n_bytes)
     while True:
         try:
-            function, args = _Unpickler(sys.stdin.buffer, block).load()
+            task = _Unpickler(sys.stdin.buffer, block).load()
         except EOFError:
             return
+        if task is None:
+            return
+        function, args = task
         try:
             result = function(*args)
         except Exception as error:
             result = error
-        pickle.dump(result, results)
-        results.flush()
+        with suppress(BrokenPipeError):  # the trainer was killed
+            pickle.dump(result, results)
+            results.flush()
 
 
 def _map(fd: int, n_bytes: int) -> Tensor:
