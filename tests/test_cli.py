@@ -207,7 +207,13 @@ def test_first_rank_reports_errors_of_all(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_stored_configuration_is_json_and_has_every_key() -> None:
-    odd = ["name=x", "optimizer.max_grad_norm=inf", "++optimizer.options={a: -inf, b: nan}", "model.name='a\\${b}'"]
+    odd = [
+        "name=x",
+        "data.path=missing",
+        "optimizer.max_grad_norm=inf",
+        "++optimizer.options={a: -inf, b: nan}",
+        "model.name='a\\${b}'",
+    ]
     plain = to_plain(checked(composed_cfg("precision=fp16", "+data.mix={a: 1, b: 2.5}", "skip_batches=[3]", *odd)))
     assert json.loads(json.dumps(plain)) == plain and plain["optimizer"]["options"] == {"a": "-inf", "b": "nan"}
     assert plain["data"]["mix"] == {"a": 1.0, "b": 2.5} and plain["skip_batches"] == ["3"]

@@ -76,7 +76,7 @@ def profile_steps(step: Callable[[], object], device: torch.device, folder: Path
     if on_cuda:
         torch.cuda.memory._record_memory_history()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-    with profile(activities=activities) as found, record_function(WINDOW):
+    with profile(activities=activities, acc_events=True) as found, record_function(WINDOW):
         host, whole = timed()
     if on_cuda:
         torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))

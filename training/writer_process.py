@@ -59,6 +59,8 @@ class WriterProcess:
             self.process.stdin.flush()
             result = pickle.load(self.process.stdout)
         except (EOFError, BrokenPipeError) as error:
+            self.process.kill()
+            self.process.wait()
             raise OSError("the process that writes checkpoints died") from error
         if isinstance(result, Exception):
             raise result
@@ -96,7 +98,7 @@ class _Unpickler(pickle.Unpickler):
 def serve() -> None:
     """Run the functions that the trainer sends, until it ends."""
     fd, n_bytes = map(int, sys.argv[1:])
-    results = os.fdopen(os.dup(1), "wb")
+    results = os.fdopen(os.dup(1), mode="wb")
     os.dup2(2, 1)  # what libraries print
     torch.set_num_threads(1)
     block = _map(fd, n_bytes)
