@@ -104,6 +104,16 @@ def test_search_minimises_the_score_of_a_task(tmp_path: Path, small: list[str]) 
     assert f"best of 2 trials: {min(found):.4f} at {found[min(found)].name}\n" in done.stdout
 
 
+def test_sweep_of_mixtures_draws_the_loss_of_each_source(tmp_path: Path, small: list[str]) -> None:
+    mixtures = ["~data.mix.en", "+data.mix.prose=1", "data.mix.code=0,3", "steps=2"]
+    done = sweep(tmp_path, "experiment=mix_sweep", *small, *mixtures)
+    assert "table.md, loss.png, final.png, mix.png\n" in done.stdout
+    found = [metrics(path)[-1] for path in tmp_path.glob("*data.mix.code=*")]
+    assert len(found) == 2, "values on the command line replace those of the experiment"
+    assert all({"valid/loss/code", "valid/loss/prose"} < last.keys() for last in found)
+    assert (tmp_path / "compare" / "table.md").read_text().split()[1] == "code"
+
+
 def test_pruned_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("optuna")
     values = iter([2.0, math.inf, math.inf])
