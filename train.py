@@ -67,15 +67,15 @@ def work(config: TrainConfig, run_dir: Path) -> float | None:
             Heartbeat(run_dir, mesh.rank, lambda: stop.agreements, late_s=late_s, pending=pending_collective),
             explain_oom(),
         ):
-            valid_loss = train(config, mesh, run_dir, stop)
+            objective = train(config, mesh, run_dir, stop)
             more = stop.summary() | ({"reason": "profile=true: only some steps are run"} if config.profile else {})
             step, given_up = stop.saved_step, stop.given_up
-            status.end(valid_loss, stopped=bool(stop), given_up=given_up, saved_step=step, **more)
+            status.end(objective, stopped=bool(stop), given_up=given_up, saved_step=step, **more)
         if stop.for_a_requeue:
             requeue_slurm_job(run_dir, rank=mesh.rank, max_requeues=config.launcher.max_requeues)
     if stop and not stop.given_up:
         sys.exit(stop.exit_code)
-    return valid_loss
+    return objective
 
 
 def train(

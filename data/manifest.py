@@ -51,12 +51,16 @@ def check_vocab_size(tokenizer: str, n_pieces: int, vocab_size: int) -> None:
         raise DataError(f"{tokenizer} has {n_pieces} pieces, more than model.vocab_size ({vocab_size}); {enough}")
 
 
+def plain_name(source: str) -> str:
+    """Return the name of a source such as "Wikipedia (en)" that a command line can have: `wikipedia_en`."""
+    return re.sub(r"[^\w.+-]+", "_", source.lower()).strip("_.")
+
+
 def mix_weights(config: DataConfig, sources: set[str]) -> dict[str, float]:
-    """Return `data.mix` by source; a name such as "Wikipedia (en)" may be given as `wikipedia_en` on a command line."""
+    """Return `data.mix` by source, which may be given by its `plain_name`."""
     weights = {}
     for name, weight in config.mix.items():
-        plain = {source: re.sub(r"[^\w.+-]+", "_", source.lower()).strip("_.") for source in sources}
-        matching = [name] if name in sources else [source for source in sources if name == plain[source]]
+        matching = [name] if name in sources else [source for source in sources if name == plain_name(source)]
         if len(matching) != 1:
             raise DataError(f"data.mix.{name}: there is no such source; choose from {', '.join(sorted(sources))}")
         weights[matching[0]] = weight

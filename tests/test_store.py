@@ -113,9 +113,9 @@ def test_finished_run_is_restored_as_finished(tmp_path: Path, small: list[str]) 
     config, found = composed("name=r", *small, "steps=2", f"checkpoint.path=file://{tmp_path}/far"), []
     for _ in range(2):
         train.work(config, tmp_path / "r")
-        found.append({key: read_status(tmp_path / "r")[key] for key in ("state", "valid_loss")})
+        found.append({key: read_status(tmp_path / "r")[key] for key in ("state", "objective")})
         shutil.rmtree(tmp_path / "r")
-    assert found[0] == found[1] and found[1]["state"] == "finished" and found[1]["valid_loss"] > 0
+    assert found[0] == found[1] and found[1]["state"] == "finished" and found[1]["objective"] > 0
 
 
 def test_copied_run_is_evaluated_and_initialises_another(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.manifest import plain_name
 from tracking.logs import folder_command
 from tracking.metrics_file import METRICS, Curve, loss_curve, read_records, smoothed
 from tracking.plot import figure, log_scale
@@ -190,7 +191,8 @@ def draw(runs: Sequence[Run], keys: Sequence[str], out: Path) -> list[str]:
         for key in sorted({key for run in mixed for key in run.last if key.startswith("valid/loss/")}):
             source = key.removeprefix("valid/loss/")
             points = [(run.value("data.mix"), run.last.get(key)) for run in mixed]
-            shares = [(mix.get(source, 0.0) / sum(mix.values()), loss) for mix, loss in points if loss is not None]
+            found = [(mix, mix.get(source, mix.get(plain_name(source), 0.0)), loss) for mix, loss in points]
+            shares = [(weight / sum(mix.values()), loss) for mix, weight, loss in found if loss is not None]
             axes.plot(*zip(*sorted(shares), strict=True), "o-", label=source)
         axes.set(xlabel="share of the source in training", title="validation loss by source")
         axes.legend(fontsize="small")

@@ -107,15 +107,15 @@ class Status:
         speaks = self.rank == min([self.rank, *(crash["rank"] for crash in crashes)])
         return min(causes, key=lambda cause: cause["time"], default=mine), speaks
 
-    def end(self, valid_loss: float | None, *, stopped: bool, given_up: bool, saved_step: int = 0, **more: Any) -> None:
+    def end(self, objective: float | None, *, stopped: bool, given_up: bool, saved_step: int = 0, **more: Any) -> None:
         """Record how the run ended; `stopped` if before its last step.
 
         `saved_step` is the last checkpoint's, which may come from elsewhere, without metrics.
         """
         finished = not stopped and max(saved_step, last_step(self.run_dir)) >= self.record["config"]["steps"]
         state = "given up" if given_up else "finished" if finished else "stopped"
-        known = valid_loss is not None and math.isfinite(valid_loss)
-        self.record |= {"state": state, "valid_loss": valid_loss if known else None, **more}
+        known = objective is not None and math.isfinite(objective)
+        self.record |= {"state": state, "objective": objective if known else None, **more}
 
 
 def _write(run_dir: Path, record: dict[str, Any]) -> None:

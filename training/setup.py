@@ -76,11 +76,12 @@ def build_evaluator(
 ) -> Engine:
     """Return an engine that evaluates a saved model, without an optimizer.
 
-    The padding of the vocabulary is dropped, as in an export, unless tp splits it.
+    The padding of the vocabulary is dropped, as in an export, to a multiple of tp.
     """
     config, tokenizer, checkpoint = saved.config, saved.tokenizer, saved.checkpoint
-    if tokenizer is not None and checkpoint is not None and checkpoint.state["data"]["parts"] and mesh.axes.tp == 1:
-        config = replace(config, vocab_size=min(config.vocab_size, tokenizer.vocab_size))
+    if tokenizer is not None and checkpoint is not None and checkpoint.state["data"]["parts"]:
+        rows = -(-tokenizer.vocab_size // mesh.axes.tp) * mesh.axes.tp
+        config = replace(config, vocab_size=min(config.vocab_size, rows))
     precision, loss, parallel = PrecisionConfig(compute=dtype), LossConfig(), replace(parallel, cuda_graphs=False)
     run = TrainConfig(model=config, parallel=parallel, precision=precision, loss=loss, optimizer=OptimizerConfig())
 

@@ -21,7 +21,7 @@ from launch import slurm
 from launch.jobs import Point
 from launch.sweep import keep_code, run_points, share_cores
 from parallel.config import ParallelError
-from tests.conftest import ROOT, ran
+from tests.conftest import ROOT, metrics, ran
 from tests.test_preflight import points
 from tracking.run_folder import is_held
 from tracking.status import read_status
@@ -86,11 +86,32 @@ def test_search_minimises_the_loss_continues_and_refuses_another(tmp_path: Path,
     for trials in (1, 2):
         done = sweep(tmp_path, *small, *search, space, f"hydra.sweeper.n_trials={trials}", "hydra.sweeper.n_jobs=2")
         assert done.stdout.count("finished: ") == 1 and f"best of {trials} trials: " in done.stdout
-    losses = [read_status(path)["valid_loss"] for path in tmp_path.glob("optimizer*")]
+    losses = [read_status(path)["objective"] for path in tmp_path.glob("optimizer*")]
     assert len(losses) == 2 and f"{min(losses):.4f} at optimizer.lr=" in done.stdout
     for other, reported in ((["optimizer.lr=1e-3,1e-1"], "distribution"), ([space, "seed=3"], "seed (0, now 3)")):
         done = sweep(tmp_path, *small, *search, "hydra.sweeper.n_trials=3", *other, code=1)
         assert "has a search with other settings" in done.stderr and reported in done.stderr
+
+
+def test_search_minimises_the_score_of_a_task(tmp_path: Path, small: list[str]) -> None:
+    pytest.importorskip("optuna")
+    objective, space = "evaluation/builtin/bpb", "optimizer.lr=tag(log, interval(1e-6, 1e-2))"
+    scored = ["steps=2", "evaluate.tasks=[builtin]", f"objective={objective}"]
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2", space]
+    done = sweep(tmp_path, *(option for option in small if option != "optimizer.lr=1e-3"), *scored, *search)
+    found = {metrics(path)[-1][objective]: path for path in tmp_path.glob("optimizer*")}
+    assert len(found) == 2 and all(read_status(path)["objective"] == value for value, path in found.items())
+    assert f"best of 2 trials: {min(found):.4f} at {found[min(found)].name}\n" in done.stdout
+
+
+def test_sweep_of_mixtures_draws_the_loss_of_each_source(tmp_path: Path, small: list[str]) -> None:
+    mixtures = ["~data.mix.en", "+data.mix.prose=1", "data.mix.code=0,3", "steps=2"]
+    done = sweep(tmp_path, "experiment=mix_sweep", *small, *mixtures)
+    assert "table.md, loss.png, final.png, mix.png\n" in done.stdout
+    found = [metrics(path)[-1] for path in tmp_path.glob("*data.mix.code=*")]
+    assert len(found) == 2, "values on the command line replace those of the experiment"
+    assert all({"valid/loss/code", "valid/loss/prose"} < last.keys() for last in found)
+    assert (tmp_path / "compare" / "table.md").read_text().split()[1] == "code"
 
 
 def test_pruned_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from parallel.mesh import Mesh
 from tests.parallel.layouts import MODELS, Case, run
 from training.config import Dtype
 from training.load import Saved, open_saved
-from training.scoring import Encoded, Shape, encode, extend, score
+from training.scoring import Encoded, Shape, encode, extend, fill, pack, score, windows
 from training.setup import build_evaluator
 
 PAIRS = [
@@ -31,24 +31,39 @@ def evaluator(saved: Saved, mesh: Mesh | None = None, config: ParallelConfig | N
     return build_evaluator(saved, mesh or Mesh(torch.device("cpu")), config or ParallelConfig(), Dtype.fp32)
 
 
-def reference(hf_dir: Path, texts: list[Encoded], context: int) -> list[tuple[float, bool]]:
-    """Return what transformers makes of each text by itself, in windows as lm-evaluation-harness cuts them."""
+def reference(hf_dir: Path, texts: list[Encoded], context: int) -> list[tuple[list[float], bool]]:
+    """Return what transformers makes of each text's tokens, in windows as lm-evaluation-harness cuts them."""
     from transformers import AutoModelForCausalLM
 
     model, found = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32), []
     for text in texts:
-        nll, greedy, start = 0.0, True, text.n_given
+        nll, greedy, start = list[float](), True, text.n_given
         while start < len(text.ids):
             end = min(start + context, len(text.ids))
             ids = torch.tensor(text.ids[max(0, end - 1 - context) : end]).long()
             with torch.no_grad():
                 log_probs = model(ids[None, :-1]).logits[0].log_softmax(-1)[start - end :]
             targets = ids[start - end :]
-            nll -= float(log_probs.gather(1, targets[:, None]).sum())
+            nll += (-log_probs.gather(1, targets[:, None])[:, 0]).tolist()
             greedy = greedy and bool((log_probs.argmax(-1) == targets).all())
             start = end
         found.append((nll, greedy))
     return found
+
+
+def test_log_likelihoods_of_tokens_are_those_of_transformers(run_dir: Path, hf_dir: Path) -> None:
+    saved = open_saved(run_dir)
+    assert saved.tokenizer is not None
+    texts = encode(saved.tokenizer, PAIRS, add_bos=saved.add_bos)
+    parts = [part for text in texts for part in windows(text, SHAPE.context)]
+    rows = pack([len(part.ids) for part in parts], SHAPE.row_len + 1)
+    batch = fill(parts, [0] * len(parts), rows, SHAPE.row_len)
+    n_places = batch.tokens_BT.numel()
+    batch.source_BT = torch.arange(n_places).view_as(batch.tokens_BT)  # each token is summed by itself
+    nll, _, n_targets, _ = evaluator(saved).evaluate([batch], n_sources=n_places).T
+    assert n_targets.max() == 1 and max(map(len, rows)) > 1
+    expected = reference(hf_dir, [parts[number] for row in rows for number in row], SHAPE.context)
+    np.testing.assert_allclose(nll[n_targets == 1], [each for its, _ in expected for each in its], atol=1e-4)
 
 
 def test_log_likelihoods_are_those_of_transformers(run_dir: Path, hf_dir: Path) -> None:
@@ -61,7 +76,7 @@ def test_log_likelihoods_are_those_of_transformers(run_dir: Path, hf_dir: Path) 
     assert max(len(text.ids) for text in texts) > 2 * SHAPE.context, "some need several windows"
     nll, is_greedy = score(engine, texts, SHAPE)
     expected = reference(hf_dir, texts, SHAPE.context)
-    np.testing.assert_allclose(nll, [its for its, _ in expected], atol=1e-4)
+    np.testing.assert_allclose(nll, [sum(its) for its, _ in expected], atol=1e-4)
     assert is_greedy == [its for _, its in expected] and is_greedy[-1] and not all(is_greedy)
     other = score(engine, texts[::-1], Shape(rows=1, row_len=128, context=64))[0][::-1]
     np.testing.assert_allclose(nll, other, atol=1e-4, err_msg="scores depend on how texts are batched")
