@@ -85,6 +85,10 @@ class Mesh:
         return values
 
 
+# The store of the latest mesh. Its server stays, because the other ranks may join the next mesh before rank 0 does.
+STORE: list[Any] = []
+
+
 @contextmanager
 def distributed(config: ParallelConfig) -> Iterator[Mesh]:
     """Open and close the mesh of a layout; raise `ParallelError` if the ranks cannot join."""
@@ -136,6 +140,7 @@ def _join(config: ParallelConfig, device: torch.device, world_size: int) -> None
     timeout = timedelta(seconds=config.init_timeout_s)
     try:
         store, *_ = next(rendezvous("env://", timeout=timeout))
+        STORE[:] = [store]
         store.set_timeout(timeout)
         # The points of a sweep, and ranks restarted by torchrun, reuse the store, so prefix the keys. With several
         # nodes the restart count cannot be used, because each node's torchrun counts separately.
