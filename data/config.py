@@ -1,6 +1,7 @@
 """Configuration of the data pipeline, which adds batching to `CorpusConfig`. Torch-free."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -104,3 +105,8 @@ def parse_ranges(parts: list[str]) -> list[range]:
         if not ranges[-1] or ranges[-1][0] < 1:
             raise ValueError(part)
     return ranges
+
+
+def plain_name(source: str) -> str:
+    """Return the name of a source such as "Wikipedia (en)" that a command line can have: `wikipedia_en`."""
+    return re.sub(r"[^\w.+-]+", "_", source.lower()).strip("_.")

@@ -1,12 +1,11 @@
 """`corpus.json`, the manifest of a prepared corpus, and checks of the configuration against it. Torch-free."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from corpus.config import DataError, Source, as_paths
-from data.config import DataConfig, check_tokenizer
+from data.config import DataConfig, check_tokenizer, plain_name
 from data.local_files import token_paths
 from data.packing import find_packing
 
@@ -49,11 +48,6 @@ def check_vocab_size(tokenizer: str, n_pieces: int, vocab_size: int) -> None:
     if n_pieces > vocab_size:
         enough = f"pass model.vocab_size={-(-n_pieces // 128) * 128}"
         raise DataError(f"{tokenizer} has {n_pieces} pieces, more than model.vocab_size ({vocab_size}); {enough}")
-
-
-def plain_name(source: str) -> str:
-    """Return the name of a source such as "Wikipedia (en)" that a command line can have: `wikipedia_en`."""
-    return re.sub(r"[^\w.+-]+", "_", source.lower()).strip("_.")
 
 
 def mix_weights(config: DataConfig, sources: set[str]) -> dict[str, float]:

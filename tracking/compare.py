@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.manifest import plain_name
+from data.config import plain_name
 from tracking.logs import folder_command
 from tracking.metrics_file import METRICS, Curve, loss_curve, read_records, smoothed
 from tracking.plot import figure, log_scale
