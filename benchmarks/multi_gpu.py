@@ -199,7 +199,7 @@ def main() -> None:
         if rank == 0:
             if rate and before and after:
                 kept = found[name]["kept"] = rate / ((before + after) / 2) / row.bound
-                print(f"{name:14} {'':36} {kept:7.1%} {row.target:7.0%}", flush=True)
+                print(f"{name:14} {'':37} {kept:7.1%} {row.target:7.0%}", flush=True)
             write(found, args.json)
         before = after
     if not args.no_peer:

@@ -101,8 +101,8 @@ def distributed(config: ParallelConfig) -> Iterator[Mesh]:
             _join(config, device, axes.world_size)
         mesh = open_mesh(axes, zero_stage=config.zero_stage, device=device)
         SharedBuffer.timeout_s = config.step_timeout_s
-        for of_axes in filter(None, (mesh.param_mesh, mesh.batch_mesh)):  # their groups have torch's own timeout
-            for group in of_axes.get_all_groups():
+        for device_mesh in filter(None, (mesh.param_mesh, mesh.batch_mesh)):  # their groups have torch's own timeout
+            for group in device_mesh.get_all_groups():
                 dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.step_timeout_s), group)
         yield mesh
     finally:

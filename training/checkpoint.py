@@ -241,7 +241,10 @@ def _first_good(
 
 
 class _Writer(FileSystemWriter):
-    """Writes with one thread, because with several an error can be lost, and raises the original OSError."""
+    """Plans in this process and writes by `call`, in this or another one.
+
+    With one thread, because with several an error can be lost; raises the original OSError.
+    """
 
     def __init__(self, folder: Path, parts: Mapping[str, Parts], call: Callable[..., Any] = direct) -> None:
         # Copying ahead would synchronize with all work of the device, including training.
