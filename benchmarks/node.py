@@ -19,7 +19,6 @@ has another loss. On CPUs, --tiny runs the same rows with small shapes.
 """
 
 import argparse
-import gc
 import json
 import math
 import multiprocessing
@@ -46,7 +45,7 @@ from torch.distributed.rendezvous import rendezvous
 from benchmarks import collectives
 from benchmarks.batches import micro_batches, prepare
 from benchmarks.checkpoint import save_and_load
-from benchmarks.multi_gpu import TINY, Row, timed
+from benchmarks.multi_gpu import TINY, Row, free_memory, timed
 from benchmarks.timing import where
 from benchmarks.train_step import SEVEN, build, configure
 from conf.schema import TrainConfig
@@ -180,12 +179,6 @@ def measure_peer(row: Row, overrides: tuple[str, ...], seconds: float) -> Figure
     count = TOKENS * math.prod(map(int, row.peer[1:])) // (row.seq_len * row.rows)
     times = measure_torchtitan(row.model, row.seq_len, row.rows, count, seconds, *row.peer)
     return times | rates(configure(overrides), times["tokens_per_s"], DEVICE)
-
-
-def free_memory() -> None:
-    gc.collect()
-    if ON_CUDA:
-        torch.cuda.empty_cache()
 
 
 def run_row(name: str, work: Callable[[], Figures], store: Any, rank: int, n: int) -> Figures | None:
