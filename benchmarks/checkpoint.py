@@ -98,6 +98,7 @@ def save_and_load(
             batches = batches_of(config, mesh.dp_size)
             with RunCheckpoints(config, folder, corpus, engine, state) as run:
                 if config is before:
+                    run.snapshot.allocate()  # as training does before its first step
                     found["first_loss"] = float(engine.train_step(batches).loss)
                     state.step = 1
                     run.save()

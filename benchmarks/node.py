@@ -113,10 +113,14 @@ def measure(overrides: tuple[str, ...], seconds: float, *, single: bool = False)
     """Time a row on all ranks, or on this rank only."""
     config = configure((*overrides, "parallel.step_timeout_s=60"))
     with nullcontext(Mesh(device=DEVICE)) if single else distributed(config.parallel) as mesh:
-        engine, batches = build(config, mesh), real_batches(config, per_rank(config, mesh.dp_size))
-        tokens = config.global_batch_tokens / mesh.world_size
-        times = timed(lambda: engine.train_step(batches()), mesh.device, tokens, seconds, mesh.all_reduce_max)
-        return times | rates(config, times["tokens_per_s"], mesh.device)
+        return timed_steps(config, mesh, seconds)
+
+
+def timed_steps(config: TrainConfig, mesh: Mesh, seconds: float) -> Figures:
+    engine, batches = build(config, mesh), real_batches(config, per_rank(config, mesh.dp_size))
+    tokens = config.global_batch_tokens / mesh.world_size
+    times = timed(lambda: engine.train_step(batches()), mesh.device, tokens, seconds, mesh.all_reduce_max)
+    return times | rates(config, times["tokens_per_s"], mesh.device)
 
 
 def rates(config: TrainConfig, tokens_per_s: float, device: torch.device) -> Figures:

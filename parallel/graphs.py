@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from data.batches import Batch
+from parallel.mesh import GRAPHS
 from parallel.zero import Zero
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Recorded:
             with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 self.function()
             self.graph = graph
+            GRAPHS.add(graph)
         self.graph.replay()
 
 

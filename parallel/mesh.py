@@ -1,12 +1,12 @@
 """The process group and device mesh of a run."""
 
-import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -85,6 +85,8 @@ class Mesh:
         return values
 
 
+# Captured CUDA graphs. NCCL waits in silence until no graph has recorded a collective of a group that is destroyed.
+GRAPHS: "WeakSet[torch.cuda.CUDAGraph]" = WeakSet()
 # The store of the latest mesh. Its server stays, because the other ranks may join the next mesh before rank 0 does.
 STORE: list[Any] = []
 
@@ -101,8 +103,9 @@ def distributed(config: ParallelConfig) -> Iterator[Mesh]:
             _join(config, device, axes.world_size)
         mesh = open_mesh(axes, zero_stage=config.zero_stage, device=device)
         SharedBuffer.timeout_s = config.step_timeout_s
-        for device_mesh in filter(None, (mesh.param_mesh, mesh.batch_mesh)):  # their groups have torch's own timeout
-            for group in device_mesh.get_all_groups():
+        meshes = [device_mesh for device_mesh in (mesh.param_mesh, mesh.batch_mesh) if device_mesh is not None]
+        for group in (*(group for device_mesh in meshes for group in device_mesh.get_all_groups()), mesh.host):
+            if group is not None:  # new groups have torch's own timeout
                 dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.step_timeout_s), group)
         yield mesh
     finally:
@@ -162,6 +165,7 @@ def leave() -> None:
     """Close the process group, and clear DTensor's cache, so that the process can open another mesh."""
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache  # late: only several ranks need it
 
-    gc.collect()  # destroy CUDA graphs with collectives before their groups
+    for graph in GRAPHS:
+        graph.reset()
     dist.destroy_process_group()
     _clear_sharding_prop_cache()

@@ -78,4 +78,5 @@ def split(master: Tensor) -> tuple[Tensor, Tensor]:
 
 def join(upper: Tensor, lower: Tensor) -> Tensor:
     """Invert `split`."""
-    return ((upper.view(torch.int16).int() << 16) + lower).view(torch.float32)
+    bits = upper.view(torch.int16).int()
+    return bits.bitwise_left_shift_(16).add_(lower).view(torch.float32)  # in place: allocating takes longer
