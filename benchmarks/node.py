@@ -4,9 +4,9 @@
 
 It prepares the built-in corpus and starts a rank per GPU, or runs as a rank of `torchrun --max-restarts 9`. It measures
 NCCL's bus bandwidth; a single GPU (with half of the layers if 7B does not fit); layouts with the shapes of
-`experiment=7b_pile_small`, 16,384 real tokens per GPU and step in documents of The Pile's lengths, in micro-batches of
-two sequences, or four (not in pipelines) with 100 GiB of memory; a checkpoint resumed in another layout; and
-torchtitan. TFLOP/s are by InternLM's formula, MFU and scaling by the exact causal count.
+`experiment=7b_pile_small`, 16,384 real tokens per GPU and step in documents of The Pile's lengths (cp: one of 32,768),
+in micro-batches of two sequences, or four (not in pipelines) with 100 GiB of memory; a checkpoint resumed in another
+layout; and torchtitan. TFLOP/s are by InternLM's formula, MFU and scaling by the exact causal count.
 
 Rows of tp come with what the links allow: the time of their messages at NCCL's measured bandwidth, and the rate of one
 GPU with that time added (all messages exposed) or, as the floor of a step, with all of them hidden. The last column is
@@ -83,11 +83,11 @@ def rows_of(n: int) -> dict[str, Row]:
         "zero1": row("parallel=zero1", peer=("never", "1")),
         "hybrid_zero": row("parallel=hybrid_zero", f"parallel.dp_shard={n // 2}"),
         "zero3": row("parallel=zero3", peer=("always", "1")),
-        "tp2_zero1": row("parallel=tp_zero1", *TP, peer=("never", "2")),
+        "tp2_zero1": row("parallel=tp_zero1", *TP),
         f"tp{n}": row("parallel=tp", f"parallel.tp={n}", *TP, peer=("never", f"{n}")),
         "pp2_zero1": replace(row("parallel=zero1", "parallel.pp=2"), rows=2),
         "3d": replace(row("parallel=3d"), rows=2),
-        f"cp{n}_32k": replace(long, seq_len=32768, rows=1, peer=("never", "1", f"{n}")),
+        f"cp{n}_32k": replace(long, seq_len=32768, rows=1),
         "zero1_fp8": row("parallel=zero1", model=FP8, base="one_fp8"),
     }
     return {name: row for name, row in found.items() if n >= 4 or name not in ("hybrid_zero", "tp2_zero1", "3d")}
@@ -105,7 +105,8 @@ def per_rank(config: TrainConfig, dp: int) -> int:
 
 
 def real_batches(config: TrainConfig, count: int) -> Callable[[], list[Batch]]:
-    source = micro_batches(config.model.vocab_size, config.data.micro_batch_size, config.data.seq_len, "pile")
+    documents = "equal" if config.parallel.cp > 1 else "pile"
+    source = micro_batches(config.model.vocab_size, config.data.micro_batch_size, config.data.seq_len, documents)
     return lambda: [batch.pin_memory() if ON_CUDA else batch for batch in islice(source, count)]
 
 
@@ -251,7 +252,7 @@ def start_ranks(results: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", help="names, separated by commas (default: all)")
-    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--json", type=Path, default=Path("node.json"), help="results, from which a restart continues")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "node_checkpoint"))

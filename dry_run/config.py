@@ -1,7 +1,7 @@
 """The machine that a dry run simulates. Torch-free."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from launch.config import unless
 
@@ -10,7 +10,7 @@ from launch.config import unless
 class DryRunConfig:
     """The simulated ranks and hardware (defaults: H100 or H200, NVLink, 400 Gb/s per GPU between nodes).
 
-    Rates are peaks from data sheets, in one direction; `*_efficiency` and `overlap` are the fractions reached.
+    Rates are peaks from data sheets, in one direction; `*_efficiency` and `*overlap` are the fractions reached.
     """
 
     enabled: bool = False
@@ -30,9 +30,10 @@ class DryRunConfig:
     inter_node_latency_us: float = 6.0
     launch_us: float = 40.0  # fixed cost per collective
     overlap: float = 0.9  # fraction of compute time that can hide data-parallel collectives
+    async_tp_overlap: float = 0.45  # fraction of parallel.async_tp's messages that is hidden
     workspace_mib: int = 64  # of cuBLAS
 
     def problems(self) -> Iterator[str]:
         yield from unless(self, "dry_run", "at least 1", lambda x: x >= 1, "world_size", "devices_per_node")
-        shares = ("flops_efficiency", "attention_efficiency", "fp8_efficiency", "memory_efficiency", "overlap")
+        shares = [f.name for f in fields(self) if f.name.endswith(("_efficiency", "overlap"))]
         yield from unless(self, "dry_run", "from 0 to 1", lambda x: 0 <= x <= 1, *shares)

@@ -62,7 +62,7 @@ def profile_step(config: TrainConfig, n_micro_batches: int) -> list[StepProfile]
 
 def profile_rank(config: TrainConfig, rank: int, n_micro_batches: int) -> StepProfile:
     """Run a step of one fake rank, with synchronous tensor parallelism: there is no memory to share."""
-    config = replace(config, parallel=replace(config.parallel, async_tp=False))
+    async_tp, config = config.parallel.async_tp, replace(config, parallel=replace(config.parallel, async_tp=False))
     axes = resolve_axes(config.parallel, config.dry_run.world_size)
     memory = Memory()
     trace = Trace({axis: getattr(axes, axis) for axis in AXES}, memory)
@@ -92,8 +92,9 @@ def profile_rank(config: TrainConfig, rank: int, n_micro_batches: int) -> StepPr
         engine.train_step([_batch(config) for _ in range(n_micro_batches)])
     workspace = config.dry_run.workspace_mib * 2**20
     bytes_at_peak = {**memory.bytes_at_peak(), "workspace": workspace}
-    flops, time = sum(phase.flops for phase in trace.phases), estimate_time(trace.phases, config.dry_run)
+    time = estimate_time(trace.phases, config.dry_run, async_tp=async_tp)
     peak = memory.peak_bytes + workspace
+    flops = sum(phase.flops for phase in trace.phases)
     return StepProfile(rank, n_params, peak, bytes_at_peak, trace.collectives(), flops, time, trace.phases)
 
 

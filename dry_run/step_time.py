@@ -26,8 +26,8 @@ class StepTime:
         return self.compute_s + self.blocking_s + self.exposed_s + self.bubble_s
 
 
-def estimate_time(phases: Iterable[Phase], config: DryRunConfig) -> StepTime:
-    """Estimate a step without the pipeline bubble."""
+def estimate_time(phases: Iterable[Phase], config: DryRunConfig, *, async_tp: bool = False) -> StepTime:
+    """Estimate a step without the pipeline bubble; `phases` have the messages of synchronous tensor parallelism."""
     compute = blocking = exposed = update = 0.0
     for phase in phases:
         busy = compute_s(phase, config)
@@ -36,7 +36,8 @@ def estimate_time(phases: Iterable[Phase], config: DryRunConfig) -> StepTime:
             if item.overlaps:
                 overlapping += collective_s(item, config)
             else:
-                blocking += collective_s(item, config)
+                hidden = async_tp and item.axis == "tp" and item.kind in ("all_gather", "reduce_scatter")
+                blocking += collective_s(item, config) * (1 - config.async_tp_overlap * hidden)
         compute += busy
         exposed += max(0.0, overlapping - busy * config.overlap)
         update += (busy + blocking - blocked) * phase.update

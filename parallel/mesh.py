@@ -1,5 +1,6 @@
 """The process group and device mesh of a run."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -167,5 +168,6 @@ def leave() -> None:
 
     for graph in GRAPHS:
         graph.reset()
+    gc.collect()  # free what ranks share while all of them are here
     dist.destroy_process_group()
     _clear_sharding_prop_cache()
