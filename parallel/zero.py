@@ -164,7 +164,7 @@ class Zero:
                 self._hook(unit)
         self.pending: list[Unit] = []  # units to reduce in this backward pass, in reverse order
         self.first = self.last = True
-        self.early_unit: Unit | None = None  # gathered while other units were updated
+        self.early_unit: Unit | None = None  # gathered during the last update, beside that of other units
         # CUDA graphs need each capture to end on one stream, and gradients at fixed addresses.
         self.in_graphs = False
         self.in_flight: deque[Any] = deque()  # events after the latest reductions
@@ -205,14 +205,13 @@ class Zero:
             for unit in chain.from_iterable(self.units):
                 if unit is not self.early_unit:
                     self._gather(unit)
-        self.early_unit = None
         if self.in_graphs:
             self.free()  # replayed graphs leave parameters of the previous step gathered
 
     def gather_early(self, updated: Collection[str]) -> None:
         """Start to gather the first unit of the next step once all of its shards are updated."""
         first = self.units[0][0]
-        if self.reads_peers and not self.reshards and self.early_unit is None and first.shards.keys() <= set(updated):
+        if self.reads_peers and self.early_unit is None and first.shards.keys() <= set(updated):
             with self.stream.after_current():
                 self._barrier()
             self._gather(first)
@@ -268,7 +267,7 @@ class Zero:
         for unit in self.pending:
             unit.n_missing = len(unit.params)
             if self.in_graphs and self.reshards and unit.is_leading:
-                unit.is_gathered, unit.ready = not first, None
+                unit.is_gathered, unit.ready = not first or unit is self.early_unit, None
 
     def end_backward(self) -> None:
         """Reduce the remaining units; gradients that were not computed are zeros."""
@@ -359,6 +358,7 @@ class Zero:
 
     def finish(self) -> None:
         """Make the current stream wait for the reductions, and set the gradients of the shards."""
+        self.early_unit = None
         if not self.in_graphs:
             self._join()
         for unit in chain.from_iterable(self.units):

@@ -57,6 +57,7 @@ class Case:
     optimizer: str = "adamw"
     normuon: bool = False
     shares_memory: bool = False  # as GPUs of one node do
+    in_graphs: bool = False  # with the fixed memory of CUDA graphs, without recording them
 
 
 RankFunction = Callable[[Case, Mesh, ParallelConfig], Any]
@@ -115,6 +116,8 @@ def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
     scaler, counts_3 = LossScaler(PrecisionConfig()), torch.zeros(3, dtype=torch.int64, device=mesh.device)
     sources = {"n_sources": 2, "bytes_per_token": torch.arange(64)}
     engine = Engine(laid_out, built, scaler, counts_3, loss=loss, max_grad_norm=optimizer.max_grad_norm, **sources)
+    if case.in_graphs:
+        engine.graphs = engine.graphs_on(None)
     ALIVE.update(part for part in (engine, engine.zero) if part is not None)
     return engine
 
@@ -125,6 +128,8 @@ def outcome(case: Case, mesh: Mesh, config: ParallelConfig) -> Outcome:
     mine = [step[mesh.dp_rank :: mesh.dp_size] for step in steps]
     bad_layer = None
     for number, batches in enumerate(mine):
+        if number == 1:  # what the last update has left gathered is there for the next step too
+            engine.evaluate(batches)
         if case.bad_rank is None or number != 2:
             done.append(engine.train_step(batches))
             continue

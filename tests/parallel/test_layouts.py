@@ -84,6 +84,8 @@ SHARED = {
     "shared_zero1_4": shared(4, layout={"dp_shard": 4, "zero_stage": 1}),
     "shared_zero2_2": shared(2, "biased", layout={"dp_shard": 2, "zero_stage": 2}),
     "shared_hybrid3_4": shared(4, "tied", layout={"dp_replicate": 2, "dp_shard": 2, "zero_stage": 3}),
+    "shared_zero1_in_graphs_2": shared(2, in_graphs=True, layout={"dp_shard": 2, "zero_stage": 1}),
+    "shared_zero3_in_graphs_2": shared(2, in_graphs=True, layout={"dp_shard": 2, "zero_stage": 3}),
 }
 BF16 = {
     "bf16_tp_zero2_4": Case(4, "biased", dtype=torch.bfloat16, layout={"dp_shard": 2, "tp": 2, "zero_stage": 2}),
