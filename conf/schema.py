@@ -26,6 +26,7 @@ from training import config as training
 from training.config import Dtype
 
 ALIASES = {"batch_size": "global_batch_tokens", "learning_rate": "lr"}  # names in other frameworks
+METRICS = ("train", "valid", "perf", "evaluation")  # kinds in metrics.jsonl
 CONTENT = ("model", "optimizer", "scheduler", "sampler", "all")
 NAME = re.compile(r"[\w.=,+-]{1,200}(/[\w.=,+-]{1,200})*")
 # Metadata of fields; a field of type Any that is not text has {"number": True}
@@ -141,6 +142,10 @@ class TrainConfig:
         if self.checkpoint.keep_best and (self.valid_every < 1 or self.checkpoint.every % self.valid_every):
             least = f"a checkpoint.every ({self.checkpoint.every}) that is a multiple of it"
             yield f"checkpoint.keep_best (true) needs valid_every ({self.valid_every}), and {least}"
+        for key, metric in (("objective", self.objective), ("early_stop.metric", self.early_stop.metric)):
+            kind, _, name = metric.removeprefix("-").partition("/")
+            if not name or kind not in METRICS or (kind == "evaluation" and not self.evaluate.tasks):
+                yield f"{key} ({metric}) must be train/..., valid/..., perf/..., or evaluation/... of evaluate.tasks"
         if graphs and precision.compute is Dtype.fp16:
             yield "parallel.cuda_graphs (true) needs precision.compute bf16 or fp32, not fp16"
         if graphs and self.optimizer.impl in (training.OptimizerImpl.torch, training.OptimizerImpl.apex):

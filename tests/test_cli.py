@@ -133,6 +133,9 @@ def test_hyper_parameters_of_the_tutorial() -> None:
         ]),
         ("evaluate.every=5 samples.every=6", [r"evaluate.every \(5\) .*tasks", r"samples.every \(6\) .*prompts"]),
         ("optimizer=muon model.parametrization=mup", [r"optimizer.scale \(match_rms_adamw\) .*parametrization \(mup\)"]),
+        ("objective=loss early_stop.metric=-evaluation/x/acc", [
+            r"objective \(loss\)", r"early_stop.metric \(-evaluation/x/acc\)",
+        ]),
         ("launcher.time=1h", [r"launcher.time \(1h\)"]),
     ],
 )  # fmt: skip
