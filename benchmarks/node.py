@@ -1,6 +1,6 @@
 """Speed of 7B on a node of N GPUs by layout, compared with the dry run's predictions, in one command:
 
-    python -m benchmarks.node [--rows zero1,tp8] [--seconds 5] [overrides]
+    python -m benchmarks.node [--rows zero1,tp8] [--seconds 2] [overrides]
 
 It prepares the built-in corpus and starts a rank per GPU, or runs as a rank of `torchrun --max-restarts 9`. It measures
 NCCL's bus bandwidth; a single GPU (with half of the layers if 7B does not fit); layouts with the shapes of

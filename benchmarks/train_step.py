@@ -77,7 +77,7 @@ def draw_weights(model: ParallelModel, seed: int = 0) -> None:
 
 
 def build(config: TrainConfig, mesh: Mesh) -> Engine:
-    """Build the engine as train.py does, with `draw_weights` and a constant learning tgs."""
+    """Build the engine as train.py does, with `draw_weights` and a constant learning rate."""
     engine = build_engine(config, build_model(config, mesh, draw_weights), TrainState(device=mesh.device))
     engine.optimizer.set_schedule([(config.optimizer.lr, config.optimizer.beta2)] * 10_000)
     return engine
@@ -90,7 +90,7 @@ def products(model: ModelConfig) -> list[tuple[int, int, int]]:
 
 
 def gemm_tflops(model: ModelConfig, tokens: int, device: torch.device, seconds: float) -> float:
-    """Return the tgs of the model's matrix products, forward and both gradients, as often as in a step."""
+    """Return the rate of the model's matrix products, forward and both gradients, as often as in a step."""
     total_s, flops, shapes = 0.0, 0.0, products(model)
     for rows, columns, times in shapes:
         n = min(tokens, 4096) if rows == model.vocab_size else tokens  # the head works in chunks

@@ -45,6 +45,7 @@ def describe(config: TrainConfig, engine: Engine, corpus: Corpus, state: TrainSt
     attention = alone if alone == packed else f"{alone}, and {packed} for packs of several documents"
     n_micro_batches = config.grad_accum_steps(mesh.dp_size)
     bf16_sums = dtype is torch.bfloat16 and precision.grad_dtype is None and config.parallel.zero_stage < 2
+    is_slow_tp = on_gpu and mesh.axes.tp > 1 and mesh.axes.pp == 1 and not config.parallel.cuda_graphs
     causal, internlm = step_flops(config)
     update = sum(rule.flops() for rule in rules) * mesh.world_size / (causal * config.global_batch_tokens)
     for line in (
@@ -62,7 +63,8 @@ def describe(config: TrainConfig, engine: Engine, corpus: Corpus, state: TrainSt
         f"packing    {data.packing}: {padding:.2%} of the tokens are padding, {cut:.2%} of the documents are truncated"
         + "; truncated parts are not trained on" * (cut > 0 and any(file.conversations for file in corpus.train.files)),
         f"optimizer  {config.optimizer.name}" + (f", {update:.1%} of a step's FLOPs" if update else ""),
-        f"device     {device}, {computes}, attention {attention}",
+        f"device     {device}, {computes}, attention {attention}"
+        + "; tp is faster with parallel.async_tp=true parallel.cuda_graphs=true" * is_slow_tp,
         f"start      step {state.step}" + (", nothing is left to train" if state.step >= config.steps else ""),
     ):
         logger.info("%s", line)
