@@ -9,7 +9,8 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from conf.schema import TrainConfig
 from data.batches import Batch
 from data.dataset import open_corpus
 from launch.ranks import launch
-from parallel.mesh import distributed
+from parallel.engine import Engine
+from parallel.mesh import Mesh, distributed
 from training.config import Dtype
 from training.resume import RunCheckpoints
 from training.setup import build_train_batches
@@ -35,6 +37,7 @@ DEFAULTS = (
 STEPS_WITHOUT_SAVE = 10
 TOLERANCE = {Dtype.fp32: 1e-5}  # of the next loss in another layout, relative: products are summed in another order
 TOLERANCE_16_BIT = 2e-3
+BatchesOf = Callable[[TrainConfig, int], list[Batch]]
 
 
 def work(config: TrainConfig, folder: Path, saves: int) -> None:
@@ -82,37 +85,44 @@ def work(config: TrainConfig, folder: Path, saves: int) -> None:
                 )
 
 
-def save_and_load(
-    before: TrainConfig, after: TrainConfig, batches_of: Callable[[TrainConfig, int], list[Batch]], folder: Path
-) -> dict[str, Any]:
+def save_and_load(before: TrainConfig, after: TrainConfig, batches_of: BatchesOf, folder: Path) -> dict[str, Any]:
     """Save a run in the background, load it in another layout, and run the next step in both.
 
     `batches_of` returns a rank's micro-batches per step, given the number of data-parallel ranks. Return seconds,
     bytes/s, the losses, and as `equal` whether both next losses are the same but for rounding.
     """
-    found: dict[str, Any] = {}
-    for config in (before, after):
-        corpus = open_corpus(config.data, vocab_size=config.model.vocab_size)
-        with distributed(config.parallel) as mesh:
-            engine, state = build(config, mesh), TrainState(device=mesh.device)
-            batches = batches_of(config, mesh.dp_size)
-            with RunCheckpoints(config, folder, corpus, engine, state) as run:
-                if config is before:
-                    run.snapshot.allocate()  # as training does before its first step
-                    found["first_loss"] = float(engine.train_step(batches).loss)
-                    state.step = 1
-                    run.save()
-                    found["loss"] = float(engine.train_step(batches).loss)
-                    run.note_saved(wait=True)
-                    found |= {key.removeprefix("perf/checkpoint_"): value for key, value in run.take_metrics().items()}
-                else:
-                    begin = time.perf_counter()
-                    run.checkpoints.newest(run.restore)
-                    synchronize(mesh.device)
-                    found["load_s"] = mesh.all_reduce_max(int(1e3 * (time.perf_counter() - begin))) / 1e3
-                    found["resumed_loss"] = float(engine.train_step(batches).loss)
+    found = _save(before, batches_of, folder) | _load(after, batches_of, folder)
     found["load_bytes_per_s"] = found["bytes_per_s"] * found["s"] / found["load_s"]
     return found | {"equal": is_resumed(found, TOLERANCE.get(after.precision.compute, TOLERANCE_16_BIT))}
+
+
+def _save(config: TrainConfig, batches_of: BatchesOf, folder: Path) -> dict[str, Any]:
+    with distributed(config.parallel) as mesh, _run(config, mesh, folder) as (run, engine):
+        batches = batches_of(config, mesh.dp_size)
+        run.snapshot.allocate()  # as training does before its first step
+        first_loss = float(engine.train_step(batches).loss)
+        run.state.step = 1
+        run.save()
+        loss = float(engine.train_step(batches).loss)
+        run.note_saved(wait=True)
+        metrics = {key.removeprefix("perf/checkpoint_"): value for key, value in run.take_metrics().items()}
+        return {"first_loss": first_loss, "loss": loss, **metrics}
+
+
+def _load(config: TrainConfig, batches_of: BatchesOf, folder: Path) -> dict[str, Any]:
+    with distributed(config.parallel) as mesh, _run(config, mesh, folder) as (run, engine):
+        begin = time.perf_counter()
+        run.checkpoints.newest(run.restore)
+        synchronize(mesh.device)
+        load_s = mesh.all_reduce_max(int(1e3 * (time.perf_counter() - begin))) / 1e3
+        return {"load_s": load_s, "resumed_loss": float(engine.train_step(batches_of(config, mesh.dp_size)).loss)}
+
+
+@contextmanager
+def _run(config: TrainConfig, mesh: Mesh, folder: Path) -> Iterator[tuple[RunCheckpoints, Engine]]:
+    corpus, engine = open_corpus(config.data, vocab_size=config.model.vocab_size), build(config, mesh)
+    with RunCheckpoints(config, folder, corpus, engine, TrainState(device=mesh.device)) as run:
+        yield run, engine
 
 
 def is_resumed(losses: dict[str, float], tolerance: float) -> bool:

@@ -155,6 +155,7 @@ class Engine:
                     self.pipeline.evaluate(tokens_BT, kwargs)
         finally:
             if self.zero is not None:
+                self.zero.stream.join()  # before memory is freed that it may still write
                 self.zero.free()
         return self.mesh.sum_(sums.totals_S4 * (self.mesh.coordinate("tp") == 0))
 

@@ -64,11 +64,11 @@ class Recorded:
             return torch.cuda.current_stream().wait_stream(self.stream)
         if self.graph is None:
             graph = torch.cuda.CUDAGraph()
+            GRAPHS.add(graph)  # first: a capture that fails may have recorded collectives
             # Other threads, such as the one that pins batches, may call CUDA during the capture.
             with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 self.function()
             self.graph = graph
-            GRAPHS.add(graph)
         self.graph.replay()
 
 

@@ -52,8 +52,8 @@ class RunCheckpoints:
         self.data = {"parts": corpus.fingerprints, "sources": corpus.sources, **bounds}
         asynchronous = config.checkpoint.asynchronous
         self.background = mesh.device.type == "cuda" if asynchronous is None else asynchronous
-        # Background saves must not share a process group with training.
-        group: Any = dist.new_group(backend="gloo") if self.background and mesh.host is not None else mesh.host
+        # Background saves must not share a group with training, and a copy from a store may take longer than a step.
+        group: Any = mesh.host and dist.new_group(backend="gloo")
         self.checkpoints, self.ranks = Checkpoints(run_dir, config.checkpoint, group), Ranks(mesh.host)
         self.rng_name = f"{FIRST_RNG}.{self.ranks.rank}" if self.ranks.rank else FIRST_RNG
         self.snapshot, self.writer = Snapshot(optimizer), ThreadPoolExecutor(1, "checkpoint")
@@ -164,7 +164,7 @@ class RunCheckpoints:
         """
         if self.checkpoints.newest(self._resume) is None and self.config.init_from is not None:
             origin = self.config.init_from
-            self._initialise(self.ranks.on_first(lambda: local_run(origin)))
+            self._initialise(self.checkpoints.ranks.on_first(lambda: local_run(origin)))
         self.saved_step = self.state.step
 
     def restore(self, checkpoint: Checkpoint) -> None:

@@ -58,7 +58,7 @@ class WriterProcess:
             _Pickler(self.process.stdin, self.block).dump((function, args))
             self.process.stdin.flush()
             result = pickle.load(self.process.stdout)
-        except (EOFError, BrokenPipeError) as error:
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
             self.process.kill()
             self.process.wait()
             raise OSError("the process that writes checkpoints died") from error

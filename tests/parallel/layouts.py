@@ -122,12 +122,28 @@ def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
     return engine
 
 
+def check_gathered_early(engine: Engine) -> None:
+    """Assert that what the last update has gathered are the updated weights of all ranks."""
+    if engine.zero is None or (unit := engine.zero.early_unit) is None:
+        return
+    engine.zero.stream.join()
+    early = unit.full.clone()
+    if engine.mesh.device.type == "cuda":
+        torch.cuda.synchronize()
+    engine.mesh.all_reduce_max(0)  # all ranks have updated their shards
+    engine.zero._gather(unit)
+    engine.zero.stream.join()
+    unit.ready = None
+    assert torch.equal(early, unit.full)
+
+
 def outcome(case: Case, mesh: Mesh, config: ParallelConfig) -> Outcome:
     """Train, evaluate the last step's micro-batches, and gather the weights."""
     engine, steps, done = build(case, mesh, config), steps_of(case.n_micro_batches), []
     mine = [step[mesh.dp_rank :: mesh.dp_size] for step in steps]
     bad_layer = None
     for number, batches in enumerate(mine):
+        check_gathered_early(engine)
         if number == 1:  # what the last update has left gathered is there for the next step too
             engine.evaluate(batches)
         if case.bad_rank is None or number != 2:
