@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.timing import synchronize, where
 from benchmarks.train_step import build, configure
+from conf.schema import ConfigError
 from data.batches import Batch
 from parallel.mesh import Mesh, distributed
 from training.report import memory_gib
@@ -182,6 +183,9 @@ def main() -> None:
         row = rows[name]
         try:
             found[name] = measure(row, n_gpus, args.seconds, tuple(args.overrides) if row.base else ())
+        except ConfigError as error:  # with these overrides, on all ranks
+            if rank == 0:
+                print(f"{name:14} {error}", flush=True)
         except (RuntimeError, torch.OutOfMemoryError) as error:
             print(f"{name:14} rank {rank}: {type(error).__name__}: {str(error).splitlines()[0][:200]}", flush=True)
             if row.base:
@@ -206,7 +210,7 @@ def main() -> None:
         from benchmarks.torchtitan_step import measure as measure_torchtitan
 
         for name in selected:
-            if not (row := rows[name]).peer:
+            if not (row := rows[name]).peer or name not in found:
                 continue
             shape = row.seq_len, row.rows, row.micro_batches
             metrics = measure_torchtitan(row.model, *shape, args.seconds, *row.peer)
