@@ -109,7 +109,8 @@ def store(config: EvaluateConfig, saved: "Saved", metrics: dict[str, float]) -> 
         try:
             with locked(folder):
                 tokens = checkpoint.state["progress"]["tokens"]
-                add_record(folder / METRICS, {"step": checkpoint.step, "tokens": tokens, **metrics})
+                whole = {k: v for k, v in metrics.items() if config.valid_tokens is None or not k.startswith("valid/")}
+                add_record(folder / METRICS, {"step": checkpoint.step, "tokens": tokens, **whole})
         except CheckpointError as error:  # locked: the run is training and writes its metrics
             logger.info("not in %s: %s", METRICS, error)
 

@@ -56,6 +56,7 @@ def mix_weights(config: DataConfig, sources: set[str]) -> dict[str, float]:
     for name, weight in config.mix.items():
         matching = [name] if name in sources else [source for source in sources if name == plain_name(source)]
         if len(matching) != 1:
-            raise DataError(f"data.mix.{name}: there is no such source; choose from {', '.join(sorted(sources))}")
+            what = "there are several such sources" if matching else "there is no such source"
+            raise DataError(f"data.mix.{name}: {what}; choose from {', '.join(sorted(sources))}")
         weights[matching[0]] = weight
     return weights

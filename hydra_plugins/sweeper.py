@@ -123,7 +123,7 @@ class OptunaSweeper(Sweeper):
         before = study.user_attrs.get("settings", settings)
         study.set_user_attr("settings", before)
         changed = changed_keys(before, settings)
-        return [f"{key} ({old}, now {new})" for key, old, new in changed if not is_free_key(key)]
+        return [f"{key} ({old}, now {new})" for key, old, new in changed if key == "objective" or not is_free_key(key)]
 
 
 def distribution(override: Override) -> "BaseDistribution":

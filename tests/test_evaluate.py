@@ -48,7 +48,9 @@ def test_run_and_export_score_as_in_training(done: Path, capsys: pytest.CaptureF
     assert "valid code" in printed and f"bpb {found['evaluation/own/bpb']:.6g}" in printed
     assert json.loads((done / "evaluation.json").read_text()) == {"10": found}
     *others, last = metrics(done)
-    assert others == before[:-1] and last == {**valid, **found}
+    assert others == before[:-1] and last == {**found, **valid}
+    evaluate.work(settings(done, valid_tokens=128))
+    assert metrics(done)[-1] == last, "a part of the split is not the run's validation"
 
     exported(done, done / "hf")
     of_export = evaluate.work(settings(done, run=None, hf=str(done / "hf")))

@@ -20,7 +20,7 @@ from tests.conftest import composed, composed_cfg, trained
 from tracking.status import read_status
 from tracking.store import Store, local_run
 from training.checkpoint import Checkpoints, open_checkpoint
-from training.config import CheckpointConfig, SaveError
+from training.config import CheckpointConfig, CheckpointError, SaveError
 from training.preflight import check_run, preflight_problems
 
 
@@ -126,6 +126,13 @@ def test_copied_run_is_evaluated_and_initialises_another(
     parallel = ParallelConfig(device=Device.cpu)
     found = evaluate.work(EvaluateConfig(run=f"file://{tmp_path}/far/r", parallel=parallel, valid_tokens=64))
     assert found["valid/loss"] > 0 and (tmp_path / "runs" / "r" / "evaluation.json").exists()
+    for wrong, named in (("none", "no such checkpoint"), ("r/step-00000007", "choose a step from 2")):
+        with pytest.raises(CheckpointError, match=named):
+            local_run(f"file://{tmp_path}/far/{wrong}")
+    assert not (tmp_path / "runs" / "none").exists()
+    shutil.copytree(tmp_path / "far" / "r", tmp_path / "elsewhere" / "r")
+    with pytest.raises(CheckpointError, match="runs/r is not a copy of"):
+        local_run(f"file://{tmp_path}/elsewhere/r")
     shutil.rmtree("runs")
     config = composed("name=s", *small, "steps=1", "optimizer.lr=1e-12", f"init_from=file://{tmp_path}/far/r")
     check_run(config, tmp_path / "s", "")

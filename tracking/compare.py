@@ -231,8 +231,8 @@ def _draw_final(axes: "Axes", runs: Sequence[Run], key: str, others: dict[str, s
         done: list[Any] = [(value, run.loss) for value, run in line if run.state == "finished"]
         if len(done) > 1:
             axes.plot(*done[0], "o", color=color, markersize=12, fillstyle="none")
-        joined = sorted(done) if numeric and done else [((), ())]
-        axes.plot(*zip(*joined, strict=True), color=color, label=_values(line[0][1], others))
+        joined = zip(*sorted(done), strict=True) if numeric and done else ([], [])
+        axes.plot(*joined, color=color, label=_values(line[0][1], others))
     if named:
         axes.legend(fontsize="small")
 

@@ -58,13 +58,16 @@ def last_step(run_dir: Path) -> int:
 
 
 def add_record(path: Path, record: dict[str, Any]) -> None:
-    """Insert a record by step, or update a record of the same step that has some of its metrics."""
+    """Insert a record by step, or update a record of the same step that has some of its metrics.
+
+    A validation of the run itself stays, so that runs are compared by the same measure.
+    """
     records, keys = read_records(path), record.keys() - {"step", "tokens"}
     same = next((r for r in records if r["step"] == record["step"] and keys & r.keys()), None)
     if same is None:
         records.append(record)
     else:
-        same |= record
+        same |= {key: value for key, value in record.items() if key not in same or not key.startswith("valid/")}
     _write(path, sorted(records, key=lambda r: r["step"]))
 
 

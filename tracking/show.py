@@ -7,6 +7,7 @@ from pathlib import Path
 from tracking.compare import aligned, read_runs
 from tracking.logs import folder_command
 from tracking.metrics_file import METRICS, read_records
+from training.config import CheckpointError
 
 MOST_POINTS = 200  # per curve
 
@@ -15,7 +16,10 @@ def show(run_dir: Path) -> str:
     """Return a plot of the losses over tokens and a table of validations and evaluations."""
     import plotext
 
-    (run,) = read_runs(run_dir)[:1]
+    runs = read_runs(run_dir)
+    if len(runs) > 1:
+        raise CheckpointError(f"{run_dir} has {len(runs)} runs; name one, or python -m tracking.compare {run_dir}")
+    run = runs[0]
     title = f"{run.name}: {run.state}, step {run.progress()[1]}"
     if not run.train:
         return "\n".join(line for line in (title, run.reason) if line)
@@ -30,7 +34,7 @@ def show(run_dir: Path) -> str:
     plotext.xlabel("tokens")
     drawing = plotext.build() if sys.stdout.isatty() else plotext.uncolorize(plotext.build())
     rows: dict[int, dict[str, float | None]] = {}
-    for record in read_records(run_dir / METRICS):
+    for record in read_records(run.folder / METRICS):
         for key, value in record.items():
             scored = key.startswith("evaluation/") and not key.endswith("/questions")
             if scored or key in ("valid/loss", "valid/bits_per_byte"):

@@ -12,10 +12,11 @@ from typing import IO, Any
 import xxhash
 
 from tracking.retry import retried
-from tracking.run_folder import STEP
+from tracking.run_folder import STEP, read_json
 from training.config import CheckpointError, DamagedError
 
 MANIFEST = "manifest.json"
+ORIGIN = ".origin"  # in the folder of a downloaded run: its address
 
 logger = logging.getLogger(__name__)
 
@@ -111,13 +112,26 @@ class Store:
 
 
 def local_run(path: str, step: int | None = None) -> Path:
-    """Return a local path unchanged; download a remote run to runs/<name> and return that folder."""
+    """Return a local path unchanged; download a remote run to runs/<name> and return that folder.
+
+    Raises `CheckpointError` if that is the folder of another run.
+    """
     if not is_address(path):
         return Path(path)
-    address, _, last = path.rstrip("/").rpartition("/")
+    address, _, last = (path := path.rstrip("/")).rpartition("/")
     if name := STEP.fullmatch(last):
         path, step = address, int(name[1])
-    store, run_dir = Store(path), Path("runs", path.rstrip("/").rpartition("/")[2])
+    store, run_dir = Store(path), Path("runs", path.rpartition("/")[2])
+    steps = [int(name.removeprefix("step-")) for name in store.names()]
+    if not steps or step not in (None, *steps):
+        what = f"; choose a step from {', '.join(map(str, steps))}" if steps else ""
+        raise CheckpointError(f"{path} has no such checkpoint{what}")
+    origin, trained = run_dir / ORIGIN, read_json(run_dir / "status.json").get("config", {}).get("checkpoint", {})
+    own = f"{(trained.get('path') or '').rstrip('/')}/{run_dir.name}"  # trained here, and copied there
+    if run_dir.exists() and path != (origin.read_text(encoding="utf-8") if origin.exists() else own):
+        raise CheckpointError(f"{run_dir} is not a copy of {path}; rename it")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    origin.write_text(path, encoding="utf-8")
     store.download_newest(run_dir / "checkpoints", step=step)
     store.download_folder("tokenizer", run_dir / "tokenizer")
     return run_dir

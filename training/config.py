@@ -237,3 +237,4 @@ class SamplesConfig:
     def problems(self) -> Iterator[str]:
         if self.every and not self.prompts:
             yield f"samples.every ({self.every}) needs samples.prompts"
+        yield from unless(self, "samples", "at least 0", lambda x: x >= 0, "temperature")

@@ -15,7 +15,7 @@ from parallel.engine import Engine
 from parallel.mesh import Mesh
 from training.config import TrainingError
 from training.scoring import Shape, encode, extend, score
-from training.tasks import read_task, task_metrics, task_name
+from training.tasks import read_tasks, task_metrics
 
 if TYPE_CHECKING:
     from training.loop import Run
@@ -30,7 +30,7 @@ class Tasks:
     """Encoded tasks."""
 
     def __init__(self, names: Sequence[str], tokenizer: Tokenizer, *, add_bos: bool) -> None:
-        self.questions = {task_name(name): read_task(name) for name in names}
+        self.questions = read_tasks(names)
         every = [question for questions in self.questions.values() for question in questions]
         pairs = [pair for each in every for pair in zip(each.contexts, each.continuations, strict=True)]
         self.texts = encode(tokenizer, pairs, add_bos=add_bos)

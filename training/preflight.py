@@ -20,7 +20,7 @@ from parallel.config import Device, ParallelError
 from tracking.run_folder import check_not_held, check_origin, check_stored_config, committed, run_dir_of
 from tracking.store import Store, is_address
 from training.config import CheckpointError, Fp8
-from training.tasks import read_task
+from training.tasks import read_tasks
 
 BASES = {  # of the classes that a setting names as module:Class
     "model.mlp": "torch.nn:Module",
@@ -60,8 +60,7 @@ def _check_model(config: SavedConfig) -> None:
     tasks, harness = (config.tasks, config.harness) if isinstance(config, EvaluateConfig) else ([], [])
     if isinstance(config, GenerateConfig) or tasks or harness:
         check_tokenizer(tokenizer.absolute())
-    for name in tasks:
-        read_task(name)
+    read_tasks(tasks)
     for name in harness:
         if name.endswith(".yaml") and not Path(name).is_file():
             raise ModelError(f"harness ({name}) does not exist; name a task's .yaml file, or a task by its name")
@@ -112,8 +111,7 @@ def check_run(config: TrainConfig | PrepareConfig, run_dir: Path, settings: str)
     is_new = not committed(run_dir / "checkpoints")
     if here or not config.launcher.setup:
         check_exists(config.data, settings)
-        for name in config.evaluate.tasks:
-            read_task(name)
+        read_tasks(config.evaluate.tasks)
         if config.init_from is not None and is_new and not is_address(config.init_from):
             check_origin(Path(config.init_from))
     if here and not joined_environment(os.environ):  # under torchrun or srun, rank 0 may have locked it already

@@ -57,13 +57,20 @@ def read_task(name: str) -> list[Question]:
                 if line.strip():
                     questions.append(_question(json.loads(line)))
     except (OSError, EOFError) as error:
-        raise DataError(f"task {name}: {error}") from None
+        raise DataError(f"task {name}: {getattr(error, 'strerror', None) or error}") from None
     except (ValueError, KeyError, TypeError, IndexError):
         needs = "context, continuations and answer (the index of the right one), or text"
         raise DataError(f"task {name}, line {number}: needs {needs}") from None
     if not questions:
         raise DataError(f"task {name} has no question")
     return questions
+
+
+def read_tasks(names: Sequence[str]) -> dict[str, list[Question]]:
+    """Return the questions of tasks by `task_name`; raise `DataError` if two have the same."""
+    if len({task_name(name) for name in names}) < len(names):
+        raise DataError(f"tasks ({', '.join(names)}) share a name in metrics; rename one's file")
+    return {task_name(name): read_task(name) for name in names}
 
 
 def is_task_file(name: str) -> bool:
@@ -125,7 +132,8 @@ def _question(record: dict[str, Any]) -> Question:
     continuations, context = record["continuations"], record["context"]
     contexts = [context] * len(continuations) if isinstance(context, str) else context
     answer = record["answer"] if len(continuations) > 1 else 0
-    are_texts = all(isinstance(text, str) for text in [*contexts, *continuations]) and all(continuations)
+    texts = [*contexts, *continuations] if isinstance(continuations, list) else [None]
+    are_texts = all(isinstance(text, str) for text in texts) and all(continuations)
     is_index = type(answer) is int and 0 <= answer < len(continuations)
     if not (are_texts and is_index and len(contexts) == len(continuations)):
         raise ValueError

@@ -88,7 +88,9 @@ def test_search_minimises_the_loss_continues_and_refuses_another(tmp_path: Path,
         assert done.stdout.count("finished: ") == 1 and f"best of {trials} trials: " in done.stdout
     losses = [read_status(path)["objective"] for path in tmp_path.glob("optimizer*")]
     assert len(losses) == 2 and f"{min(losses):.4f} at optimizer.lr=" in done.stdout
-    for other, reported in ((["optimizer.lr=1e-3,1e-1"], "distribution"), ([space, "seed=3"], "seed (0, now 3)")):
+    others = {"distribution": ["optimizer.lr=1e-3,1e-1"], "seed (0, now 3)": [space, "seed=3"]}
+    others["objective (valid/loss, now -valid/loss)"] = [space, "objective=-valid/loss"]
+    for reported, other in others.items():
         done = sweep(tmp_path, *small, *search, "hydra.sweeper.n_trials=3", *other, code=1)
         assert "has a search with other settings" in done.stderr and reported in done.stderr
 

@@ -111,6 +111,14 @@ def test_keys_that_follow_from_a_name_are_left_out(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "compare").iterdir()] == ["table.md"], "nothing to draw without steps"
 
 
+def test_lines_of_a_key_without_numbers_are_named(tmp_path: Path, axes: list[Axes]) -> None:
+    for name, rate in ((name, rate) for name in ("adamw", "muon") for rate in (0.1, 0.2)):
+        written(tmp_path / f"{name},{rate}", [rate], optimizer={"name": name, "lr": rate})
+    compare(tmp_path)
+    legends = [{text.get_text() for text in panel.get_legend().get_texts()} for panel in axes[1:]]  # type: ignore[union-attr]
+    assert legends == [{"lr 0.1", "lr 0.2"}, {"optimizer adamw", "optimizer muon"}]
+
+
 def test_lines_join_runs_that_differ_in_one_key(tmp_path: Path, axes: list[Axes]) -> None:
     for seed in (1, 2):
         for rate in (0.1, 1.0, 0.2):
@@ -138,6 +146,10 @@ def test_a_run_is_plotted_with_its_evaluations(tmp_path: Path) -> None:
     assert "r: finished, step 1000/1" in text and "train, smoothed" in text and "validation" in text
     table = [line.split() for line in text.splitlines()[-3:]]
     assert table == [["step", "valid/loss", "own/acc"], ["500", "3.2500", "0.5000"], ["1,000", "-", "-"]]
+    assert show(tmp_path).splitlines()[-3:] == text.splitlines()[-3:], "the only run in a folder"
+    written(tmp_path / "s", [4.0])
+    with pytest.raises(CheckpointError, match="2 runs"):
+        show(tmp_path)
 
 
 def test_a_run_without_steps_is_shown_with_its_reason(tmp_path: Path) -> None:

