@@ -55,7 +55,8 @@ class JobLauncher(Launcher):
             points: list[Point] = []
             problems: dict[str, list[str]] = {}
             for number, overrides in enumerate(job_overrides, initial_job_idx):
-                label = " ".join(o for o in overrides if o.lstrip("+~").partition("=")[0] not in fixed)
+                typed = (override.lstrip("+") for override in overrides)
+                label = " ".join(o for o in typed if o.lstrip("~").partition("=")[0] not in fixed)
                 try:
                     points.append(self._point(number, overrides, label, fixed, len(job_overrides)))
                 except ConfigError as error:

@@ -135,7 +135,7 @@ def is_finished(run_dir: Path, run_config: dict[str, Any]) -> bool:
 
 def folder_name(overrides: str) -> str:
     """Return a folder name for a point's settings, with a hash if they had to be changed or truncated."""
-    bare = overrides.translate({ord(sign): None for sign in "'\"\\"})
+    bare = re.sub(r"(^|,)\++", r"\1", overrides.translate({ord(sign): None for sign in "'\"\\"}))
     name = re.sub(r"[/\x00-\x1f]", "_", bare)
     if name == bare and len(os.fsencode(name)) <= 255:
         return name

@@ -236,6 +236,7 @@ def test_stored_configuration_is_json_and_has_every_key() -> None:
 def test_folders_of_points_lie_in_the_sweeps() -> None:
     assert folder_name("optimizer.lr=0.001,skip_batches=[5]") == "optimizer.lr=0.001,skip_batches=[5]"
     assert folder_name("data.name='1.10'") == "data.name=1.10"
+    assert folder_name("++data.mix.c++=1,++data.mix.b=2") == "data.mix.c++=1,data.mix.b=2"
     long = [f"skip_batches=[{'7,' * 200}{i}]" for i in range(2)]
     paths = ["init_from=runs/a", "init_from=runs_a", "init_from=../../a", "data.path='/数据/" + "长" * 90 + "'", *long]
     names = [folder_name(path) for path in paths]
