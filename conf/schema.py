@@ -148,8 +148,7 @@ class TrainConfig:
             tasks = {re.sub(r".*/|\.jsonl(\.gz)?$", "", t) if ".jsonl" in t else t for t in self.evaluate.tasks}
             known = {"evaluation": name.rpartition("/")[0] in tasks, "valid": name.partition("/")[0] in VALID}
             if not name or not known.get(kind, kind in ("train", "perf")):
-                names = f"train/..., perf/..., valid/ with {', '.join(VALID)}"
-                yield f"{key} ({metric}) must be {names}, or evaluation/<one of evaluate.tasks>/..."
+                yield f"{key} ({metric}) must be train/, perf/, valid/{'|'.join(VALID)}, or evaluation/<a task>/..."
         if (self.early_stop.margin or 0) > 0 and self.early_stop.after_step >= self.steps:
             yield f"early_stop.after_step ({self.early_stop.after_step}) must be below steps ({self.steps})"
         if self.profile and self.steps < PROFILE_STEPS:

@@ -375,8 +375,7 @@ def _set_aside(path: Path, error: DamagedError) -> None:
 
 def _remove(folder: Path) -> bool:
     """Remove a folder, or warn; return whether its name is free now."""
-    name = folder.name.removeprefix(".trash-")
-    trash = folder.with_name(f".trash-{name}")  # an interrupted removal must not leave a partial checkpoint
+    trash = folder.with_name(f".trash-{folder.name.removeprefix('.trash-')}")  # no partial checkpoint, if interrupted
     try:
         os.rename(folder, trash)
         shutil.rmtree(trash)
