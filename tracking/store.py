@@ -129,7 +129,7 @@ def local_run(path: str, step: int | None = None) -> Path:
     origin, trained = run_dir / ORIGIN, read_json(run_dir / "status.json").get("config", {}).get("checkpoint", {})
     own = f"{(trained.get('path') or '').rstrip('/')}/{run_dir.name}"  # trained here, and copied there
     if run_dir.exists() and path != (origin.read_text(encoding="utf-8") if origin.exists() else own):
-        raise CheckpointError(f"{run_dir} is not a copy of {path}; rename it")
+        raise CheckpointError(f"{run_dir} is not a copy of {path}; rename it, or pass another name=")
     run_dir.mkdir(parents=True, exist_ok=True)
     origin.write_text(path, encoding="utf-8")
     store.download_newest(run_dir / "checkpoints", step=step)
