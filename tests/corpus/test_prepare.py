@@ -258,5 +258,5 @@ def test_names_of_sources(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert all(name.isascii() for name in contents(config.path))
     mixed = mix_weights(dataclasses.replace(config, mix={"C": 1, "wikipedia_en": 2, "日文": 3}), set(names))
     assert mixed == {"C": 1, "Wikipedia (en)": 2, "日文": 3}
-    with pytest.raises(DataError, match="data.mix.f: there is no such source"):
+    with pytest.raises(DataError, match="data.mix.f: there are several such sources"):
         mix_weights(dataclasses.replace(config, mix={"f": 1}), {"F", "F#"})
