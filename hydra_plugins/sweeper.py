@@ -97,7 +97,7 @@ class OptunaSweeper(Sweeper):
         if done := study.get_trials(states=(TrialState.COMPLETE,)):
             print(f"best of {len(done)} trials: {study.best_value:.4f} at {' '.join(_settings(study.best_params))}")
         if failed:
-            what = self.config.get("objective", "result")
+            what = getattr(self.config, "objective", "result")
             raise SweepError(f"{len(failed)} of {self.n_trials} trials have no {what}: {'; '.join(failed)}")
 
     def _study(self) -> "Study":
