@@ -27,7 +27,6 @@ from training.config import Dtype
 
 ALIASES = {"batch_size": "global_batch_tokens", "learning_rate": "lr"}  # names in other frameworks
 VALID = ("loss", "perplexity", "accuracy", "bits_per_byte")  # metrics of a validation
-PROFILE_STEPS = 7  # as training.profile needs
 CONTENT = ("model", "optimizer", "scheduler", "sampler", "all")
 NAME = re.compile(r"[\w.=,+-]{1,200}(/[\w.=,+-]{1,200})*")
 # Metadata of fields; a field of type Any that is not text has {"number": True}
@@ -145,14 +144,14 @@ class TrainConfig:
             yield f"checkpoint.keep_best (true) needs valid_every ({self.valid_every}), and {least}"
         for key, metric in (("objective", self.objective), ("early_stop.metric", self.early_stop.metric)):
             kind, _, name = metric.removeprefix("-").partition("/")
-            tasks = {re.sub(r".*/|\.jsonl(\.gz)?$", "", t) if ".jsonl" in t else t for t in self.evaluate.tasks}
+            tasks = map(training.task_name, self.evaluate.tasks)
             known = {"evaluation": name.rpartition("/")[0] in tasks, "valid": name.partition("/")[0] in VALID}
             if not name or not known.get(kind, kind in ("train", "perf")):
                 yield f"{key} ({metric}) must be train/, perf/, valid/{'|'.join(VALID)}, or evaluation/<a task>/..."
         if (self.early_stop.margin or 0) > 0 and self.early_stop.after_step >= self.steps:
             yield f"early_stop.after_step ({self.early_stop.after_step}) must be below steps ({self.steps})"
-        if self.profile and self.steps < PROFILE_STEPS:
-            yield f"profile (true) runs {PROFILE_STEPS} steps; steps is {self.steps}"
+        if self.profile and self.steps < (fewest := training.WARM_UP + 2 * training.PROFILED):
+            yield f"profile (true) runs {fewest} steps; steps is {self.steps}"
         if graphs and precision.compute is Dtype.fp16:
             yield "parallel.cuda_graphs (true) needs precision.compute bf16 or fp32, not fp16"
         if graphs and self.optimizer.impl in (training.OptimizerImpl.torch, training.OptimizerImpl.apex):

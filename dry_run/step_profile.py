@@ -62,7 +62,8 @@ def profile_step(config: TrainConfig, n_micro_batches: int) -> list[StepProfile]
 
 def profile_rank(config: TrainConfig, rank: int, n_micro_batches: int) -> StepProfile:
     """Run a step of one fake rank, with synchronous tensor parallelism: there is no memory to share."""
-    async_tp, config = config.parallel.async_tp, replace(config, parallel=replace(config.parallel, async_tp=False))
+    async_tp = config.parallel.async_tp
+    config = replace(config, parallel=replace(config.parallel, async_tp=False))
     axes = resolve_axes(config.parallel, config.dry_run.world_size)
     memory = Memory()
     trace = Trace({axis: getattr(axes, axis) for axis in AXES}, memory)

@@ -105,8 +105,9 @@ def distributed(config: ParallelConfig) -> Iterator[Mesh]:
         mesh = open_mesh(axes, zero_stage=config.zero_stage, device=device)
         SharedBuffer.timeout_s = config.step_timeout_s
         meshes = [device_mesh for device_mesh in (mesh.param_mesh, mesh.batch_mesh) if device_mesh is not None]
+        # New groups have torch's own timeout.
         for group in (*(group for device_mesh in meshes for group in device_mesh.get_all_groups()), mesh.host):
-            if group is not None:  # new groups have torch's own timeout
+            if group is not None:
                 dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.step_timeout_s), group)
         yield mesh
     finally:

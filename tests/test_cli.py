@@ -17,12 +17,11 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
 from conf.cli import CONF, CommandLine, _print_errors, checked, run
-from conf.schema import PROFILE_STEPS, TrainConfig, free_keys, register, stored, stored_model, to_plain
+from conf.schema import TrainConfig, free_keys, register, stored, stored_model, to_plain
 from launch.sweep import folder_name
 from tests.conftest import ROOT, composed_cfg, ran
 from training.config import OptimizerConfig
 from training.preflight import world_size
-from training.profile import PROFILED, WARM_UP
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name[0] != "_")
 OPTIONS = {group: sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in GROUPS}
@@ -67,10 +66,6 @@ def test_every_option_composes(first: str) -> None:
         ranks = [f"parallel.nproc_per_node={1 if options[0] == 'single' else 8}"] if first == "parallel" else []
         origin = ["init_from=runs/done"] if options[0] == "sft_7b" else []
         assert checked(composed_cfg(*chosen, *more.get(first, []), *ranks, *origin)).name
-
-
-def test_a_profile_needs_its_steps() -> None:
-    assert PROFILE_STEPS == WARM_UP + 2 * PROFILED
 
 
 def test_hyper_parameters_of_the_tutorial() -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 import torch
 import xxhash
 
+from data.batches import IGNORED, Batch
 from tests.conftest import ROOT, metrics, ran, trained
 from tracking.metrics_file import METRICS, read_records
 from training.checkpoint import open_checkpoint
@@ -233,6 +234,26 @@ def test_skipped_batches_are_counted_and_not_trained_on(tmp_path: Path, small: l
     assert steps == [2, 3, 7, 8, 9, 10]
     rates = [record["optim/lr"] for record in metrics(tmp_path / "r") if "train/loss" in record]
     assert rates == sorted(rates, reverse=True), "the schedule follows the updates"
+
+
+def test_steps_without_targets_are_pointed_out(
+    tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import training.loop
+
+    step = training.loop.train_step
+
+    def without_targets(run: Run, batches: Iterator[list[Batch]], *, skip: bool) -> None:
+        batch = next(batches)
+        for micro_batch in batch if run.state.step == 2 else ():
+            micro_batch.labels_BT.fill_(IGNORED)
+        step(run, iter([batch]), skip=skip)
+
+    monkeypatch.setattr(training.loop, "train_step", without_targets)
+    trained(tmp_path / "r", *small)
+    assert [record.getMessage() for record in caplog.records if "no target token" in record.message] == [
+        "step 3 had no target token, so its gradient was zero"
+    ]
 
 
 def test_ramp_starts_with_smaller_batches(tmp_path: Path, small: list[str]) -> None:

@@ -5,9 +5,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from launch.config import UserError, unless
+
+WARM_UP, PROFILED = 3, 2  # steps of profile=true: warm-up, then some without and with the profiler
 
 
 class CheckpointError(UserError):
@@ -209,6 +212,15 @@ class CheckpointConfig:
         yield from unless(self, "checkpoint", "0 or more", lambda x: x >= 0, *keys)
         if self.keep_every and (self.every < 1 or self.keep_every % self.every):
             yield f"checkpoint.keep_every ({self.keep_every}) must be a multiple of checkpoint.every ({self.every})"
+
+
+def is_task_file(name: str) -> bool:
+    return name.endswith((".jsonl", ".jsonl.gz"))
+
+
+def task_name(name: str) -> str:
+    """Return a task's name in metrics."""
+    return Path(name).name.removesuffix(".gz").removesuffix(".jsonl") if is_task_file(name) else name
 
 
 @dataclass(kw_only=True, slots=True)

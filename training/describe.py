@@ -46,6 +46,7 @@ def describe(config: TrainConfig, engine: Engine, corpus: Corpus, state: TrainSt
     n_micro_batches = config.grad_accum_steps(mesh.dp_size)
     bf16_sums = dtype is torch.bfloat16 and precision.grad_dtype is None and config.parallel.zero_stage < 2
     is_slow_tp = on_gpu and mesh.axes.tp > 1 and mesh.axes.pp == 1 and not config.parallel.cuda_graphs
+    is_slow_tp = is_slow_tp and dtype is torch.bfloat16 and precision.fp8 is Fp8.none  # with which both go
     causal, internlm = step_flops(config)
     update = sum(rule.flops() for rule in rules) * mesh.world_size / (causal * config.global_batch_tokens)
     for line in (

@@ -137,8 +137,8 @@ def log_step(run: Run) -> None:
             module = run.engine.find_nonfinite_module(run.batches)
             why = f"{in_a_row} steps in a row had no finite gradient (optimizer.max_nonfinite_steps), first in {module}"
             raise TrainingError(f"{why}; lower optimizer.lr, or use skip_batches")
-    if not run.result.n_targets:
-        logger.warning("step %d had no target token; its update only decays weights", run.state.step)
+    if not (run.result.n_targets or run.engine.mesh.rank):
+        logger.warning("step %d had no target token, so its gradient was zero", run.state.step)
     run.report.more = {**run.stragglers.metrics, **run.checkpoints.take_metrics()}
     if sigma := run.config.optimizer.spike_sigma:
         figures = {"loss": float(run.result.loss), "gradient norm": float(run.result.grad_norm)}

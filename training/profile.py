@@ -11,11 +11,11 @@ import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from training.config import PROFILED, WARM_UP
 from training.optim.optimizer import UPDATE
 
 logger = logging.getLogger(__name__)
 
-WARM_UP, PROFILED = 3, 2  # steps
 WINDOW = "profiled steps"
 KINDS = {
     "loss": ("_statistics_kernel", "_gradient_kernel", "_scaled_kernel", "_WithGradients"),

