@@ -68,19 +68,23 @@ def work(config: TrainConfig, folder: Path, saves: int) -> None:
             print(f"host memory was allocated in {allocated_s:.1f} s; in training this happens before the first step")
             print("save   stall s   save s    GB/s   steps during it   slowdown, s   share at every=100")
         for number in range(1, saves + 1):
+            step()
             run.save()
+            stall_s = run.metrics["perf/checkpoint_stall_s"]
+            if mesh.rank == 0:
+                print(f"{number:4d} {stall_s:9.3f}", end="", flush=True)
             during = []
             while run.saving is not None:
                 during.append(step())
                 run.note_saved()
             times = run.take_metrics()
             slowdown_s = sum(during) - base_s * len(during)
-            stall_s, rate = times["perf/checkpoint_stall_s"], times["perf/checkpoint_bytes_per_s"] / 1e9
+            rate = times["perf/checkpoint_bytes_per_s"] / 1e9
             share = (stall_s + slowdown_s) / (100 * base_s + stall_s + slowdown_s)
             if mesh.rank == 0:
                 print(
-                    f"{number:4d} {stall_s:9.3f} {times['perf/checkpoint_s']:8.1f} {rate:7.2f} {len(during):17d}"
-                    f" {slowdown_s:13.3f} {share:20.2%}",
+                    f" {times['perf/checkpoint_s']:8.1f} {rate:7.2f} {len(during):17d} {slowdown_s:13.3f}"
+                    f" {share:20.2%}",
                     flush=True,
                 )
 

@@ -127,14 +127,13 @@ def timed(
 ) -> dict[str, float]:  # fmt: skip
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(4):
+    for _ in range(3):
         step()
     synchronize(device)
     begin = time.perf_counter()
-    for _ in range(2):
-        step()
+    step()
     synchronize(device)
-    n_steps = all_reduce_max(max(2, int(seconds / (time.perf_counter() - begin) * 2)))
+    n_steps = all_reduce_max(max(2, round(seconds / (time.perf_counter() - begin))))
     begin = time.perf_counter()
     for _ in range(n_steps):
         step()

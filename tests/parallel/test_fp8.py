@@ -1,5 +1,6 @@
 """8-bit products against exact ones."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,38 @@ def test_gradients_under_zero_are_those_of_one_rank_but_for_the_sum(tmp_path: Pa
         assert found.keys() == alone.keys()
         for name, grad in alone.items():  # one rank adds its micro-batches in bf16
             assert relative(found[name], grad) < 1e-2, (layout, name)
+
+
+def muon_step(case: Case, mesh: Mesh, config: ParallelConfig, given: Any = None) -> Any:
+    """Train a step of Muon; return its gradients and their scale, or use those given, and the optimizer's tensors."""
+    with mock.patch("parallel.parallelize.check_fp8_device"):
+        engine = build(case, mesh, config)
+    params: dict[str, Any] = engine.params
+    update, found = engine.optimizer.step, given
+
+    def step(*, grad_scale: Tensor, **others: Any) -> Tensor:
+        nonlocal found
+        found = given or ({name: whole(param.laid_out(param.grad)) for name, param in params.items()}, grad_scale)
+        for name, grad in (given or ({}, None))[0].items():
+            params[name].shard.grad.copy_(params[name].take(grad))
+        return update(grad_scale=found[1], **others)
+
+    engine.optimizer.step = step  # type: ignore[method-assign]
+    engine.train_step(steps_of(case.n_micro_batches)[0][mesh.dp_rank :: mesh.dp_size])
+    return found, {name: whole(tensor) for name, tensor in engine.optimizer.state_tensors().items()}
+
+
+@pytest.mark.slow
+def test_muon_updates_like_one_rank_from_the_gradients_of_8_bit_products(tmp_path: Path) -> None:
+    layouts = {**ZERO, "tp": fp8(layout={"tp": 2})}
+    cases = {name: replace(case, optimizer="muon") for name, case in layouts.items()}
+    for layout, found in run(tmp_path, cases, 2, function=muon_step).items():
+        assert isinstance(found, tuple), found
+        given, tensors = found
+        _, alone = muon_step(fp8(optimizer="muon"), Mesh(device=torch.device("cpu")), ParallelConfig(), given)
+        assert tensors.keys() == alone.keys()
+        for name, tensor in alone.items():
+            torch.testing.assert_close(tensors[name], tensor, rtol=1e-5, atol=1e-7, msg=f"{layout}, {name}")
 
 
 def tp_passes(case: Case, mesh: Mesh, config: ParallelConfig) -> tuple[Tensor, dict[str, Tensor]]:
