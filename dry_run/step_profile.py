@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from dataclasses import astuple, dataclass, field, replace
+from itertools import chain
 from unittest import mock
 
 import torch
@@ -86,6 +87,9 @@ def profile_rank(config: TrainConfig, rank: int, n_micro_batches: int) -> StepPr
             engine = _build_engine(config, mesh)
         shards = [param.shard for param in engine.params.values()]
         memory.relabel([*engine.model.parameters(), *shards], "parameters")
+        if config.parallel.cuda_graphs:
+            with memory.label("gradients"):
+                _keep_gradients(engine)
         n_params = sum(shard.numel() for shard in shards)
         memory.reset_peak()  # initialisation was on the host
         _label_engine(engine, memory, trace)
@@ -109,6 +113,16 @@ def _build_engine(config: TrainConfig, mesh: Mesh) -> Engine:
     engine = build_engine(config, build_model(config, mesh), state)
     engine.optimizer.set_schedule(lr_schedule(config, state)[:1])
     return engine
+
+
+def _keep_gradients(engine: Engine) -> None:
+    """Allocate what CUDA graphs keep between steps: gradients or, with ZeRO, their sums over ranks."""
+    if engine.zero is None:
+        for param in engine.model.parameters():
+            param.grad = torch.empty_like(param)
+    else:
+        for unit in chain.from_iterable(engine.zero.units):
+            unit.grads = torch.empty(unit.length, dtype=engine.zero.reduce_dtype, device=engine.mesh.device)
 
 
 def _label_engine(engine: Engine, memory: Memory, trace: Trace) -> None:

@@ -216,6 +216,17 @@ def test_memory_by_kind() -> None:
         assert sum(found.bytes_at_peak.values()) == found.peak_bytes
 
 
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "micro_batches", "kept"), [([], 1, 1, 2), (["parallel=zero1"], 8, 3, 4 / 8)], ids=str
+)
+def test_cuda_graphs_keep_gradients(overrides: list[str], ranks: int, micro_batches: int, kept: float) -> None:
+    """They keep bf16 gradients, or under ZeRO fp32 sums over ranks, which else are not there at the peak."""
+    sizes = {"world_size": ranks, "micro_batches": micro_batches}
+    _, without = profile(*overrides, **sizes)
+    config, graphs = profile(*overrides, "parallel.cuda_graphs=true", **sizes)
+    assert graphs.peak_bytes - without.peak_bytes == pytest.approx(kept * count_params(config.model), rel=1e-3)
+
+
 def block_flops(config: TrainConfig) -> tuple[int, int]:
     """Return the FLOPs per token of one product with each matrix of the blocks, and of one causal attention product."""
     model = config.model
