@@ -1,8 +1,8 @@
 """Scaling efficiency on several GPUs by layout, compared with torchtitan, in one run:
 
-    torchrun --nproc-per-node 2 -m benchmarks.multi_gpu [--rows zero1,tp] [--seconds 5] [--no-peer] [overrides]
+    python -m benchmarks.multi_gpu [--rows zero1,tp] [--seconds 5] [--no-peer] [overrides]
 
-The single-GPU rate is measured on all GPUs at the same time, before and after each row, because GPUs slow down as they
+It starts a rank per GPU, or runs as a rank of torchrun. The single-GPU rate is measured on all GPUs at the same time, before and after each row, because GPUs slow down as they
 warm up; the mean counts. Random tokens, sequences of 2,048 unless a row has others, AdamW with fp32 masters and
 moments, no recomputation. `hybrid_zero` has no row: `dp_shard=2` on two GPUs is `zero1`. torchtitan has fp32 parameters
 (bf16 with tp alone, where it cannot mix them), bf16 compute and a compiled `parallelize_llama`, which has no pipeline;
@@ -13,6 +13,7 @@ import argparse
 import gc
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import synchronize, where
+from benchmarks.timing import start_ranks, synchronize, where
 from benchmarks.train_step import build, configure
 from conf.schema import ConfigError
 from data.batches import Batch
@@ -63,7 +64,8 @@ ROWS = {
     "tp": Row(ONE_B, 2048, 4, 1, ("parallel=tp",), "one_1b", 0.85, ("never", "2"), 1.25),
     "tp_7b": Row(SEVEN, 2048, 4, 1, ("parallel=tp",), "one_7b_8k", 0.92, ("never", "2"), 1.15),
     "cp": Row(
-        (*ONE_B, "model.max_seq_len=32768"), 32768, 1, 1, ("parallel=cp",), "one_1b_32k", 0.90, ("never", "1", "2")
+        (*ONE_B, "model.max_seq_len=32768"), 32768, 1, 1, ("parallel=cp",), "one_1b_32k", 0.90, ("never", "1", "2"),
+        1.15,
     ),
     "pp": Row(ONE_B, 2048, 4, 8, ("parallel=pp",), "one_1b_x8", 0.97, bound=8 / 9),
     "zero1_7b_fp8": Row(
@@ -168,6 +170,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", help="settings of multi-GPU rows")
     args = parser.parse_args()
+    if "RANK" not in os.environ:
+        sys.exit(start_ranks("benchmarks.multi_gpu"))
     rank, n_gpus = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     rows = {name: shrink(row) if args.tiny else row for name, row in ROWS.items()}
     selected = args.rows.split(",")

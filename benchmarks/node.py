@@ -24,7 +24,6 @@ import math
 import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -46,12 +45,11 @@ from benchmarks import collectives
 from benchmarks.batches import micro_batches, prepare
 from benchmarks.checkpoint import save_and_load
 from benchmarks.multi_gpu import TINY, Row, free_memory, timed
-from benchmarks.timing import where
+from benchmarks.timing import start_ranks, where
 from benchmarks.train_step import SEVEN, build, configure
 from conf.schema import TrainConfig
 from data.batches import Batch
 from dry_run.step_profile import profile_step
-from launch.environment import free_port
 from model.counts import flops_per_token, internlm_flops_per_token
 from parallel.axes import resolve_axes
 from parallel.mesh import Mesh, distributed
@@ -59,7 +57,7 @@ from training.report import peak_tflops
 
 TOKENS = 16_384  # per GPU and step
 SCALE = 32  # divisor of sequence and message lengths with --tiny
-SMALL = (*TINY, "model.n_layers=4", "model.vocab_size=4096", "precision=fp32")
+SMALL = (*TINY, "model.n_layers=4", "model.n_heads=8", "model.n_kv_heads=8", "model.vocab_size=4096", "precision=fp32")
 FP8 = (*SEVEN, "precision.fp8=tensorwise")
 ON_CUDA = torch.cuda.is_available()
 TP = ("parallel.async_tp=true", "parallel.cuda_graphs=true") if ON_CUDA else ()
@@ -238,17 +236,6 @@ def failures(found: dict[str, Figures]) -> list[str]:
     return [name for name, m in found.items() if "error" in m or not m.get("equal", True)]
 
 
-def start_ranks(results: Path) -> int:
-    """Run this command on a rank per GPU (two on a CPU); return an exit code."""
-    if (n := torch.cuda.device_count() if ON_CUDA else 2) < 2:
-        raise SystemExit("this needs two GPUs or more; for one: python -m benchmarks.train_step")
-    prepare()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=9", f"--nproc-per-node={n}"]
-    address = ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
-    code = subprocess.run([*torchrun, *address, "-m", "benchmarks.node", *sys.argv[1:]]).returncode
-    return code or bool(failures(json.loads(results.read_text(encoding="utf-8"))))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", help="names, separated by commas (default: all)")
@@ -259,7 +246,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="settings of all rows, such as optimizer.state_dtype=bf16")
     args = parser.parse_args()
     if "RANK" not in os.environ:
-        sys.exit(start_ranks(args.json))
+        prepare()
+        code = start_ranks("benchmarks.node", restarts=9)
+        sys.exit(code or bool(failures(json.loads(args.json.read_text(encoding="utf-8")))))
     rank, n = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     rows, found = rows_of(n), dict[str, Figures]()
     overrides = {name: overrides_of(row, n if row.layout else 1, args) for name, row in rows.items()}

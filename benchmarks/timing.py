@@ -1,10 +1,14 @@
 """Timing on a device, for the benchmarks."""
 
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
 import torch
+
+from launch.environment import free_port
 
 
 def synchronize(device: torch.device) -> None:
@@ -37,6 +41,15 @@ def copy_tbps(device: torch.device) -> float:
     source = torch.randn(1 << 29, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / median_ms(lambda: target.copy_(source), device) / 1e9
+
+
+def start_ranks(module: str, *, restarts: int = 0) -> int:
+    """Run this command on a rank per GPU, or on two ranks on a CPU; return the exit code."""
+    if (n := torch.cuda.device_count() if torch.cuda.is_available() else 2) < 2:
+        raise SystemExit("this needs two GPUs or more; for one: python -m benchmarks.train_step")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--max-restarts={restarts}", f"--nproc-per-node={n}"]
+    address = ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    return subprocess.run([*torchrun, *address, "-m", module, *sys.argv[1:]]).returncode
 
 
 def where(device: torch.device) -> str:

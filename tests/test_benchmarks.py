@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.data.conftest import write_shard
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1")
 RATES = {"tokens_per_s", "ms", "host_ms", "gib"}
 
 
@@ -25,23 +25,33 @@ def results(folder: Path, *command: str) -> dict[str, dict[str, Any]]:
     return json.loads((folder / "found.json").read_text(encoding="utf-8"))
 
 
+# With four ranks only what two do not have
+NODES = {
+    2: {"bandwidth", "one", "one_fp8", "zero1", "zero3", "tp2", "pp2_zero1", "cp2_32k", "zero1_fp8", "checkpoint"},
+    4: {"hybrid_zero", "tp2_zero1", "tp4", "3d", "cp4_32k", "checkpoint"},
+}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_node(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", NODES)
+def test_node(ranks: int, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     write_shard(tmp_path / "corpora/builtin/train/00000", [random.integers(0, 4096, 20_000)], vocab_size=4096)
+    torchrun = (*TORCHRUN, f"--nproc-per-node={ranks}") if ranks > 2 else ()
+    rows = (f"--rows={','.join(NODES[ranks])}",) if ranks > 2 else ()
 
-    found = results(tmp_path, "-m", "benchmarks.node")
+    found = results(tmp_path, *torchrun, "-m", "benchmarks.node", *rows)
 
-    assert {"bandwidth", "one", "zero1", "zero3", "tp2", "pp2_zero1", "cp2_32k", "checkpoint"} < found.keys()
+    assert NODES[ranks] <= found.keys()
     for name, m in found.items():
-        if name in ("bandwidth", "checkpoint"):
+        if name in ("bandwidth", "bandwidth2", "checkpoint"):
             assert all(m.values()), m
         else:
             shared = set() if name.startswith("one") else {"predicted", "predicted_gib", "messages", "kept"}
             assert RATES | shared | {"tflops", "mfu"} < m.keys() and m["over_torchtitan"] is None
-            assert ("links" in m) == (name == "tp2")
-    assert all(value > 0 for value in found["tp2"]["links"].values())
+            assert ("links" in m) == (name in ("tp2", "tp2_zero1", "tp4"))
+            assert all(value > 0 for value in m.get("links", {}).values())
     losses = found["checkpoint"]
     assert losses["resumed_loss"] == pytest.approx(losses["loss"], rel=1e-5)
 
@@ -49,7 +59,7 @@ def test_node(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_multi_gpu(tmp_path: Path) -> None:
-    found = results(tmp_path, *TORCHRUN, "-m", "benchmarks.multi_gpu", "--no-peer")
+    found = results(tmp_path, "-m", "benchmarks.multi_gpu", "--no-peer")
 
     assert {"one_1b", "zero1", "zero3", "tp", "cp", "pp"} < found.keys()
     assert all(m.keys() >= RATES and ("kept" in m) != name.startswith("one") for name, m in found.items())
