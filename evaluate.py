@@ -80,16 +80,27 @@ def evaluate(config: EvaluateConfig, saved: "Saved", mesh: "Mesh") -> dict[str, 
 
 
 def open_data(config: EvaluateConfig, saved: "Saved") -> "tuple[Corpus, DataConfig] | None":
-    """Return a run's corpus and data configuration; None without a run or a validation split."""
+    """Return the corpus, by default the run's, and its configuration; None without a validation split."""
+    from corpus.config import Source
     from data.config import DataConfig
     from data.dataset import open_corpus
+    from training.preflight import fits
 
-    if config.valid_tokens == 0 or saved.checkpoint is None or "data" not in saved.checkpoint.state["config"]:
+    trained_on = saved.checkpoint and saved.checkpoint.state["config"].get("data")
+    if config.valid_tokens == 0 or not (config.corpus or trained_on):
         return None
-    data = stored(DataConfig, saved.checkpoint.state["config"]["data"])
+    if config.corpus:
+        length = min(saved.config.max_seq_len, config.batch_tokens)
+        batch = {"seq_len": length, "micro_batch_size": config.batch_tokens // length}
+        data = DataConfig(name="corpus", path=config.corpus, source=Source.local, **batch)
+    else:
+        data = stored(DataConfig, trained_on)
     corpus = open_corpus(data, vocab_size=saved.config.vocab_size)
-    if corpus.fingerprints != saved.checkpoint.state["data"]["parts"]:
-        logger.warning("the data has changed since this checkpoint; the validation split may have training data")
+    if config.corpus and saved.tokenizer and corpus.tokenizer and not fits(saved.tokenizer, corpus.tokenizer):
+        remedy = f"prepare it with tokenizer.model={saved.tokenizer.path}"
+        raise ModelError(f"corpus ({config.corpus}) has another tokenizer than the model; {remedy}")
+    if saved.checkpoint and corpus.fingerprints != saved.checkpoint.state["data"]["parts"]:
+        logger.warning("this is not the data that the model was trained on; the validation split may have some of that")
     return (corpus, data) if corpus.valid.n_packs else None
 
 
@@ -102,15 +113,17 @@ def store(config: EvaluateConfig, saved: "Saved", metrics: dict[str, float]) -> 
     folder = Path(str(config.hf)) if checkpoint is None else run_dir_of(checkpoint.path)
     path, step = folder / "evaluation.json", "" if checkpoint is None else str(checkpoint.step)
     before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    # By step, to keep the scores of other checkpoints
-    write_atomically(path, json.dumps({**before, step: {**before.get(step, {}), **metrics}}, indent=2) + "\n")
+    # By step and corpus, to keep the other scores
+    of = f"{step} {config.corpus or ''}".strip()
+    write_atomically(path, json.dumps({**before, of: {**before.get(of, {}), **metrics}}, indent=2) + "\n")
     logger.info("in %s", path)
-    if checkpoint is not None:
+    is_whole = config.valid_tokens is None and config.corpus is None  # comparable with the run's own validations
+    scores = {key: value for key, value in metrics.items() if is_whole or not key.startswith("valid/")}
+    if checkpoint is not None and scores:
         try:
             with locked(folder):
                 tokens = checkpoint.state["progress"]["tokens"]
-                whole = {k: v for k, v in metrics.items() if config.valid_tokens is None or not k.startswith("valid/")}
-                add_record(folder / METRICS, {"step": checkpoint.step, "tokens": tokens, **whole})
+                add_record(folder / METRICS, {"step": checkpoint.step, "tokens": tokens, **scores})
         except CheckpointError as error:  # locked: the run is training and writes its metrics
             logger.info("not in %s: %s", METRICS, error)
 

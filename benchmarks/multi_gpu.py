@@ -2,11 +2,12 @@
 
     python -m benchmarks.multi_gpu [--rows zero1,tp] [--seconds 5] [--no-peer] [overrides]
 
-It starts a rank per GPU, or runs as a rank of torchrun. The single-GPU rate is measured on all GPUs at the same time, before and after each row, because GPUs slow down as they
-warm up; the mean counts. Random tokens, sequences of 2,048 unless a row has others, AdamW with fp32 masters and
-moments, no recomputation. `hybrid_zero` has no row: `dp_shard=2` on two GPUs is `zero1`. torchtitan has fp32 parameters
-(bf16 with tp alone, where it cannot mix them), bf16 compute and a compiled `parallelize_llama`, which has no pipeline;
-it has no row in 8 bits either. On CPUs, --tiny runs the same rows with small shapes.
+It starts a rank per GPU, or runs as a rank of torchrun. The single-GPU rate is measured on all GPUs at the same time,
+before and after each row, because GPUs slow down as they warm up; the mean counts. Random tokens, sequences of 2,048
+unless a row has others, AdamW with fp32 masters and moments, no recomputation. `hybrid_zero` has no row: `dp_shard=2`
+on two GPUs is `zero1`. torchtitan has fp32 parameters (bf16 with tp alone, where it cannot mix them), bf16 compute and
+a compiled `parallelize_llama`, which has no pipeline; it has no row in 8 bits either. On CPUs, --tiny runs the same
+rows with small shapes.
 """
 
 import argparse

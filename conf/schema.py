@@ -145,9 +145,12 @@ class TrainConfig:
         for key, metric in (("objective", self.objective), ("early_stop.metric", self.early_stop.metric)):
             kind, _, name = metric.removeprefix("-").partition("/")
             tasks = map(training.task_name, self.evaluate.tasks)
-            known = {"evaluation": name.rpartition("/")[0] in tasks, "valid": name.partition("/")[0] in VALID}
+            known = {
+                "evaluation": name in {f"{t}/{s}" for t in tasks for s in training.SCORES},
+                "valid": name.partition("/")[0] in VALID,
+            }
             if not name or not known.get(kind, kind in ("train", "perf")):
-                yield f"{key} ({metric}) must be train/, perf/, valid/{'|'.join(VALID)}, or evaluation/<a task>/..."
+                yield f"{key} ({metric}) must be train/, perf/, valid/{'|'.join(VALID)}, or evaluation/TASK/SCORE"
         if (self.early_stop.margin or 0) > 0 and self.early_stop.after_step >= self.steps:
             yield f"early_stop.after_step ({self.early_stop.after_step}) must be below steps ({self.steps})"
         if self.profile and self.steps < (fewest := training.WARM_UP + 2 * training.PROFILED):
@@ -266,7 +269,8 @@ class GenerateConfig(RunOrHfConfig):
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig(RunOrHfConfig):
-    valid_tokens: int | None = None  # of the run's validation split (null: all of it, 0: none)
+    corpus: str | None = None  # folder of a prepared corpus (null: that of the run)
+    valid_tokens: int | None = None  # of the corpus's validation split (null: all of it, 0: none)
     tasks: list[str] = field(default_factory=list)  # builtin, a fetched one such as hellaswag, or a .jsonl file
     harness: list[str] = field(default_factory=list)  # tasks of lm-evaluation-harness: names or .yaml files
     batch_tokens: int = 16384  # of tasks, per forward pass and device
@@ -280,8 +284,8 @@ class EvaluateConfig(RunOrHfConfig):
         yield from self.parallel.problems()
         if self.harness and importlib.util.find_spec("lm_eval") is None:
             yield f"harness ({', '.join(self.harness)}) needs lm-evaluation-harness: pip install lm-eval"
-        if not (self.tasks or self.harness) and (self.hf is not None or self.valid_tokens == 0):
-            yield "tasks is empty, and the validation split needs run=; name some, such as tasks=[builtin]"
+        if not (self.tasks or self.harness or ((self.corpus or self.run) and self.valid_tokens != 0)):
+            yield "nothing to evaluate; name tasks, such as tasks=[builtin], or a corpus: corpus=corpora/builtin"
 
 
 def _below(section: object, least: int, *keys: str) -> Iterator[str]:

@@ -110,17 +110,32 @@ def drag() -> None:
     PackedDataset.batch = late
 
 
-def poison() -> None:
-    """Have the loss of this rank's next micro-batch be NaN."""
-    from parallel.engine import Engine
+def _in_next_pass(act: Callable[..., Any]) -> Callable[[], None]:
+    """Return a fault in this rank's next micro-batch; `act` returns the factor of its loss."""
 
-    run_one = Engine._run_one
+    def plan() -> None:
+        from parallel.engine import Engine
 
-    def once(self: Engine, batch: Any, weight: Any, sums: Any, position: Any) -> None:
-        Engine._run_one = run_one
-        run_one(self, batch, weight * float("nan"), sums, position)
+        run_one = Engine._run_one
 
-    Engine._run_one = once
+        def once(self: Engine, batch: Any, weight: Any, sums: Any, position: Any) -> None:
+            Engine._run_one = run_one
+            run_one(self, batch, weight * act(self), sums, position)
+
+        Engine._run_one = once
+
+    return plan
+
+
+def _flip_sign(engine: Any) -> float:
+    """Flip the sign of a weight of this rank's replica."""
+    with torch.no_grad():
+        engine.params["norm.weight"].shard[3].neg_()
+    return 1.0
+
+
+poison = _in_next_pass(lambda _: float("nan"))
+flip = _in_next_pass(_flip_sign)
 
 
 def stop_and_save_slowly() -> None:

@@ -23,6 +23,7 @@ class Mutant:
     code: str
     broken: str
     test: str
+    hangs: bool = False  # the test, without the guard
 
 
 GUARDS, SAVES = "tests/training/test_guards.py", "tests/training/test_checkpoint.py"
@@ -37,7 +38,7 @@ MUTANTS = [
     Mutant(2, SAVE, "os.rename(partial_dir, final)", "shutil.copytree(partial_dir, final)", f"{GUARDS}::test_files_are_synced"),
     Mutant(3, SAVE, "                shutil.rmtree(partial_dir, ignore_errors=True)\n            why", "                pass\n            why",
            f"{SAVES}::test_full_disk"),
-    Mutant(4, SAVE, "        check_complete(read_metadata(folder)", "        str((folder)", f"{GUARDS}::test_lost_writes"),
+    Mutant(4, SAVE, "        check_complete(read_metadata(folder)", "        (lambda *_: None)(read_metadata(folder)", f"{GUARDS}::test_lost_writes"),
     Mutant(6, SAVE, "    if sync:\n", "    if False:\n", f"{GUARDS}::test_files_are_synced"),
     Mutant(6, SAVE, '_fsync(folder / "manifest.json")', "pass", f"{GUARDS}::test_files_are_synced"),
     Mutant(5, "training/resume.py", "            if last or self.config.checkpoint.on_save_error is OnSaveError.stop:", "            if last:",
@@ -101,7 +102,7 @@ MUTANTS = [
     Mutant(37, "parallel/mesh.py", "    except dist.DistError as error:", "    except KeyError as error:",
            "tests/parallel/test_mesh.py::test_port_in_use"),
     Mutant(38, "data/loader.py", "timeout=config.worker_timeout_s if config.workers else 0", "timeout=0",
-           "tests/data/test_loader.py::test_a_worker_that_hangs[hangs"),
+           "tests/data/test_loader.py::test_a_worker_that_hangs[hangs", hangs=True),
     Mutant(39, "tracking/loggers.py", "        except Exception as error:", "        except ZeroDivisionError as error:",
            "tests/tracking/test_loggers.py::test_a_failing_logger"),
     Mutant(40, "parallel/engine.py", "        self.mesh.sum_(figures)\n        totals", "        totals", f"{TWO}::test_a_nonfinite"),
@@ -113,6 +114,9 @@ MUTANTS = [
            'recent: dict[str, list[float]] = field(default_factory=dict, metadata={"saved": False})',
            "tests/tracking/test_alerts.py::test_a_spike"),
     Mutant(44, "training/agreement.py", "            if digest != expected:", "            if False:", f"{GUARDS}::test_differing_replicas"),
+    Mutant(44, "training/resume.py", "        check_tensors(tensors, self.checkpoints.ranks", "        str((tensors, self.checkpoints.ranks",
+           f"{TWO}::test_a_flipped_sign[save"),
+    Mutant(44, "training/loop.py", "lambda run: run.checkpoints.check()", "lambda run: None", f"{TWO}::test_a_flipped_sign[check"),
     Mutant(45, "data/dataset.py", "if rows.tokens.view(np.uint32).max() >= self.vocab_size:", "if False:",
            "tests/data/test_loader.py::test_id_outside"),
     Mutant(46, "data/shards.py", "if not known or index_bytes not in", "if not known and index_bytes not in",
@@ -138,10 +142,10 @@ def notices(mutant: Mutant, copy: Path) -> str:
     try:
         done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=LIMIT_S)
     except subprocess.TimeoutExpired:
-        return ""
+        return "" if mutant.hangs else f"{mutant.test} hangs"
     finally:
         file.write_text(text, encoding="utf-8")
-    if done.returncode in (0, 3, 4, 5):  # passed, or did not run
+    if done.returncode != 1 or "\nFAILED " not in done.stdout:  # passed, did not run, or its fixtures failed
         return f"{mutant.test} does not notice: {(done.stdout + done.stderr).strip().splitlines()[-1]}"
     return ""
 

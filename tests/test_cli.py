@@ -139,6 +139,7 @@ def test_hyper_parameters_of_the_tutorial() -> None:
             r"early_stop.after_step \(100\)", r"profile \(true\)",
         ]),
         ("objective=evaluation/y/bpb evaluate.tasks=[/a/y.jsonl.gz] early_stop.metric=valid/loss/zh", []),
+        ("objective=evaluation/y/bbp evaluate.tasks=[y.jsonl]", [r"objective \(evaluation/y/bbp\) .*evaluation/TASK/SCORE"]),
         ("launcher.time=1h", [r"launcher.time \(1h\)"]),
     ],
 )  # fmt: skip

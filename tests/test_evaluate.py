@@ -8,9 +8,11 @@ import pytest
 
 import evaluate
 from conf.schema import EvaluateConfig
+from model.config import ModelError
 from parallel.config import Device, ParallelConfig
 from tests.conftest import exported, metrics, ran, trained
 from tracking.run_folder import locked
+from training.checkpoint import open_checkpoint
 from training.config import Dtype
 
 QUESTIONS = [
@@ -58,6 +60,20 @@ def test_run_and_export_score_as_in_training(done: Path, capsys: pytest.CaptureF
     assert json.loads((done / "hf" / "evaluation.json").read_text()) == {"": of_export}
 
 
+def test_run_and_export_score_alike_on_a_corpus(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, corpus = metrics(done), str(open_checkpoint(done).state["config"]["data"]["path"])
+    found = evaluate.work(settings(done, tasks=[], corpus=corpus))
+    assert {"valid/loss", "valid/loss/code", "valid/bits_per_byte"} < found.keys()
+    assert metrics(done) == before, "it is not the run's validation"
+    exported(done, done / "hf")
+    of_export = evaluate.work(settings(done, run=None, hf=str(done / "hf"), tasks=[], corpus=corpus))
+    assert of_export == pytest.approx(found, rel=1e-5)
+    assert json.loads((done / "hf" / "evaluation.json").read_text()) == {corpus: of_export}
+    monkeypatch.setattr("training.preflight.fits", lambda *_: False)
+    with pytest.raises(ModelError, match="another tokenizer"):
+        evaluate.work(settings(done, tasks=[], corpus=corpus))
+
+
 def test_evaluation_on_two_ranks_of_a_run_in_use(done: Path) -> None:
     own = f"{done.parent}/own.jsonl"
     command = ["evaluate.py", f"run={done}", "step=10", f"tasks=[builtin,{own}]", "valid_tokens=128"]
@@ -76,7 +92,7 @@ def test_evaluation_on_two_ranks_of_a_run_in_use(done: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        ("", "run and hf"), ("hf=x", "tasks is empty"), ("run=x step=3 tasks=[nope]", "no checkpoint in x"),
+        ("", "run and hf"), ("hf=x", "nothing to evaluate"), ("run=x step=3 tasks=[nope]", "no checkpoint in x"),
         ("run={run} tasks=[nope]", "task nope is not known"), ("run={run} parallel.dp_shard=2", "zero_stage"),
     ],
 )  # fmt: skip

@@ -136,6 +136,17 @@ def test_spellings_of_a_step(run_dir: Path, tmp_path: Path, small: list[str], mo
     assert [*ExportConfig(from_hf="x", step=7).problems()] == ["step (7) needs run"]
 
 
+@pytest.mark.parametrize(("tied", "architecture"), [("false", "LlamaForCausalLM"), ("true", "GraniteForCausalLM")])
+def test_multipliers_are_folded_unless_the_embedding_is_the_head(
+    tied: str, architecture: str, tmp_path: Path, small: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    scaled = ["model.parametrization=completep", "model.base_width=16", "model.base_depth=1"]
+    trained(tmp_path / "r", *small, "steps=2", *scaled, f"model.tie_embeddings={tied}")
+    out = exported(tmp_path / "r", tmp_path / "hf")
+    assert json.loads((out / "config.json").read_text())["architectures"] == [architecture]
+    assert "logits equal to" in capsys.readouterr().out
+
+
 def test_export_without_a_tokenizer(tmp_path: Path, small: list[str], capsys: pytest.CaptureFixture) -> None:
     random = ["data=random", "data.seq_len=32", "data.vocab_size=1000", "steps=1"]
     trained(tmp_path / "r", *(o for o in small if not o.startswith("data")), *random, "data.micro_batch_size=2")

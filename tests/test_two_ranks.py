@@ -54,6 +54,18 @@ def test_a_nonfinite_loss_of_one_rank_is_an_update_of_none(tmp_path: Path, small
     assert read_status(tmp_path / "r")["state"] == "finished"
 
 
+SAVED = ["checkpoint.every=5", "checkpoint.asynchronous=true"]
+
+
+@pytest.mark.parametrize("settings", [["checkpoint.check_replicas_every=5"], SAVED], ids=["check", "save"])
+def test_a_flipped_sign_of_one_replica_is_named(settings: list[str], tmp_path: Path, small: list[str]) -> None:
+    """Case 44."""
+    with pytest.raises(Exception, match=r"norm.weight on ranks 0 and 1 differ"):
+        disturbed(tmp_path / "r", "flip", [*small, *settings])
+    assert "norm.weight on ranks 0 and 1 differ" in read_status(tmp_path / "r")["reason"]
+    assert not committed(tmp_path / "r" / "checkpoints")
+
+
 def test_a_rank_with_other_code_is_refused(tmp_path: Path, small: list[str]) -> None:
     """Case 49."""
     names = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 NOT_COMPARED = ("launcher", "logger", "checkpoint")
 MOST_KEYS = 12  # settings in table and plots
 MOST_LABELS = 20  # curves in a legend
-SCORE = re.compile(r"evaluation/(.+)/(acc|acc_norm|bpb)")
+SCORE = re.compile(r"evaluation/(.+)/(?!questions$)([^/]+)")
 WIDE_RANGE = 8.0  # ratio of values from which an axis is logarithmic
 OF_TRAINING = "*: training loss, smoothed, of a run without a validation"
 

@@ -42,15 +42,22 @@ def last_value(run_dir: Path, key: str) -> float | None:
     return curve[-1][1] if curve and math.isfinite(curve[-1][1]) else None
 
 
-def smoothed(curve: Curve) -> Curve:
+def smoothed(curve: Curve, decay: float = SMOOTHING) -> Curve:
     """Return the bias-corrected exponential moving average; inf is kept."""
     result, mean, weight = [], 0.0, 0.0
     for tokens, loss in curve:
         if math.isfinite(loss):
-            mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
-            weight = SMOOTHING * weight + (1 - SMOOTHING)
+            mean = decay * mean + (1 - decay) * loss
+            weight = decay * weight + (1 - decay)
         result.append((tokens, mean / weight if math.isfinite(loss) else loss))
     return result
+
+
+def centred(curve: Curve) -> Curve:
+    """Return the curve smoothed without lag, by the mean of both directions, and less if it is short."""
+    decay = min(SMOOTHING, 1 - 1 / max(1.0, len(curve) / 20))
+    both = zip(smoothed(curve, decay), smoothed(curve[::-1], decay)[::-1], strict=True)
+    return [(tokens, (before + after) / 2) for (tokens, before), (_, after) in both]
 
 
 def last_step(run_dir: Path) -> int:

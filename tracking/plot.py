@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from warnings import catch_warnings, filterwarnings
 
-from tracking.metrics_file import loss_curve, read_records, smoothed
+from tracking.metrics_file import centred, loss_curve, read_records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,9 +52,9 @@ def plot_loss(metrics: Path, picture: Path) -> None:
     train, valid = loss_curve(records, "train/loss"), loss_curve(records, "valid/loss")
     if not train:
         return
-    mean = smoothed(train)
+    mean = centred(train)
     with figure(picture) as (axes,):
-        axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.3, linewidth=0.8)
+        axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.3, linewidth=0.8, label="train")
         axes.plot(*zip(*mean, strict=True), color="tab:blue", label="train, smoothed")
         if valid:
             axes.plot(*zip(*valid, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")

@@ -214,6 +214,9 @@ class CheckpointConfig:
             yield f"checkpoint.keep_every ({self.keep_every}) must be a multiple of checkpoint.every ({self.every})"
 
 
+SCORES = ("acc", "acc_norm", "bpb")  # of a task; see training.tasks
+
+
 def is_task_file(name: str) -> bool:
     return name.endswith((".jsonl", ".jsonl.gz"))
 

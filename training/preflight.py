@@ -11,7 +11,7 @@ from corpus.inputs import list_items
 from data.config import check_tokenizer
 from data.manifest import check_exists, check_fits
 from data.mixed_text import mixed_lines
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from launch.config import UserError, Where
 from launch.environment import joined_environment, visible_gpus, world_size
 from model.config import ModelError
@@ -125,6 +125,12 @@ def check_run(config: TrainConfig | PrepareConfig, run_dir: Path, settings: str)
         check_same_tokenizer(config)
 
 
+def fits(weights: Tokenizer, data: Tokenizer) -> bool:
+    """Return whether the tokens of the data mean what a model has learnt them to; the data may have more."""
+    ids, others = ([ids.tolist() for ids in tokenizer.encode_many(mixed_lines())] for tokenizer in (weights, data))
+    return ids == others and weights.special_ids.items() <= data.special_ids.items()
+
+
 def check_same_tokenizer(config: TrainConfig) -> None:
     """Raise `CheckpointError` if the tokenizers of `init_from` and the data are known and differ."""
     key, needs = "tokenizer.model", {"model", "all"} & set(config.init_content)
@@ -137,7 +143,6 @@ def check_same_tokenizer(config: TrainConfig) -> None:
         data = load_tokenizer(prepared if config.data.source is not Source.tokens else config.data.tokenizer or folder)
     except (CheckpointError, DataError):
         return
-    ids, others = ([ids.tolist() for ids in tokenizer.encode_many(mixed_lines())] for tokenizer in (weights, data))
-    if ids != others or not weights.special_ids.items() <= data.special_ids.items():  # the data's may have more
+    if not fits(weights, data):
         remedy = f"prepare it with {key}={os.path.relpath(folder)}, or pass checkpoint.accept_changes=[{key}]"
         raise CheckpointError(f"init_from ({config.init_from}) has another tokenizer than the data; {remedy}")

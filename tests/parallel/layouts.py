@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.batches import Batch
-from model.config import Attention
+from model.config import Attention, Parametrization
 from model.layers import SwiGLU
 from model.transformer import Block, Transformer
 from parallel.axes import resolve_axes
@@ -36,6 +36,7 @@ MODELS = {
     "biased": small_model(n_layers=4, n_heads=8, n_kv_heads=4, attention_bias=True, embed_grad_scale=0.5),
     "wide": small_model(d_model=256, d_ff=512, attention_bias=True),  # heads as CUDA's kernels want them
     "tied": small_model(n_layers=4, tie_embeddings=True),
+    "completep": small_model(n_layers=4, parametrization=Parametrization.completep, base_width=16, base_depth=2),
 }
 N_STEPS, N_MICRO_BATCHES = 4, 8
 

@@ -47,6 +47,10 @@ CONTEXT = {
     "cp_8_kv_repeated": few(8, "biased", layout={"cp": 8, "zero_stage": 3}),
     "aux_cp_2": few(2, regularized=True, layout={"cp": 2}),
 }
+COMPLETEP = {
+    "completep_zero3_tp_4": few(4, "completep", layout={"dp_shard": 2, "tp": 2, "zero_stage": 3}),
+    "completep_pp_cp_4": few(4, "completep", layout={"pp": 2, "cp": 2, "zero_stage": 1}),
+}
 PIPELINE = {
     "pp_2": Case(2, "biased", layout={"pp": 2}),
     "aux_pp_dp_4": Case(4, regularized=True, layout={"pp": 2, "dp_replicate": 2}),
@@ -91,7 +95,7 @@ BF16 = {
     "bf16_tp_zero2_4": Case(4, "biased", dtype=torch.bfloat16, layout={"dp_shard": 2, "tp": 2, "zero_stage": 2}),
     "bf16_pp_zero1_4": Case(4, "biased", dtype=torch.bfloat16, layout={"pp": 2, "dp_shard": 2, "zero_stage": 1}),
 }
-CASES = {**BF16, **PIPELINE, **ZERO, **TENSOR, **CONTEXT, **MUON, **OWN, **SHARED}
+CASES = {**BF16, **PIPELINE, **ZERO, **TENSOR, **CONTEXT, **COMPLETEP, **MUON, **OWN, **SHARED}
 
 
 # One group of processes runs all layouts, and the first test waits for them.

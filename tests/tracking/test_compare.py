@@ -175,11 +175,11 @@ def test_all_runs_are_listed_the_last_first(tmp_path: Path, monkeypatch: pytest.
 def test_a_comparison_has_the_scores_of_tasks_and_draws_mixtures(tmp_path: Path, axes: list[Axes]) -> None:
     for code in (1.0, 3.0):
         losses = {"valid/loss": 3.0, "valid/loss/code": 4 - code, "valid/loss/Wiki (en)": code}
-        score = {"evaluation/own/acc": code / 4, "evaluation/own/bpb": 1.5, "evaluation/own/questions": 9.0}
+        score = {"evaluation/own/acc": code / 4, "evaluation/own/exact_match": 1.5, "evaluation/own/questions": 9.0}
         records = [{"step": 1, **losses}, {"step": 1, **score}]
         written(tmp_path / f"code={code}", [3.0], *records, data={"mix": {"code": code, "wiki_en": 1.0}})
     header, first, _ = (line.split("  ") for line in compare(tmp_path).splitlines())
-    assert [cell.strip() for cell in header if cell][:5] == ["code", "loss", "bits/byte", "own acc", "own bpb"]
+    assert [cell.strip() for cell in header if cell][:5] == ["code", "loss", "bits/byte", "own acc", "own exact_match"]
     assert [cell.strip() for cell in first if cell][3:5] == ["0.2500", "1.5000"]
     lines = {str(line.get_label()): np.asarray(line.get_xydata()).tolist() for line in axes[-1].lines}
     assert lines == {"code": [[0.5, 3.0], [0.75, 1.0]], "Wiki (en)": [[0.25, 3.0], [0.5, 1.0]]}

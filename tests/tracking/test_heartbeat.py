@@ -39,8 +39,10 @@ def test_a_stopped_process_is_named_with_its_wait_channel(reported: Callable[...
     """Case 30."""
     with subprocess.Popen(["sleep", "60"]) as process:
         process.send_signal(signal.SIGSTOP)
-        text = reported({"pid": process.pid, "due": 0})
-        process.kill()
+        try:
+            text = reported({"pid": process.pid, "due": 0})
+        finally:
+            process.kill()
     assert "rank 1 holds up the run for 0 s; others wait in all_reduce #7 (started): its process" in text
     assert f"{process.pid} on {socket.gethostname()} is T (stopped), in" in text
 

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.conftest import trained
 from tracking.config import LoggerConfig
 from tracking.loggers import Logger, Loggers, Record
-from tracking.metrics_file import read_records, smoothed, truncate_metrics
+from tracking.metrics_file import centred, read_records, smoothed, truncate_metrics
 from tracking.plot import plot_loss
 
 WANDB = {"wandb_project": "p", "wandb_entity": "team", "wandb_tags": ["a", "b"], "wandb_notes": "why"}
@@ -129,6 +129,16 @@ def test_smoothing_starts_at_the_first_value_and_survives_a_step_without_one() -
     inf = float("inf")
     assert smoothed([(1, 4.0), (2, inf), (3, 4.0)]) == [(1, pytest.approx(4.0)), (2, inf), (3, pytest.approx(4.0))]
     assert smoothed([(1, 4.0), (2, 0.0)])[1][1] == pytest.approx(4 * 0.09 / 0.19)
+
+
+def test_a_centred_curve_has_no_lag() -> None:
+    short, long = ([(n, 5.0 - 4 * n / length) for n in range(length)] for length in (10, 400))
+    assert centred(short) == short
+    apart = [[abs(mean - loss) for (_, mean), (_, loss) in zip(curve(long), long, strict=True)][40:-40]
+             for curve in (centred, smoothed)]  # fmt: skip
+    assert max(apart[0]) < 0.01 < 0.08 < min(apart[1])
+    noisy = [(n, 5.0 + (-1) ** n) for n in range(400)]
+    assert all(mean == pytest.approx(5.0, abs=0.1) for _, mean in centred(noisy)[40:-40])
 
 
 @pytest.mark.parametrize(("undone", "kept"), [((), 3), (("valid/",), 2)])
