@@ -1,7 +1,8 @@
 """Inject faults into a run of two ranks and compare it with an undisturbed run: python -m benchmarks.soak minutes=10
 
 A fault is injected every few seconds: SIGKILL, SIGSTOP for 3 s, SIGTERM, a full disk, a flipped bit in the newest
-checkpoint, a port in use. The run is restarted whenever it exits. The losses of all steps must be bit-exact.
+checkpoint, a port in use. The run is restarted whenever it exits, with or without background saves. The losses of all
+steps must be bit-exact.
 """
 
 import os
@@ -33,7 +34,9 @@ SETTINGS = (
 
 
 def start(folder: Path, steps: int, **variables: str) -> subprocess.Popen:
-    command = [sys.executable, "train.py", *SETTINGS, f"steps={steps}", f"hydra.run.dir={folder}"]
+    in_background = random.choice(("true", "false"))  # saves of this start
+    settings = (*SETTINGS, f"checkpoint.asynchronous={in_background}", f"steps={steps}", f"hydra.run.dir={folder}")
+    command = [sys.executable, "train.py", *settings]
     with (folder.parent / f"{folder.name}.out").open("a", encoding="utf-8") as out:
         return subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **variables})
 
@@ -65,8 +68,9 @@ def terminate(process: subprocess.Popen, _folder: Path) -> None:
 
 
 def fill_disk(process: subprocess.Popen, _folder: Path) -> None:
-    """Limit the file size of ranks for 3 s, which acts as a full disk."""
-    limits = {rank.pid: resource.prlimit(rank.pid, resource.RLIMIT_FSIZE) for rank in ranks_of(process)}
+    """Limit the file size of ranks, and of the processes that write for them, for 3 s: a full disk."""
+    writers = [writer for rank in ranks_of(process) for writer in (rank, *rank.children())]
+    limits = {writer.pid: resource.prlimit(writer.pid, resource.RLIMIT_FSIZE) for writer in writers}
     for pid, (_, most) in limits.items():
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, most))
     time.sleep(3)

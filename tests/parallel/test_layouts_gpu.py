@@ -21,9 +21,9 @@ def _eager(case: Case) -> Case:
     return replace(case, attention=Attention.reference, layout=layout, n_micro_batches=N_MICRO_BATCHES)
 
 
-def _compiled(**layout: Any) -> Case:
+def _compiled(optimizer: str = "adamw", **layout: Any) -> Case:
     # Torch's own kernel: FlashAttention 4 takes a minute to compile.
-    return Case(2, "wide", dtype=torch.bfloat16, attention=Attention.varlen, layout=layout)
+    return Case(2, "wide", dtype=torch.bfloat16, attention=Attention.varlen, optimizer=optimizer, layout=layout)
 
 
 ONE = {f"one_{model}": _eager(Case(1, model)) for model in ("plain", "biased", "tied")}
@@ -53,8 +53,11 @@ COMPILED = {
     "zero1_graphs": _compiled(dp_shard=2, zero_stage=1, cuda_graphs=True),
     "zero3_graphs": _compiled(dp_shard=2, zero_stage=3, cuda_graphs=True),
     "async_tp_graphs": _compiled(tp=2, async_tp=True, cuda_graphs=True),
+    "muon_tp": _compiled("muon", tp=2),
+    "muon_zero1_graphs": _compiled("muon", dp_shard=2, zero_stage=1, cuda_graphs=True),
 }  # fmt: skip
-ALL = {**ONE, **EXACT, "one_wide": replace(_compiled(), world_size=1), **COMPILED}
+ALONE = {"one_wide": replace(_compiled(), world_size=1), "one_wide_muon": replace(_compiled("muon"), world_size=1)}
+ALL = {**ONE, **EXACT, **ALONE, **COMPILED}
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900), pytest.mark.skipif(N_GPUS < 2, reason="needs two GPUs")]
 
@@ -67,7 +70,8 @@ def references() -> dict[str, Outcome | str]:
 
 def _pair(name: str, folder: Path, references: dict[str, Outcome | str]) -> tuple[Outcome, Outcome]:
     """Return the results of a case on two GPUs, and of its model on one."""
-    alone = f"one_{ALL[name].model}{'_aux' if ALL[name].regularized else ''}"
+    case = ALL[name]
+    alone = f"one_{case.model}{'_aux' if case.regularized else ''}{'_muon' if case.optimizer == 'muon' else ''}"
     if alone not in references:
         references |= run(folder, {alone: ALL[alone]}, 1, "cuda")
     here, one = run(folder, {name: ALL[name]}, 2, "cuda")[name], references[alone]
