@@ -13,14 +13,15 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 import evaluate
+import export
 import train
-from conf.schema import EvaluateConfig, to_object
+from conf.schema import EvaluateConfig, ExportConfig, to_object
 from parallel.config import Device, ParallelConfig
 from tests.conftest import composed, composed_cfg, trained
 from tracking.status import read_status
 from tracking.store import Store, local_run
 from training.checkpoint import Checkpoints, open_checkpoint
-from training.config import CheckpointConfig, CheckpointError, SaveError
+from training.config import CheckpointConfig, CheckpointError, Dtype, SaveError
 from training.preflight import check_run, preflight_problems
 
 
@@ -118,7 +119,7 @@ def test_finished_run_is_restored_as_finished(tmp_path: Path, small: list[str]) 
     assert found[0] == found[1] and found[1]["state"] == "finished" and found[1]["objective"] > 0
 
 
-def test_copied_run_is_evaluated_and_initialises_another(
+def test_copied_run_is_evaluated_and_exported_and_initialises_another(
     tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -126,6 +127,9 @@ def test_copied_run_is_evaluated_and_initialises_another(
     parallel = ParallelConfig(device=Device.cpu)
     found = evaluate.work(EvaluateConfig(run=f"file://{tmp_path}/far/r", parallel=parallel, valid_tokens=64))
     assert found["valid/loss"] > 0 and (tmp_path / "runs" / "r" / "evaluation.json").exists()
+    out = tmp_path / "hf"
+    export.export(ExportConfig(run=f"file://{tmp_path}/far/r", out=str(out), dtype=Dtype.fp32))
+    assert (out / "model.safetensors").exists()
     for wrong, named in (("none", "no such checkpoint"), ("r/step-00000007", "choose a step from 2")):
         with pytest.raises(CheckpointError, match=named):
             local_run(f"file://{tmp_path}/far/{wrong}")
