@@ -21,6 +21,9 @@ MOMENTS = {  # what of a rank is interrupted
     "validation": "data.dataset:PackedDataset.batch",  # the second time: data.workers=1 leaves the others elsewhere
     "save": "training.resume:RunCheckpoints.save",
     "write": "training.checkpoint._describe",  # of its files, the rank hashes each
+    "fill": "training.scoring.fill",  # a batch of tasks or samples
+    "encode": "data.tokenizer:SentencePieceTokenizer.encode",
+    "choose": "torch.multinomial",  # a token of a sample
 }
 
 

@@ -13,8 +13,7 @@ from conf.schema import TrainConfig
 from data.tokenizer import Tokenizer
 from parallel.engine import Engine
 from parallel.mesh import Mesh
-from training.config import TrainingError
-from training.scoring import Shape, encode, extend, score
+from training.scoring import GoOn, Shape, alone, encode, extend, score
 from training.tasks import read_tasks, task_metrics
 
 if TYPE_CHECKING:
@@ -26,6 +25,10 @@ PREFIX = "evaluation/"
 logger = logging.getLogger(__name__)
 
 
+class EvaluationError(Exception):
+    """An error of one rank, raised on every rank."""
+
+
 class Tasks:
     """Encoded tasks."""
 
@@ -35,10 +38,10 @@ class Tasks:
         pairs = [pair for each in every for pair in zip(each.contexts, each.continuations, strict=True)]
         self.texts = encode(tokenizer, pairs, add_bos=add_bos)
 
-    def metrics(self, engine: Engine, shape: Shape, go_on: Callable[[], bool] = lambda: True) -> dict[str, float]:
+    def metrics(self, engine: Engine, shape: Shape, go_on: GoOn = alone) -> dict[str, float]:
         """Return `evaluation/<task>/<metric>` of all tasks, scored together; a collective.
 
-        `go_on` is called before each batch; if it returns False, the scores are incomplete.
+        `go_on` is as in `in_step`; if it returns False, the scores are incomplete.
         """
         longest = min(shape.context, shape.row_len)
         if n_cut := sum(len(text.ids) - 1 > longest for text in self.texts):
@@ -90,9 +93,9 @@ class Evaluation:
         start = time.perf_counter()
         try:
             found = agreed(mesh, lambda: work(run))
-        except Exception as error:
+        except EvaluationError as error:
             self.dropped.add(what)
-            logger.warning("%s is dropped, training continues: %s: %s", what, type(error).__name__, error)
+            mesh.on_rank_zero(logger.warning, "%s is dropped, training continues: %s", what, error)
             return {}
         if run.stop:  # incomplete; repeated on resume
             return {}
@@ -119,7 +122,8 @@ class Evaluation:
         config, tokenizer = self.config.samples, run.corpus.tokenizer
         assert tokenizer is not None
         bos = [tokenizer.bos_id] if run.corpus.add_bos and tokenizer.bos_id is not None else []
-        prompts = [[*bos, *tokenizer.encode(text)] or [tokenizer.eos_id or 0] for text in config.prompts]
+        encoded = agreed(run.engine.mesh, lambda: [tokenizer.encode(text) for text in config.prompts])
+        prompts = [[*bos, *ids] or [tokenizer.eos_id or 0] for ids in encoded]
         generators = [torch.Generator().manual_seed(number) for number in range(len(prompts))]
 
         def choose(number: int, new: list[int], logits_V: Tensor) -> int | None:
@@ -129,9 +133,9 @@ class Evaluation:
                 token = int(torch.multinomial(probs_V, 1, generator=generators[number]))
             else:
                 token = int(logits_V.argmax())
-            return token if run.agree() and token != tokenizer.eos_id else None
+            return token if token != tokenizer.eos_id else None
 
-        new = extend(run.engine, prompts, self.shape, max_new_tokens=config.max_new_tokens, choose=choose)
+        new = extend(run.engine, prompts, self.shape, config.max_new_tokens, choose, run.agree)
         texts = [
             tokenizer.decode([*ids, *new_ids]).removeprefix(tokenizer.decode(ids))
             for ids, new_ids in zip(prompts, new, strict=True)
@@ -141,14 +145,23 @@ class Evaluation:
 
 def agreed(mesh: Mesh, work: Callable[[], T]) -> T:
     """Return the result of `work` on this rank; raise on every rank if any raised. A collective."""
-    value, error = None, None
     try:
         value = work()
-    except Exception as caught:
-        error = caught
-    if mesh.all_reduce_max(error is not None):
-        raise error or TrainingError("it failed on another rank")
-    return value  # type: ignore[return-value]
+    except EvaluationError:  # on every rank
+        raise
+    except Exception as error:
+        raise_first(mesh, error)
+        raise
+    raise_first(mesh, None)
+    return value
+
+
+def raise_first(mesh: Mesh, error: Exception | None) -> None:
+    """Raise the error of the first rank that has one, on every rank. A collective."""
+    texts = mesh.gather("" if error is None else f"{type(error).__name__}: {error}")
+    for rank, text in enumerate(texts):
+        if text:
+            raise EvaluationError(f"rank {rank}: {text}" if len(texts) > 1 else text) from error
 
 
 def task_lines(metrics: Mapping[str, float]) -> list[str]:

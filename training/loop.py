@@ -19,7 +19,7 @@ from parallel.engine import Engine, StepResult
 from tracking.early_stop import is_hopeless
 from tracking.run_folder import StopFile
 from training.config import TrainingError
-from training.evaluation import Evaluation
+from training.evaluation import Evaluation, raise_first
 from training.report import StepReport
 from training.resume import RunCheckpoints
 from training.spikes import find_spikes, spike_limits
@@ -50,9 +50,15 @@ class Run:
     def __post_init__(self) -> None:
         self.stragglers = Stragglers(self.engine.mesh)
 
-    def agree(self) -> bool:
-        """Exchange stop requests and the ranks' own times; return whether the run continues."""
-        self.stragglers.note(self.stop.agree(self.state.step, self.stragglers.own_s()))
+    def agree(self, error: Exception | None = None) -> bool:
+        """Exchange stop requests and the ranks' own times; return whether the run continues.
+
+        An `error` on any rank is raised on every rank, as an `EvaluationError`.
+        """
+        own_s, failed = self.stop.agree(self.state.step, self.stragglers.own_s(), failed=error is not None)
+        self.stragglers.note(own_s)
+        if failed:
+            raise_first(self.engine.mesh, error)
         return not self.stop
 
 

@@ -1,9 +1,9 @@
 """Log-likelihoods of continuations, and generation, in any parallel layout."""
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from math import lcm
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from data.packing import Rows
 from data.tokenizer import Tokenizer
 from parallel.engine import Engine
 
+T = TypeVar("T")
+GoOn = Callable[[Exception | None], bool]
 ROW_MULTIPLE = 64  # tokens
 
 
@@ -102,12 +104,35 @@ def fitting_shape(engine: Engine, texts: Sequence[Encoded], batch_tokens: int) -
     return Shape(max(1, batch_tokens // row_len), row_len, context)
 
 
+def alone(error: Exception | None) -> bool:
+    """Go on, or raise this rank's error, whatever the others do."""
+    if error is not None:
+        raise error
+    return True
+
+
+def in_step(items: Iterator[T], go_on: GoOn) -> Iterator[T]:
+    """Yield `items`, of which every rank has the same number; before each and at the end, `go_on` is called.
+
+    It is given the error that this rank's item has raised; it raises on every rank, or ends this by returning False.
+    """
+    while True:
+        item, error = None, None
+        try:
+            item = next(items, None)
+        except Exception as caught:
+            error = caught
+        if not go_on(error) or item is None:
+            return
+        yield item
+
+
 def score(
-    engine: Engine, texts: Sequence[Encoded], shape: Shape, go_on: Callable[[], bool] = lambda: True
+    engine: Engine, texts: Sequence[Encoded], shape: Shape, go_on: GoOn = alone
 ) -> tuple[list[float], list[bool]]:
     """Return each text's negative log-likelihood in nats, and whether it is the greedy continuation; a collective.
 
-    `go_on` is called before each batch; if it returns False, the rest are skipped.
+    `go_on` is as in `in_step`; if it returns False, the rest are skipped.
     """
     longest = min(shape.context, shape.row_len)
     found = [(number, part) for number, text in enumerate(texts) for part in windows(text, longest)]
@@ -117,7 +142,7 @@ def score(
     rows += [[]] * (-len(rows) % (shape.rows * dp_size))  # the same number of batches on every rank, of one shape
     starts = range(first, len(rows), shape.rows * dp_size)
     batches = (fill(parts, sources, rows[start : start + shape.rows], shape.row_len) for start in starts)
-    totals = engine.evaluate(takewhile(lambda _: go_on(), batches), n_sources=len(texts)).tolist()
+    totals = engine.evaluate(in_step(batches, go_on), n_sources=len(texts)).tolist()
     return [nll for nll, *_ in totals], [correct == targets for _, correct, targets, _ in totals]
 
 
@@ -125,37 +150,48 @@ Choose = Callable[[int, list[int], Tensor], int | None]
 
 
 def extend(
-    engine: Engine, prompts: Sequence[Sequence[int]], shape: Shape, max_new_tokens: int, choose: Choose
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    shape: Shape,
+    max_new_tokens: int,
+    choose: Choose,
+    go_on: GoOn = alone,
 ) -> list[list[int]]:
     """Continue prompts and return the new tokens, the same on every rank; a collective.
 
     `choose(number, new, logits_V)` returns the next token of a prompt, or None to end it. There is no KV cache, so
-    that every layout works: each token takes a forward pass over all prompts of a batch.
+    that every layout works: each token takes a forward pass over all prompts of a batch. `go_on` is as in `in_step`.
     """
     kept = min(shape.context, shape.row_len) - max_new_tokens
     texts = [np.array([*prompt[-kept:], *[0] * max_new_tokens], dtype=np.int32) for prompt in prompts]
     slots, new = [Encoded(text, len(text)) for text in texts], [list[int]() for _ in prompts]
     rows = pack([len(text) for text in texts], shape.row_len)
     rows += [[]] * (-len(rows) % shape.rows)
-    for at in range(0, len(rows), shape.rows):
-        here = rows[at : at + shape.rows]
-        batch = fill(slots, [0] * len(slots), here, shape.row_len)
-        last = dict[int, tuple[int, int]]()  # row and column of each prompt's last token
-        for row, numbers in enumerate(here):
-            ends = np.cumsum([len(texts[number]) for number in numbers]).tolist()
-            last |= {number: (row, end - max_new_tokens - 1) for number, end in zip(numbers, ends, strict=True)}
-        for _ in range(max_new_tokens):
-            if not last:
-                break
-            logits_NV = last_logits(engine, batch, list(last.values()))
-            for (number, (row, column)), logits_V in zip(list(last.items()), logits_NV, strict=True):
-                token = choose(number, new[number], logits_V)
-                if token is None:
-                    del last[number]
-                    continue
-                new[number].append(token)
-                batch.tokens_BT[row, column + 1] = token
-                last[number] = row, column + 1
+    logits_NV = torch.empty(0)  # of the last pass
+
+    def passes() -> Iterator[tuple[Batch, list[tuple[int, int]]]]:
+        for at in range(0, len(rows), shape.rows):
+            here = rows[at : at + shape.rows]
+            batch = fill(slots, [0] * len(slots), here, shape.row_len)
+            last = dict[int, tuple[int, int]]()  # row and column of each prompt's last token
+            for row, numbers in enumerate(here):
+                ends = np.cumsum([len(texts[number]) for number in numbers]).tolist()
+                last |= {number: (row, end - max_new_tokens - 1) for number, end in zip(numbers, ends, strict=True)}
+            for _ in range(max_new_tokens):
+                if not last:
+                    break
+                yield batch, list(last.values())
+                for (number, (row, column)), logits_V in zip(list(last.items()), logits_NV, strict=True):
+                    token = choose(number, new[number], logits_V)
+                    if token is None:
+                        del last[number]
+                        continue
+                    new[number].append(token)
+                    batch.tokens_BT[row, column + 1] = token
+                    last[number] = row, column + 1
+
+    for batch, places in in_step(passes(), go_on):
+        logits_NV = last_logits(engine, batch, places)
     return new
 
 

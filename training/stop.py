@@ -46,12 +46,12 @@ class StopRequest:
     def __bool__(self) -> bool:
         return bool(self.asked)
 
-    def agree(self, step: int, own_s: float = 0.0) -> list[float]:
-        """Share a request on any rank with all; return `own_s` of all ranks. A collective."""
+    def agree(self, step: int, own_s: float = 0.0, *, failed: bool = False) -> tuple[list[float], bool]:
+        """Share a request on any rank with all; return `own_s` of all ranks and whether any failed. A collective."""
         self.agreements += 1
-        figures = torch.tensor([[self.signum or 0.0, own_s]], dtype=torch.float64)
+        figures = torch.tensor([[self.signum or 0.0, own_s, failed]], dtype=torch.float64)
         if self.mesh is not None:
-            mine, figures = figures, figures.new_zeros(self.mesh.world_size, 2)
+            mine, figures = figures, figures.new_zeros(self.mesh.world_size, 3)
             figures[self.mesh.rank] = mine
             dist.all_reduce(figures, group=self.mesh.host)
         signum, rank = (int(found) for found in figures[:, 0].max(dim=0))
@@ -60,7 +60,7 @@ class StopRequest:
             name = signal.Signals(signum).name if signum != GIVEN_UP else "early_stop"
             self.asked = {"signal": name, "rank": rank, "step": step, "time": time.time()}
             logger.info("%s on rank %d, seen at step %d: the run saves and stops", name, rank, step)
-        return figures[:, 1].tolist()
+        return figures[:, 1].tolist(), bool(figures[:, 2].any())
 
     def give_up(self) -> None:
         """Request the end of a run that early_stop judges hopeless."""

@@ -10,12 +10,16 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import evaluate
+import train
 import training.scoring
 from conf.schema import EvaluateConfig
 from corpus.config import DataError
 from data.batches import Batch
+from launch.ranks import launch
 from parallel.config import Device, ParallelConfig
 from tests.conftest import composed, metrics, trained
+from tests.faults import TWO, configured, disturbed
+from tracking.status import read_status
 from training.checkpoint import open_checkpoint
 from training.config import Dtype
 from training.evaluation import Tasks
@@ -112,6 +116,41 @@ def test_failing_evaluation_is_dropped(
     assert caplog.text.count("evaluation is dropped, training continues: ValueError: no such thing") == 1
     assert evaluations(tmp_path / "r") == {} and list(evaluations(tmp_path / "r", "samples")) == [5, 10]
     assert metrics(tmp_path / "r")[-2]["valid/loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("moment", "layout", "what"),
+    [
+        ("fill", "parallel=ddp", "evaluation"),
+        pytest.param("fill", "parallel=zero3", "evaluation", marks=pytest.mark.slow),
+        pytest.param("encode", "parallel=ddp", "samples", marks=pytest.mark.slow),
+        pytest.param("choose", "parallel.tp=2", "samples", marks=pytest.mark.slow),
+    ],
+)
+def test_failure_on_one_rank_is_dropped_by_all(
+    tmp_path: Path, settings: list[str], moment: str, layout: str, what: str
+) -> None:
+    folder = tmp_path / "r"
+    often = [layout, "data.micro_batch_size=1", "samples.temperature=1", "parallel.step_timeout_s=20"]
+    disturbed(folder, "fail", [*settings, *often], moment=moment, n=2)  # the second time, on rank 1
+    assert read_status(folder)["state"] == "finished" and metrics(folder)[-1]["step"] == 10
+    logs = (folder / "train.log").read_text() + (folder / "train.rank1.log").read_text()
+    assert logs.count("boom") == 1 and f"{what} is dropped, training continues: rank 1: ValueError: boom\n" in logs
+    assert list(evaluations(folder)) == ([] if what == "evaluation" else [4, 8, 10])
+    assert list(evaluations(folder, "samples")) == ([] if what == "samples" else [5, 10])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [["parallel=zero3"], ["parallel.tp=2"]], ids=["zero3", "tp"])
+def test_two_ranks_report_what_one_does(tmp_path: Path, settings: list[str], layout: list[str]) -> None:
+    trained(tmp_path / "one", *settings)
+    config = configured(tmp_path / "two", *TWO, *settings, "data.micro_batch_size=1", *layout)
+    launch(train.work, config, tmp_path / "two", config=config.parallel)
+    for key in ("evaluation/own/bpb", "evaluation/own/acc"):
+        scores = evaluations(tmp_path / "one", key)
+        assert list(scores) == [4, 8, 10] and evaluations(tmp_path / "two", key) == pytest.approx(scores, rel=1e-5)
+    samples = evaluations(tmp_path / "one", "samples")
+    assert list(samples) == [5, 10] and evaluations(tmp_path / "two", "samples") == samples
 
 
 def test_max_share_skips_until_the_end(tmp_path: Path, settings: list[str], caplog: pytest.LogCaptureFixture) -> None:

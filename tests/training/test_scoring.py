@@ -87,6 +87,9 @@ def greedy(_number: int, _new: list[int], logits_V: Tensor) -> int:
 
 
 CASES = {
+    "ddp_2": Case(2, layout={"dp_replicate": 2}),
+    "zero1_2": Case(2, layout={"dp_shard": 2, "zero_stage": 1}),
+    "tp_2": Case(2, layout={"tp": 2}),
     "zero3_pp_4": Case(4, layout={"pp": 2, "dp_shard": 2, "zero_stage": 3}),
     "cp_tp_4": Case(4, layout={"cp": 2, "tp": 2, "zero_stage": 1}),
     "tied_pp_2": Case(2, "tied", layout={"pp": 2}),
