@@ -96,8 +96,9 @@ def fail() -> None:
     raise ValueError("boom")
 
 
-def hang() -> None:
+def hang() -> float:
     time.sleep(3600)
+    return 1.0
 
 
 def drag() -> None:
@@ -139,6 +140,7 @@ def _flip_sign(engine: Any) -> float:
 
 poison = _in_next_pass(lambda _: float("nan"))
 flip = _in_next_pass(_flip_sign)
+hang_in_pass = _in_next_pass(lambda _: hang())
 
 
 def stop_and_save_slowly() -> None:

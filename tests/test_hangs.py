@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch.config import RankError
 from tests.faults import disturbed
@@ -32,6 +33,24 @@ def test_a_rank_that_hangs_is_named_before_the_timeout(
     named = re.search(rf"rank 1 holds up the run for \d+ s; {others}{where}", log)
     assert named and named.start() < log.index("failed first"), log
     assert status["state"] == "failed" and re.match("rank 1 failed first: it(s process| hangs at)", status["reason"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_collective_of_nccl_that_the_others_wait_in_is_named(tmp_path: Path, small: list[str]) -> None:
+    """Case 30: it was launched, so the host waits elsewhere."""
+    settings = [
+        *small,
+        "parallel.device=cuda",
+        "parallel.step_timeout_s=30",
+        "precision=bf16",
+        "model.attention=varlen",
+    ]
+    with pytest.raises(RankError, match="rank 1 failed first"):
+        disturbed(tmp_path / "r", "hang_in_pass", settings)
+    log = (tmp_path / "r" / "train.log").read_text()
+    assert re.search(r"rank 1 holds up the run for \d+ s; others wait in nccl:\w+ #\d+", log), log
+    assert list((tmp_path / "r" / ".ranks").glob("nccl_trace_rank_*")), "the flight recorder's dump"
 
 
 def test_a_rank_whose_loader_is_slow_is_the_slowest(tmp_path: Path, small: list[str]) -> None:
