@@ -12,6 +12,7 @@ import pytest
 from tests.conftest import metrics, trained
 from tracking.alerts import alerts
 from tracking.config import AlertsConfig
+from training.spikes import LEAST, WINDOW, Recent, find_spikes
 
 
 def test_alerts_are_sent_one_by_one_in_the_background(tmp_path: Path) -> None:
@@ -62,3 +63,12 @@ def test_a_spike_window_outlives_a_resume(tmp_path: Path, small: list[str], capl
     skipped = records[-2]["train/nonfinite_steps"]
     assert 0 < skipped <= records[-2]["train/spikes"] and not any(r.get("train/nonfinite_steps") for r in records[:20])
     assert "spike" in {vars(record).get("alert") for record in caplog.records}
+
+
+def test_a_spike_hides_no_smaller_one_and_a_lasting_shift_is_learned() -> None:
+    recent: Recent = {"loss": [3 + 0.05 * (-1) ** n for n in range(WINDOW)]}
+    for value in (1e9, 1e8, 50.0):
+        assert find_spikes(recent, {"loss": value}, 6), value
+    assert not find_spikes(recent, {"loss": 3.05}, 6)
+    shifted = [find_spikes(recent, {"loss": 5 + 0.05 * (-1) ** n}, 6) for n in range(WINDOW)]
+    assert shifted[0] and not any(shifted[LEAST:])
