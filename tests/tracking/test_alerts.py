@@ -9,10 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from launch.ranks import GRACE_S
 from tests.conftest import metrics, trained
-from tracking.alerts import alerts
+from tracking.alerts import LIMIT_S, alerts
 from tracking.config import AlertsConfig
+from tracking.status import CAUSE_S
 from training.spikes import LEAST, WINDOW, Recent, find_spikes
+
+
+def wait_for(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.01)
 
 
 def test_alerts_are_sent_one_by_one_in_the_background(tmp_path: Path) -> None:
@@ -34,6 +41,7 @@ def test_alerts_are_sent_one_by_one_in_the_background(tmp_path: Path) -> None:
         with alerts(AlertsConfig(webhook=f"http://127.0.0.1:{http.server_port}", command=command), tmp_path):
             log.warning("a line without one")
             log.warning("rank %d hangs", 3, extra={"alert": "stall"})
+            wait_for(tmp_path / "sent")
             log.warning("boom", extra={"alert": "crash"})
             assert not received, "training waits for none"
         http.shutdown()
@@ -43,6 +51,34 @@ def test_alerts_are_sent_one_by_one_in_the_background(tmp_path: Path) -> None:
         {**both, "state": "stall", "reason": "rank 3 hangs"}, {**both, "state": "crash", "reason": "boom"}
     ]  # fmt: skip
     assert [json.loads(line)["state"] for line in (tmp_path / "sent").read_text().splitlines()] == ["stall", "crash"]
+
+
+def test_of_alerts_that_wait_the_newest_is_sent(tmp_path: Path) -> None:
+    log, sent = logging.getLogger("test"), tmp_path / "sent"
+    slow = f"cat >> {sent}; echo >> {sent}; while [ ! -e {tmp_path}/go ]; do sleep 0.05; done"
+    with alerts(AlertsConfig(command=slow), tmp_path):
+        for number in range(20):
+            log.warning("%d", number, extra={"alert": "spike"})
+            wait_for(sent)
+        log.warning("20", extra={"alert": "end"})
+        (tmp_path / "go").touch()
+    assert [json.loads(line)["reason"] for line in sent.read_text().splitlines()] == ["0", "20"]
+
+
+def test_a_receiver_that_hangs_holds_the_end_up_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tracking.alerts.LIMIT_S", 2)
+    begun = time.monotonic()
+    with alerts(AlertsConfig(command="exec sleep 600"), tmp_path):
+        for state in ["spike"] * 18 + ["crash", "requeue"]:
+            logging.getLogger("test").warning("boom", extra={"alert": state})
+    assert time.monotonic() - begun < 20 and "alerts" not in {thread.name for thread in threading.enumerate()}
+    assert "the alert requeue was not sent: Command 'exec sleep 600' timed out" in caplog.text
+
+
+def test_ranks_are_given_time_for_the_alert_of_another_ranks_failure() -> None:
+    assert GRACE_S > CAUSE_S + LIMIT_S + 1
 
 
 def test_an_alert_that_fails_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
