@@ -77,6 +77,16 @@ def test_two_equal_crashes_are_recognised(tmp_path: Path, monkeypatch: pytest.Mo
     assert not crashed_the_same_way_twice(tmp_path), "the first attempt of another job"
 
 
+def test_a_start_after_a_kill_is_an_alert(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Status(tmp_path, {}).__enter__()  # killed
+    assert not caplog.records
+    for rank in (1, 0, 0):
+        with Status(tmp_path, {"steps": 1}, rank=rank, ranks=2) as status:
+            status.end(None, stopped=False, given_up=False, saved_step=1)
+    (alert,) = (record for record in caplog.records if hasattr(record, "alert"))
+    assert vars(alert)["alert"] == "crash" and "the last attempt ended without a word" in alert.getMessage()
+
+
 def test_a_symptom_gives_way_to_the_cause_on_another_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Case 29."""
     monkeypatch.setattr("tracking.status.CAUSE_S", 0.1)
