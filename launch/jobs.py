@@ -30,7 +30,7 @@ from launch.environment import visible_gpus
 from launch.ranks import RankEnd, describe_failure, first_failure, handle, launch, read_ends
 from parallel.config import ParallelConfig, ParallelError
 from tracking.alerts import alerts
-from tracking.logs import log_to
+from tracking.logs import log_to, without_secrets
 from tracking.status import crashed_the_same_way_twice
 
 STOP_S = 60.0  # for local jobs to save when they are stopped
@@ -64,7 +64,7 @@ class Job:
         if end.exit_code is not None:
             sys.exit(end.exit_code)
         if end.text:
-            print(end.text, file=sys.stderr, flush=True)
+            print(without_secrets(end.text), file=sys.stderr, flush=True)
             sys.stdout.flush()
             os._exit(1)  # submitit would catch an exception and exit with 0
         return end.value

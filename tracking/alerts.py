@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tracking.config import AlertsConfig
+from tracking.logs import without_secrets
 from tracking.metrics_file import last_step
 
 LIMIT_S = 10  # timeout of an alert, and of all that are not sent when the run ends
@@ -54,7 +55,7 @@ def alerts(config: AlertsConfig, run_dir: Path) -> Iterator[None]:
     def emit(record: logging.LogRecord) -> None:
         with suppress(queue.Empty):
             waiting.get_nowait()
-        waiting.put((record.alert, record.getMessage()))  # type: ignore
+        waiting.put((record.alert, without_secrets(record.getMessage())))  # type: ignore
 
     sender = threading.Thread(target=send_all, name="alerts", daemon=True)
     sender.start()

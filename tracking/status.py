@@ -14,6 +14,7 @@ from typing import Any
 
 from launch.config import RankError
 from tracking.heartbeat import last_words, sign_file
+from tracking.logs import without_secrets
 from tracking.metrics_file import last_step, read_records
 from tracking.run_folder import Lines, is_held, read_json, write_atomically
 
@@ -81,7 +82,7 @@ class Status:
         mine = {"attempt": attempt(), "step": step, "error": reason, "rank": self.rank, "time": time.time()}
         mine["traceback"] = trace
         with suppress(OSError), closing(Lines(self.run_dir / CRASHES)) as lines:  # the disk may have failed
-            lines.write(json.dumps(mine) + "\n")
+            lines.write(without_secrets(json.dumps(mine)) + "\n")
         first, speaks = mine, not self.rank
         if self.ranks > 1:
             if SYMPTOM.search(reason):
@@ -126,7 +127,7 @@ class Status:
 
 
 def _write(run_dir: Path, record: dict[str, Any]) -> None:
-    path, text = run_dir / NAME, json.dumps({**record, "time": time.time()})
+    path, text = run_dir / NAME, without_secrets(json.dumps({**record, "time": time.time()}))
     try:
         write_atomically(path, text + " " * RESERVED)
     except OSError as error:

@@ -45,10 +45,12 @@ def test_submitted_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def crash(_config: object, run_dir: Path) -> None:
     with Status(run_dir, {}):
-        raise RuntimeError("boom")
+        raise RuntimeError("no answer from https://me:hunter2@x")
 
 
-def test_what_follows_a_crash_is_an_alert_of_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_follows_a_crash_is_an_alert_of_one_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, sent = tmp_path / "r", tmp_path / "sent"
     run.mkdir()
     monkeypatch.setattr("launch.slurm.requeue", lambda _: "")
@@ -64,5 +66,7 @@ def test_what_follows_a_crash_is_an_alert_of_one_rank(tmp_path: Path, monkeypatc
                 job(JobPaths(tmp_path, job_id="7", task_id=rank))
             if not rank:
                 assert read_status(run)["stop"] == {"followed": what} and what in (run / "train.log").read_text()
+    shown = "".join(capsys.readouterr())
+    assert "https://me:***@x" in shown and "hunter2" not in shown
     alerts = [json.loads(line) for line in sent.read_text().splitlines()]
     assert [(alert["state"], alert["reason"]) for alert in alerts] == [("requeue", what) for what in followed]

@@ -60,9 +60,9 @@ def test_of_alerts_that_wait_the_newest_is_sent(tmp_path: Path) -> None:
         for number in range(20):
             log.warning("%d", number, extra={"alert": "spike"})
             wait_for(sent)
-        log.warning("20", extra={"alert": "end"})
+        log.warning("%s", "https://me:hunter2@x", extra={"alert": "end"})
         (tmp_path / "go").touch()
-    assert [json.loads(line)["reason"] for line in sent.read_text().splitlines()] == ["0", "20"]
+    assert [json.loads(line)["reason"] for line in sent.read_text().splitlines()] == ["0", "https://me:***@x"]
 
 
 def test_a_receiver_that_hangs_holds_the_end_up_once(

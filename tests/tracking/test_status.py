@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.config import RankError
+from launch.sweep import is_finished
 from tests.tracking.test_compare import written
 from tracking.compare import read_runs
 from tracking.config import EarlyStopConfig
@@ -52,6 +53,13 @@ def test_a_held_run_is_running_and_a_refused_one_keeps_its_status(tmp_path: Path
     with locked(run), Status(run, {"steps": 1}):
         note_end(run, "failed", "another process holds it")
         assert read_runs(tmp_path)[0].state == "running"
+
+
+def test_a_finished_run_is_known_without_its_secrets(tmp_path: Path) -> None:
+    config = {"steps": 1, "data": {"input": "https://me:hunter2@x/a"}, "alerts": {"command": 'webhook "http://x/a" "'}}
+    run = written(tmp_path / "r", [1.0], **config)
+    assert read_status(run)["config"]["data"] == {"input": "https://me:***@x/a"}
+    assert is_finished(run, {"name": "s", **config}) and not is_finished(run, {"name": "s", **config, "seed": 1})
 
 
 def test_two_equal_crashes_are_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
