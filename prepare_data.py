@@ -10,9 +10,9 @@ if __name__ == "__main__":  # no traceback on Ctrl-C during imports
 
 from hydra.core.hydra_config import HydraConfig
 
-from conf.cli import data_settings, run, without_passwords
+from conf.cli import data_settings, run
 from conf.schema import PrepareConfig
-from tracking.logs import printable
+from tracking.logs import printable, without_secrets
 
 SAMPLE_TOKENS = 120
 
@@ -46,7 +46,7 @@ def work(config: PrepareConfig, settings: str = "with the data settings of this 
     print_left_out(about["left_out"])
     print_table(about)
     print_samples(path, about["splits"]["train"])
-    print(f"\nnext: python train.py {without_passwords(settings)}")
+    print(f"\nnext: python train.py {without_secrets(settings)}")
 
 
 def write(config: PrepareConfig) -> dict[str, Any] | None:

@@ -40,7 +40,7 @@ from data.config import TRAINING_ONLY
 from launch.config import RankError, is_user_error
 from launch.environment import VARIABLES, joined_environment, set_library_defaults
 from launch.sweep import merge_problems
-from tracking.logs import escape_unprintable, printable, quiet_pipe
+from tracking.logs import escape_unprintable, printable, quiet_pipe, without_secrets
 from training.preflight import preflight_problems
 
 CONF = Path(__file__).parent.resolve()
@@ -104,7 +104,7 @@ def report_user_errors() -> Iterator[None]:
 def _exit_with(error: Exception) -> None:
     """Print an error and exit with 1; raise it if it is a bug."""
     if isinstance(error, RankError):  # already formatted, with a traceback
-        print(error, file=sys.stderr)
+        print(without_secrets(str(error)), file=sys.stderr)
     elif is_user_error(error):
         _print_errors(str(error).splitlines())
     else:
@@ -114,12 +114,7 @@ def _exit_with(error: Exception) -> None:
 
 def _print_errors(messages: list[str]) -> None:
     for message in messages:
-        print(f"error: {printable(without_passwords(message))}", file=sys.stderr)
-
-
-def without_passwords(text: str) -> str:
-    """Return a text with the passwords of addresses masked."""
-    return re.sub(r"(://[^/@\s]*:)[^/@\s]*@", r"\1***@", text)
+        print(f"error: {printable(without_secrets(message))}", file=sys.stderr)
 
 
 def data_settings(hydra: Any) -> str:

@@ -23,11 +23,14 @@ from typing import Any
 from submitit import JobEnvironment
 from submitit.core.utils import DelayedSubmission, JobPaths
 
+from conf.schema import TrainConfig
 from launch import slurm
 from launch.config import LauncherConfig, Where
 from launch.environment import visible_gpus
 from launch.ranks import RankEnd, describe_failure, first_failure, handle, launch, read_ends
 from parallel.config import ParallelConfig, ParallelError
+from tracking.alerts import alerts
+from tracking.logs import log_to, without_secrets
 from tracking.status import crashed_the_same_way_twice
 
 STOP_S = 60.0  # for local jobs to save when they are stopped
@@ -54,11 +57,14 @@ class Job:
             again = "it crashed twice at the same step" if crashed_the_same_way_twice(self.run_dir) else ""
             refused = again or slurm.requeue(self.launcher.max_requeues)
             end.text += f"\nnot requeued: {refused}" if refused else ""
+            if self.args and isinstance(config := self.args[0], TrainConfig):
+                with suppress(OSError), log_to(self.run_dir), alerts(config.alerts, self.run_dir):
+                    slurm.note_requeue(self.run_dir, refused)
         end.write(end_file)
         if end.exit_code is not None:
             sys.exit(end.exit_code)
         if end.text:
-            print(end.text, file=sys.stderr, flush=True)
+            print(without_secrets(end.text), file=sys.stderr, flush=True)
             sys.stdout.flush()
             os._exit(1)  # submitit would catch an exception and exit with 0
         return end.value

@@ -32,7 +32,7 @@ from tracking.logs import STACK_SIGNALS
 from training.config import SaveError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
-GRACE_S = 5.0  # for the other ranks to exit after a failure
+GRACE_S = 15.0  # for the other ranks to exit after a failure, one of them once it has sent an alert
 POLL_S = 0.5
 
 

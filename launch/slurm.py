@@ -16,10 +16,11 @@ from typing import Any
 
 from launch.config import LauncherConfig
 from parallel.config import ParallelError
-from tracking.status import note_followed
+from tracking.status import attempt, note_followed
 
 OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "GONE", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
 JOB_FILE = "slurm_job.json"  # in a run folder: the id of its job
+REQUEUED = ".requeue"  # in a run folder: the last attempt that was requeued, or refused
 TIMEOUT_S = 120  # of a Slurm command
 SBATCH_OPTIONS = ("nodes", "gpus_per_node", "cpus_per_task", "partition", "account", "qos", "constraint")
 
@@ -138,18 +139,26 @@ def requeue_slurm_job(run_dir: Path, *, rank: int, max_requeues: int) -> None:
         return
     for signum in (signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT):
         signal.signal(signum, signal.SIG_IGN)
-    attempt = f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-    answered = run_dir / ".requeue"
     if rank == 0:
-        refused = requeue(max_requeues)
+        note_requeue(run_dir, requeue(max_requeues))
+        return
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline and not _is_noted(run_dir):
+        time.sleep(0.2)
+
+
+def note_requeue(run_dir: Path, refused: str) -> None:
+    """Log and record that this job is requeued, or why not, unless another rank has."""
+    if not _is_noted(run_dir):
         what = f"not requeued: {refused}" if refused else "requeued"
         logger.info("%s", what, extra={"alert": "requeue"})
         note_followed(run_dir, what)
-        answered.write_text(attempt, encoding="utf-8")
-        return
-    deadline = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < deadline and not (answered.exists() and answered.read_text(encoding="utf-8") == attempt):
-        time.sleep(0.2)
+        (run_dir / REQUEUED).write_text(attempt(), encoding="utf-8")
+
+
+def _is_noted(run_dir: Path) -> bool:
+    noted = run_dir / REQUEUED
+    return noted.exists() and noted.read_text(encoding="utf-8") == attempt()
 
 
 def ask(*command: str) -> subprocess.CompletedProcess[str]:

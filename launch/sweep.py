@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from conf.schema import PrepareConfig, TrainConfig
 from launch.config import UserError, Where, is_user_error
 from launch.ranks import nproc_per_node
+from tracking.logs import without_secrets
 from tracking.metrics_file import last_value
 from tracking.run_folder import SWEEP_LOCK, changed_keys, is_free_key, locked
 from tracking.status import note_end, note_queued, read_status
@@ -62,7 +63,7 @@ def run_points(points: "Sequence[Point]", sweep_dir: Path) -> list[float | Sweep
             logger.info("%s: %s%s", "given up" if value == math.inf else "finished", point.name, shown)
         else:
             note_end(point.job.run_dir, end.state, end.reason)
-            print(f"error: {point.name} {end.state}: {end.reason}", file=sys.stderr)
+            print(without_secrets(f"error: {point.name} {end.state}: {end.reason}"), file=sys.stderr)
 
     starts_here = any(point.job.launcher.where is Where.local for point in missing)
     with screen(), locked(sweep_dir, name=SWEEP_LOCK) if starts_here else nullcontext():

@@ -16,8 +16,9 @@ import pytest
 from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
-from conf.cli import CONF, CommandLine, _print_errors, checked, run
+from conf.cli import CONF, CommandLine, _exit_with, _print_errors, checked, run
 from conf.schema import TrainConfig, free_keys, register, stored, stored_model, to_plain
+from launch.config import RankError
 from launch.sweep import folder_name
 from tests.conftest import ROOT, composed_cfg, ran
 from training.config import OptimizerConfig
@@ -342,8 +343,11 @@ def test_refusal_does_not_import_torch(tmp_path: Path, line: str, code: int, exp
     assert expected in done.stderr and " torch\n" not in done.stderr
 
 
-def test_the_password_of_an_address_is_not_echoed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_secrets_are_not_echoed(capsys: pytest.CaptureFixture[str]) -> None:
     _print_errors(["data.input (https://me:secret@host/a.jsonl) has \x1b[2J", "https://host:80/a@b is as it was"])
-    first, second = capsys.readouterr().err.splitlines()
+    with pytest.raises(SystemExit):
+        _exit_with(RankError("of rank 1: alerts.webhook (x://host/a?b=secret) is wrong"))
+    first, second, third = capsys.readouterr().err.splitlines()
     assert first == r"error: data.input (https://me:***@host/a.jsonl) has \x1b[2J"
     assert second == "error: https://host:80/a@b is as it was"
+    assert third == "of rank 1: alerts.webhook (x://host/***) is wrong"

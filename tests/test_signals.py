@@ -64,7 +64,7 @@ def test_each_end_of_a_run_is_an_alert(
     with monkeypatch.context() as slurm, pytest.raises(SystemExit):
         slurm.setenv("SLURM_JOB_ID", "7")
         slurm.setenv("SLURM_STEP_ID", "0")
-        slurm.setattr("launch.slurm.requeue", lambda _: "")
+        slurm.setattr("launch.slurm.requeue", lambda _: time.sleep(0.5) or "")  # as long as Slurm takes
         train.work(config, run)
     act_at({})
     train.work(config, run)

@@ -1,5 +1,6 @@
 """Checkpoints are copied to an object store whole or not at all, and a run goes on from there."""
 
+import json
 import os
 import shutil
 import threading
@@ -15,9 +16,11 @@ from fsspec.implementations.local import LocalFileSystem
 import evaluate
 import export
 import train
+from conf.cli import _print_errors
 from conf.schema import EvaluateConfig, ExportConfig, to_object
 from parallel.config import Device, ParallelConfig
 from tests.conftest import composed, composed_cfg, trained
+from tracking.list import list_runs
 from tracking.status import read_status
 from tracking.store import Store, local_run
 from training.checkpoint import Checkpoints, open_checkpoint
@@ -143,6 +146,36 @@ def test_copied_run_is_evaluated_and_exported_and_initialises_another(
     train.work(config, tmp_path / "s")
     one, other = (open_checkpoint(tmp_path / name).read("model.") for name in ("r", "s"))
     assert all(torch.allclose(tensor, other[name], atol=1e-8) for name, tensor in one.items())
+
+
+def test_no_secret_is_echoed(
+    tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run is copied, resumed from the copy, and fails because the store does."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tracking.retry.WAITS_S", (0.01,))
+    run = Path("runs/r")
+    typed = ["checkpoint.path=file://me:hunter2@x/far", "alerts.webhook=http://127.0.0.1:9/a/hunter2"]
+    config = composed("name=r", *small, "steps=2", *typed)
+    train.work(config, run)
+    assert local_run("file://me:hunter2@x/far/r") == run, "trained here, and copied there"
+    shutil.rmtree(run)
+    train.work(config, run)
+    shutil.rmtree("me:hunter2@x")
+    Path("me:hunter2@x").touch()
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(SaveError) as failure:
+        train.work(config, run)
+    _print_errors(str(failure.value).splitlines())
+    (run / ".hydra").mkdir()
+    (run / ".hydra" / "overrides.yaml").write_text(json.dumps(typed))
+    print(list_runs(Path()))
+    shown = "".join(capsys.readouterr())
+    assert "copied file://me:***@x/far/r/step-00000002 to" in shown and "the alert end was not sent" in shown
+    assert "trying again" in shown and "error: runs/r/checkpoints/step-00000002 was saved, but not copied" in shown
+    assert "checkpoint.path=file://me:***@x/far alerts.webhook=http://127.0.0.1:9/***" in shown
+    texts = {name: (run / name).read_text() for name in ("train.log", "status.json", "crashes.jsonl")}
+    assert not [name for name, text in {**texts, "shown": shown}.items() if "hunter2" in text or "me:***@x" not in text]
 
 
 def test_unusable_addresses() -> None:

@@ -1,50 +1,86 @@
-"""Alerts: log records with an `alert` attribute are sent to a command or webhook, in the background."""
+"""Alerts: log records with an `alert` attribute are sent to a command or webhook, in the background.
+
+A slow receiver gets only the newest of the spikes and stalls, and holds up the end of a run by `LIMIT_S` at most.
+"""
 
 import json
 import logging
+import math
 import subprocess
+import threading
 import time
 import urllib.request
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from tracking.config import AlertsConfig
+from tracking.logs import without_secrets
 from tracking.metrics_file import last_step
 
-LIMIT_S = 10  # timeout of an alert
+LIMIT_S = 10  # timeout of an alert, and of all that are not sent when the run ends
+GIVES_WAY = ("spike", "stall")  # to any later alert while it waits
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def alerts(config: AlertsConfig, run_dir: Path) -> Iterator[None]:
-    """Send alerts as configured; on exit, wait until all are sent."""
+    """Send alerts as configured, one by one."""
 
     if config.command is None and config.webhook is None:
         yield
         return
+    waiting: deque[tuple[str, str] | None] = deque()  # alerts, and None at the end
+    added = threading.Semaphore(0)
+    end = math.inf
 
     def send(state: str, reason: str) -> None:
-        step = last_step(run_dir)
+        step, deadline = last_step(run_dir), min(time.monotonic() + LIMIT_S, end)
         alert = {"run": str(run_dir), "state": state, "step": step, "reason": reason, "time": time.time()}
         text = json.dumps(alert).encode()
         try:
             if config.command is not None:
-                subprocess.run(config.command, shell=True, input=text, timeout=LIMIT_S, check=True)
+                left = max(0.1, deadline - time.monotonic())
+                subprocess.run(config.command, shell=True, input=text, timeout=left, check=True)
             if config.webhook is not None:
                 request = urllib.request.Request(config.webhook, text, {"Content-Type": "application/json"})
-                urllib.request.urlopen(request, timeout=LIMIT_S).close()
+                urllib.request.urlopen(request, timeout=max(0.1, deadline - time.monotonic())).close()
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             logger.warning("the alert %s was not sent: %s", state, error)
 
-    with ThreadPoolExecutor(1, "alerts") as sender:
-        handler = logging.Handler()
-        handler.addFilter(lambda record: hasattr(record, "alert"))
-        handler.emit = lambda record: sender.submit(send, record.alert, record.getMessage())  # type: ignore
-        logging.root.addHandler(handler)
-        try:
-            yield
-        finally:
-            logging.root.removeHandler(handler)
+    def send_all() -> None:
+        while True:
+            added.acquire()
+            if (alert := waiting.popleft()) is None:
+                return
+            send(*alert)
+
+    def add(alert: tuple[str, str] | None) -> None:
+        if added.acquire(blocking=False):  # at least one that the sender has not taken
+            last = waiting.pop()
+            if last is not None and last[0] not in GIVES_WAY:
+                waiting.append(last)
+                added.release()
+        waiting.append(alert)
+        added.release()
+
+    def emit(record: logging.LogRecord) -> None:
+        add((record.alert, without_secrets(record.getMessage())))  # type: ignore
+
+    sender = threading.Thread(target=send_all, name="alerts", daemon=True)
+    sender.start()
+    handler = logging.Handler()
+    handler.addFilter(lambda record: hasattr(record, "alert"))
+    handler.emit = emit  # type: ignore
+    logging.root.addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.root.removeHandler(handler)
+        end = time.monotonic() + LIMIT_S
+        add(None)
+        sender.join(LIMIT_S + 1)
+        if sender.is_alive():  # such as in a look-up of the host, which has no timeout
+            logger.warning("an alert was not sent within %d s", LIMIT_S)

@@ -11,7 +11,7 @@ from shutil import get_terminal_size
 from omegaconf import OmegaConf
 
 from tracking.compare import Run, aligned, footnote, read_runs
-from tracking.logs import folder_command
+from tracking.logs import folder_command, without_secrets
 from tracking.metrics_file import METRICS, read_records
 from tracking.status import read_status
 
@@ -29,7 +29,7 @@ def _row(run: Run) -> list[str]:
     typed = map(str, OmegaConf.load(overrides)) if overrides.exists() else ()
     records = [{"step": 0}, *(r for r in read_records(run.folder / METRICS) if "perf/step_s" in r)]
     seconds = sum(record["perf/step_s"] * (record["step"] - before["step"]) for before, record in pairwise(records))
-    shown = " ".join(override.lstrip("+") for override in typed)
+    shown = without_secrets(" ".join(override.lstrip("+") for override in typed))
     return [run.name, run.state, run.shown_loss(), *run.progress(), f"{seconds / 3600:.2f}", shown]
 
 

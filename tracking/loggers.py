@@ -7,6 +7,7 @@ import netrc
 import os
 import pkgutil
 import secrets
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from html import escape
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tracking.config import LoggerConfig
+from tracking.logs import without_secrets
 from tracking.metrics_file import METRICS, read_records
 from tracking.plot import plot_loss
 from tracking.run_folder import Lines, write_atomically
@@ -82,7 +84,7 @@ class Wandb(Logger):
             stored = netrc.netrc().authenticators("api.wandb.ai")
         if not (os.environ.get("WANDB_API_KEY") or stored):
             os.environ.setdefault("WANDB_MODE", "offline")
-        settings = run_config["logger"]
+        settings, arguments = run_config["logger"], " ".join(sys.argv)
         self.run = wandb.init(
             **{key: settings[f"wandb_{key}"] for key in ("project", "entity", "tags", "notes")},
             name=run_dir.name,
@@ -91,6 +93,7 @@ class Wandb(Logger):
             resume="allow",
             dir=str(run_dir),
             config=run_config,
+            settings={"x_disable_meta": arguments != without_secrets(arguments)},  # they are part of it
         )
 
     def log(self, record: Record) -> None:
@@ -114,9 +117,10 @@ class Loggers:
     ) -> None:
         self.run_dir, self.rank = run_dir, rank
         self.loggers: list[Logger] = []
+        shown = json.loads(without_secrets(json.dumps(run_config)))
         own: list[type[Logger]] = [JsonLines, *[TensorBoard] * config.tensorboard, *[Wandb] * config.wandb]
         for make in () if rank else (*own, *map(pkgutil.resolve_name, config.extra)):
-            self._try(make, lambda make=make: self.loggers.append(make(run_dir, run_config, step)))
+            self._try(make, lambda make=make: self.loggers.append(make(run_dir, shown, step)))
 
     def __enter__(self) -> "Loggers":
         return self

@@ -15,6 +15,20 @@ from tracking.run_folder import Lines
 from training.config import CheckpointError
 
 STACK_SIGNALS = (signal.SIGUSR1, signal.SIGQUIT)
+PASSWORD = re.compile(r"(/[^/@\s:]*:)[^/\s]*@")  # of an address, also if its scheme was removed
+WEBHOOK = re.compile(r"(webhook\W+(?:\w+://)?[^/?\s\"']*[/?])[^\s\"')\\]+", re.IGNORECASE)  # what follows its host
+
+
+def without_secrets(text: str) -> str:
+    """Return a text with the passwords of addresses, and the path of the webhook for alerts, masked."""
+    return WEBHOOK.sub(r"\1***", PASSWORD.sub(r"\1***@", text))
+
+
+class _Formatter(logging.Formatter):
+    """Formats log lines without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
 
 
 @contextmanager
@@ -26,7 +40,7 @@ def log_to(run_dir: Path, rank: int = 0) -> Iterator[None]:
     name, level = (f"train.rank{rank}.log", logging.WARNING) if rank else ("train.log", logging.INFO)
     with closing(Lines(run_dir / name)) as lines, screen(level):
         file = logging.StreamHandler(lines)
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        file.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
         logging.root.addHandler(file)
         for signum in STACK_SIGNALS:
             faulthandler.register(signum, lines.file.fileno())
@@ -54,6 +68,7 @@ def screen(level: int = logging.INFO) -> Iterator[None]:
     """Print log lines of this level and above."""
     escape_unprintable()
     terminal = logging.StreamHandler(sys.stdout)
+    terminal.setFormatter(_Formatter())
     terminal.handleError = drop_stdout  # the lines are in train.log too
     terminal.setLevel(level)
     terminal.addFilter(lambda record: not hasattr(record, "file_only"))
@@ -98,4 +113,4 @@ def folder_command(work: Callable[[Path], object], prog: str, doc: str | None, d
         with quiet_pipe():
             work(parser.parse_args().folder)
     except (CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(without_secrets(f"error: {error}"))

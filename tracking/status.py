@@ -14,6 +14,7 @@ from typing import Any
 
 from launch.config import RankError
 from tracking.heartbeat import last_words, sign_file
+from tracking.logs import without_secrets
 from tracking.metrics_file import last_step, read_records
 from tracking.run_folder import Lines, is_held, read_json, write_atomically
 
@@ -36,6 +37,11 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     return read_json(run_dir / NAME)
 
 
+def attempt() -> str:
+    """Return the id of this attempt of a Slurm job."""
+    return ".".join(os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "RESTART_COUNT"))
+
+
 class Status:
     """A context manager that maintains status.json, on rank 0 or else the first surviving rank.
 
@@ -50,6 +56,9 @@ class Status:
         self.before, self.first_step, self.began = read_status(self.run_dir), last_step(self.run_dir), time.time()
         if not self.rank:
             _write(self.run_dir, self.record)
+            if self.before.get("state") == "running":
+                text = "the last attempt ended without a word: it was killed, ran out of memory, or its machine failed"
+                logger.warning(text, extra={"alert": "crash"})
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
@@ -69,12 +78,11 @@ class Status:
     def _crash(self, error: Exception) -> tuple[Exception, bool]:
         """Record this rank's failure; return the first failure, and whether this rank writes the status."""
         step, reason = last_step(self.run_dir), f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        attempt = ".".join(os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "RESTART_COUNT"))
         trace = "".join(traceback.format_exception(error))[-MOST_CHARS:]
-        mine = {"attempt": attempt, "step": step, "error": reason, "rank": self.rank, "time": time.time()}
+        mine = {"attempt": attempt(), "step": step, "error": reason, "rank": self.rank, "time": time.time()}
         mine["traceback"] = trace
         with suppress(OSError), closing(Lines(self.run_dir / CRASHES)) as lines:  # the disk may have failed
-            lines.write(json.dumps(mine) + "\n")
+            lines.write(without_secrets(json.dumps(mine)) + "\n")
         first, speaks = mine, not self.rank
         if self.ranks > 1:
             if SYMPTOM.search(reason):
@@ -119,7 +127,7 @@ class Status:
 
 
 def _write(run_dir: Path, record: dict[str, Any]) -> None:
-    path, text = run_dir / NAME, json.dumps({**record, "time": time.time()})
+    path, text = run_dir / NAME, without_secrets(json.dumps({**record, "time": time.time()}))
     try:
         write_atomically(path, text + " " * RESERVED)
     except OSError as error:
@@ -139,7 +147,7 @@ def note_queued(run_dir: Path, run_config: dict[str, Any]) -> None:
 
 
 def note_followed(run_dir: Path, text: str) -> None:
-    """Record what followed a stop, such as a requeue."""
+    """Record what followed a stop or crash, such as a requeue."""
     if status := read_status(run_dir):
         _write(run_dir, status | {"stop": {**status.get("stop", {}), "followed": text}})
 

@@ -18,10 +18,13 @@ def spike_limits(recent: Recent, sigma: float) -> dict[str, float]:
 
 
 def find_spikes(recent: Recent, figures: Mapping[str, float], sigma: float) -> list[str]:
-    """Describe the figures that are above their limits; add all figures to `recent`."""
+    """Describe the figures that are above their limits; add all to `recent`, spikes as their limits.
+
+    So a spike hides no later one, and with a `sigma` of 2 or more a lasting shift is soon none.
+    """
     limits, found = spike_limits(recent, sigma), []
     for name, value in figures.items():
         if math.isfinite(value):
             found += [f"{name} {value:.4g}, above {limits[name]:.4g}"] if value > limits[name] else []
-            recent[name] = [*recent.get(name, ()), value][-WINDOW:]
+            recent[name] = [*recent.get(name, ()), min(value, limits[name])][-WINDOW:]
     return found

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from conf.schema import TrainConfig
 from hydra_plugins.sweeper import OptunaSweeper
 from launch import slurm
-from launch.jobs import Point
+from launch.jobs import Outcome, Point
 from launch.sweep import keep_code, run_points, share_cores
 from parallel.config import ParallelError
 from tests.conftest import ROOT, metrics, ran
@@ -166,6 +166,19 @@ def test_interrupted_points_are_stopped(tmp_path: Path, small: list[str], monkey
         run_points(interrupted, tmp_path)
     assert queued == ["queued"] * 2
     assert [read_status(point.job.run_dir)["state"] for point in interrupted] == ["stopped"] * 2
+
+
+def test_a_failure_is_shown_without_secrets(
+    tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(points: list[Point], _folder: Path, _code: Path, begin: Any, report: Any) -> None:
+        for point in points:
+            begin(point)
+            report(point, Outcome("failed", reason="https://me:hunter2@x"))
+
+    monkeypatch.setattr("launch.jobs.run_jobs", fail)
+    run_points(points(tmp_path, *small), tmp_path)
+    assert "hunter2" not in (shown := "".join(capsys.readouterr())) and shown.count("failed: https://me:***@x") == 2
 
 
 def test_jobs_at_one_time_share_the_cores(tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

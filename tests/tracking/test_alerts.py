@@ -9,9 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from launch.ranks import GRACE_S
 from tests.conftest import metrics, trained
-from tracking.alerts import alerts
+from tracking.alerts import LIMIT_S, alerts
 from tracking.config import AlertsConfig
+from tracking.status import CAUSE_S
+from training.spikes import LEAST, WINDOW, Recent, find_spikes
+
+
+def wait_for(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.01)
 
 
 def test_alerts_are_sent_one_by_one_in_the_background(tmp_path: Path) -> None:
@@ -33,6 +41,7 @@ def test_alerts_are_sent_one_by_one_in_the_background(tmp_path: Path) -> None:
         with alerts(AlertsConfig(webhook=f"http://127.0.0.1:{http.server_port}", command=command), tmp_path):
             log.warning("a line without one")
             log.warning("rank %d hangs", 3, extra={"alert": "stall"})
+            wait_for(tmp_path / "sent")
             log.warning("boom", extra={"alert": "crash"})
             assert not received, "training waits for none"
         http.shutdown()
@@ -42,6 +51,37 @@ def test_alerts_are_sent_one_by_one_in_the_background(tmp_path: Path) -> None:
         {**both, "state": "stall", "reason": "rank 3 hangs"}, {**both, "state": "crash", "reason": "boom"}
     ]  # fmt: skip
     assert [json.loads(line)["state"] for line in (tmp_path / "sent").read_text().splitlines()] == ["stall", "crash"]
+
+
+def test_of_spikes_that_wait_the_newest_is_sent_and_of_others_all(tmp_path: Path) -> None:
+    log, sent = logging.getLogger("test"), tmp_path / "sent"
+    slow = f"cat >> {sent}; echo >> {sent}; while [ ! -e {tmp_path}/go ]; do sleep 0.05; done"
+    with alerts(AlertsConfig(command=slow), tmp_path):
+        for number in range(20):
+            log.warning("%d", number, extra={"alert": "spike"})
+            wait_for(sent)
+        for state in ("crash", "spike", "requeue"):
+            log.warning("%s", "https://me:hunter2@x", extra={"alert": state})
+        (tmp_path / "go").touch()
+    found = [json.loads(line) for line in sent.read_text().splitlines()]
+    assert [alert["state"] for alert in found] == ["spike", "crash", "requeue"]
+    assert [alert["reason"] for alert in found] == ["0", "https://me:***@x", "https://me:***@x"]
+
+
+def test_a_receiver_that_hangs_holds_the_end_up_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tracking.alerts.LIMIT_S", 2)
+    begun = time.monotonic()
+    with alerts(AlertsConfig(command="exec sleep 600"), tmp_path):
+        for state in ["spike"] * 18 + ["crash", "requeue"]:
+            logging.getLogger("test").warning("boom", extra={"alert": state})
+    assert time.monotonic() - begun < 20 and "alerts" not in {thread.name for thread in threading.enumerate()}
+    assert "the alert requeue was not sent: Command 'exec sleep 600' timed out" in caplog.text
+
+
+def test_ranks_are_given_time_for_the_alert_of_another_ranks_failure() -> None:
+    assert GRACE_S > CAUSE_S + LIMIT_S + 1
 
 
 def test_an_alert_that_fails_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -62,3 +102,12 @@ def test_a_spike_window_outlives_a_resume(tmp_path: Path, small: list[str], capl
     skipped = records[-2]["train/nonfinite_steps"]
     assert 0 < skipped <= records[-2]["train/spikes"] and not any(r.get("train/nonfinite_steps") for r in records[:20])
     assert "spike" in {vars(record).get("alert") for record in caplog.records}
+
+
+def test_a_spike_hides_no_smaller_one_and_a_lasting_shift_is_learned() -> None:
+    recent: Recent = {"loss": [3 + 0.05 * (-1) ** n for n in range(WINDOW)]}
+    for value in (1e9, 1e8, 50.0):
+        assert find_spikes(recent, {"loss": value}, 6), value
+    assert not find_spikes(recent, {"loss": 3.05}, 6)
+    shifted = [find_spikes(recent, {"loss": 5 + 0.05 * (-1) ** n}, 6) for n in range(WINDOW)]
+    assert shifted[0] and not any(shifted[LEAST:])

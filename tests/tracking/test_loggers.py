@@ -18,7 +18,7 @@ from tracking.metrics_file import centred, read_records, smoothed, truncate_metr
 from tracking.plot import plot_loss
 
 WANDB = {"wandb_project": "p", "wandb_entity": "team", "wandb_tags": ["a", "b"], "wandb_notes": "why"}
-RUN_CONFIG = {"name": "x", "logger": WANDB}
+RUN_CONFIG = {"name": "x", "logger": WANDB, "alerts": {"webhook": "https://x/hunter2", "command": None}}
 
 
 class InMemory(Logger):
@@ -69,9 +69,11 @@ def test_wandb_is_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("WANDB_MODE", "x")  # so that what is set below is removed in the end
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setattr("sys.argv", ["train.py", "alerts.webhook=https://x/hunter2"])
     with opened(tmp_path, wandb=True) as loggers:
         loggers.log(record(1, samples=[{"prompt": "a", "text": "b"}]))
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert not [path for path in run.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
     (table,) = run.glob("files/media/table/samples*")
     assert json.loads(table.read_text())["data"] == [["a", "b"]]
     assert (tmp_path / "wandb_id").read_text() in run.name
@@ -83,7 +85,9 @@ def test_wandb_settings_and_run_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("wandb.init", lambda **settings: asked.append(settings) or SimpleNamespace(finish=list))
     for step in (0, 2, 0):
         with opened(tmp_path, step, wandb=True):
-            pass
+            monkeypatch.setattr("sys.argv", ["train.py", "alerts.webhook=https://x/hunter2"])
+    assert asked[0]["config"]["alerts"] == {"webhook": "https://x/***", "command": None}
+    assert [settings["settings"] for settings in asked[:2]] == [{"x_disable_meta": False}, {"x_disable_meta": True}]
     assert {f"wandb_{key}": asked[0][key] for key in ("project", "entity", "tags", "notes")} == WANDB
     assert (asked[0]["name"], asked[0]["group"]) == (tmp_path.name, "x")
     first, resumed, again = (settings["id"] for settings in asked)

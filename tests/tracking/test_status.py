@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.config import RankError
+from launch.sweep import is_finished
 from tests.tracking.test_compare import written
 from tracking.compare import read_runs
 from tracking.config import EarlyStopConfig
@@ -54,6 +55,13 @@ def test_a_held_run_is_running_and_a_refused_one_keeps_its_status(tmp_path: Path
         assert read_runs(tmp_path)[0].state == "running"
 
 
+def test_a_finished_run_is_known_without_its_secrets(tmp_path: Path) -> None:
+    config = {"steps": 1, "data": {"input": "https://me:hunter2@x/a"}, "alerts": {"command": 'webhook "http://x/a" "'}}
+    run = written(tmp_path / "r", [1.0], **config)
+    assert read_status(run)["config"]["data"] == {"input": "https://me:***@x/a"}
+    assert is_finished(run, {"name": "s", **config}) and not is_finished(run, {"name": "s", **config, "seed": 1})
+
+
 def test_two_equal_crashes_are_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(attempt: int, error: Exception, rank: int = 0, job: int = 1) -> None:
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(attempt))
@@ -75,6 +83,16 @@ def test_two_equal_crashes_are_recognised(tmp_path: Path, monkeypatch: pytest.Mo
     assert crashed_the_same_way_twice(tmp_path)
     crash(0, RuntimeError("a third"), job=2)
     assert not crashed_the_same_way_twice(tmp_path), "the first attempt of another job"
+
+
+def test_a_start_after_a_kill_is_an_alert(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Status(tmp_path, {}).__enter__()  # killed
+    assert not caplog.records
+    for rank in (1, 0, 0):
+        with Status(tmp_path, {"steps": 1}, rank=rank, ranks=2) as status:
+            status.end(None, stopped=False, given_up=False, saved_step=1)
+    (alert,) = (record for record in caplog.records if hasattr(record, "alert"))
+    assert vars(alert)["alert"] == "crash" and "the last attempt ended without a word" in alert.getMessage()
 
 
 def test_a_symptom_gives_way_to_the_cause_on_another_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
