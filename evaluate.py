@@ -86,15 +86,17 @@ def open_data(config: EvaluateConfig, saved: "Saved") -> "tuple[Corpus, DataConf
     from data.dataset import open_corpus
     from training.preflight import fits
 
-    trained_on = saved.checkpoint and saved.checkpoint.state["config"].get("data")
-    if config.valid_tokens == 0 or not (config.corpus or trained_on):
+    trained_on = saved.checkpoint.state["config"].get("data") if saved.checkpoint else None
+    if config.valid_tokens == 0:
         return None
     if config.corpus:
         length = min(saved.config.max_seq_len, config.batch_tokens)
-        batch = {"seq_len": length, "micro_batch_size": config.batch_tokens // length}
-        data = DataConfig(name="corpus", path=config.corpus, source=Source.local, **batch)
-    else:
+        rows = config.batch_tokens // length
+        data = DataConfig(name="corpus", path=config.corpus, source=Source.local, seq_len=length, micro_batch_size=rows)
+    elif trained_on is not None:
         data = stored(DataConfig, trained_on)
+    else:
+        return None
     corpus = open_corpus(data, vocab_size=saved.config.vocab_size)
     if config.corpus and saved.tokenizer and corpus.tokenizer and not fits(saved.tokenizer, corpus.tokenizer):
         remedy = f"prepare it with tokenizer.model={saved.tokenizer.path}"
