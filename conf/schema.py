@@ -144,11 +144,7 @@ class TrainConfig:
             yield f"checkpoint.keep_best (true) needs valid_every ({self.valid_every}), and {least}"
         for key, metric in (("objective", self.objective), ("early_stop.metric", self.early_stop.metric)):
             kind, _, name = metric.removeprefix("-").partition("/")
-            tasks = map(training.task_name, self.evaluate.tasks)
-            known = {
-                "evaluation": name in {f"{t}/{s}" for t in tasks for s in training.SCORES},
-                "valid": name.partition("/")[0] in VALID,
-            }
+            known = {"evaluation": name in self.evaluate.metrics(), "valid": name.partition("/")[0] in VALID}
             if not name or not known.get(kind, kind in ("train", "perf")):
                 yield f"{key} ({metric}) must be train/, perf/, valid/{'|'.join(VALID)}, or evaluation/TASK/SCORE"
         if (self.early_stop.margin or 0) > 0 and self.early_stop.after_step >= self.steps:

@@ -239,6 +239,9 @@ class EvaluationConfig:
         if self.every and not self.tasks:
             yield f"evaluate.every ({self.every}) needs evaluate.tasks"
 
+    def metrics(self) -> set[str]:
+        return {f"{task_name(task)}/{score}" for task in self.tasks for score in SCORES}
+
 
 @dataclass(kw_only=True, slots=True)
 class SamplesConfig:
