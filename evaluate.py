@@ -101,8 +101,10 @@ def open_data(config: EvaluateConfig, saved: "Saved") -> "tuple[Corpus, DataConf
     if config.corpus and saved.tokenizer and corpus.tokenizer and not fits(saved.tokenizer, corpus.tokenizer):
         remedy = f"prepare it with tokenizer.model={saved.tokenizer.path}"
         raise ModelError(f"corpus ({config.corpus}) has another tokenizer than the model; {remedy}")
-    if saved.checkpoint and corpus.fingerprints != saved.checkpoint.state["data"]["parts"]:
-        logger.warning("this is not the data that the model was trained on; the validation split may have some of that")
+    if config.corpus and not corpus.valid.n_packs:
+        raise ModelError(f"corpus ({config.corpus}) has no validation split of {data.seq_len:,} tokens or more")
+    if saved.checkpoint and not config.corpus and corpus.fingerprints != saved.checkpoint.state["data"]["parts"]:
+        logger.warning("the data has changed since this checkpoint; the validation split may have training data")
     return (corpus, data) if corpus.valid.n_packs else None
 
 
@@ -115,9 +117,11 @@ def store(config: EvaluateConfig, saved: "Saved", metrics: dict[str, float]) -> 
     folder = Path(str(config.hf)) if checkpoint is None else run_dir_of(checkpoint.path)
     path, step = folder / "evaluation.json", "" if checkpoint is None else str(checkpoint.step)
     before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    # By step and corpus, to keep the other scores
-    of = f"{step} {config.corpus or ''}".strip()
-    write_atomically(path, json.dumps({**before, of: {**before.get(of, {}), **metrics}}, indent=2) + "\n")
+    # By step, and by corpus if it is another than the run's, to keep the other scores
+    of_corpus = f"{step} {config.corpus or ''}".strip()
+    for key, value in metrics.items():
+        before.setdefault(of_corpus if key.startswith("valid/") else step, {})[key] = value
+    write_atomically(path, json.dumps(before, indent=2) + "\n")
     logger.info("in %s", path)
     is_whole = config.valid_tokens is None and config.corpus is None  # comparable with the run's own validations
     scores = {key: value for key, value in metrics.items() if is_whole or not key.startswith("valid/")}

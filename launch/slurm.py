@@ -10,13 +10,15 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from launch.config import LauncherConfig
 from parallel.config import ParallelError
+from tracking.run_folder import locked
 from tracking.status import attempt, note_followed
+from training.config import CheckpointError
 
 OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "GONE", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
 JOB_FILE = "slurm_job.json"  # in a run folder: the id of its job
@@ -149,7 +151,9 @@ def requeue_slurm_job(run_dir: Path, *, rank: int, max_requeues: int) -> None:
 
 def note_requeue(run_dir: Path, refused: str) -> None:
     """Log and record that this job is requeued, or why not, unless another rank has."""
-    if not _is_noted(run_dir):
+    with suppress(CheckpointError), locked(run_dir, name=f"{REQUEUED}.lock"):  # held: another rank does
+        if _is_noted(run_dir):
+            return
         what = f"not requeued: {refused}" if refused else "requeued"
         logger.info("%s", what, extra={"alert": "requeue"})
         note_followed(run_dir, what)

@@ -109,12 +109,12 @@ MUTANTS = [
     Mutant(41, "parallel/engine.py", "finite = torch.isfinite(grad_norm) &", "finite = torch.ones_like(grad_norm, dtype=torch.bool) |",
            "tests/parallel/test_engine.py::test_nonfinite_step"),
     Mutant(42, "training/loop.py", "        if in_a_row >= limit:", "        if False:", "tests/test_train.py::test_nonfinite_gradients"),
-    Mutant(43, "training/spikes.py", "if value > limits[name] else []", "if False else []", "tests/tracking/test_alerts.py::test_a_spike"),
+    Mutant(43, "training/spikes.py", "        if value > limits[name]:", "        if False:", "tests/tracking/test_alerts.py::test_a_spike"),
     Mutant(43, "training/state.py", "recent: dict[str, list[float]] = field(default_factory=dict)",
            'recent: dict[str, list[float]] = field(default_factory=dict, metadata={"saved": False})',
            "tests/tracking/test_alerts.py::test_a_spike"),
     Mutant(44, "training/agreement.py", "            if digest != expected:", "            if False:", f"{GUARDS}::test_differing_replicas"),
-    Mutant(44, "training/resume.py", "        check_tensors(tensors, self.checkpoints.ranks", "        str((tensors, self.checkpoints.ranks",
+    Mutant(44, "training/resume.py", "        check_tensors(tensors, self.checkpoints.ranks", "        (lambda *_: None)(tensors, self.checkpoints.ranks",
            f"{TWO}::test_a_flipped_sign[save"),
     Mutant(44, "training/loop.py", "lambda run: run.checkpoints.check()", "lambda run: None", f"{TWO}::test_a_flipped_sign[check"),
     Mutant(45, "data/dataset.py", "if rows.tokens.view(np.uint32).max() >= self.vocab_size:", "if False:",
@@ -138,7 +138,9 @@ def notices(mutant: Mutant, copy: Path) -> str:
     path, _, name = mutant.test.partition("::")
     words = name.replace("[", " and ").replace("]", "")
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", path, "-k", words]
-    file.write_text(text.replace(mutant.code, mutant.broken), encoding="utf-8")
+    broken = text.replace(mutant.code, mutant.broken)
+    compile(broken, mutant.file, "exec")
+    file.write_text(broken, encoding="utf-8")
     try:
         done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=LIMIT_S)
     except subprocess.TimeoutExpired:

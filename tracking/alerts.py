@@ -1,6 +1,6 @@
 """Alerts: log records with an `alert` attribute are sent to a command or webhook, in the background.
 
-A slow receiver gets only the newest of the spikes and stalls, and holds up the end of a run by `LIMIT_S` at most.
+While a receiver is busy, a spike that waits gives way to any later alert; the end of a run waits for `LIMIT_S` at most.
 """
 
 import json
@@ -20,7 +20,6 @@ from tracking.logs import without_secrets
 from tracking.metrics_file import last_step
 
 LIMIT_S = 10  # timeout of an alert, and of all that are not sent when the run ends
-GIVES_WAY = ("spike", "stall")  # to any later alert while it waits
 
 logger = logging.getLogger(__name__)
 
@@ -34,33 +33,37 @@ def alerts(config: AlertsConfig, run_dir: Path) -> Iterator[None]:
         return
     waiting: deque[tuple[str, str] | None] = deque()  # alerts, and None at the end
     added = threading.Semaphore(0)
-    end = math.inf
+    busy, end = False, math.inf
 
     def send(state: str, reason: str) -> None:
-        step, deadline = last_step(run_dir), min(time.monotonic() + LIMIT_S, end)
-        alert = {"run": str(run_dir), "state": state, "step": step, "reason": reason, "time": time.time()}
-        text = json.dumps(alert).encode()
+        deadline = min(time.monotonic() + LIMIT_S, end)
         try:
+            step = last_step(run_dir)
+            alert = {"run": str(run_dir), "state": state, "step": step, "reason": reason, "time": time.time()}
+            text = json.dumps(alert).encode()
             if config.command is not None:
                 left = max(0.1, deadline - time.monotonic())
                 subprocess.run(config.command, shell=True, input=text, timeout=left, check=True)
             if config.webhook is not None:
                 request = urllib.request.Request(config.webhook, text, {"Content-Type": "application/json"})
                 urllib.request.urlopen(request, timeout=max(0.1, deadline - time.monotonic())).close()
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
+        except Exception as error:  # whatever a server answers
             logger.warning("the alert %s was not sent: %s", state, error)
 
     def send_all() -> None:
+        nonlocal busy
         while True:
             added.acquire()
             if (alert := waiting.popleft()) is None:
                 return
+            busy = True
             send(*alert)
+            busy = False
 
     def add(alert: tuple[str, str] | None) -> None:
         if added.acquire(blocking=False):  # at least one that the sender has not taken
             last = waiting.pop()
-            if last is not None and last[0] not in GIVES_WAY:
+            if last is None or last[0] != "spike" or not (busy or (alert and alert[0] == "spike")):
                 waiting.append(last)
                 added.release()
         waiting.append(alert)

@@ -15,13 +15,22 @@ from tracking.run_folder import Lines
 from training.config import CheckpointError
 
 STACK_SIGNALS = (signal.SIGUSR1, signal.SIGQUIT)
-PASSWORD = re.compile(r"(/[^/@\s:]*:)[^/\s]*@")  # of an address, also if its scheme was removed
-WEBHOOK = re.compile(r"(webhook\W+(?:\w+://)?[^/?\s\"']*[/?])[^\s\"')\\]+", re.IGNORECASE)  # what follows its host
+# Of an address: a password, which may have a slash after a scheme unless it looks like a port, or a token
+PASSWORD = re.compile(
+    r"(://[^/@\s:]*:(?!\d+/)(?=[^\s@\"']*@)|/[^/@\s:]*:(?=[^/\s@\"']*@)|://(?=[^/@\s:\"']+@))[^\s@]*@"
+)
+# Of the setting alerts.webhook: what follows the host
+WEBHOOK = re.compile(r"(\bwebhook(?:[\"']?\s*[=:]\s*[\"']?|\s*\()(?:\w+://)?[^/?\s\"']*[/?])[^\s\"')\\]+")
+
+
+def without_passwords(text: str) -> str:
+    """Return a text with the passwords and tokens of addresses masked."""
+    return PASSWORD.sub(r"\1***@", text)
 
 
 def without_secrets(text: str) -> str:
     """Return a text with the passwords of addresses, and the path of the webhook for alerts, masked."""
-    return WEBHOOK.sub(r"\1***", PASSWORD.sub(r"\1***@", text))
+    return WEBHOOK.sub(r"\1***", without_passwords(text))
 
 
 class _Formatter(logging.Formatter):

@@ -6,25 +6,33 @@ from collections.abc import Mapping
 
 FIGURES = ("loss", "gradient norm")
 WINDOW, LEAST = 128, 20  # logged steps to compare with, at most and at least
+LASTING = 5  # spikes in a row that are a new level
 
 Recent = dict[str, list[float]]  # figures of the last logged steps, by name
 
 
 def spike_limits(recent: Recent, sigma: float) -> dict[str, float]:
     """Return the mean plus `sigma` standard deviations of each figure; inf until there are enough."""
-    known = {name: window for name, window in recent.items() if len(window) >= LEAST}
+    known = {name: recent[name] for name in FIGURES if len(recent.get(name, ())) >= LEAST}
     limits = {name: statistics.fmean(window) + sigma * statistics.stdev(window) for name, window in known.items()}
     return dict.fromkeys(FIGURES, math.inf) | limits
 
 
 def find_spikes(recent: Recent, figures: Mapping[str, float], sigma: float) -> list[str]:
-    """Describe the figures that are above their limits; add all to `recent`, spikes as their limits.
+    """Describe the figures that are above their limits; add the others to `recent`.
 
-    So a spike hides no later one, and with a `sigma` of 2 or more a lasting shift is soon none.
+    A spike does not count, so that it hides no later one; after `LASTING` in a row the window starts anew with them.
     """
     limits, found = spike_limits(recent, sigma), []
     for name, value in figures.items():
-        if math.isfinite(value):
-            found += [f"{name} {value:.4g}, above {limits[name]:.4g}"] if value > limits[name] else []
-            recent[name] = [*recent.get(name, ()), min(value, limits[name])][-WINDOW:]
+        if not math.isfinite(value):
+            continue
+        window, row = recent.get(name, []), recent.get(f"{name}, spikes in a row", [])
+        if value > limits[name]:
+            found.append(f"{name} {value:.4g}, above {limits[name]:.4g}")
+            row = [*row, value]
+            window, row = (row, []) if len(row) == LASTING else (window, row)
+        else:
+            window, row = [*window, value][-WINDOW:], []
+        recent |= {name: window, f"{name}, spikes in a row": row}
     return found

@@ -14,7 +14,8 @@ from tests.conftest import metrics, trained
 from tracking.alerts import LIMIT_S, alerts
 from tracking.config import AlertsConfig
 from tracking.status import CAUSE_S
-from training.spikes import LEAST, WINDOW, Recent, find_spikes
+from training.config import OptimizerConfig
+from training.spikes import LASTING, WINDOW, Recent, find_spikes
 
 
 def wait_for(path: Path) -> None:
@@ -53,19 +54,38 @@ def test_alerts_are_sent_one_by_one_in_the_background(tmp_path: Path) -> None:
     assert [json.loads(line)["state"] for line in (tmp_path / "sent").read_text().splitlines()] == ["stall", "crash"]
 
 
-def test_of_spikes_that_wait_the_newest_is_sent_and_of_others_all(tmp_path: Path) -> None:
+def test_a_spike_that_waits_gives_way_and_no_other_alert(tmp_path: Path) -> None:
     log, sent = logging.getLogger("test"), tmp_path / "sent"
     slow = f"cat >> {sent}; echo >> {sent}; while [ ! -e {tmp_path}/go ]; do sleep 0.05; done"
     with alerts(AlertsConfig(command=slow), tmp_path):
         for number in range(20):
             log.warning("%d", number, extra={"alert": "spike"})
             wait_for(sent)
-        for state in ("crash", "spike", "requeue"):
+        for state in ("stall", "stall", "spike", "crash"):
             log.warning("%s", "https://me:hunter2@x", extra={"alert": state})
         (tmp_path / "go").touch()
     found = [json.loads(line) for line in sent.read_text().splitlines()]
-    assert [alert["state"] for alert in found] == ["spike", "crash", "requeue"]
-    assert [alert["reason"] for alert in found] == ["0", "https://me:***@x", "https://me:***@x"]
+    assert [alert["state"] for alert in found] == ["spike", "stall", "stall", "crash"]
+    assert [alert["reason"] for alert in found] == ["0", *["https://me:***@x"] * 3]
+
+
+def test_a_quick_receiver_gets_every_alert_whatever_it_answers(tmp_path: Path) -> None:
+    received = []
+
+    class Odd(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["state"])
+            self.wfile.write(b"hello\r\n\r\n")  # no HTTP
+
+    states = ["spike", "stall", "crash", "requeue"]
+    with HTTPServer(("127.0.0.1", 0), Odd) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        with alerts(AlertsConfig(webhook=f"http://127.0.0.1:{http.server_port}"), tmp_path):
+            for state in states:
+                logging.getLogger("test").warning("boom", extra={"alert": state})
+                time.sleep(0.2)
+        http.shutdown()
+    assert received == states
 
 
 def test_a_receiver_that_hangs_holds_the_end_up_once(
@@ -108,6 +128,10 @@ def test_a_spike_hides_no_smaller_one_and_a_lasting_shift_is_learned() -> None:
     recent: Recent = {"loss": [3 + 0.05 * (-1) ** n for n in range(WINDOW)]}
     for value in (1e9, 1e8, 50.0):
         assert find_spikes(recent, {"loss": value}, 6), value
-    assert not find_spikes(recent, {"loss": 3.05}, 6)
-    shifted = [find_spikes(recent, {"loss": 5 + 0.05 * (-1) ** n}, 6) for n in range(WINDOW)]
-    assert shifted[0] and not any(shifted[LEAST:])
+    assert not find_spikes(recent, {"loss": 3.05}, 6) and max(recent["loss"]) < 4
+    shifted = [bool(find_spikes(recent, {"loss": 5 + 0.05 * (-1) ** n}, 6)) for n in range(WINDOW)]
+    assert shifted == [True] * LASTING + [False] * (WINDOW - LASTING)
+    assert find_spikes(recent, {"loss": 9.0}, 6), "and what is usual then"
+    assert OptimizerConfig().max_nonfinite_steps > LASTING
+    same: Recent = {"loss": [0.0] * WINDOW}
+    assert [bool(find_spikes(same, {"loss": 1.0}, 6)) for _ in range(9)] == [True] * LASTING + [False] * 4

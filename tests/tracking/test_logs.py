@@ -1,5 +1,6 @@
-"""Lines on a pipe of which the reader has gone."""
+"""What is printed: on a pipe of which the reader has gone, and without secrets."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
+from tracking.logs import without_secrets
 
 PRINTS = """
 from tracking.logs import quiet_pipe
@@ -34,3 +36,21 @@ def test_closed_pipe_ends_what_prints_but_not_what_logs(arguments: list[str], co
         argv, env = [sys.executable, *arguments], {**os.environ, "PYTHONUNBUFFERED": ""}
         done = subprocess.run(argv, cwd=ROOT, env=env, stdout=reader.stdin, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (code, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("copied file://me:secret@x/far", "copied file://me:***@x/far"),
+        ("//me:secret@x/far", "//me:***@x/far"),
+        ("s3://key:sec/ret@bucket", "s3://key:***@bucket"),
+        ("https://token@host/x", "https://***@host/x"),
+        ("https://host:80/a@b c:d/e@f http://x/y@z", None),
+        ("alerts.webhook (https://hooks.x/a/b) alerts.webhook=https://h/c", "alerts.webhook (https://hooks.x/***) alerts.webhook=https://h/***"),
+        (json.dumps({"webhook": "https://h.x/S", "command": None}), json.dumps({"webhook": "https://h.x/***", "command": None})),
+        ("saved runs/webhook/checkpoints/step-5", None),
+        ("is it a webhook? yes/no", None),
+    ],
+)  # fmt: skip
+def test_secrets_are_masked_and_nothing_else(text: str, shown: str | None) -> None:
+    assert without_secrets(text) == (text if shown is None else shown)
