@@ -8,8 +8,9 @@ import pytest
 
 from conf.ladder import ladder, n_params
 from conf.schema import register
-from model.config import ModelConfig
+from model.config import ModelConfig, Parametrization
 from model.transformer import Transformer
+from tests.conftest import composed
 from tracking.scaling_law import Law, Point, fit, report
 from training.config import CheckpointError
 
@@ -77,3 +78,13 @@ def test_rules_give_a_run_that_fits() -> None:
         # the share of all tokens that weights are averaged over
         lr, decay = ladder("lr", depth, 32768, 2e-3), ladder("weight_decay", depth, 32768, 0.1)
         assert batch / (lr * decay * 20 * size) == pytest.approx(2**19 / (2e-3 * 0.1 * 2.2e9), rel=1e-6)
+
+
+def test_the_experiments_follow_the_rules() -> None:
+    config = composed("experiment=ladder", "data=random", "model.n_layers=6")
+    assert not list(config.problems()) and config.model.parametrization is Parametrization.completep
+    assert (config.model.d_model, config.model.n_heads, config.model.d_ff) == (384, 6, 1024)
+    assert (config.steps, config.global_batch_tokens) == (ladder("steps", 6, 32768), ladder("batch_tokens", 6, 32768))
+    assert config.optimizer.lr == ladder("lr", 6, 32768, 2e-3)
+    wide = composed("experiment=mup_transfer", "model.d_model=128")
+    assert not list(wide.problems()) and (wide.model.n_heads, wide.model.d_ff) == (2, 384)
