@@ -28,7 +28,7 @@ def results(folder: Path, *command: str) -> dict[str, dict[str, Any]]:
 # With four ranks only what two do not have
 NODES = {
     2: {"bandwidth", "one", "one_fp8", "zero1", "zero3", "tp2", "pp2_zero1", "cp2_32k", "zero1_fp8", "checkpoint"},
-    4: {"hybrid_zero", "tp2_zero1", "tp4", "3d", "cp4_32k", "checkpoint"},
+    4: {"hybrid_zero", "tp2_zero1", "3d", "checkpoint"},
 }
 
 
