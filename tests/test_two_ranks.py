@@ -63,6 +63,8 @@ def test_a_flipped_sign_of_one_replica_is_named(settings: list[str], tmp_path: P
     with pytest.raises(Exception, match=r"norm.weight on ranks 0 and 1 differ"):
         disturbed(tmp_path / "r", "flip", [*small, *settings])
     assert "norm.weight on ranks 0 and 1 differ" in read_status(tmp_path / "r")["reason"]
+    if settings is not SAVED:
+        assert max(record["step"] for record in metrics(tmp_path / "r")) < 10, "before the last save"
     assert not committed(tmp_path / "r" / "checkpoints")
 
 
