@@ -53,13 +53,13 @@ class Job:
         end_file = _end_file(paths or JobEnvironment().paths)
         end_file.unlink(missing_ok=True)  # of an earlier attempt
         end = RankEnd.of(lambda: launch(pkgutil.resolve_name(self.work), *self.args, config=self.config))
-        requeues, refused = end.is_crash and self.launcher.requeue_crashes and self.launcher.where is Where.slurm, ""
-        if requeues:
+        refused = ""
+        if requeues := end.is_crash and self.launcher.requeue_crashes and self.launcher.where is Where.slurm:
             again = "it crashed twice at the same step" if crashed_the_same_way_twice(self.run_dir) else ""
             refused = again or slurm.requeue(self.launcher.max_requeues)
             end.text += f"\nnot requeued: {refused}" if refused else ""
         end.write(end_file)
-        if requeues and isinstance(config := self.args[0], TrainConfig):
+        if requeues and self.args and isinstance(config := self.args[0], TrainConfig):
             with suppress(Exception), log_to(self.run_dir), alerts(config.alerts, self.run_dir):
                 slurm.note_requeue(self.run_dir, refused)
         if end.exit_code is not None:

@@ -10,7 +10,6 @@ import subprocess
 import threading
 import time
 import urllib.request
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,8 +30,8 @@ def alerts(config: AlertsConfig, run_dir: Path) -> Iterator[None]:
     if config.command is None and config.webhook is None:
         yield
         return
-    waiting: deque[tuple[str, str] | None] = deque()  # alerts, and None at the end
-    added = threading.Semaphore(0)
+    waiting: list[tuple[str, str] | None] = []  # alerts, and None at the end
+    changed = threading.Condition()  # of what waits; its lock is reentrant, for signal handlers that log
     busy, end = False, math.inf
 
     def send(state: str, reason: str) -> None:
@@ -53,21 +52,21 @@ def alerts(config: AlertsConfig, run_dir: Path) -> Iterator[None]:
     def send_all() -> None:
         nonlocal busy
         while True:
-            added.acquire()
-            if (alert := waiting.popleft()) is None:
+            with changed:
+                busy = False
+                changed.wait_for(lambda: waiting)
+                alert, busy = waiting.pop(0), True
+            if alert is None:
                 return
-            busy = True
             send(*alert)
-            busy = False
 
     def add(alert: tuple[str, str] | None) -> None:
-        if added.acquire(blocking=False):  # at least one that the sender has not taken
-            last = waiting.pop()
-            if last is None or last[0] != "spike" or not (busy or (alert and alert[0] == "spike")):
-                waiting.append(last)
-                added.release()
-        waiting.append(alert)
-        added.release()
+        with changed:
+            last = waiting[-1] if waiting else None
+            if last and last[0] == "spike" and (busy or (alert and alert[0] == "spike")):
+                waiting.pop()
+            waiting.append(alert)
+            changed.notify()
 
     def emit(record: logging.LogRecord) -> None:
         add((record.alert, without_secrets(record.getMessage())))  # type: ignore

@@ -8,7 +8,7 @@ FIGURES = ("loss", "gradient norm")
 WINDOW, LEAST = 128, 20  # logged steps to compare with, at most and at least
 LASTING = 5  # spikes in a row that are a new level
 
-Recent = dict[str, list[float]]  # figures of the last logged steps, by name
+Recent = dict[str, list[float]]  # by name: figures of the last logged steps, and spikes in a row
 
 
 def spike_limits(recent: Recent, sigma: float) -> dict[str, float]:
