@@ -3,6 +3,7 @@
 import json
 import logging
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,16 +88,19 @@ def open_data(config: EvaluateConfig, saved: "Saved") -> "tuple[Corpus, DataConf
     from training.preflight import fits
 
     trained_on = saved.checkpoint.state["config"].get("data") if saved.checkpoint else None
-    if config.valid_tokens == 0:
+    if config.valid_tokens == 0 or not (config.corpus or trained_on):
         return None
-    if config.corpus:
-        length = min(saved.config.max_seq_len, config.batch_tokens)
-        rows = config.batch_tokens // length
-        data = DataConfig(name="corpus", path=config.corpus, source=Source.local, seq_len=length, micro_batch_size=rows)
-    elif trained_on is not None:
+    if trained_on:
         data = stored(DataConfig, trained_on)
     else:
-        return None
+        length = saved.config.max_seq_len
+        data = DataConfig(name="", path="", source=Source.local, seq_len=length, micro_batch_size=1)
+    if config.corpus:
+        data = replace(data, path=config.corpus, source=Source.local, mix={})
+        if config.seq_len:
+            data = replace(data, seq_len=config.seq_len, pack_len=None)
+        packs = max(1, config.batch_tokens // data.pack_tokens)
+        data.micro_batch_size = packs * data.pack_tokens // data.seq_len
     corpus = open_corpus(data, vocab_size=saved.config.vocab_size)
     if config.corpus and saved.tokenizer and corpus.tokenizer and not fits(saved.tokenizer, corpus.tokenizer):
         remedy = f"prepare it with tokenizer.model={saved.tokenizer.path}"

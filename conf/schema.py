@@ -266,6 +266,7 @@ class GenerateConfig(RunOrHfConfig):
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig(RunOrHfConfig):
     corpus: str | None = None  # folder of a prepared corpus (null: that of the run)
+    seq_len: int | None = None  # of `corpus` (null: as the run was trained, or with hf the model's max_seq_len)
     valid_tokens: int | None = None  # of the corpus's validation split (null: all of it, 0: none)
     tasks: list[str] = field(default_factory=list)  # builtin, a fetched one such as hellaswag, or a .jsonl file
     harness: list[str] = field(default_factory=list)  # tasks of lm-evaluation-harness: names or .yaml files
@@ -275,8 +276,7 @@ class EvaluateConfig(RunOrHfConfig):
 
     def problems(self) -> Iterator[str]:
         yield from RunOrHfConfig.problems(self)
-        yield from _below(self, 1, "batch_tokens")
-        yield from _below(self, 0, "valid_tokens")
+        yield from (*_below(self, 1, "batch_tokens"), *_below(self, 2, "seq_len"), *_below(self, 0, "valid_tokens"))
         yield from self.parallel.problems()
         if self.harness and importlib.util.find_spec("lm_eval") is None:
             yield f"harness ({', '.join(self.harness)}) needs lm-evaluation-harness: pip install lm-eval"

@@ -64,9 +64,11 @@ def test_run_and_export_score_alike_on_a_corpus(done: Path, monkeypatch: pytest.
     before, corpus = metrics(done), str(open_checkpoint(done).state["config"]["data"]["path"])
     found = evaluate.work(settings(done, tasks=[], corpus=corpus))
     assert {"valid/loss", "valid/loss/code", "valid/bits_per_byte"} < found.keys()
+    own = evaluate.work(settings(done, tasks=[]))
+    assert found == pytest.approx(own, rel=1e-6), "the run's own corpus, in rows as it was trained"
     assert metrics(done) == before, "it is not the run's validation"
     exported(done, done / "hf")
-    of_export = evaluate.work(settings(done, run=None, hf=str(done / "hf"), tasks=[], corpus=corpus))
+    of_export = evaluate.work(settings(done, run=None, hf=str(done / "hf"), tasks=[], corpus=corpus, seq_len=32))
     assert of_export == pytest.approx(found, rel=1e-5)
     assert json.loads((done / "hf" / "evaluation.json").read_text()) == {corpus: of_export}
     monkeypatch.setattr("training.preflight.fits", lambda *_: False)
