@@ -109,12 +109,20 @@ def swept_keys(runs: Sequence[Run]) -> list[str]:
     """Return the dotted keys in which runs differ, without NOT_COMPARED and keys implied by their group's name."""
     changed = [key for run in runs[1:] for key, _, _ in changed_keys(runs[0].config, run.config)]
     keys = [key for key in dict.fromkeys(changed) if key.split(".")[0] not in NOT_COMPARED]
+    names = {key: f"{key.split('.')[0]}.name" for key in keys}
+    return [key for key, name in names.items() if key == name or name not in keys or not follows(key, [name], runs)]
 
-    def follows(key: str, name: str) -> bool:
-        pairs = {(run.value(name), str(run.value(key))) for run in runs}
-        return key != name and name in keys and len(pairs) == len({group for group, _ in pairs})
 
-    return [key for key in keys if not follows(key, f"{key.split('.')[0]}.name")]
+def follows(key: str, others: Sequence[str], runs: Sequence[Run]) -> bool:
+    """Return whether the value of a key is determined by those of other keys."""
+    pairs = {(str([run.value(other) for other in others]), str(run.value(key))) for run in runs}
+    return len(pairs) == len({values for values, _ in pairs})
+
+
+def independent_keys(keys: Sequence[str], runs: Sequence[Run]) -> list[str]:
+    """Return the keys that are set by the runs' names, and those that do not follow from them."""
+    named = [key for key in keys if all(f"{key.removesuffix('.name')}=" in run.name for run in runs)]
+    return [key for key in keys if key in named or not (named and follows(key, named, runs))]
 
 
 def short_names(keys: Sequence[str]) -> list[str]:
@@ -167,7 +175,7 @@ def draw(runs: Sequence[Run], keys: Sequence[str], out: Path) -> list[str]:
 
     if not runs:
         return []
-    by_name, keys = not keys or "name" in keys, [key for key in keys if key != "name"]
+    by_name, keys = not keys or "name" in keys, independent_keys([key for key in keys if key != "name"], runs)
     names = dict(zip(keys, short_names(keys), strict=True))
     with figure(out / "loss.png", 11) as (axes,):
         for i, run in enumerate(runs):

@@ -136,6 +136,19 @@ def test_lines_join_runs_that_differ_in_one_key(tmp_path: Path, axes: list[Axes]
     assert "1" in ticks and not any("$" in tick for tick in ticks), "formulas are not drawn, for names may have a $"
 
 
+def test_what_follows_from_the_swept_settings_has_no_plot(tmp_path: Path, axes: list[Axes]) -> None:
+    for width in (64, 128):
+        for rate in (0.1, 0.2):
+            model = {"d_model": width, "d_ff": 3 * width, "n_heads": width // 64}
+            name = f"model.d_model={width},optimizer.lr={rate}"
+            written(tmp_path / name, [rate + width], model=model, optimizer={"lr": rate})
+    assert "n_heads" in compare(tmp_path), "it is in the table"
+    _, *final = axes
+    assert [panel.get_xlabel() for panel in final] == ["d_model", "lr"]
+    legends = [[text.get_text() for text in panel.get_legend().get_texts()] for panel in final]  # type: ignore[union-attr]
+    assert legends == [["lr 0.1", "lr 0.2"], ["d_model 64", "d_model 128"]]
+
+
 def test_a_run_is_plotted_with_its_evaluations(tmp_path: Path) -> None:
     scores = [
         {"step": 500, "valid/loss": 3.25, "valid/loss/en": 3.0},
