@@ -144,9 +144,9 @@ def test_what_follows_from_the_swept_settings_has_no_plot(tmp_path: Path, axes: 
             written(tmp_path / name, [rate + width], model=model, optimizer={"lr": rate})
     assert "n_heads" in compare(tmp_path), "it is in the table"
     _, *final = axes
-    assert [panel.get_xlabel() for panel in final] == ["d_model", "lr"]
+    assert [panel.get_xlabel() for panel in final] == ["lr", "d_model"]
     legends = [[text.get_text() for text in panel.get_legend().get_texts()] for panel in final]  # type: ignore[union-attr]
-    assert legends == [["lr 0.1", "lr 0.2"], ["d_model 64", "d_model 128"]]
+    assert legends == [["d_model 64", "d_model 128"], ["lr 0.1", "lr 0.2"]]
 
 
 def test_a_run_is_plotted_with_its_evaluations(tmp_path: Path) -> None:
