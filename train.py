@@ -50,13 +50,13 @@ def work(config: TrainConfig, run_dir: Path) -> float | None:
     from tracking.status import Status
     from training.out_of_memory import explain_oom
     from training.stop import StopRequest
-    from training.stragglers import pending_collective
+    from training.stragglers import aborting_collectives, expire_collectives, pending_collective
 
-    # Dump of NCCL's flight recorder when a collective times out, one file per rank, for torchfrtrace
-    os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(run_dir / FOLDER / "nccl_trace_rank_"))
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # it aborts the process; the heartbeat raises
     late_s = config.parallel.step_timeout_s / 2
     with (
         distributed(config.parallel) as mesh,
+        aborting_collectives(),
         locked(run_dir, mesh.rank),
         log_to(run_dir, mesh.rank),
         alerts(config.alerts, run_dir),
@@ -64,7 +64,14 @@ def work(config: TrainConfig, run_dir: Path) -> float | None:
         with (
             Status(run_dir, to_plain(config), rank=mesh.rank, ranks=mesh.world_size) as status,
             StopRequest(mesh) as stop,
-            Heartbeat(run_dir, mesh.rank, lambda: stop.agreements, late_s=late_s, pending=pending_collective),
+            Heartbeat(
+                run_dir,
+                mesh.rank,
+                lambda: stop.agreements,
+                late_s=late_s,
+                pending=pending_collective,
+                expire=lambda: expire_collectives(run_dir / FOLDER / f"nccl_trace_rank_{mesh.rank}"),
+            ),
             explain_oom(),
         ):
             objective = train(config, mesh, run_dir, stop)

@@ -101,6 +101,11 @@ def hang() -> float:
     return 1.0
 
 
+def spin() -> None:
+    """Have the GPU busy for an hour."""
+    torch.cuda._sleep(10**13)
+
+
 def drag() -> None:
     """Have each further batch take a while to load."""
     from data.dataset import PackedDataset

@@ -17,6 +17,7 @@ from tracking.run_folder import read_json, write_atomically
 
 FOLDER = ".ranks"  # in a run folder: a file per rank
 CHECKS = 10  # per `late_s`
+EXPIRED = 1.8  # of `late_s`: shortly before NCCL's timeout
 MISSED = 3  # checks without a heartbeat after which a process counts as stopped
 FRAMES = 12  # innermost stack frames to print
 ROOT = f"{Path(__file__).parent.parent}/"
@@ -30,13 +31,21 @@ class Heartbeat:
     """A thread that writes this rank's heartbeat, and reports the ranks of this machine that block the others.
 
     A rank is late if `progress()` has not changed for `late_s`. `pending()` is the collective that the device waits
-    in, or "".
+    in, or "". `expire()` is called if the device does not return after `EXPIRED` times `late_s`.
     """
 
     def __init__(
-        self, run_dir: Path, rank: int, progress: Callable[[], int], *, late_s: float, pending: Callable[[], str]
+        self,
+        run_dir: Path,
+        rank: int,
+        progress: Callable[[], int],
+        *,
+        late_s: float,
+        pending: Callable[[], str],
+        expire: Callable[[], object],
     ) -> None:
-        self.run_dir, self.rank, self.progress, self.pending, self.late_s = run_dir, rank, progress, pending, late_s
+        self.run_dir, self.rank, self.progress, self.late_s = run_dir, rank, progress, late_s
+        self.pending, self.expire = pending, expire
         first = rank - int(os.environ.get("LOCAL_RANK", "0"))
         self.here = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self.ended = threading.Event()
@@ -54,15 +63,21 @@ class Heartbeat:
         sign_file(self.run_dir, self.rank).unlink(missing_ok=True)  # stays if the process is killed
 
     def _run(self) -> None:
-        seen, since, reported = self.progress(), time.monotonic(), False
+        seen, since, reported, stack = self.progress(), time.monotonic(), False, None
         while not self.ended.wait(self.late_s / CHECKS):
             if (now := self.progress()) != seen:
-                seen, since, reported = now, time.monotonic(), False
+                seen, since, reported, stack = now, time.monotonic(), False, None
             waited_s = time.monotonic() - since
+            where = self._where() if waited_s > self.late_s else {}
             with suppress(OSError):  # such as a full disk
-                self._write(**(self._where() if waited_s > self.late_s else {}))
+                self._write(**where)
                 if waited_s > self.late_s and not reported:
                     reported = self._report(waited_s)
+            stack = stack or where.get("stack")
+            same = waited_s > EXPIRED * self.late_s and where["stack"] == stack
+            if same and where["waits"] == self.pending():  # collectives of the host have timeouts of their own
+                self.expire()
+                stack = "expired"
 
     def _write(self, **where: str) -> None:
         due = time.time() + MISSED * self.late_s / CHECKS

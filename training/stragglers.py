@@ -1,11 +1,14 @@
-"""Detection of ranks that slow down the others."""
+"""Detection of ranks that slow down the others, or block them on the GPU."""
 
+import ctypes
 import json
 import logging
 import statistics
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,3 +92,38 @@ def pending_collective() -> str:
     entries = json.loads(c10d._dump_nccl_trace_json(onlyActive=True)).get("entries", [])  # type: ignore[attr-defined]
     oldest = min(entries, key=lambda entry: entry["record_id"], default=None)
     return "" if oldest is None else f"{oldest['profiling_name']} #{oldest['collective_seq_id']} ({oldest['state']})"
+
+
+class CollectiveTimeoutError(RuntimeError):
+    """No progress on the GPU within `parallel.step_timeout_s`."""
+
+
+def expire_collectives(trace_file: Path) -> None:
+    """Raise `CollectiveTimeoutError` in the main thread, which is freed from collectives that do not finish.
+
+    NCCL's own timeout aborts the process, which then cannot record why. `trace_file` gets NCCL's flight recorder, for
+    torchfrtrace.
+    """
+    if not torch.cuda.is_initialized() or not dist.is_initialized():
+        return
+    with suppress(OSError):
+        trace_file.write_bytes(c10d._dump_nccl_trace())  # type: ignore[attr-defined]
+    main = ctypes.c_ulong(threading.main_thread().ident or 0)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(CollectiveTimeoutError))  # once it is free
+    _abort_collectives()
+
+
+@contextmanager
+def aborting_collectives() -> Iterator[None]:
+    """After an error, free the GPU from collectives that other ranks will not join."""
+    try:
+        yield
+    except Exception:
+        _abort_collectives()
+        raise
+
+
+def _abort_collectives() -> None:
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if dist.get_backend(group) == "nccl":
+            threading.Thread(target=group.abort, daemon=True).start()  # returns once no graph has its collectives

@@ -21,7 +21,7 @@ def reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.Log
 
     def wait(*signs: dict) -> str:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(len(signs) + 1))
-        with Heartbeat(tmp_path, 0, lambda: 1, late_s=0.3, pending=lambda: "all_reduce #7 (started)"):
+        with Heartbeat(tmp_path, 0, lambda: 1, late_s=0.3, pending=lambda: "all_reduce #7 (started)", expire=str):
             end = time.monotonic() + 0.6
             while time.monotonic() < end:
                 for rank, sign in enumerate(signs, 1):
@@ -62,11 +62,23 @@ def test_ranks_in_different_collectives_are_all_named(reported: Callable[..., st
     assert "rank 1 holds up the run for 0 s: it waits in broadcast at b.py:2" in text
 
 
-def test_one_late_process_names_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    steps = iter(range(10**6))
-    with Heartbeat(tmp_path, 0, lambda: next(steps), late_s=0.2, pending=lambda: ""):
-        time.sleep(0.4)
-    assert not caplog.records
-    with Heartbeat(tmp_path, 0, lambda: 1, late_s=0.2, pending=lambda: ""):
-        time.sleep(0.4)
+def test_one_late_process_names_itself_and_expires_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    steps, expired = iter(range(10**6)), []
+    settings = {"late_s": 0.2, "pending": lambda: "", "expire": lambda: expired.append(1)}
+    with Heartbeat(tmp_path, 0, lambda: next(steps), **settings):
+        time.sleep(0.5)
+    assert not caplog.records and not expired
+    with Heartbeat(tmp_path, 0, lambda: 1, **settings):
+        time.sleep(0.6)
     assert "it hangs at tests/tracking/test_heartbeat.py" in caplog.text
+    assert expired == [1]
+
+
+def test_a_late_process_that_goes_on_does_not_expire(tmp_path: Path) -> None:
+    expired: list[int] = []
+    end = time.monotonic() + 0.8
+    with Heartbeat(tmp_path, 0, lambda: 1, late_s=0.2, pending=lambda: "", expire=lambda: expired.append(1)):
+        time.sleep(0.28)
+        while time.monotonic() < end:
+            time.sleep(0.01)
+    assert not expired
