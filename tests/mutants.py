@@ -86,6 +86,7 @@ MUTANTS = [
     Mutant(30, BEAT, 'if "at" in sign and not sign["waits"]', "if False", f"{BEATS}::test_a_rank_in_no"),
     Mutant(30, BEAT, 'if time.time() >= sign["due"]:', "if False:", f"{HANGS}::test_a_rank_that_hangs[stop"),
     Mutant(30, BEAT, "waits = self.pending() or", "waits = self.pending() and", f"{HANGS}::test_a_rank_that_hangs[hang"),
+    Mutant(30, BEAT, "                self.expire()", "                pass", f"{BEATS}::test_one_late_process"),
     Mutant(31, BEAT, "if not found and len(waits) > 1:", "if False:", f"{BEATS}::test_ranks_in_different"),
     Mutant(32, STOP, "        self.before = handle(SIGNALS, self._handle)", "        self.before = {}", f"{STATE}::test_signals"),
     Mutant(33, STOP, "        if self.mesh is not None:", "        if False:", f"{FAULTS}::test_a_signal_to_one[validation", hangs=True),
