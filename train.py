@@ -70,7 +70,7 @@ def work(config: TrainConfig, run_dir: Path) -> float | None:
                 lambda: stop.agreements,
                 late_s=late_s,
                 pending=pending_collective,
-                expire=lambda: expire_collectives(run_dir / FOLDER / f"nccl_trace_rank_{mesh.rank}"),
+                expire=lambda: expire_collectives(mesh.device, run_dir / FOLDER / f"nccl_trace_rank_{mesh.rank}"),
             ),
             explain_oom(),
         ):

@@ -98,16 +98,18 @@ class CollectiveTimeoutError(RuntimeError):
     """No progress on the GPU within `parallel.step_timeout_s`."""
 
 
-def expire_collectives(trace_file: Path) -> None:
-    """Raise `CollectiveTimeoutError` in the main thread, which is freed from collectives that do not finish.
+def expire_collectives(device: torch.device, trace_file: Path) -> None:
+    """If the device is busy, abort its collectives, and raise `CollectiveTimeoutError` in the thread that waits for it.
 
     NCCL's own timeout aborts the process, which then cannot record why. `trace_file` gets NCCL's flight recorder, for
     torchfrtrace.
     """
-    if not torch.cuda.is_initialized() or not dist.is_initialized():
+    if device.type != "cuda" or not dist.is_initialized():
         return
     with suppress(OSError):
         trace_file.write_bytes(c10d._dump_nccl_trace())  # type: ignore[attr-defined]
+    if torch.cuda.default_stream(device).query():
+        return
     main = ctypes.c_ulong(threading.main_thread().ident or 0)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(CollectiveTimeoutError))  # once it is free
     _abort_collectives()
