@@ -17,8 +17,8 @@ from conf.schema import to_config
 from launch import slurm
 from launch.config import LauncherConfig, Where
 from launch.jobs import Job, Outcome, Point, run_jobs
-from parallel.config import ParallelConfig, ParallelError
-from tests.conftest import ROOT, composed_cfg, ran, trained
+from parallel.config import ParallelConfig
+from tests.conftest import ROOT, composed_cfg, trained
 from tests.slurm.cluster import lost, until, why_not
 from tests.test_train import assert_same_run
 from tracking.status import read_status
@@ -162,47 +162,6 @@ def test_a_lost_node_resumes_bit_for_bit(tmp_path: Path, small: list[str]) -> No
     here = [sys.executable, "train.py", *settings, "parallel.nproc_per_node=2", f"hydra.run.dir={tmp_path / 'whole'}"]
     subprocess.run(here, cwd=ROOT, check=True, capture_output=True)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
-
-
-def test_ends_of_requeueing(tmp_path: Path, small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    settings = [*small, "steps=8", "parallel.threads=1"]
-    crashing = [*settings, "launcher.requeue_crashes=true"]
-    points = [
-        training(tmp_path / "crashing", crashing, "tests.slurm.work:train_and_crash"),
-        training(tmp_path / "signalled", [*settings, "launcher.max_requeues=0"], SLOWLY),
-    ]
-    with running(points, tmp_path) as found:
-        until(lambda: steps_of(tmp_path / "signalled"))
-        subprocess.run(["scancel", "--signal=USR2", job_of(tmp_path / "signalled")], check=True)
-    assert attempts(tmp_path / "crashing") == [0, 1, 2], "the second crash came at another step, the third did not"
-    reason = found["crashing"].reason
-    assert "ValueError: boom" in reason and reason.endswith("not requeued: it crashed twice at the same step"), reason
-    assert attempts(tmp_path / "signalled") == [0] and found["signalled"].state == "stopped"
-    assert 0 < open_checkpoint(tmp_path / "signalled").step < 8
-    message = "[signalled] not requeued: it was requeued 0 times, and launcher.max_requeues is 0"
-    assert message in capsys.readouterr().out
-
-
-def test_what_slurm_refuses_is_an_error(tmp_path: Path) -> None:
-    for settings, refused in (
-        ({"partition": "nowhere"}, "invalid partition specified: nowhere"),
-        ({"nodes": 2, "gpus_per_node": 3}, "Requested node configuration is not available|More processors requested"),
-    ):
-        with pytest.raises(ParallelError, match=refused):
-            outcomes_of([point("end", "answer", run_dir=tmp_path / "refused", **settings)], tmp_path)
-
-
-def test_a_sweep_runs_only_what_is_missing(tmp_path: Path, small: list[str]) -> None:
-    settings = [*small, "steps=3", "optimizer.max_nonfinite_steps=1", "name=s", f"hydra.sweep.dir={tmp_path}"]
-    two_tasks = ["launcher.tasks_per_node=2", "parallel=zero1", "parallel.threads=1", "launcher.poll_s=0.5"]
-    argv = ["train.py", *settings, "launcher=slurm", *two_tasks]
-    done = ran(*argv, "optimizer.lr=1e-3,1e30", code=1)
-    assert "error: optimizer.lr=1e+30 failed: " in done.stderr
-    assert done.stderr.count("1 steps in a row had no finite gradient") == 1
-    assert done.stderr.endswith("error: 1 of 2 points did not finish: optimizer.lr=1e+30\n")
-    assert {"table.md", "loss.png", "final.png"} == {path.name for path in (tmp_path / "compare").iterdir()}
-    done = ran(*argv, "optimizer.lr=1e-3,1e-2")
-    assert done.stdout.count("finished already: ") == 1 and done.stdout.count("is submitted: ") == 1
 
 
 def test_a_job_outlives_its_client_and_is_found_again(tmp_path: Path, small: list[str]) -> None:

@@ -69,25 +69,6 @@ def test_a_spike_that_waits_gives_way_and_no_other_alert(tmp_path: Path) -> None
     assert [alert["reason"] for alert in found] == ["0", *["https://me:***@x"] * 3]
 
 
-def test_a_quick_receiver_gets_every_alert_whatever_it_answers(tmp_path: Path) -> None:
-    received = []
-
-    class Odd(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["state"])
-            self.wfile.write(b"hello\r\n\r\n")  # no HTTP
-
-    states = ["spike", "stall", "crash", "requeue"]
-    with HTTPServer(("127.0.0.1", 0), Odd) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
-        with alerts(AlertsConfig(webhook=f"http://127.0.0.1:{http.server_port}"), tmp_path):
-            for state in states:
-                logging.getLogger("test").warning("boom", extra={"alert": state})
-                time.sleep(0.2)
-        http.shutdown()
-    assert received == states
-
-
 def test_a_receiver_that_hangs_holds_the_end_up_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

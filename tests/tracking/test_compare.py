@@ -111,14 +111,6 @@ def test_keys_that_follow_from_a_name_are_left_out(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "compare").iterdir()] == ["table.md"], "nothing to draw without steps"
 
 
-def test_lines_of_a_key_without_numbers_are_named(tmp_path: Path, axes: list[Axes]) -> None:
-    for name, rate in ((name, rate) for name in ("adamw", "muon") for rate in (0.1, 0.2)):
-        written(tmp_path / f"{name},{rate}", [rate], optimizer={"name": name, "lr": rate})
-    compare(tmp_path)
-    legends = [{text.get_text() for text in panel.get_legend().get_texts()} for panel in axes[1:]]  # type: ignore[union-attr]
-    assert legends == [{"lr 0.1", "lr 0.2"}, {"optimizer adamw", "optimizer muon"}]
-
-
 def test_lines_join_runs_that_differ_in_one_key(tmp_path: Path, axes: list[Axes]) -> None:
     for seed in (1, 2):
         for rate in (0.1, 1.0, 0.2):
