@@ -1,6 +1,5 @@
 """Checkpoints are copied to an object store whole or not at all, and a run goes on from there."""
 
-import json
 import os
 import shutil
 import threading
@@ -20,7 +19,6 @@ from conf.cli import _print_errors
 from conf.schema import EvaluateConfig, ExportConfig, to_object
 from parallel.config import Device, ParallelConfig
 from tests.conftest import composed, composed_cfg, trained
-from tracking.list import list_runs
 from tracking.status import read_status
 from tracking.store import Store, local_run
 from training.checkpoint import Checkpoints, open_checkpoint
@@ -89,12 +87,11 @@ def spoil(monkeypatch: pytest.MonkeyPatch, file: str, times: int) -> None:
     monkeypatch.setattr(LocalFileSystem, "put_file", put_file)
 
 
-@pytest.mark.parametrize("file", ["__0_0.distcp", "state.json"])
-def test_partial_copy_is_made_again(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+def test_partial_copy_is_made_again(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     """Case 15: a partial upload."""
     assert checkpoints.store is not None
     with monkeypatch.context() as failing:
-        spoil(failing, file, times=99)
+        spoil(failing, "__0_0.distcp", times=99)
         with pytest.raises(SaveError, match="step-00000001 was saved, but not copied: .*differs from the file copied"):
             checkpoints.save(1, {"model.a": torch.ones(9)}, {})
         assert checkpoints.store.names() == [], "the manifest comes last"
@@ -167,13 +164,9 @@ def test_no_secret_is_echoed(
     with pytest.raises(SaveError) as failure:
         train.work(config, run)
     _print_errors(str(failure.value).splitlines())
-    (run / ".hydra").mkdir()
-    (run / ".hydra" / "overrides.yaml").write_text(json.dumps(typed))
-    print(list_runs(Path()))
     shown = "".join(capsys.readouterr())
     assert "copied file://me:***@x/far/r/step-00000002 to" in shown and "the alert end was not sent" in shown
     assert "trying again" in shown and "error: runs/r/checkpoints/step-00000002 was saved, but not copied" in shown
-    assert "checkpoint.path=file://me:***@x/far alerts.webhook=http://127.0.0.1:9/***" in shown
     texts = {name: (run / name).read_text() for name in ("train.log", "status.json", "crashes.jsonl")}
     assert not [name for name, text in {**texts, "shown": shown}.items() if "hunter2" in text or "me:***@x" not in text]
 

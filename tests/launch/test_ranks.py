@@ -19,7 +19,7 @@ from launch.environment import DEFAULTS, PORTS, VARIABLES, first_host, joined_en
 from launch.jobs import Job, Point, free_gpus, run_jobs
 from launch.ranks import launch
 from parallel.config import Device, ParallelConfig, ParallelError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, composed
 from tests.parallel import ranks
 
 
@@ -137,16 +137,13 @@ def test_more_ranks_than_gpus_are_an_error(monkeypatch: pytest.MonkeyPatch) -> N
         ranks.launched(4, os.getpid)
 
 
-@pytest.mark.parametrize(
-    ("dry", "launcher", "expected"),
-    [(64, {}, 64), (0, {}, 3), (0, {"where": Where.slurm, "nodes": 2, "gpus_per_node": 8}, 16)],
-)
-def test_world_size(monkeypatch: pytest.MonkeyPatch, dry: int, launcher: dict[str, Any], expected: int) -> None:
-    sections = {"dry_run": SimpleNamespace(enabled=bool(dry), world_size=dry), "launcher": LauncherConfig(**launcher)}
-    config: Any = SimpleNamespace(parallel=ParallelConfig(device=Device.cpu, tp=3), **sections)
-    assert world_size(config) == expected
+def test_world_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = composed("data=random", "parallel.device=cpu", "parallel.tp=3")
+    slurm = composed("data=random", "launcher=slurm", "launcher.nodes=2", "launcher.gpus_per_node=8")
+    dry = composed("data=random", "dry_run='true'", "dry_run.world_size=64")
+    assert [world_size(each) for each in (config, slurm, dry)] == [3, 16, 64]
     join(monkeypatch, WORLD_SIZE="2")
-    assert world_size(config) == (dry or 2)
+    assert [world_size(each) for each in (config, dry)] == [2, 64]
 
 
 def point(folder: Path, work: str, config: LauncherConfig) -> Point:
