@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
-from functools import wraps
+from functools import partial, wraps
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,12 @@ from omegaconf import DictConfig, open_dict, read_write
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from conf.schema import SCHEMAS, ConfigError, register, similar_keys, to_config, unknown_keys
+from conf.schema import SCHEMAS, register, similar_keys, to_config, unknown_keys
 from conf.text import as_hydra_reads
 from data.config import TRAINING_ONLY
 from launch.config import RankError, is_user_error
 from launch.environment import VARIABLES, joined_environment, set_library_defaults
-from launch.sweep import merge_problems
+from launch.sweep import tried
 from tracking.logs import escape_unprintable, printable, quiet_pipe, without_secrets
 from training.preflight import preflight_problems
 
@@ -250,15 +250,13 @@ class CommandLine:
 
     def _point_problems(self, fixed: list[Override], points: list[list[Override]]) -> Iterator[str]:
         """Yield the errors of a sweep's points."""
-        problems: dict[str, list[str]] = {}
-        for point in points:
+
+        def check(point: list[Override]) -> None:
             cfg, hydra = self.configure([*fixed, *point])
-            try:
-                _ = checked(cfg) if hydra.runtime.choices.get("hydra/launcher") in HERE else to_config(cfg)
-            except ConfigError as error:
-                for problem in str(error).splitlines():
-                    problems.setdefault(problem, []).append(" ".join(override.input_line or "" for override in point))
-        yield from merge_problems(problems, len(points))
+            _ = checked(cfg) if hydra.runtime.choices.get("hydra/launcher") in HERE else to_config(cfg)
+
+        labels = [" ".join(override.input_line or "" for override in point) for point in points]
+        yield from tried(zip(labels, (partial(check, point) for point in points), strict=True), len(points))[1]
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -303,8 +303,8 @@ def register() -> None:
         ConfigStore.instance().store(f"{name}_schema", node=schema)
 
 
-def to_object(cfg: DictConfig) -> Any:
-    """Return a composed configuration as its dataclass; raise `ConfigError` if a key is unknown or missing."""
+def to_config(cfg: DictConfig, more_problems: Callable[[Any], Iterable[str]] = lambda _: ()) -> Any:
+    """Return a composed configuration as its dataclass; raise `ConfigError` with all errors."""
     if problems := [*unknown_keys(cfg), *(f"{key} is not set" for key in sorted(OmegaConf.missing_keys(cfg)))]:
         raise ConfigError("\n".join(problems))
     try:
@@ -316,12 +316,6 @@ def to_object(cfg: DictConfig) -> Any:
         config.model.vocab_size = fitting_vocab_size(config.data)
     elif size.isdecimal():  # in quotes
         config.model.vocab_size = int(size)
-    return config
-
-
-def to_config(cfg: DictConfig, more_problems: Callable[[Any], Iterable[str]] = lambda _: ()) -> Any:
-    """Return a composed configuration as its dataclass; raise `ConfigError` with all errors."""
-    config = to_object(cfg)
     if problems := [*config.problems(), *more_problems(config)]:
         raise ConfigError("\n".join(problems))
     return config
@@ -382,18 +376,14 @@ def stored_model(run_config: dict[str, Any]) -> ModelConfig:
     return stored(ModelConfig, run_config["model"])
 
 
-def did_you_mean(word: str, choices: list[str]) -> str:
-    """Return a hint with the closest choice, or all of them."""
-    near = difflib.get_close_matches(word, choices, n=1)
-    return f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(choices)}"
-
-
 def unknown_keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
     """Yield an error for each key that `+key=value` added to a dataclass; OmegaConf accepts them."""
     schema = OmegaConf.get_type(cfg)
     known = [f.name for f in dataclasses.fields(schema)] if dataclasses.is_dataclass(schema) else None
     for key in cfg:
         if known is not None and key not in known:
-            yield f"{prefix}{key} is not a setting; {did_you_mean(str(key), known)}"
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(known)}"
+            yield f"{prefix}{key} is not a setting; {hint}"
         elif OmegaConf.is_dict(cfg._get_node(key)) and not OmegaConf.is_missing(cfg, key):
             yield from unknown_keys(cfg[key], f"{prefix}{key}.")

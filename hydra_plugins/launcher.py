@@ -5,7 +5,6 @@ Hydra finds plugins in this folder only.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +18,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from conf.cli import checked, data_settings
-from conf.schema import ConfigError, TrainConfig, to_plain
-from launch.sweep import SweepError, folder_name, merge_problems, removed_if_unused, run_points, share_cores
+from conf.schema import TrainConfig, to_plain
+from launch.sweep import SweepError, folder_name, removed_if_unused, run_points, share_cores, tried
 from parallel.config import Device, ParallelConfig
 from training.preflight import check_run
 
@@ -28,12 +27,8 @@ if TYPE_CHECKING:
     from launch.jobs import Point
 
 
-@dataclass
-class JobsConf:
-    _target_: str = "hydra_plugins.launcher.JobLauncher"
-
-
-ConfigStore.instance().store(group="hydra/launcher", name="jobs", node=JobsConf, provider="pretraining")
+JOBS = {"_target_": "hydra_plugins.launcher.JobLauncher"}
+ConfigStore.instance().store(group="hydra/launcher", name="jobs", node=JOBS, provider="pretraining")
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)  # for hydra.sweep.subdir
 
 
@@ -52,18 +47,14 @@ class JobLauncher(Launcher):
             task = OverridesParser.create().parse_overrides([*params, *hydra.overrides.task])
             varies = {override.key_or_group: override.is_sweep_override() for override in task}  # the last one wins
             fixed = {key for key in varies if not varies[key]}
-            points: list[Point] = []
-            problems: dict[str, list[str]] = {}
+            n_points, steps = len(job_overrides), []
             for number, overrides in enumerate(job_overrides, initial_job_idx):
                 typed = (override.lstrip("+") for override in overrides)
                 label = " ".join(o for o in typed if o.lstrip("~").partition("=")[0] not in fixed)
-                try:
-                    points.append(self._point(number, overrides, label, fixed, len(job_overrides)))
-                except ConfigError as error:
-                    for problem in str(error).splitlines():
-                        problems.setdefault(problem, []).append(label)
+                steps.append((label, partial(self._point, number, overrides, label, fixed, n_points)))
+            points, problems = tried(steps, n_points)
             if problems:
-                raise SweepError("\n".join(merge_problems(problems, len(job_overrides))))
+                raise SweepError("\n".join(problems))
             dry = [point.described.get("dry_run", {}).get("enabled", False) for point in points]
             if any(dry) and not all(dry):
                 raise SweepError("dry_run.enabled must be the same at all points of a sweep")

@@ -8,7 +8,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -90,27 +91,28 @@ def _value(run_dir: Path, value: float | None) -> float | None:
 
 def _check(points: "Sequence[Point]", n_points: int) -> None:
     """Raise `SweepError` with all errors of all points."""
-    problems: dict[str, list[str]] = {}
     if shared := [point for n, point in enumerate(points) if point.job.run_dir in {p.job.run_dir for p in points[:n]}]:
         raise SweepError(f"points share {shared[0].job.run_dir}; name each value once, or set hydra.sweep.subdir")
-    for point in points:
+    if problems := tried([(point.label, point.check) for point in points], n_points)[1]:
+        raise SweepError("\n".join(problems))
+
+
+def tried(steps: Iterable[tuple[str, Callable[[], Any]]], n_points: int) -> tuple[list[Any], list[str]]:
+    """Take a step of each point, by label; return the results, and every user error once, with the points it is at."""
+    made, labels = [], defaultdict[str, list[str]](list)  # the points with each problem
+    for label, step in steps:
         try:
-            point.check()
+            made.append(step())
         except Exception as error:
             if not is_user_error(error):
                 raise
-            problems.setdefault(str(error), []).append(point.label)
-    if problems:
-        raise SweepError("\n".join(merge_problems(problems, n_points)))
-
-
-def merge_problems(problems: dict[str, list[str]], n_points: int) -> list[str]:
-    """Return every problem once, with the points that have it if not all do."""
-    merged = []
-    for problem, labels in problems.items():
-        others = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
-        merged.append(problem if len(labels) == n_points else f"{problem} (at {labels[0]}{others})")
-    return merged
+            for problem in str(error).splitlines():
+                labels[problem].append(label)
+    problems = []
+    for problem, at in labels.items():
+        others = f" and {len(at) - 1} more" if len(at) > 1 else ""
+        problems.append(problem if len(at) == n_points else f"{problem} (at {at[0]}{others})")
+    return made, problems
 
 
 def share_cores(config: TrainConfig | PrepareConfig, n_points: int) -> TrainConfig | PrepareConfig:

@@ -44,7 +44,7 @@ class Parametrization(Enum):
 class ModelConfig:
     # free=True: may change on resume and init_from; free="weights": only on init_from, because it changes training
     name: str = field(default=MISSING, metadata={"free": True})  # part of the run folder, such as runs/7b_pile_small
-    # int, or `auto`, which conf.schema.to_object replaces by the vocabulary size of the data
+    # int, or `auto`, which conf.schema.to_config replaces by the vocabulary size of the data
     vocab_size: Any = field(default=MISSING, metadata={"number": True})
     d_model: int = MISSING
     n_layers: int = MISSING

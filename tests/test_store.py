@@ -16,9 +16,9 @@ import evaluate
 import export
 import train
 from conf.cli import _print_errors
-from conf.schema import EvaluateConfig, ExportConfig, to_object
+from conf.schema import EvaluateConfig, ExportConfig
 from parallel.config import Device, ParallelConfig
-from tests.conftest import composed, composed_cfg, trained
+from tests.conftest import composed, trained
 from tracking.status import read_status
 from tracking.store import Store, local_run
 from training.checkpoint import Checkpoints, open_checkpoint
@@ -75,13 +75,13 @@ def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoints:
     return Checkpoints(tmp_path / "r", CheckpointConfig(keep=2, path=f"file://{tmp_path}/far"))
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, file: str, times: int) -> None:
-    """Have a file arrive cut short, so often."""
+def spoil(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """Have a checkpoint's tensors arrive cut short, so often."""
     real, left = LocalFileSystem.put_file, iter(range(times))
 
     def put_file(self: LocalFileSystem, here: str, there: str, **kwargs: Any) -> None:
         real(self, here, there, **kwargs)
-        if here.endswith(file) and next(left, None) is not None:
+        if here.endswith("__0_0.distcp") and next(left, None) is not None:
             os.truncate(there, 10)
 
     monkeypatch.setattr(LocalFileSystem, "put_file", put_file)
@@ -91,7 +91,7 @@ def test_partial_copy_is_made_again(checkpoints: Checkpoints, monkeypatch: pytes
     """Case 15: a partial upload."""
     assert checkpoints.store is not None
     with monkeypatch.context() as failing:
-        spoil(failing, "__0_0.distcp", times=99)
+        spoil(failing, times=99)
         with pytest.raises(SaveError, match="step-00000001 was saved, but not copied: .*differs from the file copied"):
             checkpoints.save(1, {"model.a": torch.ones(9)}, {})
         assert checkpoints.store.names() == [], "the manifest comes last"
@@ -101,7 +101,7 @@ def test_partial_copy_is_made_again(checkpoints: Checkpoints, monkeypatch: pytes
 
 
 def test_damaged_copy_is_not_taken(checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoil(monkeypatch, "__0_0.distcp", times=2)
+    spoil(monkeypatch, times=2)
     for step in (1, 2):
         checkpoints.save(step, {"model.a": torch.full((9,), step)}, {})
     os.truncate(tmp_path / "far" / "r" / "step-00000002" / "__0_0.distcp", 100)
@@ -172,7 +172,6 @@ def test_no_secret_is_echoed(
 
 
 def test_unusable_addresses() -> None:
-    config = to_object(composed_cfg("data=random", "checkpoint.path=nowhere://x"))
-    assert [p for p in preflight_problems(config) if "Protocol not known: nowhere" in p]
-    in_memory = to_object(composed_cfg("data=random", "checkpoint.path=memory://x"))
-    assert [p for p in preflight_problems(in_memory) if "checkpoint.path (memory://x)" in p]
+    for path, wrong in (("nowhere://x", "Protocol not known: nowhere"), ("memory://x", "checkpoint.path (memory://x)")):
+        found = list(preflight_problems(composed("name=x", "data=random", f"checkpoint.path={path}")))
+        assert any(wrong in problem for problem in found), found
