@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial, wraps
 from itertools import islice, product
@@ -214,16 +214,16 @@ class CommandLine:
 
     def _valid(self, overrides: Sequence[Override], wrong: list[str], base: Sequence[Override] = ()) -> list[Override]:
         """Return the overrides that can be applied on top of `base`; add errors of the others to `wrong`."""
-        valid: list[Override] = []
-        with suppress(*HYDRA_ERRORS, ValueError):
+        try:
             self.configure([*base, *overrides])
             return list(overrides)
+        except (*HYDRA_ERRORS, ValueError) as error:
+            if len(overrides) == 1:
+                wrong.append(self._describe(overrides[0], error))
+                return []
+        valid: list[Override] = []
         for override in overrides:
-            try:
-                self.configure([*base, *valid, override])
-                valid.append(override)
-            except (*HYDRA_ERRORS, ValueError) as error:
-                wrong.append(self._describe(override, error))
+            valid += self._valid([override], wrong, base=[*base, *valid])
         return valid
 
     def _describe(self, override: Override, error: Exception) -> str:

@@ -1,5 +1,6 @@
 """Checkpoints are copied to an object store whole or not at all, and a run goes on from there."""
 
+import errno
 import os
 import shutil
 import threading
@@ -20,16 +21,17 @@ from conf.schema import EvaluateConfig, ExportConfig
 from parallel.config import Device, ParallelConfig
 from tests.conftest import composed, trained
 from tracking.status import read_status
-from tracking.store import Store, local_run
+from tracking.store import Store, local_run, retried
 from training.checkpoint import Checkpoints, open_checkpoint
 from training.config import CheckpointConfig, CheckpointError, Dtype, SaveError
 from training.preflight import check_run, preflight_problems
+from training.ranks import Ranks
 
 
 @pytest.fixture
 def flaky_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A server of S3 that answers every third request with 503."""
-    monkeypatch.setattr("tracking.retry.WAITS_S", (0.01,) * 6)
+    monkeypatch.setattr("tracking.store.WAITS_S", (0.01,) * 6)
     pytest.importorskip("s3fs")
     server = pytest.importorskip("moto.server")
     from werkzeug.serving import make_server
@@ -71,7 +73,7 @@ def test_resume_from_flaky_s3(flaky_s3: str, tmp_path: Path, small: list[str], m
 
 @pytest.fixture
 def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoints:
-    monkeypatch.setattr("tracking.retry.WAITS_S", (0.01, 0.01))
+    monkeypatch.setattr("tracking.store.WAITS_S", (0.01, 0.01))
     return Checkpoints(tmp_path / "r", CheckpointConfig(keep=2, path=f"file://{tmp_path}/far"))
 
 
@@ -150,7 +152,7 @@ def test_no_secret_is_echoed(
 ) -> None:
     """A run is copied, resumed from the copy, and fails because the store does."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tracking.retry.WAITS_S", (0.01,))
+    monkeypatch.setattr("tracking.store.WAITS_S", (0.01,))
     run = Path("runs/r")
     typed = ["checkpoint.path=file://me:hunter2@x/far", "alerts.webhook=http://127.0.0.1:9/a/hunter2"]
     config = composed("name=r", *small, "steps=2", *typed)
@@ -175,3 +177,22 @@ def test_unusable_addresses() -> None:
     for path, wrong in (("nowhere://x", "Protocol not known: nowhere"), ("memory://x", "checkpoint.path (memory://x)")):
         found = list(preflight_problems(composed("name=x", "data=random", f"checkpoint.path={path}")))
         assert any(wrong in problem for problem in found), found
+
+
+def test_errors_that_may_pass_are_tried_again_and_others_raised_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("tracking.store.time.sleep", waits.append)
+
+    def failing(number: int, times: int) -> str:
+        if len(waits) < times:
+            raise OSError(number, "manifest.json")
+        return "done"
+
+    assert retried(lambda: failing(errno.ESTALE, 4)) == "done" and waits == [0.1, 0.4, 1.5, 4.0]
+    waits.clear()
+    with pytest.raises(CheckpointError, match="manifest.json"):
+        Ranks().on_first(lambda: failing(errno.EACCES, 5))
+    assert len(waits) == 4
+    with pytest.raises(OSError, match="manifest.json"):
+        retried(lambda: failing(errno.ENOSPC, 5))
+    assert len(waits) == 4
