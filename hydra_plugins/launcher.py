@@ -62,8 +62,7 @@ class JobLauncher(Launcher):
                 results = list(map(_run_dry, points))
             else:
                 results = run_points(points, Path(os.path.relpath(self.config.hydra.sweep.dir)))
-        failed = [isinstance(result, Exception) for result in results]
-        states = [JobStatus.FAILED if failure else JobStatus.COMPLETED for failure in failed]
+        states = [JobStatus.FAILED if isinstance(r, Exception) else JobStatus.COMPLETED for r in results]
         return [JobReturn(o, status=s, _return_value=r) for o, s, r in zip(job_overrides, states, results, strict=True)]
 
     def _point(self, number: int, overrides: Sequence[str], label: str, fixed: set[str], n_points: int) -> "Point":

@@ -38,8 +38,7 @@ def world_size(config: "TrainConfig") -> int:
     """Return the number of ranks, simulated, running or to be started; raise `ParallelError` if they do not fit."""
     if config.dry_run.enabled:
         return config.dry_run.world_size
-    if joined := joined_environment(os.environ):
-        check_joined(joined, config.parallel)
+    if joined := joined_variables(config.parallel):
         return int(joined["WORLD_SIZE"])
     if config.launcher.where is Where.slurm:
         return config.launcher.nodes * config.launcher.ranks_per_node
@@ -79,12 +78,8 @@ def joined_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Return a rank's VARIABLES as set by torchrun or srun, or {} without either."""
     if "RANK" in environment or "WORLD_SIZE" in environment:
         return {name: environment[name] for name in VARIABLES if name in environment}
-    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in environment:
-        return _srun_variables(environment)
-    return {}
-
-
-def _srun_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1 or "SLURM_PROCID" not in environment:
+        return {}
     step = ".".join(environment.get(f"SLURM_{name}", "") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
     tasks: list[str] = []  # per node, parsed from a form such as 2(x3),1
     for part in environment["SLURM_STEP_TASKS_PER_NODE"].split(","):
@@ -108,19 +103,19 @@ def first_host(node_list: str) -> str:
     return "".join(part or "" for part in found.groups())
 
 
-def check_joined(variables: Mapping[str, str], config: ParallelConfig) -> None:
-    """Raise `ParallelError` if a rank's variables are incomplete, or there are more local ranks than GPUs."""
-    if variables == {"RANK": "0", "WORLD_SIZE": "1"}:
-        return
+def joined_variables(config: ParallelConfig) -> dict[str, str]:
+    """Return `joined_environment`; raise `ParallelError` if it is incomplete, or has more local ranks than GPUs."""
+    variables = joined_environment(os.environ)
+    if not variables or variables == {"RANK": "0", "WORLD_SIZE": "1"}:
+        return variables
     missing = [name for name in VARIABLES if name not in variables]
     if missing:
         raise ParallelError(f"{', '.join(missing)} must be set with {', '.join(variables)}, as torchrun and srun do")
     n_gpus = 0 if config.device is Device.cpu else visible_gpus()
     if n_gpus and int(variables["LOCAL_RANK"]) >= n_gpus:
-        n_ranks = variables["LOCAL_WORLD_SIZE"]
-        raise ParallelError(
-            f"LOCAL_WORLD_SIZE ({n_ranks}) is more than this machine's {n_gpus} GPUs; start fewer ranks"
-        )
+        what = f"LOCAL_WORLD_SIZE ({variables['LOCAL_WORLD_SIZE']})"
+        raise ParallelError(f"{what} is more than this machine's {n_gpus} GPUs; start fewer ranks")
+    return variables
 
 
 def free_port() -> int:

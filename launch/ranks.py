@@ -19,14 +19,7 @@ from types import FrameType
 from typing import Any
 
 from launch.config import RankError, is_user_error
-from launch.environment import (
-    VARIABLES,
-    check_joined,
-    free_port,
-    joined_environment,
-    nproc_per_node,
-    set_library_defaults,
-)
+from launch.environment import VARIABLES, free_port, joined_variables, nproc_per_node, set_library_defaults
 from parallel.config import ParallelConfig
 from tracking.logs import STACK_SIGNALS
 from training.config import SaveError
@@ -45,9 +38,8 @@ def launch(work: Callable[..., Any], *args: Any, config: ParallelConfig) -> Any:
     set_library_defaults()
     for signum in STACK_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)  # until the log for stacks is open
-    if joined := joined_environment(os.environ):
-        check_joined(joined, config)
-        os.environ.update(joined)
+    joined = joined_variables(config)
+    os.environ.update(joined)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import record
 

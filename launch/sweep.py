@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from conf.schema import PrepareConfig, TrainConfig
 from launch.config import UserError, Where, is_user_error
-from launch.ranks import nproc_per_node
+from launch.environment import nproc_per_node
 from tracking.logs import without_secrets
 from tracking.metrics_file import last_value
 from tracking.run_folder import SWEEP_LOCK, changed_keys, is_free_key, locked
@@ -163,7 +163,7 @@ def code_files() -> dict[str, str]:
     rooms -= {CODE / "tests", CODE / "benchmarks"}
     files = [
         *CODE.glob("*.py"),
-        *(path for room in rooms for path in room.rglob("*.*") if path.suffix in (".py", ".yaml")),
+        *(path for room in rooms for kind in ("py", "yaml") for path in room.rglob(f"*.{kind}")),
     ]
     return {str(path.relative_to(CODE)): path.read_text(encoding="utf-8") for path in sorted(files)}
 

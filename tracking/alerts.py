@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 @contextmanager
 def alerts(config: AlertsConfig, run_dir: Path) -> Iterator[None]:
     """Send alerts as configured, one by one."""
-
     if config.command is None and config.webhook is None:
         yield
         return

@@ -23,14 +23,9 @@ PASSWORD = re.compile(
 WEBHOOK = re.compile(r"(\bwebhook(?:[\"']?\s*[=:]\s*[\"']?|\s*\()(?:\w+://)?[^/?\s\"']*[/?])[^\s\"')\\]+")
 
 
-def without_passwords(text: str) -> str:
-    """Return a text with the passwords and tokens of addresses masked."""
-    return PASSWORD.sub(r"\1***@", text)
-
-
 def without_secrets(text: str) -> str:
-    """Return a text with the passwords of addresses, and the path of the webhook for alerts, masked."""
-    return WEBHOOK.sub(r"\1***", without_passwords(text))
+    """Return a text with the passwords and tokens of addresses, and the path of the webhook for alerts, masked."""
+    return WEBHOOK.sub(r"\1***", PASSWORD.sub(r"\1***@", text))
 
 
 class _Formatter(logging.Formatter):

@@ -4,7 +4,7 @@ import sys
 from math import isfinite
 from pathlib import Path
 
-from tracking.compare import aligned, read_runs
+from tracking.compare import SCORE, aligned, read_runs
 from tracking.logs import folder_command
 from tracking.metrics_file import METRICS, read_records
 from training.config import CheckpointError
@@ -36,8 +36,7 @@ def show(run_dir: Path) -> str:
     rows: dict[int, dict[str, float | None]] = {}
     for record in read_records(run.folder / METRICS):
         for key, value in record.items():
-            scored = key.startswith("evaluation/") and not key.endswith("/questions")
-            if scored or key in ("valid/loss", "valid/bits_per_byte"):
+            if SCORE.fullmatch(key) or key in ("valid/loss", "valid/bits_per_byte"):
                 rows.setdefault(record["step"], {})[key] = value
     keys = list(dict.fromkeys(key for row in rows.values() for key in row))
     cells = [["-" if row.get(key) is None else f"{row[key]:.4f}" for key in keys] for row in rows.values()]

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import xxhash
 
-from tracking.logs import without_passwords
+from tracking.logs import without_secrets
 from tracking.run_folder import STEP, read_json
 from training.config import CheckpointError, DamagedError
 
@@ -153,7 +153,7 @@ def local_run(path: str, step: int | None = None) -> Path:
     origin, trained = run_dir / ORIGIN, read_json(run_dir / "status.json").get("config", {}).get("checkpoint", {})
     own = f"{(trained.get('path') or '').rstrip('/')}/{run_dir.name}"  # trained here, and copied there
     known = origin.read_text(encoding="utf-8") if origin.exists() else own
-    if run_dir.exists() and without_passwords(path) != without_passwords(known):
+    if run_dir.exists() and without_secrets(path) != without_secrets(known):
         raise CheckpointError(f"{run_dir} is not a copy of {path}; rename it, or pass another name=")
     run_dir.mkdir(parents=True, exist_ok=True)
     origin.write_text(path, encoding="utf-8")
