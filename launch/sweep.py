@@ -161,10 +161,8 @@ def code_files() -> dict[str, str]:
     """Return the code and conf/ of this repository, with packages of the user's own in it: text by relative path."""
     rooms = {path.parent for path in CODE.glob("*/__init__.py")} | {CODE / "hydra_plugins"}
     rooms -= {CODE / "tests", CODE / "benchmarks"}
-    files = [
-        *CODE.glob("*.py"),
-        *(path for room in rooms for kind in ("py", "yaml") for path in room.rglob(f"*.{kind}")),
-    ]
+    files = {path for room in rooms for path in room.rglob("*.*") if path.suffix in (".py", ".yaml")}
+    files |= set(CODE.glob("*.py"))
     return {str(path.relative_to(CODE)): path.read_text(encoding="utf-8") for path in sorted(files)}
 
 

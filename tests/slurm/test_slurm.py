@@ -1,8 +1,6 @@
 """Jobs on a real Slurm: several nodes, failures that are reported, and runs that resume bit for bit."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -21,7 +19,6 @@ from parallel.config import ParallelConfig
 from tests.conftest import ROOT, composed_cfg, trained
 from tests.slurm.cluster import lost, until, why_not
 from tests.test_train import assert_same_run
-from tracking.status import read_status
 from training.checkpoint import open_checkpoint
 
 SLOWLY = "tests.slurm.work:train_slowly_at_first"
@@ -162,25 +159,6 @@ def test_a_lost_node_resumes_bit_for_bit(tmp_path: Path, small: list[str]) -> No
     here = [sys.executable, "train.py", *settings, "parallel.nproc_per_node=2", f"hydra.run.dir={tmp_path / 'whole'}"]
     subprocess.run(here, cwd=ROOT, check=True, capture_output=True)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
-
-
-def test_a_job_outlives_its_client_and_is_found_again(tmp_path: Path, small: list[str]) -> None:
-    settings = [*small, "steps=1000000", "logger.every=20", "name=left", f"hydra.sweep.dir={tmp_path}"]
-    argv = [sys.executable, "train.py", *settings, "launcher=slurm", "launcher.poll_s=0.5", "parallel.threads=1"]
-    client = subprocess.Popen(argv, cwd=ROOT)
-    until(lambda: client.poll() is not None or steps_of(tmp_path))
-    client.kill()  # as when a terminal closes
-    client.wait()
-    client = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert client.stdout is not None
-    job = job_of(tmp_path)
-    assert client.stdout.readline() == f"job {job} is already in the queue: {os.path.relpath(tmp_path, ROOT)}\n"
-    client.send_signal(signal.SIGINT)
-    printed = client.communicate(timeout=150)[1]
-    assert client.returncode == 130 and f"cancelled {job}; the same command resumes" in printed
-    until(lambda: slurm.states([job]) == {job: "CANCELLED"})
-    until(lambda: read_status(tmp_path)["state"] == "stopped")
-    assert open_checkpoint(tmp_path).step > 0
 
 
 def test_srun_starts_the_ranks_of_one_run(tmp_path: Path, small: list[str]) -> None:

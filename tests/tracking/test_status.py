@@ -1,7 +1,6 @@
 """How a run ended, how often it crashed, and when early_stop ends it."""
 
 import json
-import shutil
 import socket
 import time
 from pathlib import Path
@@ -126,11 +125,3 @@ def test_a_rank_that_died_without_a_word_is_named(tmp_path: Path, monkeypatch: p
         with pytest.raises(RankError, match=text), Status(tmp_path, {}, rank=1, ranks=2):
             raise RuntimeError("Connection closed by peer")
         assert "rank 0 failed first" in read_status(tmp_path)["reason"], "the first rank that is left writes it"
-
-
-def test_an_error_is_not_hidden_by_a_folder_that_has_vanished(tmp_path: Path) -> None:
-    run = tmp_path / "r"
-    run.mkdir()
-    with pytest.raises(ValueError, match="boom"), Status(run, {}):
-        shutil.rmtree(run)
-        raise ValueError("boom")
