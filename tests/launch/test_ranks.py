@@ -16,11 +16,13 @@ import pytest
 from corpus.config import DataError
 from launch.config import LauncherConfig, RankError, Where
 from launch.environment import DEFAULTS, PORTS, VARIABLES, first_host, joined_environment, nproc_per_node, world_size
-from launch.jobs import Job, Point, free_gpus, run_jobs
+from launch.jobs import Job, Outcome, Point, free_gpus, run_jobs
 from launch.ranks import launch
+from launch.sweep import run_points
 from parallel.config import Device, ParallelConfig, ParallelError
 from tests.conftest import ROOT, composed
 from tests.parallel import ranks
+from tracking.status import read_status
 
 
 def children() -> list[psutil.Process]:
@@ -192,3 +194,21 @@ def test_jobs_in_slurm_outlive_the_terminal(
     with pytest.raises(SystemExit):
         run_jobs([waiting], tmp_path / ".jobs", ROOT)
     assert asked == cancelled
+
+
+def test_points_are_queued_and_an_interrupt_stops_those_that_have_not_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(found: list[Point], _folder: Path, _code: Path, begin: Any, report: Any) -> None:
+        for each in found:
+            begin(each)
+            assert read_status(each.job.run_dir)["state"] == "queued"
+        report(found[0], Outcome("failed", reason="https://me:hunter2@x"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launch.jobs.run_jobs", interrupted)
+    two = [point(tmp_path / name, "train:work", LauncherConfig()) for name in "ab"]
+    with pytest.raises(KeyboardInterrupt):
+        run_points(two, tmp_path)
+    assert [read_status(each.job.run_dir)["state"] for each in two] == ["failed", "stopped"]
+    assert "failed: https://me:***@x" in capsys.readouterr().err

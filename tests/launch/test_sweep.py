@@ -18,8 +18,7 @@ from omegaconf import OmegaConf
 from conf.schema import TrainConfig
 from hydra_plugins.sweeper import OptunaSweeper
 from launch import slurm
-from launch.jobs import Outcome, Point
-from launch.sweep import keep_code, run_points, share_cores
+from launch.sweep import keep_code, share_cores
 from parallel.config import ParallelError
 from tests.conftest import ROOT, ran
 from tests.test_preflight import points
@@ -128,23 +127,6 @@ def test_killed_run_with_workers_releases_its_folder(tmp_path: Path, small: list
         process.kill()
     time.sleep(1)  # torch's own workers look for their parent every five seconds
     assert not is_held(tmp_path)
-
-
-def test_points_are_queued_and_an_interrupt_stops_those_that_have_not_ended(
-    tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(found: list[Point], _folder: Path, _code: Path, begin: Any, report: Any) -> None:
-        for point in found:
-            begin(point)
-            assert read_status(point.job.run_dir)["state"] == "queued"
-        report(found[0], Outcome("failed", reason="https://me:hunter2@x"))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("launch.jobs.run_jobs", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run_points(two := points(tmp_path, *small), tmp_path)
-    assert [read_status(point.job.run_dir)["state"] for point in two] == ["failed", "stopped"]
-    assert "failed: https://me:***@x" in "".join(capsys.readouterr())
 
 
 def test_jobs_at_one_time_share_the_cores(tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
