@@ -16,7 +16,7 @@ from hydra.core.utils import JobStatus
 from omegaconf import OmegaConf
 
 from conf.schema import TrainConfig
-from hydra_plugins.sweeper import OptunaSweeper
+from hydra_plugins.sweeps import OptunaSweeper
 from launch import slurm
 from launch.sweep import keep_code, share_cores
 from parallel.config import ParallelError
