@@ -9,9 +9,8 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from conf.cli import CONF, CommandLine, run
+from conf.cli import CONF, CommandLine, as_hydra_reads, run
 from conf.schema import register
-from conf.text import as_hydra_reads
 
 register()
 
