@@ -1,6 +1,7 @@
 """Jobs on a real Slurm: several nodes, failures that are reported, and runs that resume bit for bit."""
 
 import json
+import random
 import subprocess
 import sys
 import threading
@@ -16,14 +17,23 @@ from launch import slurm
 from launch.config import LauncherConfig, Where
 from launch.jobs import Job, Outcome, Point, run_jobs
 from parallel.config import ParallelConfig
-from tests.conftest import ROOT, composed_cfg, trained
-from tests.slurm.cluster import lost, until, why_not
+from tests.conftest import ROOT, composed_cfg, ran, trained
+from tests.corpora import contents, lines
+from tests.slurm.cluster import cluster, lost, until, why_not
 from tests.test_train import assert_same_run
 from training.checkpoint import open_checkpoint
 
 SLOWLY = "tests.slurm.work:train_slowly_at_first"
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(why_not()), reason=why_not() or "installed")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with cluster(tmp_path_factory.mktemp("slurm")) as variables, pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield
 
 
 def point(work: str, *args: Any, run_dir: Path, **settings: Any) -> Point:
@@ -169,3 +179,24 @@ def test_srun_starts_the_ranks_of_one_run(tmp_path: Path, small: list[str]) -> N
     assert done.stdout.count("step 2/2") == 1 and (tmp_path / "r" / "train.rank1.log").exists()
     wrong = subprocess.run([*ranks, *settings, "optimizer.lr=-1"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.count("optimizer.lr (-1.0) must be positive") == 1
+
+
+def test_slurm_tasks_make_the_bytes_of_one_machine(tmp_path: Path) -> None:
+    draw, texts = random.Random(0), tmp_path / "texts"
+    texts.mkdir()
+    words = ["".join(draw.choices("abcdefghij", k=6)) for _ in range(5000)]
+    for name in "abc":
+        records = [{"text": " ".join(draw.choices(words, k=900))} for _ in range(100)]
+        (texts / f"{name}.jsonl").write_bytes(lines(records))
+
+    def prepared(name: str, *more: str) -> str:
+        settings = ["shards=2", "workers=1", "tokenizer.vocab_size=600", "tokenizer.train_bytes=300000", *more]
+        places = [f"data.input={texts}", f"data.path={tmp_path / name}", f"hydra.sweep.dir={tmp_path / 'jobs' / name}"]
+        return ran("prepare_data.py", "data=local", *places, *settings).stdout
+
+    prepared("local")
+    on_slurm = ("slurm", "launcher=slurm", "launcher.poll_s=0.5")
+    printed = prepared(*on_slurm)
+    assert printed.count("is submitted: ") == 2 and printed.count("split  source") == 1
+    assert contents(tmp_path / "slurm") == contents(tmp_path / "local")
+    assert prepared(*on_slurm).count("was prepared before") == 2

@@ -1,6 +1,9 @@
-"""Records reach every logger, whatever one of them does, and the pictures and log lines of a run."""
+"""Records reach every logger, whatever one of them does; what is printed, and the pictures of a run."""
 
 import json
+import os
+import subprocess
+import sys
 import tracemalloc
 from importlib import import_module
 from pathlib import Path
@@ -10,9 +13,10 @@ from typing import Any, ClassVar
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import trained
+from tests.conftest import ROOT, trained
 from tracking.config import LoggerConfig
 from tracking.loggers import Logger, Loggers, Record
+from tracking.logs import without_secrets
 from tracking.metrics_file import centred, read_records, smoothed, truncate_metrics
 from tracking.plot import plot_loss
 
@@ -147,3 +151,42 @@ def test_a_picture_of_a_long_run_takes_little_memory(tmp_path: Path) -> None:
     assert memory < 60e6
     drawn = read_records(tmp_path / "metrics.jsonl", every=100)
     assert sum("valid/loss" in record for record in drawn) == 60 and 600 < len(drawn) < 800
+
+
+LOGS = """
+import logging
+from tracking.logs import screen
+with screen():
+    for line in range(3):
+        logging.info("a line")
+print("to the end")
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["-c", LOGS], 0), (["prepare_data.py", "--help"], 141)], ids=["logs", "prints"]
+)
+def test_closed_pipe_ends_what_prints_but_not_what_logs(arguments: list[str], code: int) -> None:
+    with subprocess.Popen(["true"], stdin=subprocess.PIPE) as reader:
+        reader.wait()
+        argv, env = [sys.executable, *arguments], {**os.environ, "PYTHONUNBUFFERED": ""}
+        done = subprocess.run(argv, cwd=ROOT, env=env, stdout=reader.stdin, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("copied file://me:secret@x/far", "copied file://me:***@x/far"),
+        ("//me:secret@x/far", "//me:***@x/far"),
+        ("s3://key:sec/ret@bucket", "s3://key:***@bucket"),
+        ("https://token@host/x", "https://***@host/x"),
+        ("https://host:80/a@b c:d/e@f http://x/y@z", None),
+        ("alerts.webhook (https://hooks.x/a/b) alerts.webhook=https://h/c", "alerts.webhook (https://hooks.x/***) alerts.webhook=https://h/***"),
+        (json.dumps({"webhook": "https://h.x/S", "command": None}), json.dumps({"webhook": "https://h.x/***", "command": None})),
+        ("saved runs/webhook/checkpoints/step-5", None),
+        ("is it a webhook? yes/no", None),
+    ],
+)  # fmt: skip
+def test_secrets_are_masked_and_nothing_else(text: str, shown: str | None) -> None:
+    assert without_secrets(text) == (text if shown is None else shown)
