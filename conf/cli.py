@@ -217,9 +217,16 @@ class CommandLine:
             for value in values:
                 self._valid([value], wrong, base=fixed)
         yield from wrong
-        if not (wrong or self.args.help or self.args.cfg or self.args.info):
-            points = islice(map(list, product(*varied)), MOST_POINTS)  # the launcher checks all
-            yield from self._point_problems(fixed, list(points))
+        if wrong or self.args.help or self.args.cfg or self.args.info:
+            return
+
+        def check(point: Sequence[Override]) -> None:
+            cfg, hydra = self.configure([*fixed, *point])
+            _ = checked(cfg) if hydra.runtime.choices.get("hydra/launcher") in HERE else to_config(cfg)
+
+        points = list(islice(product(*varied), MOST_POINTS))  # the launcher checks all
+        labels = [" ".join(override.input_line or "" for override in point) for point in points]
+        yield from tried(zip(labels, (partial(check, point) for point in points), strict=True), len(points))[1]
 
     def _valid(self, overrides: Sequence[Override], wrong: list[str], base: Sequence[Override] = ()) -> list[Override]:
         """Return the overrides that can be applied on top of `base`; add errors of the others to `wrong`."""
@@ -256,16 +263,6 @@ class CommandLine:
         value = override.value()
         values = [value.start, value.end] if isinstance(value, IntervalSweep) else override.sweep_string_iterator()
         return [self.parser.parse_override(f"{override.get_key_element()}={value}") for value in values]
-
-    def _point_problems(self, fixed: list[Override], points: list[list[Override]]) -> Iterator[str]:
-        """Yield the errors of a sweep's points."""
-
-        def check(point: list[Override]) -> None:
-            cfg, hydra = self.configure([*fixed, *point])
-            _ = checked(cfg) if hydra.runtime.choices.get("hydra/launcher") in HERE else to_config(cfg)
-
-        labels = [" ".join(override.input_line or "" for override in point) for point in points]
-        yield from tried(zip(labels, (partial(check, point) for point in points), strict=True), len(points))[1]
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -106,7 +106,7 @@ def tried(steps: Iterable[tuple[str, Callable[[], Any]]], n_points: int) -> tupl
         except Exception as error:
             if not is_user_error(error):
                 raise
-            for problem in str(error).splitlines():
+            for problem in str(error).splitlines() or [repr(error)]:
                 labels[problem].append(label)
     problems = []
     for problem, at in labels.items():
