@@ -291,7 +291,8 @@ def test_stock_launcher_trains_every_point(tmp_path: Path, outside: Path, launch
     if launcher == "joblib":
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     if launcher == "basic":
-        assert "/nowhere" in ran(*argv, "data=builtin", "data.path=/nowhere", code=1).stderr.splitlines()[-1]
+        missing = ["data=builtin", "data.path=/nowhere", f"hydra.sweep.dir={tmp_path / 'refused'}"]
+        assert "/nowhere" in ran(*argv, *missing, code=1).stderr.splitlines()[-1]
     many = ["data.workers=2", *(f"launcher.sbatch.option{n}={'x' * 20}" for n in range(9))]  # a long name
     ran(*argv, *many, "launcher.where=slurm", "optimizer.lr=1e-3,1e-2", f"hydra.sweep.dir={tmp_path}")
     states = [json.loads(path.read_text())["state"] for path in tmp_path.glob("*/status.json")]
