@@ -1,6 +1,5 @@
-"""Ranks are spawned or joined, fail together, and none is left behind; jobs share a machine, or are Slurm's."""
+"""Ranks are spawned or joined, fail together, and none is left behind."""
 
-import json
 import os
 import signal
 import subprocess
@@ -13,19 +12,15 @@ from typing import Any
 
 import psutil
 import pytest
-from submitit.core.utils import JobPaths
 
 from corpus.config import DataError
-from launch import slurm
 from launch.config import LauncherConfig, RankError, Where
 from launch.environment import DEFAULTS, PORTS, VARIABLES, first_host, joined_environment, nproc_per_node, world_size
-from launch.jobs import Job, Outcome, Point, free_gpus, run_jobs
+from launch.jobs import Job, Point, free_gpus, run_jobs
 from launch.ranks import launch
-from launch.sweep import run_points
 from parallel.config import Device, ParallelConfig, ParallelError
-from tests.conftest import ROOT, composed
+from tests.conftest import ROOT
 from tests.parallel import ranks
-from tracking.status import Status, read_status
 
 
 def children() -> list[psutil.Process]:
@@ -142,13 +137,16 @@ def test_more_ranks_than_gpus_are_an_error(monkeypatch: pytest.MonkeyPatch) -> N
         ranks.launched(4, os.getpid)
 
 
-def test_world_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = composed("data=random", "parallel.device=cpu", "parallel.tp=3")
-    slurm = composed("data=random", "launcher=slurm", "launcher.nodes=2", "launcher.gpus_per_node=8")
-    dry = composed("data=random", "dry_run='true'", "dry_run.world_size=64")
-    assert [world_size(each) for each in (config, slurm, dry)] == [3, 16, 64]
+@pytest.mark.parametrize(
+    ("dry", "launcher", "expected"),
+    [(64, {}, 64), (0, {}, 3), (0, {"where": Where.slurm, "nodes": 2, "gpus_per_node": 8}, 16)],
+)
+def test_world_size(monkeypatch: pytest.MonkeyPatch, dry: int, launcher: dict[str, Any], expected: int) -> None:
+    sections = {"dry_run": SimpleNamespace(enabled=bool(dry), world_size=dry), "launcher": LauncherConfig(**launcher)}
+    config: Any = SimpleNamespace(parallel=ParallelConfig(device=Device.cpu, tp=3), **sections)
+    assert world_size(config) == expected
     join(monkeypatch, WORLD_SIZE="2")
-    assert [world_size(each) for each in (config, dry)] == [2, 64]
+    assert world_size(config) == (dry or 2)
 
 
 def point(folder: Path, work: str, config: LauncherConfig) -> Point:
@@ -197,79 +195,3 @@ def test_jobs_in_slurm_outlive_the_terminal(
     with pytest.raises(SystemExit):
         run_jobs([waiting], tmp_path / ".jobs", ROOT)
     assert asked == cancelled
-
-
-def test_points_are_queued_and_an_interrupt_stops_those_that_have_not_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(found: list[Point], _folder: Path, _code: Path, begin: Any, report: Any) -> None:
-        for each in found:
-            begin(each)
-            assert read_status(each.job.run_dir)["state"] == "queued"
-        report(found[0], Outcome("failed", reason="https://me:hunter2@x"))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("launch.jobs.run_jobs", interrupted)
-    two = [point(tmp_path / name, "train:work", LauncherConfig()) for name in "ab"]
-    with pytest.raises(KeyboardInterrupt):
-        run_points(two, tmp_path)
-    assert [read_status(each.job.run_dir)["state"] for each in two] == ["failed", "stopped"]
-    assert "failed: https://me:***@x" in capsys.readouterr().err
-
-
-SBATCH = '#!/bin/sh\nenv > "$0.env"; cat "$1" > "$0.script"; echo "Submitted batch job 7"\n'
-REFUSES = "#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpu' >&2; exit 1\n"
-
-
-def test_submitted_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    for name, value in {"JOB_ID": "7", "CPU_BIND": "mask_cpu:0x1", "CONF": "/etc/slurm.conf"}.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    for name, text in {"sbatch": SBATCH, "srun": "#!/bin/sh\n"}.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    options = {"partition": "gpu", "mem_gb": 3, "sbatch": {"exclusive": "True", "comment": "x"}, "time": "1:30:30"}
-    config = LauncherConfig(where=Where.slurm, gpus_per_node=2, srun_args=["--cpu-bind=none"], **options)  # type: ignore[arg-type]
-    assert slurm.submit([str], config, tmp_path / "jobs", {"A": "b c"}) == ["7"]
-    variables = (tmp_path / "sbatch.env").read_text().splitlines()
-    assert [line for line in variables if line.startswith("SLURM_")] == ["SLURM_CONF=/etc/slurm.conf"]
-    script = (tmp_path / "sbatch.script").read_text().splitlines()
-    asked = {line.removeprefix("#SBATCH ") for line in script if line.startswith("#SBATCH ")}
-    assert {"--partition=gpu", "--nodes=1", "--exclusive", "--comment=x", "--mem=3G", "--time=91", "--requeue"} <= asked
-    assert {"--gpus-per-node=2", "--ntasks-per-node=2"} <= asked and "export A='b c'" in script
-    assert any("--cpu-bind=none" in line for line in script if line.startswith("srun"))
-    (tmp_path / "sbatch").write_text(REFUSES)
-    with pytest.raises(ParallelError, match="launcher=slurm: .*invalid partition specified: gpu"):
-        slurm.submit([str], config, tmp_path / "jobs", {})
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(ParallelError, match="needs sbatch"):
-        slurm.submit([str], config, tmp_path / "jobs", {})
-
-
-def crash(_config: object, run_dir: Path) -> None:
-    with Status(run_dir, {}):
-        raise RuntimeError("no answer from https://me:hunter2@x")
-
-
-def test_what_follows_a_crash_is_an_alert_of_one_rank(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run, sent = tmp_path / "r", tmp_path / "sent"
-    run.mkdir()
-    monkeypatch.setattr("launch.slurm.requeue", lambda _: "")
-    monkeypatch.setattr("os._exit", sys.exit)
-    config = composed("name=r", "data=random", "parallel.device=cpu", f"alerts.command='(cat; echo) >> {sent}'")
-    launcher = LauncherConfig(where=Where.slurm, requeue_crashes=True)
-    job = Job(f"{__name__}:crash", (config, run), run, config.parallel, launcher)
-    followed = ["requeued", "not requeued: it crashed twice at the same step"]
-    for attempt, what in enumerate(followed):
-        monkeypatch.setenv("SLURM_RESTART_COUNT", str(attempt))
-        for rank in (0, 1):
-            with pytest.raises(SystemExit):
-                job(JobPaths(tmp_path, job_id="7", task_id=rank))
-            if not rank:
-                assert read_status(run)["stop"] == {"followed": what} and what in (run / "train.log").read_text()
-    shown = "".join(capsys.readouterr())
-    assert "https://me:***@x" in shown and "hunter2" not in shown
-    alerts = [json.loads(line) for line in sent.read_text().splitlines()]
-    assert [(alert["state"], alert["reason"]) for alert in alerts] == [("requeue", what) for what in followed]

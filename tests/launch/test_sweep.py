@@ -18,9 +18,10 @@ from omegaconf import OmegaConf
 from conf.schema import TrainConfig
 from hydra_plugins.sweeps import OptunaSweeper
 from launch import slurm
-from launch.sweep import keep_code, share_cores
+from launch.jobs import Outcome, Point
+from launch.sweep import keep_code, run_points, share_cores
 from parallel.config import ParallelError
-from tests.conftest import ROOT, ran
+from tests.conftest import ROOT, metrics, ran
 from tests.test_preflight import points
 from tracking.run_folder import is_held
 from tracking.status import read_status
@@ -94,6 +95,27 @@ def test_search_minimises_the_loss_continues_and_refuses_another(tmp_path: Path,
         assert "has a search with other settings" in done.stderr and reported in done.stderr
 
 
+def test_search_minimises_the_score_of_a_task(tmp_path: Path, small: list[str]) -> None:
+    pytest.importorskip("optuna")
+    objective, space = "evaluation/builtin/bpb", "optimizer.lr=tag(log, interval(1e-6, 1e-2))"
+    scored = ["steps=2", "evaluate.tasks=[builtin]", f"objective={objective}"]
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2", space]
+    done = sweep(tmp_path, *(option for option in small if option != "optimizer.lr=1e-3"), *scored, *search)
+    found = {metrics(path)[-1][objective]: path for path in tmp_path.glob("optimizer*")}
+    assert len(found) == 2 and all(read_status(path)["objective"] == value for value, path in found.items())
+    assert f"best of 2 trials: {min(found):.4f} at {found[min(found)].name}\n" in done.stdout
+
+
+def test_sweep_of_mixtures_draws_the_loss_of_each_source(tmp_path: Path, small: list[str]) -> None:
+    mixtures = ["~data.mix.en", "+data.mix.prose=1", "data.mix.code=0,3", "steps=2"]
+    done = sweep(tmp_path, "experiment=mix_sweep", *small, *mixtures)
+    assert "table.md, loss.png, final.png, mix.png\n" in done.stdout
+    found = [metrics(path)[-1] for path in tmp_path.glob("*data.mix.code=*")]
+    assert len(found) == 2, "values on the command line replace those of the experiment"
+    assert all({"valid/loss/code", "valid/loss/prose"} < last.keys() for last in found)
+    assert (tmp_path / "compare" / "table.md").read_text().split()[1] == "code"
+
+
 def test_pruned_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("optuna")
     values = iter([2.0, math.inf, math.inf])
@@ -127,6 +149,36 @@ def test_killed_run_with_workers_releases_its_folder(tmp_path: Path, small: list
         process.kill()
     time.sleep(1)  # torch's own workers look for their parent every five seconds
     assert not is_held(tmp_path)
+
+
+def test_interrupted_points_are_stopped(tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    queued = []
+
+    def interrupt(points: list[Point], _folder: Path, _code: Path, begin: Any, _report: Any) -> None:
+        for point in points:
+            begin(point)
+            queued.append(read_status(point.job.run_dir)["state"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launch.jobs.run_jobs", interrupt)
+    interrupted = points(tmp_path, *small)
+    with pytest.raises(KeyboardInterrupt):
+        run_points(interrupted, tmp_path)
+    assert queued == ["queued"] * 2
+    assert [read_status(point.job.run_dir)["state"] for point in interrupted] == ["stopped"] * 2
+
+
+def test_a_failure_is_shown_without_secrets(
+    tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(points: list[Point], _folder: Path, _code: Path, begin: Any, report: Any) -> None:
+        for point in points:
+            begin(point)
+            report(point, Outcome("failed", reason="https://me:hunter2@x"))
+
+    monkeypatch.setattr("launch.jobs.run_jobs", fail)
+    run_points(points(tmp_path, *small), tmp_path)
+    assert "hunter2" not in (shown := "".join(capsys.readouterr())) and shown.count("failed: https://me:***@x") == 2
 
 
 def test_jobs_at_one_time_share_the_cores(tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

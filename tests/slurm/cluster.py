@@ -91,7 +91,7 @@ def cluster(root: Path) -> Iterator[dict[str, str]]:
         subprocess.run(["slurmctld", "-f", root / "slurm.conf"], check=True, env=environment, capture_output=True)
         for node in NODES:
             _start_node(root, node)
-        _wait_until_idle(environment)
+        _wait_until_idle(root, environment)
         yield variables
         subprocess.run(["scancel", "--user=root"], env=environment, timeout=10)
         time.sleep(1)
@@ -154,13 +154,16 @@ def _start_munge(root: Path) -> None:
     subprocess.run(["munged", "--force", *options], check=True, capture_output=True)
 
 
-def _wait_until_idle(environment: dict[str, str]) -> None:
+def _wait_until_idle(root: Path, environment: dict[str, str]) -> None:
+    until = time.monotonic() + WAIT_S
     command = ["sinfo", "--noheader", "--Node", "--partition=main", "--states=idle", "--format=%N"]
-
-    def idle() -> list[str]:
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20).stdout.split()
-
-    until(lambda: sorted(idle()) == sorted(NODES), WAIT_S)
+    while time.monotonic() < until:
+        answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20)
+        if sorted(answer.stdout.split()) == sorted(NODES):
+            return
+        time.sleep(0.2)
+    logs = "\n".join(path.read_text()[-2000:] for path in root.glob("*.log"))
+    raise AssertionError(f"Slurm did not come up\n{logs}")
 
 
 def _end(pid_files: list[Path]) -> None:

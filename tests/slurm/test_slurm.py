@@ -1,7 +1,8 @@
 """Jobs on a real Slurm: several nodes, failures that are reported, and runs that resume bit for bit."""
 
 import json
-import random
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -16,24 +17,16 @@ from conf.schema import to_config
 from launch import slurm
 from launch.config import LauncherConfig, Where
 from launch.jobs import Job, Outcome, Point, run_jobs
-from parallel.config import ParallelConfig
+from parallel.config import ParallelConfig, ParallelError
 from tests.conftest import ROOT, composed_cfg, ran, trained
-from tests.corpora import contents, lines
-from tests.slurm.cluster import cluster, lost, until, why_not
+from tests.slurm.cluster import lost, until, why_not
 from tests.test_train import assert_same_run
+from tracking.status import read_status
 from training.checkpoint import open_checkpoint
 
 SLOWLY = "tests.slurm.work:train_slowly_at_first"
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(why_not()), reason=why_not() or "installed")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with cluster(tmp_path_factory.mktemp("slurm")) as variables, pytest.MonkeyPatch.context() as patch:
-        for name, value in variables.items():
-            patch.setenv(name, value)
-        yield
 
 
 def point(work: str, *args: Any, run_dir: Path, **settings: Any) -> Point:
@@ -171,6 +164,66 @@ def test_a_lost_node_resumes_bit_for_bit(tmp_path: Path, small: list[str]) -> No
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+def test_ends_of_requeueing(tmp_path: Path, small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    settings = [*small, "steps=8", "parallel.threads=1"]
+    crashing = [*settings, "launcher.requeue_crashes=true"]
+    points = [
+        training(tmp_path / "crashing", crashing, "tests.slurm.work:train_and_crash"),
+        training(tmp_path / "signalled", [*settings, "launcher.max_requeues=0"], SLOWLY),
+    ]
+    with running(points, tmp_path) as found:
+        until(lambda: steps_of(tmp_path / "signalled"))
+        subprocess.run(["scancel", "--signal=USR2", job_of(tmp_path / "signalled")], check=True)
+    assert attempts(tmp_path / "crashing") == [0, 1, 2], "the second crash came at another step, the third did not"
+    reason = found["crashing"].reason
+    assert "ValueError: boom" in reason and reason.endswith("not requeued: it crashed twice at the same step"), reason
+    assert attempts(tmp_path / "signalled") == [0] and found["signalled"].state == "stopped"
+    assert 0 < open_checkpoint(tmp_path / "signalled").step < 8
+    message = "[signalled] not requeued: it was requeued 0 times, and launcher.max_requeues is 0"
+    assert message in capsys.readouterr().out
+
+
+def test_what_slurm_refuses_is_an_error(tmp_path: Path) -> None:
+    for settings, refused in (
+        ({"partition": "nowhere"}, "invalid partition specified: nowhere"),
+        ({"nodes": 2, "gpus_per_node": 3}, "Requested node configuration is not available|More processors requested"),
+    ):
+        with pytest.raises(ParallelError, match=refused):
+            outcomes_of([point("end", "answer", run_dir=tmp_path / "refused", **settings)], tmp_path)
+
+
+def test_a_sweep_runs_only_what_is_missing(tmp_path: Path, small: list[str]) -> None:
+    settings = [*small, "steps=3", "optimizer.max_nonfinite_steps=1", "name=s", f"hydra.sweep.dir={tmp_path}"]
+    two_tasks = ["launcher.tasks_per_node=2", "parallel=zero1", "parallel.threads=1", "launcher.poll_s=0.5"]
+    argv = ["train.py", *settings, "launcher=slurm", *two_tasks]
+    done = ran(*argv, "optimizer.lr=1e-3,1e30", code=1)
+    assert "error: optimizer.lr=1e+30 failed: " in done.stderr
+    assert done.stderr.count("1 steps in a row had no finite gradient") == 1
+    assert done.stderr.endswith("error: 1 of 2 points did not finish: optimizer.lr=1e+30\n")
+    assert {"table.md", "loss.png", "final.png"} == {path.name for path in (tmp_path / "compare").iterdir()}
+    done = ran(*argv, "optimizer.lr=1e-3,1e-2")
+    assert done.stdout.count("finished already: ") == 1 and done.stdout.count("is submitted: ") == 1
+
+
+def test_a_job_outlives_its_client_and_is_found_again(tmp_path: Path, small: list[str]) -> None:
+    settings = [*small, "steps=1000000", "logger.every=20", "name=left", f"hydra.sweep.dir={tmp_path}"]
+    argv = [sys.executable, "train.py", *settings, "launcher=slurm", "launcher.poll_s=0.5", "parallel.threads=1"]
+    client = subprocess.Popen(argv, cwd=ROOT)
+    until(lambda: client.poll() is not None or steps_of(tmp_path))
+    client.kill()  # as when a terminal closes
+    client.wait()
+    client = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert client.stdout is not None
+    job = job_of(tmp_path)
+    assert client.stdout.readline() == f"job {job} is already in the queue: {os.path.relpath(tmp_path, ROOT)}\n"
+    client.send_signal(signal.SIGINT)
+    printed = client.communicate(timeout=150)[1]
+    assert client.returncode == 130 and f"cancelled {job}; the same command resumes" in printed
+    until(lambda: slurm.states([job]) == {job: "CANCELLED"})
+    until(lambda: read_status(tmp_path)["state"] == "stopped")
+    assert open_checkpoint(tmp_path).step > 0
+
+
 def test_srun_starts_the_ranks_of_one_run(tmp_path: Path, small: list[str]) -> None:
     ranks = ["srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, "train.py"]
     settings = [*small, "steps=2", "name=r", "parallel=ddp", "parallel.threads=1", f"hydra.run.dir={tmp_path / 'r'}"]
@@ -179,24 +232,3 @@ def test_srun_starts_the_ranks_of_one_run(tmp_path: Path, small: list[str]) -> N
     assert done.stdout.count("step 2/2") == 1 and (tmp_path / "r" / "train.rank1.log").exists()
     wrong = subprocess.run([*ranks, *settings, "optimizer.lr=-1"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.count("optimizer.lr (-1.0) must be positive") == 1
-
-
-def test_slurm_tasks_make_the_bytes_of_one_machine(tmp_path: Path) -> None:
-    draw, texts = random.Random(0), tmp_path / "texts"
-    texts.mkdir()
-    words = ["".join(draw.choices("abcdefghij", k=6)) for _ in range(5000)]
-    for name in "abc":
-        records = [{"text": " ".join(draw.choices(words, k=900))} for _ in range(100)]
-        (texts / f"{name}.jsonl").write_bytes(lines(records))
-
-    def prepared(name: str, *more: str) -> str:
-        settings = ["shards=2", "workers=1", "tokenizer.vocab_size=600", "tokenizer.train_bytes=300000", *more]
-        places = [f"data.input={texts}", f"data.path={tmp_path / name}", f"hydra.sweep.dir={tmp_path / 'jobs' / name}"]
-        return ran("prepare_data.py", "data=local", *places, *settings).stdout
-
-    prepared("local")
-    on_slurm = ("slurm", "launcher=slurm", "launcher.poll_s=0.5")
-    printed = prepared(*on_slurm)
-    assert printed.count("is submitted: ") == 2 and printed.count("split  source") == 1
-    assert contents(tmp_path / "slurm") == contents(tmp_path / "local")
-    assert prepared(*on_slurm).count("was prepared before") == 2

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,30 @@ def wait_for_cancel(run_dir: Path) -> None:
 
 def train_slowly_at_first(config: Any, run_dir: Path, after_step: int = 0) -> float | None:
     """Train; in the first attempt a step after `after_step` takes so long that something comes between."""
+    return _train(config, run_dir, slow=lambda attempt, step: attempt == 0 and step >= after_step)
+
+
+def train_and_crash(config: Any, run_dir: Path) -> float | None:
+    """Train and crash in the second step of the first attempt, and in the third of every later one."""
+    return _train(config, run_dir, crash=lambda attempt, step: step == 1 + (attempt > 0))
+
+
+def _train(
+    config: Any,
+    run_dir: Path,
+    slow: Callable[[int, int], bool] = lambda _attempt, _step: False,
+    crash: Callable[[int, int], bool] = lambda _attempt, _step: False,
+) -> float | None:
+    """Train, with a step that is slow or crashes where these say so of an attempt and the steps behind it."""
     from train import work
     from training.state import TrainState
 
     attempt, take = int(os.environ.get(RESTARTS, "0")), TrainState.take_batch
 
     def disturbed(self: TrainState, **counts: int) -> None:
-        if attempt == 0 and self.step >= after_step:
+        if crash(attempt, self.step):
+            raise ValueError("boom")
+        if slow(attempt, self.step):
             time.sleep(4)
         take(self, **counts)
 
