@@ -1,6 +1,5 @@
 """A prepared corpus is opened for training, or the error names what is wrong."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,35 +24,31 @@ def opened(folder: Path, **changes: Any) -> Corpus:
     return open_corpus(data_config(folder, **changes), vocab_size=1024)
 
 
-def damage(folder: Path, change: str) -> None:
-    match change:
-        case "tokenizer":
-            path = folder / "tokenizer" / "tokenizer.model"
-            path.write_bytes(path.read_bytes() + b"\xc0\x3e\x01")
-        case "manifest":
-            (folder / "corpus.json").write_text("{}")
-        case "header":
-            path = folder / "train" / "wiki-00000.json"
-            path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer": "other"}))
-        case "no header":
-            (folder / "train" / "wiki-00000.json").unlink()
+@pytest.mark.parametrize(
+    ("file", "old", "new", "named"),
+    [
+        ("tokenizer/tokenizer.model", b"", b"\xc0\x3e\x01", "tokenizer.model"),
+        ("corpus.json", b'"splits"', b'"none"', "corpus.json"),
+        ("train/wiki-00000.json", b'"tokenizer": "', b'"tokenizer": "other', "wiki-00000.bin"),
+    ],
+)
+def test_changed_corpus_is_reported(folder: Path, file: str, old: bytes, new: bytes, named: str) -> None:
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(content.replace(old, new) if old else content + new)
+    with pytest.raises(DataError, match=named):
+        opened(folder)
 
 
 @pytest.mark.parametrize(
-    ("change", "settings", "named"),
+    ("settings", "named"),
     [
-        ("tokenizer", {}, "tokenizer.model"),
-        ("manifest", {}, "corpus.json"),
-        ("header", {}, "wiki-00000.bin"),
-        ("no header", {}, "wiki-00000.bin"),
-        ("none", {"seq_len": 100_000, "packing": "internlm"}, "100000"),
-        ("none", {"mix": {"en": 1.0}}, r"data.mix.en: .*c\+\+, wiki"),
-        ("none", {"mix": {"c++": 1.0, "wiki": 1.0}, "seq_len": 1_000, "packing": "internlm"}, r"c\+\+"),
-        ("none", {"packing": "best"}, r"data.packing \(best\)"),
+        ({"seq_len": 100_000, "packing": "internlm"}, "100000"),
+        ({"mix": {"en": 1.0}}, r"data.mix.en: .*c\+\+, wiki"),
+        ({"mix": {"c++": 1.0, "wiki": 1.0}, "seq_len": 1_000, "packing": "internlm"}, r"c\+\+"),
+        ({"packing": "best"}, r"data.packing \(best\)"),
     ],
 )
-def test_unfit_corpus_is_reported(folder: Path, change: str, settings: dict[str, Any], named: str) -> None:
-    damage(folder, change)
+def test_unfit_settings_are_reported(folder: Path, settings: dict[str, Any], named: str) -> None:
     with pytest.raises(DataError, match=named):
         opened(folder, **settings)
 
