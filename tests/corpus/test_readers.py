@@ -50,13 +50,6 @@ def test_documents_of_every_format(tmp_path: Path, name: str, monkeypatch: pytes
     assert [d.source for d in read(config)] == [record["meta"]["set"] for record in RECORDS]
 
 
-@pytest.mark.parametrize("packed", ["", ".xz"])
-def test_text_files_and_text_lines(tmp_path: Path, packed: str) -> None:
-    (tmp_path / f"a.txt{packed}").write_bytes(PACKED[packed](b"one\n\n  two\n"))
-    assert texts(local(tmp_path, f"a.txt{packed}")) == ["one\n\n  two\n"]
-    assert texts(local(tmp_path, f"a.txt{packed}", text_lines=True)) == ["one", "two"]
-
-
 @given(
     st.lists(st.integers(0, 60), max_size=30), st.lists(st.integers(0, 900), max_size=5), st.booleans(),
     st.integers(1, 50), st.sampled_from(["", ".gz"]), st.booleans(),
@@ -171,15 +164,6 @@ def test_odd_characters_are_kept(tmp_path: Path) -> None:
     write(tmp_path, files)
     for name in files:
         assert texts(local(tmp_path, name)) == (["one\r\ntwo\0"] if name == "d.txt" else kept)
-
-
-def test_sources_are_folders_or_a_key(tmp_path: Path) -> None:
-    records = {folder: {"text": folder, "meta": {"set": "C++"}} for folder in ("en", "code/deep")}
-    write(tmp_path / "texts", {f"{folder}/a.jsonl": lines([record]) for folder, record in records.items()})
-    (tmp_path / "texts" / "b.jsonl").write_bytes(lines([{"text": "on top"}]))
-    for pattern in ("texts", "texts/**/*.jsonl"):
-        assert {d.source for d in read(local(tmp_path, pattern))} == {"en", "code", "mine"}
-    assert {d.source for d in read(local(tmp_path, "texts", source_key="meta.set"))} == {"C++", "mine"}
 
 
 @pytest.mark.parametrize("pattern", ["in", "in/**/*.jsonl", "in/[a-z]*/a.jsonl"])

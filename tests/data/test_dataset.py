@@ -8,16 +8,24 @@ import pytest
 
 from corpus.config import DataError
 from data.dataset import Corpus, open_corpus
-from data.manifest import check_exists, check_fits
 from data.tokenizer import Tokenizer
-from tests.data.conftest import data_config, write_corpus
+from tests.corpora import lines, local, made, write
+from tests.data.conftest import data_config
 
 TEXTS = {"c++": [f"int x{i} = {i};" for i in range(40)], "wiki": [f"Document {i} of many words" for i in range(80)]}
 
 
 @pytest.fixture
 def folder(tmp_path: Path, tokenizer: Tokenizer) -> Path:
-    return write_corpus(tmp_path / "corpus", tokenizer, TEXTS)
+    return prepared(tmp_path, tokenizer, TEXTS)
+
+
+def prepared(folder: Path, tokenizer: Tokenizer, texts: dict[str, list[str]]) -> Path:
+    records = [{"text": text, "set": source} for source, its in texts.items() for text in its]
+    write(folder, {"a.jsonl": lines(records)})
+    config = local(folder, "a.jsonl", source_key="set", valid_fraction=0.1)
+    made(config, tokenizer)
+    return Path(config.path)
 
 
 def opened(folder: Path, **changes: Any) -> Corpus:
@@ -53,19 +61,14 @@ def test_unfit_settings_are_reported(folder: Path, settings: dict[str, Any], nam
         opened(folder, **settings)
 
 
-def test_small_vocabulary_and_missing_corpus_are_reported_before_opening(folder: Path) -> None:
-    with pytest.raises(DataError, match="model.vocab_size=1024"):
-        check_fits(data_config(folder), vocab_size=999)
+def test_small_vocabulary_is_reported(folder: Path) -> None:
     with pytest.raises(DataError, match="model.vocab_size=1024"):
         open_corpus(data_config(folder), vocab_size=999)
-    check_fits(data_config(folder / "none"), vocab_size=999)
-    with pytest.raises(DataError, match="prepare_data.py data=mine data.input=..."):
-        check_exists(data_config(folder / "none"), "data=mine")
 
 
 def test_fingerprint_is_of_the_tokens(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    same = write_corpus(tmp_path / "same", tokenizer, TEXTS)
-    other = write_corpus(tmp_path / "other", tokenizer, TEXTS | {"wiki": [*TEXTS["wiki"][:-1], "more"]})
+    same = prepared(tmp_path / "same", tokenizer, TEXTS)
+    other = prepared(tmp_path / "other", tokenizer, TEXTS | {"wiki": [*TEXTS["wiki"][:-1], "more"]})
     assert opened(folder).fingerprint == opened(same).fingerprint != opened(other).fingerprint
 
 
