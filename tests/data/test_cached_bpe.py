@@ -69,12 +69,6 @@ def test_ids_are_sentencepieces(both: Both, texts: list[str]) -> None:
     check_ids(both, texts)
 
 
-def test_splits_before_indents(both: Both) -> None:
-    draw = random.Random(0)
-    texts = ["".join(draw.choice(["a", "b", " ", " ", "\n", "\n"]) for _ in range(40)) for _ in range(400)]
-    check_ids(both, [*texts, *mixed_lines(), "".join(mixed_lines())])
-
-
 def test_full_cache_and_long_words(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CACHED_WORDS", 64)
     monkeypatch.setattr(module, "LONGEST_WORD", 5)
