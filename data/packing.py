@@ -117,10 +117,14 @@ class InternLM(Packing):
         self.file = np.repeat(np.arange(len(offsets)), [len(o) - 1 for o in offsets])
         self.start = np.concatenate([np.zeros(0, dtype=np.int64), *(o[:-1] for o in offsets)])
         self.length = np.concatenate([np.zeros(0, dtype=np.int64), *(np.diff(o) for o in offsets)])
-        self.order = np.arange(len(self.start))
+        order = np.arange(len(self.start))
         if self.seed is not None:
-            np.random.RandomState(self.seed).shuffle(self.order)
-        self.limits = np.concatenate([[0], np.cumsum(self.length[self.order])])
+            np.random.RandomState(self.seed).shuffle(order)
+        self.set_order(order)
+
+    def set_order(self, order: np.ndarray) -> None:
+        """Concatenate the documents in this order."""
+        self.order, self.limits = order, np.concatenate([[0], np.cumsum(self.length[order])])
         self.n_tokens = int(self.limits[-1])
         self.n_packs = (self.n_tokens if self.seed is not None else self.n_tokens + self.pack_len - 1) // self.pack_len
 

@@ -1,6 +1,7 @@
 """Instructions and conversations, from a file to steps that train on the answers alone."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from model.config import ModelConfig
 from parallel.config import Device
 from tests.conftest import trained
-from tests.corpora import exported, lines, local, made, parquet
+from tests.corpora import exported, lines, local, made, n_documents, parquet
 from tests.corpus.test_chat import TURNS, two
 from training.checkpoint import open_checkpoint
 
@@ -61,6 +62,18 @@ def targets_of(data: DataConfig, vocab_size: int) -> tuple[str, list[str]]:
         parts = np.split(labels, np.flatnonzero(np.diff(targets)) + 1)
         runs += [corpus.tokenizer.decode(part.tolist()) for part in parts if part[0] != IGNORED]
     return whole, runs
+
+
+def test_targets_of_instructions(tmp_path: Path, pieces: Tokenizer) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(ALPACA))
+    data = config(tmp_path, Style.alpaca, "a.json")
+    about = made(data, pieces)
+    assert n_documents(about) == len(ALPACA)
+    whole, runs = targets_of(data, 1204)
+    asked = re.findall(r"<\|User\|>:Add (\d+) and 1\.(\nBriefly\.)?<eoh>\n<\|Bot\|>:It is (\d+)\.<eoa>\n", whole)
+    assert len(asked) == about["splits"]["train"]["alpaca"]["documents"] > 20
+    assert all(int(a) + 1 == int(b) and bool(brief) == bool(int(a) % 2) for a, brief, b in asked)
+    assert sorted(runs) == sorted(f"It is {answer}.<eoa>\n" for _, _, answer in asked)
 
 
 def test_conversations_of_many_fields(tmp_path: Path, pieces: Tokenizer) -> None:
@@ -141,7 +154,11 @@ def test_sft_experiment(tmp_path: Path, pieces: Tokenizer, monkeypatch: pytest.M
     assert all(np.allclose(before[name].numpy(), after[name].numpy(), atol=1e-6) for name in before)
     export.export(ExportConfig(run=str(tmp_path / "sft")))
     theirs: Any = AutoTokenizer.from_pretrained(tmp_path / "sft" / "hf")
+    text = theirs.apply_chat_template(TURNS[1:2], tokenize=False, add_generation_prompt=True)
+    assert text == "<|User|>:What is 12 + 30?<eoh>\n<|Bot|>:"
+    generation = json.loads((tmp_path / "sft" / "hf" / "generation_config.json").read_text())
     ends = [2, pieces.special_ids["<eoa>"]]
+    assert generation["eos_token_id"] == ends
     about = json.loads((tmp_path / "sft" / "hf" / "config.json").read_text())
     assert (about["eos_token_id"], theirs.eos_token, about["pad_token_id"]) == (ends[1], "<eoa>", 2)
     of_run = GenerateConfig(run=str(tmp_path / "sft"), prompt="x", device=Device.cpu)

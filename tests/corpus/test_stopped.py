@@ -18,7 +18,7 @@ from corpus import units
 from corpus.config import DataError, OnBadRecord
 from data.config import DataConfig
 from data.tokenizer import Tokenizer
-from tests.corpora import RECORDS, contents, lines, local, made, parquet, write
+from tests.corpora import PACKED, RECORDS, contents, lines, local, made, parquet, write
 
 pytestmark = pytest.mark.usefixtures("small_units")
 
@@ -29,9 +29,10 @@ def many_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
     monkeypatch.setattr(units, "LEAST_UNIT_BYTES", 1500)
     monkeypatch.setattr("corpus.merge.SHARD_BYTES", 9000)
     draw = random.Random(0)
-    for name, pack in {"a.jsonl": lines, "b.jsonl": lines, "c.parquet": parquet, "d.parquet": parquet}.items():
-        records = [{"text": f"{i} " + "some words " * draw.randrange(60), "set": f"s{i % 3}"} for i in range(300)]
-        write(tmp_path / "texts", {name: pack(records)})
+    for name in ("a.jsonl", "b.jsonl.gz", "c.txt", "d.jsonl.zst", "e.parquet"):
+        records = [{"text": f"{i} " + "some words " * draw.randrange(60), "set": f"s{i % 3}"} for i in range(250)]
+        pack = PACKED["." + name.split(".")[2]] if name.count(".") == 2 else bytes
+        write(tmp_path / "texts", {name: pack(parquet(records) if ".parquet" in name else lines(records))})
     return local(tmp_path, "texts", source_key="set", valid_fraction=0.1)
 
 
