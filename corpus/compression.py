@@ -5,6 +5,7 @@ import gzip
 import io
 import lzma
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,8 +18,7 @@ class ZstdFile(io.RawIOBase):
     """A reader of concatenated zstandard frames. Unlike the package's reader, it detects a truncated file."""
 
     def __init__(self, raw: IO[bytes]) -> None:
-        self.raw, self.packed, self.content = raw, b"", memoryview(b"")
-        self.frame: Any = None
+        self.raw, self.parts, self.content = raw, _decompressed(raw), memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -29,17 +29,23 @@ class ZstdFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self.content:
-            self.packed = self.packed or self.raw.read(ZSTD_READ_BYTES)
-            if not self.packed:
-                if self.frame is not None:
-                    raise EOFError("it ends within a frame")
+            if (part := next(self.parts, None)) is None:
                 return 0
-            frame = self.frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            self.content = memoryview(frame.decompress(self.packed))
-            self.packed, self.frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+            self.content = memoryview(part)
         size = min(len(buffer), len(self.content))
         buffer[:size], self.content = self.content[:size], self.content[size:]
         return size
+
+
+def _decompressed(raw: IO[bytes]) -> Iterator[bytes]:
+    frame: Any = None
+    while packed := raw.read(ZSTD_READ_BYTES):
+        while packed:
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            yield frame.decompress(packed)
+            packed, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame is not None:
+        raise EOFError("it ends within a frame")
 
 
 def _open_zstd(raw: Any) -> Any:
