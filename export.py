@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     import torch
 
     from data.tokenizer import Tokenizer
+    from model.transformer import Transformer
     from training.checkpoint import Checkpoint
 
 SHARD_BYTES = 5_000_000_000
+LOGITS_TOLERANCE = 1e-4  # of transformers' logits, in fp32
 CARD = """---
 library_name: transformers
 ---
@@ -42,7 +44,6 @@ def export(config: ExportConfig) -> None:
     """Write the newest checkpoint of a run, or that of `step`, as a Hugging Face folder, and verify it."""
     from data.hf_tokenizer import export_problem
     from model.counts import count_params
-    from model.hf.verify import verify
     from tracking.run_folder import run_dir_of
     from tracking.store import local_run
     from training.checkpoint import open_checkpoint
@@ -145,6 +146,54 @@ def write_settings(
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def verify(folder: Path, model: "Transformer", tokenizer: "Tokenizer | None", *, add_bos: bool) -> str:
+    """Load an export with transformers; return what was compared, and raise `ModelError` if anything differs."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
+    from transformers.utils import logging
+
+    from data.mixed_text import mixed_lines
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if not (folder / "tokenizer.json").exists():
+        tokenizer = None
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+        theirs: Any = tokenizer and AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise ModelError(f"transformers cannot load the export: {error}") from error
+    (hf_model, info), n_texts = loaded, 0
+    shape = 2, min(64, model.config.max_seq_len)
+    tokens_BT = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        difference = float((hf_model.eval()(tokens_BT).logits - model(tokens_BT)).abs().max())
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    wrong = [f"{kind} {sorted(map(str, info[kind]))}" for kind in kinds if info[kind]]
+    if not difference <= LOGITS_TOLERANCE:
+        wrong.append(f"logits differ by {difference:.2e}")
+    if tokenizer is not None:
+        texts = ["", *mixed_lines()]
+        if different := [text for text in texts if not _equal(text, tokenizer, theirs, add_bos)]:
+            wrong.append(f"token ids differ on {different[0]!r}")
+        n_texts = len(texts)
+    if wrong:
+        raise ModelError(f"nothing was exported: {'; '.join(wrong)}")
+    of_texts = f"token ids and decoding equal on {n_texts:,} texts" if n_texts else "no tokenizer.json"
+    version = f"transformers {__version__} ({type(hf_model).__name__})"
+    return f"verified with {version}: no missing or unexpected keys, logits equal to {difference:.1e}, {of_texts}"
+
+
+def _equal(text: str, tokenizer: "Tokenizer", theirs: Any, add_bos: bool) -> bool:
+    ids = tokenizer.encode(text)
+    expected, found = [*([tokenizer.bos_id] if add_bos else []), *ids], theirs(text)["input_ids"]
+    comparable = sorted if tokenizer.any_order else list
+    if comparable(found) != comparable(expected):
+        return False
+    # Unknown text cannot be decoded back.
+    return tokenizer.unk_id in ids or theirs.decode(expected, skip_special_tokens=True) == tokenizer.decode(ids)
 
 
 def import_model(config: ExportConfig) -> None:

@@ -1,15 +1,16 @@
-"""Norm, rotary embedding, MLP, and the metadata of weights.
+"""Norm, rotary embedding, MLP, the metadata and scaling of weights, and auxiliary losses.
 
 A new MLP is a class like `SwiGLU`, chosen by `model.mlp=my_file:MyMLP`. It can also return auxiliary losses, as
 `(out_BTD, {"name": scalar})`, and define `forward_flops`, as `SelfAttention` does.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from model.config import Init, ModelConfig
 
@@ -31,6 +32,29 @@ class Weight:
     def std(self, init: Init, layer: int) -> float:
         std: float = getattr(self, init.value)
         return std / (2 * (layer + 1)) ** 0.5 if isinstance(std, ByDepth) else std
+
+
+class Scales(NamedTuple):
+    """Factors of initial weights and updates, relative to a model of `base_width` and `base_depth`.
+
+    CompleteP (Dey et al. 2025, arXiv:2505.01618, table 1, alpha = 1); `mup` is the same without the depth terms.
+    The multipliers of the forward pass are in `ModelConfig`.
+    """
+
+    std: float = 1.0  # of the initial weights
+    lr: float = 1.0
+    weight_decay: float = 1.0  # keeps lr * weight_decay
+    eps: float = 1.0
+
+
+def scales_of(config: ModelConfig, name: str, n_dims: int) -> Scales:
+    """Return a parameter's factors for AdamW."""
+    width, depth = config.width_ratio, config.depth_ratio
+    if not name.startswith("blocks."):
+        return Scales(eps=1 / width)
+    if n_dims == 1:
+        return Scales(eps=1 / (width * depth))
+    return Scales(std=width**-0.5, lr=1 / width, weight_decay=width, eps=1 / (width * depth))
 
 
 class RMSNorm(nn.Module):
@@ -86,3 +110,33 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply the rotary embedding in fp32, in the half-split layout of Llama and InternLM."""
     first, second = x_BTHK.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(x_BTHK)
+
+
+class AuxLosses:
+    """Adds `weight` times each auxiliary loss, such as a load-balancing one, to the training loss; sums them by name.
+
+    A loss is attached to the hidden states of its layer, so that it is part of the backward pass of a pipeline stage
+    without the head too.
+    """
+
+    def __init__(self, weight: float | Tensor) -> None:
+        self.weight = weight
+        self.sums: dict[str, Tensor] = {}  # detached, by name, over layers and forward passes
+
+    def attach(self, x_BTD: Tensor, losses: dict[str, Tensor]) -> Tensor:
+        """Return x_BTD such that its backward pass also gives each loss the gradient `weight`."""
+        for name, value in losses.items():
+            attached: Any = _Attach.apply(x_BTD, value.float() * self.weight)
+            x_BTD = attached
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+        return x_BTD
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: FunctionCtx, x: Tensor, _loss: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(_ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return grad, torch.ones((), device=grad.device)

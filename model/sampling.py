@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.kv_cache import KVCache
+from model.attention import KVCache
 from model.transformer import Transformer
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.batches import IGNORED, Batch
-from model.aux_loss import AuxLosses
+from model.layers import AuxLosses
 from model.loss import linear_cross_entropy
 from parallel.config import ParallelError
 from parallel.graphs import Graphs, Position, zero_grad

@@ -85,7 +85,7 @@ def exported(run: Path, out: Path, dtype: Dtype = Dtype.fp32, *, verified: bool 
     """Export a run; return the folder."""
     with pytest.MonkeyPatch.context() as patch:
         if not verified:  # it takes seconds
-            patch.setattr("model.hf.verify.verify", lambda *_, **__: "")
+            patch.setattr(export, "verify", lambda *_, **__: "")
         export.export(ExportConfig(run=str(run), out=str(out), dtype=dtype))
     return out
 

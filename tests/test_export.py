@@ -17,9 +17,7 @@ from conf.schema import ExportConfig, GenerateConfig, stored_model
 from corpus.config import DataError
 from data.tokenizer import sentencepiece_proto
 from model.config import ModelConfig, ModelError
-from model.hf.families import read_config, read_weights
-from model.hf.llama import Llama
-from model.hf.verify import verify
+from model.hf.families import Llama, read_config, read_weights
 from model.transformer import Transformer
 from tests.conftest import exported, ran, trained
 from training.checkpoint import open_checkpoint
@@ -186,11 +184,11 @@ def test_wrong_export(hf_dir: Path, tmp_path: Path, file: str, changes: dict, wr
     about = json.loads((folder / file).read_text())
     (folder / file).write_text(json.dumps({**about, **changes}))
     with pytest.raises(ModelError, match=wrong):
-        verify(folder, saved.build("cpu"), saved.tokenizer, add_bos=saved.add_bos)
+        export.verify(folder, saved.build("cpu"), saved.tokenizer, add_bos=saved.add_bos)
 
 
 def test_failed_export_leaves_nothing(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.hf.verify.verify", Mock(side_effect=ModelError("wrong")))
+    monkeypatch.setattr(export, "verify", Mock(side_effect=ModelError("wrong")))
     with pytest.raises(ModelError, match="wrong"):
         exported(run_dir, tmp_path / "hf", verified=True)
     assert not list(tmp_path.iterdir())

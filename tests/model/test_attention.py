@@ -18,8 +18,10 @@ CUDA = torch.device("cuda")
 # The first arguments of flash-attn 2.8, in their order; all that come behind them have defaults.
 def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     rows, length = q.shape[:2]
-    cu_seqlens, flat = torch.arange(rows + 1).int() * length, (x.flatten(0, 1) for x in (q, k, v))
-    return flash_attn_varlen_func(*flat, cu_seqlens, cu_seqlens, length, length, causal=causal).view(q.shape)
+    cu_seqlens = torch.arange(rows + 1).int() * length
+    others = (cu_seqlens, cu_seqlens, length, length)
+    out = flash_attn_varlen_func(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *others, causal=causal)
+    return out.view(q.shape)
 
 
 def flash_attn_varlen_func(

@@ -13,10 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 import export
 from conf.schema import ExportConfig
-from model.aux_loss import AuxLosses
 from model.config import ModelConfig, ModelError
 from model.counts import count_params, flops_per_token
-from model.layers import SwiGLU
+from model.layers import AuxLosses, SwiGLU
 from model.transformer import Transformer
 from tests.conftest import metrics, trained
 from training.checkpoint import open_checkpoint
@@ -109,8 +108,5 @@ def test_tensor_parallelism_needs_a_style_of_each_module(model: Transformer) -> 
         model.tp_plan()
 
 
-@pytest.mark.parametrize("name", ["no_such_module:MLP", "model.layers:NoSuch"])
-def test_name_that_cannot_be_imported(name: str) -> None:
-    with pytest.raises(ModelError, match=r"model\.mlp"):
-        Transformer.on_meta(replace(CONFIG, mlp=name))
+def test_unknown_name() -> None:
     assert any("model.mlp (nothing)" in problem for problem in replace(CONFIG, mlp="nothing").problems())

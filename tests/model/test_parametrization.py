@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.coordinate_check import activations
 from model.config import ModelConfig, Parametrization
-from model.parametrization import Scales, scales_of
+from model.layers import Scales, scales_of
 from model.transformer import Transformer
 from tests.models import small_model
 from training.config import MuonScale, OptimizerConfig

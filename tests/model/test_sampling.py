@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from model.hf.llama import Llama
+from model.hf.families import Llama
 from model.sampling import Sampling, generate, next_logits
 from model.transformer import Transformer
 from tests.models import small_model

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from conf.cli import CONF
 from model.config import Attention, Init, ModelConfig
 from model.counts import count_params, flops_per_token, internlm_flops_per_token
-from model.hf.llama import Llama
+from model.hf.families import Llama
 from model.transformer import Transformer
 from tests.conftest import composed
 from tests.models import small_model

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from model.parametrization import Scales, scales_of
+from model.layers import Scales, scales_of
 from model.transformer import Transformer
 from parallel.shards import ParamShard, local, whole_params
 from training.config import OPTIMIZERS, Decay, Dtype, OptimizerConfig, TrainingError
