@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import Mock
@@ -16,10 +15,11 @@ import export
 from conf.schema import ExportConfig, GenerateConfig, stored_model
 from corpus.config import DataError
 from data.tokenizer import sentencepiece_proto
-from model.config import ModelConfig, ModelError
+from model.config import ModelError
 from model.hf.families import Llama, read_config, read_weights
 from model.transformer import Transformer
 from tests.conftest import exported, ran, trained
+from tests.models import small_model
 from training.checkpoint import open_checkpoint
 from training.config import CheckpointError, Dtype
 from training.load import open_saved
@@ -194,9 +194,7 @@ def test_failed_export_leaves_nothing(run_dir: Path, tmp_path: Path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-SHAPE = ModelConfig(
-    name="x", vocab_size=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=32, rope_theta=1e6
-)
+SHAPE = small_model(rope_theta=1e6)
 ABOUT = Llama().write_config(SHAPE, dtype="float32", bos_token_id=1, eos_token_id=2)
 
 
@@ -237,8 +235,6 @@ def test_internlm2_is_read_with_fused_weights_split(tmp_path: Path) -> None:
         ("architectures", {"architectures": ["GPT2LMHeadModel"]}),
         ("rope_scaling", {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}),
         ("mlp_bias", {"mlp_bias": True}),
-        ("hidden_act", {"hidden_act": "gelu"}),
-        ("head_dim", {"head_dim": 16}),
         ("sliding_window", {"sliding_window": 4096}),
     ],
 )
@@ -250,28 +246,9 @@ def test_config_that_would_give_other_logits_is_refused(tmp_path: Path, key: str
         read_config(tmp_path)
 
 
-WRITE = """
-import json, sys, torch, transformers
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
-inputs = tokenizer("def main(", return_tensors="pt", return_token_type_ids=False)
-new = model.generate(**inputs, do_sample=False, max_new_tokens=8)
-logits = model(new).logits
-print(json.dumps([transformers.__version__, tokenizer.decode(new[0]), logits.flatten().tolist()]))
-"""
-
-
 @pytest.mark.skipif(not TRANSFORMERS_4.is_dir(), reason=f"make test puts transformers 4.57 into {TRANSFORMERS_4}")
-def test_transformers_4_computes_what_5_does(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = [sys.executable, "-P", "-c", WRITE, str(tmp_path / "hf")]
-    with monkeypatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(TRANSFORMERS_4))
-        assert "verified with transformers 4.57." in ran("export.py", f"run={run_dir}", f"out={tmp_path / 'hf'}").stdout
-        old = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    new = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    (old_version, old_text, old_logits), (new_version, new_text, new_logits) = (
-        json.loads(process.communicate()[0].splitlines()[-1]) for process in (old, new)
-    )
-    assert old_version.startswith("4.57.") and new_version.startswith("5.")
-    assert old_text == new_text and old_text.startswith("def main(")
-    torch.testing.assert_close(torch.tensor(old_logits), torch.tensor(new_logits), rtol=0, atol=1e-5)
+def test_transformers_4_reads_an_export(run_dir: Path, tmp_path: Path) -> None:
+    settings = (f"run={run_dir}", f"out={tmp_path / 'hf'}")
+    printed = ran("export.py", *settings, PYTHONPATH=str(TRANSFORMERS_4)).stdout
+    assert "verified with transformers 4.57." in printed and "logits equal to" in printed
+    assert "token ids and decoding equal on" in printed

@@ -18,12 +18,11 @@ from model.counts import count_params, flops_per_token
 from model.layers import AuxLosses, SwiGLU
 from model.transformer import Transformer
 from tests.conftest import metrics, trained
+from tests.models import small_model
 from training.checkpoint import open_checkpoint
 
 NAME = f"{__name__}:Experts"
-CONFIG = ModelConfig(
-    name="experts", vocab_size=64, d_model=16, n_layers=2, n_heads=2, n_kv_heads=2, d_ff=24, max_seq_len=32, mlp=NAME
-)
+CONFIG = small_model(d_model=16, d_ff=24, mlp=NAME)
 
 
 class Experts(nn.Module):
