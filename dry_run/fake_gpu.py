@@ -100,7 +100,7 @@ class _OnGpu(TorchFunctionMode):
         if func is torch.Tensor.tolist:
             return [1] * args[0].numel()
         if func is F.rms_norm:
-            return _rms_norm(*args, **kwargs)
+            return _RMSNorm.apply(args[0], args[2])
         return func(*map(_on_cpu, args), **{key: _on_cpu(value) for key, value in kwargs.items()})
 
 
@@ -119,10 +119,6 @@ def _on_cpu(value: Any) -> Any:
 
 def _make_wrapper(*args: Any, **kwargs: Any) -> Any:
     return MAKE_WRAPPER(*args, **{key: _on_cpu(value) for key, value in kwargs.items()})
-
-
-def _rms_norm(x: Tensor, _shape: Any, weight: Any, eps: float | None = None) -> Tensor:
-    return _RMSNorm.apply(x, weight)  # type: ignore[return-value]
 
 
 class _RMSNorm(torch.autograd.Function):

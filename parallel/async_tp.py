@@ -44,9 +44,10 @@ class PeerCollectives:
         pair.reverse()
         return pair[-1]
 
-    def start_gather(self, part_tD: Tensor) -> tuple[Tensor, list[tuple[slice, Any]]]:
-        """Start an all-gather of tokens; return all tokens, and the rows of each other rank with their event."""
+    def gather_matmul(self, part_tD: Tensor, matrix_DM: Tensor) -> tuple[Tensor, Tensor]:
+        """All-gather tokens; return all of them and their products with a matrix, this rank's first."""
         full = part_tD.new_empty(len(part_tD) * self.size, part_tD.shape[1])
+        out_TM = full.new_empty(len(full), matrix_DM.shape[1])
         buffer, pending = self.buffer(full.numel(), full), []
         # On the current stream: next to a product, a barrier would wait for a free SM on every rank.
         buffer.local[: part_tD.numel()].view_as(part_tD).copy_(part_tD)
@@ -57,7 +58,12 @@ class PeerCollectives:
                 full[rows].copy_(buffer.of(rank, 0, part_tD.numel()).view_as(part_tD))
                 pending.append((rows, self.stream.event()))
             full[self.rows(self.rank, full)].copy_(part_tD)
-        return full, pending
+        torch.mm(part_tD, matrix_DM, out=out_TM[self.rows(self.rank, full)])
+        for rows, event in pending:
+            self.stream.wait(event)
+            torch.mm(full[rows], matrix_DM, out=out_TM[rows])
+        self.stream.join()
+        return full, out_TM
 
     def start_exchange(self, buffer: SharedBuffer, received_RtD: Tensor, ranks: Iterable[int]) -> None:
         """Start to read the partial sums of this rank's tokens from `ranks`."""
@@ -86,15 +92,7 @@ def join(weights: Sequence[Tensor]) -> Tensor:
 @torch.library.custom_op("pretraining::gather_matmul", mutates_args=())
 def gather_matmul(x_tD: Tensor, weights: Sequence[Tensor], group: str) -> tuple[Tensor, Tensor]:
     """All-gather tokens; return them and their products with the concatenated weights, (T, M)."""
-    comm, weight_MD = COLLECTIVES[group], join(weights)
-    x_TD, pending = comm.start_gather(x_tD)
-    out_TM = x_TD.new_empty(len(x_TD), len(weight_MD))
-    torch.mm(x_tD, weight_MD.T, out=out_TM[comm.rows(comm.rank, x_TD)])
-    for rows, event in pending:
-        comm.stream.wait(event)
-        torch.mm(x_TD[rows], weight_MD.T, out=out_TM[rows])
-    comm.stream.join()
-    return x_TD, out_TM
+    return COLLECTIVES[group].gather_matmul(x_tD, join(weights).T)
 
 
 @gather_matmul.register_fake
@@ -150,14 +148,7 @@ def _(x_TK: Tensor, weight_DK: Tensor, group: str) -> Tensor:
 
 @torch.library.custom_op("pretraining::matmul_scatter_backward", mutates_args=())
 def matmul_scatter_backward(grad_tD: Tensor, x_TK: Tensor, weight_DK: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    comm = COLLECTIVES[group]
-    grad_TD, pending = comm.start_gather(grad_tD)
-    grad_TK = torch.empty_like(x_TK)
-    torch.mm(grad_tD, weight_DK, out=grad_TK[comm.rows(comm.rank, x_TK)])
-    for rows, event in pending:
-        comm.stream.wait(event)
-        torch.mm(grad_TD[rows], weight_DK, out=grad_TK[rows])
-    comm.stream.join()
+    grad_TD, grad_TK = COLLECTIVES[group].gather_matmul(grad_tD, weight_DK)
     return grad_TK, grad_TD.T @ x_TK
 
 

@@ -178,8 +178,8 @@ class Engine:
     def _run(self, batches: Sequence[Batch], weights: Sequence[float], sums: Sums) -> None:
         """Run forward and backward passes, adding to `sums`."""
         if self.pipeline is None:
-            for index, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
-                self._run_one(batch, weight, sums, Position(index, len(batches)))
+            for batch, weight, position in zip(batches, weights, Position.all_of(len(batches)), strict=True):
+                self._run_one(batch, weight, sums, position)
         else:
             self._gather()
             inputs = [self._inputs(*pair, sums) for pair in zip(batches, weights, strict=True)]

@@ -4,6 +4,7 @@ A graph always uses the same memory: micro-batches are copied into static tensor
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,23 +21,15 @@ FIELDS = ("tokens_BT", "labels_BT", "positions_BT", "source_BT")
 
 
 class Position(NamedTuple):
-    """The position of a micro-batch in its step."""
+    """What collectives depend on of a micro-batch's position in its step."""
 
-    index: int
-    count: int
+    is_first: bool
+    is_last: bool
 
-    @property
-    def is_first(self) -> bool:
-        return self.index == 0
-
-    @property
-    def is_last(self) -> bool:
-        return self.index == self.count - 1
-
-    @property
-    def kind(self) -> tuple[bool, bool]:
-        """The part of the position that collectives depend on."""
-        return self.is_first, self.is_last
+    @classmethod
+    def all_of(cls, n: int) -> "list[Position]":
+        """Return the positions of a step's `n` micro-batches."""
+        return [cls(index == 0, index == n - 1) for index in range(n)]
 
 
 class Recorded:
@@ -82,7 +75,7 @@ class Graphs:
     def __init__(
         self,
         params: Iterable[nn.Parameter],
-        run: Callable[[Batch, Tensor, "Sums", "Position"], None],
+        run: Callable[[Batch, Tensor, "Sums", Position], None],
         update: Callable[["Sums"], Sequence[Tensor]],
         sums: "Sums",
         stream: torch.cuda.Stream | None,
@@ -98,14 +91,14 @@ class Graphs:
         self.run, self.sums = run, sums
         self.figures: list[Tensor] = []
         self.passes: dict[tuple[object, ...], tuple[Batch, Tensor, Recorded]] = {}
-        self.update = Recorded(lambda: self._update(update), stream, self.pool)
+        self.update = Recorded(partial(self._update, update), stream, self.pool)
 
     def step(self, batches: Sequence[Batch], weights: Sequence[float], aux_weight: float) -> list[Tensor]:
         """Run a step's micro-batches and its update; return copies of the figures."""
         self._set_grads(self.grads)
         self.sums.aux_weight.fill_(aux_weight)
-        for index, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
-            static, static_weight, passes = self._passes_of(batch, Position(index, len(batches)))
+        for batch, weight, position in zip(batches, weights, Position.all_of(len(batches)), strict=True):
+            static, static_weight, passes = self._passes_of(batch, position)
             for name in FIELDS:
                 getattr(static, name).copy_(getattr(batch, name), non_blocking=True)
             n = len(batch.cu_seqlens)
@@ -137,30 +130,26 @@ class Graphs:
             if self.update.warm:  # graphs are captured from here on, with these addresses
                 self.grads = grads
 
-    def _have_addresses(self) -> bool:
-        """Return whether gradients have their final addresses; a graph captured before would write to freed memory."""
-        return not self.params or self.update.warm
-
     def _set_grads(self, grads: Sequence[Tensor | None]) -> None:
         for param, grad in zip(self.params, grads, strict=False):
             param.grad = grad
 
-    def _passes_of(self, batch: Batch, position: "Position") -> tuple[Batch, Tensor, Recorded]:
+    def _passes_of(self, batch: Batch, position: Position) -> tuple[Batch, Tensor, Recorded]:
         """Return static batch, static weight and graph for a micro-batch, shared by all that fit."""
         rows, row_len = batch.tokens_BT.shape
         segments, longest = len(batch.cu_seqlens) - 1, batch.max_seq_len
         if segments * longest != rows * row_len:  # segments of different lengths
             # Round up to a power of two of segments of up to a row, so that packs share a few graphs.
             segments, longest = 1 << max(segments - 1, rows).bit_length(), row_len
-        key = (rows, row_len, segments, longest, *(position.kind if self.zero else (position.is_first,)))
+        key = (rows, row_len, segments, longest, position if self.zero else position.is_first)
         if key not in self.passes:
             device = self.sums.loss.device
             fields = {name: torch.empty_like(getattr(batch, name), device=device) for name in FIELDS}
             cu_seqlens = torch.zeros(segments + 1, dtype=batch.cu_seqlens.dtype, device=device)
             static, weight = Batch(**fields, cu_seqlens=cu_seqlens, max_seq_len=longest), torch.zeros((), device=device)
-            recorded = Recorded(
-                lambda: self._passes(static, weight, position), self.stream, self.pool, self._have_addresses
-            )
+            run = partial(self._passes, static, weight, position)
+            # A graph captured before gradients have their final addresses would write to freed memory.
+            recorded = Recorded(run, self.stream, self.pool, lambda: not self.params or self.update.warm)
             self.passes[key] = static, weight, recorded
         return self.passes[key]
 

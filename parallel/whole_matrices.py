@@ -1,7 +1,8 @@
 """Exchange of sharded matrices: each is gathered by one rank, its owner, and scattered back."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -53,8 +54,7 @@ class WholeMatrices:
         if not self.to_owners:
             return list(shards)
         full = {n: shards[n].new_empty(self.shapes[n][0], 1 if per_row else self.shapes[n][1]) for n in self.mine}
-        sent = [(transfer, shards[transfer.index]) for transfer in self.to_owners if transfer.source == self.rank]
-        for transfer, part in self._exchange(self.to_owners, sent, shards[0], per_row):
+        for transfer, part in self._exchange(self.to_owners, lambda t: shards[t.index], shards[0], per_row):
             full[transfer.index][_slices(transfer, per_row)] = part
         return list(full.values())
 
@@ -63,31 +63,32 @@ class WholeMatrices:
         if not self.to_owners:
             return list(full)
         owned = dict(zip(self.mine, full, strict=True))
-        outgoing = [transfer for transfer in self.from_owners if transfer.source == self.rank]
-        sent = [(transfer, owned[transfer.index][_slices(transfer, per_row)]) for transfer in outgoing]
-        parts = {t.index: part for t, part in self._exchange(self.from_owners, sent, shards[0], per_row)}
+
+        def part_of(transfer: Transfer) -> Tensor:
+            return owned[transfer.index][_slices(transfer, per_row)]
+
+        parts = {t.index: part for t, part in self._exchange(self.from_owners, part_of, shards[0], per_row)}
         return [parts[index] for index in range(len(shards))]
 
     def _exchange(
-        self, transfers: list[Transfer], sent: list[tuple[Transfer, Tensor]], like: Tensor, per_row: bool
+        self, transfers: list[Transfer], part_of: Callable[[Transfer], Tensor], like: Tensor, per_row: bool
     ) -> Iterator[tuple[Transfer, Tensor]]:
-        """Send the tensors of this rank's transfers in one all-to-all, and yield those received."""
-        sent = sorted(sent, key=lambda pair: pair[0].target)  # stable, so that sender and receiver agree on the order
+        """Send the parts of this rank's transfers in one all-to-all, and yield those received."""
+        # A stable order, so that sender and receiver agree
+        sent = sorted((t for t in transfers if t.source == self.rank), key=lambda t: t.target)
         received = sorted((t for t in transfers if t.target == self.rank), key=lambda t: t.source)
         shapes = [(t.rows.stop - t.rows.start, 1 if per_row else t.columns.stop - t.columns.start) for t in received]
+        sizes, parts = list(map(prod, shapes)), [part_of(t).flatten().to(like.dtype) for t in sent]
         bytes_out, bytes_in = [0] * self.n_ranks, [0] * self.n_ranks
-        for transfer, part in sent:
-            bytes_out[transfer.target] += part.numel() * like.element_size()
-        for transfer, (rows, columns) in zip(received, shapes, strict=True):
-            bytes_in[transfer.source] += rows * columns * like.element_size()
-        outgoing = torch.cat([like.new_empty(0), *(part.flatten().to(like.dtype) for _, part in sent)]).view(
-            torch.uint8
-        )
-        incoming = like.new_empty(sum(rows * columns for rows, columns in shapes))
+        for transfer, part in zip(sent, parts, strict=True):
+            bytes_out[transfer.target] += part.nbytes
+        for transfer, size in zip(received, sizes, strict=True):
+            bytes_in[transfer.source] += size * like.element_size()
+        outgoing, incoming = torch.cat([like.new_empty(0), *parts]), like.new_empty(sum(sizes))
         # as bytes, because gloo does not support every dtype
-        dist.all_to_all_single(incoming.view(torch.uint8), outgoing, bytes_in, bytes_out, group=self.group)
-        parts = incoming.split([rows * columns for rows, columns in shapes])
-        for transfer, shape, part in zip(received, shapes, parts, strict=True):
+        as_bytes = incoming.view(torch.uint8), outgoing.view(torch.uint8)
+        dist.all_to_all_single(*as_bytes, bytes_in, bytes_out, group=self.group)
+        for transfer, shape, part in zip(received, shapes, incoming.split(sizes), strict=True):
             yield transfer, part.view(shape)
 
 

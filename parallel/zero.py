@@ -123,10 +123,6 @@ class Unit:
             padding = size * self.n_shards - len(flat)
             yield (F.pad(flat, (0, padding)) if padding else flat).view(self.n_shards, size)
 
-    def set_shard_grads(self) -> None:
-        for start, shard in zip(self.starts, self.shards.values(), strict=True):
-            shard.grad = self.grads[start:][: shard.numel()].view(shard.shape)
-
     def resize(self, n_bytes: int) -> None:
         self.is_gathered = n_bytes > 0
         if self.full.untyped_storage().nbytes() != n_bytes:  # resize_ reallocates even at the same size
@@ -198,9 +194,7 @@ class Zero:
 
     def gather(self) -> None:
         """Start to gather the parameters that stay full between passes, in forward order."""
-        if self.reads_peers:
-            with self.stream.after_current():  # until all ranks have updated their shards
-                self._barrier()
+        self._barrier()  # until all ranks have updated their shards
         if self.n_shards > 1 and not self.reshards:
             for unit in chain.from_iterable(self.units):
                 if unit is not self.early_unit:
@@ -212,8 +206,7 @@ class Zero:
         """Start to gather the first unit of the next step once all of its shards are updated."""
         first = self.units[0][0]
         if self.reads_peers and self.early_unit is None and first.shards.keys() <= set(updated):
-            with self.stream.after_current():
-                self._barrier()
+            self._barrier()
             self._gather(first)
             self.early_unit = first
 
@@ -274,8 +267,7 @@ class Zero:
         while self.pending:
             self._reduce(self.pending.pop())
         if self.in_graphs:
-            with self.stream.after_current():
-                self._barrier()  # the next replay writes to the same buckets
+            self._barrier()  # the next replay writes to the same buckets
             self._join()
 
     def _on_gradient(self, unit: Unit) -> None:
@@ -362,7 +354,8 @@ class Zero:
         if not self.in_graphs:
             self._join()
         for unit in chain.from_iterable(self.units):
-            unit.set_shard_grads()
+            for start, shard in zip(unit.starts, unit.shards.values(), strict=True):
+                shard.grad = unit.grads[start:][: shard.numel()].view(shard.shape)
             if not self.in_graphs:
                 unit.grads, unit.accumulated = unit.grads.new_empty(0), unit.accumulated if self.reads_peers else None
 
@@ -379,9 +372,10 @@ class Zero:
             self.early_unit.ready = None
 
     def _barrier(self) -> None:
-        """Make the current stream wait for all ranks' streams, if ranks read each other's memory."""
-        if self.flag is not None:
-            self.flag.barrier()
+        """Make the side stream wait for the current one and, if ranks read each other's memory, for all ranks'."""
+        with self.stream.after_current():
+            if self.flag is not None:
+                self.flag.barrier()
 
 
 def sum_ranks(received_RN: Tensor, total_N: Tensor, overwrite: bool) -> None:
