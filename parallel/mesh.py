@@ -104,11 +104,8 @@ def distributed(config: ParallelConfig) -> Iterator[Mesh]:
             _join(config, device, axes.world_size)
         mesh = open_mesh(axes, zero_stage=config.zero_stage, device=device)
         SharedBuffer.timeout_s = config.step_timeout_s
-        meshes = [device_mesh for device_mesh in (mesh.param_mesh, mesh.batch_mesh) if device_mesh is not None]
-        # New groups have torch's own timeout.
-        for group in (*(group for device_mesh in meshes for group in device_mesh.get_all_groups()), mesh.host):
-            if group is not None:
-                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.step_timeout_s), group)
+        for group in list(dist.distributed_c10d._world.pg_map):  # new groups have torch's own timeout
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.step_timeout_s), group)
         yield mesh
     finally:
         if dist.is_initialized():

@@ -35,15 +35,8 @@ MAX_EXCHANGE = 8
 class Unit:
     """Parameters that are gathered and reduced together: those of some modules, in one flat buffer."""
 
-    def __init__(
-        self,
-        modules: dict[str, nn.Module],
-        group: dist.ProcessGroup,
-        device: torch.device,
-        *,
-        reshards: bool,
-        reads_peers: bool,
-    ) -> None:
+    def __init__(self, modules: dict[str, nn.Module], zero: "Zero") -> None:
+        group, device, reshards = zero.shard_group, zero.device, zero.reshards
         rank, n_shards = group.rank(), group.size()
         self.modules, self.n_shards = modules, n_shards
         self.is_block = all(path.startswith("blocks.") for path in modules)
@@ -61,7 +54,7 @@ class Unit:
             self.starts.append(self.length)
             self.length += -(-size // ALIGNMENT) * ALIGNMENT
         n_resident = self.length if reshards else self.length * n_shards  # between steps
-        self.shared = shared = SharedBuffer(n_resident, self.dtype, device, group) if reads_peers else None
+        self.shared = shared = SharedBuffer(n_resident, self.dtype, device, group) if zero.reads_peers else None
         resident = torch.empty(n_resident, dtype=self.dtype, device=device) if shared is None else shared.local
         self.full = torch.empty(self.length * n_shards, dtype=self.dtype, device=device) if reshards else resident
         self.n_bytes = self.full.untyped_storage().nbytes()
@@ -148,10 +141,7 @@ class Zero:
         self.stream = SideStream(mesh.device)
         self.units: list[list[Unit]] = []  # of each stage, in the order of the forward pass
         for stage in stages:
-            units = [
-                Unit(modules, self.shard_group, self.device, reshards=self.reshards, reads_peers=self.reads_peers)
-                for modules in units_of(stage)
-            ]
+            units = [Unit(modules, self) for modules in units_of(stage)]
             self.units.append(units)
             for unit, next_unit in pairwise(units):
                 unit.after, next_unit.before = next_unit, unit

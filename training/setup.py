@@ -14,8 +14,7 @@ from data.loader import train_batches
 from model.counts import flops_per_token, internlm_flops_per_token
 from model.transformer import Transformer
 from parallel.config import ParallelConfig
-from parallel.engine import Engine
-from parallel.loss_scaler import LossScaler
+from parallel.engine import Engine, LossScaler
 from parallel.mesh import Mesh
 from parallel.parallelize import ParallelModel, parallelize
 from training.config import Dtype, LossConfig, OptimizerConfig, PrecisionConfig, TrainingError

@@ -3,8 +3,7 @@
 import torch
 
 from data.batches import Batch
-from parallel.engine import Engine
-from parallel.loss_scaler import LossScaler
+from parallel.engine import Engine, LossScaler
 from parallel.parallelize import ParallelModel
 from training.config import Dtype, LossConfig, OptimizerConfig, PrecisionConfig, Reduction
 from training.optim.optimizer import Optimizer

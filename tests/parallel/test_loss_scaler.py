@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from parallel.loss_scaler import LossScaler
+from parallel.engine import LossScaler
 from training.config import Dtype, PrecisionConfig
 
 

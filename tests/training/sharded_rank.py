@@ -23,7 +23,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from conf.schema import TrainConfig
 from parallel.axes import Axes
-from parallel.loss_scaler import LossScaler
+from parallel.engine import LossScaler
 from parallel.mesh import Mesh
 from parallel.shards import ParamShard, local
 from training import checkpoint as module
