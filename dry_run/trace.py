@@ -1,10 +1,10 @@
 """Trace of a rank's step: collectives, FLOPs of matrix products, and memory traffic of other operations."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -89,12 +89,9 @@ class Trace(TorchDispatchMode):
         elif not self.products_only and not func.is_view and not packet.__name__.startswith(FREE):
             self.record_kernel([args, [kwargs[key] for key in kwargs if key != "out"], result])
 
-    @contextmanager
-    def overlapped(self) -> Iterator[None]:
-        """Mark collectives in the context as overlapping with compute."""
-        self.overlaps = True
-        yield
-        self.overlaps = False
+    def overlapped(self) -> Any:
+        """Return a context manager that marks collectives as overlapping with compute."""
+        return mock.patch.object(self, "overlaps", True)
 
     def record_kernel(self, args: Sequence[Any]) -> None:
         """Record a kernel that reads or writes each tensor once."""

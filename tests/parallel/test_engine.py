@@ -13,12 +13,12 @@ from data.batches import Batch
 from model.transformer import Transformer
 from parallel import async_tp, graphs
 from parallel.config import ActivationCheckpointing, Compile, ParallelConfig, ParallelError
-from parallel.engine import Engine
+from parallel.engine import Engine, LossScaler
 from parallel.mesh import Mesh
 from parallel.parallelize import allocate, compile_blocks, parallelize, recomputed_blocks
 from tests.models import small_model
 from tests.parallel.engines import EPS, engine_of, micro_batch
-from training.config import OptimizerConfig, Reduction
+from training.config import Dtype, OptimizerConfig, PrecisionConfig, Reduction
 
 CONFIG = small_model(n_layers=3, d_ff=64, attention_bias=True)
 # Dynamo's own, from inspecting the inputs of what it compiles
@@ -187,6 +187,55 @@ def test_fp16_scale_backs_off_until_gradients_are_finite() -> None:
     finite = [bool(engine.train_step(batches).finite) for _ in range(30)]
     assert not finite[0] and finite[-1]
     assert engine.scaler.scale < 2.0**24
+
+
+def scales(scaler: LossScaler, steps: list[bool]) -> list[float]:
+    result = []
+    for finite in steps:
+        scaler.update(finite=finite)
+        result.append(scaler.scale)
+    return result
+
+
+def fp16(**settings: float) -> LossScaler:
+    return LossScaler(PrecisionConfig(compute=Dtype.fp16, **settings))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "last"),
+    [
+        ({}, [False] * 4, [65536, 65536, 32768, 16384]),  # halved from the third overflow
+        ({}, [False, False] + [True] * 1000 + [False] * 3, [65536, 131072, 131072, 131072, 65536]),  # counted anew
+        ({"growth_interval": 3}, [True, True, False, True, True, True], [65536, 65536, 131072]),  # restarted
+        ({"initial_scale": 2, "hysteresis": 1, "min_scale": 1}, [False] * 5, [1, 1, 1]),
+        ({"initial_scale": 2.0**23, "growth_interval": 1}, [True] * 5, [2.0**24] * 5),
+    ],
+)
+def test_scale_falls_and_grows_within_bounds(settings: dict, steps: list[bool], last: list[float]) -> None:
+    assert scales(fp16(**settings), steps)[-len(last) :] == last
+
+
+def test_equals_torch_without_hysteresis() -> None:
+    ours = fp16(growth_interval=2, initial_scale=1024)
+    ours.overflows = ours.config.hysteresis
+    theirs, tracker = torch.tensor([1024.0]), torch.zeros(1, dtype=torch.int32)
+    for finite in [True, True, False, False, True, False, True]:
+        torch._amp_update_scale_(  # type: ignore[attr-defined]
+            theirs, tracker, torch.tensor([float(not finite)]), 2.0, 0.5, 2
+        )
+        ours.update(finite=finite)
+        if finite:
+            ours.overflows = ours.config.hysteresis
+        assert ours.scale == float(theirs)
+
+
+def test_state_dict_round_trip() -> None:
+    first = fp16(growth_interval=3)
+    scales(first, [False, False, False, True, True])
+    second = fp16(growth_interval=3)
+    second.load_state_dict(first.state_dict())
+    steps = [True, False, True, True, True]
+    assert scales(first, steps) == scales(second, steps)
 
 
 @pytest.mark.parametrize(
