@@ -100,7 +100,7 @@ class _OnGpu(TorchFunctionMode):
         if func is torch.Tensor.tolist:
             return [1] * args[0].numel()
         if func is F.rms_norm:
-            return _RMSNorm.apply(args[0], args[2])
+            return _RMSNorm.apply(args[0], kwargs["weight"])
         return func(*map(_on_cpu, args), **{key: _on_cpu(value) for key, value in kwargs.items()})
 
 

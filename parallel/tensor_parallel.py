@@ -31,49 +31,37 @@ class TensorParallel:
     sequence_parallel: bool
 
 
-def _all_gather(x_BtD: Tensor, tp: TensorParallel) -> Tensor:
-    """Gather the tokens of all ranks, which are slices of the flattened batch."""
+def _gather(x_BtD: Tensor, tp: TensorParallel) -> Tensor:
+    """Gather the tokens of all ranks, which are slices of the flattened batch, unless each has all of them."""
+    if not tp.sequence_parallel:
+        return x_BtD.view_as(x_BtD)
     rows, length = x_BtD.shape[:2]
     flat = x_BtD.flatten(0, 1).contiguous()
     full = collectives.wait_tensor(collectives.all_gather_into_tensor(flat, tp.size, tp.group_name))
     return full.view(rows, length * tp.size, -1)
 
 
-def _reduce_scatter(x_BTD: Tensor, tp: TensorParallel) -> Tensor:
+def _sum(x_BTD: Tensor, tp: TensorParallel) -> Tensor:
+    """Sum over ranks; return this rank's tokens, or all."""
+    if not tp.sequence_parallel:
+        return collectives.wait_tensor(collectives.all_reduce(x_BTD.contiguous(), "sum", tp.group_name))
     rows, length = x_BTD.shape[:2]
     flat = x_BTD.flatten(0, 1).contiguous()
     part = collectives.wait_tensor(collectives.reduce_scatter_tensor(flat, "sum", tp.size, tp.group_name))
     return part.view(rows, length // tp.size, -1)
 
 
-def _all_reduce(x: Tensor, tp: TensorParallel) -> Tensor:
-    return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", tp.group_name))
-
-
-class _BeforeColwise(torch.autograd.Function):
-    """Gather tokens before colwise layers; reduce the partial gradients in the backward pass."""
+class _Between(torch.autograd.Function):
+    """Gather tokens before colwise layers, or sum partial outputs after rowwise ones; gradients take the other."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
-        ctx.tp = tp
-        return _all_gather(x, tp) if tp.sequence_parallel else x.view_as(x)
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel, gathers: bool) -> Tensor:
+        ctx.tp, ctx.gathers = tp, gathers
+        return _gather(x, tp) if gathers else _sum(x, tp)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return (_reduce_scatter if ctx.tp.sequence_parallel else _all_reduce)(grad, ctx.tp), None
-
-
-class _AfterRowwise(torch.autograd.Function):
-    """Reduce partial outputs after rowwise layers; gather the gradients in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
-        ctx.tp = tp
-        return (_reduce_scatter if tp.sequence_parallel else _all_reduce)(x, tp)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _all_gather(grad, ctx.tp) if ctx.tp.sequence_parallel else grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _sum(grad, ctx.tp) if ctx.gathers else _gather(grad, ctx.tp), None, None
 
 
 class RowwiseLinear(nn.Linear):
@@ -83,7 +71,7 @@ class RowwiseLinear(nn.Linear):
     product: Callable[[Tensor, Tensor], Tensor] = staticmethod(F.linear)
 
     def forward(self, input: Tensor) -> Tensor:
-        out: Any = _AfterRowwise.apply(self.product(input, self.weight), self.tp)
+        out: Any = _Between.apply(self.product(input, self.weight), self.tp, False)
         return out if self.bias is None else out + self.bias
 
 
@@ -96,7 +84,7 @@ class SplitEmbedding(nn.Embedding):
         rows_BT = input - self.tp.rank * len(self.weight)
         in_slice_BT = (rows_BT >= 0) & (rows_BT < len(self.weight))
         out_BTD = F.embedding(torch.where(in_slice_BT, rows_BT, 0), self.weight)
-        out: Any = _AfterRowwise.apply(out_BTD * in_slice_BT[..., None], self.tp)
+        out: Any = _Between.apply(out_BTD * in_slice_BT[..., None], self.tp, False)
         return out
 
 
@@ -106,7 +94,7 @@ def _gathering(norm: type[nn.Module]) -> type[nn.Module]:
 
     class Gathering(norm):  # type: ignore[misc, valid-type]
         def forward(self, x: Tensor) -> Any:
-            return _BeforeColwise.apply(super().forward(x), self.tp)
+            return _Between.apply(super().forward(x), self.tp, True)
 
     return Gathering
 
