@@ -28,7 +28,6 @@ CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 TRITON_KERNELS = ("model.loss_kernel", "training.optim.adamw_kernel")
 IS_CUDA, DEVICE = torch.Tensor.is_cuda.__get__, torch.Tensor.device.__get__  # type: ignore[attr-defined]
 FAKE_DEVICE: Any = FakeTensor.device.fget
-MAKE_WRAPPER: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -53,13 +52,11 @@ def fake_gpu(on_launch: Callable[[tuple[Any, ...]], object]) -> Iterator[None]:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         patches: list[tuple[Any, str, Any]] = [
             (FakeTensor, "device", property(_device)),
-            (torch.Tensor, "_make_wrapper_subclass", _make_wrapper),
             (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
-            *((torch.cuda, name, mock.MagicMock()) for name in ("Stream", "Event", "current_stream")),
+            *((torch.cuda, name, mock.MagicMock()) for name in ("Stream", "current_stream")),
             (DeviceMesh, "mesh", property(_without_modes(DeviceMesh.mesh.fget))),
+            (DeviceMesh, "__getitem__", _without_modes(DeviceMesh.__getitem__)),
         ]
-        names = ("__init__", "__getitem__", "_concatenate", "_flatten", "_unflatten")
-        patches += [(DeviceMesh, name, _without_modes(vars(DeviceMesh)[name])) for name in names]
         for target, name, fake in patches:
             stack.enter_context(mock.patch.object(target, name, fake))
         stack.enter_context(_HostReads())
@@ -69,13 +66,12 @@ def fake_gpu(on_launch: Callable[[tuple[Any, ...]], object]) -> Iterator[None]:
 
 def _without_modes(method: Any) -> Any:
     """Run a method of a mesh, which needs the values of its ranks, with real tensors."""
-    function = method.__func__ if isinstance(method, staticmethod) else method
 
-    def real(*args: Any, **kwargs: Any) -> Any:
+    def real(*args: Any) -> Any:
         with torch._C.DisableTorchFunction(), _disable_current_modes():
-            return function(*args, **kwargs)
+            return method(*args)
 
-    return staticmethod(real) if isinstance(method, staticmethod) else real
+    return real
 
 
 class _HostReads(TorchDispatchMode):
@@ -115,10 +111,6 @@ def _device(tensor: Any) -> torch.device:
 
 def _on_cpu(value: Any) -> Any:
     return CPU if isinstance(value, torch.device) and value.type == "cuda" else value
-
-
-def _make_wrapper(*args: Any, **kwargs: Any) -> Any:
-    return MAKE_WRAPPER(*args, **{key: _on_cpu(value) for key, value in kwargs.items()})
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -9,7 +9,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from parallel.zero import Zero
@@ -83,10 +82,7 @@ class Memory:
     def relabel(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Change the kind of tensors' storages."""
         for tensor in tensors:
-            inner: Any = tensor
-            while is_traceable_wrapper_subclass(inner):
-                inner = getattr(inner, inner.__tensor_flatten__()[0][0])
-            self._follow(inner, kind).kind = kind
+            self._follow(tensor, kind).kind = kind
 
     def reset_peak(self) -> None:
         self.peak_bytes, self.peak_at = self.live_bytes, self.now

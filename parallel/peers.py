@@ -75,11 +75,7 @@ class SideStream:
 
     def event(self) -> Any:
         """Return an event recorded on this stream; None without a GPU."""
-        if self.stream is None:
-            return None
-        event = torch.cuda.Event()
-        event.record(self.stream)
-        return event
+        return None if self.stream is None else self.stream.record_event()
 
     def wait(self, event: Any) -> None:
         """Make the current stream wait for an event of this one."""
