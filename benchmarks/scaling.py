@@ -25,8 +25,7 @@ from hydra import compose, initialize_config_dir
 from conf.cli import CONF
 from conf.schema import register, to_config
 from dry_run.config import DryRunConfig
-from dry_run.step_profile import StepProfile, profile_step
-from dry_run.step_time import compute_s, estimate_time
+from dry_run.step_profile import StepProfile, compute_s, estimate_time, profile_step
 from dry_run.trace import Phase
 
 N_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
