@@ -118,8 +118,7 @@ def apply_tp(
         if style == "norm" and path not in local_norms:
             module.__class__ = _gathering(type(module))
         elif style == "rowwise":
-            split_class: type[nn.Module] = SplitEmbedding if is_embedding else RowwiseLinear
-            module.__class__ = split_class
+            module.__class__ = SplitEmbedding if is_embedding else RowwiseLinear
         module.tp = tp
         for name, param in module.named_parameters(recurse=False):
             if style == "norm" or (style == "rowwise" and param.ndim == 1):

@@ -33,7 +33,6 @@ def test_one_axis_fills_the_world(world_size: int, sizes: dict[str, Any], axes: 
 @pytest.mark.parametrize(
     ("world_size", "fields", "words"),
     [
-        (8, {"dp_shard": 4}, ["parallel.dp_shard (4)", "(8)"]),
         (8, {"dp_shard": -1, "tp": 3}, ["parallel.dp_shard (-1) x parallel.tp (3)", "3 must", "(8)"]),
         (8, {"dp_shard": -1, "tp": -1}, ["parallel.dp_shard (-1) x parallel.tp (-1)"]),
         (2, {"tp": 0}, ["parallel.tp (0)"]),
