@@ -8,8 +8,8 @@ from parallel.parallelize import ParallelModel
 from training.config import Dtype, LossConfig, OptimizerConfig, PrecisionConfig, Reduction
 from training.optim.optimizer import Optimizer
 
-# A rounding error d of a gradient near 0 moves a weight by up to lr * d / eps: with the usual eps of 1e-8 that is a whole
-# update where d decides the sign. These gradients are about 1e-3, and their rounding errors below 1e-9.
+# A rounding error d of a gradient near 0 moves a weight by up to lr * d / eps: with the usual eps of 1e-8 that is a
+# whole update where d decides the sign. These gradients are about 1e-3, and their rounding errors below 1e-9.
 EPS = 1e-4
 
 
