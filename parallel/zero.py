@@ -102,6 +102,12 @@ class Unit:
                 at += gap
         torch.cat(parts, dim=1, out=out)
 
+    def accumulate(self, out: Tensor, *, first: bool) -> None:
+        """Move the gradients to `out`, or add them; the layout is that of `pack`, and padding is left as it is."""
+        for flat, size, start in zip(self.take_grads(), self.sizes, self.starts, strict=True):
+            part = out[:, start : start + size]
+            part.copy_(flat) if first else part.add_(flat)
+
     def take_grads(self) -> Iterator[Tensor]:
         """Yield the gradients as (n_shards, size), including padding, and set them to None."""
         for param, size in zip(self.params, self.sizes, strict=True):
@@ -264,10 +270,7 @@ class Zero:
         if self.stage < 2 and not (self.first and self.last):
             if unit.accumulated is None:
                 unit.accumulated = self._buffer(unit.length, unit.full, self.grad_dtype)
-            total = unit.accumulated.local.view(self.n_shards, -1)
-            for flat, size, start in zip(unit.take_grads(), unit.sizes, unit.starts, strict=True):
-                part = total[:, start : start + size]  # laid out as `pack` does; padding is left as it is
-                part.copy_(flat) if self.first else part.add_(flat)
+            unit.accumulate(unit.accumulated.local.view(self.n_shards, -1), first=self.first)
             if self.last:
                 self._reduce_scatter(unit, unit.accumulated, 0, unit.length)
         else:
