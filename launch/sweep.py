@@ -98,7 +98,7 @@ def _check(points: "Sequence[Point]", n_points: int) -> None:
 
 
 def tried(steps: Iterable[tuple[str, Callable[[], Any]]], n_points: int) -> tuple[list[Any], list[str]]:
-    """Take a step of each point, by label; return the results, and every user error once, with the points it is at."""
+    """Run a step for each labelled point; return the results, and each user error once, with its points."""
     made, labels = [], defaultdict[str, list[str]](list)  # the points with each problem
     for label, step in steps:
         try:

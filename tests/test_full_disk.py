@@ -74,6 +74,17 @@ def test_a_full_disk_is_a_crash_that_another_attempt_may_mend(error: Exception, 
     assert RankEnd(error=error, text=str(error)).is_crash == again
 
 
+def test_lines_wait_for_room(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = Lines(small_disk / "train.log")
+    fill(small_disk)
+    for number in range(1000):
+        lines.write(f"line {number}\n")
+    assert caplog.text.count("lines are kept in memory and written later") == 1
+    (small_disk / "junk").unlink()
+    lines.close()
+    assert (small_disk / "train.log").read_text() == "".join(f"line {number}\n" for number in range(1000))
+
+
 def test_a_bad_line_costs_that_line_alone(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n\xff\x00 {"st\n[2]\n{"step": 3}\n{"step": 4, "tok')

@@ -20,8 +20,9 @@ from conf.cli import _print_errors
 from conf.schema import EvaluateConfig, ExportConfig
 from parallel.config import Device, ParallelConfig
 from tests.conftest import composed, trained
+from tracking.retry import retried
 from tracking.status import read_status
-from tracking.store import Store, local_run, retried
+from tracking.store import Store, local_run
 from training.checkpoint import Checkpoints, open_checkpoint
 from training.config import CheckpointConfig, CheckpointError, Dtype, SaveError
 from training.preflight import check_run, preflight_problems
@@ -31,7 +32,7 @@ from training.ranks import Ranks
 @pytest.fixture
 def flaky_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A server of S3 that answers every third request with 503."""
-    monkeypatch.setattr("tracking.store.WAITS_S", (0.01,) * 6)
+    monkeypatch.setattr("tracking.retry.WAITS_S", (0.01,) * 6)
     pytest.importorskip("s3fs")
     server = pytest.importorskip("moto.server")
     from werkzeug.serving import make_server
@@ -73,7 +74,7 @@ def test_resume_from_flaky_s3(flaky_s3: str, tmp_path: Path, small: list[str], m
 
 @pytest.fixture
 def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoints:
-    monkeypatch.setattr("tracking.store.WAITS_S", (0.01, 0.01))
+    monkeypatch.setattr("tracking.retry.WAITS_S", (0.01, 0.01))
     return Checkpoints(tmp_path / "r", CheckpointConfig(keep=2, path=f"file://{tmp_path}/far"))
 
 
@@ -152,7 +153,7 @@ def test_no_secret_is_echoed(
 ) -> None:
     """A run is copied, resumed from the copy, and fails because the store does."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tracking.store.WAITS_S", (0.01,))
+    monkeypatch.setattr("tracking.retry.WAITS_S", (0.01,))
     run = Path("runs/r")
     typed = ["checkpoint.path=file://me:hunter2@x/far", "alerts.webhook=http://127.0.0.1:9/a/hunter2"]
     config = composed("name=r", *small, "steps=2", *typed)

@@ -134,13 +134,14 @@ from tests.conftest import trained
 from training.report import StepReport
 
 heavy = ("torch._dynamo", "torch.distributed.pipelining", "matplotlib", "tensorboard", "transformers", "datasets", "wandb")
-StepReport.step = lambda *_, **__: sys.exit(" ".join(name for name in heavy if name in sys.modules) or 0)
+StepReport.step = lambda *_, **__: sys.exit("imported: " + " ".join(name for name in heavy if name in sys.modules))
 trained(Path(sys.argv[1]), *sys.argv[2:])
 """
 
 
 def test_the_first_step_imports_no_compiler_and_no_plots(tmp_path: Path, small: list[str]) -> None:
-    ran("-c", FIRST_STEP, str(tmp_path / "r"), *small)
+    done = ran("-c", FIRST_STEP, str(tmp_path / "r"), *small, code=1)
+    assert done.stderr.splitlines()[-1] == "imported: "
 
 
 @pytest.mark.parametrize("stop_at", [4, 7])

@@ -1,14 +1,12 @@
-"""metrics.jsonl: a JSON record per logged step and per validation; its curves, and early stopping by them."""
+"""metrics.jsonl: a JSON record per logged step and per validation."""
 
 import json
-import logging
 import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tracking.config import EarlyStopConfig
 from tracking.run_folder import write_atomically
 
 METRICS = "metrics.jsonl"  # in a run folder
@@ -16,8 +14,6 @@ SMOOTHING = 0.9
 HEAD = 100  # bytes of a record with step, tokens and the first loss
 
 Curve = list[tuple[int, float]]  # (tokens, loss)
-
-logger = logging.getLogger(__name__)
 
 
 def read_records(path: Path, every: int = 1) -> list[dict[str, Any]]:
@@ -62,31 +58,6 @@ def centred(curve: Curve) -> Curve:
     decay = min(SMOOTHING, 1 - 1 / max(1.0, len(curve) / 20))
     both = zip(smoothed(curve, decay), smoothed(curve[::-1], decay)[::-1], strict=True)
     return [(tokens, (before + after) / 2) for (tokens, before), (_, after) in both]
-
-
-def is_hopeless(config: EarlyStopConfig, run_dir: Path, step: int) -> bool:
-    """Return whether to end a run at `step`, compared with its siblings in the sweep's folder."""
-    if config.margin is None or step < config.after_step or step % config.every:
-        return False
-
-    def curve_of(folder: Path) -> Curve:
-        curve = loss_curve(read_records(folder / METRICS), config.metric)
-        return smoothed(curve) if config.metric.startswith("train/") else curve
-
-    own = curve_of(run_dir)
-    if not own:
-        return False
-    tokens, loss = own[-1]
-    others = {path.parent for path in run_dir.parent.glob(f"*/{METRICS}")} - {run_dir}
-    curves = {other.name: curve_of(other) for other in others}
-    # Compare only with runs that have reached these tokens.
-    reached = {name: next((loss for at, loss in curve if at >= tokens), math.inf) for name, curve in curves.items()}
-    best = min(reached, key=lambda name: reached[name], default="")
-    if not best or loss <= reached[best] + config.margin:
-        return False
-    message = "given up at step %d: %s is %.4f, that of %s at the same tokens %.4f (early_stop.margin is %g)"
-    logger.info(message, step, config.metric, loss, best, reached[best], config.margin)
-    return True
 
 
 def last_step(run_dir: Path) -> int:

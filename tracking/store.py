@@ -1,11 +1,9 @@
-"""Copies of a run's checkpoints in an object store, or any file system of fsspec; retries of disks and networks."""
+"""Copies of a run's checkpoints in an object store, or any file system of fsspec."""
 
-import errno
 import hashlib
 import json
 import logging
 import os
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,35 +12,13 @@ from typing import IO, Any
 import xxhash
 
 from tracking.logs import without_secrets
+from tracking.retry import retried
 from tracking.run_folder import STEP, read_json
 from training.config import CheckpointError, DamagedError
 
 MANIFEST = "manifest.json"
 ORIGIN = ".origin"  # in the folder of a downloaded run: its address
-WAITS_S = (0.1, 0.4, 1.5, 4.0)  # before retries
-# ENOENT: a file that another node has just written may not be visible yet. EACCES, EPERM: a network disk says so while
-# its server, or a ticket, is renewed.
-PASSING = {errno.ESTALE, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOENT}
-PASSING |= {errno.EACCES, errno.EPERM}
-
 logger = logging.getLogger(__name__)
-
-
-def of_a_disk(error: Exception) -> bool:
-    return isinstance(error, OSError) and error.errno in PASSING
-
-
-def retried(step: Callable[[], Any], passes: Callable[[Exception], bool] = of_a_disk) -> Any:
-    """Run `step`, and retry it with growing waits after errors for which `passes` is true."""
-    for wait_s in WAITS_S:
-        try:
-            return step()
-        except Exception as error:
-            if not passes(error):
-                raise
-            logger.warning("%s; trying again in %g s", error, wait_s)
-            time.sleep(wait_s)
-    return step()
 
 
 def describe(file: IO[bytes]) -> dict[str, Any]:

@@ -30,8 +30,9 @@ from torch.futures import Future
 
 from parallel.shards import local
 from tracking.metrics_file import METRICS, read_records
+from tracking.retry import retried
 from tracking.run_folder import checkpoints_in, committed, write_atomically
-from tracking.store import Store, describe, retried
+from tracking.store import Store, describe
 from training.config import CheckpointConfig, CheckpointError, DamagedError, IncompleteError, SaveError
 from training.metadata import MetadataReader, check_complete, read_metadata
 from training.optim.master_weights import Parts, whole

@@ -16,7 +16,7 @@ from data.config import parse_ranges
 from data.dataset import Corpus
 from data.loader import valid_batches
 from parallel.engine import Engine, StepResult
-from tracking.metrics_file import is_hopeless
+from tracking.early_stop import is_hopeless
 from tracking.run_folder import StopFile
 from training.config import TrainingError
 from training.evaluation import Evaluation, raise_first

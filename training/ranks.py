@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from tracking.store import retried
+from tracking.retry import retried
 from training.config import CheckpointError, DamagedError, IncompleteError
 
 T = TypeVar("T")

@@ -95,7 +95,10 @@ def pending_collective() -> str:
 
 
 class CollectiveTimeoutError(RuntimeError):
-    """No progress on the GPU within `parallel.step_timeout_s`."""
+    """The GPU waits in a collective that does not finish."""
+
+    def __str__(self) -> str:  # it is raised without arguments
+        return "the GPU waits in a collective that does not finish (parallel.step_timeout_s)"
 
 
 def expire_collectives(device: torch.device, trace_file: Path) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from launch.ranks import GRACE_S
 from tests.conftest import metrics, trained
-from tracking.alerts import alerts
+from tracking.alerts import LIMIT_S, alerts
 from tracking.config import AlertsConfig
+from tracking.status import CAUSE_S
 from training.config import OptimizerConfig
 from training.spikes import LASTING, WINDOW, Recent, find_spikes
 
@@ -23,14 +25,16 @@ def wait_for(path: Path) -> None:
 
 def test_alerts_are_sent_one_by_one_in_the_background(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n')
-    log, received = logging.getLogger("test"), []
+    log, received, busy = logging.getLogger("test"), [], threading.Lock()
 
     class Take(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
+            assert busy.acquire(blocking=False), "two at a time"
             time.sleep(0.3)
             received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             self.send_response(204)
             self.end_headers()
+            busy.release()
 
     with HTTPServer(("127.0.0.1", 0), Take) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
@@ -65,6 +69,25 @@ def test_a_spike_that_waits_gives_way_and_no_other_alert(tmp_path: Path) -> None
     assert [alert["reason"] for alert in found] == ["0", *["https://me:***@x"] * 3]
 
 
+def test_a_quick_receiver_gets_every_alert_whatever_it_answers(tmp_path: Path) -> None:
+    received = []
+
+    class Odd(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["state"])
+            self.wfile.write(b"hello\r\n\r\n")  # no HTTP
+
+    states = ["spike", "stall", "crash", "requeue"]
+    with HTTPServer(("127.0.0.1", 0), Odd) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        with alerts(AlertsConfig(webhook=f"http://127.0.0.1:{http.server_port}"), tmp_path):
+            for state in states:
+                logging.getLogger("test").warning("boom", extra={"alert": state})
+                time.sleep(0.2)
+        http.shutdown()
+    assert received == states
+
+
 def test_a_receiver_that_hangs_holds_the_end_up_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -75,6 +98,13 @@ def test_a_receiver_that_hangs_holds_the_end_up_once(
             logging.getLogger("test").warning("boom", extra={"alert": state})
     assert time.monotonic() - begun < 20 and "alerts" not in {thread.name for thread in threading.enumerate()}
     assert "the alert requeue was not sent: Command 'exec sleep 600' timed out" in caplog.text
+
+
+def test_ranks_are_given_time_for_the_alert_of_another_ranks_failure() -> None:
+    assert GRACE_S > CAUSE_S + LIMIT_S + 1
+
+
+def test_an_alert_that_fails_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with alerts(AlertsConfig(command="exit 3"), tmp_path):
         logging.getLogger("test").warning("boom", extra={"alert": "crash"})
     assert "the alert crash was not sent: Command 'exit 3' returned non-zero exit status 3" in caplog.text

@@ -12,8 +12,9 @@ from launch.sweep import is_finished
 from tests.tracking.test_compare import written
 from tracking.compare import read_runs
 from tracking.config import EarlyStopConfig
+from tracking.early_stop import is_hopeless
 from tracking.heartbeat import sign_file
-from tracking.metrics_file import is_hopeless, last_value
+from tracking.metrics_file import last_value
 from tracking.run_folder import locked
 from tracking.status import Status, crashed_the_same_way_twice, note_end, read_status
 from training.config import CheckpointError

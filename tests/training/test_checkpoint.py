@@ -29,7 +29,7 @@ def tensors(fill: float = 0.0) -> dict[str, Tensor]:
 
 @pytest.fixture(autouse=True)
 def no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tracking.store.WAITS_S", (0.01, 0.01))
+    monkeypatch.setattr("tracking.retry.WAITS_S", (0.01, 0.01))
 
 
 @pytest.fixture
