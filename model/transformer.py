@@ -33,10 +33,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        attention, mlp = config.attention_layer, config.mlp
-        self.attention: Any = pkgutil.resolve_name(ATTENTION_LAYERS.get(attention, attention))(config)
+        self.attention: Any = layer_class("attention_layer", config.attention_layer, ATTENTION_LAYERS)(config)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mlp = pkgutil.resolve_name(MLPS.get(mlp, mlp))(config)
+        self.mlp = layer_class("mlp", config.mlp, MLPS)(config)
         self.attend = attend  # replaced by context parallelism
         self.residual_scale = 1 / config.depth_ratio
 
@@ -141,9 +140,7 @@ class Transformer(nn.Module):
         if cu_seqlens is None or max_seq_len is None:
             cu_seqlens = torch.arange(0, (rows + 1) * row_len, row_len, device=device, dtype=torch.int32)
             max_seq_len = row_len
-        x_BTD, scale = tokens_BT if self.embed is None else self.embed(tokens_BT), self.config.embed_grad_scale
-        if self.embed is not None and scale != 1:
-            x_BTD = x_BTD * scale + x_BTD.detach() * (1 - scale)
+        x_BTD = tokens_BT if self.embed is None else self._embed(self.embed, tokens_BT)
         if cache is not None:
             cache.set_positions(positions_BT)
         backend = Attention.sdpa if cache is not None else self.config.attention
@@ -160,6 +157,10 @@ class Transformer(nn.Module):
         if self.config.width_ratio != 1:
             x_BTD = x_BTD / self.config.width_ratio
         return head(x_BTD, output.weight)
+
+    def _embed(self, embed: nn.Embedding, tokens_BT: Tensor) -> Tensor:
+        x_BTD, scale = embed(tokens_BT), self.config.embed_grad_scale
+        return x_BTD if scale == 1 else x_BTD * scale + x_BTD.detach() * (1 - scale)
 
     def known_weights(self) -> Iterator[tuple[str, Weight]]:
         """Yield path and `Weight` of every layer or parameter listed in a module's `WEIGHTS`."""
@@ -206,6 +207,14 @@ class Transformer(nn.Module):
             digest = hashlib.sha256(f"{seed}/{self.tied_params.get(name, name)}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             write(param, torch.empty(param.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
+
+
+def layer_class(key: str, name: str, known: dict[str, str]) -> type[nn.Module]:
+    """Return the class that `model.<key>` names; raise `ModelError` if it cannot be imported."""
+    try:
+        return pkgutil.resolve_name(known.get(name, name))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ModelError(f"model.{key} ({name}): {error}") from None
 
 
 def _with_losses(output: Tensor | tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:

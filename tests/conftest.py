@@ -81,12 +81,9 @@ def ran(*argv: str, code: int = 0, **variables: str) -> subprocess.CompletedProc
     return done
 
 
-def exported(run: Path, out: Path, dtype: Dtype = Dtype.fp32, *, verified: bool = False) -> Path:
+def exported(run: Path, out: Path, dtype: Dtype = Dtype.fp32) -> Path:
     """Export a run; return the folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        if not verified:  # it takes seconds
-            patch.setattr(export, "verify", lambda *_, **__: "")
-        export.export(ExportConfig(run=str(run), out=str(out), dtype=dtype))
+    export.export(ExportConfig(run=str(run), out=str(out), dtype=dtype))
     return out
 
 
@@ -157,7 +154,9 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> Path:
 @pytest.fixture(scope="session")
 def hf_dir(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The export of `run_dir` in fp32."""
-    return exported(run_dir, tmp_path_factory.mktemp("exports") / "hf")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("export.verify", lambda *_, **__: "")  # tests/test_export.py does
+        return exported(run_dir, tmp_path_factory.mktemp("exports") / "hf")
 
 
 @pytest.fixture

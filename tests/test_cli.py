@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,17 @@ def test_hyper_parameters_of_the_tutorial() -> None:
         ("lr=1e-3 batch_size=8 model.resume=x", [
             "lr .*optimizer.lr", "batch_size .*global_batch_tokens", "model.resume .*checkpoint.resume",
         ]),
+        ("data.mix.code=0.5 data=local data.seq_len=256", []),  # training does not ask for the text
         ("data.mix.笔记=1 data.sources.C#=x", ["data.mix.笔记=1 .*YAML", "data.sources.C#=x "]),
         ("optimizer.lr=1e-4,1e-3", ["optimizer.lr .*-m"]),
+        ("launcher=slurm optimizer.lr=1e-3,-1", [r"optimizer.lr \(-1.0\) .*\(at optimizer.lr=-1\)"]),
         ("-m seed=range(3) optimizer.lr=-1,1", [r"optimizer.lr .*\(at seed=0 optimizer.lr=-1 and 2 more\)"]),
+        ("samples.prompts=The", [r"samples.prompts \(The\) must be a list, such as \[The\]"]),
         ("-m model=tiny,8b optimizer.lr=1,x", ["model=8b: ", "optimizer.lr=x: "]),
+        ("experiment=lr_sweep optimizer.lr=1,-1", [r"optimizer.lr .*\(at optimizer.lr=-1\)"]),
+        ("experiment=lr_sweep steps=0", [r"steps \(0\) must be at least 1$"]),
         ("-m hydra/sweeper=optuna hydra.sweeper.n_trails=9 optimizer.lr=1,2", ["hydra.sweeper.n_trails"]),
+        ("-m hydra/sweeper=optuna optimizer.lr=tag(log,interval(1e-4,1e-2))", []),
         ("-m hydra/sweeper=optuna optimizer.lr=interval(-1,1)", [r"optimizer.lr \(-1.0\)"]),
         ("-m hydra/launcher=nothing steps=1", ["hydra/launcher=nothing: .*jobs"]),
         ("experiment=sft_7b data.input=a.json", ["init_from is not set"]),
@@ -132,7 +139,9 @@ def test_hyper_parameters_of_the_tutorial() -> None:
             r"samples.temperature \(-1.0\)", r"objective \(valid/losss\)", r"early_stop.metric \(-evaluation/x/acc\)",
             r"early_stop.after_step \(100\)", r"profile \(true\)",
         ]),
+        ("objective=evaluation/y/bpb evaluate.tasks=[/a/y.jsonl.gz] early_stop.metric=valid/loss/zh", []),
         ("objective=evaluation/y/bbp evaluate.tasks=[y.jsonl]", [r"objective \(evaluation/y/bbp\) .*evaluation/TASK/SCORE"]),
+        ("launcher.time=1h", [r"launcher.time \(1h\)"]),
     ],
 )  # fmt: skip
 def test_everything_wrong_is_reported_at_once(line: str, expected: list[str]) -> None:
@@ -148,7 +157,10 @@ def test_everything_wrong_is_reported_at_once(line: str, expected: list[str]) ->
     [
         ("prepare_data", "data=local", ["data.input"]),
         ("prepare_data", "data=local data.sources.a={input:x,text_kye:y}", ["data.sources.a.text_kye: "]),
+        ("prepare_data", "data=local data.sources.a={input:x,text_lines:7y}", ["data.sources.a.text_lines: Value '7y'"]),
+        ("prepare_data", "data=local data.sources.a={text_key:y}", ["data.sources.a.input: "]),
         ("export", "", ["run, from_hf and from_internlm"]),
+        ("export", "dtype=bf17 run=x", ["dtype=bf17"]),
         ("export", "from_internlm=/nowhere", ["/nowhere has no model_config.pt"]),
         ("generate", "", ["run and hf", "prompt and prompts"]),
         ("generate", "run=/nowhere prompt=x stop=end", ["stop (end) must be a list, such as [end]"]),
@@ -203,7 +215,13 @@ def test_first_rank_reports_errors_of_all(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_stored_configuration_is_json_and_has_every_key() -> None:
-    odd = ["name=x", "optimizer.max_grad_norm=inf", "++optimizer.options={a: -inf, b: nan}", "model.name='a\\${b}'"]
+    odd = [
+        "name=x",
+        "data.path=missing",
+        "optimizer.max_grad_norm=inf",
+        "++optimizer.options={a: -inf, b: nan}",
+        "model.name='a\\${b}'",
+    ]
     plain = to_plain(checked(composed_cfg("precision=fp16", "+data.mix={a: 1, b: 2.5}", "skip_batches=[3]", *odd)))
     assert json.loads(json.dumps(plain)) == plain and plain["optimizer"]["options"] == {"a": "-inf", "b": "nan"}
     assert plain["data"]["mix"] == {"a": 1.0, "b": 2.5} and plain["skip_batches"] == ["3"]
@@ -223,8 +241,9 @@ def test_folders_of_points_lie_in_the_sweeps() -> None:
     assert folder_name("init_from='runs/a'") == names[0], "however it was quoted"
 
 
-def test_an_interrupt_while_modules_load_is_quiet() -> None:
-    argv = [sys.executable, "-X", "importtime", "train.py", "nonsense"]
+@pytest.mark.parametrize("script", ["train.py", "prepare_data.py"])
+def test_an_interrupt_while_modules_load_is_quiet(script: str) -> None:
+    argv = [sys.executable, "-X", "importtime", script, "nonsense"]
     with subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None and any(" hydra._internal\n" in line for line in process.stderr)
         process.send_signal(signal.SIGINT)
@@ -260,7 +279,10 @@ def test_folder_outside_the_repository_is_checked_like_ours(outside: Path) -> No
     ("line", "shown"),
     [
         ("hydra.searchpath=[file://{outside}] experiment=mine --cfg job --package model", "d_model: 16\n"),
+        ("--config-dir {outside} --config-name my_train --cfg job", "steps: 9\n"),
         ("--config-path {outside}/../conf --config-dir conf --cfg job", ""),
+        ("--config-dir {outside} --info searchpath", "{outside}"),
+        ("--hydra-help", "--multirun"),
         ("--config-dir {outside} --help", "\ncluster: big\n"),
     ],
 )
@@ -284,15 +306,22 @@ def test_remedy_names_the_folder_of_the_user(outside: Path, tmp_path: Path) -> N
     assert done.stderr.endswith(remedy)
 
 
+no_joblib = find_spec("hydra_plugins.hydra_joblib_launcher") is None
+JOBLIB = pytest.param("joblib", marks=pytest.mark.skipif(no_joblib, reason="hydra-joblib-launcher is not installed"))
+
+
+def test_stock_launcher_checks_every_point(tmp_path: Path, outside: Path) -> None:
+    argv = ["train.py", "-m", f"--config-dir={outside}", "experiment=mine", "hydra/launcher=basic"]
+    argv += ["optimizer.lr=1e-3,1e-2", f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=${optimizer.lr}"]
+    done = ran(*argv, "data=builtin", "data.path=/nowhere", code=1)
+    assert "/nowhere" in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.glob("*/metrics.jsonl"))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
+@pytest.mark.parametrize("launcher", ["basic", JOBLIB, "submitit_local"])
 def test_stock_launcher_trains_every_point(tmp_path: Path, outside: Path, launcher: str) -> None:
     argv = ["train.py", "-m", f"--config-dir={outside}", "experiment=mine", f"hydra/launcher={launcher}"]
-    if launcher == "joblib":
-        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    if launcher == "basic":
-        missing = ["data=builtin", "data.path=/nowhere", f"hydra.sweep.dir={tmp_path / 'refused'}"]
-        assert "/nowhere" in ran(*argv, *missing, code=1).stderr.splitlines()[-1]
     many = ["data.workers=2", *(f"launcher.sbatch.option{n}={'x' * 20}" for n in range(9))]  # a long name
     ran(*argv, *many, "launcher.where=slurm", "optimizer.lr=1e-3,1e-2", f"hydra.sweep.dir={tmp_path}")
     states = [json.loads(path.read_text())["state"] for path in tmp_path.glob("*/status.json")]
@@ -302,6 +331,7 @@ def test_stock_launcher_trains_every_point(tmp_path: Path, outside: Path, launch
 @pytest.mark.parametrize(
     ("line", "code", "expected"),
     [
+        ("train.py steps=-1", 2, "steps (-1)"),
         ("train.py data.path=nowhere", 1, "run: python prepare_data.py data=builtin data.path=nowhere\n"),
         ("train.py model=125m data=tokens data.input=Makefile data.tokenizer=/no/x.model", 1, "data.tokenizer (/no/x"),
         ("prepare_data.py data=local data.input=/nowhere data.path={tmp}/tokens", 1, "data.input (/nowhere)"),

@@ -63,6 +63,12 @@ def test_text_cannot_control_the_terminal(monkeypatch: pytest.MonkeyPatch, capsy
     assert capsys.readouterr().out == "\x1b[2J\n\\x1b[2J\n"
 
 
+def test_export_writes_the_same_text(run_dir: Path, hf_dir: Path) -> None:
+    for changes in ({"temperature": 0.0}, {"seed": 3}):
+        from_hf = settings(run_dir, run=None, hf=str(hf_dir), **changes)
+        assert texts(from_hf, [PROMPT]) == texts(settings(run_dir, **changes), [PROMPT])
+
+
 def test_stop_tokens_of_an_export(hf_dir: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(hf_dir, tmp_path / "hf")
     for named, ends in ((7, {2, 7}), ([7, 8], {2, 7, 8}), (None, {2}), ([*range(1000)], {*range(1000)})):
@@ -71,19 +77,23 @@ def test_stop_tokens_of_an_export(hf_dir: Path, tmp_path: Path) -> None:
     assert texts(settings(folder, run=None, hf=str(folder)), [PROMPT]) == [""]
 
 
-def test_samples_depend_on_the_seed_alone(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_do_not_depend_on_the_batch(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = ["import os", "The\u2028value", "x = 1"]
     (tmp_path / "prompts.txt").write_text("\n\n".join(prompts))
     file = {"prompt": None, "prompts": str(tmp_path / "prompts.txt")}
     outputs = []
-    for changes in ({"batch_size": 1}, {"batch_size": 4}, {"cache": False}, {"seed": 1}):
-        generate.main(settings(run_dir, **file, samples=2, max_new_tokens=8, **changes))
+    for size in (1, 4):
+        generate.main(settings(run_dir, **file, samples=2, max_new_tokens=8, batch_size=size))
         outputs.append(capsys.readouterr().out)
-    assert outputs[0] == outputs[1] == outputs[2] != outputs[3]
-    assert outputs[0].count("--- prompt") == 6
-    heads = [f"--- prompt {i + 1}, sample {j + 1}\n{prompt}" for i, prompt in enumerate(prompts) for j in range(2)]
-    assert all(head in outputs[0] for head in heads)
-    assert len(set(texts(settings(run_dir, samples=3), [PROMPT]))) == 3
+    assert outputs[0] == outputs[1] and outputs[0].count("--- prompt") == 6
+    for i, prompt in enumerate(prompts):
+        assert all(f"--- prompt {i + 1}, sample {j + 1}\n{prompt}" in outputs[0] for j in range(2))
+
+
+def test_cache_changes_nothing_and_the_seed_does(run_dir: Path) -> None:
+    one = texts(settings(run_dir, samples=3), [PROMPT])
+    assert one == texts(settings(run_dir, samples=3, cache=False), [PROMPT])
+    assert len(set(one)) == 3 and one != texts(settings(run_dir, samples=3, seed=1), [PROMPT])
 
 
 def test_stop_string_ends_the_text_and_is_not_shown(run_dir: Path) -> None:
@@ -110,12 +120,16 @@ def test_stream_never_shows_half_a_character(hf_dir: Path, kind: str) -> None:
     assert shown == "é" and unfinished.finish().strip("\ufffd") == ""
 
 
-def test_unusable_settings(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModelError, match=r"prompt \(word "):
-        texts(settings(run_dir), ["word " * 100])
+@pytest.mark.parametrize(
+    ("changes", "prompt", "named"),
+    [({}, "word " * 100, r"prompt \(word "), ({"device": Device.cuda}, "x", r"device \(cuda\)")],
+)
+def test_unusable_settings(
+    run_dir: Path, changes: dict, prompt: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ModelError, match=r"device \(cuda\)"):
-        generate.Writer(settings(run_dir, device=Device.cuda))
+    with pytest.raises(ModelError, match=named):
+        texts(settings(run_dir, **changes), [prompt])
 
 
 @pytest.mark.parametrize("key", ["prompt", "prompts"])
@@ -187,11 +201,12 @@ def test_conversation(chat_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        *(({"temperature": value}, "temperature") for value in (float("nan"), 1e-40)),
-        *(({"repetition_penalty": value}, "repetition_penalty") for value in (float("nan"), 0.0)),
+        *(({"temperature": value}, "temperature") for value in (float("nan"), float("inf"), -1.0, 1e-40)),
+        *(({"repetition_penalty": value}, "repetition_penalty") for value in (float("nan"), float("inf"), 0.0)),
         *(({"top_p": value}, "top_p") for value in (float("nan"), 0.0)),
         *(({"seed": value}, "seed") for value in (-1, 2**63)),
         *(({key: -1}, key) for key in ("top_k", "max_new_tokens", "samples", "batch_size")),
+        ({"top_k": 2**64}, "top_k"),
         ({"stop": ["a", ""]}, "stop"),
         ({"system": "Be brief."}, "system"),
         ({"prompts": "p", "chat": True}, "prompt and prompts"),

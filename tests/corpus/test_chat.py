@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from corpus.chat import MARKERS, TEMPLATES, ChatEncoder, Messages, messages_of, read_template
+from corpus.chat import MARKERS, TEMPLATES, ChatEncoder, Messages, read_template
 from corpus.config import DataError
 from data.tokenizer import Tokenizer
 from tests.corpora import exported, remade
@@ -134,7 +134,7 @@ def test_dummy_prefix_is_before_the_first_text_only(tokenizer: Tokenizer, tmp_pa
     [
         ("ok\n{% for m in %}", DataError, "data.chat_template: line 2: "),
         (
-            "{% for m in messages %}{{ loop.revindex }}{{ m.content }}{% endfor %}",
+            "{% for m in messages %}{{ loop.revindex }}{{ m['content'] }}\n{% endfor %}",
             DataError,
             "data.chat_template: answers",
         ),
@@ -219,10 +219,21 @@ def test_places_of_a_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for folder, template in (("one", "config"), ("two", named), ("three", "no")):
         Path(folder).mkdir()
         Path(folder, "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    files = {"my.jinja": "a file", "three/chat_template.jinja": "beside", "bad.json": "{", "none.json": "{}"}
+    files = {
+        "my.jinja": "a file",
+        "three/chat_template.jinja": "beside",
+        "bad.json": "{",
+        "none.json": '{"bos": "<s>"}',
+    }
     for name, text in files.items():
         Path(name).write_text(text)
-    found = {"my.jinja": "a file", "one/tokenizer_config.json": "config", "two": "listed", "three": "beside"}
+    found = {
+        "my.jinja": "a file",
+        "one": "config",
+        "one/tokenizer_config.json": "config",
+        "two": "listed",
+        "three": "beside",
+    }
     for name, text in {**TEMPLATES, **found}.items():
         assert read_template(name) == text
     with pytest.raises(DataError, match=r"^data\.chat_template \(bad.json\) cannot be read: "):
@@ -230,48 +241,3 @@ def test_places_of_a_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for name in ("vicuna", "missing.jinja", ".", "none.json"):
         with pytest.raises(DataError, match=r"^data\.chat_template \(.*\) has no template; name one of internlm"):
             read_template(name)
-
-
-def test_records_of_each_style_become_messages() -> None:
-    added = {"instruction": "Add.", "input": "1 2", "output": "3"}
-    assert messages_of(added, "alpaca", "messages") == two("Add.\n1 2", "3")
-    for blank in ({}, {"input": ""}, {"input": None}):
-        assert messages_of({"instruction": "Go.", "output": "Yes", **blank}, "alpaca", "messages") == two("Go.", "Yes")
-    assert messages_of({"messages": TURNS, "id": 1}, "chat", "messages") == TURNS
-    assert messages_of({"a": {"b": [{**TURNS[1], "loss": None}, TURNS[2]]}}, "chat", "a.b") == TURNS[1:3]
-    nulls = [{**turn, "from": None, "value": None} for turn in TURNS]  # as a table's columns have them
-    assert messages_of({"messages": nulls}, "chat", "messages") == TURNS
-    shared = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-    assert messages_of({"conversations": shared}, "chat", "conversations") == [
-        {"role": "system", "content": "s"}, *two("q", "a"),
-    ]  # fmt: skip
-    system = {"role": "system", "content": "Be brief."}
-    alpaca = {"instruction": "Go.", "output": "Yes", "history": [], "system": "Be brief."}
-    assert messages_of(alpaca, "alpaca", "") == [system, *two("Go.", "Yes")]
-    offered = {"system": "Be brief.", "tools": '[{"name": "f"}]', "conversations": shared[1:]}
-    assert messages_of(offered, "chat", "conversations") == [{**system, "tools": [{"name": "f"}]}, *two("q", "a")]
-    assert messages_of({"tools": "[]", "messages": two("q", "a")}, "chat", "messages") == two("q", "a")
-    called = [two("q", "a")[0], {"role": "assistant", "content": None, "tool_calls": [CALL], "name": "bot"}]
-    assert messages_of({"messages": called}, "chat", "messages") == [called[0], {**called[1], "content": ""}]
-
-
-@pytest.mark.parametrize(
-    ("record", "style", "reason"),
-    [
-        ({"texts": []}, "chat", "data.messages_key (messages)"),
-        ({"messages": []}, "chat", "data.messages_key (messages) is empty"),
-        ({"messages": [{"role": "user", "content": None}]}, "chat", "content must be a string"),
-        ({"messages": [{"role": "judge", "content": "a"}]}, "chat", "unknown role 'judge'"),
-        ({"messages": [{**TURNS[2], "weight": 0.5}]}, "chat", "weight (0.5) must be 0 or 1"),
-        ({"messages": [TURNS[1], {**TURNS[2], "weight": 0}]}, "chat", "no message of the assistant"),
-        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "alpaca", "history has messages"),
-        ({"messages": two("a", "b"), "tools": "[{"}, "chat", ""),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "chat", "content has a lone surrogate"),
-        ({"messages": two("a", " \n")}, "chat", "no message of the assistant"),
-        ("text", "alpaca", "instruction must be a string"),
-    ],
-)
-def test_bad_conversation_has_its_reason(record: Any, style: Any, reason: str) -> None:
-    with pytest.raises(ValueError) as raised:
-        messages_of(record, style, "messages")
-    assert str(raised.value).startswith(reason)

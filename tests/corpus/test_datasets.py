@@ -38,11 +38,15 @@ def test_train_test_split_is_the_tutorials(dataset: DataConfig, tokenizer: Token
     assert (n_documents(about, "train"), n_documents(about, "valid")) == (48, 12)
 
 
-def test_split_by_hash_is_that_of_any_text(dataset: DataConfig) -> None:
+def test_split_by_hash_is_that_of_any_text(dataset: DataConfig, tmp_path: Path) -> None:
     before = {d.text: d.split for d in read(dataset)}
     assert list(before) == [record["text"] for record in RECORDS] and set(before.values()) == {"train", "valid"}
     dataset.streaming = True
     assert {d.text: d.split for d in read(dataset)} == before
+    dataset.streaming = False
+    (tmp_path / "set" / "train.jsonl").write_bytes(lines([{"text": "new", "meta": {"set": "new"}}, *RECORDS]))
+    after = {d.text: d.split for d in read(dataset)}
+    assert len(after) == len(before) + 1 and after.items() > before.items()
 
 
 def test_streaming_and_workers_make_the_same_corpus(

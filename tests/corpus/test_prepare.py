@@ -1,20 +1,24 @@
 """From files to a corpus: what is made, by however many processes, and of what."""
 
 import dataclasses
+import itertools
 import os
 import random
 import socket
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from corpus import units
-from corpus.config import DataError, TokenizerConfig
-from corpus.inputs import list_items
-from corpus.merge import merge_units
+from corpus.config import DataError, Source, TokenizerConfig
+from corpus.inputs import Item, list_items
+from corpus.merge import are_first, merge_units
 from corpus.prepare import differences, is_prepared, made_by, tokenizer_texts
-from corpus.units import Job, unit_folder
+from corpus.units import Job, plan_units, unit_folder
 from data.config import DataConfig
 from data.dataset import open_corpus
 from data.manifest import mix_weights
@@ -102,6 +106,34 @@ def test_shards_in_any_order(every_format: DataConfig, tokenizer: Tokenizer, sma
         made(again, tokenizer, shards=5, shard=shard)
     assert contents(again.path) == contents(every_format.path)
     assert made(again, tokenizer, shards=5, shard=0) is not None, "a job that is started again finds it done"
+
+
+@given(st.lists(st.tuples(st.sampled_from(["a.jsonl", "a.jsonl.gz", "a.json", "a.txt"]), st.integers(0, 5000))))
+@settings(max_examples=40, deadline=None)
+def test_units_cover_every_byte_once(files: list[tuple[str, int]]) -> None:
+    items = [Item(name, "s", size=size) for name, size in files]
+    config = DataConfig(name="x", path="x", source=Source.local, seq_len=8, micro_batch_size=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(units, "LEAST_UNIT_BYTES", 500)
+        plan = list(plan_units(items, config))
+    assert [unit.number for unit in plan] == list(range(len(plan)))
+    spans = [span for unit in plan for span in unit.spans]
+    assert [span.item for span in spans] == sorted(span.item for span in spans)
+    for number, item in enumerate(items):
+        its = [span for span in spans if span.item == number]
+        assert its[0].start == 0 and its[-1].stop == units.END
+        assert all(a.stop == b.start for a, b in itertools.pairwise(its))
+        assert len(its) == 1 or item.path.startswith("a.jsonl")
+
+
+@given(st.lists(st.lists(st.integers(0, 40), max_size=30), max_size=6))
+@settings(max_examples=40, deadline=None)
+def test_duplicates_are_all_but_the_first(arrays: list[list[int]]) -> None:
+    found = are_first([np.array(its, dtype=np.uint64) for its in arrays])
+    seen: set[int] = set()
+    for its, kept in zip(arrays, found, strict=True):
+        assert kept.tolist() == [value not in seen and value not in its[:k] for k, value in enumerate(its)]
+        seen |= set(its)
 
 
 def test_damaged_unit_is_done_again(

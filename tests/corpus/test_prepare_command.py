@@ -44,9 +44,11 @@ def test_printed_table_and_documents(
     expected = [[split, name, str(its["documents"])] for split, found in about.items() for name, its in found.items()]
     assert [row for row in counted if row[1] != "(all)"] == expected and len(counted) == len(expected) + 2
     assert [text.split(", decoded\n")[0] for text in documents] == ["C++", "Wikipedia (en)", "long"]
-    shown = documents[2].split(", decoded\n")[1].rstrip()
-    assert shown.endswith(" ...") and long.startswith(shown.removesuffix(" ..."))
-    assert len(tokenizer.encode(shown.removesuffix(" ..."))) == prepare_data.SAMPLE_TOKENS
+    texts = [text.split(", decoded\n")[1].rstrip() for text in documents]
+    short = {record["text"].rstrip() for record in RECORDS}
+    assert texts[0] in short and texts[1] in short
+    assert texts[2].endswith(" ...") and long.startswith(texts[2].removesuffix(" ..."))
+    assert len(tokenizer.encode(texts[2].removesuffix(" ..."))) == prepare_data.SAMPLE_TOKENS
     again = closing_output(config, tokenizer, capsys)
     assert again[0].startswith(f"{config.path} was prepared before with the same settings") and again[1] == documents
     assert again[0].splitlines()[1:] == table.splitlines()[1:]

@@ -50,6 +50,13 @@ def test_documents_of_every_format(tmp_path: Path, name: str, monkeypatch: pytes
     assert [d.source for d in read(config)] == [record["meta"]["set"] for record in RECORDS]
 
 
+@pytest.mark.parametrize("packed", ["", ".xz"])
+def test_text_files_and_text_lines(tmp_path: Path, packed: str) -> None:
+    (tmp_path / f"a.txt{packed}").write_bytes(PACKED[packed](b"one\n\n  two\n"))
+    assert texts(local(tmp_path, f"a.txt{packed}")) == ["one\n\n  two\n"]
+    assert texts(local(tmp_path, f"a.txt{packed}", text_lines=True)) == ["one", "two"]
+
+
 @given(
     st.lists(st.integers(0, 60), max_size=30), st.lists(st.integers(0, 900), max_size=5), st.booleans(),
     st.integers(1, 50), st.sampled_from(["", ".gz"]), st.booleans(),
@@ -92,11 +99,14 @@ def test_too_large_document_is_bad_record(tmp_path: Path, name: str) -> None:
 
 BAD = [
     ("a.jsonl", b'{"text": "fine"}\n{"text": \n', "a.jsonl:2: "),
+    ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl:1: "),
     ("a.jsonl", b'{"body": "x"}\n', r"a.jsonl:1: data.text_key \(text\).* body"),
+    ("a.jsonl", b'["text"]\n', r"data.text_key \(text\).* list"),
     ("a.jsonl", b'{"text": "\\ud800"}\n', "surrogate"),
     ("a.jsonl", b"[" * 100_000 + b"\n", "a.jsonl:1: "),
     ("a.json", b'{"text": "x"}', "list of records"),
     ("a.json", b'[{"text": "x"}, {"text": }]', "a.json: not JSON"),
+    ("a.json", b'[{"text": "x"}, {"body": "x"}]', r"a.json\[1\]: data.text_key"),
     ("a.jsonl.gz", gzip.compress(lines(RECORDS))[:-20], "damaged"),
     ("a.jsonl.gz", b"not gzip", "damaged"),
     ("a.jsonl.zst", zstandard.compress(lines(RECORDS))[:-9], "damaged"),
@@ -134,6 +144,15 @@ def test_other_records_and_files_are_read(tmp_path: Path) -> None:
     assert len(left_out.places) == 10
 
 
+def test_place_of_a_later_range_is_its_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("corpus.units.LEAST_UNIT_BYTES", 200)
+    before = lines(RECORDS[:20])
+    (tmp_path / "a.jsonl").write_bytes(before + b"{\n" + lines(RECORDS[20:]))
+    left_out = LeftOut(OnBadRecord.skip)
+    assert len(read_units(local(tmp_path, "a.jsonl"), left_out)) == len(RECORDS)
+    assert left_out.places[0].startswith(f"{tmp_path}/a.jsonl: line at byte {len(before)}: ")
+
+
 @pytest.mark.parametrize("packed", [".gz", ".zst"])
 def test_concatenated_streams_up_to_the_damage(tmp_path: Path, packed: str) -> None:
     written = [f"{i} " + str(hash((i, "x")) ** 9) for i in range(8_000)]
@@ -166,6 +185,18 @@ def test_odd_characters_are_kept(tmp_path: Path) -> None:
         assert texts(local(tmp_path, name)) == (["one\r\ntwo\0"] if name == "d.txt" else kept)
 
 
+def test_sources_are_folders_a_key_or_named(tmp_path: Path) -> None:
+    records = {folder: {"text": folder, "meta": {"set": "C++"}} for folder in ("en", "code/deep")}
+    write(tmp_path / "texts", {f"{folder}/a.jsonl": lines([record]) for folder, record in records.items()})
+    (tmp_path / "texts" / "b.jsonl").write_bytes(lines([{"text": "on top"}]))
+    for pattern in ("texts", "texts/**/*.jsonl"):
+        assert {d.source for d in read(local(tmp_path, pattern))} == {"en", "code", "mine"}
+    assert {d.source for d in read(local(tmp_path, "texts", source_key="meta.set"))} == {"C++", "mine"}
+    sources = {"Code": str(tmp_path / "texts" / "[cd]*" / "*" / "a.jsonl"), "top": str(tmp_path / "texts" / "b.jsonl")}
+    found = read(local(tmp_path, "none", input=None, sources=sources))
+    assert [(d.text, d.source) for d in found] == [("on top", "top"), ("code/deep", "Code")]
+
+
 @pytest.mark.parametrize("pattern", ["in", "in/**/*.jsonl", "in/[a-z]*/a.jsonl"])
 def test_links_are_followed_once(tmp_path: Path, pattern: str) -> None:
     write(tmp_path, {"in/en/a.jsonl": lines([{"text": "en"}]), "big/a.jsonl": lines([{"text": "big"}])})
@@ -188,7 +219,10 @@ def test_existing_path_is_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_settings_of_each_source(tmp_path: Path) -> None:
-    chinese = {"zh/a.jsonl": lines([{"body": "中文"}]), "zh/held.jsonl": lines([{"body": "留出"}])}
+    chinese = {
+        "zh/a.jsonl": lines([{"body": "中文", "meta": {"set": "book"}}]),
+        "zh/held.jsonl": lines([{"body": "留出"}]),
+    }
     docs = {"docs/a.md": b"# title", "docs/b.tex": b"one\n\ntwo\n"}
     write(tmp_path, {"en/a.jsonl": lines([{"text": "english", "body": "no"}]), **chinese, **docs})
     sources: dict[str, Any] = {

@@ -143,7 +143,7 @@ def test_tokenizer_trained_on_conversations(tmp_path: Path) -> None:
 
 
 def test_sft_experiment(tmp_path: Path, pieces: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "verify", lambda *_, **__: "")
+    monkeypatch.setattr("export.verify", lambda *_, **__: "")
     (tmp_path / "a.json").write_text(json.dumps(ALPACA))
     data = config(tmp_path, Style.alpaca, "a.json")
     made(data, pieces)

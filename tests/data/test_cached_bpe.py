@@ -69,6 +69,15 @@ def test_ids_are_sentencepieces(both: Both, texts: list[str]) -> None:
     check_ids(both, texts)
 
 
+def test_splits_before_indents(both: Both) -> None:
+    words, own = both
+    reaches_across = any(own.piece_to_id(piece) != own.unk_id() for piece in ("\n▁▁", "aa\n▁a"))
+    assert words.split_before_indents != reaches_across
+    draw = random.Random(0)
+    texts = ["".join(draw.choice(["a", "b", " ", " ", "\n", "\n"]) for _ in range(40)) for _ in range(400)]
+    check_ids(both, [*texts, *mixed_lines(), "".join(mixed_lines())])
+
+
 def test_full_cache_and_long_words(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CACHED_WORDS", 64)
     monkeypatch.setattr(module, "LONGEST_WORD", 5)

@@ -1,5 +1,6 @@
 """A prepared corpus is opened for training, or the error names what is wrong."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,67 +9,68 @@ import pytest
 
 from corpus.config import DataError
 from data.dataset import Corpus, open_corpus
+from data.manifest import check_exists, check_fits
 from data.tokenizer import Tokenizer
-from tests.corpora import lines, local, made, write
-from tests.data.conftest import data_config
+from tests.data.conftest import data_config, write_corpus
 
 TEXTS = {"c++": [f"int x{i} = {i};" for i in range(40)], "wiki": [f"Document {i} of many words" for i in range(80)]}
 
 
 @pytest.fixture
 def folder(tmp_path: Path, tokenizer: Tokenizer) -> Path:
-    return prepared(tmp_path, tokenizer, TEXTS)
-
-
-def prepared(folder: Path, tokenizer: Tokenizer, texts: dict[str, list[str]]) -> Path:
-    records = [{"text": text, "set": source} for source, its in texts.items() for text in its]
-    write(folder, {"a.jsonl": lines(records)})
-    config = local(folder, "a.jsonl", source_key="set", valid_fraction=0.1)
-    made(config, tokenizer)
-    return Path(config.path)
+    return write_corpus(tmp_path / "corpus", tokenizer, TEXTS)
 
 
 def opened(folder: Path, **changes: Any) -> Corpus:
     return open_corpus(data_config(folder, **changes), vocab_size=1024)
 
 
-@pytest.mark.parametrize(
-    ("file", "old", "new", "named"),
-    [
-        ("tokenizer/tokenizer.model", b"", b"\xc0\x3e\x01", "tokenizer.model"),
-        ("corpus.json", b'"splits"', b'"none"', "corpus.json"),
-        ("train/wiki-00000.json", b'"tokenizer": "', b'"tokenizer": "other', "wiki-00000.bin"),
-    ],
-)
-def test_changed_corpus_is_reported(folder: Path, file: str, old: bytes, new: bytes, named: str) -> None:
-    content = (folder / file).read_bytes()
-    (folder / file).write_bytes(content.replace(old, new) if old else content + new)
-    with pytest.raises(DataError, match=named):
-        opened(folder)
+def damage(folder: Path, change: str) -> None:
+    match change:
+        case "tokenizer":
+            path = folder / "tokenizer" / "tokenizer.model"
+            path.write_bytes(path.read_bytes() + b"\xc0\x3e\x01")
+        case "manifest":
+            (folder / "corpus.json").write_text("{}")
+        case "header":
+            path = folder / "train" / "wiki-00000.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer": "other"}))
+        case "no header":
+            (folder / "train" / "wiki-00000.json").unlink()
 
 
 @pytest.mark.parametrize(
-    ("settings", "named"),
+    ("change", "settings", "named"),
     [
-        ({"seq_len": 100_000, "packing": "internlm"}, "100000"),
-        ({"mix": {"en": 1.0}}, r"data.mix.en: .*c\+\+, wiki"),
-        ({"mix": {"c++": 1.0, "wiki": 1.0}, "seq_len": 1_000, "packing": "internlm"}, r"c\+\+"),
-        ({"packing": "best"}, r"data.packing \(best\)"),
+        ("tokenizer", {}, "tokenizer.model"),
+        ("manifest", {}, "corpus.json"),
+        ("header", {}, "wiki-00000.bin"),
+        ("no header", {}, "wiki-00000.bin"),
+        ("none", {"seq_len": 100_000, "packing": "internlm"}, "100000"),
+        ("none", {"mix": {"en": 1.0}}, r"data.mix.en: .*c\+\+, wiki"),
+        ("none", {"mix": {"c++": 1.0, "wiki": 1.0}, "seq_len": 1_000, "packing": "internlm"}, r"c\+\+"),
+        ("none", {"packing": "best"}, r"data.packing \(best\)"),
     ],
 )
-def test_unfit_settings_are_reported(folder: Path, settings: dict[str, Any], named: str) -> None:
+def test_unfit_corpus_is_reported(folder: Path, change: str, settings: dict[str, Any], named: str) -> None:
+    damage(folder, change)
     with pytest.raises(DataError, match=named):
         opened(folder, **settings)
 
 
-def test_small_vocabulary_is_reported(folder: Path) -> None:
+def test_small_vocabulary_and_missing_corpus_are_reported_before_opening(folder: Path) -> None:
+    with pytest.raises(DataError, match="model.vocab_size=1024"):
+        check_fits(data_config(folder), vocab_size=999)
     with pytest.raises(DataError, match="model.vocab_size=1024"):
         open_corpus(data_config(folder), vocab_size=999)
+    check_fits(data_config(folder / "none"), vocab_size=999)
+    with pytest.raises(DataError, match="prepare_data.py data=mine data.input=..."):
+        check_exists(data_config(folder / "none"), "data=mine")
 
 
 def test_fingerprint_is_of_the_tokens(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    same = prepared(tmp_path / "same", tokenizer, TEXTS)
-    other = prepared(tmp_path / "other", tokenizer, TEXTS | {"wiki": [*TEXTS["wiki"][:-1], "more"]})
+    same = write_corpus(tmp_path / "same", tokenizer, TEXTS)
+    other = write_corpus(tmp_path / "other", tokenizer, TEXTS | {"wiki": [*TEXTS["wiki"][:-1], "more"]})
     assert opened(folder).fingerprint == opened(same).fingerprint != opened(other).fingerprint
 
 

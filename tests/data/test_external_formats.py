@@ -85,13 +85,14 @@ def test_folder_of_megatron_files_is_a_corpus(tmp_path: Path, tokenizer: Tokeniz
 
 
 def test_links_and_lists_of_folders(tmp_path: Path) -> None:
-    for folder in ("one/en", "two [1]"):
+    for folder in ("one/en", "elsewhere", "two [1]"):
         (tmp_path / folder).mkdir(parents=True)
         write_megatron(tmp_path / folder / "a", DOCUMENTS, 4, "<i4")
+    (tmp_path / "one" / "code").symlink_to("../elsewhere")
     (tmp_path / "one" / "back").symlink_to(".")
     settings = config(tmp_path, input=[str(tmp_path / "one"), str(tmp_path / "two [1]" / "a.bin")])
     corpus = open_corpus(settings, vocab_size=103_168)
-    assert corpus.sources == ("en", settings.name) and len(corpus.train.files) == 2
+    assert corpus.sources == ("code", "en", settings.name) and len(corpus.train.files) == 3
     with pytest.raises(DataError, match=r"data.input \(.*gone\)"):
         open_corpus(config(tmp_path, input=[str(tmp_path / "one"), str(tmp_path / "gone")]), vocab_size=103_168)
 
@@ -131,10 +132,12 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "no index": ("a.bin", lambda d: (d / "a.bin.meta").unlink()),
     "index no array": ("a.bin.meta", lambda d: (d / "a.bin.meta").write_bytes(b"no array")),
     "one column": ("a.bin.meta", lambda d: rewrite_meta(d, np.zeros(2, dtype=np.int64))),
+    "past the end": ("a.bin.meta", lambda d: rewrite_meta(d, np.array([[0, 3], [999, 2]]))),
     "wrapped at 2 GiB": ("a.bin.meta", lambda d: rewrite_meta(d, np.array([[0, 3], [-2147483600, 2]], dtype=np.int32))),
     "another count": ("a.bin: document 0", lambda d: rewrite_meta(d, np.array([[0, 4], [23, 2]]))),
     "bin cut short": ("a.bin: document 1", lambda d: (d / "a.bin").write_bytes((d / "a.bin").read_bytes()[:-4])),
     "id over 31 bits": ("a.bin: document 0", lambda d: write_internlm(d / "a.bin", [[1, 2, 5 + (1 << 32)]], np.int64)),
+    "no line of tokens": ("a.bin: document 0", lambda d: (d / "a.bin").write_bytes(b"x" * 39)),
 }
 
 

@@ -1,6 +1,7 @@
 """What is shown of a step is what it trains on."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from corpus.config import DataError
+from data.batches import IGNORED
 from data.dataset import Corpus, PackedDataset, open_corpus
 from data.packing import Concat
 from data.shards import LOSS_MASKED
@@ -24,6 +26,28 @@ from training.loop import Periodic, Run
 @pytest.fixture
 def corpus(corpus_dir: Path) -> Corpus:
     return open_corpus(data_config(corpus_dir, seq_len=32, micro_batch_size=2), vocab_size=1024)
+
+
+def test_documents_of_a_step(run_dir: Path, corpus: Corpus, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.show.escape_unprintable", lambda: None)
+    main([str(run_dir), "--step", "8"])
+    head, *packs = re.split(r"\n=== (?=sample \d)", capsys.readouterr().out)
+    assert head == f"step 8 of {run_dir}: samples 28 to 31, each 32 tokens\n"
+    assert corpus.tokenizer is not None and len(packs) == 4
+    found = corpus.train.locate(np.arange(28, 32))
+    batch = corpus.train.batch(found)
+    for row, (pack, shown) in enumerate(zip(found.tolist(), packs, strict=True)):
+        source = corpus.sources[int(batch.source_BT[row, 0])]
+        targets = int((batch.labels_BT[row] != IGNORED).sum())
+        pieces = corpus.train.pieces(np.array([pack]))
+        head = f"sample {28 + row}: pack {pack} of {source}, documents: {len(pieces.starts)}, targets: {targets}\n"
+        assert shown.startswith(head)
+        shown, *_ = re.split(r"\n--- \d+ tokens of padding", shown)
+        texts = [part.split("\n", 1)[1] for part in re.split(r"\n--- (?=\S+\.bin from token \d)", shown)[1:]]
+        text = re.sub("[⟦⟧]|</s>", "", "".join(text.rstrip("\n") for text in texts))
+        parts = zip(pieces.files, pieces.starts, pieces.lengths, strict=True)
+        whole = "".join(corpus.tokenizer.decode(corpus.train.files[f].read(s, n).tolist()) for f, s, n in parts)
+        assert text.split() == whole.split() or "".join(text.split()) == "".join(whole.split())
 
 
 def test_brackets_around_non_targets(tokenizer: Tokenizer, tmp_path: Path, capsys: Any) -> None:
@@ -85,10 +109,7 @@ def test_steps_after_accepted_changes(
         assert ("not trained on" in capsys.readouterr().out) == (step > 2)
 
 
-def test_unknown_steps(
-    run_dir: Path, corpus: Corpus, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("data.show.escape_unprintable", lambda: None)
+def test_unknown_steps(run_dir: Path, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(run_dir, tmp_path / "run")
     path = tmp_path / "run" / "batches.jsonl"
     note = json.loads(path.read_text())
@@ -98,7 +119,7 @@ def test_unknown_steps(
         show(tmp_path / "run", 4)
     show(tmp_path / "run", 9999, samples=1)
     assert " has not reached step 9999: it is at step " in capsys.readouterr().out
-    main([str(tmp_path / "run"), "--step", "5", "--samples", "1"])
+    show(tmp_path / "run", 5, samples=1)
     corpus.train.begin_at(16)
     (pack,) = corpus.train.locate(np.array([16])).tolist()
     assert f"=== sample 16: pack {pack} of " in capsys.readouterr().out

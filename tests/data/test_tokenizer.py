@@ -171,14 +171,23 @@ def test_hugging_face_tokenizer_keeps_its_ids(foreign: Tokenizer, tmp_path: Path
     assert theirs.eos_token_id == foreign.eos_id
 
 
-@pytest.mark.parametrize("prefixed", [False, True])
-def test_streamed_text(tokenizer: Tokenizer, foreign: Tokenizer, tmp_path: Path, prefixed: bool) -> None:
-    some = remade(tokenizer, tmp_path / "t.model", add_dummy_prefix=True) if prefixed else foreign
-    text = some.decode(some.encode("x 🦄é 今天天气\n\n ᚠ今 龘 y  z"))[1:]  # of one that has no bytes
+@pytest.mark.parametrize("kind", ["own", "own.json", "foreign", "prefixed"])
+def test_streamed_text(tokenizer: Tokenizer, foreign: Tokenizer, tmp_path: Path, kind: str) -> None:
+    some = {"foreign": foreign}.get(kind, tokenizer)
+    if kind == "prefixed":
+        some = remade(tokenizer, tmp_path / "t.model", add_dummy_prefix=True)
+    if kind.endswith("json"):
+        some = exported(some, tmp_path)
+    text = " 🦄é 今天天气\n\n ᚠ今 龘 y  z"
+    text = some.decode(some.encode(f"x{text}"))[1:]  # of one that has no bytes
     for prompt in ("x", "今"):
+        ids = some.encode(prompt + text)[len(some.encode(prompt)) :]
         stream = TextStream(some, some.encode(prompt), [])
-        pieces = [stream.add(token) for token in some.encode(prompt + text)[len(some.encode(prompt)) :]]
+        pieces = [stream.add(token) for token in ids]
         assert "".join(pieces) + stream.finish() == text and INCOMPLETE not in "".join(pieces)
+    stopping = TextStream(some, some.encode("x"), ["天气"])
+    shown = "".join(map(stopping.add, some.encode("x" + text)[len(some.encode("x")) :]))
+    assert shown == stopping.text == text.split("天气")[0] and stopping.stopped
 
 
 @pytest.mark.parametrize("add_bos", [False, True])
@@ -246,6 +255,7 @@ def test_name_is_looked_up_on_the_hub(tokenizer: Tokenizer, tmp_path: Path, monk
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", look_up)
     found = load_tokenizer("somebody/model")
     assert look_up.call_args.args == ("somebody/model",)
+    assert [found.encode(line) for line in mixed_lines()] == [tokenizer.encode(line) for line in mixed_lines()]
     assert (found.bos_id, found.eos_id, found.vocab_size) == (1, 2, 1000)
     assert np.array_equal(found.token_bytes(), tokenizer.token_bytes())
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", Mock(side_effect=OSError("unknown\nmore lines")))

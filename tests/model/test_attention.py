@@ -2,7 +2,8 @@
 
 import sys
 from dataclasses import replace
-from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -15,37 +16,61 @@ from model.config import Attention, ModelError
 CUDA = torch.device("cuda")
 
 
+def one_segment(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
+    times = q_THK.shape[1] // k_TGK.shape[1]
+    q, k, v = (x.float() for x in (q_THK, k_TGK.repeat_interleave(times, 1), v_TGK.repeat_interleave(times, 1)))
+    scores = torch.einsum("thk,shk->hts", q, k) * q.shape[-1] ** -0.5
+    future = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
+    return torch.einsum("hts,shk->thk", scores.masked_fill(future, -torch.inf).softmax(-1), v).type_as(q_THK)
+
+
+def check(dims: int, q: Tensor, k: Tensor, v: Tensor, others: dict[str, object]) -> None:
+    """Check what the compiled functions check of their inputs."""
+    for x in (q, k, v):
+        assert x.ndim == dims and x.stride(-1) == 1 and x.dtype in (torch.float16, torch.bfloat16)
+    assert q.shape[-2] % k.shape[-2] == 0 and k.shape == v.shape
+    assert others.pop("causal") and not others
+
+
 # The first arguments of flash-attn 2.8, in their order; all that come behind them have defaults.
-def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
-    rows, length = q.shape[:2]
-    cu_seqlens = torch.arange(rows + 1).int() * length
-    others = (cu_seqlens, cu_seqlens, length, length)
-    out = flash_attn_varlen_func(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *others, causal=causal)
-    return out.view(q.shape)
+def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, **others: object) -> Tensor:
+    check(4, q, k, v, others)
+    return torch.stack([one_segment(*row) for row in zip(q, k, v, strict=True)])
 
 
 def flash_attn_varlen_func(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
-    *, causal: bool,
+    **others: object,
 ) -> Tensor:  # fmt: skip
-    assert causal and all(x.ndim == 3 and x.stride(-1) == 1 and x.dtype == torch.bfloat16 for x in (q, k, v))
-    assert cu_seqlens_q.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_k)
-    assert max_seqlen_q == max_seqlen_k == cu_seqlens_q.diff().max()
-    segments = Segments.of(cu_seqlens_q, max_seqlen_q, (1, len(q)), Attention.reference, q.dtype)
-    return attend(q[None], k[None], v[None], segments=segments)[0]
+    check(3, q, k, v, others)
+    for cu_seqlens, longest in ((cu_seqlens_q, max_seqlen_q), (cu_seqlens_k, max_seqlen_k)):
+        assert cu_seqlens.dtype == torch.int32 and cu_seqlens.is_contiguous() and isinstance(longest, int)
+        assert cu_seqlens[0] == 0 and cu_seqlens[-1] == len(q) and longest >= cu_seqlens.diff().max()
+    ends = cu_seqlens_q.tolist()
+    return torch.cat([one_segment(q[a:b], k[a:b], v[a:b]) for a, b in pairwise(ends)])
 
 
 @pytest.mark.parametrize("lengths", [[16] * 4, [5, 27, 1, 31]], ids=["equal", "uneven"])
-def test_flash_attn_2_equals_reference(monkeypatch: pytest.MonkeyPatch, lengths: list[int]) -> None:
-    package = ModuleType("flash_attn")  # itself needs a CUDA build
-    vars(package).update(flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_flash_attn_2_equals_reference(monkeypatch: pytest.MonkeyPatch, lengths: list[int], n_kv_heads: int) -> None:
+    package = ModuleType("flash_attn")
+    for function in (flash_attn_func, flash_attn_varlen_func):
+        setattr(package, function.__name__, function)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)  # itself needs a CUDA build
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 32, heads, 8, generator=generator).bfloat16() for heads in (4, 2, 2))
+    inputs = [torch.randn(2, 32, heads, 8, generator=generator).bfloat16() for heads in (4, n_kv_heads, n_kv_heads)]
+    grad = torch.randn(2, 32, 4, 8, generator=generator)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    segments = Segments.of(cu_seqlens, max(lengths), (2, 32), Attention.reference, q.dtype)
-    found = attend(q, k, v, segments=replace(segments, backend=Attention.flash_attn))
-    torch.testing.assert_close(found, attend(q, k, v, segments=segments))
+    found = []
+    for backend in (Attention.reference, Attention.flash_attn):
+        q, k, v = (x.clone().requires_grad_() for x in inputs)
+        segments = replace(
+            Segments.of(cu_seqlens, max(lengths), (2, 32), Attention.reference, q.dtype), backend=backend
+        )
+        out = attend(q, k, v, segments=segments)
+        found.append((out, *torch.autograd.grad((out * grad).sum(), (q, k, v))))
+    for exact, other in zip(*found, strict=True):
+        torch.testing.assert_close(exact, other, rtol=2e-2, atol=2e-2)
 
 
 BOTH = {"flash-attn": "2.8.3.post2", "flash-attn-4": "4.0.0b36"}
@@ -63,21 +88,32 @@ BOTH = {"flash-attn": "2.8.3.post2", "flash-attn-4": "4.0.0b36"}
     ],
 )
 def test_auto_backend_by_installed_distributions(
-    monkeypatch: pytest.MonkeyPatch, installed: dict[str, str], hopper: str, ampere: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: dict[str, str], hopper: str, ampere: str
 ) -> None:
-    def version(name: str) -> str:
-        if name not in installed:
-            raise metadata.PackageNotFoundError(name)
-        return installed[name]
+    for name, version in installed.items():
+        folder = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    missing.cache_clear()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "path", [str(tmp_path)])
+            for capability, expected in (((9, 0), hopper), ((8, 0), ampere)):
+                patch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+                assert resolve_backend(Attention.auto, CUDA, torch.bfloat16, equal=False).value == expected
+            for name in ("flash_attn", "flash_attn_4"):
+                if name not in (hopper, ampere):
+                    with pytest.raises(ModelError, match=rf"model\.attention \({name}\) .* pip (un)?install"):
+                        resolve_backend(Attention(name), CUDA, torch.bfloat16, equal=False)
+    finally:
+        missing.cache_clear()
 
-    monkeypatch.setattr(metadata, "version", version)
-    monkeypatch.setattr("model.attention.missing", missing.__wrapped__)
-    for capability, expected in (((9, 0), hopper), ((8, 0), ampere)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
-        assert resolve_backend(Attention.auto, CUDA, torch.bfloat16, equal=False).value == expected
-    for name in {"flash_attn", "flash_attn_4"} - {hopper, ampere}:
-        with pytest.raises(ModelError, match=rf"model\.attention \({name}\) .* pip (un)?install"):
-            resolve_backend(Attention(name), CUDA, torch.bfloat16, equal=False)
+
+@pytest.mark.parametrize("backend", ["flash_attn_4", "flash_attn", "varlen", "cudnn"])
+def test_cuda_backend_is_refused_on_the_cpu_and_in_fp32(backend: str) -> None:
+    for device, dtype in ((torch.device("cpu"), torch.bfloat16), (CUDA, torch.float32)):
+        with pytest.raises(ModelError, match=rf"model\.attention \({backend}\) needs bf16 or fp16 on a CUDA device"):
+            resolve_backend(Attention(backend), device, dtype, equal=True)
 
 
 BACKENDS = [Attention.flash_attn_4, Attention.flash_attn, Attention.varlen, Attention.cudnn, Attention.sdpa]

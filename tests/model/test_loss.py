@@ -11,8 +11,7 @@ from torch import Tensor
 from model.loss import Factors, _TorchPasses, linear_cross_entropy
 
 N, D, V = 29, 16, 37
-BOTH = {"label_smoothing": 0.1, "z_loss": 1e-2}
-EXTRAS = [{}, {"label_smoothing": 0.1}, {"z_loss": 1e-2}, BOTH]
+EXTRAS = [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.1, 1e-2)]
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -25,15 +24,14 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, 
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, N, 1000])
-@pytest.mark.parametrize("extras", EXTRAS)
-def test_value_and_gradients_equal_cross_entropy(chunk_tokens: int, extras: dict) -> None:
+@pytest.mark.parametrize(("smoothing", "z_loss"), EXTRAS)
+def test_value_and_gradients_equal_cross_entropy(chunk_tokens: int, smoothing: float, z_loss: float) -> None:
     h, weight, labels, loss_weights = inputs()
     logits = h @ weight.T
-    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=extras.get("label_smoothing", 0.0))
-    squares = extras.get("z_loss", 0.0) * logits.logsumexp(-1).square() * (labels != -100)
-    expected = 3 * (loss_weights * (losses + squares)).sum()
+    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+    expected = 3 * (loss_weights * (losses + z_loss * logits.logsumexp(-1).square() * (labels != -100))).sum()
     grads = torch.autograd.grad(expected, (h, weight))
-    how = {"chunk_tokens": chunk_tokens, **extras}
+    how = {"chunk_tokens": chunk_tokens, "label_smoothing": smoothing, "z_loss": z_loss}
     loss, nll, correct = linear_cross_entropy(h, weight, labels, loss_weights, **how)
     torch.testing.assert_close(loss * 3, expected)
     for mine, other in zip(torch.autograd.grad(loss * 3, (h, weight)), grads, strict=True):
@@ -44,6 +42,13 @@ def test_value_and_gradients_equal_cross_entropy(chunk_tokens: int, extras: dict
         same = linear_cross_entropy(h, weight, labels, loss_weights, **how)
     assert not same[0].requires_grad
     assert all(torch.equal(a.detach(), b) for a, b in zip((loss, nll, correct), same, strict=True))
+
+
+def test_batch_without_targets_has_zero_loss_and_gradients() -> None:
+    h, weight, labels, loss_weights = inputs()
+    loss, nll, correct = linear_cross_entropy(h, weight, torch.full_like(labels, -100), loss_weights, chunk_tokens=8)
+    grads = torch.autograd.grad(loss, (h, weight))
+    assert not any(x.any() for x in (loss, nll, correct, *grads))
 
 
 class Piece:
@@ -66,20 +71,24 @@ class Piece:
         tensor.copy_(self._all(tensor).sum(0))
 
 
-@pytest.mark.parametrize("extras", [{}, BOTH])
-def test_sharded_vocabulary_equals_the_whole(extras: dict) -> None:
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 1e-2)])
+def test_sharded_vocabulary_equals_the_whole(smoothing: float, z_loss: float) -> None:
     h, weight, labels, loss_weights = inputs()
     weight.data[30] = weight.data[2]  # a tie between two parts: the first of equals is the guess
     labels[1], labels[2] = 2, 30
-    how = {"chunk_tokens": 8, **extras}
-    whole = linear_cross_entropy(h, weight, labels, loss_weights, **how)
+    whole = linear_cross_entropy(
+        h, weight, labels, loss_weights, chunk_tokens=8, label_smoothing=smoothing, z_loss=z_loss
+    )
     grads = torch.autograd.grad(whole[0], (h, weight))
     bounds, board, meet = [(0, 10), (10, 11), (11, V)], [torch.empty(0)] * 3, Barrier(3)
 
     def part(place: int) -> tuple[Tensor, ...]:
         first, end = bounds[place]
         mine, rows = h.detach().requires_grad_(), weight.detach()[first:end].requires_grad_()
-        found = linear_cross_entropy(mine, rows, labels, loss_weights, **how, shard=Piece(first, place, board, meet))
+        found = linear_cross_entropy(
+            mine, rows, labels, loss_weights,
+            chunk_tokens=8, label_smoothing=smoothing, z_loss=z_loss, shard=Piece(first, place, board, meet),
+        )  # fmt: skip
         return (*(x.detach() for x in found), *torch.autograd.grad(found[0], (mine, rows)))
 
     with ThreadPoolExecutor(3) as pool:
@@ -92,17 +101,25 @@ def test_sharded_vocabulary_equals_the_whole(extras: dict) -> None:
     torch.testing.assert_close(torch.cat([p[4] for p in parts]), grads[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("place", "dtype"),
+    [
+        ("cpu", torch.bfloat16),
+        pytest.param("cuda", torch.float32, marks=pytest.mark.gpu),
+        pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
+    ],
+)
 @pytest.mark.parametrize("chunk_tokens", [8, N])
-@pytest.mark.parametrize("extras", [{}, BOTH])
-def test_device_and_dtype(place: str, dtype: torch.dtype, chunk_tokens: int, extras: dict) -> None:
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 1e-2)])
+def test_device_and_dtype(place: str, dtype: torch.dtype, chunk_tokens: int, smoothing: float, z_loss: float) -> None:
     results = []
     for device, kind in (("cpu", torch.float32), (place, dtype)):
         h, weight, labels, loss_weights = inputs(dtype)
         h, weight = (x.detach().to(device, kind).requires_grad_() for x in (h, weight))
-        where = labels.to(device), loss_weights.to(device)
-        loss, nll, _ = linear_cross_entropy(h, weight, *where, chunk_tokens=chunk_tokens, **extras)
+        loss, nll, _ = linear_cross_entropy(
+            h, weight, labels.to(device), loss_weights.to(device),
+            chunk_tokens=chunk_tokens, label_smoothing=smoothing, z_loss=z_loss,
+        )  # fmt: skip
         loss.backward()
         results.append((loss.detach(), nll, h.grad, weight.grad))
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
@@ -127,5 +144,13 @@ def test_kernels_equal_the_passes_in_torch() -> None:
     a = loss_kernel.gradient(ours, labels, found.row_max, log_norm, factors)
     b = _TorchPasses.gradient(theirs, labels, expected.row_max, log_norm, factors)
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    scaled = loss_kernel.scaled(logits, factors.softmax[0], torch.bfloat16)
-    assert torch.equal(scaled, (logits * factors.softmax[0]).bfloat16())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernel_scales_and_rounds_as_torch(dtype: torch.dtype) -> None:
+    from model import loss_kernel
+
+    x, factor = torch.randn(333, 77, device="cuda"), torch.tensor(0.3, device="cuda")
+    for given in (x, x.to(dtype)):
+        assert torch.equal(loss_kernel.scaled(given, factor, dtype), (given.float() * factor).to(dtype))

@@ -18,11 +18,12 @@ from model.counts import count_params, flops_per_token
 from model.layers import AuxLosses, SwiGLU
 from model.transformer import Transformer
 from tests.conftest import metrics, trained
-from tests.models import small_model
 from training.checkpoint import open_checkpoint
 
 NAME = f"{__name__}:Experts"
-CONFIG = small_model(d_model=16, d_ff=24, mlp=NAME)
+CONFIG = ModelConfig(
+    name="experts", vocab_size=64, d_model=16, n_layers=2, n_heads=2, n_kv_heads=2, d_ff=24, max_seq_len=32, mlp=NAME
+)
 
 
 class Experts(nn.Module):
@@ -61,26 +62,31 @@ def gradients(model: Transformer, loss: Tensor) -> dict[str, Tensor]:
     return {name: param.grad.clone() for name, param in model.named_parameters() if param.grad is not None}
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_auxiliary_losses_join_the_gradient_with_their_weight(model: Transformer, recomputed: bool) -> None:
+@pytest.mark.parametrize("way", ["whole", "recomputed", "stages"])
+def test_auxiliary_losses_join_the_gradient_with_their_weight(model: Transformer, way: str) -> None:
     losses: list[Tensor] = []
     blocks: list[Any] = list(model.blocks.values())
-    for block in blocks:
-        block.mlp.register_forward_hook(lambda *args: losses.append(args[2][1]["balance"]))
+    hooks = [block.mlp.register_forward_hook(lambda *args: losses.append(args[2][1]["balance"])) for block in blocks]
     loss = model(TOKENS_BT).square().mean()
-    total = torch.stack(losses).sum()
-    plain = torch.autograd.grad(loss, blocks[0].mlp.router.weight, retain_graph=True)[0]
-    expected = gradients(model, loss + 0.25 * total)
-    assert not torch.allclose(plain, expected["blocks.0.mlp.router.weight"], rtol=1e-2)
-    if recomputed:
-        for block in blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    expected = gradients(model, loss + 0.25 * sum(losses))
+    total = float(sum(losses).detach())  # type: ignore[union-attr]
+    for hook in hooks:
+        hook.remove()
     aux = AuxLosses(torch.tensor(0.25))
-    first, last = model.make_stage([0]), model.make_stage([1])
-    found = gradients(model, last(first(TOKENS_BT, aux=aux), aux=aux).square().mean())
-    assert float(aux.sums["balance"]) == pytest.approx(float(total.detach())) and not aux.sums["balance"].requires_grad
+    if way == "stages":
+        first, last = model.make_stage([0]), model.make_stage([1])
+        out = last(first(TOKENS_BT, aux=aux), aux=aux)
+    else:
+        if way == "recomputed":
+            for block in blocks:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        out = model(TOKENS_BT, aux=aux)
+    found = gradients(model, out.square().mean())
+    assert float(aux.sums["balance"]) == pytest.approx(total) and not aux.sums["balance"].requires_grad
+    plain = gradients(model, model(TOKENS_BT).square().mean())
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(plain["blocks.0.mlp.router.weight"], expected["blocks.0.mlp.router.weight"], rtol=1e-2)
 
 
 def test_counts_follow_the_new_mlp() -> None:
@@ -107,5 +113,8 @@ def test_tensor_parallelism_needs_a_style_of_each_module(model: Transformer) -> 
         model.tp_plan()
 
 
-def test_unknown_name() -> None:
+@pytest.mark.parametrize("name", ["no_such_module:MLP", "model.layers:NoSuch"])
+def test_name_that_cannot_be_imported(name: str) -> None:
+    with pytest.raises(ModelError, match=r"model\.mlp"):
+        Transformer.on_meta(replace(CONFIG, mlp=name))
     assert any("model.mlp (nothing)" in problem for problem in replace(CONFIG, mlp="nothing").problems())

@@ -1,12 +1,14 @@
 """Models of any size behave alike under mup and completep, and are exported as what they compute."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.coordinate_check import activations
-from model.config import ModelConfig, Parametrization
+from model.config import ModelConfig, ModelError, Parametrization
+from model.hf.families import Granite, export_family
 from model.layers import Scales, scales_of
 from model.transformer import Transformer
 from tests.models import small_model
@@ -60,6 +62,29 @@ def test_rates_decay_and_eps_of_each_group(name: str) -> None:
     }
     for param, of_group in expected.items():
         assert groups[param][1:] == pytest.approx(of_group), param
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_exported_model_has_equal_logits(tied: bool, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = replace(CONFIG, tie_embeddings=tied)
+    ours, family = built(config), export_family(config)
+    about = family.write_config(config, dtype="float32")
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**about))
+    names = family.names(config)
+    weights = {names[name]: param * family.factor(name, config) for name, param in ours.state_dict().items()}
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight", "model.rotary_emb.inv_freq"}
+    theirs.tie_weights()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval()(TOKENS_BT).logits, ours(TOKENS_BT), rtol=0, atol=2e-5)
+    if tied:
+        assert isinstance(family, Granite)
+        again = family.read_config(about, tmp_path)
+        assert (again.width_ratio, again.depth_ratio) == (config.width_ratio, config.depth_ratio)
+        with pytest.raises(ModelError, match="multipliers"):
+            family.read_config(about | {"embedding_multiplier": 12.0}, tmp_path)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

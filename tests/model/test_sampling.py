@@ -13,6 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from model.attention import KVCache
 from model.hf.families import Llama
 from model.sampling import Sampling, generate, next_logits
 from model.transformer import Transformer
@@ -41,11 +42,27 @@ def run(
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.2, 0.9, 20, 0.9)])
-def test_text_depends_neither_on_the_cache_nor_on_its_neighbours(model: Transformer, sampling: Sampling) -> None:
+def test_cached_decoding_equals_uncached_token_for_token(model: Transformer, sampling: Sampling) -> None:
+    cached, whole = run(model, sampling), run(model, sampling, use_cache=False)
+    assert cached == whole
+    assert [len(new) for new in cached] == [12, 12, 12]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.1, 1.0, 0, 0.95)])
+def test_text_does_not_depend_on_its_neighbours(model: Transformer, sampling: Sampling) -> None:
     together = run(model, sampling)
-    assert [len(new) for new in together] == [12, 12, 12]
-    assert together == run(model, sampling, use_cache=False)
     assert together == [run(model, sampling, [prompt], seeds=[row])[0] for row, prompt in enumerate(PROMPTS)]
+
+
+def test_cached_logits_equal_the_full_forward(model: Transformer) -> None:
+    tokens_BT = torch.randint(0, 64, (2, 20), generator=torch.Generator().manual_seed(0))
+    cache = KVCache(model.config, 2, 20, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        parts = [
+            model(tokens_BT[:, a:b], positions_BT=torch.arange(a, b).expand(2, -1), cache=cache)
+            for a, b in [(0, 7), (7, 8), (8, 20)]
+        ]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens_BT), rtol=1e-4, atol=1e-4)
 
 
 def test_greedy_decoding_equals_transformers(model: Transformer) -> None:
@@ -93,7 +110,14 @@ def test_stop_token_ends_its_text_alone_and_is_left_out(model: Transformer) -> N
 
 
 def test_on_token_can_end_a_text(model: Transformer) -> None:
-    assert [len(new) for new in run(model, GREEDY, on_token=lambda row, _: row == 1)] == [12, 1, 12]
+    heard: list[tuple[int, int]] = []
+
+    def on_token(row: int, token: int) -> bool:
+        heard.append((row, token))
+        return row == 1 and len([r for r, _ in heard if r == 1]) == 3
+
+    lengths = [len(new) for new in run(model, GREEDY, on_token=on_token)]
+    assert lengths == [12, 3, 12] and len(heard) == 27
 
 
 def test_text_ends_at_max_seq_len(model: Transformer) -> None:

@@ -104,28 +104,35 @@ def test_counts_equal_closed_forms(name: str) -> None:
         assert internlm_flops_per_token(c, T) * 4103 == pytest.approx(182.2e12, rel=5e-4)
 
 
-STDS = {  # internlm, internlm_v1, llama; by depth: over sqrt(2 (layer + 1)), which is 2 in the second layer
-    "embed": (0.0052, 0.0052, 0.02),
-    "blocks.1.attention.wq": (0.006, 0.006, 0.02),
-    "blocks.1.attention.wk": (0.006, 0.006, 0.02),
-    "blocks.1.attention.wv": (0.006, 0.006, 0.02),
-    "blocks.0.attention.wo": (0.006 / math.sqrt(2), 0.006 / math.sqrt(2), 0.02 / math.sqrt(2)),
-    "blocks.1.attention.wo": (0.003, 0.003, 0.01),
-    "blocks.1.mlp.w_gate": (0.006, 0.006, 0.02),
-    "blocks.1.mlp.w_up": (0.006, 0.003, 0.02),
-    "blocks.1.mlp.w_down": (0.003, 0.0015, 0.01),
-    "head": (0.0052, 0.0052, 0.02),
-}
+@pytest.mark.parametrize("bias", [False, True])
+def test_tp_plan_has_each_module_with_parameters_once(bias: bool) -> None:
+    model = drawn(small_model(attention_bias=bias))
+    plan = model.tp_plan()
+    assert plan.keys() == {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    assert {path.rpartition(".")[2] for path, style in plan.items() if style == "rowwise"} == {"embed", "wo", "w_down"}
+    stage = model.make_stage([1]).tp_plan()
+    assert stage.items() <= plan.items() and "embed" not in stage and "head" in stage
+
+
+STDS = {  # internlm, internlm_v1, llama; a pair is divided by sqrt(2 (layer + 1)) where its second is true
+    "attention.wq": (0.006, 0.006, 0.02), "attention.wk": (0.006, 0.006, 0.02), "attention.wv": (0.006, 0.006, 0.02),
+    "attention.wo": ((0.006, True), (0.006, True), (0.02, True)), "mlp.w_gate": (0.006, 0.006, 0.02),
+    "mlp.w_up": (0.006, (0.006, True), 0.02), "mlp.w_down": ((0.006, True), 0.0015, (0.02, True)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("column", "scheme"), list(enumerate(Init)))
 def test_every_parameter_has_the_deviation_of_its_scheme(column: int, scheme: Init) -> None:
     model = Transformer(small_model(init=scheme, d_model=256, d_ff=512, vocab_size=512, attention_bias=True))
     model.init_weights(seed=0)
-    for name, stds in STDS.items():
+    expected: dict[str, float] = dict.fromkeys(("embed", "head"), (0.0052, 0.0052, 0.02)[column])
+    for name, row in STDS.items():
+        std, by_depth = entry if isinstance(entry := row[column], tuple) else (entry, False)
+        for layer in range(2):
+            expected[f"blocks.{layer}.{name}"] = std / math.sqrt(2 * (layer + 1)) if by_depth else std
+    for name, std in expected.items():
         weight = model.get_parameter(f"{name}.weight").detach()
-        assert float(weight.std()) == pytest.approx(stds[column], rel=0.03), name
-        assert abs(float(weight.mean())) < 0.05 * stds[column], name
+        assert float(weight.std()) == pytest.approx(std, rel=0.03) and abs(float(weight.mean())) < 0.05 * std, name
     for name, param in model.named_parameters():
         assert param.ndim == 2 or (param == (0.0 if name.endswith("bias") else 1.0)).all(), name
 

@@ -4,14 +4,13 @@ import faulthandler
 import pickle
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,17 +19,16 @@ from data.batches import Batch
 from model.config import Attention, Parametrization
 from model.layers import SwiGLU
 from model.transformer import Block, Transformer
-from parallel import async_tp, zero
 from parallel.axes import resolve_axes
 from parallel.config import Compile, ParallelConfig
-from parallel.engine import Engine
+from parallel.engine import Engine, LossScaler
 from parallel.mesh import Mesh, leave, open_mesh
 from parallel.parallelize import parallelize
-from parallel.peers import SharedBuffer
-from tests.conftest import run_ranks
 from tests.models import small_model
-from tests.parallel.engines import EPS, engine_of, micro_batch
-from training.config import OptimizerConfig, Reduction
+from tests.parallel.file_buffer import shared_files
+from tests.parallel.packed import micro_batch
+from training.config import LossConfig, OptimizerConfig, PrecisionConfig, Reduction
+from training.optim.optimizer import Optimizer
 
 MODELS = {
     "plain": small_model(n_layers=4, n_kv_heads=4, d_ff=64),
@@ -63,39 +61,6 @@ class Case:
 
 
 RankFunction = Callable[[Case, Mesh, ParallelConfig], Any]
-
-
-class FileBuffer(SharedBuffer):
-    """Memory that ranks share in files, in place of that of GPUs which read each other's."""
-
-    folder = Path()
-    count = 0  # of buffers that this process has made: ranks of a group make them in the same order
-
-    def __init__(self, n: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup) -> None:
-        FileBuffer.count += 1
-        self.rank, self.size, self.group, self.n, self.dtype = group.rank(), group.size(), group, n, dtype
-        self.name = f"{dist.get_process_group_ranks(group)}-{self.count}"
-        self.local = self.of(self.rank, 0, n)
-        dist.barrier(group)
-
-    def of(self, rank: int, start: int, n: int) -> Tensor:
-        path = str(self.folder / f"{self.name}-{rank}")
-        return torch.from_file(path, shared=True, size=self.n, dtype=self.dtype)[start : start + n]
-
-    def barrier(self) -> None:
-        dist.barrier(self.group)
-
-
-@contextmanager
-def shared_files(folder: Path) -> Iterator[None]:
-    """Let ZeRO and asynchronous tensor parallelism share memory on CPUs."""
-    folder.mkdir(exist_ok=True)
-    FileBuffer.folder, FileBuffer.count = folder, 0
-    with pytest.MonkeyPatch.context() as patches:
-        for module in (async_tp, zero):
-            patches.setattr(module, "can_share", lambda group, device: group.size() > 1)
-            patches.setattr(module, "SharedBuffer", FileBuffer)
-        yield
 
 
 class RegularizedMLP(SwiGLU):
@@ -133,18 +98,43 @@ ALIVE: weakref.WeakSet[Any] = weakref.WeakSet()  # engines, and what gathers the
 
 
 def build(case: Case, mesh: Mesh, config: ParallelConfig) -> Engine:
+    # A rounding error d of a gradient near 0 moves a weight by up to lr * d / eps: with the usual eps of 1e-8 that is a
+    # whole update where d decides the sign.
     settings: Any = {"normuon": case.normuon, "options": {"momentum": 0.8}}
-    optimizer = OptimizerConfig(name=case.optimizer, lr=3e-3, max_grad_norm=0.3, eps=EPS, **settings)
-    model = Transformer.on_meta(replace(MODELS[case.model], attention=case.attention))
+    optimizer = OptimizerConfig(name=case.optimizer, lr=3e-3, max_grad_norm=0.3, eps=1e-4, **settings)
+    with torch.device("meta"):
+        model = Transformer(replace(MODELS[case.model], attention=case.attention))
     for number, block in enumerate(model.blocks.values()):
         if case.regularized and number % 2:
             assert isinstance(block, Block)
             block.mlp.__class__ = RegularizedMLP
-    engine = engine_of(parallelize(model, mesh, config, case.dtype, fp8=case.fp8), optimizer, case.reduction)
+    laid_out = parallelize(model, mesh, config, case.dtype, fp8=case.fp8)
+    laid_out.init_weights(3)
+    built = Optimizer(model, optimizer, laid_out.params)
+    built.set_schedule([(3e-3, 0.95)] * (N_STEPS + 1))
+    loss = LossConfig(chunk_tokens=5, reduction=case.reduction)
+    scaler, counts_3 = LossScaler(PrecisionConfig()), torch.zeros(3, dtype=torch.int64, device=mesh.device)
+    sources = {"n_sources": 2, "bytes_per_token": torch.arange(64)}
+    engine = Engine(laid_out, built, scaler, counts_3, loss=loss, max_grad_norm=optimizer.max_grad_norm, **sources)
     if case.in_graphs:
         engine.graphs = engine.graphs_on(None)
     ALIVE.update(part for part in (engine, engine.zero) if part is not None)
     return engine
+
+
+def check_gathered_early(engine: Engine) -> None:
+    """Assert that what the last update has gathered are the updated weights of all ranks."""
+    if engine.zero is None or (unit := engine.zero.early_unit) is None:
+        return
+    engine.zero.stream.join()
+    early = unit.full.clone()
+    if engine.mesh.device.type == "cuda":
+        torch.cuda.synchronize()
+    engine.mesh.all_reduce_max(0)  # all ranks have updated their shards
+    engine.zero._gather(unit)
+    engine.zero.stream.join()
+    unit.ready = None
+    assert torch.equal(early, unit.full)
 
 
 def outcome(case: Case, mesh: Mesh, config: ParallelConfig) -> Outcome:
@@ -153,6 +143,7 @@ def outcome(case: Case, mesh: Mesh, config: ParallelConfig) -> Outcome:
     mine = [step[mesh.dp_rank :: mesh.dp_size] for step in steps]
     bad_layer = None
     for number, batches in enumerate(mine):
+        check_gathered_early(engine)
         if number == 1:  # what the last update has left gathered is there for the next step too
             engine.evaluate(batches)
         if case.bad_rank is None or number != 2:
@@ -239,11 +230,21 @@ def run(
     folder: Path, cases: dict[str, Case], n_ranks: int = 8, device_type: str = "cpu", function: RankFunction = outcome
 ) -> dict[str, Any]:
     """Run cases in one group of processes, which import torch once; returns rank 0's results, or tracebacks."""
-    ended = run_ranks(rank_main, n_ranks, folder, cases, device_type, function)
+    import multiprocessing
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    ranks: Sequence[Any] = [
+        context.Process(target=rank_main, args=(r, folder, cases, device_type, function)) for r in range(n_ranks)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
     found: dict[str, Any] = {}
     for name in cases:
         results = [pickle.loads(path.read_bytes()) for path in sorted(folder.glob(f"{name}.[0-7]"))]
         stacks = [f"{path.name}\n{path.read_text()}" for path in sorted(folder.glob(f"{name}.stack.*"))]
-        silent = "\n".join((f"the ranks ended, with exit codes {ended}", *stacks))
+        silent = "\n".join((f"the ranks ended, with exit codes {[process.exitcode for process in ranks]}", *stacks))
         found[name] = next((text for text in results if isinstance(text, str)), results[0] if results else silent)
     return found

@@ -1,7 +1,4 @@
-"""What ranks do in the tests of launching, and a command that launches it as train.py does its runs.
-
-python -m tests.parallel.ranks FOLDER, or INIT_S STEP_S HANGING_RANK
-"""
+"""What ranks do in the tests of launching, and a command that launches it as train.py does its runs."""
 
 import os
 import signal
@@ -9,14 +6,11 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from conf.cli import report_user_errors
 from corpus.config import DataError
 from launch.environment import DEFAULTS, VARIABLES
 from launch.ranks import launch
-from parallel.config import Device, ParallelConfig
-from parallel.mesh import distributed
+from parallel.config import ParallelConfig
 from training.stop import StopRequest
 
 
@@ -54,24 +48,10 @@ def steps(folder: Path) -> None:
     sys.exit(stop.exit_code)
 
 
-def meet(config: ParallelConfig, hangs: int) -> None:
-    """Join the other ranks and sum a number over all."""
-    with distributed(config) as mesh:
-        if mesh.rank == hangs:
-            time.sleep(600)
-        assert float(mesh.sum_(torch.ones(1))) == mesh.world_size
-
-
 def launched(n: int, work, *args):
     return launch(work, *args, config=ParallelConfig(nproc_per_node=n))
 
 
 if __name__ == "__main__":
     with report_user_errors():
-        if len(sys.argv) == 2:
-            launched(2, steps, Path(sys.argv[1]))
-        else:
-            init_s, step_s, hangs = map(int, sys.argv[1:])
-            config = ParallelConfig(device=Device.cpu, dp_replicate=-1, nproc_per_node=2)
-            config.init_timeout_s, config.step_timeout_s = init_s, step_s
-            launch(meet, config, hangs, config=config)
+        launched(2, steps, Path(sys.argv[1]))

@@ -20,9 +20,11 @@ def problems(world_size: int, *, pack_len: int = 64, steps: tuple[int, ...] = (1
 @pytest.mark.parametrize(
     ("world_size", "sizes", "axes"),
     [
+        (8, {"dp_shard": -1}, Axes(dp_shard=8)),
         (8, {"dp_shard": -1, "tp": 2, "pp": 2}, Axes(pp=2, dp_shard=2, tp=2)),
         (1024, {"dp_replicate": -1, "dp_shard": 8}, Axes(dp_replicate=128, dp_shard=8)),
         (1, {"dp_shard": -1}, Axes()),
+        (8, {"pp": 2, "dp_replicate": 2, "cp": 2}, Axes(pp=2, dp_replicate=2, cp=2)),
     ],
 )
 def test_one_axis_fills_the_world(world_size: int, sizes: dict[str, Any], axes: Axes) -> None:
@@ -30,9 +32,14 @@ def test_one_axis_fills_the_world(world_size: int, sizes: dict[str, Any], axes: 
     assert found == axes and found.world_size == world_size
 
 
+def test_fitting_layout_has_no_problems() -> None:
+    assert problems(8, pp=2, dp_shard=2, tp=2) == []
+
+
 @pytest.mark.parametrize(
     ("world_size", "fields", "words"),
     [
+        (8, {"dp_shard": 4}, ["parallel.dp_shard (4)", "(8)"]),
         (8, {"dp_shard": -1, "tp": 3}, ["parallel.dp_shard (-1) x parallel.tp (3)", "3 must", "(8)"]),
         (8, {"dp_shard": -1, "tp": -1}, ["parallel.dp_shard (-1) x parallel.tp (-1)"]),
         (2, {"tp": 0}, ["parallel.tp (0)"]),
@@ -57,7 +64,6 @@ def test_layout_problem_names_keys_and_values(world_size: int, fields: dict[str,
 
 
 def test_all_problems_are_found_at_once() -> None:
-    assert problems(8, pp=2, dp_shard=2, tp=2) == []
     wrong = problems(6, pp=2, tp=3, steps=(1,), zero_stage=4)
     assert len(wrong) == 4 and "zero_stage (4)" in wrong[0] and "model.n_heads (8)" in wrong[1]
 

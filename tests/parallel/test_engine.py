@@ -1,7 +1,7 @@
 """The engine's step against plain autograd and torch.optim on the whole batch at once."""
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,23 +16,40 @@ from parallel.config import ActivationCheckpointing, Compile, ParallelConfig, Pa
 from parallel.engine import Engine, LossScaler
 from parallel.mesh import Mesh
 from parallel.parallelize import allocate, compile_blocks, parallelize, recomputed_blocks
+from parallel.shards import matrices_first
 from tests.models import small_model
-from tests.parallel.engines import EPS, engine_of, micro_batch
-from training.config import Dtype, OptimizerConfig, PrecisionConfig, Reduction
+from tests.parallel.packed import micro_batch
+from training.config import Dtype, LossConfig, OptimizerConfig, PrecisionConfig, Reduction
+from training.optim.optimizer import Optimizer
+from training.setup import DTYPES
 
 CONFIG = small_model(n_layers=3, d_ff=64, attention_bias=True)
 # Dynamo's own, from inspecting the inputs of what it compiles
 DYNAMO_WARNING = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+# A rounding error d of a gradient near 0 moves a weight by up to lr * d / eps: with the usual eps of 1e-8 that is a whole
+# update where d decides the sign. These gradients are about 1e-3, and their rounding errors below 1e-9.
+EPS = 1e-4
 CPU, CUDA = Mesh(device=torch.device("cpu")), Mesh(device=torch.device("cuda", 0))
 
 
 def build(
-    *, parallel: ParallelConfig | None = None, optimizer: OptimizerConfig | None = None, mesh: Mesh = CPU,
-    compute: torch.dtype = torch.float32, reduction: Reduction = Reduction.global_token, **settings: Any,
+    *, parallel: ParallelConfig | None = None, optimizer: OptimizerConfig | None = None, compute: Dtype = Dtype.fp32,
+    reduction: Reduction = Reduction.global_token, grad_dtype: torch.dtype | None = None, fp8: str = "none",
+    mesh: Mesh = CPU,
 ) -> Engine:  # fmt: skip
     optimizer = optimizer or OptimizerConfig(lr=1e-2, eps=EPS)
-    laid_out = parallelize(Transformer.on_meta(CONFIG), mesh, parallel or ParallelConfig(), compute, **settings)
-    return engine_of(laid_out, optimizer, reduction)
+    with torch.device("meta"):
+        model = Transformer(CONFIG)
+    layout, dtype = parallel or ParallelConfig(), DTYPES[compute.value]
+    laid_out = parallelize(model, mesh, layout, dtype, fp8=fp8, grad_dtype=grad_dtype)
+    laid_out.init_weights(seed=3)
+    adamw = Optimizer(model, optimizer)
+    adamw.set_schedule([(optimizer.lr, 0.95)] * 100)
+    loss = LossConfig(chunk_tokens=16, reduction=reduction)
+    scaler = LossScaler(PrecisionConfig(compute=compute))
+    counts_3 = torch.zeros(3, dtype=torch.int64, device=mesh.device)
+    sources = {"n_sources": 2, "bytes_per_token": torch.arange(64)}
+    return Engine(laid_out, adamw, scaler, counts_3, loss=loss, max_grad_norm=optimizer.max_grad_norm, **sources)
 
 
 def reference_losses(steps: list[list[Batch]], reduction: Reduction, max_norm: float) -> tuple[list, list, dict]:
@@ -86,21 +103,27 @@ def test_activation_checkpointing_changes_nothing_but_memory(mode: ActivationChe
     calls: list[object] = []
     for block in checkpointed.model.get_submodule("blocks").children():
         block.get_submodule("mlp").register_forward_pre_hook(lambda *_: calls.append(None))
-    counters_2 = FlopCounterMode(display=False), FlopCounterMode(display=False)
     for _ in range(3):
-        losses = []
-        for engine, counter in zip((plain, checkpointed), counters_2, strict=True):
-            with counter:
-                losses.append(float(engine.train_step(batches).loss))
-        assert losses[0] == losses[1]
+        one = plain.train_step(batches)
+        other = checkpointed.train_step(batches)
+        assert float(one.loss) == float(other.loss)
     for a, b in zip(plain.model.parameters(), checkpointed.model.parameters(), strict=True):
         assert torch.equal(a, b)
     recomputed = recomputed_blocks(3, ParallelConfig(activation_checkpointing=mode))
     assert recomputed == {"none": 0, "selective": 0, "full": 3, "fraction": 2}[mode.value]
     partly = 3 if mode is ActivationCheckpointing.selective else 0
     assert len(calls) == 6 * (3 + recomputed + partly)
-    once, found = (counter.get_total_flops() for counter in counters_2)
-    assert found > once if recomputed else found == once
+
+
+def test_selective_checkpointing_repeats_no_product() -> None:
+    def products(mode: ActivationCheckpointing) -> int:
+        engine = build(parallel=ParallelConfig(activation_checkpointing=mode))
+        with FlopCounterMode(display=False) as counter:
+            engine.train_step([micro_batch([9, 7], 0)])
+        return counter.get_total_flops()
+
+    none, selective, full = map(products, list(ActivationCheckpointing)[:3])
+    assert none == selective < full
 
 
 @DYNAMO_WARNING
@@ -121,7 +144,7 @@ def test_all_blocks_and_packs_share_two_compiled_graphs(mode: str) -> None:
 
 def test_grad_dtype_accumulates_in_fp32() -> None:
     batches = [micro_batch([16], seed) for seed in range(8)]
-    exact, kept = build(), build(compute=torch.bfloat16, grad_dtype=torch.float32)
+    exact, kept = build(), build(compute=Dtype.bf16, grad_dtype=torch.float32)
     expected, found = (float(engine.train_step(batches).grad_norm) for engine in (exact, kept))
     assert found == pytest.approx(expected, rel=1e-2)
     kept._run(batches[:1], [1.0], kept._no_sums())
@@ -130,7 +153,7 @@ def test_grad_dtype_accumulates_in_fp32() -> None:
 
 def test_fp8_and_cuda_graphs_need_a_gpu() -> None:
     with pytest.raises(ParallelError, match="precision.fp8"):
-        build(compute=torch.bfloat16, fp8="tensorwise")
+        build(compute=Dtype.bf16, fp8="tensorwise")
     with pytest.raises(ParallelError, match="parallel.cuda_graphs"):
         build(parallel=ParallelConfig(cuda_graphs=True))
 
@@ -181,7 +204,7 @@ def test_step_without_targets() -> None:
 
 
 def test_fp16_scale_backs_off_until_gradients_are_finite() -> None:
-    engine = build(compute=torch.float16, optimizer=OptimizerConfig(lr=1e-3))
+    engine = build(compute=Dtype.fp16, optimizer=OptimizerConfig(lr=1e-3))
     engine.scaler.scale = 2.0**24
     batches = [micro_batch([16], 0)]
     finite = [bool(engine.train_step(batches).finite) for _ in range(30)]
@@ -189,60 +212,10 @@ def test_fp16_scale_backs_off_until_gradients_are_finite() -> None:
     assert engine.scaler.scale < 2.0**24
 
 
-def scales(scaler: LossScaler, steps: list[bool]) -> list[float]:
-    result = []
-    for finite in steps:
-        scaler.update(finite=finite)
-        result.append(scaler.scale)
-    return result
-
-
-def fp16(**settings: float) -> LossScaler:
-    return LossScaler(PrecisionConfig(compute=Dtype.fp16, **settings))  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize(
-    ("settings", "steps", "last"),
-    [
-        ({}, [False] * 4, [65536, 65536, 32768, 16384]),  # halved from the third overflow
-        ({}, [False, False] + [True] * 1000 + [False] * 3, [65536, 131072, 131072, 131072, 65536]),  # counted anew
-        ({"growth_interval": 3}, [True, True, False, True, True, True], [65536, 65536, 131072]),  # restarted
-        ({"initial_scale": 2, "hysteresis": 1, "min_scale": 1}, [False] * 5, [1, 1, 1]),
-        ({"initial_scale": 2.0**23, "growth_interval": 1}, [True] * 5, [2.0**24] * 5),
-    ],
+    ("mesh", "compute"), [(CPU, Dtype.bf16), (CPU, Dtype.fp16), pytest.param(CUDA, Dtype.bf16, marks=pytest.mark.gpu)]
 )
-def test_scale_falls_and_grows_within_bounds(settings: dict, steps: list[bool], last: list[float]) -> None:
-    assert scales(fp16(**settings), steps)[-len(last) :] == last
-
-
-def test_equals_torch_without_hysteresis() -> None:
-    ours = fp16(growth_interval=2, initial_scale=1024)
-    ours.overflows = ours.config.hysteresis
-    theirs, tracker = torch.tensor([1024.0]), torch.zeros(1, dtype=torch.int32)
-    for finite in [True, True, False, False, True, False, True]:
-        torch._amp_update_scale_(  # type: ignore[attr-defined]
-            theirs, tracker, torch.tensor([float(not finite)]), 2.0, 0.5, 2
-        )
-        ours.update(finite=finite)
-        if finite:
-            ours.overflows = ours.config.hysteresis
-        assert ours.scale == float(theirs)
-
-
-def test_state_dict_round_trip() -> None:
-    first = fp16(growth_interval=3)
-    scales(first, [False, False, False, True, True])
-    second = fp16(growth_interval=3)
-    second.load_state_dict(first.state_dict())
-    steps = [True, False, True, True, True]
-    assert scales(first, steps) == scales(second, steps)
-
-
-@pytest.mark.parametrize(
-    ("mesh", "compute"),
-    [(CPU, torch.bfloat16), (CPU, torch.float16), pytest.param(CUDA, torch.bfloat16, marks=pytest.mark.gpu)],
-)
-def test_low_precision_learns_like_fp32(mesh: Mesh, compute: torch.dtype) -> None:
+def test_low_precision_learns_like_fp32(mesh: Mesh, compute: Dtype) -> None:
     batches = [micro_batch([16, 16], 0), micro_batch([32], 1)]
     optimizer = OptimizerConfig(lr=3e-3)
     exact, low = build(optimizer=optimizer), build(mesh=mesh, compute=compute, optimizer=optimizer)
@@ -329,7 +302,7 @@ def deterministic() -> Iterator[None]:
 )
 def test_cuda_graphs_give_the_same_steps(mode: ActivationCheckpointing, compiled: Compile, fp8: str) -> None:
     layouts = [ParallelConfig(activation_checkpointing=mode, compile=compiled, cuda_graphs=on) for on in (False, True)]
-    plain, graphed = (build(mesh=CUDA, compute=torch.bfloat16, fp8=fp8, parallel=layout) for layout in layouts)
+    plain, graphed = (build(mesh=CUDA, compute=Dtype.bf16, fp8=fp8, parallel=layout) for layout in layouts)
     compare_with_graphs(plain, graphed, steps_of_packs())
     assert graphed.graphs is not None and graphed.graphs.update.graph is not None
     assert all(passes.graph is not None for *_, passes in graphed.graphs.passes.values())
@@ -340,7 +313,7 @@ def test_cuda_graphs_give_the_same_steps(mode: ActivationCheckpointing, compiled
 
 @pytest.mark.gpu
 def test_step_does_not_wait_for_the_device() -> None:
-    engine = build(mesh=CUDA, compute=torch.bfloat16)
+    engine = build(mesh=CUDA, compute=Dtype.bf16)
     batches = [micro_batch([16, 16], 0), micro_batch([32], 1)]
     for field in ("tokens_BT", "labels_BT", "positions_BT", "source_BT", "cu_seqlens"):
         for batch in batches:
@@ -363,3 +336,6 @@ def test_weights_of_one_input_are_joined_without_a_copy() -> None:
     joined = async_tp.join(weights)
     assert joined.data_ptr() == weights[0].data_ptr()
     assert torch.equal(joined, torch.cat(weights))
+    assert [name.split(".")[1] for name, _ in matrices_first(module)] == ["weight"] * 3 + ["bias"] * 3
+    apart = [torch.randn(3, 8), torch.randn(2, 8)]
+    assert torch.equal(async_tp.join(apart), torch.cat(apart))

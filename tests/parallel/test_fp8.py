@@ -1,5 +1,6 @@
 """8-bit products against exact ones."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,16 +76,13 @@ def test_product_compiles_to_one_graph() -> None:
 WIDE = small_model(d_model=64, n_layers=1, n_kv_heads=4, d_ff=96, attention_bias=True)
 
 
-def telling_weights(params: list[Any]) -> list[Tensor]:
-    """Return weights of a model whose output depends much on each product and each bias."""
-    generator = torch.Generator().manual_seed(1)
-    scales = [param.shape[-1] ** -0.5 if param.ndim > 1 else 1 for param in params]
-    return [torch.randn(p.shape, generator=generator) * scale for p, scale in zip(params, scales, strict=True)]
-
-
 def one_block(dtype: torch.dtype) -> Transformer:
+    """Return a layer whose output depends much on each product and each bias."""
     model = Transformer(WIDE)
-    model.load_state_dict(dict(zip(model.state_dict(), telling_weights(list(model.parameters())), strict=True)))
+    model.init_weights(0)
+    generator = torch.Generator().manual_seed(1)
+    for param in model.parameters():
+        param.data.normal_(0, param.shape[-1] ** -0.5 if param.ndim > 1 else 1, generator=generator)
     return model.to(dtype)
 
 
@@ -98,13 +96,44 @@ def passes(model: Transformer, n_ranks: int = 1) -> tuple[Tensor, dict[str, Tens
     return out, {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
 
 
+def gradients(case: Case, mesh: Mesh, config: ParallelConfig) -> dict[str, Tensor]:
+    """Return the gradients of a step of a model that depends much on each product and each bias."""
+    with mock.patch("parallel.parallelize.check_fp8_device"):
+        engine = build(case, mesh, config)
+    generator = torch.Generator().manual_seed(1)
+    for param in engine.params.values():
+        scale = param.shape[-1] ** -0.5 if param.ndim > 1 else 1
+        param.write(torch.randn(param.shape, generator=generator) * scale)
+    found: dict[str, Tensor] = {}
+
+    def step(**_: Tensor) -> Tensor:
+        params: dict[str, Any] = engine.params
+        found.update({name: whole(param.laid_out(param.grad)) for name, param in params.items()})
+        return torch.zeros(2)
+
+    engine.optimizer.step = step  # type: ignore[method-assign]
+    engine.train_step(steps_of(case.n_micro_batches)[0][mesh.dp_rank :: mesh.dp_size])
+    return found
+
+
 fp8 = partial(Case, 2, "wide", n_micro_batches=2, dtype=torch.bfloat16, fp8="tensorwise")
-RECOMPUTED = {"activation_checkpointing": ActivationCheckpointing.full}
-MUON = {
-    "zero1": fp8(optimizer="muon", layout={"dp_shard": 2, "zero_stage": 1}),
-    "zero3_recomputed": fp8(optimizer="muon", layout={**RECOMPUTED, "dp_shard": 2, "zero_stage": 3}),
-    "tp": fp8(optimizer="muon", layout={"tp": 2}),
+ZERO = {
+    "zero1": fp8(layout={"dp_shard": 2, "zero_stage": 1}),
+    "zero3_recomputed": fp8(
+        layout={"dp_shard": 2, "zero_stage": 3, "activation_checkpointing": ActivationCheckpointing.full}
+    ),
 }
+
+
+@pytest.mark.slow
+def test_gradients_under_zero_are_those_of_one_rank_but_for_the_sum(tmp_path: Path) -> None:
+    here = run(tmp_path, ZERO, 2, function=gradients)
+    alone = gradients(fp8(), Mesh(device=torch.device("cpu")), ParallelConfig())
+    for layout, found in here.items():
+        assert isinstance(found, dict), found
+        assert found.keys() == alone.keys()
+        for name, grad in alone.items():  # one rank adds its micro-batches in bf16
+            assert relative(found[name], grad) < 1e-2, (layout, name)
 
 
 def muon_step(case: Case, mesh: Mesh, config: ParallelConfig, given: Any = None) -> Any:
@@ -112,8 +141,6 @@ def muon_step(case: Case, mesh: Mesh, config: ParallelConfig, given: Any = None)
     with mock.patch("parallel.parallelize.check_fp8_device"):
         engine = build(case, mesh, config)
     params: dict[str, Any] = engine.params
-    for param, weight in zip(params.values(), telling_weights(list(params.values())), strict=True):
-        param.write(weight)
     update, found = engine.optimizer.step, given
 
     def step(*, grad_scale: Tensor, **others: Any) -> Tensor:
@@ -129,18 +156,15 @@ def muon_step(case: Case, mesh: Mesh, config: ParallelConfig, given: Any = None)
 
 
 @pytest.mark.slow
-def test_gradients_under_zero_are_those_of_one_rank_but_for_the_sum_and_muon_updates_from_them(tmp_path: Path) -> None:
-    alone = partial(muon_step, fp8(optimizer="muon"), Mesh(device=torch.device("cpu")), ParallelConfig())
-    (exact, _), _ = alone()
-    for layout, found in run(tmp_path, MUON, 2, function=muon_step).items():
+def test_muon_updates_like_one_rank_from_the_gradients_of_8_bit_products(tmp_path: Path) -> None:
+    layouts = {**ZERO, "tp": fp8(layout={"tp": 2})}
+    cases = {name: replace(case, optimizer="muon") for name, case in layouts.items()}
+    for layout, found in run(tmp_path, cases, 2, function=muon_step).items():
         assert isinstance(found, tuple), found
-        (grads, scale), tensors = found
-        assert grads.keys() == exact.keys()
-        for name in exact if layout != "tp" else ():  # one rank adds its micro-batches in bf16
-            assert relative(grads[name], exact[name]) < 1e-2, (layout, name)
-        _, expected = alone((grads, scale))
-        assert tensors.keys() == expected.keys()
-        for name, tensor in expected.items():
+        given, tensors = found
+        _, alone = muon_step(fp8(optimizer="muon"), Mesh(device=torch.device("cpu")), ParallelConfig(), given)
+        assert tensors.keys() == alone.keys()
+        for name, tensor in alone.items():
             torch.testing.assert_close(tensors[name], tensor, rtol=1e-5, atol=1e-7, msg=f"{layout}, {name}")
 
 

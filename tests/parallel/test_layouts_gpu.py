@@ -62,25 +62,27 @@ ALL = {**ONE, **EXACT, **ALONE, **COMPILED}
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900), pytest.mark.skipif(N_GPUS < 2, reason="needs two GPUs")]
 
 
-REFERENCES: dict[str, Outcome | str] = {}  # the results of one GPU, filled as they are needed
+@pytest.fixture(scope="module")
+def references() -> dict[str, Outcome | str]:
+    """The results of one GPU, filled as they are needed."""
+    return {}
 
 
-@pytest.fixture
-def pair(name: str, tmp_path: Path) -> tuple[Outcome, Outcome]:
-    """The results of a case on two GPUs, and of its model on one."""
+def _pair(name: str, folder: Path, references: dict[str, Outcome | str]) -> tuple[Outcome, Outcome]:
+    """Return the results of a case on two GPUs, and of its model on one."""
     case = ALL[name]
     alone = f"one_{case.model}{'_aux' if case.regularized else ''}{'_muon' if case.optimizer == 'muon' else ''}"
-    if alone not in REFERENCES:
-        REFERENCES.update(run(tmp_path, {alone: ALL[alone]}, 1, "cuda"))
-    here, one = run(tmp_path, {name: case}, 2, "cuda")[name], REFERENCES[alone]
+    if alone not in references:
+        references |= run(folder, {alone: ALL[alone]}, 1, "cuda")
+    here, one = run(folder, {name: ALL[name]}, 2, "cuda")[name], references[alone]
     assert isinstance(one, Outcome), one
     assert isinstance(here, Outcome), here
     return here, one
 
 
 @pytest.mark.parametrize("name", list(EXACT))
-def test_layout_equals_one_gpu(pair: tuple[Outcome, Outcome]) -> None:
-    here, one = pair
+def test_layout_equals_one_gpu(name: str, tmp_path: Path, references: dict[str, Outcome | str]) -> None:
+    here, one = _pair(name, tmp_path, references)
     assert here.losses == pytest.approx(one.losses, rel=2e-6)
     assert here.norms == pytest.approx(one.norms, rel=1e-5)
     assert here.valid == pytest.approx(one.valid, rel=2e-6)
@@ -90,7 +92,7 @@ def test_layout_equals_one_gpu(pair: tuple[Outcome, Outcome]) -> None:
 
 
 @pytest.mark.parametrize("name", list(COMPILED))
-def test_compiled_bf16_learns_like_one_gpu(pair: tuple[Outcome, Outcome]) -> None:
-    here, one = pair
+def test_compiled_bf16_learns_like_one_gpu(name: str, tmp_path: Path, references: dict[str, Outcome | str]) -> None:
+    here, one = _pair(name, tmp_path, references)
     assert here.losses == pytest.approx(one.losses, rel=1e-2)
     assert here.norms == pytest.approx(one.norms, rel=5e-2)

@@ -9,23 +9,24 @@ import time
 import psutil
 import pytest
 
-from launch.environment import VARIABLES, free_port
+from launch.ranks import free_port
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
 
 
-def start(init_timeout_s: int, step_timeout_s: int, hangs: int = -1, **variables: object) -> subprocess.Popen[str]:
-    arguments = map(str, (init_timeout_s, step_timeout_s, hangs))
-    command = [sys.executable, "-W", "ignore", "-m", "tests.parallel.ranks", *arguments]
+def start(*arguments: str, **variables: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.parallel.mesh_rank", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in variables.items()}}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def start_rank(rank: int, port: int, init_timeout_s: int) -> subprocess.Popen[str]:
-    """Start one of two ranks as torchrun would."""
-    values = (rank, 2, rank, 2, "127.0.0.1", port)
-    return start(init_timeout_s, 60, **dict(zip(VARIABLES, values, strict=True)))
+def start_rank(rank: int, world_size: int, port: int, init_timeout_s: float = 60) -> subprocess.Popen[str]:
+    """Start a rank as torchrun would."""
+    return start(
+        str(init_timeout_s), "60", RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, LOCAL_WORLD_SIZE=world_size,
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+    )  # fmt: skip
 
 
 def errors_of(process: subprocess.Popen[str]) -> list[str]:
@@ -41,7 +42,7 @@ def test_port_in_use() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        (line,) = errors_of(start_rank(0, port, 60))
+        (line,) = errors_of(start_rank(0, 2, port))
     assert f"127.0.0.1:{port} (MASTER_ADDR, MASTER_PORT)" in line
 
 
@@ -49,7 +50,7 @@ def test_port_in_use() -> None:
 def test_rank_whose_peer_never_joins_gives_up(rank: int, why: str) -> None:
     """Case 37."""
     port = free_port()
-    line = errors_of(start_rank(rank, port, 2))[-1]  # after torch's own stack
+    line = errors_of(start_rank(rank, 2, port, init_timeout_s=2))[-1]  # after torch's own stack
     for words in (f"RANK {rank}", "(WORLD_SIZE)", f"127.0.0.1:{port}", "(parallel.init_timeout_s)", why):
         assert words in line
 
@@ -58,7 +59,7 @@ def test_hanging_rank_ends_all() -> None:
     """Case 30."""
     parent = psutil.Process(os.getpid())
     others = set(parent.children(recursive=True))  # of other tests
-    process = start(60, 2, hangs=1)
+    process = start("60", "2", "1")
     family: set[psutil.Process] = set()
     while process.poll() is None:
         family.update(set(parent.children(recursive=True)) - others)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 from tracking.compare import compare, read_runs, swept_keys
 from tracking.list import list_runs
@@ -96,6 +97,8 @@ def test_unrelated_runs_go_by_their_names(tmp_path: Path, axes: list[Axes]) -> N
     legend = loss.get_legend()
     assert legend is not None and len(legend.get_texts()) == 20 and len(final) == 11
     assert max(len(text.get_text()) for text in legend.get_texts()) <= 40
+    width, height = imread(tmp_path / "compare" / "final.png").shape[1::-1]
+    assert width <= 2400 and height <= 2000
 
 
 def test_keys_that_follow_from_a_name_are_left_out(tmp_path: Path) -> None:
@@ -106,6 +109,14 @@ def test_keys_that_follow_from_a_name_are_left_out(tmp_path: Path) -> None:
     assert swept_keys(read_runs(tmp_path)) == ["model.n_layers", "model.name"]
     assert compare(tmp_path).split()[:3] == ["n_layers", "model", "loss"]
     assert [path.name for path in (tmp_path / "compare").iterdir()] == ["table.md"], "nothing to draw without steps"
+
+
+def test_lines_of_a_key_without_numbers_are_named(tmp_path: Path, axes: list[Axes]) -> None:
+    for name, rate in ((name, rate) for name in ("adamw", "muon") for rate in (0.1, 0.2)):
+        written(tmp_path / f"{name},{rate}", [rate], optimizer={"name": name, "lr": rate})
+    compare(tmp_path)
+    legends = [{text.get_text() for text in panel.get_legend().get_texts()} for panel in axes[1:]]  # type: ignore[union-attr]
+    assert legends == [{"lr 0.1", "lr 0.2"}, {"optimizer adamw", "optimizer muon"}]
 
 
 def test_lines_join_runs_that_differ_in_one_key(tmp_path: Path, axes: list[Axes]) -> None:
@@ -121,6 +132,8 @@ def test_lines_join_runs_that_differ_in_one_key(tmp_path: Path, axes: list[Axes]
     legends = [[text.get_text() for text in panel.get_legend().get_texts()] for panel in final]  # type: ignore[union-attr]
     assert legends == [["seed 1", "seed 2"], ["lr 0.1", "lr 0.2", "lr 1"]]
     assert [panel.get_xscale() for panel in final] == ["log", "linear"], "a factor of ten, and of two"
+    ticks = [tick.get_text() for tick in final[0].get_xticklabels()]
+    assert "1" in ticks and not any("$" in tick for tick in ticks), "formulas are not drawn, for names may have a $"
 
 
 def test_what_follows_from_the_swept_settings_has_no_plot(tmp_path: Path, axes: list[Axes]) -> None:
@@ -132,6 +145,8 @@ def test_what_follows_from_the_swept_settings_has_no_plot(tmp_path: Path, axes: 
     assert "n_heads" in compare(tmp_path), "it is in the table"
     _, *final = axes
     assert [panel.get_xlabel() for panel in final] == ["lr", "d_model"]
+    legends = [[text.get_text() for text in panel.get_legend().get_texts()] for panel in final]  # type: ignore[union-attr]
+    assert legends == [["d_model 64", "d_model 128"], ["lr 0.1", "lr 0.2"]]
 
 
 def test_a_run_is_plotted_with_its_evaluations(tmp_path: Path) -> None:

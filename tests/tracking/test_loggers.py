@@ -1,9 +1,6 @@
-"""Records reach every logger, whatever one of them does; what is printed, and the pictures of a run."""
+"""Records reach every logger, whatever one of them does, and the pictures and log lines of a run."""
 
 import json
-import os
-import subprocess
-import sys
 import tracemalloc
 from importlib import import_module
 from pathlib import Path
@@ -11,12 +8,12 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import ROOT, trained
+from tests.conftest import trained
 from tracking.config import LoggerConfig
 from tracking.loggers import Logger, Loggers, Record
-from tracking.logs import without_secrets
 from tracking.metrics_file import centred, read_records, smoothed, truncate_metrics
 from tracking.plot import plot_loss
 
@@ -117,31 +114,53 @@ def test_a_failing_logger(tmp_path: Path, caplog: pytest.LogCaptureFixture, monk
     assert all(f"{name} is dropped: no network" in caplog.text for name in ("Wandb", "plot_loss", "TensorBoard"))
 
 
+def test_picture_shows_both_curves(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps(record(step)) + "\n" for step in range(1, 50)))
+    plot_loss(metrics, tmp_path / "train.png")
+    with metrics.open("a") as file:
+        file.write(json.dumps({"step": 49, "tokens": 4900, "valid/loss": 2.0}) + '\n{"step": 50, "tok')
+    plot_loss(metrics, tmp_path / "both.png")
+
+    def orange(name: str) -> int:
+        red, green, blue = (imread(tmp_path / name)[..., i] for i in range(3))
+        return int(((red > 0.9) & (green > 0.4) & (green < 0.6) & (blue < 0.2)).sum())
+
+    assert orange("train.png") == 0 and orange("both.png") > 50
+
+
 def test_smoothing_starts_at_the_first_value_and_survives_a_step_without_one() -> None:
     inf = float("inf")
     assert smoothed([(1, 4.0), (2, inf), (3, 4.0)]) == [(1, pytest.approx(4.0)), (2, inf), (3, pytest.approx(4.0))]
     assert smoothed([(1, 4.0), (2, 0.0)])[1][1] == pytest.approx(4 * 0.09 / 0.19)
-    falling = [(n, 5.0 - 4 * n / 400) for n in range(400)]
-    assert centred(falling[:10]) == falling[:10], "a centred curve has no lag, and a short one is as it was"
-    assert max(abs(mean - loss) for (_, mean), (_, loss) in zip(centred(falling), falling, strict=True)) < 0.1
 
 
-def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    records = [record(1), record(2), {"step": 2, "valid/loss": 1.0, "valid/accuracy": 0.5}, record(3)]
+def test_a_centred_curve_has_no_lag() -> None:
+    short, long = ([(n, 5.0 - 4 * n / length) for n in range(length)] for length in (10, 400))
+    assert centred(short) == short
+    apart = [[abs(mean - loss) for (_, mean), (_, loss) in zip(curve(long), long, strict=True)][40:-40]
+             for curve in (centred, smoothed)]  # fmt: skip
+    assert max(apart[0]) < 0.01 < 0.08 < min(apart[1])
+    noisy = [(n, 5.0 + (-1) ** n) for n in range(400)]
+    assert all(mean == pytest.approx(5.0, abs=0.1) for _, mean in centred(noisy)[40:-40])
+
+
+@pytest.mark.parametrize(("undone", "kept"), [((), 3), (("valid/",), 2)])
+def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path, undone: tuple[str, ...], kept: int) -> None:
+    path, valid = tmp_path / "metrics.jsonl", {"step": 2, "valid/loss": 1.0}
+    records = [record(1), record(2), {**valid, "valid/accuracy": 0.5}, record(3)]
     path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 4, "tr')
-    for undone, kept in (((), 3), (("valid/",), 2)):
-        truncate_metrics(path, 2, undone)
-        assert read_records(path) == records[:kept]
+    truncate_metrics(path, 2, undone)
+    assert read_records(path) == records[:kept]
 
 
 @pytest.mark.slow
 def test_a_picture_of_a_long_run_takes_little_memory(tmp_path: Path) -> None:
     import_module("matplotlib.figure")  # not a part of the memory
-    more = {f"perf/figure_{n}": 12345.678901234567 for n in range(20)}
+    more = ", ".join(f'"perf/figure_{n}": 12345.678901234567' for n in range(20))
     with (tmp_path / "metrics.jsonl").open("w") as file:
         for step in range(1, 60_001):
-            file.write(json.dumps(record(step, **more)) + "\n")
+            file.write(f'{{"step": {step}, "tokens": {step}, "train/loss": {1e6 / step}, {more}}}\n')
             if step % 1000 == 0:
                 file.write(f'{{"step": {step}, "tokens": {step}, "valid/loss": 2.5}}\nnot JSON\n')
     tracemalloc.start()
@@ -151,42 +170,3 @@ def test_a_picture_of_a_long_run_takes_little_memory(tmp_path: Path) -> None:
     assert memory < 60e6
     drawn = read_records(tmp_path / "metrics.jsonl", every=100)
     assert sum("valid/loss" in record for record in drawn) == 60 and 600 < len(drawn) < 800
-
-
-LOGS = """
-import logging
-from tracking.logs import screen
-with screen():
-    for line in range(3):
-        logging.info("a line")
-print("to the end")
-"""
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code"), [(["-c", LOGS], 0), (["prepare_data.py", "--help"], 141)], ids=["logs", "prints"]
-)
-def test_closed_pipe_ends_what_prints_but_not_what_logs(arguments: list[str], code: int) -> None:
-    with subprocess.Popen(["true"], stdin=subprocess.PIPE) as reader:
-        reader.wait()
-        argv, env = [sys.executable, *arguments], {**os.environ, "PYTHONUNBUFFERED": ""}
-        done = subprocess.run(argv, cwd=ROOT, env=env, stdout=reader.stdin, stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr) == (code, "")
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("copied file://me:secret@x/far", "copied file://me:***@x/far"),
-        ("//me:secret@x/far", "//me:***@x/far"),
-        ("s3://key:sec/ret@bucket", "s3://key:***@bucket"),
-        ("https://token@host/x", "https://***@host/x"),
-        ("https://host:80/a@b c:d/e@f http://x/y@z", None),
-        ("alerts.webhook (https://hooks.x/a/b) alerts.webhook=https://h/c", "alerts.webhook (https://hooks.x/***) alerts.webhook=https://h/***"),
-        (json.dumps({"webhook": "https://h.x/S", "command": None}), json.dumps({"webhook": "https://h.x/***", "command": None})),
-        ("saved runs/webhook/checkpoints/step-5", None),
-        ("is it a webhook? yes/no", None),
-    ],
-)  # fmt: skip
-def test_secrets_are_masked_and_nothing_else(text: str, shown: str | None) -> None:
-    assert without_secrets(text) == (text if shown is None else shown)

@@ -26,7 +26,17 @@ def test_law_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("tracking.scaling_law.EXPONENTS", [0.28, 0.34])
     monkeypatch.setattr("tracking.scaling_law.read_points", lambda _: points)
     assert "90,000,000  3,600,000,000" in report(tmp_path), "the next size is larger than the largest"
-    with pytest.raises(CheckpointError, match="do not fall"):
+
+
+def test_law_of_a_ladder_has_one_term() -> None:
+    one = Law(2.0, 100.0, 0.3)
+    found = fit([Point(n, 20 * n, one.loss(n, 20 * n)) for n in SIZES])
+    assert found.b == 0 and found.alpha == pytest.approx(0.3, abs=0.02)
+    assert found.loss(10**8, 2 * 10**9) == pytest.approx(one.loss(10**8, 1), rel=5e-3)
+
+
+def test_rising_losses_are_refused() -> None:
+    with pytest.raises(CheckpointError):
         fit([Point(n, 20 * n, loss) for n, loss in zip(SIZES, [2.0, 2.5, 3.0], strict=False)])
 
 
@@ -57,10 +67,13 @@ def test_parameters_are_those_of_the_model() -> None:
 
 def test_rules_give_a_run_that_fits() -> None:
     register()
-    for depth, d_ff in ((4, 704), (12, 2048)):
-        assert (ladder("width", depth), ladder("d_ff", 64 * depth)) == (64 * depth, d_ff)
+    depths = (4, 8, 12)
+    assert [ladder("width", depth) for depth in depths] == [256, 512, 768]
+    assert [ladder("d_ff", ladder("width", depth)) for depth in depths] == [704, 1408, 2048]
+    for depth in depths:
         batch, steps = int(ladder("batch_tokens", depth, 32768)), ladder("steps", depth, 32768)
-        size = n_params(64 * depth, depth, depth, depth, d_ff, 32768)
+        heads = depth
+        size = n_params(64 * depth, depth, heads, heads, int(ladder("d_ff", 64 * depth)), 32768)
         assert batch * steps == pytest.approx(20 * size, rel=0.01) and batch & (batch - 1) == 0
         # the share of all tokens that weights are averaged over
         lr, decay = ladder("lr", depth, 32768, 2e-3), ladder("weight_decay", depth, 32768, 0.1)

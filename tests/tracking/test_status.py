@@ -1,6 +1,7 @@
 """How a run ended, how often it crashed, and when early_stop ends it."""
 
 import json
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -62,19 +63,26 @@ def test_a_finished_run_is_known_without_its_secrets(tmp_path: Path) -> None:
 
 
 def test_two_equal_crashes_are_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def same_after(attempt: int, error: str, rank: int = 0, job: int = 1) -> bool:
+    def crash(attempt: int, error: Exception, rank: int = 0, job: int = 1) -> None:
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(attempt))
         monkeypatch.setenv("SLURM_JOB_ID", str(job))
-        with pytest.raises(ValueError), Status(tmp_path, {}, rank=rank):
-            raise ValueError(error)
-        return crashed_the_same_way_twice(tmp_path)
+        with pytest.raises(type(error)), Status(tmp_path, {}, rank=rank):
+            raise error
 
-    assert not same_after(0, "boom", rank=1) and not same_after(0, "boom"), "two ranks in one attempt"
-    assert not same_after(1, "another") and same_after(2, "another")
+    crash(0, ValueError("boom"), rank=1)
+    crash(0, RuntimeError("connection closed by peer"))
+    assert not crashed_the_same_way_twice(tmp_path), "two ranks in one attempt"
+    crash(1, RuntimeError("another"))
+    assert not crashed_the_same_way_twice(tmp_path)
+    crash(2, RuntimeError("another"))
+    assert crashed_the_same_way_twice(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n{"step": 8, "train/lo')
-    assert not same_after(3, "another"), "it got further"
-    assert same_after(4, "another")
-    assert not same_after(0, "a third", job=2), "the first attempt of another job"
+    crash(3, RuntimeError("another"))
+    assert not crashed_the_same_way_twice(tmp_path), "it got further"
+    crash(4, RuntimeError("another"))
+    assert crashed_the_same_way_twice(tmp_path)
+    crash(0, RuntimeError("a third"), job=2)
+    assert not crashed_the_same_way_twice(tmp_path), "the first attempt of another job"
 
 
 def test_a_start_after_a_kill_is_an_alert(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -119,3 +127,11 @@ def test_a_rank_that_died_without_a_word_is_named(tmp_path: Path, monkeypatch: p
         with pytest.raises(RankError, match=text), Status(tmp_path, {}, rank=1, ranks=2):
             raise RuntimeError("Connection closed by peer")
         assert "rank 0 failed first" in read_status(tmp_path)["reason"], "the first rank that is left writes it"
+
+
+def test_an_error_is_not_hidden_by_a_folder_that_has_vanished(tmp_path: Path) -> None:
+    run = tmp_path / "r"
+    run.mkdir()
+    with pytest.raises(ValueError, match="boom"), Status(run, {}):
+        shutil.rmtree(run)
+        raise ValueError("boom")
